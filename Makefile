@@ -1,0 +1,45 @@
+# `make help` explains every target.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# One thread a process: two threads on two busy cores were seen 40 times slower.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test quality bench docs clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,report]'
+	@touch $(STAMP)
+
+setup: $(STAMP) ## create .venv and install hf_effi with the tested versions (CPU build of torch)
+
+demo: $(STAMP) ## the main job: EffiGRPOTrainer against TRL's GRPOTrainer on the same work (CPU, offline, < 12 min)
+	$(BIN)/hf-effi demo --output-dir demo-output
+
+test: $(STAMP) ## the whole CPU test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+quality: $(STAMP) ## lint and format check
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(STAMP) ## run the benchmarks whose result file is missing, then render the tables
+	$(BIN)/python -m bench.run_missing
+	$(BIN)/python -m bench.render
+
+docs: $(STAMP) ## build the documentation site into site/
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) site demo-output build dist *.egg-info

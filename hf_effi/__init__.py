@@ -1,0 +1,42 @@
+"""hf_effi: keep the Trainer you have, add one line, train for less.
+
+Public names are loaded on first use: `import hf_effi` imports neither trl nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+#: public name -> module that defines it
+_PUBLIC = {
+    "EffiGRPOConfig": "hf_effi.trainers.grpo_config",
+    "EffiGRPOTrainer": "hf_effi.trainers.grpo",
+    "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
+    "METHODS": "hf_effi.methods",
+    "Method": "hf_effi.methods",
+    "wsd": "hf_effi.functional.schedules",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+if TYPE_CHECKING:
+    from .callbacks.lr_schedule import LRScheduleCallback
+    from .functional.schedules import wsd
+    from .methods import METHODS, Method
+    from .trainers.grpo import EffiGRPOTrainer
+    from .trainers.grpo_config import EffiGRPOConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_effi' has no attribute {name!r}. Public names: {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

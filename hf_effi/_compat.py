@@ -1,0 +1,63 @@
+"""The only file with version checks and guarded imports.
+
+Optional packages are named in `setup.cfg` as extras. Code that needs one calls [`require`], which either returns the
+imported module or raises an `ImportError` that names the extra to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+
+#: import name -> (distribution name, extra of hf_effi that brings it)
+OPTIONAL_PACKAGES = {
+    "triton": ("triton", "kernels"),
+    "liger_kernel": ("liger-kernel", "kernels"),
+    "bitsandbytes": ("bitsandbytes", "quant"),
+    "deepspeed": ("deepspeed", "parallel"),
+    "matplotlib": ("matplotlib", "report"),
+    "jinja2": ("jinja2", "report"),
+}
+
+#: What `hf-effi env` and the model card report, and what the contract tests ran against.
+CORE_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+def version_of(distribution: str) -> str | None:
+    """Return the installed version of `distribution`, or `None` when it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_available(package: str) -> bool:
+    """Return whether the optional `package` (an import name) can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str, purpose: str) -> ModuleType:
+    """
+    Import an optional package, or say which extra brings it.
+
+    Args:
+        package (`str`): Import name, one of `OPTIONAL_PACKAGES`.
+        purpose (`str`): What it is needed for; becomes part of the error.
+
+    Raises:
+        ImportError: `package` is not installed.
+    """
+    if not is_available(package):
+        distribution, extra = OPTIONAL_PACKAGES[package]
+        raise ImportError(
+            f"{purpose} needs `{distribution}`, which is not installed. Run `pip install 'hf_effi[{extra}]'`."
+        )
+    return importlib.import_module(package)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return `{distribution: version}` for hf_effi's core and the optional packages that are installed."""
+    names = ["hf_effi", *CORE_PACKAGES, *(distribution for distribution, _ in OPTIONAL_PACKAGES.values())]
+    return {name: version for name in names if (version := version_of(name)) is not None}

@@ -1,0 +1,119 @@
+"""One static table: which method comes from which paper, where its code, card, tests and bench are, and its status.
+
+Docs, `hf-effi list` and the contract tests read it. Nothing dispatches on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["experimental", "stable", "rejected"]
+Kind = Literal["schedule", "callback", "rollout", "exact saving", "sampler", "kernel", "parallel", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One row of the table.
+
+    Args:
+        key (`str`): Short name, also the file name of the card `docs/methods/<key>.md` and the argument of
+            `hf-effi describe <key>`.
+        title (`str`): What people call it.
+        kind (`str`): Where it acts.
+        summary (`str`): One sentence: what it changes.
+        entry_points (`tuple[str, ...]`): Dotted paths of the public objects, `module:attribute`.
+        paper (`str`): Title of the source.
+        paper_id (`str`): arXiv id, or `""` where there is no paper.
+        status (`str`): `experimental`, then `stable` once our own bench confirms it; `rejected` keeps the card only.
+        tests (`tuple[str, ...]`): Test files that prove it: the pure function and the run through `trainer.train()`.
+        bench (`str`): The script in `bench/` whose committed JSON carries its figures.
+    """
+
+    key: str
+    title: str
+    kind: Kind
+    summary: str
+    entry_points: tuple[str, ...]
+    paper: str
+    paper_id: str
+    status: Status
+    tests: tuple[str, ...]
+    bench: str
+
+    @property
+    def card(self) -> str:
+        """Path of the card, relative to the repository root."""
+        return f"docs/methods/{self.key}.md"
+
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        key="exact_savings",
+        title="Exact savings (trim, sort, skip)",
+        kind="exact saving",
+        summary="Forwards only real tokens and only rows that have a gradient; the gradient itself is unchanged.",
+        entry_points=("hf_effi.trainers.grpo:EffiGRPOTrainer", "hf_effi.functional.rollouts:plan_buckets"),
+        paper="none: bookkeeping that follows from the loss",
+        paper_id="",
+        status="experimental",
+        tests=("tests/unit/test_rollout_batching.py", "tests/training/test_grpo_exact.py"),
+        bench="bench/grpo_exact.py",
+    ),
+    Method(
+        key="difficulty_filter",
+        title="Online difficulty filtering",
+        kind="rollout",
+        summary="Trains only on groups whose pass rate lies in a band, refilling from new prompts, within bounds.",
+        entry_points=("hf_effi.trainers.grpo:EffiGRPOTrainer", "hf_effi.functional.rollouts:keep_groups_by_pass_rate"),
+        paper="Online Difficulty Filtering for Reasoning Oriented Reinforcement Learning",
+        paper_id="2504.03380",
+        status="experimental",
+        tests=("tests/unit/test_rollout_selection.py", "tests/training/test_grpo_filter.py"),
+        bench="bench/demo.py",
+    ),
+    Method(
+        key="cppo",
+        title="CPPO completion pruning",
+        kind="rollout",
+        summary="Trains only on the completions with the largest absolute advantage and fills up with new prompts.",
+        entry_points=("hf_effi.trainers.grpo:EffiGRPOTrainer", "hf_effi.functional.rollouts:keep_by_advantage"),
+        paper="CPPO: Accelerating the Training of Group Relative Policy Optimization-Based Reasoning Models",
+        paper_id="2503.22342",
+        status="experimental",
+        tests=("tests/unit/test_rollout_selection.py", "tests/training/test_grpo_prune.py"),
+        bench="bench/demo.py",
+    ),
+    Method(
+        key="wsd",
+        title="WSD: warmup, stable, decay",
+        kind="schedule",
+        summary="Linear warm-up, a long plateau, and a short decay that can be started at any time.",
+        entry_points=("hf_effi.functional.schedules:wsd", "hf_effi.callbacks.lr_schedule:LRScheduleCallback"),
+        paper="MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies",
+        paper_id="2404.06395",
+        status="experimental",
+        tests=("tests/unit/test_schedules.py", "tests/training/test_lr_schedule_callback.py"),
+        bench="bench/schedules.py",
+    ),
+)
+
+
+def find_method(key: str) -> Method:
+    """
+    Return the row with this key.
+
+    Raises:
+        KeyError: no such method; the message lists the known keys.
+
+    Example:
+    ```python
+    >>> find_method("wsd").paper_id
+    '2404.06395'
+    ```
+    """
+    for method in METHODS:
+        if method.key == key:
+            return method
+    raise KeyError(f"unknown method {key!r}. Known: {', '.join(sorted(m.key for m in METHODS))}.")
