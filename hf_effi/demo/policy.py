@@ -1,0 +1,156 @@
+"""The starting checkpoint: a small Qwen3 policy that supervised fine-tuning brings to 30-50 % sampled accuracy."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
+
+from .measure import Accuracy, evaluate_policy
+from .task import Problem, build_tokenizer, demonstration, held_out_problems, training_problems
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """
+    Size of the policy and how it is fine-tuned before GRPO.
+
+    Args:
+        lazy_fraction (`float`): Share of demonstrations that are a lazy guess. GRPO then has a strategy to unlearn.
+        sft_min_terms, sft_max_terms (`int`): Chain lengths shown. GRPO asks for longer ones too, which the policy
+            half knows: groups that are all wrong, as real data has.
+    """
+
+    hidden_size: int = 96
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 256
+    sft_steps: int = 900
+    sft_batch_size: int = 64
+    sft_learning_rate: float = 3e-3
+    sft_warmup_steps: int = 50
+    sft_min_terms: int = 2
+    sft_max_terms: int = 6
+    lazy_fraction: float = 0.4
+    seed: int = 0
+
+
+def build_policy(settings: PolicySettings, tokenizer: Any) -> Qwen3ForCausalLM:
+    """Return a randomly initialised Qwen3 model of the given size, in fp32."""
+    torch.manual_seed(settings.seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=settings.hidden_size // settings.num_heads,
+        intermediate_size=settings.intermediate_size,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config).to(torch.float32)
+
+
+class DemonstrationDataset(Dataset):
+    """Tokenised demonstrations. Rows of one batch have like lengths, so that little of the work is padding."""
+
+    def __init__(self, settings: PolicySettings, tokenizer: Any, excluded: Sequence[Problem]) -> None:
+        vocabulary, rng = tokenizer.get_vocab(), random.Random(settings.seed + 1)
+        source = training_problems(settings.seed + 2, excluded, settings.sft_min_terms, settings.sft_max_terms)
+        self.rows = []
+        for _ in range(settings.sft_steps * settings.sft_batch_size):
+            problem = next(source)
+            prompt = [vocabulary[character] for character in problem.prompt]
+            reply = [vocabulary[character] for character in demonstration(problem, rng, settings.lazy_fraction)]
+            self.rows.append((prompt, [*reply, tokenizer.eos_token_id]))
+        self._put_like_lengths_together(rng, settings.sft_batch_size)
+
+    def _put_like_lengths_together(self, rng: random.Random, batch_size: int, window: int = 16) -> None:
+        # Sort inside windows of 16 batches, then shuffle the batches of the window: random order at large scale,
+        # a third of the padding.
+        span = window * batch_size
+        for start in range(0, len(self.rows), span):
+            block = sorted(self.rows[start : start + span], key=lambda row: len(row[0]) + len(row[1]))
+            batches = [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
+            rng.shuffle(batches)
+            self.rows[start : start + span] = [row for batch in batches for row in batch]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        return self.rows[index]
+
+    @staticmethod
+    def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        """Right-pad; the loss reads only the reply."""
+        width = max(len(prompt) + len(reply) for prompt, reply in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, (prompt, reply) in enumerate(rows):
+            end = len(prompt) + len(reply)
+            ids[row, :end], mask[row, :end] = torch.tensor(prompt + reply), 1
+            labels[row, len(prompt) : end] = torch.tensor(reply)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def fine_tune(settings: PolicySettings, output_dir: Path, show_progress: bool = True) -> None:
+    """Train the policy on demonstrations with a plain `Trainer` and save model and tokenizer to `output_dir`."""
+    tokenizer = build_tokenizer()
+    dataset = DemonstrationDataset(settings, tokenizer, held_out_problems(64))
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=settings.sft_steps,
+        per_device_train_batch_size=settings.sft_batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=settings.sft_learning_rate,
+        warmup_steps=settings.sft_warmup_steps,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": max(1, round(0.3 * settings.sft_steps)), "min_lr_ratio": 0.02},
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=not show_progress,
+    )
+    policy = build_policy(settings, tokenizer)
+    Trainer(policy, arguments, data_collator=DemonstrationDataset.collate, train_dataset=dataset).train()
+    policy.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+def prepare_policy(
+    settings: PolicySettings, held_out: Sequence[Problem], folder: Path, show_progress: bool = True
+) -> tuple[Path, Accuracy]:
+    """
+    Return the starting checkpoint and its held-out accuracy; fine-tune only if `folder` holds none for `settings`.
+
+    Returns:
+        `tuple[Path, Accuracy]`: The checkpoint folder, loadable with `from_pretrained`, and its accuracy.
+    """
+    record = folder / "sft_settings.json"
+    wanted = asdict(settings)
+    if not record.exists() or json.loads(record.read_text()) != wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        fine_tune(settings, folder, show_progress)
+        record.write_text(json.dumps(wanted, indent=2) + "\n")
+    tokenizer = build_tokenizer()
+    policy = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return folder, evaluate_policy(policy, tokenizer, held_out, samples_per_prompt=2, seed=0)
