@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -11,9 +10,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
+from trl.trainer.utils import is_async_callable
 
 
 class RewardError(ValueError):
@@ -124,7 +121,7 @@ def _checked(func: Callable[..., Any], name: str, expected: int, problems: list[
             problems.append(str(error))
             return [None] * expected
 
-    if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None)):
+    if is_async_callable(func):
 
         @functools.wraps(func, updated=())
         async def call_async(*args: Any, **kwargs: Any) -> list[float | None]:
