@@ -106,7 +106,9 @@ class Instrument:
     by the same code.
 
     CPU seconds are those of the calling thread, wall seconds those of the clock; both leave out what runs inside
-    [`excluded`] (evaluation, waiting for other arms).
+    [`excluded`] (evaluation, waiting for other arms). Tokens and rows are counted where they enter the model:
+    `tokens_generated` are the real tokens of all prompts and completions, `tokens_forwarded` all tokens of the
+    log-prob forwards with padding, `tokens_real` those without.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): Not yet trained. Its methods are wrapped in place.
@@ -118,31 +120,22 @@ class Instrument:
         self.counts: Counter[str] = Counter()
         self._started: tuple[float, float] | None = None
         self._excluded = [0.0, 0.0]
-        self._generating = False
+        self._not_counting = False
         self._wrap(trainer, "_generate_single_turn", "generation", after=self._after_generation)
         self._wrap(trainer, "_calculate_rewards", "reward")
-        self._wrap(trainer, "_get_per_token_logps_and_entropies", "logprobs", before=self._before_logprobs)
+        self._wrap(trainer, "_get_per_token_logps_and_entropies", "logprobs")
         self._wrap(trainer.accelerator, "backward", "training")
-        trainer.model.get_input_embeddings().register_forward_pre_hook(self._count_forwarded)
+        trainer.model.register_forward_pre_hook(self._count_forwarded, with_kwargs=True)
 
-    def _wrap(
-        self,
-        owner: Any,
-        name: str,
-        phase: str,
-        before: Callable[..., None] | None = None,
-        after: Callable[..., None] | None = None,
-    ) -> None:
+    def _wrap(self, owner: Any, name: str, phase: str, after: Callable[[Any, Any], None] | None = None) -> None:
         method = getattr(owner, name)
 
         @functools.wraps(method)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before(*args, **kwargs)
             with self.phase(phase):
                 result = method(*args, **kwargs)
             if after is not None:
-                after(result)
+                after(args[0], result)
             return result
 
         setattr(owner, name, timed)
@@ -150,24 +143,24 @@ class Instrument:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to phase `name`."""
-        cpu, wall, outer = time.thread_time(), time.perf_counter(), self._generating
-        self._generating = name == "generation"
+        cpu, wall, outer = time.thread_time(), time.perf_counter(), self._not_counting
+        self._not_counting = name == "generation"
         try:
             yield
         finally:
-            self._generating = outer
+            self._not_counting = outer
             self.cpu_seconds[name] += time.thread_time() - cpu
             self.wall_seconds[name] += time.perf_counter() - wall
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
         """Leave the time and the tokens spent inside out of every figure."""
-        cpu, wall, outer = time.thread_time(), time.perf_counter(), self._generating
-        self._generating = True
+        cpu, wall, outer = time.thread_time(), time.perf_counter(), self._not_counting
+        self._not_counting = True
         try:
             yield
         finally:
-            self._generating = outer
+            self._not_counting = outer
             self._excluded[0] += time.thread_time() - cpu
             self._excluded[1] += time.perf_counter() - wall
 
@@ -190,15 +183,16 @@ class Instrument:
             parts.append({**named, "other": max(0.0, total - sum(named.values()))})
         return parts[0], parts[1]
 
-    def _after_generation(self, result: tuple[Any, ...]) -> None:
-        self.counts["rows_generated"] += len(result[0])
-        self.counts["completion_tokens_generated"] += sum(len(ids) for ids in result[0])
+    def _after_generation(self, prompt_ids: list[list[int]], result: tuple[Any, ...]) -> None:
+        completion_ids = result[0]
+        self.counts["rows_generated"] += len(completion_ids)
+        self.counts["tokens_generated"] += sum(map(len, prompt_ids)) + sum(map(len, completion_ids))
 
-    def _before_logprobs(self, model: Any, input_ids: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> None:
-        self.counts["tokens_real"] += int(attention_mask.sum())
+    def _count_forwarded(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._not_counting:
+            return
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        self.counts["tokens_forwarded"] += ids.numel()
+        self.counts["tokens_real"] += int(mask.sum())
         if torch.is_grad_enabled():
-            self.counts["rows_trained"] += len(input_ids)
-
-    def _count_forwarded(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        if not self._generating:
-            self.counts["tokens_forwarded"] += inputs[0].numel()
+            self.counts["rows_trained"] += len(ids)

@@ -17,6 +17,10 @@ from .measure import Accuracy, evaluate_policy
 from .task import Problem, build_tokenizer, demonstration, held_out_problems, training_problems
 
 
+#: Share of the demonstrations over which the longest chain grows to its final length.
+RAMP_FRACTION = 0.4
+
+
 @dataclass(frozen=True)
 class PolicySettings:
     """
@@ -64,28 +68,27 @@ def build_policy(settings: PolicySettings, tokenizer: Any) -> Qwen3ForCausalLM:
 
 
 class DemonstrationDataset(Dataset):
-    """Tokenised demonstrations. Rows of one batch have like lengths, so that little of the work is padding."""
+    """
+    Tokenised demonstrations, short chains first: the longest chain shown grows over the first 40 % of the rows.
+
+    Without that ramp the same number of steps on 2 to 7 terms was seen to end near 10 % instead of 70 %.
+    """
 
     def __init__(self, settings: PolicySettings, tokenizer: Any, excluded: Sequence[Problem]) -> None:
         vocabulary, rng = tokenizer.get_vocab(), random.Random(settings.seed + 1)
-        source = training_problems(settings.seed + 2, excluded, settings.sft_min_terms, settings.sft_max_terms)
+        shortest, longest = settings.sft_min_terms, settings.sft_max_terms
+        sources = {
+            terms: training_problems(settings.seed + 2 + terms, excluded, shortest, terms)
+            for terms in range(shortest, longest + 1)
+        }
+        count = settings.sft_steps * settings.sft_batch_size
         self.rows = []
-        for _ in range(settings.sft_steps * settings.sft_batch_size):
-            problem = next(source)
+        for row in range(count):
+            ramp = min(1.0, row / (RAMP_FRACTION * count))
+            problem = next(sources[min(longest, shortest + int(ramp * (longest - shortest + 1)))])
             prompt = [vocabulary[character] for character in problem.prompt]
             reply = [vocabulary[character] for character in demonstration(problem, rng, settings.lazy_fraction)]
             self.rows.append((prompt, [*reply, tokenizer.eos_token_id]))
-        self._put_like_lengths_together(rng, settings.sft_batch_size)
-
-    def _put_like_lengths_together(self, rng: random.Random, batch_size: int, window: int = 16) -> None:
-        # Sort inside windows of 16 batches, then shuffle the batches of the window: random order at large scale,
-        # a third of the padding.
-        span = window * batch_size
-        for start in range(0, len(self.rows), span):
-            block = sorted(self.rows[start : start + span], key=lambda row: len(row[0]) + len(row[1]))
-            batches = [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
-            rng.shuffle(batches)
-            self.rows[start : start + span] = [row for batch in batches for row in batch]
 
     def __len__(self) -> int:
         return len(self.rows)
