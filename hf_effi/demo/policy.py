@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
+from transformers import ProgressCallback, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from .measure import Accuracy, evaluate_policy
 from .task import Problem, build_tokenizer, demonstration, held_out_problems, training_problems
-
 
 #: Share of the demonstrations over which the longest chain grows to its final length.
 RAMP_FRACTION = 0.4
@@ -42,8 +41,8 @@ class PolicySettings:
     sft_learning_rate: float = 3e-3
     sft_warmup_steps: int = 50
     sft_min_terms: int = 2
-    sft_max_terms: int = 6
-    lazy_fraction: float = 0.4
+    sft_max_terms: int = 7
+    lazy_fraction: float = 0.45
     seed: int = 0
 
 
@@ -109,6 +108,13 @@ class DemonstrationDataset(Dataset):
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+class _OnlyProgress(ProgressCallback):
+    """The Trainer's bar without the dictionary that it writes between and after."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def fine_tune(settings: PolicySettings, output_dir: Path, show_progress: bool = True) -> None:
     """Train the policy on demonstrations with a plain `Trainer` and save model and tokenizer to `output_dir`."""
     tokenizer = build_tokenizer()
@@ -134,7 +140,11 @@ def fine_tune(settings: PolicySettings, output_dir: Path, show_progress: bool = 
         disable_tqdm=not show_progress,
     )
     policy = build_policy(settings, tokenizer)
-    Trainer(policy, arguments, data_collator=DemonstrationDataset.collate, train_dataset=dataset).train()
+    trainer = Trainer(policy, arguments, data_collator=DemonstrationDataset.collate, train_dataset=dataset)
+    if show_progress:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_OnlyProgress)
+    trainer.train()
     policy.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 

@@ -52,7 +52,9 @@ class DemoSettings:
 
     def quick(self) -> DemoSettings:
         """Return the smoke-test variant: every part runs, nothing is learned, a minute in all."""
-        policy = replace(self.policy, hidden_size=32, num_layers=1, intermediate_size=64, sft_steps=30)
+        policy = replace(
+            self.policy, hidden_size=48, num_layers=2, intermediate_size=96, sft_max_terms=3, sft_steps=150
+        )
         return replace(
             self,
             steps=4,
@@ -96,9 +98,11 @@ def grpo_arguments(settings: DemoSettings, seed: int, output_dir: str) -> dict[s
     }
 
 
-def build_trainer(arm: Arm, settings: DemoSettings, checkpoint: Path, dataset: Dataset, seed: int) -> GRPOTrainer:
+def build_trainer(
+    arm: Arm, settings: DemoSettings, checkpoint: Path, dataset: Dataset, seed: int, runs: Path
+) -> GRPOTrainer:
     """Return the arm's trainer on a fresh copy of the checkpoint."""
-    arguments = grpo_arguments(settings, seed, str(checkpoint.parent / "runs" / arm.key))
+    arguments = grpo_arguments(settings, seed, str(runs / arm.key))
     if arm.options is None:
         trainer_class, config = GRPOTrainer, GRPOConfig(**arguments)
     else:
@@ -169,6 +173,7 @@ def run_arms(
     seed: int,
     keep_policy_of: str | None = None,
     on_step: Callable[[str, int], None] = lambda arm, step: None,
+    output_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """
     Train each arm for `settings.steps` steps, one step of each in turn.
@@ -177,12 +182,14 @@ def run_arms(
     not depend on the alternation.
 
     Args:
-        keep_policy_of (`str`, *optional*): Arm whose trained policy is saved to `checkpoint.parent / "model"`.
+        keep_policy_of (`str`, *optional*): Arm whose trained policy is saved to `output_dir / "model"`.
         on_step (`Callable`): Called with (arm key, its finished steps) after each turn.
+        output_dir (`Path`, *optional*): Defaults to the folder that holds `checkpoint`.
 
     Returns:
         `list[dict]`: One record an arm: curve, seconds by phase, rows, tokens. Plain JSON values.
     """
+    folder = checkpoint.parent if output_dir is None else output_dir
     problems = itertools.islice(
         training_problems(10_000 + seed, held_out, settings.min_terms, settings.max_terms), settings.train_prompts
     )
@@ -190,7 +197,7 @@ def run_arms(
 
     def train(arm: Arm) -> Callable[[Job], dict[str, Any]]:
         def run(job: Job) -> dict[str, Any]:
-            trainer = build_trainer(arm, settings, checkpoint, dataset, seed)
+            trainer = build_trainer(arm, settings, checkpoint, dataset, seed, folder / "cache" / "runs")
             tokenizer, instrument = trainer.processing_class, Instrument(trainer)
 
             def evaluate(step: int) -> Accuracy:
@@ -201,8 +208,8 @@ def run_arms(
             job.pause()
             trainer.train()
             if arm.key == keep_policy_of:
-                trainer.model.save_pretrained(checkpoint.parent / "model")
-                tokenizer.save_pretrained(checkpoint.parent / "model")
+                trainer.model.save_pretrained(folder / "model")
+                tokenizer.save_pretrained(folder / "model")
             return _record(arm, seed, start, recorder)
 
         return run
