@@ -22,12 +22,12 @@ _PUBLIC = {
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
-if TYPE_CHECKING:
-    from .callbacks.lr_schedule import LRScheduleCallback
-    from .functional.schedules import wsd
-    from .methods import METHODS, Method
-    from .trainers.grpo import EffiGRPOTrainer
-    from .trainers.grpo_config import EffiGRPOConfig
+if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
+    from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
+    from .functional.schedules import wsd  # noqa: F401
+    from .methods import METHODS, Method  # noqa: F401
+    from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
+    from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:
