@@ -18,7 +18,9 @@ def tree_of(path: Path) -> ast.Module:
 
 def python_files(*folders: str) -> list[Path]:
     """Return the `.py` files below these folders of the repository, sorted; a folder that is absent has none."""
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
+    return sorted(
+        path for folder in folders for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts
+    )
 
 
 def shown(path: Path) -> str:

@@ -224,12 +224,18 @@ def test_an_upward_arrow_is_named_with_its_line(monkeypatch):
     path = PACKAGE / "callbacks" / "bad.py"
     monkeypatch.setattr(sys.modules[__name__], "FILES", [path])
     monkeypatch.setattr(
-        sys.modules[__name__], "tree_of", lambda path: ast.parse("import torch\nfrom ..trainers.grpo import EffiGRPOTrainer")
+        sys.modules[__name__],
+        "tree_of",
+        lambda path: ast.parse("import torch\nfrom ..trainers.grpo import EffiGRPOTrainer"),
     )
-    with pytest.raises(AssertionError, match=r"hf_effi/callbacks/bad.py:2: callbacks \(floor 2\) -> trainers \(floor 3\)"):
+    with pytest.raises(
+        AssertionError, match=r"hf_effi/callbacks/bad.py:2: callbacks \(floor 2\) -> trainers \(floor 3\)"
+    ):
         test_no_arrow_runs_upwards()
     with pytest.raises(AssertionError, match="bad.py:2"):
         monkeypatch.setattr(
-            sys.modules[__name__], "tree_of", lambda path: ast.parse("import torch\nfrom hf_effi import EffiGRPOTrainer")
+            sys.modules[__name__],
+            "tree_of",
+            lambda path: ast.parse("import torch\nfrom hf_effi import EffiGRPOTrainer"),
         )
         test_no_arrow_runs_upwards()

@@ -7,9 +7,27 @@ import re
 from tests.contract._sources import ROOT, committed_files
 
 # Written so that this file does not contain what it looks for.
-MACHINE_PATHS = re.compile(r"(?<![\w.])/(?:" + "|".join(["wo" + "rk", "ho" + "me", "ro" + "ot", "Us" + "ers"]) + r")/\w")
+MACHINE_PATHS = re.compile(
+    r"(?<![\w.])/(?:" + "|".join(["wo" + "rk", "ho" + "me", "ro" + "ot", "Us" + "ers"]) + r")/[\w.]"
+)
 NOTES = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3]) + r")\b")
-TEXT = {".py", ".md", ".cfg", ".toml", ".txt", ".yaml", ".yml", ".json", ".jinja", ".css", ".html", ".cff", ".sh", ".in", ""}
+TEXT = {
+    ".py",
+    ".md",
+    ".cfg",
+    ".toml",
+    ".txt",
+    ".yaml",
+    ".yml",
+    ".json",
+    ".jinja",
+    ".css",
+    ".html",
+    ".cff",
+    ".sh",
+    ".in",
+    "",
+}
 
 
 def findings(pattern: re.Pattern[str], text: str, name: str) -> list[str]:
@@ -44,7 +62,7 @@ def test_the_patterns_find_what_they_should():
         assert findings(MACHINE_PATHS, path, "f") == [f"f:1: {path}"]
     for fine in ("the work/life of", "frame.work/x", "https://host/work/", f"a{slash}work{slash}x"):
         assert not findings(MACHINE_PATHS, fine, "f")
-    assert findings(NOTES, "x = 1  # TO" "DO later", "f")
+    assert findings(NOTES, "x = 1  # TODO later", "f")
     assert not findings(NOTES, "todos; method", "f")
 
 

@@ -12,7 +12,17 @@ import pytest
 from tests.contract._sources import PACKAGE, ROOT
 from tests.helpers.distributed import child_environment
 
-HEAVY = ("trl", "triton", "transformers", "accelerate", "peft", "datasets", "liger_kernel", "bitsandbytes", "matplotlib")
+HEAVY = (
+    "trl",
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "liger_kernel",
+    "bitsandbytes",
+    "matplotlib",
+)
 
 
 @functools.cache
