@@ -8,7 +8,7 @@ from tests.contract._sources import ROOT, committed_files
 
 # Written so that this file does not contain what it looks for.
 MACHINE_PATHS = re.compile(
-    r"(?<![\w.])/(?:" + "|".join(["wo" + "rk", "ho" + "me", "ro" + "ot", "Us" + "ers"]) + r")/\w"
+    r"(?<![\w.])/(?:" + "|".join(["wo" + "rk", "ho" + "me", "ro" + "ot", "Us" + "ers"]) + r")/[\w.]"
 )
 NOTES = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3]) + r")\b")
 TEXT = {

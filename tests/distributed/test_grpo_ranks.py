@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from hf_effi.trainers.grpo import EffiGRPOTrainer
+from hf_effi.trainers.grpo_config import EffiGRPOConfig
 from tests.helpers import (
     TableReward,
     assert_bitwise_equal,
@@ -17,10 +21,6 @@ from tests.helpers import (
     run_grpo,
     weights_of,
 )
-from trl import GRPOConfig, GRPOTrainer
-
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
 
 TABLE = [[0.0] * 4, [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0] * 4]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tests.helpers import binary_hash_reward, grpo_args, prompt_dataset, run_grpo, tiny_gpt2
 
 from hf_effi.trainers._rewards import RewardError
 from hf_effi.trainers.grpo import EffiGRPOTrainer
 from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from tests.helpers import binary_hash_reward, grpo_args, prompt_dataset, run_grpo, tiny_gpt2
 
 
 def config(tmp_path: Path, **over: Any) -> EffiGRPOConfig:

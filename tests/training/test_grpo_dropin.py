@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from hf_effi.trainers.grpo import EffiGRPOTrainer
+from hf_effi.trainers.grpo_config import EffiGRPOConfig
 from tests.helpers import (
     assert_bitwise_equal,
     binary_hash_reward,
@@ -19,11 +24,6 @@ from tests.helpers import (
     tiny_qwen3,
     tiny_tokenizer,
 )
-from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
 
 
 def train(cls: type, tmp_path: Path, **over: Any) -> Any:

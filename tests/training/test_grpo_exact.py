@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from hf_effi.trainers.grpo import EffiGRPOTrainer
+from hf_effi.trainers.grpo_config import EffiGRPOConfig
 from tests.helpers import (
     assert_bitwise_equal,
     binary_hash_reward,
@@ -19,10 +23,6 @@ from tests.helpers import (
     tiny_qwen3,
     tiny_tokenizer,
 )
-from trl import GRPOConfig, GRPOTrainer
-
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 #: Aligned; reused generations (old log-probs); one generation over two optimizer steps.

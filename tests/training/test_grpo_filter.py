@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import TableReward, assert_bitwise_equal, binary_hash_reward, grpo_args, prompt_dataset, run_grpo
 
 from hf_effi.trainers.grpo import EffiGRPOTrainer
 from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from tests.helpers import TableReward, assert_bitwise_equal, binary_hash_reward, grpo_args, prompt_dataset, run_grpo
 
 GROUP = 4
 DEAD, EASY, HARD, MIXED = [0.0] * 4, [1.0] * 4, [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]

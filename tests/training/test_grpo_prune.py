@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import assert_bitwise_equal, binary_hash_reward, grpo_args, prompt_dataset, run_grpo
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_effi.functional.rollouts import AdvantagePruner
 from hf_effi.trainers.grpo import EffiGRPOTrainer
 from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from tests.helpers import assert_bitwise_equal, binary_hash_reward, grpo_args, prompt_dataset, run_grpo
 from tests.training.test_grpo_filter import Spy, metric
 
 GROUP = 4

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trl import GRPOConfig, GRPOTrainer
+
+from hf_effi.trainers.grpo import EffiGRPOTrainer
+from hf_effi.trainers.grpo_config import EffiGRPOConfig
 from tests.helpers import (
     assert_bitwise_equal,
     compare_runs,
@@ -18,10 +22,6 @@ from tests.helpers import (
     run_grpo,
     run_in_child,
 )
-from trl import GRPOConfig, GRPOTrainer
-
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
 
 CASES = {
     "plain": {"gradient_accumulation_steps": 2},
