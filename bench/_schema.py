@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_effi.report.record import check_record, headline, make_record
-
-__all__ = [
-    "RESULTS",
-    "ROOT",
-    "check_record",
-    "command_line",
-    "headline",
-    "load_results",
-    "make_record",
-    "write_result",
-]
+from hf_effi.report import record
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -30,11 +19,33 @@ def command_line(module: str) -> str:
     return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
-def write_result(result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Check a result against the schema, write it to `<folder>/<bench>.json`, and return the path."""
-    check_record(result, f"{result.get('bench', 'result')}.json")
+def headline(name: str, value: float | None, goal: str | None = None, met: bool | None = None) -> dict[str, Any]:
+    """
+    Return one named figure. `met` follows from value and goal; where it is given too, the two must agree.
+
+    Raises:
+        ValueError: `met` disagrees with value and goal.
+    """
+    figure = record.headline(name, value, goal)
+    if met is not None and bool(met) != figure["met"]:
+        raise ValueError(f"{name}: met={met} disagrees with value {value} and goal {goal!r}.")
+    return figure
+
+
+def write_result(
+    bench: str,
+    *,
+    command: str,
+    seeds: Sequence[int],
+    headline: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    folder: Path = RESULTS,
+) -> Path:
+    """Stamp a result with commit, date, machine and versions, check it, and write `<folder>/<bench>.json`."""
+    result = record.make_record(bench, command, seeds, headline, rows)
+    record.check_record(result, f"{bench}.json")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['bench']}.json"
+    path = folder / f"{bench}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -52,6 +63,6 @@ def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
             result = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name}: not JSON ({error}).") from None
-        check_record(result, path.name)
+        record.check_record(result, path.name)
         results[path.stem] = result
     return results

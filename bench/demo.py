@@ -30,12 +30,14 @@ def main() -> int:
     from hf_effi.demo.command import run_demo
     from hf_effi.demo.run import DemoSettings
     from hf_effi.demo.table import render_table
+    from hf_effi.report.comparison import summarize
 
     settings = DemoSettings() if args.steps is None else replace(DemoSettings(), steps=args.steps)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     result = run_demo(args.cache, settings, seeds, ARMS, command_line("bench.demo"))
-    print(render_table(result["summary"]["arms"]))
-    print(write_result(result))
+    print(render_table(summarize(result["rows"])))
+    keys = ("command", "seeds", "headline", "rows")
+    print(write_result("demo", **{key: result[key] for key in keys}))
     return 0
 
 

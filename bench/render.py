@@ -42,8 +42,9 @@ def headline_table(result: Mapping[str, Any]) -> str:
 def arms_table(result: Mapping[str, Any]) -> str:
     """Return the comparison of the demo's arms: medians over the seeds."""
     from hf_effi.demo.table import table_cells
+    from hf_effi.report.comparison import summarize
 
-    return markdown_table(*table_cells(result["summary"]["arms"])) + "\n\n" + provenance(result)
+    return markdown_table(*table_cells(summarize(result["rows"]))) + "\n\n" + provenance(result)
 
 
 def provenance(result: Mapping[str, Any]) -> str:

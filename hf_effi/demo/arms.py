@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-BASELINE = "stock"
+from ..report.comparison import BASELINE
 
 
 @dataclass(frozen=True)

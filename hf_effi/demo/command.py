@@ -17,13 +17,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..report.card import markdown_table, write_card
+from ..report.comparison import summarize
 from ..report.page import write_page
 from ..report.record import headline, make_record
 from .arms import BASELINE, Arm, choose_arms
 from .measure import Accuracy
 from .policy import prepare_policy
 from .run import DemoSettings, grpo_arguments, run_arms
-from .summary import mean_curve, summarize
 from .table import render_table, table_cells
 from .task import held_out_problems
 
@@ -76,7 +76,7 @@ def run_demo(
     A seed whose records are already in `output_dir / "cache"` for the same settings and arms is not run again.
 
     Returns:
-        `dict`: The result, in the schema of `hf_effi.report.record` with `settings` and `summary` beside it.
+        `dict`: The result, in the schema of `hf_effi.report.record`.
     """
     arms = choose_arms() if arms is None else tuple(arms)
     # One thread: two threads on two busy cores were seen 40 times slower, and CPU seconds would mean nothing.
@@ -95,7 +95,7 @@ def run_demo(
         records = []
         for seed in seeds:
             records += _records_of_seed(arms, settings, checkpoint, start, held_out, seed, output_dir, show_progress)
-    result = build_result(records, settings, start, arms, seeds, command)
+    result = build_result(records, settings, arms, seeds, command)
     (output_dir / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_page(result, output_dir / "report.html")
     write_model_card(result, settings, arms, output_dir)
@@ -150,26 +150,11 @@ def _options(arm: Arm) -> dict[str, Any] | None:
 
 
 def build_result(
-    records: Sequence[dict[str, Any]],
-    settings: DemoSettings,
-    start: Accuracy,
-    arms: Sequence[Arm],
-    seeds: Sequence[int],
-    command: str,
+    records: Sequence[dict[str, Any]], settings: DemoSettings, arms: Sequence[Arm], seeds: Sequence[int], command: str
 ) -> dict[str, Any]:
-    """Return the result file: headline figures, one row a (seed, arm), and the summary over seeds."""
-    summary = summarize(records)
-    held_out = settings.held_out_per_length * (settings.max_terms - settings.min_terms + 1)
-    result = make_record("demo", command, seeds, headlines(summary, pick_result_arm(arms)), records)
-    return result | {
-        "settings": {**asdict(settings), "held_out": held_out},
-        "start": asdict(start),
-        "summary": {
-            "arms": summary,
-            "curves": {arm: mean_curve(records, arm) for arm in summary},
-            "options": {arm.key: _options(arm) for arm in arms},
-        },
-    }
+    """Return the result file: headline figures, and one row a (seed, arm) that carries the shared settings too."""
+    rows = [{**record, "settings": asdict(settings)} for record in records]
+    return make_record("demo", command, seeds, headlines(summarize(records), pick_result_arm(arms)), rows)
 
 
 def headlines(summary: dict[str, dict[str, Any]], ours: str) -> list[dict[str, Any]]:
@@ -196,7 +181,8 @@ def headlines(summary: dict[str, dict[str, Any]], ours: str) -> list[dict[str, A
 def write_model_card(result: dict[str, Any], settings: DemoSettings, arms: Sequence[Arm], output_dir: Path) -> Path:
     """Write the card of the kept policy: exact arguments, the measured table, the command."""
     ours = next(arm for arm in arms if arm.key == pick_result_arm(arms))
-    row = result["summary"]["arms"][ours.key]
+    summary, start = summarize(result["rows"]), result["rows"][0]["curve"][0]
+    row = summary[ours.key]
     seed = result["seeds"][-1]
     trainer = "GRPOTrainer" if ours.options is None else "EffiGRPOTrainer"
     recipe = {"trainer": trainer, "arguments": {**grpo_arguments(settings, seed, "out"), **(_options(ours) or {})}}
@@ -210,13 +196,13 @@ def write_model_card(result: dict[str, Any], settings: DemoSettings, arms: Seque
         ),
         tags=["trl", "grpo", "hf_effi", "demo"],
         arguments=recipe,
-        table=markdown_table(*table_cells(result["summary"]["arms"])),
+        table=markdown_table(*table_cells(summary)),
         command=result["command"],
         versions=result["versions"],
         notes=[
             f"Seeds: {', '.join(map(str, result['seeds']))}; this policy is that of seed {seed}. "
-            f"Before GRPO: {100 * result['start']['sampled']:.1f} % sampled, "
-            f"{100 * result['start']['greedy']:.1f} % greedy.",
+            f"Before GRPO: {100 * start['sampled']:.1f} % sampled, "
+            f"{100 * start['greedy']:.1f} % greedy.",
             "The control keeps the same number of rows, chosen at random.",
         ],
         metrics={"held-out sampled accuracy": row["sampled"], "held-out greedy accuracy": row["greedy"]},
@@ -235,10 +221,11 @@ def main(output_dir: str, seeds: Sequence[int], steps: int | None, arms: Sequenc
     command += ["--quick"] if quick else []
     began, folder = time.perf_counter(), Path(output_dir)
     result = run_demo(folder, settings, seeds, chosen, shlex.join(command))
-    print("\n" + render_table(result["summary"]["arms"]))
+    print("\n" + render_table(summarize(result["rows"])))
+    start = result["rows"][0]["curve"][0]
     low, high = USABLE_SAMPLED_ACCURACY
-    if not quick and not low <= result["start"]["sampled"] <= high:
-        print(f"Note: the start, {100 * result['start']['sampled']:.1f} %, lies outside {low:.0%} to {high:.0%}.")
+    if not quick and not low <= start["sampled"] <= high:
+        print(f"Note: the start, {100 * start['sampled']:.1f} %, lies outside {low:.0%} to {high:.0%}.")
     for item in [] if quick else result["headline"]:
         if item["goal"] is not None:
             value = "not reached" if item["value"] is None else f"{item['value']:.3g}"

@@ -18,6 +18,8 @@ from .task import Problem, build_tokenizer, demonstration, held_out_problems, tr
 
 #: Share of the demonstrations over which the longest chain grows to its final length.
 RAMP_FRACTION = 0.4
+#: Share of the demonstrations that are all worked solutions. Guessing is learned in a few steps; adding is not.
+LAZY_AFTER_FRACTION = 0.65
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class PolicySettings:
     Size of the policy and how it is fine-tuned before GRPO.
 
     Args:
-        lazy_fraction (`float`): Share of demonstrations that are a lazy guess. GRPO then has a strategy to unlearn.
+        lazy_fraction (`float`): Share of lazy guesses among the last third of the demonstrations. GRPO then has a
+            strategy to unlearn.
         sft_min_terms, sft_max_terms (`int`): Chain lengths shown. GRPO asks for longer ones too, which the policy
             half knows: groups that are all wrong, as real data has.
     """
@@ -36,13 +39,13 @@ class PolicySettings:
     num_heads: int = 4
     num_kv_heads: int = 2
     intermediate_size: int = 256
-    sft_steps: int = 900
+    sft_steps: int = 1000
     sft_batch_size: int = 64
     sft_learning_rate: float = 3e-3
     sft_warmup_steps: int = 50
     sft_min_terms: int = 2
-    sft_max_terms: int = 7
-    lazy_fraction: float = 0.45
+    sft_max_terms: int = 6
+    lazy_fraction: float = 0.5
     seed: int = 0
 
 
@@ -86,7 +89,8 @@ class DemonstrationDataset(Dataset):
             ramp = min(1.0, row / (RAMP_FRACTION * count))
             problem = next(sources[min(longest, shortest + int(ramp * (longest - shortest + 1)))])
             prompt = [vocabulary[character] for character in problem.prompt]
-            reply = [vocabulary[character] for character in demonstration(problem, rng, settings.lazy_fraction)]
+            lazy_fraction = settings.lazy_fraction if row >= LAZY_AFTER_FRACTION * count else 0.0
+            reply = [vocabulary[character] for character in demonstration(problem, rng, lazy_fraction)]
             self.rows.append((prompt, [*reply, tokenizer.eos_token_id]))
 
     def __len__(self) -> int:

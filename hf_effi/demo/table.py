@@ -31,21 +31,21 @@ def _dropped(row: Row) -> str:
     return ", ".join(f"{count:,.0f} {reason.replace('_', ' ')}" for reason, count in row["rows"]["dropped"].items())
 
 
-#: Section title or (label, cell). The labels are what README and page call these figures too.
-LINES: tuple[str | tuple[str, Callable[[Row], str]], ...] = (
-    "Held-out accuracy at the end (95 % interval over the problems)",
+#: (section title, what Markdown puts before its labels), or (label, cell).
+LINES: tuple[tuple[str, str | Callable[[Row], str]], ...] = (
+    ("Held-out accuracy at the end (95 % interval over the problems)", "held-out accuracy, "),
     ("sampled", lambda row: f"{as_percent(row['sampled'])} ± {100 * row['sampled_ci']:.1f}"),
     ("greedy", lambda row: f"{as_percent(row['greedy'])} ± {100 * row['greedy_ci']:.1f}"),
-    "Sampled accuracy against the baseline (smoothed curves)",
+    ("Sampled accuracy against the baseline (smoothed curves)", "gain in sampled accuracy "),
     ("at equal prompts", _gain("prompts")),
     ("at equal optimizer steps", _gain("steps")),
     ("at equal CPU time", _gain("cpu_seconds")),
     ("at equal wall-clock", _gain("wall_seconds")),
-    "How much sooner the baseline's final sampled accuracy is reached",
+    ("How much sooner the baseline's final sampled accuracy is reached", "speed-up to the baseline's accuracy "),
     ("in CPU time", _to_target("cpu_seconds")),
     ("in wall-clock", _to_target("wall_seconds")),
     ("in completions generated", _to_target("rows_generated")),
-    "CPU seconds of the run",
+    ("CPU seconds of the run", "CPU time, "),
     ("generation", _share("generation")),
     ("reward", _share("reward")),
     ("log-probs", _share("logprobs")),
@@ -53,7 +53,7 @@ LINES: tuple[str | tuple[str, Callable[[Row], str]], ...] = (
     ("other", _share("other")),
     ("in all", _seconds),
     ("step speed-up", lambda row: as_times(row["step_speedup"])),
-    "Work",
+    ("Work", ""),
     ("completions generated", lambda row: f"{row['rows']['generated']:,.0f}"),
     ("completions trained on", lambda row: f"{row['rows']['trained']:,.0f}"),
     ("dropped, and why", _dropped),
@@ -64,7 +64,7 @@ LINES: tuple[str | tuple[str, Callable[[Row], str]], ...] = (
 
 def render_table(rows: Mapping[str, Row], width: int = 108) -> str:
     """Return the comparison as text for a terminal: measures down, arms across, long cells wrapped."""
-    label = max(len(line[0]) for line in LINES if not isinstance(line, str)) + 2
+    label = max(len(line[0]) for line in LINES if not isinstance(line[1], str)) + 2
     cell = max(14, (width - label) // len(rows) - 2)
 
     def block(first: str, cells: list[str]) -> list[str]:
@@ -78,15 +78,20 @@ def render_table(rows: Mapping[str, Row], width: int = 108) -> str:
 
     rule = "─" * (label + (cell + 2) * len(rows))
     out = [rule, *block("", [row["title"] for row in rows.values()]), rule]
-    for line in LINES:
-        if isinstance(line, str):
-            out += ["", line]
+    for text, cell_of in LINES:
+        if isinstance(cell_of, str):
+            out += ["", text]
         else:
-            out += block("  " + line[0], [line[1](row) for row in rows.values()])
+            out += block("  " + text, [cell_of(row) for row in rows.values()])
     return "\n".join([*out, rule])
 
 
 def table_cells(rows: Mapping[str, Row]) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows) of the same table, for Markdown."""
-    body = [[line[0], *(line[1](row) for row in rows.values())] for line in LINES if not isinstance(line, str)]
+    body, prefix = [], ""
+    for label, cell in LINES:
+        if isinstance(cell, str):
+            prefix = cell
+        else:
+            body.append([prefix + label, *(cell(row) for row in rows.values())])
     return ["", *(row["title"] for row in rows.values())], body

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._compat import require
+from .comparison import mean_curve, summarize
 from .plots import draw_curves, draw_stacked_bars
 
 TEMPLATE = "report.html.jinja"
@@ -39,10 +40,10 @@ def speedup(ratio: float | None) -> float | None:
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the page's figures by name, as inline SVG, from `result["summary"]`."""
-    rows = result["summary"]["arms"]
+    """Return the page's figures by name, as inline SVG, from the rows of a result."""
+    rows = summarize(result["rows"])
     titles = {arm: row["title"] for arm, row in rows.items()}
-    curves = {titles[arm]: points for arm, points in result["summary"]["curves"].items()}
+    curves = {titles[arm]: mean_curve(result["rows"], arm) for arm in rows}
     return {
         "steps": draw_curves(curves, "step", "optimizer steps", "sampled", "a"),
         "cpu": draw_curves(curves, "cpu_seconds", "CPU seconds of one thread", "sampled", "b"),
@@ -76,7 +77,7 @@ def _dropped_words(dropped: Mapping[str, float]) -> dict[str, float]:
 
 def render_page(result: Mapping[str, Any]) -> str:
     """
-    Return the page for a demo result: the schema of `hf_effi.report.record`, with `settings` and `summary` beside it.
+    Return the page for a demo result: the schema of `hf_effi.report.record`, rows as the demo writes them.
 
     Raises:
         ImportError: matplotlib or jinja2 is missing; the message names the extra.
@@ -85,7 +86,14 @@ def render_page(result: Mapping[str, Any]) -> str:
     source = resources.files("hf_effi.report").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": as_percent, "times": as_times, "speedup": speedup}
-    return environment.from_string(source).render(result=result, arms=result["summary"]["arms"], svg=figures(result))
+    rows = result["rows"]
+    return environment.from_string(source).render(
+        result=result,
+        settings=rows[0]["settings"],
+        arms=summarize(rows),
+        options={row["arm"]: row["options"] for row in rows},
+        svg=figures(result),
+    )
 
 
 def write_page(result: Mapping[str, Any], path: Path) -> Path:
