@@ -12,6 +12,7 @@ from ..functional.schedules import (
     Schedule,
     ScheduleError,
     ScheduleMismatchError,
+    apply_momentum,
     apply_multiplier,
     reconcile,
     same_schedule,
@@ -128,7 +129,7 @@ class LRScheduleCallback(TrainerCallback):
         scheduler = kwargs.get("lr_scheduler")
         check_scheduler(scheduler)
         check_arguments(args)
-        bound = self.built if self.built.needs_counter else self.built.bind(state.max_steps)
+        bound = self.built.bind(state.max_steps)
         stored = state.stateful_callbacks.get(STATE_KEY) if state.global_step > 0 else None
         self._decay_asked_at = None
         self.current = bound
@@ -143,6 +144,8 @@ class LRScheduleCallback(TrainerCallback):
         self._learning_rate = args.learning_rate
         self._scheduler, self._state = scheduler, state
         check_reference(self.current, scheduler)
+        # Momentum and token counters move with every update; an LR alone is kept by the scheduler.
+        self._tracks_state = self.counter is not None or hasattr(self.current, "momentum")
         # Plain closures: LambdaLR pickles the attributes of callable objects and would overwrite ours on load.
         scheduler.lr_lambdas = [lambda step: self.multiplier(step)] * len(scheduler.base_lrs)
         self._apply()
@@ -150,6 +153,8 @@ class LRScheduleCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        if self._tracks_state:
+            self._apply()
         if self._decay_asked_at is not None and self.stop_when_decayed:
             end = self.current.last_step
             if end is not None and self._scheduler.last_epoch >= end:
@@ -182,6 +187,8 @@ class LRScheduleCallback(TrainerCallback):
             self.current = reconcile(current, bound, self.on_mismatch, step=step, allow_lr_jump=self.allow_lr_jump)
             if self.on_mismatch == "new":
                 self._decay_asked_at = None
+        if stored.get("counter") is not None and hasattr(self.counter, "load_state_dict"):
+            self.counter.load_state_dict(stored["counter"])
         old = stored["learning_rate"]
         if args.learning_rate != old:
             if self.on_mismatch == "error":
@@ -194,12 +201,15 @@ class LRScheduleCallback(TrainerCallback):
 
     def _apply(self) -> None:
         """Write the LR of the next update into the optimizer, and the schedule into the state that gets saved."""
-        apply_multiplier(self._scheduler, self.multiplier(self._scheduler.last_epoch))
+        step = self._scheduler.last_epoch
+        apply_multiplier(self._scheduler, self.multiplier(step))
+        apply_momentum(self._scheduler.optimizer, self.current, step)
         self._state.stateful_callbacks[STATE_KEY] = {
             "built": self._built_now.spec(),
             "current": self.current.spec(),
             "decay_asked_at": self._decay_asked_at,
             "learning_rate": self._learning_rate,
+            "counter": self.counter.state_dict() if hasattr(self.counter, "state_dict") else None,
         }
 
 

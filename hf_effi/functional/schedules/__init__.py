@@ -10,10 +10,15 @@ from .base import (
     same_schedule,
 )
 from .closed_forms import constant, cosine, cosine_power, damped_cosine, inverse_sqrt, linear, rex, uba
+from .compose import TokenCounter, join, scale, token_indexed
+from .continual import infinite, power, power_lr, rewarm_redecay
+from .cyclic import one_cycle, slow_start_fast_decay, table, triangular
 from .gallery import gallery
+from .param_groups import layerwise_param_groups
+from .refined import median_smooth, refined_by_gradient_norm
 from .shapes import SHAPES, decay, half_life
 from .stable_decay import wsd, wsd_s, wsdc
-from .torch_lr import ScheduleLR, apply_multiplier, to_lambda_lr
+from .torch_lr import ScheduleLR, apply_momentum, apply_multiplier, to_lambda_lr
 
 __all__ = [
     "SHAPES",
@@ -22,6 +27,8 @@ __all__ = [
     "ScheduleError",
     "ScheduleLR",
     "ScheduleMismatchError",
+    "TokenCounter",
+    "apply_momentum",
     "apply_multiplier",
     "constant",
     "cosine",
@@ -32,13 +39,27 @@ __all__ = [
     "describe_difference",
     "gallery",
     "half_life",
+    "infinite",
     "inverse_sqrt",
+    "join",
+    "layerwise_param_groups",
     "linear",
     "make_schedule",
+    "median_smooth",
+    "one_cycle",
+    "power",
+    "power_lr",
     "reconcile",
+    "refined_by_gradient_norm",
+    "rewarm_redecay",
     "rex",
     "same_schedule",
+    "scale",
+    "slow_start_fast_decay",
+    "table",
     "to_lambda_lr",
+    "token_indexed",
+    "triangular",
     "uba",
     "wsd",
     "wsd_s",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from ._checks import ScheduleError
 from .base import OnMismatch, Schedule, reconcile, same_schedule
 
 
@@ -33,11 +34,18 @@ class ScheduleLR(LambdaLR):
         self.on_mismatch = on_mismatch
         self.allow_lr_jump = allow_lr_jump
         super().__init__(optimizer, lambda step: self.schedule(step))
+        apply_momentum(optimizer, schedule, self.last_epoch)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go on to the next update."""
+        super().step(epoch)
+        apply_momentum(self.optimizer, self.schedule, self.last_epoch)
 
     def follow(self, schedule: Schedule) -> None:
         """Follow another schedule from the next update on."""
         self.schedule = schedule
         apply_multiplier(self, schedule(self.last_epoch))
+        apply_momentum(self.optimizer, schedule, self.last_epoch)
 
     def start_decay(self, decay_steps: int | None = None, **kwargs: Any) -> None:
         """Start the decay of a WSD-like schedule with the next update; see `wsd.start_decay`."""
@@ -85,6 +93,28 @@ def apply_multiplier(scheduler: LambdaLR, multiplier: float) -> None:
         else:
             group["lr"] = lr
     scheduler._last_lr = lrs
+
+
+def apply_momentum(optimizer: torch.optim.Optimizer, schedule: Schedule, step: float) -> None:
+    """
+    Write the momentum of a schedule that cycles it ([`one_cycle`]) into every param group.
+
+    Raises:
+        ScheduleError: a group has neither `momentum` nor `betas`.
+    """
+    momentum = schedule.momentum(step) if hasattr(schedule, "momentum") else None
+    if momentum is None:
+        return
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+        elif "momentum" in group:
+            group["momentum"] = momentum
+        else:
+            raise ScheduleError(
+                f"{type(optimizer).__name__} has neither momentum nor betas to cycle. Pass momentum_low=None and "
+                "momentum_high=None to the schedule."
+            )
 
 
 def to_lambda_lr(

@@ -1,0 +1,340 @@
+"""Schedules for training that goes on: infinite LR, re-warming per data set, and the power law of tokens seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from ._checks import ScheduleError, check_choice, check_number, check_one_of, check_steps
+from .base import DecayOffset, _Warm, decay_position, round_share
+from .shapes import check_shape, decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class infinite(_Warm):
+    """
+    Infinite LR: warm-up, cooldown to a constant, constant as long as data comes, short anneal for a final model.
+
+    Formula, with c = `constant_ratio`, x = position in the phase: cooldown cosine `c+(1-c)(1+cos(pi x))/2`,
+    inverse-sqrt `1+(c-1)h(x)/h(1)`, `h = 1/sqrt(1+alpha x)-1`, linear `1-(1-c)x`; constant `c`; anneal
+    `c (floor/c)^x`. Phases are given as lengths, here and in the paper's text; its code has absolute ends.
+    Papers: Ibrahim et al., Simple and Scalable Strategies to Continually Pre-train (2403.08763); Beyond Cosine Decay
+    (2503.02844).
+
+    Args:
+        total_steps (`int`, *optional*): Updates of the run, for a planned anneal.
+        cooldown_steps, cooldown_fraction (*optional*): Length of the cooldown; neither: 0.1 of the run.
+        anneal_steps, anneal_fraction (*optional*): Length of the anneal at the end; neither: 0.2 of the run.
+        constant_ratio (`float`, *optional*, defaults to 0.1): Constant LR / peak LR, in (0, 1].
+        floor (`float`, *optional*, defaults to 0.01): Final LR / peak LR, in (0, `constant_ratio`].
+        cooldown (`str`, *optional*, defaults to `"cosine"`): `"cosine"`, `"inverse-sqrt"` or `"linear"`.
+        alpha (`float`, *optional*, defaults to 10.0): Timescale of the inverse-sqrt cooldown, above 0.
+        first_task (`bool`, *optional*, defaults to `True`): `False` starts in the constant phase, for the second and
+            later data sets, resumed from the checkpoint before the anneal.
+        open_ended (`bool`, *optional*, defaults to `False`): No anneal until [`~infinite.start_decay`].
+        anneal_start (`int`, *optional*): Update at which the anneal starts; set by `start_decay`.
+
+    Raises:
+        ScheduleError: `floor` is 0 or above `constant_ratio`, phases that do not fit, a bad value.
+
+    Example:
+    ```python
+    >>> schedule = infinite(1000, warmup_steps=50, cooldown_steps=100, anneal_steps=200)
+    >>> [round(schedule(t), 6) for t in (50, 100, 150, 800, 900, 1000)]
+    [1.0, 0.55, 0.1, 0.1, 0.031623, 0.01]
+    ```
+    """
+
+    floor: float = 0.01
+    cooldown_steps: int | None = None
+    cooldown_fraction: float | None = None
+    anneal_steps: int | None = None
+    anneal_fraction: float | None = None
+    constant_ratio: float = 0.1
+    cooldown: str = "cosine"
+    alpha: float = 10.0
+    first_task: bool = True
+    open_ended: bool = False
+    anneal_start: int | None = None
+
+    def _check(self) -> None:
+        super()._check()
+        check_one_of("cooldown_steps", self.cooldown_steps, "cooldown_fraction", self.cooldown_fraction)
+        check_one_of("anneal_steps", self.anneal_steps, "anneal_fraction", self.anneal_fraction)
+        check_choice("cooldown", self.cooldown, ("cosine", "inverse-sqrt", "linear"))
+        check_number("alpha", self.alpha, 0.0, math.inf, low_open=True)
+        check_number("constant_ratio", self.constant_ratio, 0.0, 1.0, low_open=True)
+        check_number("floor", self.floor, 0.0, self.constant_ratio, low_open=True, fix="The anneal is exponential.")
+        if self.anneal_start is not None:
+            check_steps("anneal_start", self.anneal_start)
+            if self.anneal_steps is None:
+                raise ScheduleError("anneal_start needs anneal_steps. Use start_decay(at=..., decay_steps=...).")
+        elif self.total_steps is not None and not self.open_ended:
+            used = self.constant_from + self.anneal_length
+            if used > self.total_steps:
+                raise ScheduleError(
+                    f"warm-up + cooldown ({self.constant_from}) + anneal ({self.anneal_length}) = {used} updates do "
+                    f"not fit into total_steps={self.total_steps}. Shorten one of them."
+                )
+
+    @property
+    def constant_from(self) -> int:
+        """Update at which the constant phase begins."""
+        if not self.first_task:
+            return 0
+        if self.cooldown_steps is not None:
+            return self.warmup + self.cooldown_steps
+        share = 0.1 if self.cooldown_fraction is None else self.cooldown_fraction
+        return self.warmup + round_share(share, self._total())
+
+    @property
+    def anneal_length(self) -> int:
+        """Length of the anneal in updates."""
+        if self.anneal_steps is not None:
+            return self.anneal_steps
+        share = 0.2 if self.anneal_fraction is None else self.anneal_fraction
+        return round_share(share, self._total())
+
+    @property
+    def anneal_begin(self) -> int | None:
+        """Updates done when the anneal starts, or `None` while none is planned."""
+        if self.anneal_start is not None:
+            return self.anneal_start
+        if self.open_ended or self.total_steps is None:
+            return None
+        return self.total_steps - self.anneal_length
+
+    @property
+    def last_step(self) -> int | None:
+        begin = self.anneal_begin
+        return None if begin is None else begin + self.anneal_length
+
+    def start_decay(self, at: int, decay_steps: int | None = None) -> Self:
+        """
+        Return the schedule that anneals from update `at` on, over `decay_steps` updates (the planned length if `None`).
+
+        Raises:
+            ScheduleError: an anneal began before `at`, or the constant phase is not reached yet.
+        """
+        check_steps("at", at)
+        begin = self.anneal_begin
+        if begin is not None and at > begin:
+            raise ScheduleError(f"at={at} is after the anneal has begun at {begin}. An anneal starts once.")
+        if at < self.constant_from:
+            raise ScheduleError(f"at={at} is before the constant phase, which begins at {self.constant_from}. Wait.")
+        length = self.anneal_length if decay_steps is None else decay_steps
+        return self.replace(anneal_start=at, anneal_steps=length, anneal_fraction=None)
+
+    def _multiplier(self, t: float) -> float:
+        c, begin = self.constant_ratio, self.anneal_begin
+        if begin is not None and t >= begin:
+            x = min(1.0, (t - begin) / self.anneal_length) if self.anneal_length else 0.0
+            return c * (self.floor / c) ** x
+        if self.first_task and t < self.warmup:
+            return self._ramp(t)
+        if t >= self.constant_from:
+            return c
+        x = (t - self.warmup) / (self.constant_from - self.warmup)
+        if self.cooldown == "cosine":
+            return c + (1 - c) * (1 + math.cos(math.pi * x)) / 2
+        if self.cooldown == "linear":
+            return 1 - (1 - c) * x
+        return 1 + (c - 1) * (1 / math.sqrt(1 + self.alpha * x) - 1) / (1 / math.sqrt(1 + self.alpha) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class rewarm_redecay(_Warm):
+    """
+    One linear re-warm-up and one cosine re-decay for each data set of a continual pre-training run.
+
+    Formula, in data set i of T_i updates: `floor + (peak_i - floor)(t+1)/W_i` for the first W_i updates, then
+    `floor + (peak_i - floor)(1+cos(pi (t-W_i)/(T_i-W_i)))/2`.
+    Papers: Gupta et al. (2308.04014); Ibrahim et al. (2403.08763). A larger peak adapts more and forgets more.
+
+    Args:
+        total_steps (`int`, *optional*): Updates over all data sets.
+        data_fractions (`tuple[float, ...]`, *optional*): Share of the run of each data set; they add up to 1.
+        data_steps (`tuple[int, ...]`, *optional*): The same in updates; they add up to the run. Pass one of both.
+        peaks (`tuple[float, ...]`, *optional*): Peak multiplier of each data set, in [floor, 1]; all 1 if `None`.
+        warmup_fraction (`float`, *optional*, defaults to 0.01): Warm-up as a share of each data set; `warmup_steps`
+            instead is the same number of updates for each.
+        floor (`float`, *optional*, defaults to 0.1): Lowest multiplier.
+
+    Example:
+    ```python
+    >>> schedule = rewarm_redecay(8, data_steps=(4, 4), warmup_steps=1, floor=0.1, peaks=(1.0, 0.5))
+    >>> [round(schedule(t), 3) for t in range(9)]
+    [1.0, 1.0, 0.775, 0.325, 0.5, 0.5, 0.4, 0.2, 0.1]
+    ```
+    """
+
+    floor: float = 0.1
+    data_fractions: tuple[float, ...] | None = None
+    data_steps: tuple[int, ...] | None = None
+    peaks: tuple[float, ...] | None = None
+
+    def _check(self) -> None:
+        for name in ("data_fractions", "data_steps", "peaks"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if (self.data_fractions is None) == (self.data_steps is None):
+            raise ScheduleError("Pass one of data_fractions=(0.5, 0.5) and data_steps=(1000, 1000).")
+        if self.data_steps is not None:
+            for steps in self.data_steps:
+                check_steps("data_steps", steps, 1)
+            if self.total_steps is not None and sum(self.data_steps) != self.total_steps:
+                raise ScheduleError(
+                    f"data_steps={self.data_steps} add up to {sum(self.data_steps)}, but total_steps is "
+                    f"{self.total_steps}. Correct one, or use data_fractions."
+                )
+        else:
+            for share in self.data_fractions:
+                check_number("data_fractions", share, 0.0, 1.0, low_open=True)
+            if abs(sum(self.data_fractions) - 1) > 1e-9:
+                raise ScheduleError(f"data_fractions={self.data_fractions} must add up to 1.")
+        super()._check()
+        count = len(self.data_steps or self.data_fractions)
+        if self.peaks is not None:
+            if len(self.peaks) != count:
+                raise ScheduleError(f"peaks has {len(self.peaks)} values for {count} data sets. Pass one for each.")
+            for peak in self.peaks:
+                check_number("peaks", peak, self.floor, 1.0)
+
+    def _ends(self) -> list[int]:
+        if self.data_steps is not None:
+            ends = [sum(self.data_steps[: i + 1]) for i in range(len(self.data_steps))]
+        else:
+            shares = [sum(self.data_fractions[: i + 1]) for i in range(len(self.data_fractions))]
+            ends = [round_share(share, self._total()) for share in shares]
+        return ends
+
+    @property
+    def last_step(self) -> int | None:
+        return sum(self.data_steps) if self.data_steps is not None else self.total_steps
+
+    def _multiplier(self, t: float) -> float:
+        start = 0
+        for i, end in enumerate(self._ends()):
+            if t < end:
+                peak = 1.0 if self.peaks is None else self.peaks[i]
+                return self._one(t - start, end - start, peak)
+            start = end
+        return self.floor
+
+    def _one(self, k: float, length: int, peak: float) -> float:
+        share = 0.01 if self.warmup_fraction is None else self.warmup_fraction
+        warmup = self.warmup_steps if self.warmup_steps is not None else round_share(share, length)
+        if k < warmup:
+            return self.floor + (peak - self.floor) * min(1.0, (k + self.warmup_offset) / warmup)
+        return self.floor + (peak - self.floor) * (1 + math.cos(math.pi * (k - warmup) / (length - warmup))) / 2
+
+
+def power_lr(tokens: float, sequences: float, a: float = 4.0, b: float = -0.51, max_lr: float = 0.02) -> float:
+    """
+    Absolute LR of the power law: `min(max_lr, sequences * a * tokens ** b)`.
+
+    Paper: Shen et al., Power Scheduler (2408.13359), eq. 7. Under muP the constants hold as they are, with the hidden
+    matrices' LR divided by `d_model/256`; without muP divide `a` and `max_lr` by that yourself.
+
+    Args:
+        tokens (`float`): Tokens trained so far, at least 0; 0 gives `max_lr`.
+        sequences (`float`): Batch size in sequences of 4096 tokens.
+
+    Example:
+    ```python
+    >>> [round(power_lr(n, 1024, max_lr=1.0), 7) for n in (1e9, 1e10, 1e11, 1e12)]
+    [0.1052834, 0.0325357, 0.0100545, 0.0031071]
+    ```
+    """
+    check_number("tokens", tokens, 0.0, math.inf)
+    check_number("sequences", sequences, 0.0, math.inf, low_open=True)
+    check_number("a", a, 0.0, math.inf, low_open=True)
+    check_number("b", b, -math.inf, 0.0, high_open=True, fix="The paper uses -0.51.")
+    check_number("max_lr", max_lr, 0.0, math.inf, low_open=True)
+    return max_lr if tokens == 0 else min(max_lr, sequences * a * tokens**b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class power(_Warm):
+    """
+    Power scheduler: the LR is a power law of the tokens seen, the same for every horizon and batch size.
+
+    Formula: `eta(n) = min(max_lr, beta a n^b)`; `(n/N_w) eta(N_w)` in the warm-up; in the last `D` updates
+    `f(x) eta(N - N_d)` with f from 1 to 0. The multiplier is `eta / reference_lr`.
+    Paper: Shen et al., Power Scheduler (2408.13359), eq. 7 and 8.
+
+    Args:
+        total_steps (`int`, *optional*): Updates of the run; without it there is no decay.
+        tokens_per_step (`int`): Tokens in one optimizer update, over all processes.
+        max_lr (`float`, *optional*, defaults to 0.02), a (4.0), b (-0.51): Constants of the paper.
+        sequence_length (`int`, *optional*, defaults to 4096): Tokens the paper's batch unit has;
+            `beta = tokens_per_step / sequence_length`, derived here for other lengths.
+        reference_lr (`float`, *optional*): The optimizer's LR; `max_lr` if `None`. LRScheduleCallback checks it.
+        decay_steps, decay_fraction (*optional*): Final decay; neither: 0.1 of the run.
+        shape (`str`, *optional*, defaults to `"affine-exponential"`), decay_offset: Decay to zero.
+
+    Raises:
+        ScheduleError: `tokens_per_step` is missing, phases that do not fit, a bad value.
+
+    Example:
+    ```python
+    >>> schedule = power(tokens_per_step=1024 * 4096)
+    >>> [round(0.02 * schedule(n / (1024 * 4096)), 7) for n in (1e10, 1e11, 1e12)]
+    [0.02, 0.0100545, 0.0031071]
+    ```
+    """
+
+    absolute: ClassVar[bool] = True
+
+    tokens_per_step: int | None = None
+    max_lr: float = 0.02
+    a: float = 4.0
+    b: float = -0.51
+    sequence_length: int = 4096
+    reference_lr: float | None = None
+    decay_steps: int | None = None
+    decay_fraction: float | None = None
+    shape: str = "affine-exponential"
+    decay_offset: DecayOffset = "inside"
+
+    def _check(self) -> None:
+        if self.tokens_per_step is None:
+            raise ScheduleError("power needs tokens_per_step=..., the tokens in one update over all processes.")
+        check_steps("tokens_per_step", self.tokens_per_step, 1)
+        check_steps("sequence_length", self.sequence_length, 1)
+        if self.reference_lr is None:
+            object.__setattr__(self, "reference_lr", self.max_lr)
+        check_number("reference_lr", self.reference_lr, 0.0, math.inf, low_open=True)
+        power_lr(1.0, 1.0, self.a, self.b, self.max_lr)
+        super()._check()
+        check_one_of("decay_steps", self.decay_steps, "decay_fraction", self.decay_fraction)
+        check_shape(self.shape, 0.0)
+        check_choice("decay_offset", self.decay_offset, ("start", "end", "inside"))
+        if self.total_steps is not None and self.warmup + self.decay_length > self.total_steps:
+            raise ScheduleError(
+                f"warm-up ({self.warmup}) + decay ({self.decay_length}) do not fit into total_steps="
+                f"{self.total_steps}. Shorten one of them."
+            )
+
+    @property
+    def decay_length(self) -> int:
+        """Length of the final decay in updates."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return round_share(0.1 if self.decay_fraction is None else self.decay_fraction, self._total())
+
+    def _eta(self, t: float) -> float:
+        tokens = t * self.tokens_per_step
+        return power_lr(tokens, self.tokens_per_step / self.sequence_length, self.a, self.b, self.max_lr)
+
+    def _multiplier(self, t: float) -> float:
+        if t < self.warmup:
+            return self._ramp(t) * self._eta(self.warmup) / self.reference_lr
+        if self.total_steps is not None and t >= self.total_steps - self.decay_length:
+            begin = self.total_steps - self.decay_length
+            if self.decay_length == 0:
+                return self._eta(t) / self.reference_lr
+            position = decay_position(t - begin, self.decay_length, self.decay_offset)
+            return max(self.floor, decay(self.shape, position, 0.0) * self._eta(begin) / self.reference_lr)
+        return max(self.floor, self._eta(t) / self.reference_lr)
