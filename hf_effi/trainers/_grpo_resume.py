@@ -137,7 +137,12 @@ class GRPOResumeMixin:
                 f"{self.accelerator.num_processes} the rest of that generation is made anew."
             )
             return
-        self._buffered_inputs = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        chunks = torch.load(path, map_location="cpu", weights_only=True)
+        device = self.accelerator.device
+        self._buffered_inputs = [
+            {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in chunk.items()}
+            for chunk in chunks
+        ]
 
     def _buffer_name(self) -> str:
         return f"effi_rollouts_{self.accelerator.process_index}.pt"

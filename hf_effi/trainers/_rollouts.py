@@ -119,7 +119,7 @@ class RolloutMixin:
             if value:
                 raise ValueError(f"{on} do not work with `{name}` yet. Turn them off, or drop `{name}`.")
         refills = self.group_filter is not None and own_setting(self.args, "difficulty_max_rounds") > 1
-        if (refills or self.prompt_selector is not None) and not hasattr(self.train_dataset, "__getitem__"):
+        if (refills or self.prompt_selector is not None) and not hasattr(self.train_dataset, "__len__"):
             raise ValueError(
                 "refilling and prompt selection pick rows by number, which a streaming dataset cannot serve. Use a "
                 "map-style dataset, or difficulty_max_rounds=1."

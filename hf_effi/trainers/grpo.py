@@ -12,13 +12,20 @@ from ..protocols import GroupFilter, PromptSelector, RolloutPruner
 from ._accounting import AccountingMixin
 from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
+from ._prompt_length import PromptLengthMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from .grpo_config import EffiGRPOConfig
 
 
 class EffiGRPOTrainer(
-    CheckedRewardsMixin, AccountingMixin, RolloutMixin, ExactSavingsMixin, GRPOResumeMixin, GRPOTrainer
+    CheckedRewardsMixin,
+    AccountingMixin,
+    PromptLengthMixin,
+    RolloutMixin,
+    ExactSavingsMixin,
+    GRPOResumeMixin,
+    GRPOTrainer,
 ):
     """
     Drop-in for [`~trl.GRPOTrainer`]: every argument, attribute, metric and callback of it works here.
@@ -76,6 +83,7 @@ class EffiGRPOTrainer(
         _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
         self._init_accounting()
+        self._init_prompt_length()
         self._init_exact_savings()
         self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
         self._route_checkpointing_options()

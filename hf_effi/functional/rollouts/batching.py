@@ -94,8 +94,7 @@ def trim_rows(batch: Rows) -> Rows:
     """
     Cut the columns that are padding in every row, keeping at least one on each side.
 
-    Widths come from the masks, and from non-zero `completion_lengths` where a batch carries them (rows whose mask was
-    cleared because they were truncated keep their text).
+    Widths come from the masks: a row whose mask was cleared because it was truncated takes no part in the loss.
 
     Example:
     ```python
@@ -108,6 +107,8 @@ def trim_rows(batch: Rows) -> Rows:
     {'prompt_ids': (2, 2), 'prompt_mask': (2, 2), 'completion_ids': (2, 2), 'completion_mask': (2, 2)}
     ```
     """
+    if batch["prompt_mask"].size(0) == 0:
+        return dict(batch)
     prompt = max(1, int(batch["prompt_mask"].sum(1).max()))
     completion = max(1, int(batch["completion_mask"].sum(1).max()))
     full = batch["completion_mask"].size(1)

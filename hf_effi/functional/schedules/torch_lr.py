@@ -1,0 +1,123 @@
+"""`to_lambda_lr`: a schedule as a torch scheduler, for loops without a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from .base import OnMismatch, Schedule, reconcile, same_schedule
+
+
+class ScheduleLR(LambdaLR):
+    """
+    A torch scheduler that follows a [`Schedule`] and stores it in its `state_dict`.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Its groups' LRs are the base LRs.
+        schedule (`Schedule`): Bound to the length of the run, or open-ended.
+        on_mismatch (`str`, *optional*, defaults to `"error"`): What `load_state_dict` does when the checkpoint holds
+            another schedule: `"error"`, `"stored"` or `"new"`.
+        allow_lr_jump (`bool`, *optional*, defaults to `False`): Whether `"new"` may lift the LR of a decaying run.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        on_mismatch: OnMismatch = "error",
+        allow_lr_jump: bool = False,
+    ) -> None:
+        self.built = self.schedule = schedule
+        self.on_mismatch = on_mismatch
+        self.allow_lr_jump = allow_lr_jump
+        super().__init__(optimizer, lambda step: self.schedule(step))
+
+    def follow(self, schedule: Schedule) -> None:
+        """Follow another schedule from the next update on."""
+        self.schedule = schedule
+        apply_multiplier(self, schedule(self.last_epoch))
+
+    def start_decay(self, decay_steps: int | None = None, **kwargs: Any) -> None:
+        """Start the decay of a WSD-like schedule with the next update; see `wsd.start_decay`."""
+        self.follow(self.schedule.start_decay(at=self.last_epoch, decay_steps=decay_steps, **kwargs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return progress and schedule in plain containers, which `torch.load(weights_only=True)` accepts."""
+        return {
+            "base_lrs": list(self.base_lrs),
+            "last_epoch": self.last_epoch,
+            "_step_count": self._step_count,
+            "_last_lr": [float(lr) for lr in self._last_lr],
+            "built": self.built.spec(),
+            "schedule": self.schedule.spec(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Restore progress; decide between stored and new schedule by `on_mismatch`; write the LR into the optimizer.
+
+        Raises:
+            ScheduleMismatchError: see [`reconcile`].
+        """
+        stored_built = Schedule.from_spec(state_dict["built"])
+        stored = Schedule.from_spec(state_dict["schedule"])
+        step = state_dict["last_epoch"]
+        if same_schedule(stored_built, self.built):
+            chosen = stored
+        else:
+            chosen = reconcile(stored, self.built, self.on_mismatch, step=step, allow_lr_jump=self.allow_lr_jump)
+        self.base_lrs = list(state_dict["base_lrs"])
+        self.last_epoch = step
+        self._step_count = state_dict["_step_count"]
+        if self.on_mismatch == "stored":
+            self.built = stored_built
+        self.follow(chosen)
+
+
+def apply_multiplier(scheduler: LambdaLR, multiplier: float) -> None:
+    """Write `base_lr * multiplier` into every param group and into what the scheduler reports as its last LR."""
+    lrs = [base * multiplier for base in scheduler.base_lrs]
+    for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    scheduler._last_lr = lrs
+
+
+def to_lambda_lr(
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_steps: int | None = None,
+    on_mismatch: OnMismatch = "error",
+) -> ScheduleLR:
+    """
+    Make a torch scheduler of a schedule: call `.step()` once per optimizer update.
+
+    Args:
+        schedule (`Schedule`): Any schedule of this package.
+        optimizer (`torch.optim.Optimizer`): Multipliers apply to the LR each of its groups has now.
+        total_steps (`int`, *optional*): Length of the run, where the schedule was built without it.
+        on_mismatch (`str`, *optional*, defaults to `"error"`): See [`ScheduleLR`].
+
+    Example:
+    ```python
+    >>> import torch
+    >>> from hf_effi.functional.schedules import linear, to_lambda_lr
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    >>> scheduler = to_lambda_lr(linear(), optimizer, total_steps=4)
+    >>> lrs = []
+    >>> for _ in range(4):
+    ...     lrs.append(optimizer.param_groups[0]["lr"])
+    ...     optimizer.step()
+    ...     scheduler.step()
+    >>> lrs
+    [0.5, 0.375, 0.25, 0.125]
+    ```
+    """
+    if total_steps is not None:
+        schedule = schedule.bind(total_steps)
+    return ScheduleLR(optimizer, schedule, on_mismatch)

@@ -1,0 +1,260 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from hf_effi.callbacks.lr_schedule import STATE_KEY, LRScheduleCallback, check_scheduler
+from hf_effi.functional.schedules import ScheduleError, ScheduleMismatchError, constant, cosine, linear, wsd
+
+sys.path.insert(0, os.path.dirname(__file__))
+from lr_schedule_run import Recorder, StopAt, make_trainer, tiny_model, train
+
+LR = 1e-2
+SCHEDULE = {"warmup_steps": 3, "decay_steps": 4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def flat(applied):
+    return [groups[0] for groups in applied]
+
+
+def closed_form(schedule, steps=12, lr=LR):
+    return [lr * schedule(t) for t in range(steps)]
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+@pytest.mark.parametrize("schedule", [wsd(**SCHEDULE), wsd(12, **SCHEDULE), cosine(warmup_fraction=0.25), linear()])
+def test_applied_and_logged_lr_equal_the_closed_form(tmp_path, schedule):
+    applied, logged, _ = train(tmp_path, schedule)
+    assert flat(applied) == closed_form(schedule.bind(12))
+    assert logged == flat(applied)
+
+
+def test_epochs_and_accumulation(tmp_path):
+    applied, logged, trainer = train(
+        tmp_path, wsd(**SCHEDULE), max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=4
+    )
+    assert trainer.state.max_steps == 12
+    assert flat(applied) == closed_form(wsd(12, **SCHEDULE)) == logged
+
+
+def test_a_constant_schedule_is_the_stock_trainer_to_the_bit(tmp_path):
+    _, _, ours = train(tmp_path, constant())
+    stock = make_trainer(tmp_path, [], lr_scheduler_type="constant")
+    stock.train()
+    assert same_weights(ours, stock)
+
+
+def test_linear_is_the_stock_trainer_to_the_bit(tmp_path):
+    _, _, ours = train(tmp_path, linear())
+    stock = make_trainer(tmp_path, [])
+    stock.train()
+    assert same_weights(ours, stock)
+
+
+def test_every_group_keeps_its_own_base_lr(tmp_path):
+    model = tiny_model()
+    embedding = list(model.get_input_embeddings().parameters())
+    ids = {id(p) for p in embedding}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": embedding, "lr": 1e-3}], lr=LR)
+    applied, _, _ = train(tmp_path, wsd(**SCHEDULE), model=model, optimizers=(optimizer, None))
+    schedule = wsd(12, **SCHEDULE)
+    assert applied == [[LR * schedule(t), 1e-3 * schedule(t)] for t in range(12)]
+
+
+def test_with_peft(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    applied, logged, _ = train(tmp_path, wsd(**SCHEDULE), model=model)
+    assert flat(applied) == closed_form(wsd(12, **SCHEDULE)) == logged
+
+
+@pytest.mark.parametrize("cut", [2, 6, 10])
+def test_stop_and_resume_is_the_uninterrupted_run(tmp_path, cut):
+    """In the warm-up, on the plateau and in the decay."""
+    whole, logged, trainer = train(tmp_path / "whole", wsd(**SCHEDULE))
+    first, first_logged, _ = train(tmp_path / "cut", wsd(**SCHEDULE), extra=[StopAt(cut)], save_strategy="steps")
+    rest, rest_logged, resumed = train(
+        tmp_path / "cut", wsd(**SCHEDULE), resume=str(tmp_path / "cut" / f"checkpoint-{cut}")
+    )
+    assert first + rest == whole and len(first) == cut
+    assert first_logged + rest_logged == logged
+    assert same_weights(trainer, resumed)
+
+
+class DecayAt(TrainerCallback):
+    def __init__(self, schedule_callback, step):
+        self.schedule_callback, self.step = schedule_callback, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.schedule_callback.start_decay(4, shape="linear")
+
+
+def run_on_demand(out, resume=None, cut=None, **changes):
+    callback, recorder = LRScheduleCallback(wsd(warmup_steps=2, open_ended=True)), Recorder()
+    extra = [DecayAt(callback, 5)] + ([StopAt(cut)] if cut else [])
+    trainer = make_trainer(out, [callback, recorder, *extra], save_strategy="steps", save_steps=100, **changes)
+    trainer.train(resume_from_checkpoint=resume)
+    return recorder.applied, recorder.logged, trainer
+
+
+def test_start_decay_during_training_then_resume_in_it(tmp_path):
+    whole, logged, trainer = run_on_demand(tmp_path / "whole")
+    expected = wsd(warmup_steps=2).start_decay(at=5, decay_steps=4, shape="linear")
+    assert flat(whole) == closed_form(expected, 9) == logged
+    assert trainer.state.global_step == 9, "training ends with the decay"
+    assert (tmp_path / "whole" / "checkpoint-9").is_dir()
+    first, _, _ = run_on_demand(tmp_path / "cut", cut=7)
+    rest, _, resumed = run_on_demand(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-7"))
+    assert first + rest == whole and same_weights(trainer, resumed)
+
+
+def checkpoint(tmp_path, schedule, step=6, **changes):
+    train(tmp_path, schedule, extra=[StopAt(step)], save_strategy="steps", **changes)
+    return str(tmp_path / f"checkpoint-{step}")
+
+
+def test_the_checkpoint_carries_the_schedule_as_json(tmp_path):
+    path = checkpoint(tmp_path, wsd(**SCHEDULE))
+    stored = json.loads((Path(path) / "trainer_state.json").read_text())["stateful_callbacks"][STATE_KEY]
+    assert stored["current"] == wsd(12, **SCHEDULE).spec()
+    assert TrainerState.load_from_json(str(Path(path) / "trainer_state.json")).global_step == 6
+
+
+def test_another_length_is_an_error_until_said_otherwise(tmp_path):
+    path = checkpoint(tmp_path, wsd(**SCHEDULE))
+    with pytest.raises(ScheduleMismatchError, match="total_steps: 12 -> 20"):
+        train(tmp_path, wsd(**SCHEDULE), resume=path, max_steps=20)
+    applied, _, _ = train(tmp_path, wsd(**SCHEDULE), resume=path, max_steps=20, on_mismatch="new")
+    assert flat(applied) == closed_form(wsd(20, **SCHEDULE), 20)[6:]
+    applied, _, _ = train(tmp_path, linear(), resume=path, max_steps=12, on_mismatch="stored")
+    assert flat(applied) == closed_form(wsd(12, **SCHEDULE))[6:]
+
+
+def test_a_decaying_run_is_not_lifted_by_accident(tmp_path):
+    path = checkpoint(tmp_path, wsd(**SCHEDULE), step=10)
+    with pytest.raises(ScheduleMismatchError, match="would lift it"):
+        train(tmp_path, wsd(**SCHEDULE), resume=path, max_steps=20, on_mismatch="new")
+
+
+def test_another_learning_rate_is_not_ignored(tmp_path):
+    path = checkpoint(tmp_path, wsd(**SCHEDULE))
+    with pytest.raises(ScheduleMismatchError, match="learning_rate=0.01, this run has 0.005"):
+        train(tmp_path, wsd(**SCHEDULE), resume=path, learning_rate=5e-3)
+    applied, _, _ = train(tmp_path, wsd(**SCHEDULE), resume=path, learning_rate=5e-3, on_mismatch="new")
+    assert flat(applied) == pytest.approx(closed_form(wsd(12, **SCHEDULE), lr=5e-3)[6:], rel=1e-12)
+
+
+def test_a_checkpoint_of_a_stock_run_needs_a_word(tmp_path):
+    stock = make_trainer(tmp_path, [StopAt(6)], save_strategy="steps")
+    stock.train()
+    path = str(tmp_path / "checkpoint-6")
+    with pytest.raises(ScheduleMismatchError, match="without LRScheduleCallback"):
+        train(tmp_path, wsd(**SCHEDULE), resume=path)
+    applied, _, _ = train(tmp_path, wsd(**SCHEDULE), resume=path, on_mismatch="new")
+    assert flat(applied) == closed_form(wsd(12, **SCHEDULE))[6:]
+
+
+def test_train_twice(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, [LRScheduleCallback(wsd(**SCHEDULE)), recorder])
+    trainer.train()
+    trainer.train()
+    assert flat(recorder.applied) == pytest.approx(closed_form(wsd(12, **SCHEDULE)) * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type='cosine'"),
+        ({"warmup_steps": 2}, "warmup_steps=2"),
+        ({"max_steps": 13}, "total_steps=12, but the run has 13"),
+        ({"max_steps": 11}, "total_steps=12, but the run has 11"),
+    ],
+)
+def test_settings_that_would_be_ignored_raise(tmp_path, changes, message):
+    with pytest.raises(ScheduleError, match=message):
+        train(tmp_path, wsd(12, **SCHEDULE), **changes)
+
+
+def test_schedulers_of_others_are_refused_by_name(tmp_path):
+    from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper, DummyScheduler
+    from transformers.optimization import GreedyLR, LayerWiseDummyScheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    wrapped = DeepSpeedSchedulerWrapper(torch.optim.lr_scheduler.ConstantLR(optimizer), optimizer)
+    for scheduler in (wrapped, DummyScheduler(optimizer)):
+        with pytest.raises(ScheduleError, match="DeepSpeed owns the LR scheduler"):
+            check_scheduler(scheduler)
+    for scheduler in (torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), GreedyLR(optimizer)):
+        with pytest.raises(ScheduleError, match=f"{type(scheduler).__name__} is driven by an evaluation metric"):
+            check_scheduler(scheduler)
+    with pytest.raises(ScheduleError, match="layer-wise"):
+        check_scheduler(object.__new__(LayerWiseDummyScheduler))
+    step = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(ScheduleError, match="StepLR"):
+        train(tmp_path, linear(), optimizers=(optimizer, step))
+
+
+def test_start_decay_outside_training_and_bad_arguments():
+    with pytest.raises(ScheduleError, match="no training runs"):
+        LRScheduleCallback(wsd()).start_decay(3)
+    with pytest.raises(ScheduleError, match="is not a Schedule"):
+        LRScheduleCallback("wsd")
+    with pytest.raises(ScheduleError, match="on_mismatch='yes'"):
+        LRScheduleCallback(wsd(), on_mismatch="yes")
+
+
+def test_two_processes_follow_the_same_lrs(tmp_path):
+    script = Path(__file__).with_name("lr_schedule_run.py")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    result = subprocess.run(
+        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    traces = [json.loads((tmp_path / f"trace_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [trace["world"] for trace in traces] == [2, 2]
+    expected = closed_form(wsd(12, **SCHEDULE))
+    assert flat(traces[0]["applied"]) == flat(traces[1]["applied"]) == expected == traces[0]["logged"]
+
+
+def test_a_checkpoint_of_one_process_resumes_the_schedule_of_any_world(tmp_path):
+    """The stored state has no trace of the world size: only updates and multipliers."""
+    path = checkpoint(tmp_path, wsd(**SCHEDULE), per_device_train_batch_size=4)
+    applied, _, _ = train(
+        tmp_path, wsd(**SCHEDULE), resume=path, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    assert flat(applied) == closed_form(wsd(12, **SCHEDULE))[6:]
+
+
+def test_metric_driven_trainer_is_refused_through_train(tmp_path):
+    optimizer = torch.optim.SGD(tiny_model().parameters(), lr=LR)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    trainer = make_trainer(tmp_path, [LRScheduleCallback(wsd())], optimizers=(optimizer, plateau))
+    assert isinstance(trainer, Trainer)
+    with pytest.raises(ScheduleError, match="evaluation metric"):
+        trainer.train()
