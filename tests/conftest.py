@@ -15,6 +15,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+import sys
 
 import pytest
 
