@@ -15,6 +15,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+import sys
 
 import pytest
 
@@ -22,8 +23,6 @@ import pytest
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     """Each test starts from the same random state, so that its result does not depend on the tests before it."""
-    import sys
-
     random.seed(0)
     # The contract tests that need no model do not pay for importing torch.
     if "numpy" in sys.modules:

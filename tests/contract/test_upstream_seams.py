@@ -454,6 +454,8 @@ def test_every_override_is_listed():
 
 def test_every_private_import_is_listed():
     """Names of `trl`, `transformers` and `accelerate` below their top level: no upstream promise covers them."""
+    paths = {*SIGNATURES, *CONSTANTS}
+    known = paths | {path.rpartition(".")[0] for path in paths}  # a class is listed through its methods
     wrong = []
     for path in python_files("hf_effi"):
         for node in ast.walk(source_tree(path)):
@@ -462,22 +464,16 @@ def test_every_private_import_is_listed():
             package, _, rest = node.module.partition(".")
             if package not in {"trl", "transformers", "accelerate"} or not rest or node.module in PUBLIC_MODULES:
                 continue
-            known = {f"{node.module}:{name}" for name in listed(f"{node.module}:")}
-            known |= {part for p in (*SIGNATURES, *CONSTANTS) for part in [p.split(".__init__")[0]]}
-            # A class is listed through its methods.
-            known |= {path.rsplit(".", 1)[0] for path in SIGNATURES}
-            wrong += [
-                f"{shown(path)}:{node.lineno}: {node.module}:{alias.name}"
-                for alias in node.names
-                if f"{node.module}:{alias.name}" not in known
-            ]
+            for alias in node.names:
+                if f"{node.module}:{alias.name}" not in known:
+                    wrong.append(f"{shown(path)}:{node.lineno}: {node.module}:{alias.name}")
     assert not wrong, "private upstream names that no table lists:\n" + "\n".join(wrong)
 
 
 def test_every_upstream_attribute_we_touch_is_listed(runs):
     """`self.<name>` in our mixins, where the stock trainer has that name."""
     stock = runs("default")
-    own = {n for _, c in own_classes() for n in ast.walk(c) if isinstance(n, ast.FunctionDef) for n in [n.name]}
+    own = {node.name for _, owner in own_classes() for node in ast.walk(owner) if isinstance(node, ast.FunctionDef)}
     known = {*GRPO_ATTRIBUTES, *listed(GRPO), *listed(TRAINER), *RUN_ATTRIBUTES}
     wrong = set()
     for file, owner in own_classes():
