@@ -9,7 +9,7 @@ import pytest
 
 from hf_effi.report.card import front_matter, markdown_table, render_card
 from hf_effi.report.comparison import BASELINE, compare, first_reached, mean_curve, smoothed, summarize, value_at
-from hf_effi.report.page import as_percent, as_times, render_page
+from hf_effi.report.page import as_points, as_times, render_page
 from hf_effi.report.record import check_record, headline, make_record
 
 
@@ -21,7 +21,6 @@ def curve(accuracies, seconds_a_step, rows_a_step=10):
             "cpu_seconds": step * seconds_a_step,
             "wall_seconds": 2 * step * seconds_a_step,
             "rows_generated": step * rows_a_step,
-            "rows_trained": step * rows_a_step,
             "greedy": value,
             "greedy_ci": 0.02,
             "sampled": value,
@@ -159,7 +158,7 @@ def test_page_shows_the_numbers_of_its_json():
         for line in re.findall(r"<tr><th>(.*?)</tr>", table)
     }
     assert cells["Gain at equal CPU time"] == [
-        as_percent(row["accuracy_gain_equal_cpu_seconds"], signed=True) for row in rows.values()
+        as_points(row["accuracy_gain_equal_cpu_seconds"]) for row in rows.values()
     ]
     assert cells["Step speed-up"] == ["1.00x", "2.00x"]
     assert cells["Tokens forwarded per real token"] == ["1.23", "1.23"]
