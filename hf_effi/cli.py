@@ -91,8 +91,9 @@ def _plan(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {args.seeds}.")
-    if args.steps is not None and args.steps < 2:
-        raise UsageError(f"--steps must be at least 2, got {args.steps}.")
+    if args.steps is not None and (args.steps < 2 or args.steps % 2):
+        # Each generation serves two optimizer steps (DemoSettings.num_iterations).
+        raise UsageError(f"--steps must be an even number, at least 2, got {args.steps}.")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from .demo.arms import choose_arms

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..report.page import as_percent, as_times, speedup
+from ..report.page import as_percent, as_points, as_times, speedup
 
 Row = Mapping[str, Any]
 
@@ -20,7 +20,7 @@ def _share(phase: str) -> Callable[[Row], str]:
 
 
 def _gain(name: str) -> Callable[[Row], str]:
-    return lambda row: as_percent(row[f"accuracy_gain_equal_{name}"], signed=True)
+    return lambda row: as_points(row[f"accuracy_gain_equal_{name}"])
 
 
 def _to_target(axis: str) -> Callable[[Row], str]:
