@@ -7,8 +7,10 @@ Exit codes: 0 done, 1 the command failed, 2 it was called wrongly. Heavy imports
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -82,7 +84,27 @@ def _describe(args: argparse.Namespace) -> int:
         ("bench", method.bench),
     ):
         print(f"  {label:<7} {value}")
+    module, _, attribute = method.entry_points[0].partition(":")
+    entry = getattr(importlib.import_module(module), attribute)
+    print("\n" + (inspect.getdoc(entry) or "").split("\nArgs:")[0].split("\nExample:")[0].rstrip())
+    if method.kind == "schedule":
+        _draw_schedule(entry)
     return 0
+
+
+def _draw_schedule(schedule_class: type) -> None:
+    """Print the defaults of a schedule and its curve over a run of 60 updates."""
+    from .functional.schedules import gallery
+    from .report.schedule_plot import text_curve
+
+    fields = schedule_class.__dataclass_fields__.values()
+    print(
+        "\ndefaults: " + ", ".join(f"{f.name}={f.default!r}" for f in fields if f.default is not dataclasses.MISSING)
+    )
+    # The gallery has an instance of every schedule, also of those that cannot do without arguments.
+    example = next((s for s in gallery(60) if type(s) is schedule_class), None)
+    if example is not None:
+        print("\n" + text_curve(example, 60))
 
 
 def _plan(args: argparse.Namespace) -> int:
