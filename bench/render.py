@@ -1,0 +1,128 @@
+"""Write the tables of README and docs from `bench/results/*.json`: `python -m bench.render [--check]`.
+
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME is a result file without `.json`
+(its headline figures), or `NAME.arms` for the comparison of the demo's arms. With `--check` nothing is written, and the
+exit code is 1 if a table and its result differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench._schema import RESULTS, ROOT, load_results
+from hf_effi.report.card import markdown_table
+
+_BLOCK = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "not reached"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def headline_table(result: Mapping[str, Any]) -> str:
+    """Return the headline figures with their goals, and one line on where they were measured."""
+    marks = {True: "met", False: "**not met**", None: ""}
+    rows = [
+        [f"`{item['name']}`", _number(item["value"]), "" if item["goal"] is None else str(item["goal"])]
+        + [marks[item["met"]]]
+        for item in result["headline"]
+    ]
+    return markdown_table(["figure", "value", "goal", ""], rows) + "\n\n" + provenance(result)
+
+
+def arms_table(result: Mapping[str, Any]) -> str:
+    """Return one row an arm of the demo: medians over the seeds, lowest to highest in brackets."""
+    from hf_effi.report.comparison import summarize
+    from hf_effi.report.page import as_percent, as_points, as_times, speedup
+
+    header = ["arm", "sampled accuracy at the end", "gain at equal wall-clock"]
+    header += ["speed-up to the baseline's accuracy, wall-clock", "the same, CPU time", "CPU seconds"]
+    header += ["completions generated", "trained on", "tokens forwarded per real token"]
+    rows = []
+    for row in summarize(result["rows"]).values():
+        low, high = (speedup(ratio) for ratio in reversed(row["cpu_seconds_to_target_ratio_range"]))
+        rows.append(
+            [
+                row["title"],
+                f"{as_percent(row['sampled'])} ± {100 * row['sampled_ci']:.1f}",
+                as_points(row["accuracy_gain_equal_wall_seconds"]),
+                as_times(speedup(row["wall_seconds_to_target_ratio"])),
+                f"{as_times(speedup(row['cpu_seconds_to_target_ratio']))} ({as_times(low)} to {as_times(high)})",
+                f"{sum(row['cpu_seconds'].values()):.0f}",
+                f"{row['rows']['generated']:,.0f}",
+                f"{row['rows']['trained']:,.0f}",
+                f"{row['tokens_forwarded_per_real_token']:.2f}",
+            ]
+        )
+    return markdown_table(header, rows) + "\n\n" + provenance(result)
+
+
+def provenance(result: Mapping[str, Any]) -> str:
+    """Return hardware, versions, seeds, date, commit and command as one small line."""
+    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    versions = ", ".join(
+        f"{name} {result['versions'][name]}" for name in ("torch", "transformers", "trl") if name in result["versions"]
+    )
+    seeds = len(result["seeds"])
+    return (
+        f"<sub>{result['date']}, commit {result['commit'] or 'unknown'}, {seeds} seed{'s' * (seeds != 1)}; {machine}; "
+        f"{versions}; `{result['command']}`</sub>"
+    )
+
+
+def render_text(text: str, results: Mapping[str, Mapping[str, Any]], source: str = "text") -> str:
+    """
+    Return `text` with every marked table rendered from `results`; a table whose result is missing says so.
+
+    Raises:
+        ValueError: a marker names a view that does not exist.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name, _, view = match.group(2).partition(".")
+        if view not in ("", "arms"):
+            raise ValueError(f"{source}: unknown view {view!r} of bench {name!r}. Known: none, or `arms`.")
+        if name not in results:
+            body = f"*Not measured yet: `python -m bench.{name}` writes `bench/results/{name}.json`.*"
+        else:
+            body = arms_table(results[name]) if view else headline_table(results[name])
+        return f"{match.group(1)}\n{body}\n\n{match.group(4)}"
+
+    return _BLOCK.sub(table, text)
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """Return the files that may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT, folder: Path = RESULTS) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is not up to date")
+    args = parser.parse_args(arguments)
+    results, stale = load_results(folder), []
+    for path in documents(root):
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        rendered = render_text(text, results, path.name)
+        if rendered != text:
+            stale.append(path.relative_to(root))
+            if not args.check:
+                path.write_text(rendered, encoding="utf-8")
+    for name in stale:
+        print(f"{name}: {'tables differ from bench/results, run `python -m bench.render`' * args.check or 'rendered'}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

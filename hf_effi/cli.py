@@ -1,0 +1,200 @@
+"""`hf-effi`: what is installed, which methods there are, and the demo.
+
+Exit codes: 0 done, 1 the command failed, 2 it was called wrongly. Heavy imports happen inside the commands, so that
+`hf-effi --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ._compat import MissingPackageError
+from ._version import __version__
+
+#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
+PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr"}
+
+#: Set before the first heavy import, unless the user has set them: one thread, offline, no telemetry.
+_DEMO_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class UsageError(Exception):
+    """The command was called wrongly: printed as one line, exit code 2."""
+
+
+def _env(args: argparse.Namespace) -> int:
+    from ._compat import installed_versions
+    from .report.record import current_commit, describe_machine
+
+    found = {"machine": describe_machine(), "versions": installed_versions(), "commit": current_commit()}
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for section in ("machine", "versions"):
+        print(section)
+        for name, value in found[section].items():
+            print(f"  {name:<14} {value}")
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from .methods import METHODS
+
+    if args.json:
+        print(json.dumps([asdict(method) for method in METHODS], indent=2))
+        return 0
+    width = max(len(method.key) for method in METHODS)
+    for method in METHODS:
+        print(f"{method.key:<{width}}  {method.status:<12}  {method.summary}")
+    return 0
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from .methods import METHODS, find_method
+
+    try:
+        method = find_method(args.method)
+    except KeyError:
+        known = [method.key for method in METHODS]
+        near = difflib.get_close_matches(args.method, known, n=3, cutoff=0.4) or sorted(known)
+        raise UsageError(f"unknown method {args.method!r}. Nearest known: {', '.join(near)}.") from None
+    source = f"{method.paper} (arXiv:{method.paper_id})" if method.paper_id else method.paper
+    print(f"{method.title} [{method.kind}, {method.status}]\n{method.summary}\n")
+    for label, value in (
+        ("source", source),
+        ("code", ", ".join(method.entry_points)),
+        ("card", method.card),
+        ("tests", ", ".join(method.tests)),
+        ("bench", method.bench),
+    ):
+        print(f"  {label:<7} {value}")
+    module, _, attribute = method.entry_points[0].partition(":")
+    entry = getattr(importlib.import_module(module), attribute)
+    print("\n" + (inspect.getdoc(entry) or "").split("\nArgs:")[0].split("\nExample:")[0].rstrip())
+    if method.kind == "schedule":
+        _draw_schedule(entry)
+    return 0
+
+
+def _draw_schedule(schedule_class: type) -> None:
+    """Print the defaults of a schedule and its curve over a run of 60 updates."""
+    from .functional.schedules import gallery
+    from .report.schedule_plot import text_curve
+
+    fields = schedule_class.__dataclass_fields__.values()
+    print(
+        "\ndefaults: " + ", ".join(f"{f.name}={f.default!r}" for f in fields if f.default is not dataclasses.MISSING)
+    )
+    # The gallery has an instance of every schedule, also of those that cannot do without arguments.
+    example = next((s for s in gallery(60) if type(s) is schedule_class), None)
+    if example is not None:
+        print("\n" + text_curve(example, 60))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    return args.planner(args)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    if args.seeds < 1:
+        raise UsageError(f"--seeds must be at least 1, got {args.seeds}.")
+    if args.steps is not None and (args.steps < 2 or args.steps % 2):
+        # Each generation serves two optimizer steps (DemoSettings.num_iterations).
+        raise UsageError(f"--steps must be an even number, at least 2, got {args.steps}.")
+    for name, value in _DEMO_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from .demo.arms import choose_arms
+
+    arms = None if args.arms is None else [key.strip() for key in args.arms.split(",") if key.strip()]
+    try:
+        choose_arms(arms)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    from ._compat import require
+
+    # Asked for now, not after ten minutes of training.
+    for package in ("matplotlib", "jinja2"):
+        require(package, "the demo's report page")
+    from .demo.command import main as run
+
+    return run(args.output_dir, range(args.seed, args.seed + args.seeds), args.steps, arms, args.quick)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser("demo", help="train with TRL's GRPOTrainer and with ours on the same work, compare")
+    parser.add_argument("--output-dir", default="demo-output", help="model, report and results go here")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds to run")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each arm")
+    parser.add_argument("--arms", metavar="A,B", help="arms to run beside the baseline, comma-separated; default: all")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of a minute that learns nothing")
+    parser.set_defaults(run=_demo)
+
+
+def _add_plan(commands: Any, chosen: str | None) -> None:
+    parser = commands.add_parser("plan", help="plan a run before it starts")
+    planners = parser.add_subparsers(dest="planner_name", required=True, metavar="WHAT")
+    for name, module_name in PLANNERS.items():
+        planner = planners.add_parser(name)
+        if name == chosen:
+            # Imported only when it is called for: planners may import torch.
+            module = importlib.import_module(module_name)
+            module.add_arguments(planner)
+            planner.set_defaults(planner=module.run)
+    parser.set_defaults(run=_plan)
+
+
+def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser; `arguments` tells which planner's options have to be loaded."""
+    parser = argparse.ArgumentParser(prog="hf-effi", description="Train for less with the Trainer you have.")
+    parser.add_argument("--version", action="version", version=f"hf_effi {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, text in (("env", _env, "machine and versions"), ("list", _list, "the methods and their status")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(run=run)
+    describe = commands.add_parser("describe", help="one method: paper, code, card, tests, bench")
+    describe.add_argument("method", metavar="METHOD")
+    describe.set_defaults(run=_describe)
+    words = [word for word in arguments if not word.startswith("-")]
+    _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
+    _add_demo(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    name = " ".join(["hf-effi", *arguments[:1]])
+    try:
+        args = build_parser(arguments).parse_args(arguments)
+        return args.run(args)
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except MissingPackageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The built-in group filter and rollout pruner: thin objects over the pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .selection import (
+    GroupDecision,
+    check_difficulty_range,
+    fill_order,
+    keep_by_advantage,
+    keep_groups_by_pass_rate,
+    pruned_count,
+)
+
+PRUNE_METRICS = ("smallest", "largest", "random")
+PRUNE_SCOPES = ("group", "rank", "global")
+
+
+@dataclass(frozen=True)
+class PassRateBand:
+    """
+    Online difficulty filter: keep groups whose pass rate lies in `[low, high]`; the ends 0 and 1 are open.
+
+    Args:
+        low (`float`, *optional*, defaults to `0.2`): In [0, 1).
+        high (`float`, *optional*, defaults to `0.8`): In (low, 1].
+
+    Example:
+    ```python
+    >>> PassRateBand(0.2, 0.8)
+    PassRateBand(low=0.2, high=0.8)
+    ```
+    """
+
+    low: float = 0.2
+    high: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_difficulty_range(self.low, self.high)
+
+    def decide(self, groups: Any) -> GroupDecision:
+        return keep_groups_by_pass_rate(groups.rewards, self.low, self.high)
+
+    def fill_order(self, groups: Any) -> list[int]:
+        return fill_order(groups.rewards, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class AdvantagePruner:
+    """
+    CPPO completion pruning over all rows of a generation.
+
+    Args:
+        prune_rate (`float`): Share of rows dropped, in [0, 1).
+        metric (`str`, *optional*, defaults to `"smallest"`): What is pruned, see [`keep_by_advantage`].
+        scope (`str`, *optional*, defaults to `"rank"`): Pool in which rows compete: `"group"` (the completions of one
+            prompt, as in the paper's text), `"rank"` (all rows of a process, as in the released code), `"global"`.
+        balance_signs (`bool`, *optional*, defaults to `False`): Give each sign of the advantage half of the places.
+        seed (`int`, *optional*, defaults to `0`): Seed of the random metric.
+
+    Example:
+    ```python
+    >>> advantages = torch.tensor([1.0, 0.9, -0.8, 0.7, 0.0, 0.0, 0.0, 0.1])
+    >>> AdvantagePruner(0.5, scope="group").keep(advantages, group_size=4, num_pools=1, step=0).tolist()
+    [True, True, False, False, True, False, False, True]
+    >>> AdvantagePruner(0.5, scope="global").keep(advantages, group_size=4, num_pools=1, step=0).tolist()
+    [True, True, True, True, False, False, False, False]
+    ```
+    """
+
+    prune_rate: float
+    metric: str = "smallest"
+    scope: str = "rank"
+    balance_signs: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune_rate < 1:
+            raise ValueError(f"prune_rate must be in [0, 1), got {self.prune_rate!r}. CPPO uses 0.5 to 0.9375.")
+        if self.metric not in PRUNE_METRICS:
+            raise ValueError(f"prune_metric must be one of {PRUNE_METRICS}, got {self.metric!r}.")
+        if self.scope not in PRUNE_SCOPES:
+            raise ValueError(f"prune_scope must be one of {PRUNE_SCOPES}, got {self.scope!r}.")
+
+    def keep(self, advantages: Tensor, group_size: int, num_pools: int, step: int) -> Tensor:
+        pool_size = {"group": group_size, "rank": advantages.numel() // num_pools, "global": advantages.numel()}
+        size = pool_size[self.scope]
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        masks = [
+            keep_by_advantage(pool, pruned_count(size, self.prune_rate), self.metric, self.balance_signs, generator)
+            for pool in advantages.split(size)
+        ]
+        return torch.cat(masks)

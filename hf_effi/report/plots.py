@@ -1,0 +1,141 @@
+"""Figures of the report page as inline SVG whose colours follow the page: light, dark, any width."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .._compat import require
+
+#: Colour name -> stand-in that matplotlib draws with; the SVG then refers to the page's CSS variable `--<name>`.
+_STAND_INS = {
+    "ink": "#010203",
+    "muted": "#040506",
+    "line": "#070809",
+    "series-0": "#0a0b0c",
+    "series-1": "#0d0e0f",
+    "series-2": "#101112",
+    "series-3": "#131415",
+    "series-4": "#161718",
+    "series-5": "#191a1b",
+}
+MAX_SERIES = 6
+#: Lines are told apart without colour too.
+_DASHES = ("solid", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (9, 3)))
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    require("matplotlib", "drawing the report")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0.0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_STAND_INS["line"])
+    axes.tick_params(colors=_STAND_INS["muted"], labelsize=9, length=3)
+    axes.xaxis.label.set_color(_STAND_INS["muted"])
+    axes.yaxis.label.set_color(_STAND_INS["muted"])
+    return figure, axes
+
+
+def _to_svg(figure: Any, description: str, salt: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Text stays text (small, selectable, in the page's font); the salt keeps ids of several figures on a page apart.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s(width|height)=\"[\d.]+pt\"", "", svg, count=2)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    # Ids are one name space for the whole page: keep those that something refers to, and tell the figures apart.
+    used = set(re.findall(r'(?:url\(#|href="#)(\w+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{salt}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)(\w+)', rf"\1{salt}-\2", svg)
+    for name, colour in _STAND_INS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+
+
+def draw_curves(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], axis: str, axis_label: str, measure: str, salt: str
+) -> str:
+    """
+    Draw one line a series with its 95 % band.
+
+    Args:
+        curves (`Mapping`): Title -> points; a point has `axis`, `measure` and `<measure>_ci` (fractions of 1).
+
+    Returns:
+        `str`: An `<svg>` element.
+    """
+    figure, axes = _figure(5.0, 3.3)
+    for index, (title, points) in enumerate(curves.items()):
+        colour = _STAND_INS[f"series-{index % MAX_SERIES}"]
+        x = [point[axis] for point in points]
+        y = [100 * point[measure] for point in points]
+        half = [100 * point[f"{measure}_ci"] for point in points]
+        axes.fill_between(
+            x,
+            [a - b for a, b in zip(y, half, strict=True)],
+            [a + b for a, b in zip(y, half, strict=True)],
+            color=colour,
+            alpha=0.09,
+            linewidth=0,
+        )
+        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=_DASHES[index % MAX_SERIES], label=title)
+    axes.set_xlabel(axis_label, fontsize=9)
+    axes.set_ylabel(f"{measure} accuracy, %", fontsize=9)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", color=_STAND_INS["line"], linewidth=0.5, alpha=0.5)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=_STAND_INS["ink"], loc="lower right", handlelength=2.6)
+    return _to_svg(figure, f"{measure} accuracy against {axis_label}", salt)
+
+
+def draw_stacked_bars(
+    bars: Mapping[str, Mapping[str, float]], axis_label: str, salt: str, number_format: str = "{:.0f}"
+) -> str:
+    """
+    Draw one horizontal bar a row, split into parts, with the parts named in a legend and the totals at the ends.
+
+    Args:
+        bars (`Mapping`): Row title -> part name -> size. All rows are drawn in the order of the first.
+    """
+    figure, axes = _figure(5.0, 0.62 + 0.52 * len(bars) + 0.35)
+    parts = list(dict.fromkeys(name for row in bars.values() for name in row))
+    titles = list(bars)
+    left = [0.0] * len(titles)
+    for index, part in enumerate(parts):
+        sizes = [bars[title].get(part, 0.0) for title in titles]
+        # The first part is what one wants to see shrink or stay; it gets the strongest colour, not the baseline's grey.
+        colour = _STAND_INS[f"series-{(index + 1) % MAX_SERIES}"]
+        axes.barh(range(len(titles)), sizes, left=left, height=0.55, color=colour, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    for row, total in enumerate(left):
+        text = " " + number_format.format(total)
+        axes.text(total, row, text, va="center", fontsize=8.5, color=_STAND_INS["ink"])
+    # Titles sit above their bars: beside them they would take half of a phone's width.
+    for row, title in enumerate(titles):
+        axes.text(0, row - 0.34, title, va="bottom", ha="left", fontsize=8.5, color=_STAND_INS["ink"])
+    axes.set_yticks([])
+    axes.set_ylim(len(titles) - 0.5, -0.75)
+    axes.set_xlim(0, 1.1 * max([*left, 1e-9]))
+    axes.set_xlabel(axis_label, fontsize=9)
+    figure.legend(
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_STAND_INS["ink"],
+        handlelength=1.0,
+        columnspacing=1.2,
+    )
+    return _to_svg(figure, f"stacked bars: {axis_label}", salt)

@@ -1,0 +1,246 @@
+"""Savings that leave the gradient as it is: forward only real tokens, and only rows that have a gradient.
+
+Both act at one seam, `_get_per_token_logps_and_entropies`: it returns the same `(rows, columns)` tensors as TRL's, so
+the loss code downstream, with its eight normalisers, is TRL's own and needs no correction for any `loss_type`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..functional.rollouts import Bucket, concat_rows, contiguous_rows, plan_buckets, scatter_completion, take_rows
+from .grpo_config import EXACT_SAVINGS, own_setting, parse_exact_savings
+
+logger = logging.get_logger(__name__)
+
+#: Layer types whose state runs over padding columns, so that moving the padding can move the result.
+_RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv")
+
+
+class ExactSavingsMixin:
+    """Overrides the log-prob forward, the loss call and the batch split of `GRPOTrainer` through `super()`."""
+
+    _active_rows: Tensor | None = None
+
+    def _init_exact_savings(self) -> None:
+        wanted = parse_exact_savings(own_setting(self.args, "exact_savings"))
+        reasons = self._inexact_reasons()
+        for name in wanted or ():
+            if name in reasons:
+                raise ValueError(
+                    f"exact_savings={self.args.exact_savings!r}: {name!r} is not exact here: {reasons[name]} Leave "
+                    f"{name!r} out, or use exact_savings='auto'."
+                )
+        self.exact_savings = tuple(n for n in EXACT_SAVINGS if n not in reasons and (wanted is None or n in wanted))
+        if wanted is None and reasons and self.accelerator.is_main_process:
+            left_out = " ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            logger.info(
+                f"exact_savings='auto' uses {', '.join(self.exact_savings) or 'nothing'}. Left out: {left_out}"
+            )
+
+    def _inexact_reasons(self) -> dict[str, str]:
+        """Return why a saving would change the gradient, by name; exact ones are absent."""
+        reasons: dict[str, str] = {}
+        if self.aux_loss_enabled:
+            text = "the router's load-balancing loss is computed from every forwarded token."
+            return dict.fromkeys(EXACT_SAVINGS, text)
+        if position_reason := _moves_with_padding(self.accelerator.unwrap_model(self.model)):
+            reasons["trim"] = position_reason
+        if self._entropy_bonus_enabled:
+            reasons["sort"] = "the entropy bonus is a mean over the tokens of each micro-batch."
+            reasons["skip"] = "the entropy bonus (`entropy_coef`) has a gradient on every row."
+        if self.top_entropy_quantile < 1.0:
+            text = "`top_entropy_quantile` ranks the entropies of all rows of a micro-batch."
+            reasons["sort"] = reasons["skip"] = text
+        if self.beta != 0.0:
+            reasons["skip"] = f"with beta={self.beta} a row with zero advantage still has a KL gradient. Set beta=0.0."
+        if self.loss_type == "bnpo":
+            reasons["sort"] = (
+                "loss_type='bnpo' divides by the tokens of each micro-batch, so rows cannot change places."
+            )
+        elif self._chunks_per_window() is None:
+            reasons["sort"] = (
+                f"steps_per_generation={self.args.steps_per_generation} and gradient_accumulation_steps="
+                f"{self.args.gradient_accumulation_steps} are not multiples, so optimizer steps straddle generations."
+            )
+        return reasons
+
+    def _chunks_per_window(self) -> int | None:
+        """How many micro-batches of one generation belong to one optimizer step; `None` if that shifts."""
+        chunks, window = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if chunks % window == 0:
+            return window
+        return chunks if window % chunks == 0 else None
+
+    # --- sort: rows change places only among the micro-batches of one optimizer step -------------------------------
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before:
+            return inputs
+        if "sort" in self.exact_savings:
+            self._buffered_inputs = self._sort_windows(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _sort_windows(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        window = self._chunks_per_window()
+        if window == 1 or any(chunk.get("num_images") is not None for chunk in chunks):
+            return chunks
+        out = []
+        for start in range(0, len(chunks), window):
+            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id)
+            lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
+            # Rows without a gradient go first: whole micro-batches of them then cost one dummy row.
+            order = torch.argsort(torch.where(_has_gradient(rows), lengths, lengths - lengths.max() - 1), stable=True)
+            size = len(order) // window
+            out += [take_rows(rows, order[i * size : (i + 1) * size]) for i in range(window)]
+        return out
+
+    # --- skip: tell the forward which rows have a gradient ----------------------------------------------------------
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if not self.model.training or "skip" not in self.exact_savings:
+            return super()._compute_loss(model, inputs)
+        self._active_rows = _has_gradient(inputs)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._active_rows = None
+
+    # --- trim (and skip): the forward itself ------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        rows = input_ids.size(0)
+        active = self._active_rows if self._active_rows is not None and len(self._active_rows) == rows else None
+        plain = compute_aux_loss or any(value is not None for value in multimodal.values())
+        if plain or not self.model.training or ("trim" not in self.exact_savings and active is None):
+            self._count_forward(int(attention_mask.sum()), input_ids.numel())
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **multimodal,
+            )
+        columns = (input_ids.size(1) - logits_to_keep, logits_to_keep)
+        plan = self._plan_forward(attention_mask, columns, active, batch_size)
+        order = [row for bucket in plan for row in bucket.rows]
+        self._count_forward(int(attention_mask[order].sum()), sum(bucket.tokens for bucket in plan))
+        logps, entropies = [], []
+        for bucket in plan:
+            part = self._forward_bucket(model, input_ids, attention_mask, columns, bucket, compute_entropy)
+            logps.append(part[0])
+            entropies.append(part[1])
+        full_logps = _unsort(torch.cat(logps), order, rows)
+        if not compute_entropy:
+            return full_logps, None, None
+        full = _unsort(torch.cat(entropies), order, rows)
+        if len(order) < rows:
+            # The entropy metric averages over all rows of the micro-batch: rows that were not forwarded take the mean
+            # of those that were, so that the logged value is the entropy of the forwarded tokens.
+            mask = attention_mask[:, -logits_to_keep:]
+            full[_missing(order, rows)] = (full.detach()[order] * mask[order]).sum() / mask[order].sum().clamp(min=1)
+        return full_logps, full, None
+
+    def _plan_forward(
+        self, attention_mask: Tensor, columns: tuple[int, int], active: Tensor | None, max_rows: int | None
+    ) -> list[Bucket]:
+        lengths = attention_mask.sum(1).tolist()
+        count = own_setting(self.args, "forward_buckets") or max(1, min(8, len(lengths) // 8))
+        if "trim" not in self.exact_savings:
+            count = 1
+        rows = list(range(len(lengths))) if active is None else active.nonzero().flatten().tolist()
+        # Every rank must run the same number of forwards (buffer broadcasts, parameter gathers), so with several ranks
+        # a short list is topped up with the shortest rows that have no gradient; alone, one row keeps the graph whole.
+        needed = min(len(lengths), count) if self.accelerator.num_processes > 1 else 1
+        if len(rows) < needed:
+            idle = sorted(set(range(len(lengths))) - set(rows), key=lambda row: (lengths[row], row))
+            rows += idle[: needed - len(rows)]
+        width = sum(columns)
+        plan = plan_buckets([lengths[row] if "trim" in self.exact_savings else width for row in rows], count, max_rows)
+        return [Bucket(tuple(rows[i] for i in bucket.rows), max(1, bucket.width)) for bucket in plan]
+
+    def _forward_bucket(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        columns: tuple[int, int],
+        bucket: Bucket,
+        compute_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        index = torch.as_tensor(bucket.rows, device=input_ids.device)
+        if "trim" not in self.exact_savings:
+            logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+                model, input_ids[index], attention_mask[index], columns[1], compute_entropy=compute_entropy
+            )
+            return logps, entropies
+        mask = attention_mask[index]
+        prompts, completions = mask[:, : columns[0]].sum(1), mask[:, columns[0] :].sum(1)
+        width = bucket.width
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        batch = contiguous_rows(input_ids, attention_mask, bucket.rows, width, self._tokenizer.pad_token_id)
+        window = max(1, width - int(prompts.min()))
+        logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+            model, batch["input_ids"], batch["attention_mask"], window, compute_entropy=compute_entropy
+        )
+        offsets = prompts - (width - window)
+        logps = scatter_completion(logps, offsets, completions, columns[1])
+        return logps, scatter_completion(entropies, offsets, completions, columns[1]) if compute_entropy else None
+
+    def _count_forward(self, real: int, forwarded: int) -> None:
+        if self.model.training:
+            self._effi_counters["tokens_real"] += real
+            self._effi_counters["tokens_forward"] += forwarded
+
+
+def _has_gradient(rows: dict[str, Any]) -> Tensor:
+    """Rows with a non-zero advantage and at least one token in the loss."""
+    advantages, mask = rows["advantages"], rows["completion_mask"]
+    if "tool_mask" in rows:
+        mask = mask * rows["tool_mask"]
+    nonzero = advantages != 0 if advantages.ndim == 1 else ((advantages != 0) & (mask != 0)).any(1)
+    return nonzero & (mask.sum(1) > 0)
+
+
+def _missing(order: list[int], rows: int) -> list[int]:
+    return sorted(set(range(rows)) - set(order))
+
+
+def _unsort(values: Tensor, order: list[int], rows: int) -> Tensor:
+    """Put rows back in place; rows that were not forwarded become zeros without a gradient."""
+    return values.new_zeros(rows, values.size(1)).index_copy(0, torch.as_tensor(order, device=values.device), values)
+
+
+def _moves_with_padding(model: nn.Module) -> str | None:
+    """Say why moving a row inside its padding would change the model's output, or return `None`."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+    if kinds & set(_RECURRENT_LAYERS):
+        return f"the model has recurrent layers ({', '.join(sorted(kinds & set(_RECURRENT_LAYERS)))})."
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings != getattr(config, "vocab_size", None):
+            # OPT keeps two extra rows for padding.
+            if positions is not None and 0 <= module.num_embeddings - positions <= 2:
+                return f"the model has learned absolute positions ({name}), which TRL counts over left padding."
+    return None

@@ -1,0 +1,236 @@
+"""`EffiGRPOConfig`: the scalars that a YAML file needs to drive the methods people want most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
+from ..functional.rollouts.selection import check_difficulty_range, pruned_count
+from ._schedule_mixin import ScheduleArguments
+
+#: The exact savings and what each does.
+EXACT_SAVINGS = ("trim", "sort", "skip")
+
+
+@dataclass
+class EffiGRPOConfig(ScheduleArguments, GRPOConfig):
+    """
+    Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
+
+    Parameters:
+        > Parameters that save work without changing the gradient
+
+        exact_savings (`str`, *optional*, defaults to `"auto"`):
+            Which savings to use: `"auto"` (all that are exact for this configuration), `"off"` (bit-identical to
+            `GRPOTrainer`), or a comma-separated list of `trim` (forward only real tokens), `sort` (group rows of
+            similar length into the same micro-batch of an optimizer step) and `skip` (do not forward rows whose
+            advantage is exactly zero). A named saving that is not exact for the configuration raises.
+        forward_buckets (`int`, *optional*, defaults to `0`):
+            In how many length buckets `trim` splits a micro-batch; 0 chooses `rows // 8`, between 1 and 8. More
+            buckets forward fewer padding tokens in smaller matrix products.
+
+        > Parameters that choose groups (online difficulty filtering)
+
+        difficulty_range (`list[float]` of two, *optional*):
+            Train only on groups whose pass rate lies in `[low, high]`, e.g. `0.2 0.8`; the ends 0 and 1 are open, so
+            `0 1` drops exactly the groups without a gradient. `None` turns the filter off.
+        difficulty_reward (`str`, *optional*):
+            Name of the 0/1 correctness reward the pass rate is taken from. Needed with several reward functions.
+        difficulty_max_rounds (`int`, *optional*, defaults to `3`):
+            Generation rounds of one step, the first included; 1 never refills.
+        difficulty_underfill (`str`, *optional*, defaults to `"fill"`):
+            What happens when the rounds do not fill the batch: `"fill"` takes the least bad rejected groups (constant
+            number of rows), `"shrink"` trains on fewer rows.
+
+        > Parameters that choose completions (CPPO)
+
+        prune_rate (`float`, *optional*, defaults to `0.0`):
+            Share of completions dropped before log-probs and loss, in [0, 1).
+        prune_metric (`str`, *optional*, defaults to `"smallest"`):
+            What is dropped: `"smallest"` |advantage| (CPPO), `"largest"`, or `"random"` rows, the control.
+        prune_scope (`str`, *optional*, defaults to `"rank"`):
+            Where rows compete: `"group"`, `"rank"` or `"global"`.
+        prune_allocation (`bool`, *optional*, defaults to `True`):
+            Dynamic completion allocation: generate `1 / (1 - prune_rate)` times more prompts, so that the trained
+            rows of a step stay constant and an epoch takes that many times fewer steps. `False` trains fewer rows.
+        prune_balance_signs (`bool`, *optional*, defaults to `False`):
+            Keep as many completions with a positive as with a negative advantage, as far as there are.
+        prune_normalizer (`str`, *optional*, defaults to `"kept"`):
+            What the loss is averaged over: `"kept"` rows (CPPO) or the `"original"` rows (a dropped row counts as a
+            row without gradient).
+
+        > Parameters of the learning-rate schedule
+
+        lr_schedule (`str`, *optional*):
+            Name of a schedule of hf_effi, e.g. `"wsd"`; `None` leaves the Trainer's own.
+        lr_schedule_kwargs (`dict` or `str`, *optional*):
+            Its arguments, as a dict or as JSON.
+        lr_schedule_on_mismatch (`str`, *optional*, defaults to `"error"`):
+            What to do when a checkpoint holds another schedule: `"error"`, `"stored"` or `"new"`.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+
+    exact_savings: str = field(
+        default="auto",
+        metadata={"help": "'auto', 'off', or a comma-separated list of trim, sort, skip. None changes the gradient."},
+    )
+    forward_buckets: int = field(
+        default=0, metadata={"help": "Length buckets of a micro-batch; 0 chooses rows // 8, between 1 and 8."}
+    )
+    difficulty_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Train only on groups whose pass rate lies in this band, e.g. 0.2 0.8. 0 and 1 are open."},
+    )
+    difficulty_reward: str | None = field(
+        default=None, metadata={"help": "Name of the 0/1 correctness reward that the pass rate is taken from."}
+    )
+    difficulty_max_rounds: int = field(
+        default=3, metadata={"help": "Generation rounds of one step, the first included."}
+    )
+    difficulty_underfill: str = field(
+        default="fill",
+        metadata={"help": "'fill' with the least bad groups or 'shrink' the batch.", "choices": ["fill", "shrink"]},
+    )
+    prune_rate: float = field(
+        default=0.0, metadata={"help": "Share of completions dropped before log-probs and loss, in [0, 1)."}
+    )
+    prune_metric: str = field(
+        default="smallest",
+        metadata={"help": "Drop the 'smallest' |advantage| (CPPO), the 'largest', or 'random' rows (control)."},
+    )
+    prune_scope: str = field(
+        default="rank", metadata={"help": "Pool in which completions compete: 'group', 'rank' or 'global'."}
+    )
+    prune_allocation: bool = field(
+        default=True,
+        metadata={"help": "Generate 1 / (1 - prune_rate) times more prompts: trained rows stay constant."},
+    )
+    prune_balance_signs: bool = field(
+        default=False, metadata={"help": "Keep as many positive as negative advantages, as far as there are."}
+    )
+    prune_normalizer: str = field(
+        default="kept", metadata={"help": "Average the loss over the 'kept' rows (CPPO) or the 'original' rows."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_exact_savings(self.exact_savings)
+        if isinstance(self.forward_buckets, bool) or not isinstance(self.forward_buckets, int):
+            raise TypeError(f"forward_buckets must be an int >= 0, got {self.forward_buckets!r}.")
+        if self.forward_buckets < 0:
+            raise ValueError(f"forward_buckets must be >= 0 (0 chooses), got {self.forward_buckets}.")
+        self._check_filter()
+        self._check_pruning()
+
+    @property
+    def prune_oversample(self) -> int:
+        """How many times more prompts a step generates under dynamic completion allocation; 1 without."""
+        if not self.prune_rate or not self.prune_allocation:
+            return 1
+        return max(1, round(1 / (1 - self.prune_rate)))
+
+    def _check_filter(self) -> None:
+        if self.difficulty_range is not None:
+            self.difficulty_range = _as_pair(self.difficulty_range)
+            check_difficulty_range(*self.difficulty_range)
+        if not isinstance(self.difficulty_max_rounds, int) or self.difficulty_max_rounds < 1:
+            raise ValueError(
+                f"difficulty_max_rounds must be an int >= 1 (the first round counts), got {self.difficulty_max_rounds!r}."
+            )
+        _check_choice("difficulty_underfill", self.difficulty_underfill, ("fill", "shrink"))
+
+    def _check_pruning(self) -> None:
+        rate = self.prune_rate
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise TypeError(f"prune_rate must be a number in [0, 1), got {rate!r}.")
+        if not 0 <= rate < 1:
+            raise ValueError(f"prune_rate must be in [0, 1), got {rate}. CPPO uses 0.5, 0.75, 0.875 or 0.9375.")
+        _check_choice("prune_metric", self.prune_metric, PRUNE_METRICS)
+        _check_choice("prune_scope", self.prune_scope, PRUNE_SCOPES)
+        _check_choice("prune_normalizer", self.prune_normalizer, ("kept", "original"))
+        if rate and self.prune_metric == "random" and self.prune_balance_signs:
+            raise ValueError("prune_balance_signs has no meaning with prune_metric='random'. Turn one of them off.")
+        if not rate:
+            return
+        group = self.num_generations
+        if self.prune_allocation and abs(rate - (1 - 1 / self.prune_oversample)) > 1e-3:
+            below, above = int(1 / (1 - rate)), int(1 / (1 - rate)) + 1
+            raise ValueError(
+                f"prune_rate={rate} with prune_allocation=True must be 1 - 1/R for a whole R, so that the trained rows "
+                f"stay constant. Nearest: {1 - 1 / below:.4g} (R={below}) or {1 - 1 / above:.4g} (R={above}); or set "
+                "prune_allocation=False."
+            )
+        if self.prune_scope == "group" and pruned_count(group, rate) < 1:
+            raise ValueError(f"prune_rate={rate} leaves no completion of num_generations={group}. Lower it.")
+        if self.prune_allocation:
+            if self.prune_scope == "group" and group % self.prune_oversample:
+                raise ValueError(
+                    f"prune_rate={rate} keeps 1 of {self.prune_oversample} completions, which does not divide "
+                    f"num_generations={group}. Use a multiple of {self.prune_oversample}, or prune_scope='rank'."
+                )
+            return
+        self._check_shrunk_rows()
+
+    def _check_shrunk_rows(self) -> None:
+        """Without allocation fewer rows are trained, and each micro-batch of each rank must get the same number."""
+        rows = self.generation_batch_size
+        pool = {"group": self.num_generations, "rank": rows // self.world_size, "global": rows}[self.prune_scope]
+        kept = pruned_count(pool, self.prune_rate) * (rows // pool)
+        chunks = self.steps_per_generation * self.world_size
+        if kept < chunks or kept % chunks:
+            raise ValueError(
+                f"prune_rate={self.prune_rate} with prune_allocation=False keeps {kept} of {rows} completions, which "
+                f"cannot be split evenly over {self.world_size} processes x {self.steps_per_generation} micro-batches "
+                f"(steps_per_generation). Choose a rate that keeps a multiple of {chunks}, or prune_allocation=True."
+            )
+
+
+def own_setting(args: GRPOConfig, name: str) -> Any:
+    """Return an own field of `args`, or its default where the user passed a plain `GRPOConfig`."""
+    return getattr(args, name, EffiGRPOConfig.__dataclass_fields__[name].default)
+
+
+def parse_exact_savings(value: Any) -> tuple[str, ...] | None:
+    """
+    Return the named savings, `()` for `"off"`, or `None` for `"auto"`.
+
+    Example:
+    ```python
+    >>> parse_exact_savings("trim, skip"), parse_exact_savings("off"), parse_exact_savings("auto")
+    (('trim', 'skip'), (), None)
+    ```
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"exact_savings must be a string such as 'auto', 'off' or 'trim,sort', got {value!r}.")
+    if value == "auto":
+        return None
+    if value == "off":
+        return ()
+    names = tuple(name.strip() for name in value.split(","))
+    for name in names:
+        if name not in EXACT_SAVINGS:
+            raise ValueError(
+                f"exact_savings={value!r}: unknown saving {name!r}. Allowed: 'auto', 'off', or a comma-separated list "
+                f"of {', '.join(EXACT_SAVINGS)}."
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def _as_pair(value: Any) -> tuple[float, float]:
+    """YAML and the command line give lists, and sometimes one string."""
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    try:
+        low, high = (float(end) for end in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"difficulty_range must be two numbers such as (0.2, 0.8), got {value!r}.") from None
+    return low, high
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

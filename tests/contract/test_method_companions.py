@@ -1,0 +1,110 @@
+"""A row in `hf_effi.methods` is a promise: code, card, tests, bench and changelog exist."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+
+import pytest
+
+from hf_effi.methods import METHODS, find_method
+from tests.contract._sources import ROOT
+
+#: What a card must answer (DESIGN section 3): how a `## ` heading may begin, in lower case.
+HEADINGS = {
+    "what it changes": ("what it changes",),
+    "how to use it": ("use",),
+    "settings": ("settings",),
+    "equations -> code": ("equation",),
+    "when it helps and when it hurts": ("when it helps",),
+    "cost": ("cost",),
+    "works with / conflicts with": ("works with",),
+    "our evidence": ("our evidence", "evidence"),
+    "deviations": ("deviations",),
+    "licence and paper": ("licence", "license", "paper"),
+}
+KEYS = [method.key for method in METHODS]
+
+
+@pytest.fixture(params=KEYS)
+def method(request):
+    return find_method(request.param)
+
+
+def result_of(method):
+    """Return the path of the committed JSON that the method's bench writes."""
+    return ROOT / "bench" / "results" / (method.bench.rsplit("/", 1)[-1].removesuffix(".py") + ".json")
+
+
+def test_keys_are_unique_and_rows_are_complete():
+    assert len(KEYS) == len(set(KEYS))
+    for row in METHODS:
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", row.key), row.key
+        assert row.status in {"experimental", "stable", "rejected"}, f"{row.key}: status {row.status!r}"
+        assert row.summary.endswith("."), f"{row.key}: the summary is one sentence"
+        assert row.paper_id == "" or re.fullmatch(r"\d{4}\.\d{4,5}", row.paper_id), f"{row.key}: {row.paper_id!r}"
+        assert row.status == "rejected" or (row.entry_points and row.tests), row.key
+
+
+def test_entry_points_resolve(method):
+    for entry in method.entry_points:
+        module, _, attribute = entry.partition(":")
+        assert attribute, f"{method.key}: {entry!r} is not `module:attribute`"
+        found = getattr(importlib.import_module(module), attribute, None)
+        assert found is not None, f"{method.key}: {module} has no {attribute}"
+        assert (found.__doc__ or "").strip(), f"{method.key}: {entry} has no docstring"
+
+
+def test_card_answers_every_question(method):
+    card = ROOT / method.card
+    assert card.exists(), f"{method.key}: no card {method.card}"
+    text = card.read_text(encoding="utf-8")
+    headings = [found.group(1).strip().lower() for found in re.finditer(r"^#{2,3} (.+)$", text, re.MULTILINE)]
+    missing = [
+        question
+        for question, starts in HEADINGS.items()
+        if not any(heading.startswith(start) for heading in headings for start in starts)
+    ]
+    assert not missing, f"{method.card} has no heading for: {', '.join(missing)}"
+    assert text.startswith(f"# {method.title}"), f"{method.card} must begin with '# {method.title}'"
+    assert method.paper_id in text, f"{method.card} does not name {method.paper_id}"
+    assert "```python" in text, f"{method.card} shows no code"
+
+
+def test_card_names_its_entry_points(method):
+    card = ROOT / method.card
+    assert card.exists(), f"{method.key}: no card {method.card}"
+    text = card.read_text(encoding="utf-8")
+    missing = [entry for entry in method.entry_points if entry.partition(":")[2] not in text]
+    assert not missing, f"{method.card} does not mention {missing}"
+
+
+def test_test_files_exist(method):
+    missing = [path for path in method.tests if not (ROOT / path).exists()]
+    assert not missing, f"{method.key}: no {missing}"
+    assert any("/training/" in path for path in method.tests), f"{method.key}: no test through trainer.train()"
+    assert any("/unit/" in path for path in method.tests), f"{method.key}: no test of the pure function"
+
+
+def test_bench_script_exists(method):
+    assert (ROOT / method.bench).exists(), f"{method.key}: no {method.bench}"
+
+
+def test_stable_means_measured(method):
+    if method.status != "stable":
+        return
+    result = result_of(method)
+    assert result.exists(), f"{method.key} is called stable without {result.relative_to(ROOT)}"
+    seeds = json.loads(result.read_text())["seeds"]
+    assert len(seeds) >= 3, f"{method.key} is called stable on {len(seeds)} seed(s); a bench entry has at least 3"
+
+
+def test_changelog_mentions_it(method):
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert method.title in text, f"CHANGELOG.md does not mention {method.title!r}"
+
+
+def test_every_card_has_a_row():
+    cards = {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")} - {"index"}
+    assert cards <= set(KEYS), f"cards without a row in methods.py: {sorted(cards - set(KEYS))}"

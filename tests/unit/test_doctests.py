@@ -1,0 +1,40 @@
+"""Runs the printed examples of the pure functions, so that the documentation cannot drift from the code."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import hf_effi.functional
+
+EXTRA_MODULES = ("hf_effi.methods", "hf_effi.trainers._rewards", "hf_effi.trainers.grpo_config")
+
+
+class FencedParser(doctest.DocTestParser):
+    """Docstrings follow the Hugging Face style: examples stand between code fences, which are no output."""
+
+    def parse(self, string: str, name: str = "<string>"):
+        lines = ["" if line.strip().startswith("```") else line for line in string.splitlines()]
+        return super().parse("\n".join(lines), name)
+
+
+def modules() -> list[str]:
+    root = hf_effi.functional
+    found = [info.name for info in pkgutil.walk_packages(root.__path__, root.__name__ + ".") if not info.ispkg]
+    return sorted([*found, *EXTRA_MODULES])
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_print_what_they_say(name: str) -> None:
+    module = importlib.import_module(name)
+    finder = doctest.DocTestFinder(parser=FencedParser(), exclude_empty=True)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for test in finder.find(module, name, extraglobs={"torch": torch}):
+        runner.run(test)
+    assert runner.failures == 0, (
+        f"{runner.failures} of {runner.tries} examples in {name} failed; see the output above."
+    )
