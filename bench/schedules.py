@@ -139,7 +139,7 @@ class Results:
         self.payload: dict[str, Any] = {"bench": "schedules", "rows": [], "headline": []}
         if RESULT.exists():
             self.payload = json.loads(RESULT.read_text())
-        self.payload["corpus_sha256"] = digest
+        self.digest = digest
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         for row in self.payload["rows"]:
@@ -181,14 +181,23 @@ def run_one(results: Results, data: Data, stage: str, name: str, budget: int, pe
 
 
 def tuned_peak(results: Results, data: Data, name: str, budget: int) -> float:
-    """Best of `PEAKS` at the short budget; at the long one the best of that, its half and its double."""
+    """Best of `PEAKS` at the short budget; at the long one half, once and twice that, and on while the best is an edge."""
+
+    def loss(peak: float) -> float:
+        return run_one(results, data, "tune", name, budget, peak, TUNING_SEED)["loss"]
+
     if budget == BUDGETS[0]:
-        candidates = PEAKS
-    else:
-        best = tuned_peak(results, data, name, BUDGETS[0])
-        candidates = (best / 2, best, best * 2)
-    losses = {p: run_one(results, data, "tune", name, budget, p, TUNING_SEED)["loss"] for p in candidates}
-    return min(losses, key=losses.get)
+        return min(PEAKS, key=loss)
+    best = tuned_peak(results, data, name, BUDGETS[0])
+    candidates = [best / 2, best, best * 2]
+    while True:
+        winner = min(candidates, key=loss)
+        if winner == candidates[-1]:
+            candidates.append(winner * 2)
+        elif winner == candidates[0]:
+            candidates.insert(0, winner / 2)
+        else:
+            return winner
 
 
 def compare(results: Results, data: Data) -> None:

@@ -169,7 +169,8 @@ def callback_overhead(repeats: int = 2000) -> dict[str, Any]:
 
 def summarise(results: bench.Results) -> None:
     """Replace the derived rows and the headline, save and print."""
-    derived = ("table", "law", "bound", "overhead")
+    derived = ("setup", "table", "law", "bound", "overhead")
+    digest = results.payload.pop("corpus_sha256", None) or results.digest
     raw = [row for row in results.payload["rows"] if row["stage"] not in derived]
     results.payload["rows"] = raw
     table, laws, bounds = comparison(results), law_errors(results), bound_against_found(results)
@@ -188,8 +189,16 @@ def summarise(results: bench.Results) -> None:
         value = round(statistics.mean(errors), 4)
         headline.append({"name": "loss_law_mean_abs_error", "value": value, "goal": None, "met": None})
     results.payload["headline"] = headline
-    results.payload["rows"] = [*table, *laws, *bounds, overhead, *raw]
-    results.payload["model_parameters"] = sum(p.numel() for p in bench.build(0).parameters())
+    setup = {
+        "stage": "setup",
+        "corpus": "top-level modules of the Python standard library, ASCII bytes",
+        "corpus_sha256": digest,
+        "parameters": sum(p.numel() for p in bench.build(0).parameters()),
+        "tokens_per_update": bench.BATCH * bench.LENGTH,
+        "held_out_tokens": 384 * bench.LENGTH,
+        "cpu_seconds": round(sum(row.get("cpu_seconds", 0.0) for row in raw), 1),
+    }
+    results.payload["rows"] = [setup, *table, *laws, *bounds, overhead, *raw]
     results.save()
     for row in table:
         print(
