@@ -224,9 +224,8 @@ def branches(results: Results, data: Data, ends: tuple[int, ...] = (240, 480, 72
             branch.pop("state")
             steps += end - fork
             scratch_peak = tuned_peak(results, data, "cosine to 0", BUDGETS[1] if end > BUDGETS[0] else BUDGETS[0])
-            scratch = results.find(stage="final", schedule="cosine to 0", budget=end, seed=seed) or train(
-                data, SCHEDULES["cosine to 0"](end), scratch_peak, seed
-            )
+            key = {"stage": "final", "schedule": "cosine to 0", "budget": end, "seed": seed, "peak_lr": scratch_peak}
+            scratch = results.find(**key) or train(data, SCHEDULES["cosine to 0"](end), scratch_peak, seed)
             row = {"stage": "branch", "seed": seed, "end": end, "peak_lr": peak, "loss": branch["loss"]}
             row.update(cosine_loss=scratch["loss"], cosine_peak_lr=scratch_peak, steps_so_far=steps)
             results.add(row)
