@@ -10,6 +10,7 @@ initial weights and the data order, so differences between schedules are paired.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import hashlib
 import json
@@ -108,7 +109,7 @@ def train(
     scheduler = S.to_lambda_lr(schedule, optimizer, on_mismatch="new")
     if start is not None:
         model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(start["optimizer"]))
         scheduler.load_state_dict(start["scheduler"])
     end = until or schedule.last_step or schedule.total_steps
     curve: list[list[float]] = []
@@ -125,7 +126,8 @@ def train(
             curve.append([step + 1, round(data.loss(model), 5)])
     state = {
         "model": {k: v.clone() for k, v in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
+        # A copy: loading a state dict keeps its tensors, and a branch would then change the trunk's.
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
         "scheduler": scheduler.state_dict(),
     }
     seconds = round(time.process_time() - clock, 2)
