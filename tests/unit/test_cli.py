@@ -110,7 +110,7 @@ def test_module_runs_and_help_is_light():
 
 
 def test_describe_a_schedule_prints_formula_defaults_and_a_curve(capsys):
-    assert main(["describe", "wsd"]) == 0
+    assert cli.main(["describe", "wsd"]) == 0
     printed = capsys.readouterr().out
     assert "f(x)" in printed and "decay_offset='inside'" in printed and "2404.06395" in printed
     assert "1.00 |***" in printed
