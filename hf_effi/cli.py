@@ -97,14 +97,15 @@ def _draw_schedule(schedule_class: type) -> None:
     from .functional.schedules import gallery
     from .report.schedule_plot import text_curve
 
-    fields = schedule_class.__dataclass_fields__.values()
-    print(
-        "\ndefaults: " + ", ".join(f"{f.name}={f.default!r}" for f in fields if f.default is not dataclasses.MISSING)
-    )
-    # The gallery has an instance of every schedule, also of those that cannot do without arguments.
-    example = next((s for s in gallery(60) if type(s) is schedule_class), None)
-    if example is not None:
-        print("\n" + text_curve(example, 60))
+    defaults = [
+        f"{f.name}={f.default!r}" for f in dataclasses.fields(schedule_class) if f.default is not dataclasses.MISSING
+    ]
+    print("\ndefaults: " + ", ".join(defaults))
+    # The gallery has instances of every schedule, also of those that cannot do without arguments; take one that moves.
+    examples = [schedule for schedule in gallery(60) if type(schedule) is schedule_class]
+    moving = [schedule for schedule in examples if len({round(value, 2) for value in schedule.trace(60)}) > 2]
+    if examples:
+        print("\n" + text_curve((moving or examples)[-1], 60))
 
 
 def _plan(args: argparse.Namespace) -> int:
