@@ -33,6 +33,10 @@ class UsageError(Exception):
     """The command was called wrongly: printed as one line, exit code 2."""
 
 
+class CommandError(Exception):
+    """The command cannot do its work here: printed as one line, exit code 1."""
+
+
 def _env(args: argparse.Namespace) -> int:
     from ._compat import installed_versions
     from .report.record import current_commit, describe_machine
@@ -103,11 +107,13 @@ def _demo(args: argparse.Namespace) -> int:
         choose_arms(arms)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    from ._compat import require
+    from ._compat import OPTIONAL_PACKAGES, is_available
 
     # Asked for now, not after ten minutes of training.
-    for package in ("matplotlib", "jinja2"):
-        require(package, "the demo's report page")
+    missing = [package for package in ("matplotlib", "jinja2") if not is_available(package)]
+    if missing:
+        extra = OPTIONAL_PACKAGES[missing[0]][1]
+        raise CommandError(f"the report page needs {' and '.join(missing)}. Run `pip install 'hf_effi[{extra}]'`.")
     from .demo.command import main as run
 
     return run(args.output_dir, range(args.seed, args.seed + args.seeds), args.steps, arms, args.quick)
@@ -165,8 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except ImportError as error:
-        # A package that an extra brings; `_compat.require` names it.
+    except CommandError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
