@@ -25,6 +25,10 @@ OPTIONAL_PACKAGES = {
 CORE_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
 
+class MissingPackageError(ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 def version_of(distribution: str) -> str | None:
     """Return the installed version of `distribution`, or `None` when it is not installed."""
     try:
@@ -47,11 +51,11 @@ def require(package: str, purpose: str) -> ModuleType:
         purpose (`str`): What it is needed for; becomes part of the error.
 
     Raises:
-        ImportError: `package` is not installed.
+        MissingPackageError: `package` is not installed.
     """
     if not is_available(package):
         distribution, extra = OPTIONAL_PACKAGES[package]
-        raise ImportError(
+        raise MissingPackageError(
             f"{purpose} needs `{distribution}`, which is not installed. Run `pip install 'hf_effi[{extra}]'`."
         )
     return importlib.import_module(package)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ._compat import MissingPackageError
 from ._version import __version__
 
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
@@ -31,10 +32,6 @@ _DEMO_ENVIRONMENT = {
 
 class UsageError(Exception):
     """The command was called wrongly: printed as one line, exit code 2."""
-
-
-class CommandError(Exception):
-    """The command cannot do its work here: printed as one line, exit code 1."""
 
 
 def _env(args: argparse.Namespace) -> int:
@@ -107,13 +104,11 @@ def _demo(args: argparse.Namespace) -> int:
         choose_arms(arms)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    from ._compat import OPTIONAL_PACKAGES, is_available
+    from ._compat import require
 
     # Asked for now, not after ten minutes of training.
-    missing = [package for package in ("matplotlib", "jinja2") if not is_available(package)]
-    if missing:
-        extra = OPTIONAL_PACKAGES[missing[0]][1]
-        raise CommandError(f"the report page needs {' and '.join(missing)}. Run `pip install 'hf_effi[{extra}]'`.")
+    for package in ("matplotlib", "jinja2"):
+        require(package, "the demo's report page")
     from .demo.command import main as run
 
     return run(args.output_dir, range(args.seed, args.seed + args.seeds), args.steps, arms, args.quick)
@@ -171,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except CommandError as error:
+    except MissingPackageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

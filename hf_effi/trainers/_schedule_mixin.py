@@ -44,6 +44,8 @@ def schedule_from_config(args: Any) -> Schedule | None:
         ScheduleError: unknown name or argument, arguments without a name, text that is not JSON, or a second way to
             set the LR in the same config.
     """
+    if not hasattr(args, "lr_schedule"):
+        return None  # a plain config of the stock trainer
     name, kwargs = args.lr_schedule, args.lr_schedule_kwargs
     check_choice("lr_schedule_on_mismatch", args.lr_schedule_on_mismatch, ("error", "stored", "new"))
     if name is None:
