@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from typing import Any
 from ._compat import MissingPackageError
 from ._version import __version__
 
-#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
-PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr"}
+#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here, such
+#: as `"lr": "hf_effi.report.plan_lr"`; while there is none, there is no `plan` command.
+PLANNERS: dict[str, str] = {}
 
 #: Set before the first heavy import, unless the user has set them: one thread, offline, no telemetry.
 _DEMO_ENVIRONMENT = {
@@ -97,6 +99,8 @@ def _demo(args: argparse.Namespace) -> int:
         raise UsageError(f"--steps must be an even number, at least 2, got {args.steps}.")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Where it is installed, it warns at import that a kernel is missing that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .demo.arms import choose_arms
 
     arms = None if args.arms is None else [key.strip() for key in args.arms.split(",") if key.strip()]
@@ -151,7 +155,8 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     describe.add_argument("method", metavar="METHOD")
     describe.set_defaults(run=_describe)
     words = [word for word in arguments if not word.startswith("-")]
-    _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
+    if PLANNERS:
+        _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
     _add_demo(commands)
     return parser
 
