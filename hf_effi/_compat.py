@@ -19,6 +19,8 @@ OPTIONAL_PACKAGES = {
     "deepspeed": ("deepspeed", "parallel"),
     "matplotlib": ("matplotlib", "report"),
     "jinja2": ("jinja2", "report"),
+    "sklearn": ("scikit-learn", "adaptive"),
+    "sklearn.gaussian_process": ("scikit-learn", "adaptive"),
 }
 
 #: What `hf-effi env` and the model card report, and what the contract tests ran against.
@@ -39,7 +41,8 @@ def version_of(distribution: str) -> str | None:
 
 def is_available(package: str) -> bool:
     """Return whether the optional `package` (an import name) can be imported, without importing it."""
-    return importlib.util.find_spec(package) is not None
+    # Only the top package: asking for a submodule would import its parents.
+    return importlib.util.find_spec(package.partition(".")[0]) is not None
 
 
 def require(package: str, purpose: str) -> ModuleType:
@@ -63,5 +66,6 @@ def require(package: str, purpose: str) -> ModuleType:
 
 def installed_versions() -> dict[str, str]:
     """Return `{distribution: version}` for hf_effi's core and the optional packages that are installed."""
-    names = ["hf_effi", *CORE_PACKAGES, *(distribution for distribution, _ in OPTIONAL_PACKAGES.values())]
+    optional = dict.fromkeys(distribution for distribution, _ in OPTIONAL_PACKAGES.values())
+    names = ["hf_effi", *CORE_PACKAGES, *optional]
     return {name: version for name in names if (version := version_of(name)) is not None}

@@ -7,8 +7,10 @@ Exit codes: 0 done, 1 the command failed, 2 it was called wrongly. Heavy imports
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -84,7 +86,28 @@ def _describe(args: argparse.Namespace) -> int:
         ("bench", method.bench),
     ):
         print(f"  {label:<7} {value}")
+    module, _, attribute = method.entry_points[0].partition(":")
+    entry = getattr(importlib.import_module(module), attribute)
+    print("\n" + (inspect.getdoc(entry) or "").split("\nArgs:")[0].split("\nExample:")[0].rstrip())
+    if method.kind == "schedule":
+        _draw_schedule(entry)
     return 0
+
+
+def _draw_schedule(schedule_class: type) -> None:
+    """Print the defaults of a schedule and its curve over a run of 60 updates."""
+    from .functional.schedules import gallery
+    from .report.schedule_plot import text_curve
+
+    defaults = [
+        f"{f.name}={f.default!r}" for f in dataclasses.fields(schedule_class) if f.default is not dataclasses.MISSING
+    ]
+    print("\ndefaults: " + ", ".join(defaults))
+    # The gallery has instances of every schedule, also of those that cannot do without arguments; take one that moves.
+    examples = [schedule for schedule in gallery(60) if type(schedule) is schedule_class]
+    moving = [schedule for schedule in examples if len({round(value, 2) for value in schedule.trace(60)}) > 2]
+    if examples:
+        print("\n" + text_curve((moving or examples)[-1], 60))
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -151,5 +151,7 @@ def test_lr_schedule_from_the_config_or_a_callback(tmp_path: Path) -> None:
     closed_form = wsd(**schedule, total_steps=6)
     expected = [1e-3 * closed_form(step) for step in range(6)]
     for trainer in (named, passed):
-        assert [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e] == pytest.approx(expected)
+        assert [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e] == pytest.approx(
+            expected
+        )
     assert_bitwise_equal(named.model, passed.model)

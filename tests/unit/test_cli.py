@@ -116,3 +116,10 @@ def test_module_runs_and_help_is_light():
         [sys.executable, "-m", "hf_effi.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("hf_effi ")
+
+
+def test_describe_a_schedule_prints_formula_defaults_and_a_curve(capsys):
+    assert cli.main(["describe", "wsd"]) == 0
+    printed = capsys.readouterr().out
+    assert "f(x)" in printed and "decay_offset='inside'" in printed and "2404.06395" in printed
+    assert "1.00 |***" in printed
