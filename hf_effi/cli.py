@@ -21,9 +21,8 @@ from typing import Any
 from ._compat import MissingPackageError
 from ._version import __version__
 
-#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here, such
-#: as `"lr": "hf_effi.report.plan_lr"`; while there is none, there is no `plan` command.
-PLANNERS: dict[str, str] = {}
+#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
+PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr"}
 
 #: Set before the first heavy import, unless the user has set them: one thread, offline, no telemetry.
 _DEMO_ENVIRONMENT = {
@@ -178,8 +177,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     describe.add_argument("method", metavar="METHOD")
     describe.set_defaults(run=_describe)
     words = [word for word in arguments if not word.startswith("-")]
-    if PLANNERS:
-        _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
+    _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
     _add_demo(commands)
     return parser
 
