@@ -12,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -120,6 +121,8 @@ def _demo(args: argparse.Namespace) -> int:
         raise UsageError(f"--steps must be an even number, at least 2, got {args.steps}.")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Where it is installed, it warns at import that a kernel is missing that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .demo.arms import choose_arms
 
     arms = None if args.arms is None else [key.strip() for key in args.arms.split(",") if key.strip()]
@@ -192,6 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingPackageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # The reader, such as `| head`, has seen enough; without this, Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"\n{name}: stopped.", file=sys.stderr)
         return 130
