@@ -31,7 +31,7 @@ RESULT = Path(__file__).with_name("results") / "schedules.json"
 BUDGETS = (240, 720)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
-PEAKS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+PEAKS = (5e-4, 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 8e-3, 1.6e-2)
 BATCH, LENGTH = 16, 32
 EVAL_EVERY = 30
 WARMUP = 0.05
@@ -181,12 +181,12 @@ def run_one(results: Results, data: Data, stage: str, name: str, budget: int, pe
 
 
 def tuned_peak(results: Results, data: Data, name: str, budget: int) -> float:
-    """Best of `PEAKS` at the short budget; at the long one the best of that and its lower neighbour."""
+    """Best of `PEAKS` at the short budget; at the long one the best of that, its half and its double."""
     if budget == BUDGETS[0]:
         candidates = PEAKS
     else:
         best = tuned_peak(results, data, name, BUDGETS[0])
-        candidates = tuple(peak for peak in (best / 2, best))
+        candidates = (best / 2, best, best * 2)
     losses = {p: run_one(results, data, "tune", name, budget, p, TUNING_SEED)["loss"] for p in candidates}
     return min(losses, key=losses.get)
 
