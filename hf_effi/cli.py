@@ -12,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -97,14 +98,15 @@ def _draw_schedule(schedule_class: type) -> None:
     from .functional.schedules import gallery
     from .report.schedule_plot import text_curve
 
-    fields = schedule_class.__dataclass_fields__.values()
-    print(
-        "\ndefaults: " + ", ".join(f"{f.name}={f.default!r}" for f in fields if f.default is not dataclasses.MISSING)
-    )
-    # The gallery has an instance of every schedule, also of those that cannot do without arguments.
-    example = next((s for s in gallery(60) if type(s) is schedule_class), None)
-    if example is not None:
-        print("\n" + text_curve(example, 60))
+    defaults = [
+        f"{f.name}={f.default!r}" for f in dataclasses.fields(schedule_class) if f.default is not dataclasses.MISSING
+    ]
+    print("\ndefaults: " + ", ".join(defaults))
+    # The gallery has instances of every schedule, also of those that cannot do without arguments; take one that moves.
+    examples = [schedule for schedule in gallery(60) if type(schedule) is schedule_class]
+    moving = [schedule for schedule in examples if len({round(value, 2) for value in schedule.trace(60)}) > 2]
+    if examples:
+        print("\n" + text_curve((moving or examples)[-1], 60))
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -119,6 +121,8 @@ def _demo(args: argparse.Namespace) -> int:
         raise UsageError(f"--steps must be an even number, at least 2, got {args.steps}.")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Where it is installed, it warns at import that a kernel is missing that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .demo.arms import choose_arms
 
     arms = None if args.arms is None else [key.strip() for key in args.arms.split(",") if key.strip()]
@@ -191,6 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingPackageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # The reader, such as `| head`, has seen enough; without this, Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"\n{name}: stopped.", file=sys.stderr)
         return 130

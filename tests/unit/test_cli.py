@@ -70,6 +70,15 @@ def test_bad_demo_arguments_stop_before_any_training(arguments, word, capsys, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_extra_is_named_before_any_training(monkeypatch, capsys, tmp_path):
+    from hf_effi import _compat
+
+    monkeypatch.setattr(_compat, "is_available", lambda package: package != "jinja2")
+    assert cli.main(["demo", "--quick", "--output-dir", str(tmp_path / "out")]) == 1
+    assert "jinja2" in (text := capsys.readouterr().err) and "hf_effi[report]" in text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["describe"], ["plan"], ["plan", "nonsense"]])
 def test_wrong_calls_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stopped:
@@ -110,7 +119,7 @@ def test_module_runs_and_help_is_light():
 
 
 def test_describe_a_schedule_prints_formula_defaults_and_a_curve(capsys):
-    assert main(["describe", "wsd"]) == 0
+    assert cli.main(["describe", "wsd"]) == 0
     printed = capsys.readouterr().out
     assert "f(x)" in printed and "decay_offset='inside'" in printed and "2404.06395" in printed
     assert "1.00 |***" in printed

@@ -81,6 +81,14 @@ def test_an_arm_of_half_the_time_is_twice_as_fast():
     assert ratios["accuracy_gain_equal_cpu_seconds"] == pytest.approx(0.25)
 
 
+def test_target_is_near_the_end_and_the_end_is_reported_too():
+    # The baseline has 0.5125 after 7/8 of its 6 steps and 0.55 at its end; ours stays a little behind.
+    behind = [value - 0.02 * bool(value) for value in LINE]
+    ratios = compare(run("ours", behind, 1.0), run(BASELINE, LINE, 1.0))
+    assert ratios["cpu_seconds_to_target_ratio"] == pytest.approx((5 + (0.5125 - 0.48) / 0.05) / 5.25)
+    assert ratios["cpu_seconds_to_final_ratio"] is None
+
+
 def test_a_baseline_that_is_done_early_gets_its_own_crossing_not_its_end():
     plateau = [0.0, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]
     ratios = compare(run("ours", plateau, 1.0), run(BASELINE, plateau, 1.0))
