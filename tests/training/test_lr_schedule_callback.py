@@ -361,3 +361,19 @@ def test_token_indexed_follows_the_counter_and_resumes(tmp_path):
     assert first + rest == whole
     with pytest.raises(ScheduleError, match="needs counter"):
         LRScheduleCallback(token_indexed(schedule=linear()))
+
+
+def test_two_schedules_for_one_lr_are_refused(tmp_path):
+    with pytest.raises(ScheduleError, match="Two schedules want to set the LR"):
+        train(tmp_path, linear(), extra=[LRScheduleCallback(cosine())])
+
+
+def test_config_and_callback_are_refused_together(tmp_path):
+    from hf_effi.trainers.trainer import EffiTrainer, EffiTrainingArguments
+
+    args = EffiTrainingArguments(
+        str(tmp_path), max_steps=2, lr_schedule="wsd", use_cpu=True, bf16=False, save_strategy="no", report_to="none"
+    )
+    trainer = make_trainer(tmp_path, [LRScheduleCallback(linear())], trainer_class=EffiTrainer, args=args)
+    with pytest.raises(ScheduleError, match="lr_schedule in the config"):
+        trainer.train()
