@@ -213,10 +213,12 @@ def compare(results: Results, data: Data) -> None:
 def branches(results: Results, data: Data, ends: tuple[int, ...] = (240, 480, 720)) -> None:
     """One WSD trunk with three cooldowns against three cosine runs from scratch, at each one's tuned peak LR."""
     for seed in SEEDS:
-        if all(results.find(stage="branch", seed=seed, end=end) for end in ends):
+        # 5 % of the longest run, as its own schedule would have.
+        warmup = round(WARMUP * ends[-1])
+        if all(results.find(stage="branch", seed=seed, end=end, warmup_steps=warmup) for end in ends):
             continue
         peak = tuned_peak(results, data, "wsd 1-sqrt 20%", BUDGETS[1])
-        trunk = S.wsd(warmup_steps=12, open_ended=True)
+        trunk = S.wsd(warmup_steps=warmup, open_ended=True)
         state, at, steps = None, 0, 0
         for end in ends:
             fork = end - end // 5
@@ -229,6 +231,7 @@ def branches(results: Results, data: Data, ends: tuple[int, ...] = (240, 480, 72
             key = {"stage": "final", "schedule": "cosine to 0", "budget": end, "seed": seed, "peak_lr": scratch_peak}
             scratch = results.find(**key) or train(data, SCHEDULES["cosine to 0"](end), scratch_peak, seed)
             row = {"stage": "branch", "seed": seed, "end": end, "peak_lr": peak, "loss": branch["loss"]}
+            row["warmup_steps"] = warmup
             row.update(cosine_loss=scratch["loss"], cosine_peak_lr=scratch_peak, steps_so_far=steps)
             results.add(row)
             print("branch", seed, end, branch["loss"], scratch["loss"], flush=True)
