@@ -116,9 +116,9 @@ def _plan(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {args.seeds}.")
-    if args.steps is not None and (args.steps < 2 or args.steps % 2):
-        # Each generation serves two optimizer steps (DemoSettings.num_iterations).
-        raise UsageError(f"--steps must be an even number, at least 2, got {args.steps}.")
+    if args.steps is not None and (args.steps < 4 or args.steps % 4):
+        # Arms are compared at an evaluation, which comes every 4 steps (DemoSettings.eval_every_steps).
+        raise UsageError(f"--steps must be a positive multiple of 4, got {args.steps}.")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Where it is installed, it warns at import that a kernel is missing that nothing here uses.

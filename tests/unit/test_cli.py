@@ -61,7 +61,7 @@ def test_unlike_method_names_all(capsys):
         (["demo", "--arms", "stock,foo"], "'foo'"),
         (["demo", "--seeds", "0"], "--seeds"),
         (["demo", "--steps", "0"], "--steps"),
-        (["demo", "--steps", "3"], "even"),
+        (["demo", "--steps", "6"], "multiple of 4"),
     ],
 )
 def test_bad_demo_arguments_stop_before_any_training(arguments, word, capsys, tmp_path):
