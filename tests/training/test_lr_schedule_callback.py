@@ -27,7 +27,6 @@ from hf_effi.functional.schedules import (
     wsd_s,
     wsdc,
 )
-
 from tests.helpers.distributed import child_environment
 
 sys.path.insert(0, os.path.dirname(__file__))
