@@ -27,6 +27,7 @@ from hf_effi.functional.schedules import (
     wsd_s,
     wsdc,
 )
+from tests.helpers.distributed import child_environment
 
 sys.path.insert(0, os.path.dirname(__file__))
 from lr_schedule_run import Recorder, StopAt, make_trainer, tiny_model, train
@@ -243,11 +244,10 @@ def test_start_decay_outside_training_and_bad_arguments():
 
 def two_processes(out, *more):
     script = Path(__file__).with_name("lr_schedule_run.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(out), *more],
-        env=env,
+        [*command, str(script), str(out), *more],
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=300,
