@@ -97,6 +97,26 @@ METHODS: tuple[Method, ...] = (
         tests=("tests/unit/test_schedules.py", "tests/training/test_lr_schedule_callback.py"),
         bench="bench/schedules.py",
     ),
+    Method(
+        key="exact_sampler_resume",
+        title="Exact sampler resume",
+        kind="sampler",
+        summary="Serves the rows in the order of an object that each checkpoint carries and every resume continues.",
+        entry_points=(
+            "hf_effi.samplers:EffiSampler",
+            "hf_effi.trainers._sampler_mixin:SamplerMixin",
+            "hf_effi.callbacks.sampler:SamplerCallback",
+        ),
+        paper="none: bookkeeping",
+        paper_id="",
+        status="experimental",
+        tests=(
+            "tests/unit/test_samplers.py",
+            "tests/training/test_samplers.py",
+            "tests/distributed/test_sampler_ranks.py",
+        ),
+        bench="bench/curricula.py",
+    ),
 )
 
 
