@@ -40,11 +40,35 @@ def headline_table(result: Mapping[str, Any]) -> str:
 
 
 def arms_table(result: Mapping[str, Any]) -> str:
-    """Return the comparison of the demo's arms: medians over the seeds."""
-    from hf_effi.demo.table import table_cells
+    """Return one row an arm of the demo: medians over the seeds, lowest to highest in brackets."""
     from hf_effi.report.comparison import summarize
+    from hf_effi.report.page import as_percent, as_points, as_times, speedup
 
-    return markdown_table(*table_cells(summarize(result["rows"]))) + "\n\n" + provenance(result)
+    header = ["arm", "sampled accuracy at the end", "gain at equal wall-clock"]
+    header += [
+        "speed-up to the baseline's accuracy, wall-clock",
+        "the same, CPU time",
+        "to its final accuracy, CPU time",
+    ]
+    header += ["CPU seconds", "completions generated", "trained on", "tokens forwarded per real token"]
+    rows = []
+    for row in summarize(result["rows"]).values():
+        low, high = (speedup(ratio) for ratio in reversed(row["cpu_seconds_to_target_ratio_range"]))
+        rows.append(
+            [
+                row["title"],
+                f"{as_percent(row['sampled'])} ± {100 * row['sampled_ci']:.1f}",
+                as_points(row["accuracy_gain_equal_wall_seconds"]),
+                as_times(speedup(row["wall_seconds_to_target_ratio"])),
+                f"{as_times(speedup(row['cpu_seconds_to_target_ratio']))} ({as_times(low)} to {as_times(high)})",
+                as_times(speedup(row["cpu_seconds_to_final_ratio"])),
+                f"{sum(row['cpu_seconds'].values()):.0f}",
+                f"{row['rows']['generated']:,.0f}",
+                f"{row['rows']['trained']:,.0f}",
+                f"{row['tokens_forwarded_per_real_token']:.2f}",
+            ]
+        )
+    return markdown_table(header, rows) + "\n\n" + provenance(result)
 
 
 def provenance(result: Mapping[str, Any]) -> str:

@@ -14,6 +14,10 @@ from ._version import __version__
 _PUBLIC = {
     "EffiGRPOConfig": "hf_effi.trainers.grpo_config",
     "EffiGRPOTrainer": "hf_effi.trainers.grpo",
+    "EffiSFTConfig": "hf_effi.trainers.sft",
+    "EffiSFTTrainer": "hf_effi.trainers.sft",
+    "EffiTrainer": "hf_effi.trainers.trainer",
+    "EffiTrainingArguments": "hf_effi.trainers.trainer",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
     "Method": "hf_effi.methods",
@@ -32,6 +36,8 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
     from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401
+    from .trainers.sft import EffiSFTConfig, EffiSFTTrainer  # noqa: F401
+    from .trainers.trainer import EffiTrainer, EffiTrainingArguments  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

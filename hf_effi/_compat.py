@@ -19,10 +19,16 @@ OPTIONAL_PACKAGES = {
     "deepspeed": ("deepspeed", "parallel"),
     "matplotlib": ("matplotlib", "report"),
     "jinja2": ("jinja2", "report"),
+    "sklearn": ("scikit-learn", "adaptive"),
+    "sklearn.gaussian_process": ("scikit-learn", "adaptive"),
 }
 
 #: What `hf-effi env` and the model card report, and what the contract tests ran against.
 CORE_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+class MissingPackageError(ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
 
 
 def version_of(distribution: str) -> str | None:
@@ -35,7 +41,8 @@ def version_of(distribution: str) -> str | None:
 
 def is_available(package: str) -> bool:
     """Return whether the optional `package` (an import name) can be imported, without importing it."""
-    return importlib.util.find_spec(package) is not None
+    # Only the top package: asking for a submodule would import its parents.
+    return importlib.util.find_spec(package.partition(".")[0]) is not None
 
 
 def require(package: str, purpose: str) -> ModuleType:
@@ -47,11 +54,11 @@ def require(package: str, purpose: str) -> ModuleType:
         purpose (`str`): What it is needed for; becomes part of the error.
 
     Raises:
-        ImportError: `package` is not installed.
+        MissingPackageError: `package` is not installed.
     """
     if not is_available(package):
         distribution, extra = OPTIONAL_PACKAGES[package]
-        raise ImportError(
+        raise MissingPackageError(
             f"{purpose} needs `{distribution}`, which is not installed. Run `pip install 'hf_effi[{extra}]'`."
         )
     return importlib.import_module(package)
@@ -59,5 +66,6 @@ def require(package: str, purpose: str) -> ModuleType:
 
 def installed_versions() -> dict[str, str]:
     """Return `{distribution: version}` for hf_effi's core and the optional packages that are installed."""
-    names = ["hf_effi", *CORE_PACKAGES, *(distribution for distribution, _ in OPTIONAL_PACKAGES.values())]
+    optional = dict.fromkeys(distribution for distribution, _ in OPTIONAL_PACKAGES.values())
+    names = ["hf_effi", *CORE_PACKAGES, *optional]
     return {name: version for name in names if (version := version_of(name)) is not None}

@@ -7,14 +7,18 @@ Exit codes: 0 done, 1 the command failed, 2 it was called wrongly. Heavy imports
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib
+import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ._compat import MissingPackageError
 from ._version import __version__
 
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
@@ -81,7 +85,28 @@ def _describe(args: argparse.Namespace) -> int:
         ("bench", method.bench),
     ):
         print(f"  {label:<7} {value}")
+    module, _, attribute = method.entry_points[0].partition(":")
+    entry = getattr(importlib.import_module(module), attribute)
+    print("\n" + (inspect.getdoc(entry) or "").split("\nArgs:")[0].split("\nExample:")[0].rstrip())
+    if method.kind == "schedule":
+        _draw_schedule(entry)
     return 0
+
+
+def _draw_schedule(schedule_class: type) -> None:
+    """Print the defaults of a schedule and its curve over a run of 60 updates."""
+    from .functional.schedules import gallery
+    from .report.schedule_plot import text_curve
+
+    defaults = [
+        f"{f.name}={f.default!r}" for f in dataclasses.fields(schedule_class) if f.default is not dataclasses.MISSING
+    ]
+    print("\ndefaults: " + ", ".join(defaults))
+    # The gallery has instances of every schedule, also of those that cannot do without arguments; take one that moves.
+    examples = [schedule for schedule in gallery(60) if type(schedule) is schedule_class]
+    moving = [schedule for schedule in examples if len({round(value, 2) for value in schedule.trace(60)}) > 2]
+    if examples:
+        print("\n" + text_curve((moving or examples)[-1], 60))
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -91,10 +116,13 @@ def _plan(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {args.seeds}.")
-    if args.steps is not None and args.steps < 2:
-        raise UsageError(f"--steps must be at least 2, got {args.steps}.")
+    if args.steps is not None and (args.steps < 2 or args.steps % 2):
+        # Each generation serves two optimizer steps (DemoSettings.num_iterations).
+        raise UsageError(f"--steps must be an even number, at least 2, got {args.steps}.")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Where it is installed, it warns at import that a kernel is missing that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .demo.arms import choose_arms
 
     arms = None if args.arms is None else [key.strip() for key in args.arms.split(",") if key.strip()]
@@ -164,10 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except ImportError as error:
-        # A package that an extra brings; `_compat.require` names it.
+    except MissingPackageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # The reader, such as `| head`, has seen enough; without this, Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"\n{name}: stopped.", file=sys.stderr)
         return 130

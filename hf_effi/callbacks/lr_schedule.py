@@ -17,6 +17,7 @@ from ..functional.schedules import (
     reconcile,
     same_schedule,
 )
+from ..functional.schedules.adaptive import check_schedule_free
 from ..functional.schedules.base import OnMismatch, check_choice
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
@@ -129,6 +130,8 @@ class LRScheduleCallback(TrainerCallback):
         scheduler = kwargs.get("lr_scheduler")
         check_scheduler(scheduler)
         check_arguments(args)
+        inner = getattr(scheduler.optimizer, "optimizer", scheduler.optimizer)
+        check_schedule_free(type(inner).__name__, type(self.built).__name__, "constant")
         bound = self.built.bind(state.max_steps)
         stored = state.stateful_callbacks.get(STATE_KEY) if state.global_step > 0 else None
         self._decay_asked_at = None

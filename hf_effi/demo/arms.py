@@ -33,7 +33,7 @@ _SELECTION = {
     "difficulty_range": (0.0, 1.0),
     "difficulty_max_rounds": 1,
     "difficulty_underfill": "shrink",
-    "prune_rate": 0.5,
+    "prune_rate": 0.75,
     "prune_scope": "rank",
     "prune_allocation": False,
 }

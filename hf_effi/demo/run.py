@@ -27,28 +27,38 @@ class DemoSettings:
     Everything all arms share. What differs between arms is in the table of [`hf_effi.demo.arms`] only.
 
     Args:
-        rows_per_step (`int`): Completions a step of the baseline generates and trains on.
+        steps (`int`): Optimizer steps, a multiple of `num_iterations`.
+        rows_per_step (`int`): Completions that the baseline trains on in a step.
+        num_iterations (`int`): Optimizer steps that each generation is used for. The baseline learns as much a step
+            with 2 as with 1, and needs less time for it (bench/LOG.md).
         max_terms (`int`): Longest chain asked for; longer than what fine-tuning showed, see [`PolicySettings`].
         eval_every_steps (`int`): Optimizer steps between two held-out evaluations.
         held_out_per_length (`int`): Held-out problems of each chain length.
         samples_per_prompt (`int`): Samples of each held-out prompt for the sampled accuracy.
     """
 
-    steps: int = 50
+    steps: int = 32
     rows_per_step: int = 256
     num_generations: int = 8
-    num_iterations: int = 1
-    learning_rate: float = 1e-4
+    num_iterations: int = 2
+    learning_rate: float = 8e-5
     warmup_steps: int = 10
     adam_beta2: float = 0.95
     loss_type: str = "dapo"
     min_terms: int = 2
     max_terms: int = 8
     train_prompts: int = 6000
-    eval_every_steps: int = 5
+    eval_every_steps: int = 4
     held_out_per_length: int = 64
     samples_per_prompt: int = 2
     policy: PolicySettings = field(default_factory=PolicySettings)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.steps % self.num_iterations:
+            raise ValueError(
+                f"steps must be a positive multiple of num_iterations={self.num_iterations}, got {self.steps}: each "
+                "generation is trained on that many times."
+            )
 
     def quick(self) -> DemoSettings:
         """Return the smoke-test variant: every part runs, nothing is learned, a minute in all."""
@@ -128,9 +138,11 @@ class _Recorder(TrainerCallback):
         self.instrument, self.evaluate, self.every, self.job = instrument, evaluate, every, job
         self.curve: list[dict[str, float]] = []
         self.logged: Counter[str] = Counter()
+        self.num_iterations = 1
         self._optimizer_phase: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.num_iterations = args.num_iterations
         self.instrument.start()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -159,7 +171,6 @@ class _Recorder(TrainerCallback):
             "cpu_seconds": cpu,
             "wall_seconds": wall,
             "rows_generated": counts["rows_generated"],
-            "rows_trained": counts["rows_trained"],
             **asdict(self.evaluate(step)),
         }
 
@@ -227,8 +238,9 @@ def _record(arm: Arm, seed: int, start: Accuracy, recorder: _Recorder) -> dict[s
     counts, dropped = recorder.instrument.counts, dict(recorder.logged)
     cpu, wall = recorder.instrument.split()
     # Rows that no selection dropped and that were not forwarded: their advantage is zero, so is their gradient.
-    dropped["zero_gradient"] = counts["rows_generated"] - counts["rows_trained"] - sum(dropped.values())
-    origin = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "rows_generated": 0, "rows_trained": 0}
+    passes = recorder.num_iterations
+    dropped["zero_gradient"] = counts["rows_generated"] - counts["rows_trained"] // passes - sum(dropped.values())
+    origin = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "rows_generated": 0}
     return {
         "arm": arm.key,
         "title": arm.title,
@@ -240,7 +252,7 @@ def _record(arm: Arm, seed: int, start: Accuracy, recorder: _Recorder) -> dict[s
         "wall_seconds": wall,
         "rows": {
             "generated": counts["rows_generated"],
-            "trained": counts["rows_trained"],
+            "trained": counts["rows_trained"] // passes,
             "dropped": {reason: rows for reason, rows in sorted(dropped.items()) if rows},
         },
         "tokens": {name: counts[f"tokens_{name}"] for name in ("generated", "forwarded", "real")},

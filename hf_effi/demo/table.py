@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..report.page import as_percent, as_times, speedup
+from ..report.page import as_percent, as_points, as_times, speedup
 
 Row = Mapping[str, Any]
 
@@ -20,11 +20,11 @@ def _share(phase: str) -> Callable[[Row], str]:
 
 
 def _gain(name: str) -> Callable[[Row], str]:
-    return lambda row: as_percent(row[f"accuracy_gain_equal_{name}"], signed=True)
+    return lambda row: as_points(row[f"accuracy_gain_equal_{name}"])
 
 
-def _to_target(axis: str) -> Callable[[Row], str]:
-    return lambda row: as_times(speedup(row[f"{axis}_to_target_ratio"]))
+def _sooner(axis: str, goal: str = "target") -> Callable[[Row], str]:
+    return lambda row: as_times(speedup(row[f"{axis}_to_{goal}_ratio"]))
 
 
 def _dropped(row: Row) -> str:
@@ -41,10 +41,14 @@ LINES: tuple[tuple[str, str | Callable[[Row], str]], ...] = (
     ("at equal optimizer steps", _gain("steps")),
     ("at equal CPU time", _gain("cpu_seconds")),
     ("at equal wall-clock", _gain("wall_seconds")),
-    ("How much sooner the baseline's final sampled accuracy is reached", "speed-up to the baseline's accuracy "),
-    ("in CPU time", _to_target("cpu_seconds")),
-    ("in wall-clock", _to_target("wall_seconds")),
-    ("in completions generated", _to_target("rows_generated")),
+    (
+        "How much sooner the baseline's sampled accuracy is reached (that after 7/8 of its steps)",
+        "speed-up to the baseline's accuracy: ",
+    ),
+    ("in CPU time", _sooner("cpu_seconds")),
+    ("in wall-clock", _sooner("wall_seconds")),
+    ("in completions generated", _sooner("rows_generated")),
+    ("that at its end, in CPU time", _sooner("cpu_seconds", "final")),
     ("CPU seconds of the run", "CPU time, "),
     ("generation", _share("generation")),
     ("reward", _share("reward")),

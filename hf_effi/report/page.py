@@ -14,19 +14,30 @@ from .plots import draw_curves, draw_stacked_bars
 TEMPLATE = "report.html.jinja"
 
 
-def as_percent(value: float | None, digits: int = 1, signed: bool = False) -> str:
+def as_percent(value: float | None) -> str:
     """
     Return a fraction in per cent, a dash for `None`.
 
     Example:
     ```python
-    >>> as_percent(0.4375), as_percent(0.012, signed=True), as_percent(None)
-    ('43.8 %', '+1.2 %', '–')
+    >>> as_percent(0.4375), as_percent(None)
+    ('43.8 %', '–')
     ```
     """
-    if value is None:
-        return "–"
-    return f"{100 * value:{'+' if signed else ''}.{digits}f} %"
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def as_points(value: float | None) -> str:
+    """
+    Return a difference of two fractions in percentage points, with its sign.
+
+    Example:
+    ```python
+    >>> as_points(0.1124), as_points(-0.005), as_points(0.0)
+    ('+11.2 pts', '-0.5 pts', '+0.0 pts')
+    ```
+    """
+    return "–" if value is None else f"{100 * value + 0.0:+.1f} pts"
 
 
 def as_times(value: float | None, digits: int = 2) -> str:
@@ -85,7 +96,7 @@ def render_page(result: Mapping[str, Any]) -> str:
     jinja2 = require("jinja2", "writing the report page")
     source = resources.files("hf_effi.report").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"percent": as_percent, "times": as_times, "speedup": speedup}
+    environment.filters |= {"percent": as_percent, "points": as_points, "times": as_times, "speedup": speedup}
     rows = result["rows"]
     return environment.from_string(source).render(
         result=result,

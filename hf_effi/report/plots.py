@@ -56,7 +56,9 @@ def _to_svg(figure: Any, description: str, salt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s(width|height)=\"[\d.]+pt\"", "", svg, count=2)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r'id="(\w+)"', rf'id="{salt}-\1"', svg)
+    # Ids are one name space for the whole page: keep those that something refers to, and tell the figures apart.
+    used = set(re.findall(r'(?:url\(#|href="#)(\w+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{salt}-{found[1]}"' if found[1] in used else "", svg)
     svg = re.sub(r'(url\(#|href="#)(\w+)', rf"\1{salt}-\2", svg)
     for name, colour in _STAND_INS.items():
         svg = svg.replace(colour, f"var(--{name})")

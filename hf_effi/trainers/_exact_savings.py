@@ -167,6 +167,9 @@ class ExactSavingsMixin:
         count = own_setting(self.args, "forward_buckets") or max(1, min(8, len(lengths) // 8))
         if "trim" not in self.exact_savings:
             count = 1
+        if max_rows is not None:
+            # From all rows, not from the active ones, whose number differs between ranks.
+            count = max(count, -(-len(lengths) // max_rows))
         rows = list(range(len(lengths))) if active is None else active.nonzero().flatten().tolist()
         # Every rank must run the same number of forwards (buffer broadcasts, parameter gathers), so with several ranks
         # a short list is topped up with the shortest rows that have no gradient; alone, one row keeps the graph whole.

@@ -134,8 +134,7 @@ class RolloutMixin:
                 f"with several reward functions ({', '.join(names)}) the filter must know which one says right or "
                 f"wrong: set difficulty_reward, e.g. difficulty_reward={names[0]!r}."
             )
-        if wanted is not None or len(names) == 1:
-            self._difficulty_column = names.index(wanted) if wanted is not None else 0
+        self._difficulty_column = names.index(wanted) if wanted is not None else 0
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
@@ -144,6 +143,7 @@ class RolloutMixin:
             return super()._generate_and_score_completions(inputs)
         self._generations_done += 1
         if not self._selects:
+            self._metrics["train"]["effi/gen_rounds"].append(1.0)
             return self._finish_batch(self._generate_round(inputs))
         target = self._target_groups(len(inputs))
         generation = self._generate_rounds(inputs, target)
@@ -357,10 +357,9 @@ class RolloutMixin:
 
     def _filter_rewards(self) -> Tensor:
         """The gathered reward that the filter looks at, shape `(rows,)`."""
-        per_func = self._last_rewards
-        if self.group_filter is not None and len(self.reward_func_names) >= 1:
-            return per_func[:, self._difficulty_column]
-        return self._summed_rewards()
+        if self.group_filter is None:
+            return self._summed_rewards()
+        return self._last_rewards[:, self._difficulty_column]
 
     def _summed_rewards(self) -> Tensor:
         per_func = self._last_rewards
@@ -370,15 +369,15 @@ class RolloutMixin:
 
     def _zero_equal_groups(self, batch: dict[str, Any]) -> None:
         """Make advantages that are zero but for rounding exactly zero: the mean of equal fp32 rewards can be off."""
+        rewards = self._summed_rewards().view(-1, self.num_generations)
+        equal = equal_reward_groups(rewards).repeat_interleave(self.num_generations)
+        self._metrics["train"]["effi/frac_zero_var_groups"].append(float(equal.float().mean()))
         used = self._selects or "skip" in self.exact_savings
         if self.multi_objective_aggregation != "sum_then_normalize" or not used:
             return
-        rewards = self._summed_rewards().view(-1, self.num_generations)
-        equal = equal_reward_groups(rewards).repeat_interleave(self.num_generations)
         rows = batch["advantages"].size(0)
         first = self.accelerator.process_index * rows
         batch["advantages"] = batch["advantages"].masked_fill(equal[first : first + rows], 0.0)
-        self._metrics["train"]["effi/frac_zero_var_groups"].append(float(equal.float().mean()))
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from ._grpo_resume import GRPOResumeMixin
 from ._prompt_length import PromptLengthMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
+from ._schedule_mixin import ScheduleMixin
 from .grpo_config import EffiGRPOConfig
 
 
@@ -25,6 +26,7 @@ class EffiGRPOTrainer(
     RolloutMixin,
     ExactSavingsMixin,
     GRPOResumeMixin,
+    ScheduleMixin,
     GRPOTrainer,
 ):
     """

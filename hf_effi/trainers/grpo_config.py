@@ -9,13 +9,14 @@ from trl import GRPOConfig
 
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
+from ._schedule_mixin import ScheduleArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(GRPOConfig):
+class EffiGRPOConfig(ScheduleArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
@@ -60,9 +61,18 @@ class EffiGRPOConfig(GRPOConfig):
         prune_normalizer (`str`, *optional*, defaults to `"kept"`):
             What the loss is averaged over: `"kept"` rows (CPPO) or the `"original"` rows (a dropped row counts as a
             row without gradient).
+
+        > Parameters of the learning-rate schedule
+
+        lr_schedule (`str`, *optional*):
+            Name of a schedule of hf_effi, e.g. `"wsd"`; `None` leaves the Trainer's own.
+        lr_schedule_kwargs (`dict` or `str`, *optional*):
+            Its arguments, as a dict or as JSON.
+        lr_schedule_on_mismatch (`str`, *optional*, defaults to `"error"`):
+            What to do when a checkpoint holds another schedule: `"error"`, `"stored"` or `"new"`.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
 
     exact_savings: str = field(
         default="auto",

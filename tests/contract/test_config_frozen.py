@@ -26,6 +26,7 @@ OWN_FIELDS = (
     "prune_normalizer",
     "lr_schedule",
     "lr_schedule_kwargs",
+    "lr_schedule_on_mismatch",
 )
 
 #: A value for each that differs from its default and is valid next to the others and [`grpo_args`]'.
@@ -43,6 +44,7 @@ IN_YAML = {
     "prune_balance_signs": True,
     "prune_normalizer": "original",
     "lr_schedule": "wsd",
+    "lr_schedule_on_mismatch": "new",
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
 }
 

@@ -36,7 +36,7 @@ class Recording(EffiGRPOTrainer):
         return batch
 
 
-def one(cls: type, table: bool = False, size: int = 16, resume: str | None = None, **over: Any) -> Any:
+def one(cls: type, table: Any = None, size: int = 16, resume: str | None = None, **over: Any) -> Any:
     settings = {
         "per_device_train_batch_size": 8,
         "num_generations": 4,
@@ -48,7 +48,7 @@ def one(cls: type, table: bool = False, size: int = 16, resume: str | None = Non
     return run_grpo(
         cls,
         grpo_args(folder, config, **{**settings, **over}),
-        reward_funcs=TableReward(TABLE) if table else binary_hash_reward,
+        reward_funcs=TableReward(table) if table else binary_hash_reward,
         train_dataset=prompt_dataset(size),
         resume_from_checkpoint=resume,
     )
@@ -80,19 +80,47 @@ def test_off_is_stock_to_the_bit_and_on_has_its_gradients() -> None:
             assert torch.allclose(stock[name], on[name], atol=1e-6), (loss_type, name)
 
 
+def forwards() -> list[int]:
+    """Small micro-batches, old log-probs, dead groups that differ between the ranks: the forwards of each pass."""
+    counts = []
+
+    class Counting(EffiGRPOTrainer):
+        def _plan_forward(self, *args: Any) -> Any:
+            plan = super()._plan_forward(*args)
+            counts.append(len(plan))
+            return plan
+
+    # Dead, dead, mixed, mixed, dead: two groups with a gradient on the first rank, one on the second.
+    rows = [TABLE[0], TABLE[0], TABLE[1], TABLE[1], TABLE[0]]
+    one(
+        Counting,
+        table=rows,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=8,
+        num_iterations=2,
+        max_steps=2,
+    )
+    return counts
+
+
+def test_ranks_run_the_same_number_of_forwards() -> None:
+    first, second = run_distributed(forwards, 2)
+    assert first == second and max(first) == 8
+
+
 METHODS = {
-    "filter": {"difficulty_range": (0, 1), "table": True},
-    "band": {"difficulty_range": (0.4, 0.6), "table": True},
+    "filter": {"difficulty_range": (0, 1), "table": TABLE},
+    "band": {"difficulty_range": (0.4, 0.6), "table": TABLE},
     "shrink": {
         "difficulty_range": (0.4, 0.6),
-        "table": True,
+        "table": TABLE,
         "difficulty_underfill": "shrink",
         "difficulty_max_rounds": 1,
     },
     "rank": {"prune_rate": 0.5, "prune_scope": "rank", "size": 32},
     "group": {"prune_rate": 0.5, "prune_scope": "group", "size": 32},
     "global": {"prune_rate": 0.5, "prune_scope": "global", "size": 32},
-    "both": {"prune_rate": 0.75, "difficulty_range": (0, 1), "num_iterations": 2, "size": 64, "table": True},
+    "both": {"prune_rate": 0.75, "difficulty_range": (0, 1), "num_iterations": 2, "size": 64, "table": TABLE},
     # A group spans both ranks: 16 completions, 8 rows a rank and micro-batch.
     "straddle": {
         "prune_rate": 0.5,
@@ -138,7 +166,7 @@ def kept_by_group(world: int) -> list[float]:
     """Same global batch on one and on two ranks: 8 groups of 4 a step."""
     trainer = one(
         Recording,
-        table=True,
+        table=TABLE,
         size=32,
         per_device_train_batch_size=16 // world,
         difficulty_range=(0.2, 0.8),

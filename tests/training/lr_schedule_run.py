@@ -69,9 +69,15 @@ def make_trainer(out, callbacks, model=None, optimizers=(None, None), trainer_cl
         "dataloader_pin_memory": False,
         "seed": 3,
     }
+    more = {k: changes.pop(k) for k in ("eval_dataset", "compute_metrics") if k in changes}
     args = changes.pop("args", None) or TrainingArguments(**{**settings, **changes})
     return trainer_class(
-        model=model or tiny_model(), args=args, train_dataset=rows(), callbacks=callbacks, optimizers=optimizers
+        model=model or tiny_model(),
+        args=args,
+        train_dataset=rows(),
+        callbacks=callbacks,
+        optimizers=optimizers,
+        **more,
     )
 
 

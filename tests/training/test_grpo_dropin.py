@@ -140,3 +140,18 @@ def test_layerwise_checkpointing_survives_a_generation(tmp_path: Path) -> None:
     plain = train(EffiGRPOTrainer, tmp_path, max_steps=2)
     for a, b in zip(plain.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-7)
+
+
+def test_lr_schedule_from_the_config_or_a_callback(tmp_path: Path) -> None:
+    from hf_effi import LRScheduleCallback, wsd
+
+    schedule = {"warmup_steps": 2, "decay_steps": 2}
+    named = train(EffiGRPOTrainer, tmp_path, max_steps=6, lr_schedule="wsd", lr_schedule_kwargs=schedule)
+    passed = train(EffiGRPOTrainer, tmp_path, max_steps=6, callbacks=[LRScheduleCallback(wsd(**schedule))])
+    closed_form = wsd(**schedule, total_steps=6)
+    expected = [1e-3 * closed_form(step) for step in range(6)]
+    for trainer in (named, passed):
+        assert [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e] == pytest.approx(
+            expected
+        )
+    assert_bitwise_equal(named.model, passed.model)

@@ -11,7 +11,16 @@ from trl import GRPOConfig, GRPOTrainer
 from hf_effi.functional.rollouts import AdvantagePruner
 from hf_effi.trainers.grpo import EffiGRPOTrainer
 from hf_effi.trainers.grpo_config import EffiGRPOConfig
-from tests.helpers import assert_bitwise_equal, binary_hash_reward, grpo_args, prompt_dataset, run_grpo
+from tests.helpers import (
+    assert_bitwise_equal,
+    binary_hash_reward,
+    grpo_args,
+    prompt_dataset,
+    run_grpo,
+    save_tiny,
+    tiny_qwen3,
+    tiny_tokenizer,
+)
 from tests.training.test_grpo_filter import Spy, metric
 
 GROUP = 4
@@ -93,6 +102,25 @@ def test_old_log_probs_of_kept_rows_are_those_of_stock(tmp_path: Any) -> None:
         assert match
         expected = whole["old_per_token_logps"][match[0], :length]
         assert torch.allclose(pruned["old_per_token_logps"][row, :length], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_reference_log_probs_only_for_kept_rows(tmp_path: Any, peft: bool) -> None:
+    from peft import LoraConfig
+
+    save_tiny(tiny_qwen3(), tiny_tokenizer(), tmp_path / "model")
+    over = {"beta": 0.04, "max_steps": 1, "num_generations": GROUP, "per_device_train_batch_size": 8}
+    kwargs: dict[str, Any] = {"model": str(tmp_path / "model")}
+    if peft:
+        kwargs["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"])
+    pruned = run_grpo(
+        Spy, grpo_args(tmp_path, EffiGRPOConfig, prune_rate=0.5, prune_allocation=False, **over), **kwargs
+    ).batches[0]
+    whole = run_grpo(Spy, grpo_args(tmp_path, EffiGRPOConfig, exact_savings="off", **over), **kwargs).batches[0]
+    assert pruned["ref_per_token_logps"].shape[0] == 4 and whole["ref_per_token_logps"].shape[0] == 8
+    totals = (whole["ref_per_token_logps"] * whole["completion_mask"]).sum(1).tolist()
+    for total in (pruned["ref_per_token_logps"] * pruned["completion_mask"]).sum(1).tolist():
+        assert total < 0 and min(abs(total - other) for other in totals) < 1e-4
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo"])

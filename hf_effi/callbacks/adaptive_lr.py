@@ -1,0 +1,218 @@
+"""Callbacks that multiply the scheduled LR by what the run itself says: hypergradient, accuracy, gradient SNR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..functional.schedules import ScheduleError
+from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
+from .lr_schedule import check_scheduler
+
+
+class _MultiplierCallback(TrainerCallback):
+    """Writes scheduled LR x multiplier before each update and keeps the rule's state in the checkpoint."""
+
+    key = ""
+
+    def __init__(self, rule: Any, min_lr: float = 0.0) -> None:
+        self.rule = rule
+        self.min_lr = min_lr
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_scheduler(kwargs.get("lr_scheduler"))
+        if state.global_step > 0 and self.key in state.stateful_callbacks:
+            self.rule.load_state_dict(state.stateful_callbacks[self.key])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        scheduler = kwargs["lr_scheduler"]
+        multiplier = self.rule.multiplier
+        lambdas, step = scheduler.lr_lambdas, scheduler.last_epoch
+        lrs = [
+            max(self.min_lr, base * f(step) * multiplier) for base, f in zip(scheduler.base_lrs, lambdas, strict=True)
+        ]
+        for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        # What the Trainer logs as the LR of this update.
+        scheduler._last_lr = lrs
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.stateful_callbacks[self.key] = self.rule.state_dict()
+
+
+class HypergradientCallback(_MultiplierCallback):
+    """
+    [`Hypergradient`] on a stock Trainer: one more copy of the parameters and of their last update.
+
+    Args:
+        kappa, limit, step_limit: See [`Hypergradient`].
+
+    Raises:
+        ScheduleError: parameters are sharded (FSDP, DeepSpeed), where a rank sees only a part of the update.
+    """
+
+    key = "hf_effi.hypergradient"
+
+    def __init__(self, kappa: float = 0.1, limit: float = 10.0, step_limit: float = 1.1) -> None:
+        super().__init__(Hypergradient(kappa, limit, step_limit))
+        self._before: list[torch.Tensor] = []
+        self._update: list[torch.Tensor] | None = None
+
+    @staticmethod
+    def _file(args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "hf_effi_hypergradient.pt"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_sharded(args, "HypergradientCallback")
+        super().on_train_begin(args, state, control, **kwargs)
+        self._parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        self._update = None
+        # Without the file (another output_dir) the first update after a resume changes nothing.
+        if state.global_step > 0 and self._file(args, state).is_file():
+            self._update = torch.load(self._file(args, state), map_location=args.device, weights_only=True)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        self._before = [p.detach().clone() for p in self._parameters]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        update = [(p.detach() - old).float() for p, old in zip(self._parameters, self._before, strict=True)]
+        self._before = []
+        size = sum(float(u.square().sum()) for u in update) ** 0.5
+        if self._update is not None and size > 0:
+            last = sum(float(u.square().sum()) for u in self._update) ** 0.5
+            inner = sum(float((a * b).sum()) for a, b in zip(update, self._update, strict=True))
+            self.rule.push(inner / (size * last))
+        if size > 0:
+            self._update = update
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save and self._update is not None:
+            torch.save(self._update, self._file(args, state))
+
+
+class AccuracyGradientCallback(_MultiplierCallback):
+    """
+    [`AccuracyGradient`] on a stock Trainer: acts after each evaluation.
+
+    Args:
+        metric (`str`, *optional*, defaults to `"eval_accuracy"`): Name of the metric in the evaluation's output.
+        min_lr (`float`, *optional*, defaults to 1e-6): Lowest LR.
+        kwargs: See [`AccuracyGradient`].
+
+    Raises:
+        ScheduleError: no evaluation is set up, or an evaluation has no such metric.
+    """
+
+    key = "hf_effi.accuracy_gradient"
+
+    def __init__(self, metric: str = "eval_accuracy", min_lr: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(AccuracyGradient(**kwargs), min_lr)
+        self.metric = metric
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+            raise ScheduleError("AccuracyGradientCallback acts on evaluations. Set eval_strategy='steps' or 'epoch'.")
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        if self.metric not in metrics:
+            raise ScheduleError(f"The evaluation has no {self.metric!r}. It has: {', '.join(sorted(metrics))}.")
+        self.rule.push(float(metrics[self.metric]))
+        state.stateful_callbacks[self.key] = self.rule.state_dict()
+
+
+class GradientSNRCallback(_MultiplierCallback):
+    """
+    [`GradientSNR`] on a stock Trainer, from the micro-batches of gradient accumulation.
+
+    The first 2h of n micro-batches (`h = (n-1)//2`) make the two halves: the last one is only seen after clipping.
+    With several processes signal and noise are averaged over them.
+
+    Args:
+        memory, lowest: See [`GradientSNR`].
+
+    Raises:
+        ScheduleError: `gradient_accumulation_steps` below 3; sharded gradients (FSDP, DeepSpeed).
+    """
+
+    key = "hf_effi.gradient_snr"
+
+    def __init__(self, memory: float = 0.95, lowest: float = 0.1) -> None:
+        super().__init__(GradientSNR(memory, lowest))
+        self._seen = 0
+        self._first: list[torch.Tensor] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_sharded(args, "GradientSNRCallback")
+        if args.gradient_accumulation_steps < 3:
+            raise ScheduleError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} gives no two halves of a batch. "
+                "GradientSNRCallback needs at least 3 micro-batches."
+            )
+        super().on_train_begin(args, state, control, **kwargs)
+        self._parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        self._seen, self._first = 0, []
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        half = (args.gradient_accumulation_steps - 1) // 2
+        self._seen += 1
+        if self._seen not in (half, 2 * half):
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._parameters]
+        if self._seen == half:
+            self._first = [g.float().clone() for g in gradients]
+            return
+        second = [g.float() - f for g, f in zip(gradients, self._first, strict=True)]
+        signal = sum(float((a * b).sum()) for a, b in zip(self._first, second, strict=True))
+        spread = sum(float((a - b).square().sum()) for a, b in zip(self._first, second, strict=True)) / 4
+        self._first = []
+        noise = spread * 2 * half / args.gradient_accumulation_steps
+        both = torch.tensor([signal, noise / max(1, args.world_size)], device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(both)
+            both /= args.world_size
+        self.rule.push(*both.tolist())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seen, self._first = 0, []
+        super().on_step_end(args, state, control, **kwargs)
+
+
+def refuse_sharded(args: TrainingArguments, who: str) -> None:
+    """
+    Refuse a run in which a rank holds only a part of the parameters.
+
+    Raises:
+        ScheduleError: FSDP or DeepSpeed is on.
+    """
+    if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+        raise ScheduleError(f"{who} needs whole parameters on each rank, not FSDP or DeepSpeed shards. Use DDP.")

@@ -1,0 +1,65 @@
+"""An exact copy of everything that training changes: weights, buffers, optimizer state, gradients, random numbers."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy
+import torch
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: _clone(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone(v) for v in value)
+    return copy.deepcopy(value)
+
+
+def take_rng() -> dict[str, Any]:
+    """Return the state of every random number generator."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put back what [`take_rng`] returned."""
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def take_snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a snapshot that shares no memory with the run."""
+    return {
+        "model": _clone(dict(model.state_dict())),
+        "optimizer": _clone(optimizer.state_dict()),
+        "gradients": [None if p.grad is None else p.grad.detach().clone() for p in model.parameters()],
+        "training": model.training,
+        "rng": take_rng(),
+    }
+
+
+def restore_snapshot(
+    snapshot: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer, rng: bool = True
+) -> None:
+    """Put a snapshot back, bit for bit; `rng=False` leaves the random numbers where they are."""
+    model.load_state_dict(snapshot["model"])
+    optimizer.load_state_dict(_clone(snapshot["optimizer"]))
+    for parameter, gradient in zip(model.parameters(), snapshot["gradients"], strict=True):
+        parameter.grad = None if gradient is None else gradient.clone()
+    model.train(snapshot["training"])
+    if rng:
+        restore_rng(snapshot["rng"])

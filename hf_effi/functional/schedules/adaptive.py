@@ -1,0 +1,308 @@
+"""Cores of the adaptive schedules: what multiplier a run earns from its own updates, accuracies and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ._checks import ScheduleError, check_number, check_steps
+
+
+class Hypergradient:
+    """
+    LR multiplier that grows while consecutive updates agree and falls while they oppose each other.
+
+    Formula: `m <- clip(m min(step_limit, 1 + kappa c), 1/limit, limit)`, `c` the cosine (or the raw inner product) of
+    the last two parameter updates.
+    Paper: Wang et al., FedHyper (2310.03156), its client-side rule mapped to one process; the limits are ours.
+
+    Args:
+        kappa (`float`, *optional*, defaults to 0.1): Gain, above 0 (the paper's raw form: 1).
+        limit (`float`, *optional*, defaults to 10.0): Bound on the multiplier and its inverse, above 1.
+        step_limit (`float`, *optional*, defaults to 1.1): Largest growth in one update, above 1.
+
+    Example:
+    ```python
+    >>> rule = Hypergradient(kappa=0.5)
+    >>> [round(rule.push(c), 3) for c in (1.0, 1.0, -1.0, float("nan"))]
+    [1.1, 1.21, 0.605, 1.0]
+    ```
+    """
+
+    def __init__(self, kappa: float = 0.1, limit: float = 10.0, step_limit: float = 1.1) -> None:
+        check_number("kappa", kappa, 0.0, math.inf, low_open=True)
+        check_number("limit", limit, 1.0, math.inf, low_open=True)
+        check_number("step_limit", step_limit, 1.0, math.inf, low_open=True)
+        self.kappa, self.limit, self.step_limit = kappa, limit, step_limit
+        self.multiplier = 1.0
+
+    def push(self, agreement: float) -> float:
+        """Take one agreement of two updates; return the new multiplier. NaN resets it to 1."""
+        if not math.isfinite(agreement):
+            self.multiplier = 1.0
+        else:
+            grown = self.multiplier * max(0.0, min(self.step_limit, 1 + self.kappa * agreement))
+            self.multiplier = min(self.limit, max(1 / self.limit, grown))
+        return self.multiplier
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        return {"multiplier": self.multiplier}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state."""
+        self.multiplier = state["multiplier"]
+
+
+class AccuracyGradient:
+    """
+    LR multiplier that is cut when a metric has stopped rising.
+
+    Formula: at each evaluation `mu` = mean of the last `window` values; when more than `window` means are known, more
+    than `quiet` evaluations have passed since the last cut, and `mu - last mean < threshold`, `m <- m factor`.
+    Paper: AccelAT (2203.02942); window, quiet, threshold and factor as in its code.
+
+    Args:
+        factor (`float`, *optional*, defaults to 0.8): In (0, 1).
+        window, quiet (`int`, *optional*, default to 5): Evaluations.
+        threshold (`float`, *optional*, defaults to 0.005): Rise of the mean that counts as progress.
+        greater_is_better (`bool`, *optional*, defaults to `True`): `False` for a loss.
+
+    Example:
+    ```python
+    >>> rule = AccuracyGradient()
+    >>> values = [rule.push(0.5) for _ in range(17)]
+    >>> [i for i in range(1, 17) if values[i] < values[i - 1]]
+    [6, 11, 16]
+    ```
+    """
+
+    def __init__(
+        self,
+        factor: float = 0.8,
+        window: int = 5,
+        quiet: int = 5,
+        threshold: float = 0.005,
+        greater_is_better: bool = True,
+    ) -> None:
+        check_number("factor", factor, 0.0, 1.0, low_open=True, high_open=True)
+        check_steps("window", window, 1)
+        check_steps("quiet", quiet, 0)
+        check_number("threshold", threshold, -math.inf, math.inf)
+        self.factor, self.window, self.quiet, self.threshold = factor, window, quiet, threshold
+        self.sign = 1.0 if greater_is_better else -1.0
+        self.multiplier = 1.0
+        self.values: list[float] = []
+        self.means = 0
+        self.last_mean: float | None = None
+        self.since = quiet
+
+    def push(self, value: float) -> float:
+        """Take one metric; return the new multiplier. A NaN is skipped."""
+        if not math.isfinite(value):
+            return self.multiplier
+        self.values = [*self.values, self.sign * value][-self.window :]
+        mean = sum(self.values) / len(self.values)
+        self.since += 1
+        stalled = self.last_mean is not None and mean - self.last_mean < self.threshold
+        if self.means > self.window and self.since > self.quiet and stalled:
+            self.multiplier *= self.factor
+            self.since = 1
+        self.means += 1
+        self.last_mean = mean
+        return self.multiplier
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        names = ("multiplier", "values", "means", "last_mean", "since")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class GradientSNR:
+    """
+    LR multiplier from the signal-to-noise ratio of the gradient.
+
+    Formula: `m = a/(a+v)`, a and v the running means of `<g1, g2>` (signal, unbiased from two halves of a batch) and
+    of the variance of the mean gradient; clipped to [`lowest`, 1].
+    Paper: OBLR-PO (2511.23310) states an SNR-governed LR; this estimator is derived here for an L-smooth objective,
+    where the best LR is `SNR/(1+SNR)/L`.
+
+    Args:
+        memory (`float`, *optional*, defaults to 0.95): Decay of both running means, in [0, 1).
+        lowest (`float`, *optional*, defaults to 0.1): In [0, 1].
+
+    Example:
+    ```python
+    >>> rule = GradientSNR()
+    >>> rule.push(signal=3.0, noise=1.0), rule.push(signal=-1.0, noise=1.0) < 0.75
+    (0.75, True)
+    ```
+    """
+
+    def __init__(self, memory: float = 0.95, lowest: float = 0.1) -> None:
+        check_number("memory", memory, 0.0, 1.0, high_open=True)
+        check_number("lowest", lowest, 0.0, 1.0)
+        self.memory, self.lowest = memory, lowest
+        self.signal = self.noise = 0.0
+        self.count = 0
+
+    def push(self, signal: float, noise: float) -> float:
+        """Take one measurement; return the new multiplier. A NaN is skipped."""
+        if math.isfinite(signal) and math.isfinite(noise):
+            self.signal = self.memory * self.signal + (1 - self.memory) * signal
+            self.noise = self.memory * self.noise + (1 - self.memory) * noise
+            self.count += 1
+        return self.multiplier
+
+    @property
+    def multiplier(self) -> float:
+        """Current multiplier; 1 before the first measurement. The bias of the two means cancels in the ratio."""
+        a, v = max(0.0, self.signal), max(0.0, self.noise)
+        return 1.0 if self.count == 0 or a + v == 0 else max(self.lowest, a / (a + v))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        return {"signal": self.signal, "noise": self.noise, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state."""
+        self.signal, self.noise, self.count = state["signal"], state["noise"], state["count"]
+
+
+def extrapolate_exponential(losses: Sequence[float], horizon: int, reject: float = 0.03, rounds: int = 10) -> float:
+    """
+    Predict the loss after `horizon` updates from the losses of the first few: `a exp(b t) + c`, `b < 0`.
+
+    The rate is searched, a and c follow by least squares; in each round the largest residuals of the first half are
+    left out (the paper's code smooths with a spline at this point). Fewer than four losses: their mean.
+    Paper: Jin et al., AutoLRS (2105.10762).
+
+    Args:
+        losses (`Sequence[float]`): Losses of consecutive updates.
+        horizon (`int`): Update to predict.
+        reject (`float`, *optional*, defaults to 0.03): Share left out in each round.
+        rounds (`int`, *optional*, defaults to 10): Rounds.
+
+    Returns:
+        `float`: The prediction; 1e6 when a loss is not finite.
+
+    Example:
+    ```python
+    >>> losses = [2 * math.exp(-0.05 * t) + 1 for t in range(100)]
+    >>> round(extrapolate_exponential(losses, 1000), 3)
+    1.0
+    ```
+    """
+    check_steps("horizon", horizon, 1)
+    if not all(math.isfinite(loss) for loss in losses) or not losses:
+        return 1e6
+    if len(losses) < 4:
+        return sum(losses[-10:]) / len(losses[-10:])
+    points = list(enumerate(losses))
+    half = len(losses) // 2
+    for last in [False] * rounds + [True]:
+        rate, a, c = _fit_rate(points)
+        if last:
+            break
+        residual = {t: abs(a * math.exp(-rate * t) + c - y) for t, y in points if t < half}
+        drop = set(sorted(residual, key=residual.get, reverse=True)[: int(reject * len(points))])
+        points = [(t, y) for t, y in points if t not in drop]
+    return a * math.exp(-rate * horizon) + c
+
+
+def _fit_rate(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
+    n, span = len(points), max(1, points[-1][0])
+    best = (math.inf, 1.0, 0.0, points[-1][1])
+
+    def attempt(rate: float) -> tuple[float, float, float, float]:
+        xs = [math.exp(-rate * t) for t, _ in points]
+        mean_x, mean_y = sum(xs) / n, sum(y for _, y in points) / n
+        sxx = sum((x - mean_x) ** 2 for x in xs)
+        sxy = sum((x - mean_x) * (y - mean_y) for x, (_, y) in zip(xs, points, strict=True))
+        a = sxy / sxx if sxx > 0 else 0.0
+        c = mean_y - a * mean_x
+        error = sum((a * x + c - y) ** 2 for x, (_, y) in zip(xs, points, strict=True))
+        return error, rate, a, c
+
+    logs = [math.log(0.3 / span) + i * (math.log(50.0) / 40) * 1.6 for i in range(41)]
+    for log in logs:
+        best = min(best, attempt(math.exp(log)))
+    width = logs[1] - logs[0]
+    for _ in range(20):
+        width /= 1.5
+        centre = math.log(best[1])
+        best = min(best, attempt(math.exp(centre - width)), attempt(math.exp(centre + width)))
+    return best[1], best[2], best[3]
+
+
+def suggest_from_range_test(lrs: Sequence[float], losses: Sequence[float]) -> dict[str, float] | None:
+    """
+    Read a learning-rate range test: the LR of the steepest fall, the LR of the lowest loss over 10, and their range.
+
+    Formula: losses are smoothed by a bias-corrected running mean of decay 0.9; the steepest fall is per log LR.
+    Paper: Smith (1506.01186); thresholds are common practice.
+
+    Returns:
+        `dict` with `steepest`, `lowest_over_10`, `low` and `high`, or `None` where the loss never fell.
+
+    Example:
+    ```python
+    >>> lrs = [10 ** (-5 + 0.05 * i) for i in range(100)]
+    >>> losses = [3 - 2 / (1 + 1e-3 / lr) + max(0, lr - 0.1) * 50 for lr in lrs]
+    >>> suggestion = suggest_from_range_test(lrs, losses)
+    >>> 1e-4 < suggestion["low"] <= suggestion["high"] < 1e-1
+    True
+    ```
+    """
+    if len(lrs) != len(losses):
+        raise ScheduleError(f"{len(lrs)} learning rates for {len(losses)} losses. Pass one loss for each.")
+    smooth, mean = [], 0.0
+    for i, loss in enumerate(losses):
+        mean = 0.9 * mean + 0.1 * loss
+        smooth.append(mean / (1 - 0.9 ** (i + 1)))
+    if len(smooth) < 3:
+        return None
+    lowest = min(range(len(smooth)), key=smooth.__getitem__)
+    falls = [
+        (smooth[i] - smooth[i - 1]) / (math.log(lrs[i]) - math.log(lrs[i - 1])) for i in range(1, max(lowest, 1) + 1)
+    ]
+    if lowest == 0 or min(falls) >= 0:
+        return None
+    steepest = lrs[1 + falls.index(min(falls))]
+    safe = lrs[lowest] / 10
+    return {"steepest": steepest, "lowest_over_10": safe, "low": min(steepest, safe), "high": max(steepest, safe)}
+
+
+def check_schedule_free(optimizer_name: str, schedule_name: str | None, lr_scheduler_type: str) -> None:
+    """
+    Refuse what a schedule-free optimizer forbids: a schedule of any kind.
+
+    Paper: Defazio et al., The Road Less Scheduled (2405.15682). Its average replaces the decay.
+
+    Raises:
+        ScheduleError: a schedule-free optimizer together with a schedule.
+
+    Example:
+    ```python
+    >>> check_schedule_free("adamw_torch", "wsd", "linear")
+    >>> check_schedule_free("schedule_free_adamw", None, "constant")
+    ```
+    """
+    if "schedulefree" not in optimizer_name.lower().replace("_", ""):
+        return
+    if schedule_name not in (None, "constant"):
+        raise ScheduleError(
+            f"{optimizer_name} averages its iterates instead of decaying the LR, and {schedule_name} would decay it "
+            "as well. Use constant(), or another optimizer."
+        )
+    if lr_scheduler_type != "constant":
+        raise ScheduleError(
+            f"{optimizer_name} needs lr_scheduler_type='constant', not {lr_scheduler_type!r}. Warm-up belongs to the "
+            "optimizer (warmup_steps in optim_args)."
+        )

@@ -1,0 +1,20 @@
+"""`EffiSFTTrainer`: `trl.SFTTrainer` with hf_effi's methods in its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl import SFTConfig, SFTTrainer
+
+from ._schedule_mixin import ScheduleArguments, ScheduleMixin
+
+
+@dataclass
+class EffiSFTConfig(ScheduleArguments, SFTConfig):
+    """`SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs` and `lr_schedule_on_mismatch`."""
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+
+
+class EffiSFTTrainer(ScheduleMixin, SFTTrainer):
+    """`trl.SFTTrainer` that follows `args.lr_schedule`. With every method off it is the stock one to the bit."""

@@ -1,0 +1,34 @@
+"""`EffiTrainer`: `transformers.Trainer` with hf_effi's methods in its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import Trainer, TrainingArguments
+
+from ._schedule_mixin import ScheduleArguments, ScheduleMixin
+
+
+@dataclass
+class EffiTrainingArguments(ScheduleArguments, TrainingArguments):
+    """
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs` and `lr_schedule_on_mismatch`.
+
+    Example:
+    ```python
+    args = EffiTrainingArguments("out", lr_schedule="wsd", lr_schedule_kwargs={"warmup_steps": 100})
+    ```
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+
+
+class EffiTrainer(ScheduleMixin, Trainer):
+    """
+    `transformers.Trainer` that follows `args.lr_schedule`. With every method off it is the stock Trainer to the bit.
+
+    Example:
+    ```python
+    trainer = EffiTrainer(model, EffiTrainingArguments("out", lr_schedule="wsd"), train_dataset=dataset)
+    ```
+    """
