@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from .base import EffiSampler, SamplerError, SamplerMismatchError, ShuffledSampler
+from .curricula import CompetenceSampler, CyclicalSampler, InterleavedSampler, QualityAscendingSampler
 from .group import GroupSampler
+from .learned import AbilitySampler, MeasuringSampler, SelfPacedSampler
+from .measure import RowCorrect, RowLoss
 
 __all__ = [
+    "AbilitySampler",
+    "CompetenceSampler",
+    "CyclicalSampler",
     "EffiSampler",
     "GroupSampler",
+    "InterleavedSampler",
+    "MeasuringSampler",
+    "QualityAscendingSampler",
+    "RowCorrect",
+    "RowLoss",
     "SamplerError",
     "SamplerMismatchError",
+    "SelfPacedSampler",
     "ShuffledSampler",
 ]

@@ -7,10 +7,11 @@ import os
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..samplers import EffiSampler, SamplerError, SamplerMismatchError
+from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError
 from ..samplers.trainer_checks import check_plan, check_trainer, in_layout_of, resume_in_dispatcher
 
 SAMPLER_FILE = "effi_sampler.pt"
@@ -78,6 +79,7 @@ class SamplerMixin:
         call = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
         # accelerate's skipping loader hides the sampler of a resumed epoch from its own `set_epoch`.
         self._served_sampler.set_epoch(call["epoch"])
+        self._measure_before(call["epoch"])
         if call["resume_from_checkpoint"] is not None and call["epoch"] == call["epochs_trained"]:
             resume_in_dispatcher(
                 self._served_sampler,
@@ -89,6 +91,36 @@ class SamplerMixin:
             return super()._run_epoch(*args, **kwargs)
         finally:
             self._served_sampler.forget_start()
+
+    def _measure_before(self, epoch: int) -> None:
+        """Let a sampler that learns look at the model: each process at its part, all with the gathered values."""
+        sampler = self.train_sampler
+        if not isinstance(sampler, MeasuringSampler) or sampler.measured_epoch == epoch:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise SamplerError(
+                f"{type(sampler).__name__} forwards the model outside of its wrapper, which FSDP and DeepSpeed do not "
+                "allow. Measure before training and use a sampler of rule A, such as QualityAscendingSampler."
+            )
+        rows, rank, world = sampler.rows_to_measure(epoch), self.args.process_index, self.args.world_size
+        mine: list[float] = []
+        if rows:
+            was_training = self.model.training
+            self.model.eval()
+            # What a measure draws at random must not shift the random numbers of the training that follows.
+            with torch.no_grad(), torch.random.fork_rng():
+                mine = [float(value) for value in sampler.measure(self.model, rows[rank::world])]
+            self.model.train(was_training)
+        parts = gather_object([mine]) if world > 1 else [mine]
+        values = [0.0] * len(rows)
+        for part, found in enumerate(parts):
+            if len(found) != len(rows[part::world]):
+                raise SamplerError(
+                    f"measure returned {len(found)} values for {len(rows[part::world])} rows on process {part}. Return "
+                    "one number a row."
+                )
+            values[part::world] = found
+        sampler.observe(epoch, values)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._served_sampler is not None and self.args.should_save and not self.args.save_only_model:

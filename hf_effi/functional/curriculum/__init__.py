@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
+from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
+from .irt import fit_rasch, rasch_ability, within_ability
+from .ordering import interleave_levels, percentile_within, score_order
+from .pacing import (
+    competence,
+    competence_order,
+    cyclical_sizes,
+    draw_without_replacement,
+    easiest_share,
+    refill,
+    self_paced_weights,
+)
 
 __all__ = [
     "CurriculumError",
     "check_count",
     "check_number",
     "clean_scores",
+    "competence",
+    "competence_order",
+    "cyclical_sizes",
+    "draw_without_replacement",
+    "easiest_share",
+    "fit_rasch",
+    "interleave_levels",
+    "learnability",
+    "pass_rate_difficulty",
+    "percentile_within",
+    "rasch_ability",
+    "refill",
     "repeat_layout",
+    "score_order",
     "seeded",
+    "self_paced_weights",
+    "within_ability",
+    "word_rarity",
 ]
