@@ -23,6 +23,7 @@ _PUBLIC = {
     "Method": "hf_effi.methods",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
+    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "wsd": "hf_effi.functional.schedules",
 }
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.sampler import SamplerCallback  # noqa: F401
     from .functional.schedules import wsd  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
+    from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
     from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401

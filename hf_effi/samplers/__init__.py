@@ -7,6 +7,7 @@ from .curricula import CompetenceSampler, CyclicalSampler, InterleavedSampler, Q
 from .group import GroupSampler
 from .learned import AbilitySampler, MeasuringSampler, SelfPacedSampler
 from .measure import RowCorrect, RowLoss
+from .mixture import MixtureSampler, ReplaySampler
 
 __all__ = [
     "AbilitySampler",
@@ -16,7 +17,9 @@ __all__ = [
     "GroupSampler",
     "InterleavedSampler",
     "MeasuringSampler",
+    "MixtureSampler",
     "QualityAscendingSampler",
+    "ReplaySampler",
     "RowCorrect",
     "RowLoss",
     "SamplerError",

@@ -10,7 +10,9 @@ from hf_effi.samplers import (
     CompetenceSampler,
     CyclicalSampler,
     InterleavedSampler,
+    MixtureSampler,
     QualityAscendingSampler,
+    ReplaySampler,
     RowCorrect,
     RowLoss,
     SelfPacedSampler,
@@ -39,6 +41,8 @@ PLANS = {
     "quality": (lambda: QualityAscendingSampler(SCORES, buckets=4), 1),
     "interleaved": (lambda: InterleavedSampler([i % 3 for i in range(ROWS)], [i % 2 for i in range(ROWS)]), 1),
     "competence": (lambda: CompetenceSampler(SCORES, 48, start=0.2), 1),
+    "mixture": (lambda: MixtureSampler("ab" * 12, [(0.0, {"a": 3, "b": 1}), (0.5, {"b": 1})], block=4), 1),
+    "replay": (lambda: ReplaySampler([i < 8 for i in range(ROWS)], rate=0.25, block=4), 1),
     "cyclical": (lambda: CyclicalSampler(SCORES + 0.1, total_epochs=2), 1),
 }
 
@@ -51,7 +55,7 @@ def test_static_curricula_are_served_and_resumed(tmp_path, name):
     def make(folder, callbacks):
         return sampler_trainer(folder, callbacks=callbacks, train_sampler=build(), num_train_epochs=epochs)
 
-    whole, broken, (one, two) = stop_and_resume(tmp_path, make, step=4)
+    whole, broken, (one, two) = stop_and_resume(tmp_path, make, step=3)
     order = list(sampler)
     assert one == two == [order[i : i + 4] for i in range(0, len(order), 4)]
     assert whole.global_step == -(-len(sampler) // 4)

@@ -14,6 +14,7 @@ import hf_effi.functional
 EXTRA_MODULES = (
     "hf_effi.samplers.curricula",
     "hf_effi.samplers.learned",
+    "hf_effi.samplers.mixture",
     "hf_effi.methods",
     "hf_effi.trainers._rewards",
     "hf_effi.trainers.grpo_config",

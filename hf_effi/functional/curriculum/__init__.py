@@ -6,6 +6,8 @@ from ._checks import CurriculumError, check_count, check_number, clean_scores, s
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
+from .lengths import rechunk, root_length, staged_length
+from .mixing import mixture_at, mixture_counts, mixture_order
 from .ordering import interleave_levels, percentile_within, score_order
 from .pacing import (
     competence,
@@ -30,14 +32,20 @@ __all__ = [
     "fit_rasch",
     "interleave_levels",
     "learnability",
+    "mixture_at",
+    "mixture_counts",
+    "mixture_order",
     "pass_rate_difficulty",
     "percentile_within",
     "rasch_ability",
+    "rechunk",
     "refill",
     "repeat_layout",
+    "root_length",
     "score_order",
     "seeded",
     "self_paced_weights",
+    "staged_length",
     "within_ability",
     "word_rarity",
 ]
