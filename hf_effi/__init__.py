@@ -21,6 +21,9 @@ _PUBLIC = {
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
     "Method": "hf_effi.methods",
+    "SamplerCallback": "hf_effi.callbacks.sampler",
+    "SamplerMixin": "hf_effi.trainers._sampler_mixin",
+    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "wsd": "hf_effi.functional.schedules",
 }
 
@@ -28,8 +31,11 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
+    from .callbacks.sampler import SamplerCallback  # noqa: F401
     from .functional.schedules import wsd  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
+    from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
+    from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
     from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401
     from .trainers.sft import EffiSFTConfig, EffiSFTTrainer  # noqa: F401
