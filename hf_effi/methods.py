@@ -428,6 +428,18 @@ METHODS: tuple[Method, ...] = (
         tests=("tests/unit/test_mixing.py", "tests/training/test_curricula.py"),
         bench="bench/curricula.py",
     ),
+    Method(
+        key="reptile",
+        title="Reptile step against forgetting (MER)",
+        kind="callback",
+        summary="Moves the weights back towards where they were, by a set share, every k updates.",
+        entry_points=("hf_effi.callbacks.reptile:ReptileCallback", "hf_effi.functional.reptile:reptile_step"),
+        paper="none named: meta-experience replay, from released code",
+        paper_id="",
+        status="experimental",
+        tests=("tests/unit/test_reptile.py", "tests/training/test_reptile.py"),
+        bench="bench/curricula.py",
+    ),
 )
 
 
