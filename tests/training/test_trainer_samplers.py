@@ -55,7 +55,11 @@ def test_grpo_resumes_in_the_middle_of_the_second_epoch(tmp_path: Path) -> None:
             num_iterations=2, difficulty_range=(0, 1),
         )  # fmt: skip
         return run_grpo(
-            EffiGRPOTrainer, args, train_dataset=prompt_dataset(16), train_sampler=sampler(), resume_from_checkpoint=resume
+            EffiGRPOTrainer,
+            args,
+            train_dataset=prompt_dataset(16),
+            train_sampler=sampler(),
+            resume_from_checkpoint=resume,
         )
 
     whole = run("whole")
