@@ -88,7 +88,7 @@ def _describe(args: argparse.Namespace) -> int:
     module, _, attribute = method.entry_points[0].partition(":")
     entry = getattr(importlib.import_module(module), attribute)
     print("\n" + (inspect.getdoc(entry) or "").split("\nArgs:")[0].split("\nExample:")[0].rstrip())
-    if method.kind == "schedule":
+    if isinstance(entry, type) and dataclasses.is_dataclass(entry) and method.kind == "schedule":
         _draw_schedule(entry)
     return 0
 

@@ -129,6 +129,6 @@ def test_preview_order_reaches_its_command(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"quality": q}) + "\n" for q in (3, 1, 2, 5, 4, 0)))
     assert cli.main(["preview-order", "quality-ascending", str(rows), "--column", "quality"]) == 0
-    assert "quality" in capsys.readouterr().out
+    assert "batch 1: rows [5, 1, 2, 0, 4, 3]" in capsys.readouterr().out
     assert cli.main(["preview-order", "quality-ascending", str(rows), "--column", "grade"]) == 1
     assert "grade" in capsys.readouterr().err
