@@ -10,6 +10,7 @@ initial weights and the data order, so differences between schedules are paired.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import hashlib
 import json
@@ -108,7 +109,7 @@ def train(
     scheduler = S.to_lambda_lr(schedule, optimizer, on_mismatch="new")
     if start is not None:
         model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(start["optimizer"]))
         scheduler.load_state_dict(start["scheduler"])
     end = until or schedule.last_step or schedule.total_steps
     curve: list[list[float]] = []
@@ -125,7 +126,8 @@ def train(
             curve.append([step + 1, round(data.loss(model), 5)])
     state = {
         "model": {k: v.clone() for k, v in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
+        # A copy: loading a state dict keeps its tensors, and a branch would then change the trunk's.
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
         "scheduler": scheduler.state_dict(),
     }
     seconds = round(time.process_time() - clock, 2)
@@ -139,7 +141,7 @@ class Results:
         self.payload: dict[str, Any] = {"bench": "schedules", "rows": [], "headline": []}
         if RESULT.exists():
             self.payload = json.loads(RESULT.read_text())
-        self.payload["corpus_sha256"] = digest
+        self.digest = digest
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         for row in self.payload["rows"]:
@@ -181,14 +183,23 @@ def run_one(results: Results, data: Data, stage: str, name: str, budget: int, pe
 
 
 def tuned_peak(results: Results, data: Data, name: str, budget: int) -> float:
-    """Best of `PEAKS` at the short budget; at the long one the best of that, its half and its double."""
+    """Best of `PEAKS` at the short budget; at the long one half, once and twice that, and on while the best is an edge."""
+
+    def loss(peak: float) -> float:
+        return run_one(results, data, "tune", name, budget, peak, TUNING_SEED)["loss"]
+
     if budget == BUDGETS[0]:
-        candidates = PEAKS
-    else:
-        best = tuned_peak(results, data, name, BUDGETS[0])
-        candidates = (best / 2, best, best * 2)
-    losses = {p: run_one(results, data, "tune", name, budget, p, TUNING_SEED)["loss"] for p in candidates}
-    return min(losses, key=losses.get)
+        return min(PEAKS, key=loss)
+    best = tuned_peak(results, data, name, BUDGETS[0])
+    candidates = [best / 2, best, best * 2]
+    while True:
+        winner = min(candidates, key=loss)
+        if winner == candidates[-1]:
+            candidates.append(winner * 2)
+        elif winner == candidates[0]:
+            candidates.insert(0, winner / 2)
+        else:
+            return winner
 
 
 def compare(results: Results, data: Data) -> None:
@@ -202,10 +213,12 @@ def compare(results: Results, data: Data) -> None:
 def branches(results: Results, data: Data, ends: tuple[int, ...] = (240, 480, 720)) -> None:
     """One WSD trunk with three cooldowns against three cosine runs from scratch, at each one's tuned peak LR."""
     for seed in SEEDS:
-        if all(results.find(stage="branch", seed=seed, end=end) for end in ends):
+        # 5 % of the longest run, as its own schedule would have.
+        warmup = round(WARMUP * ends[-1])
+        if all(results.find(stage="branch", seed=seed, end=end, warmup_steps=warmup) for end in ends):
             continue
         peak = tuned_peak(results, data, "wsd 1-sqrt 20%", BUDGETS[1])
-        trunk = S.wsd(warmup_steps=12, open_ended=True)
+        trunk = S.wsd(warmup_steps=warmup, open_ended=True)
         state, at, steps = None, 0, 0
         for end in ends:
             fork = end - end // 5
@@ -215,10 +228,10 @@ def branches(results: Results, data: Data, ends: tuple[int, ...] = (240, 480, 72
             branch.pop("state")
             steps += end - fork
             scratch_peak = tuned_peak(results, data, "cosine to 0", BUDGETS[1] if end > BUDGETS[0] else BUDGETS[0])
-            scratch = results.find(stage="final", schedule="cosine to 0", budget=end, seed=seed) or train(
-                data, SCHEDULES["cosine to 0"](end), scratch_peak, seed
-            )
+            key = {"stage": "final", "schedule": "cosine to 0", "budget": end, "seed": seed, "peak_lr": scratch_peak}
+            scratch = results.find(**key) or train(data, SCHEDULES["cosine to 0"](end), scratch_peak, seed)
             row = {"stage": "branch", "seed": seed, "end": end, "peak_lr": peak, "loss": branch["loss"]}
+            row["warmup_steps"] = warmup
             row.update(cosine_loss=scratch["loss"], cosine_peak_lr=scratch_peak, steps_so_far=steps)
             results.add(row)
             print("branch", seed, end, branch["loss"], scratch["loss"], flush=True)

@@ -88,7 +88,7 @@ def _describe(args: argparse.Namespace) -> int:
     module, _, attribute = method.entry_points[0].partition(":")
     entry = getattr(importlib.import_module(module), attribute)
     print("\n" + (inspect.getdoc(entry) or "").split("\nArgs:")[0].split("\nExample:")[0].rstrip())
-    if method.kind == "schedule":
+    if isinstance(entry, type) and dataclasses.is_dataclass(entry) and method.kind == "schedule":
         _draw_schedule(entry)
     return 0
 
@@ -116,9 +116,9 @@ def _plan(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {args.seeds}.")
-    if args.steps is not None and (args.steps < 2 or args.steps % 2):
-        # Each generation serves two optimizer steps (DemoSettings.num_iterations).
-        raise UsageError(f"--steps must be an even number, at least 2, got {args.steps}.")
+    if args.steps is not None and (args.steps < 4 or args.steps % 4):
+        # Arms are compared at an evaluation, which comes every 4 steps (DemoSettings.eval_every_steps).
+        raise UsageError(f"--steps must be a positive multiple of 4, got {args.steps}.")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Where it is installed, it warns at import that a kernel is missing that nothing here uses.
@@ -164,6 +164,14 @@ def _add_plan(commands: Any, chosen: str | None) -> None:
     parser.set_defaults(run=_plan)
 
 
+def _add_preview_order(commands: Any, chosen: bool) -> None:
+    parser = commands.add_parser("preview-order", help="what a curriculum would serve, without training")
+    if chosen:
+        module = importlib.import_module("hf_effi.report.preview_order")
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run)
+
+
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser; `arguments` tells which planner's options have to be loaded."""
     parser = argparse.ArgumentParser(prog="hf-effi", description="Train for less with the Trainer you have.")
@@ -178,6 +186,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     describe.set_defaults(run=_describe)
     words = [word for word in arguments if not word.startswith("-")]
     _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
+    _add_preview_order(commands, words[:1] == ["preview-order"])
     _add_demo(commands)
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..functional.schedules import (
     Schedule,
     ScheduleError,
+    ScheduleLR,
     ScheduleMismatchError,
     apply_momentum,
     apply_multiplier,
@@ -25,6 +27,8 @@ STATE_KEY = "hf_effi.lr_schedule"
 #: schedulers that something else owns, by class name: the classes live in optional packages
 _DEEPSPEED = ("DeepSpeedSchedulerWrapper", "DummyScheduler")
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
+#: which callback has taken over which scheduler; not an attribute, which LambdaLR would save with its state
+_OWNERS: weakref.WeakKeyDictionary[LambdaLR, LRScheduleCallback] = weakref.WeakKeyDictionary()
 
 
 class LRScheduleCallback(TrainerCallback):
@@ -94,6 +98,9 @@ class LRScheduleCallback(TrainerCallback):
         self._scheduler: LambdaLR | None = None
         self._state: TrainerState | None = None
         self._decay_asked_at: int | None = None
+        self._built_now = schedule
+        self._learning_rate = 0.0
+        self._tracks_state = False
 
     def multiplier(self, step: int) -> float:
         """Return the multiplier of the update that follows `step` finished ones."""
@@ -130,6 +137,12 @@ class LRScheduleCallback(TrainerCallback):
         scheduler = kwargs.get("lr_scheduler")
         check_scheduler(scheduler)
         check_arguments(args)
+        if isinstance(scheduler, ScheduleLR) or _OWNERS.get(scheduler, self) is not self:
+            raise ScheduleError(
+                "Two schedules want to set the LR: this LRScheduleCallback and another one or lr_schedule in the config. "
+                "Keep one; join() and scale() make one schedule of several."
+            )
+        _OWNERS[scheduler] = self
         inner = getattr(scheduler.optimizer, "optimizer", scheduler.optimizer)
         check_schedule_free(type(inner).__name__, type(self.built).__name__, "constant")
         bound = self.built.bind(state.max_steps)
@@ -169,6 +182,7 @@ class LRScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # The references belong to one train() call; `current` stays readable.
+        _OWNERS.pop(self._scheduler, None)
         self._scheduler = self._state = None
 
     # ---- helpers ----

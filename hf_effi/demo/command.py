@@ -116,7 +116,7 @@ def _records_of_seed(
     cached, key = output_dir / "cache" / f"seed-{seed}.json", _fingerprint(settings, arms)
     if cached.exists() and (stored := json.loads(cached.read_text()))["settings"] == key:
         return stored["records"]
-    total, done = settings.steps * len(arms), {}
+    total, done = sum(settings.steps_of(arm.goes_on) for arm in arms), {}
     with tqdm(total=total, unit="step", disable=not show_progress, desc=f"seed {seed}", smoothing=0.05) as bar:
 
         def on_step(arm: str, step: int) -> None:
@@ -160,14 +160,13 @@ def build_result(
 def headlines(summary: dict[str, dict[str, Any]], ours: str) -> list[dict[str, Any]]:
     """Return the named figures; which exist depends on the arms that ran."""
     best, tokens = summary[ours], "tokens_forwarded_per_real_token"
-    ratio, final = best["cpu_seconds_to_target_ratio"], best["cpu_seconds_to_final_ratio"]
+    ratio = best["cpu_seconds_to_target_ratio"]
     figures = [
         headline("heldout_accuracy_gain_equal_wallclock", best["accuracy_gain_equal_wall_seconds"], "> 0"),
         headline("heldout_accuracy_gain_equal_cpu_seconds", best["accuracy_gain_equal_cpu_seconds"], "> 0"),
         headline("wallclock_ratio_to_baseline_accuracy", best["wall_seconds_to_target_ratio"], "<= 0.4"),
         headline("cpu_seconds_ratio_to_baseline_accuracy", ratio, "<= 0.4"),
         headline("everything_speedup_to_baseline_accuracy", None if not ratio else 1 / ratio, ">= 2.5"),
-        headline("everything_speedup_to_baseline_final_accuracy", None if not final else 1 / final, ">= 2.5"),
         headline(f"{tokens}_stock", summary[BASELINE][tokens]),
         headline(f"{tokens}_ours", best[tokens], "<= 1.15"),
     ]
@@ -185,6 +184,9 @@ def write_model_card(result: dict[str, Any], settings: DemoSettings, arms: Seque
     summary, start = summarize(result["rows"]), result["rows"][0]["curve"][0]
     row = summary[ours.key]
     seed = result["seeds"][-1]
+    kept = next(record for record in result["rows"] if (record["arm"], record["seed"]) == (ours.key, seed))["curve"][
+        -1
+    ]
     trainer = "GRPOTrainer" if ours.options is None else "EffiGRPOTrainer"
     recipe = {"trainer": trainer, "arguments": {**grpo_arguments(settings, seed, "out"), **(_options(ours) or {})}}
     recipe |= {"starting_policy": asdict(settings.policy), "task": "hf_effi.demo.task"}
@@ -201,12 +203,13 @@ def write_model_card(result: dict[str, Any], settings: DemoSettings, arms: Seque
         command=result["command"],
         versions=result["versions"],
         notes=[
-            f"Seeds: {', '.join(map(str, result['seeds']))}; this policy is that of seed {seed}. "
+            f"Seeds: {', '.join(map(str, result['seeds']))}; this policy is that of seed {seed} after {kept['step']} "
+            f"steps: {100 * kept['sampled']:.1f} % sampled, {100 * kept['greedy']:.1f} % greedy. "
             f"Before GRPO: {100 * start['sampled']:.1f} % sampled, "
             f"{100 * start['greedy']:.1f} % greedy.",
             "The control keeps the same number of rows, chosen at random.",
         ],
-        metrics={"held-out sampled accuracy": row["sampled"], "held-out greedy accuracy": row["greedy"]},
+        metrics={"held-out sampled accuracy": kept["sampled"], "held-out greedy accuracy": kept["greedy"]},
     )
 
 

@@ -32,12 +32,18 @@ class DemoSettings:
         num_iterations (`int`): Optimizer steps that each generation is used for. The baseline learns as much a step
             with 2 as with 1, and needs less time for it (bench/LOG.md).
         max_terms (`int`): Longest chain asked for; longer than what fine-tuning showed, see [`PolicySettings`].
+        steps (`int`): Optimizer steps at which the arms are compared.
+        extra_steps (`int`): Further steps of the arms that go on, a multiple of `num_iterations`. Their accuracy at
+            equal steps differs from the baseline's by less than one evaluation's noise, so stopping all arms at the
+            same step would decide between "3x sooner" and "never" by chance. The other arms run one evaluation
+            further, so that the smoothed accuracy after `steps` is a centred mean for every arm.
         eval_every_steps (`int`): Optimizer steps between two held-out evaluations.
         held_out_per_length (`int`): Held-out problems of each chain length.
         samples_per_prompt (`int`): Samples of each held-out prompt for the sampled accuracy.
     """
 
     steps: int = 32
+    extra_steps: int = 16
     rows_per_step: int = 256
     num_generations: int = 8
     num_iterations: int = 2
@@ -54,11 +60,20 @@ class DemoSettings:
     policy: PolicySettings = field(default_factory=PolicySettings)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.steps % self.num_iterations:
+        if self.steps < self.eval_every_steps or self.steps % self.eval_every_steps:
+            raise ValueError(
+                f"steps must be a positive multiple of eval_every_steps={self.eval_every_steps}, got {self.steps}: the "
+                "arms are compared at an evaluation."
+            )
+        if self.steps % self.num_iterations:
             raise ValueError(
                 f"steps must be a positive multiple of num_iterations={self.num_iterations}, got {self.steps}: each "
                 "generation is trained on that many times."
             )
+
+    def steps_of(self, goes_on: bool) -> int:
+        """Return how many steps an arm runs."""
+        return self.steps + (self.extra_steps if goes_on else self.eval_every_steps)
 
     def quick(self) -> DemoSettings:
         """Return the smoke-test variant: every part runs, nothing is learned, a minute in all."""
@@ -68,6 +83,7 @@ class DemoSettings:
         return replace(
             self,
             steps=4,
+            extra_steps=2,
             rows_per_step=32,
             warmup_steps=1,
             train_prompts=200,
@@ -113,6 +129,7 @@ def build_trainer(
 ) -> GRPOTrainer:
     """Return the arm's trainer on a fresh copy of the checkpoint."""
     arguments = grpo_arguments(settings, seed, str(runs / arm.key))
+    arguments["max_steps"] = settings.steps_of(arm.goes_on)
     if arm.options is None:
         trainer_class, config = GRPOTrainer, GRPOConfig(**arguments)
     else:
@@ -134,11 +151,14 @@ def build_trainer(
 class _Recorder(TrainerCallback):
     """Times the optimizer, evaluates every few steps outside the clock, and hands over to the next arm."""
 
-    def __init__(self, instrument: Instrument, evaluate: Callable[[int], Accuracy], every: int, job: Job) -> None:
-        self.instrument, self.evaluate, self.every, self.job = instrument, evaluate, every, job
+    def __init__(
+        self, instrument: Instrument, evaluate: Callable[[int], Accuracy], settings: DemoSettings, job: Job
+    ) -> None:
+        self.instrument, self.evaluate, self.settings, self.job = instrument, evaluate, settings, job
         self.curve: list[dict[str, float]] = []
         self.logged: Counter[str] = Counter()
         self.num_iterations = 1
+        self.at_equal_steps: Any = None
         self._optimizer_phase: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,13 +173,18 @@ class _Recorder(TrainerCallback):
         self._optimizer_phase.__exit__(None, None, None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.global_step > self.settings.steps:
+            return
         for name, value in (logs or {}).items():
             if name.startswith("effi/dropped/"):
                 self.logged[name.removeprefix("effi/dropped/")] += round(value)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.settings.steps:
+            # Seconds, rows and tokens are those of the equal steps; only the curve goes on.
+            self.at_equal_steps = (self.instrument.split(), self.instrument.counts.copy())
         with self.instrument.excluded():
-            if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            if state.global_step % self.settings.eval_every_steps == 0 or state.global_step == state.max_steps:
                 self.curve.append(self._point(state.global_step))
             self.job.pause()
 
@@ -187,7 +212,7 @@ def run_arms(
     output_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Train each arm for `settings.steps` steps, one step of each in turn.
+    Train each arm for `settings.steps` steps (the ones that go on: further), one step of each in turn.
 
     Machine noise (another job starts, the clock frequency falls) then hits all arms alike; the curves themselves do
     not depend on the alternation.
@@ -214,7 +239,7 @@ def run_arms(
             def evaluate(step: int) -> Accuracy:
                 return evaluate_policy(trainer.model, tokenizer, held_out, settings.samples_per_prompt, seed=step)
 
-            recorder = _Recorder(instrument, evaluate, settings.eval_every_steps, job)
+            recorder = _Recorder(instrument, evaluate, settings, job)
             trainer.add_callback(recorder)
             job.pause()
             trainer.train()
@@ -228,15 +253,15 @@ def run_arms(
     turns, results = Counter(), {}
     for key, job in alternate({arm.key: train(arm) for arm in arms}):
         turns[key] += 1
-        on_step(key, min(turns[key] - 1, settings.steps))
+        on_step(key, min(turns[key] - 1, settings.steps_of(next(arm.goes_on for arm in arms if arm.key == key))))
         if job.finished:
             results[key] = job.result
     return [results[arm.key] for arm in arms]
 
 
 def _record(arm: Arm, seed: int, start: Accuracy, recorder: _Recorder) -> dict[str, Any]:
-    counts, dropped = recorder.instrument.counts, dict(recorder.logged)
-    cpu, wall = recorder.instrument.split()
+    (cpu, wall), counts = recorder.at_equal_steps
+    dropped = dict(recorder.logged)
     # Rows that no selection dropped and that were not forwarded: their advantage is zero, so is their gradient.
     passes = recorder.num_iterations
     dropped["zero_gradient"] = counts["rows_generated"] - counts["rows_trained"] // passes - sum(dropped.values())
@@ -247,6 +272,7 @@ def _record(arm: Arm, seed: int, start: Accuracy, recorder: _Recorder) -> dict[s
         "control": arm.control,
         "options": None if arm.options is None else dict(arm.options),
         "seed": seed,
+        "steps": recorder.settings.steps,
         "curve": [{**origin, **asdict(start)}, *recorder.curve],
         "cpu_seconds": cpu,
         "wall_seconds": wall,

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-#: The target is the baseline's accuracy after this share of its steps: near its end, and still within reach of an arm
-#: that learns a little less a step. With the very end as target, half a point decides between "3x" and "never".
-TARGET_FRACTION = 0.875
 #: Key of the arm that the others are compared with.
 BASELINE = "stock"
 #: Axis of a curve -> how tables name it.
@@ -73,28 +69,25 @@ def compare(arm: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float | 
     Compare one arm's record with the baseline's of the same seed.
 
     The two are compared at the largest common number of prompts, steps and seconds, so that neither is read past its
-    end. Both times to a target are read off by the same rule: the baseline's is where its own smoothed curve first
-    reaches it, not the end of its run.
+    end. Both times to the target, the baseline's smoothed accuracy after the compared steps, are read off by the
+    same rule: the baseline's is where its own curve first reaches it.
 
     Returns:
         `dict`: `accuracy_gain_equal_{prompts,steps,cpu_seconds,wall_seconds}` in fractions of 1;
-        `{cpu_seconds,wall_seconds,rows_generated}_to_target_ratio` (arm / baseline, below 1 is better) for the
-        baseline's sampled accuracy after 7/8 of its steps, and `..._to_final_ratio` for that at its end, `None` where
-        the arm never gets there; `step_speedup` (baseline / arm, CPU seconds a step).
+        `{cpu_seconds,wall_seconds,rows_generated}_to_target_ratio` (arm / baseline, below 1 is better), `None` where
+        the arm never gets there; `step_speedup` (baseline / arm, CPU seconds of the equal steps).
     """
     ours, theirs, out = arm["curve"], baseline["curve"], {}
+    end = next(point for point in theirs if point["step"] == baseline["steps"])
     axes = {"prompts": "rows_generated", "steps": "step", "cpu_seconds": "cpu_seconds", "wall_seconds": "wall_seconds"}
     for name, axis in axes.items():
-        common = min(ours[-1][axis], theirs[-1][axis])
+        common = min(ours[-1][axis], end[axis])
         out[f"accuracy_gain_equal_{name}"] = value_at(ours, axis, common) - value_at(theirs, axis, common)
-    targets = {
-        "target": value_at(theirs, "step", TARGET_FRACTION * theirs[-1]["step"]),
-        "final": smoothed(theirs)[-1],
-    }
-    for (name, target), axis in itertools.product(targets.items(), (*CLOCKS, "rows_generated")):
+    target = value_at(theirs, "step", end["step"])
+    for axis in (*CLOCKS, "rows_generated"):
         needed, base = first_reached(ours, axis, target), first_reached(theirs, axis, target)
-        out[f"{axis}_to_{name}_ratio"] = None if needed is None or not base else needed / base
-    seconds = [sum(record["cpu_seconds"].values()) / record["curve"][-1]["step"] for record in (baseline, arm)]
+        out[f"{axis}_to_target_ratio"] = None if needed is None or not base else needed / base
+    seconds = [sum(record["cpu_seconds"].values()) / record["steps"] for record in (baseline, arm)]
     out["step_speedup"] = seconds[0] / seconds[1]
     return out
 
@@ -132,9 +125,9 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             middle = statistics.median(values)
             row[name] = None if middle == float("inf") else middle
             row[f"{name}_range"] = [None if value == float("inf") else value for value in (values[0], values[-1])]
-        last = mean_curve(records, arm)[-1]
+        curve = [point for point in mean_curve(records, arm) if point["step"] <= own[0]["steps"]]
+        last = curve[-1]
         row |= {name: last[name] for name in ("greedy", "greedy_ci", "sampled", "sampled_ci", "step")}
-        row["sampled_final"] = smoothed(mean_curve(records, arm))[-1]
         for clock in CLOCKS:
             row[clock] = {phase: statistics.fmean(record[clock][phase] for record in own) for phase in own[0][clock]}
         row["rows"] = {

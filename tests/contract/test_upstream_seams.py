@@ -118,6 +118,7 @@ SIGNATURES = {
     "accelerate.data_loader:DataLoaderShard.get_sampler": "self",
     "accelerate.data_loader:DataLoaderDispatcher.get_sampler": "self",
     "accelerate.data_loader:DataLoaderDispatcher.set_sampler": "self sampler",
+    "accelerate.data_loader:DataLoaderDispatcher.set_epoch": "self epoch",
 }
 
 #: constant -> value

@@ -92,8 +92,15 @@ def train(out, schedule, resume=None, extra=(), **changes):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # A second argument stops the run there and leaves a checkpoint for another world size to go on from.
+    stop = [StopAt(int(sys.argv[2]))] if len(sys.argv) > 2 else []
     applied, logged, trainer = train(
-        sys.argv[1], wsd(warmup_steps=3, decay_steps=4), ddp_backend="gloo", gradient_accumulation_steps=2
+        sys.argv[1],
+        wsd(warmup_steps=3, decay_steps=4),
+        extra=stop,
+        ddp_backend="gloo",
+        gradient_accumulation_steps=2,
+        save_strategy="steps" if stop else "no",
     )
     with open(os.path.join(sys.argv[1], f"trace_{trainer.args.process_index}.json"), "w") as file:
         json.dump({"applied": applied, "logged": logged, "world": trainer.args.world_size}, file)

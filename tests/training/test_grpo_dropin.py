@@ -155,3 +155,56 @@ def test_lr_schedule_from_the_config_or_a_callback(tmp_path: Path) -> None:
             expected
         )
     assert_bitwise_equal(named.model, passed.model)
+
+
+def test_image_inputs_reach_stock_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image tensors are indexed by patch, so rows cannot be bucketed: the call is handed on as it came."""
+    trainer = run_grpo(EffiGRPOTrainer, grpo_args(tmp_path, EffiGRPOConfig), train=False)
+    trainer.model.train()
+    seen: dict[str, Any] = {}
+
+    def stock(
+        self: Any, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
+    ):
+        seen.update(kwargs, ids=input_ids, keep=logits_to_keep)
+        return torch.zeros(len(input_ids), logits_to_keep), None, None
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", stock)
+    ids, pixels = torch.ones(4, 7, dtype=torch.long), torch.zeros(3, 2)
+    trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3, pixel_values=pixels)
+    assert seen["pixel_values"] is pixels and seen["ids"] is ids and seen["keep"] == 3
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+
+    Returns:
+        The sum.
+    """
+    return a + b
+
+
+def test_tools_are_handed_to_stock_and_refused_with_selection(tmp_path: Path) -> None:
+    data = prompt_dataset(8, conversational=True)
+    outcomes = []
+    for cls, config in ((GRPOTrainer, GRPOConfig), (EffiGRPOTrainer, EffiGRPOConfig)):
+        try:
+            run_grpo(cls, grpo_args(tmp_path, config), train_dataset=data, tools=[add], train=False)
+            outcomes.append("built")
+        except (ValueError, ImportError) as error:  # a template without tool support is refused by stock
+            outcomes.append(f"{type(error).__name__}: {error}".split(".")[0].replace(cls.__name__, "Trainer"))
+    assert outcomes[0] == outcomes[1]
+    if outcomes[0] == "built":
+        with pytest.raises(ValueError, match="do not work with `tools` yet"):
+            run_grpo(
+                EffiGRPOTrainer,
+                grpo_args(tmp_path, EffiGRPOConfig, prune_rate=0.5),
+                train_dataset=data,
+                tools=[add],
+                train=False,
+            )

@@ -9,7 +9,25 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_effi.callbacks.lr_schedule import STATE_KEY, LRScheduleCallback, check_scheduler
-from hf_effi.functional.schedules import ScheduleError, ScheduleMismatchError, constant, cosine, linear, wsd
+from hf_effi.functional.schedules import (
+    ScheduleError,
+    ScheduleMismatchError,
+    TokenCounter,
+    constant,
+    cosine,
+    infinite,
+    join,
+    linear,
+    one_cycle,
+    power,
+    rewarm_redecay,
+    slow_start_fast_decay,
+    token_indexed,
+    wsd,
+    wsd_s,
+    wsdc,
+)
+from tests.helpers.distributed import child_environment
 
 sys.path.insert(0, os.path.dirname(__file__))
 from lr_schedule_run import Recorder, StopAt, make_trainer, tiny_model, train
@@ -224,22 +242,35 @@ def test_start_decay_outside_training_and_bad_arguments():
         LRScheduleCallback(wsd(), on_mismatch="yes")
 
 
-def test_two_processes_follow_the_same_lrs(tmp_path):
+def two_processes(out, *more):
     script = Path(__file__).with_name("lr_schedule_run.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(tmp_path)],
-        env=env,
+        [*command, str(script), str(out), *more],
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    traces = [json.loads((tmp_path / f"trace_{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((out / f"trace_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_follow_the_same_lrs(tmp_path):
+    traces = two_processes(tmp_path)
     assert [trace["world"] for trace in traces] == [2, 2]
     expected = closed_form(wsd(12, **SCHEDULE))
     assert flat(traces[0]["applied"]) == flat(traces[1]["applied"]) == expected == traces[0]["logged"]
+
+
+@pytest.mark.parametrize("cut", [5, 10])
+def test_one_process_goes_on_where_two_stopped(tmp_path, cut):
+    """On the plateau and in the middle of the decay: the series is that of the uninterrupted run, bit for bit."""
+    first = two_processes(tmp_path, str(cut))[0]
+    rest, logged, _ = train(
+        tmp_path, wsd(**SCHEDULE), resume=str(tmp_path / f"checkpoint-{cut}"), gradient_accumulation_steps=4
+    )
+    assert flat(first["applied"]) + flat(rest) == closed_form(wsd(12, **SCHEDULE)) == first["logged"] + logged
 
 
 def test_a_checkpoint_of_one_process_resumes_the_schedule_of_any_world(tmp_path):
@@ -257,4 +288,92 @@ def test_metric_driven_trainer_is_refused_through_train(tmp_path):
     trainer = make_trainer(tmp_path, [LRScheduleCallback(wsd())], optimizers=(optimizer, plateau))
     assert isinstance(trainer, Trainer)
     with pytest.raises(ScheduleError, match="evaluation metric"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        wsd_s(budgets=(0.5, 1.0), decay_fraction=0.3),
+        wsdc(),
+        infinite(warmup_steps=1),
+        rewarm_redecay(data_fractions=(0.5, 0.5)),
+        slow_start_fast_decay(),
+        join(schedules=(constant(), linear()), boundaries=(4,)),
+    ],
+    ids=lambda schedule: type(schedule).__name__,
+)
+def test_each_family_through_train(tmp_path, schedule):
+    applied, logged, _ = train(tmp_path, schedule)
+    assert flat(applied) == closed_form(schedule.bind(12)) == logged
+
+
+class Momenta(TrainerCallback):
+    def __init__(self):
+        self.values = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.values.append(kwargs["optimizer"].param_groups[0]["betas"][0])
+
+
+def test_one_cycle_cycles_beta1_also_after_a_resume(tmp_path):
+    seen, schedule = Momenta(), one_cycle(12)
+    whole, _, trainer = train(tmp_path / "whole", one_cycle(), extra=[seen])
+    assert seen.values == [schedule.momentum(t) for t in range(12)] and flat(whole) == closed_form(schedule)
+    train(tmp_path / "cut", one_cycle(), extra=[StopAt(5)], save_strategy="steps")
+    seen = Momenta()
+    _, _, resumed = train(tmp_path / "cut", one_cycle(), resume=str(tmp_path / "cut" / "checkpoint-5"), extra=[seen])
+    assert seen.values == [schedule.momentum(t) for t in range(5, 12)] and same_weights(trainer, resumed)
+
+
+def test_an_absolute_schedule_checks_the_learning_rate(tmp_path):
+    schedule = power(tokens_per_step=2**22, max_lr=LR)
+    applied, _, _ = train(tmp_path, schedule)
+    assert flat(applied) == closed_form(schedule.bind(12))
+    with pytest.raises(ScheduleError, match="optimizer LR of 0.02, but the optimizer has 0.01"):
+        train(tmp_path, power(tokens_per_step=2**22))
+
+
+class Feed(TrainerCallback):
+    """Every second update consumes only half of its tokens."""
+
+    def __init__(self, counter):
+        self.counter = counter
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.counter.add(16 if state.global_step % 2 == 0 else 8)
+
+
+def test_token_indexed_follows_the_counter_and_resumes(tmp_path):
+    def parts():
+        counter = TokenCounter(full_step=16)
+        return {"counter": counter, "extra": [Feed(counter)]}
+
+    whole, logged, _ = train(tmp_path / "whole", token_indexed(schedule=linear()), **parts())
+    progress = [sum(1.0 if s % 2 == 0 else 0.5 for s in range(t)) for t in range(12)]
+    assert flat(whole) == [LR * linear(12)(p) for p in progress] == logged
+    options = parts()
+    options["extra"].append(StopAt(5))
+    first, _, _ = train(tmp_path / "cut", token_indexed(schedule=linear()), save_strategy="steps", **options)
+    rest, _, _ = train(
+        tmp_path / "cut", token_indexed(schedule=linear()), resume=str(tmp_path / "cut" / "checkpoint-5"), **parts()
+    )
+    assert first + rest == whole
+    with pytest.raises(ScheduleError, match="needs counter"):
+        LRScheduleCallback(token_indexed(schedule=linear()))
+
+
+def test_two_schedules_for_one_lr_are_refused(tmp_path):
+    with pytest.raises(ScheduleError, match="Two schedules want to set the LR"):
+        train(tmp_path, linear(), extra=[LRScheduleCallback(cosine())])
+
+
+def test_config_and_callback_are_refused_together(tmp_path):
+    from hf_effi.trainers.trainer import EffiTrainer, EffiTrainingArguments
+
+    args = EffiTrainingArguments(
+        str(tmp_path), max_steps=2, lr_schedule="wsd", use_cpu=True, bf16=False, save_strategy="no", report_to="none"
+    )
+    trainer = make_trainer(tmp_path, [LRScheduleCallback(linear())], trainer_class=EffiTrainer, args=args)
+    with pytest.raises(ScheduleError, match="lr_schedule in the config"):
         trainer.train()

@@ -1,8 +1,5 @@
-import doctest
-import importlib
 import json
 import math
-import pkgutil
 
 import pytest
 import torch
@@ -33,25 +30,6 @@ def hf_trace(make, steps):
         opt.step()
         scheduler.step()
     return lrs
-
-
-def modules():
-    for info in pkgutil.iter_modules(S.__path__):
-        yield f"{S.__name__}.{info.name}"
-
-
-@pytest.mark.parametrize("name", list(modules()))
-def test_printed_examples(name):
-    """Doctests, with the code fences of the HF docstring style taken out."""
-    module = importlib.import_module(name)
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    parser = doctest.DocTestParser()
-    for item in vars(module).values():
-        if getattr(item, "__module__", None) != name or not getattr(item, "__doc__", None):
-            continue
-        text = item.__doc__.replace("```python", "").replace("```", "")
-        runner.run(parser.get_doctest(text, dict(vars(module)), item.__name__, module.__file__, None))
-    assert runner.summarize(verbose=False).failed == 0
 
 
 # ---- decay shapes ----

@@ -13,8 +13,11 @@ from .closed_forms import constant, cosine, cosine_power, damped_cosine, inverse
 from .compose import TokenCounter, join, scale, token_indexed
 from .continual import infinite, power, power_lr, rewarm_redecay
 from .cyclic import one_cycle, slow_start_fast_decay, table, triangular
+from .extend import extend_to
 from .gallery import gallery
 from .param_groups import layerwise_param_groups
+from .planner_bound import lr_transfer, omega, plan_extension
+from .planner_loss import fit_annealing_law, fit_multi_power_law
 from .refined import median_smooth, refined_by_gradient_norm
 from .shapes import SHAPES, decay, half_life
 from .stable_decay import wsd, wsd_s, wsdc
@@ -37,6 +40,9 @@ __all__ = [
     "decay",
     "decay_position",
     "describe_difference",
+    "extend_to",
+    "fit_annealing_law",
+    "fit_multi_power_law",
     "gallery",
     "half_life",
     "infinite",
@@ -44,9 +50,12 @@ __all__ = [
     "join",
     "layerwise_param_groups",
     "linear",
+    "lr_transfer",
     "make_schedule",
     "median_smooth",
+    "omega",
     "one_cycle",
+    "plan_extension",
     "power",
     "power_lr",
     "reconcile",

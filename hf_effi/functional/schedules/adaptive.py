@@ -61,7 +61,7 @@ class AccuracyGradient:
 
     Formula: at each evaluation `mu` = mean of the last `window` values; when more than `window` means are known, more
     than `quiet` evaluations have passed since the last cut, and `mu - last mean < threshold`, `m <- m factor`.
-    Paper: AccelAT (2203.02942); window, quiet, threshold and factor as in its code.
+    Paper: AccelAT (2210.06888); window, quiet, threshold and factor as in its code.
 
     Args:
         factor (`float`, *optional*, defaults to 0.8): In (0, 1).
