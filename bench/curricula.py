@@ -3,6 +3,9 @@
 `python -m bench.curricula` writes `bench/results/curricula.json`. The figure is the time that data costs at a resume:
 loading the sampler's state, computing the order of the epoch, discarding the finished batches, fetching the next one.
 The same interval of a stock Trainer with its random sampler stands beside it; runs alternate.
+
+`--part study` asks whether ascending quality gains more where the learning rate does not decay to zero, on the sources of
+the standard library (`bench/_curriculum_study.py`). Finished arms are kept: a study that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bench._schema import command_line, headline, write_result
+from bench import _curriculum_study
+from bench._schema import RESULTS, command_line, headline, write_result
 from hf_effi.samplers import ShuffledSampler
 from hf_effi.trainers._sampler_mixin import SAMPLER_FILE, SamplerMixin
 
@@ -126,29 +130,76 @@ def resume_seconds(arm: str, rows: int, seed: int) -> float:
         return watch.seconds + getattr(trainer, "load_seconds", 0.0)
 
 
+def finished(part: str) -> list[dict[str, Any]]:
+    """Return the rows of a part that an earlier call has written."""
+    path = RESULTS / "curricula.json"
+    return [row for row in json.loads(path.read_text())["rows"] if row["part"] == part] if path.exists() else []
+
+
+def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the headlines that these rows allow."""
+    resumes = [row for row in rows if row["part"] == "resume"]
+    found = []
+    if resumes:
+        ours, stock = (
+            statistics.median(row["seconds"] for row in resumes if row["arm"] == arm) for arm in ("ours", "stock")
+        )
+        found += [headline("resume_seconds_1m_rows", ours, "< 1"), headline("resume_seconds_1m_rows_stock", stock)]
+    losses = {(r["schedule"], r["order"], r["seed"]): r["heldout_target_loss"] for r in rows if r["part"] == "study"}
+    for schedule in sorted({key[0] for key in losses}):
+        gains = [
+            losses[schedule, "shuffled", seed] - loss
+            for (name, order, seed), loss in losses.items()
+            if name == schedule and order == "ascending" and (schedule, "shuffled", seed) in losses
+        ]
+        if gains:
+            found.append(headline(f"ascending_gain_nats_{schedule}", round(statistics.fmean(gains), 5)))
+    return found
+
+
+def write(rows: list[dict[str, Any]], seeds: list[int]) -> None:
+    """Write what is there so far."""
+    rows = sorted(rows, key=lambda row: row["part"])
+    command = command_line("bench.curricula")
+    write_result("curricula", command=command, seeds=seeds, headline=figures(rows), rows=rows)
+
+
+def measure_resume(seeds: list[int], size: int) -> list[dict[str, Any]]:
+    """Return the rows of the resume part; arms alternate."""
+    rows = []
+    for seed in seeds:
+        for arm in ("ours", "stock"):
+            seconds = resume_seconds(arm, size, seed)
+            rows.append({"part": "resume", "arm": arm, "seed": seed, "rows": size, "seconds": round(seconds, 4)})
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--part", choices=("resume", "study", "all"), default="all")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="resume: rows; the headline needs the default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--fresh", action="store_true", help="study: forget the arms that are finished")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = []
-    for seed in args.seeds:
-        for arm in ("ours", "stock"):
-            seconds = resume_seconds(arm, args.rows, seed)
-            rows.append({"part": "resume", "arm": arm, "seed": seed, "rows": args.rows, "seconds": round(seconds, 4)})
-            print(rows[-1], flush=True)
-    median = {arm: statistics.median(row["seconds"] for row in rows if row["arm"] == arm) for arm in ("ours", "stock")}
-    figures = [
-        headline("resume_seconds_1m_rows", median["ours"], "< 1"),
-        headline("resume_seconds_1m_rows_stock", median["stock"]),
-    ]
-    if args.rows == 1_000_000:
-        write_result(
-            "curricula", command=command_line("bench.curricula"), seeds=args.seeds, headline=figures, rows=rows
-        )
-    else:
-        print("not written: the headline is for 1 000 000 rows")
+    resumes, study = finished("resume"), [] if args.fresh else finished("study")
+    if args.part in ("resume", "all"):
+        measured = measure_resume(args.seeds, args.rows)
+        if args.rows != 1_000_000:
+            print("not written: the headline is for 1 000 000 rows")
+            return 0
+        resumes = measured
+        write(resumes + study, args.seeds)
+    if args.part in ("study", "all"):
+        done = {(row["seed"], row["order"], row["schedule"]) for row in study}
+        for seed in args.seeds:
+            for schedule in _curriculum_study.SCHEDULES:
+                for order in _curriculum_study.ORDERS:
+                    if (seed, order, schedule) not in done:
+                        study.append(_curriculum_study.run_arm(seed, order, schedule))
+                        print(study[-1], flush=True)
+                        write(resumes + study, args.seeds)
     return 0
 
 
