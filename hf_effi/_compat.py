@@ -19,6 +19,7 @@ OPTIONAL_PACKAGES = {
     "deepspeed": ("deepspeed", "parallel"),
     "matplotlib": ("matplotlib", "report"),
     "jinja2": ("jinja2", "report"),
+    "scipy.interpolate": ("scipy", "adaptive"),
     "sklearn": ("scikit-learn", "adaptive"),
     "sklearn.gaussian_process": ("scikit-learn", "adaptive"),
 }

@@ -252,12 +252,17 @@ METHODS: tuple[Method, ...] = (
         entry_points=(
             "hf_effi.callbacks.auto_lrs:AutoLRSCallback",
             "hf_effi.callbacks.lr_range_test:lr_range_test",
+            "hf_effi.functional.schedules.adaptive:fit_exponential",
             "hf_effi.functional.schedules.adaptive:extrapolate_exponential",
         ),
         paper="AutoLRS: Automatic Learning-Rate Schedule by Bayesian Optimization on the Fly",
         paper_id="2105.10762",
         status="experimental",
-        tests=("tests/unit/test_schedule_adaptive.py", "tests/training/test_adaptive_lr.py"),
+        tests=(
+            "tests/unit/test_lr_search.py",
+            "tests/training/test_auto_lrs.py",
+            "tests/distributed/test_auto_lrs_ranks.py",
+        ),
         bench="bench/schedules.py",
     ),
     Method(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +13,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .._compat import require
 from ..functional.schedules import ScheduleError, apply_multiplier
 from ..functional.schedules._checks import check_number, check_steps
-from ..functional.schedules.adaptive import extrapolate_exponential
 from .adaptive_lr import refuse_sharded
 from .lr_schedule import check_scheduler
+from .lr_search import BROKEN, mean_over_ranks, predict_loss, propose_lr, same_on_ranks, validation_loss
 from .snapshot import restore_snapshot, take_snapshot
 
 STATE_KEY = "hf_effi.auto_lrs"
-
-
-def propose_lr(tried: list[tuple[float, float]], low: float, high: float, kappa: float, seed: int) -> float:
-    """
-    Next LR to probe: the lowest `mu - kappa sigma` of a Gaussian process over log LR, on a grid of 101.
-
-    A function of its arguments alone, so the search resumes from the list of pairs. The first LR is the middle.
-
-    Args:
-        tried (`list[tuple[float, float]]`): Pairs of LR and predicted loss; a broken probe has 1e6.
-        low, high (`float`): Range.
-        kappa (`float`): Weight of the uncertainty.
-        seed (`int`): Seed of the optimiser of the kernel's parameters.
-    """
-    grid = [low * (high / low) ** (i / 100) for i in range(101)]
-    if not tried:
-        return grid[50]
-    fresh = [lr for lr in grid if all(abs(math.log(lr / old)) > 1e-9 for old, _ in tried)]
-    gp = require("sklearn.gaussian_process", "AutoLRS")
-    usable = [y for _, y in tried if y < 1e6]
-    if not usable:
-        return min(fresh)
-    # A broken probe counts as clearly worse than the worst usable one, without flattening the rest.
-    worst = max(usable) + max(max(usable) - min(usable), 0.1)
-    x = [[math.log(lr)] for lr, _ in tried]
-    y = [min(value, worst) for _, value in tried]
-    kernel = gp.kernels.Matern(length_scale=1.0, length_scale_bounds=(0.1, 10.0), nu=2.5)
-    kernel = kernel + gp.kernels.WhiteKernel(1e-3, (1e-6, 1.0))
-    model = gp.GaussianProcessRegressor(kernel, normalize_y=True, random_state=seed)
-    with warnings.catch_warnings():
-        # A kernel parameter at its bound is expected with so few points.
-        warnings.simplefilter("ignore")
-        mean, deviation = model.fit(x, y).predict([[math.log(lr)] for lr in fresh], return_std=True)
-    scores = [float(m) - kappa * float(s) for m, s in zip(mean, deviation, strict=True)]
-    return fresh[scores.index(min(scores))]
+#: validation losses of one probe
+_EVALUATIONS = 16
 
 
 class AutoLRSCallback(TrainerCallback):
@@ -61,8 +28,12 @@ class AutoLRSCallback(TrainerCallback):
     AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
     their losses extrapolated to the end of the stage, and the stage then runs at the best one.
 
-    Weights, optimizer and random numbers are put back exactly after each probe. Probe updates count in the Trainer's
-    `max_steps` and consume data (as the method says, as much as they search for); `useful_steps` counts the others.
+    Weights, optimizer, loss scaler and random numbers are put back exactly after each probe. Probe updates count in the
+    Trainer's `max_steps` and consume data (as the method says, as much as they search for); `useful_steps` counts the
+    others. After each stage the next one is twice as long; once stages have `max_stage_steps`, probes are judged by the
+    validation loss instead of the training loss, measured 16 times a probe. With `probes=1` nothing is probed and each
+    stage gets a random LR. With too little of the run left for a search and a whole stage the last LR is kept; the first
+    stage is shortened instead.
     Paper: Jin et al., AutoLRS (2105.10762).
 
     Args:
@@ -73,10 +44,15 @@ class AutoLRSCallback(TrainerCallback):
         kappa (`float`, *optional*, defaults to 2.0): Exploration of the search; the authors' code has 1e6, which is
             pure exploration.
         seed (`int`, *optional*, defaults to 0): Seed of the search.
+        evaluate (`Callable[[Module], float]`, *optional*): Returns the validation loss of a model in evaluation mode;
+            [`~AutoLRSCallback.use_eval_dataset`] takes the Trainer's instead.
+        validation (`bool`, *optional*, defaults to `True`): `False` judges probes by the training loss to the end.
 
     Raises:
-        ImportError: scikit-learn is not installed (`pip install 'hf_effi[adaptive]'`).
-        ScheduleError: sharded parameters, several processes, a schedule in the training arguments, a bad value.
+        ImportError: scikit-learn or scipy is not installed (`pip install 'hf_effi[adaptive]'`).
+        ScheduleError: sharded parameters, no validation loss, a schedule in the training arguments, a run too short for
+            one search, every probe of a search broke, a resume inside a search on another number of processes, a bad
+            value.
     """
 
     def __init__(
@@ -88,6 +64,8 @@ class AutoLRSCallback(TrainerCallback):
         max_stage_steps: int = 8000,
         kappa: float = 2.0,
         seed: int = 0,
+        evaluate: Callable[[torch.nn.Module], float] | None = None,
+        validation: bool = True,
     ) -> None:
         check_number("high", high, 0.0, math.inf, low_open=True)
         check_number("low", low, 0.0, high, low_open=True, high_open=True)
@@ -95,19 +73,33 @@ class AutoLRSCallback(TrainerCallback):
         check_steps("stage_steps", stage_steps, probes, "A probe has at least one update.")
         check_steps("max_stage_steps", max_stage_steps, stage_steps)
         check_number("kappa", kappa, 0.0, math.inf)
-        require("sklearn.gaussian_process", "AutoLRS")
+        check_steps("seed", seed, 0)
+        if evaluate is not None and not callable(evaluate):
+            raise ScheduleError(
+                f"evaluate={evaluate!r} is not a function. Pass one from a model to its loss, or None."
+            )
+        if evaluate is not None and not validation:
+            raise ScheduleError("evaluate= would never be called with validation=False. Drop one of the two.")
+        for package in ("sklearn.gaussian_process", "scipy.interpolate"):
+            require(package, "AutoLRS")
         self.low, self.high, self.probes, self.kappa, self.seed = low, high, probes, kappa, seed
-        self.max_stage_steps = max_stage_steps
+        self.max_stage_steps, self.validation = max_stage_steps, validation
+        self._source: Any = evaluate
         self.progress: dict[str, Any] = {
             "stage": 0,
             "stage_steps": stage_steps,
+            "run_steps": stage_steps,
             "phase": "probe",
+            "signal": "train",
             "done": 0,
             "tried": [],
             "lr": None,
             "losses": [],
+            "steps": [],
+            "before": None,
             "useful_steps": 0,
             "history": [],
+            "world_size": 1,
         }
         self._snapshot: dict[str, Any] | None = None
         self._micro: list[float] = []
@@ -118,37 +110,89 @@ class AutoLRSCallback(TrainerCallback):
         """Updates of one probe."""
         return self.progress["stage_steps"] // self.probes
 
+    @property
+    def _search_steps(self) -> int:
+        return self.probes * self.probe_steps if self.probes > 1 else 0
+
+    def use_eval_dataset(self, trainer: Any) -> AutoLRSCallback:
+        """
+        Judge probes by the loss on `trainer.eval_dataset` in the validation stage, as `trainer.evaluate()` computes it.
+
+        Raises:
+            ScheduleError: the Trainer has no eval dataset or a dictionary of several, or `evaluate` was given as well.
+        """
+        if self._source is not None or not self.validation:
+            raise ScheduleError(
+                "use_eval_dataset would be ignored beside evaluate= or validation=False. Drop one of the two."
+            )
+        dataset = getattr(trainer, "eval_dataset", None)
+        if dataset is None or isinstance(dataset, dict):
+            raise ScheduleError(
+                f"AutoLRSCallback needs one eval_dataset, the Trainer has {'a dictionary' if dataset else 'none'}. Pass "
+                "eval_dataset= to the Trainer, or evaluate= to AutoLRSCallback."
+            )
+        self._source = trainer
+        return self
+
     @staticmethod
     def _file(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "hf_effi_auto_lrs.pt"
+        name = f"hf_effi_auto_lrs_{args.process_index}.pt"
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         refuse_sharded(args, "AutoLRSCallback")
-        if args.world_size > 1:
-            raise ScheduleError("AutoLRSCallback runs on one process. Use LRScheduleCallback with several.")
         check_scheduler(kwargs["lr_scheduler"])
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
-            raise ScheduleError("AutoLRSCallback sets the LR. Use lr_scheduler_type='constant' and no warmup_steps.")
+            raise ScheduleError(
+                f"AutoLRSCallback sets the LR, but lr_scheduler_type={kind!r} and warmup_steps={args.warmup_steps}. Use "
+                "lr_scheduler_type='constant' and warmup_steps=0."
+            )
+        if self.validation and self._source is None:
+            raise ScheduleError(
+                "AutoLRSCallback judges probes by the validation loss once stages have max_stage_steps="
+                f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call use_eval_dataset(trainer), "
+                "or stay with the training loss: validation=False."
+            )
         if state.global_step > 0:
-            if STATE_KEY not in state.stateful_callbacks:
-                raise ScheduleError("The checkpoint was trained without AutoLRSCallback; its search cannot go on.")
-            self.progress = state.stateful_callbacks[STATE_KEY]
-            if self.progress["phase"] == "probe":
-                # In the middle of a search the weights to go back to are not those of the checkpoint.
-                # Only tensors and plain containers are in the file, but numpy's RNG state is an array.
-                self._snapshot = torch.load(self._file(args, state), map_location=args.device, weights_only=False)
+            self._resume(args, state)
         self._micro = []
         self._handle = kwargs["model"].register_forward_hook(self._note_loss)
         if state.global_step == 0:
-            self._begin_stage(state, **kwargs)
+            self.progress["world_size"] = args.world_size
+            self._begin_stage(args, state, **kwargs)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        if STATE_KEY not in state.stateful_callbacks:
+            raise ScheduleError(
+                f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback; its search cannot go "
+                "on. Start from its weights in a new run."
+            )
+        self.progress = state.stateful_callbacks[STATE_KEY]
+        if self.progress["phase"] == "probe":
+            # In the middle of a search the weights to go back to are not those of the checkpoint.
+            trained, file = self.progress["world_size"], self._file(args, state)
+            if trained != args.world_size:
+                raise ScheduleError(
+                    f"The checkpoint at step {state.global_step} lies inside a search on {trained} processes, each with "
+                    f"its own random numbers to go back to; this run has {args.world_size}. Resume on {trained}, or "
+                    "from a checkpoint between two searches."
+                )
+            if not file.is_file():
+                raise ScheduleError(
+                    f"The checkpoint at step {state.global_step} lies inside a search, and {file} with the weights "
+                    "before it is missing. Resume with the output_dir that the checkpoint was written to."
+                )
+            # Our own file; it needs pickle because numpy's random state is an array.
+            self._snapshot = torch.load(file, map_location="cpu", weights_only=False)
+        self.progress["world_size"] = args.world_size
 
     def _note_loss(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
         if module.training and loss is not None:
-            self._micro.append(loss.detach().item())
+            self._micro.append(loss.detach().mean().item())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,50 +206,97 @@ class AutoLRSCallback(TrainerCallback):
         if not self._micro:
             raise ScheduleError("The model returns no loss, which AutoLRS needs. Pass labels in the batch.")
         progress = self.progress
-        progress["losses"].append(sum(self._micro) / len(self._micro))
         progress["done"] += 1
-        self._micro = []
-        if progress["phase"] == "probe" and progress["done"] == self.probe_steps:
-            self._end_probe(args, state, **kwargs)
-        elif progress["phase"] == "run":
+        if progress["phase"] == "probe":
+            self._measure(args, kwargs["model"])
+            if progress["done"] == self.probe_steps:
+                self._end_probe(args, state, **kwargs)
+        else:
             progress["useful_steps"] += 1
-            if progress["done"] == progress["stage_steps"]:
-                if 2 * progress["stage_steps"] <= self.max_stage_steps:
-                    progress["stage_steps"] *= 2
-                progress["stage"] += 1
-                self._begin_stage(state, **kwargs)
+            if progress["done"] >= progress["run_steps"]:
+                self._lengthen()
+                self._begin_stage(args, state, **kwargs)
+        self._micro = []
         state.stateful_callbacks[STATE_KEY] = progress
 
-    def _begin_stage(self, state: TrainerState, **kwargs: Any) -> None:
+    def _measure(self, args: TrainingArguments, model: torch.nn.Module) -> None:
+        """Note the loss of a probe's update, the same on every process."""
         progress = self.progress
-        progress.update(done=0, losses=[], tried=[])
-        left = state.max_steps - state.global_step
-        if left < self.probes * self.probe_steps + 1 and progress["lr"] is not None:
-            # Too little is left to search and then to use the result.
+        if progress["signal"] == "train":
+            loss = mean_over_ranks(sum(self._micro) / len(self._micro), args.device)
+        elif progress["done"] % max(1, self.probe_steps // _EVALUATIONS) == 0:
+            loss = validation_loss(self._source, model, args.device)
+        else:
+            return
+        progress["losses"].append(loss)
+        progress["steps"].append(progress["done"])
+
+    def _lengthen(self) -> None:
+        """Double the stage, or at its full length turn to the validation loss."""
+        progress = self.progress
+        progress["stage"] += 1
+        if progress["stage_steps"] < self.max_stage_steps:
+            progress["stage_steps"] = min(2 * progress["stage_steps"], self.max_stage_steps)
+        elif self.validation:
+            progress["signal"] = "validation"
+
+    def _propose(self, args: TrainingArguments) -> float:
+        tried = [tuple(pair) for pair in self.progress["tried"]]
+        seed = self.seed + 1009 * self.progress["stage"] + len(tried)
+        # Only the first process's proposal counts: another machine may round the Gaussian process differently.
+        lr = propose_lr(tried, self.low, self.high, self.kappa, seed) if args.process_index == 0 else 0.0
+        return same_on_ranks(lr, args.device)
+
+    def _begin_stage(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        progress = self.progress
+        progress.update(done=0, losses=[], steps=[], tried=[])
+        left, search, stage = state.max_steps - state.global_step, self._search_steps, progress["stage_steps"]
+        if progress["lr"] is None and left <= search:
+            raise ScheduleError(
+                f"max_steps={state.max_steps} is not enough for one search of {search} updates and a stage after it. "
+                f"Train longer, or lower stage_steps={stage}, of which a search takes as much."
+            )
+        progress["run_steps"] = min(stage, left - search)
+        if progress["lr"] is not None and left < search + stage:
+            progress.update(phase="run", run_steps=min(stage, left))
+            return
+        progress["lr"] = self._propose(args)
+        if self.probes == 1:
             progress["phase"] = "run"
+            progress["history"].append({"step": state.global_step, "lr": progress["lr"], "tried": []})
             return
         progress["phase"] = "probe"
-        progress["lr"] = propose_lr([], self.low, self.high, self.kappa, self.seed)
+        if progress["signal"] == "validation":
+            progress["before"] = validation_loss(self._source, kwargs["model"], args.device)
         self._snapshot = take_snapshot(kwargs["model"], kwargs["optimizer"])
 
     def _end_probe(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         progress = self.progress
-        predicted = extrapolate_exponential(progress["losses"], progress["stage_steps"])
-        progress["tried"].append([progress["lr"], predicted])
+        validation = progress["signal"] == "validation"
+        predicted = predict_loss(
+            progress["losses"], progress["steps"], progress["run_steps"], validation, progress["before"]
+        )
+        progress["tried"].append([progress["lr"], same_on_ranks(predicted, args.device)])
         # Each probe sees other data but the same random numbers (dropout), so probes differ by their LR and their data.
         restore_snapshot(self._snapshot, kwargs["model"], kwargs["optimizer"], rng=True)
-        progress.update(done=0, losses=[])
-        tried = [tuple(pair) for pair in progress["tried"]]
-        if len(tried) < self.probes:
-            progress["lr"] = propose_lr(tried, self.low, self.high, self.kappa, self.seed + len(tried))
+        progress.update(done=0, losses=[], steps=[])
+        if len(progress["tried"]) < self.probes:
+            progress["lr"] = self._propose(args)
             return
-        progress["lr"] = min(tried, key=lambda pair: pair[1])[0]
-        progress["phase"] = "run"
-        progress["history"].append({"step": state.global_step, "lr": progress["lr"], "tried": progress["tried"]})
+        lr, loss = min(progress["tried"], key=lambda pair: pair[1])
+        if loss >= BROKEN:
+            raise ScheduleError(
+                f"Every probe from {self.low} to {self.high} ended with a loss that is not finite. Lower `low` and "
+                "`high`, or look for NaN in the data or the weights."
+            )
+        progress.update(lr=lr, phase="run")
+        entry = {"step": state.global_step, "lr": lr, "tried": progress["tried"], "signal": progress["signal"]}
+        progress["history"].append(entry)
         self._snapshot = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save and self._snapshot is not None:
+        # Every process: each has its own random numbers and buffers.
+        if self._snapshot is not None:
             torch.save(self._snapshot, self._file(args, state))
 
     def on_train_end(

@@ -1,4 +1,4 @@
-"""An exact copy of everything that training changes: weights, buffers, optimizer state, gradients, random numbers."""
+"""An exact copy of what training changes: weights, buffers, optimizer, loss scaler, scheduler, gradients, RNG."""
 
 from __future__ import annotations
 
@@ -41,25 +41,45 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def take_snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return a snapshot that shares no memory with the run."""
+def take_snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> dict[str, Any]:
+    """
+    Return a snapshot that shares no memory with the run.
+
+    The loss scaler of fp16 training is taken from an optimizer that carries one, as accelerate's does.
+
+    Args:
+        model, optimizer: Of the run, unsharded.
+        scheduler (*optional*): An LR scheduler to include.
+    """
+    scaler = getattr(optimizer, "scaler", None)
     return {
         "model": _clone(dict(model.state_dict())),
         "optimizer": _clone(optimizer.state_dict()),
+        "scaler": None if scaler is None else _clone(scaler.state_dict()),
+        "scheduler": None if scheduler is None else _clone(scheduler.state_dict()),
         "gradients": [None if p.grad is None else p.grad.detach().clone() for p in model.parameters()],
-        "training": model.training,
+        "training": [module.training for module in model.modules()],
         "rng": take_rng(),
     }
 
 
 def restore_snapshot(
-    snapshot: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer, rng: bool = True
+    snapshot: dict[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng: bool = True,
+    scheduler: Any = None,
 ) -> None:
     """Put a snapshot back, bit for bit; `rng=False` leaves the random numbers where they are."""
     model.load_state_dict(snapshot["model"])
     optimizer.load_state_dict(_clone(snapshot["optimizer"]))
+    if snapshot["scaler"] is not None:
+        optimizer.scaler.load_state_dict(_clone(snapshot["scaler"]))
+    if scheduler is not None:
+        scheduler.load_state_dict(_clone(snapshot["scheduler"]))
     for parameter, gradient in zip(model.parameters(), snapshot["gradients"], strict=True):
         parameter.grad = None if gradient is None else gradient.clone()
-    model.train(snapshot["training"])
+    for module, training in zip(model.modules(), snapshot["training"], strict=True):
+        module.training = training
     if rng:
         restore_rng(snapshot["rng"])

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from hf_effi.callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback
-from hf_effi.callbacks.auto_lrs import AutoLRSCallback
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional.schedules import ScheduleError, wsd
 
@@ -75,48 +74,6 @@ def test_what_cannot_work_is_refused(tmp_path):
         run(tmp_path, [GradientSNRCallback()])
     with pytest.raises(ScheduleError, match="eval_strategy"):
         run(tmp_path, [AccuracyGradientCallback()])
-    with pytest.raises(ScheduleError, match="lr_scheduler_type='constant'"):
-        run(tmp_path, [AutoLRSCallback(1e-4, 1e-1, stage_steps=4, probes=2)])
-
-
-def auto():
-    return AutoLRSCallback(1e-4, 1e-1, stage_steps=6, probes=3, max_stage_steps=6)
-
-
-class Weights(StopAt):
-    """Notes the weights after each step, and stops."""
-
-    def __init__(self, step=None):
-        super().__init__(step)
-        self.sums = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.sums.append(torch.cat([p.detach().flatten() for p in kwargs["model"].parameters()]).clone())
-        super().on_step_end(args, state, control, **kwargs)
-
-
-def test_auto_lrs_probes_put_the_weights_back_and_the_stage_keeps_its_progress(tmp_path):
-    callback, weights = auto(), Weights()
-    applied, logged, trainer = run(tmp_path, [callback, weights], lr_scheduler_type="constant", max_steps=24)
-    assert logged == applied and callback.progress["useful_steps"] == 12
-    start = torch.cat([p.detach().flatten() for p in make_trainer(tmp_path, []).model.parameters()])
-    # Probes of two updates end at 2, 4 and 6, and each is undone there; the stage runs from 7 to 12.
-    for step in (2, 4, 6):
-        assert torch.equal(weights.sums[step - 1], start)
-    assert not torch.equal(weights.sums[0], start) and not torch.equal(weights.sums[11], start)
-    assert torch.equal(weights.sums[13], weights.sums[11]), "the next stage probes from the end of the last"
-    best = callback.progress["history"][0]
-    assert best["lr"] == min(best["tried"], key=lambda pair: pair[1])[0]
-    assert set(applied[6:12]) == {best["lr"]} and len(set(applied[:6])) == 3
-
-
-@pytest.mark.parametrize("cut", [3, 9])
-def test_auto_lrs_resumes_in_a_probe_and_in_a_stage(tmp_path, cut):
-    changes = {"lr_scheduler_type": "constant", "max_steps": 14}
-    whole, _, trainer = run(tmp_path / "whole", [auto()], **changes)
-    first, _, _ = run(tmp_path / "cut", [auto(), StopAt(cut)], save_strategy="steps", **changes)
-    rest, _, resumed = run(tmp_path / "cut", [auto()], resume=str(tmp_path / "cut" / f"checkpoint-{cut}"), **changes)
-    assert first + rest == whole and same(trainer, resumed)
 
 
 def test_schedule_free_is_guarded(tmp_path):

@@ -175,22 +175,54 @@ class GradientSNR:
         self.signal, self.noise, self.count = state["signal"], state["noise"], state["count"]
 
 
-def extrapolate_exponential(losses: Sequence[float], horizon: int, reject: float = 0.03, rounds: int = 10) -> float:
+def fit_exponential(losses: Sequence[float], steps: Sequence[float] | None = None) -> tuple[float, float, float]:
     """
-    Predict the loss after `horizon` updates from the losses of the first few: `a exp(b t) + c`, `b < 0`.
+    Fit `a exp(b t) + c`, `b < 0`, to a series of losses: b is searched, a and c follow by least squares.
 
-    The rate is searched, a and c follow by least squares; in each round the largest residuals of the first half are
-    left out (the paper's code smooths with a spline at this point). Fewer than four losses: their mean.
     Paper: Jin et al., AutoLRS (2105.10762).
 
     Args:
-        losses (`Sequence[float]`): Losses of consecutive updates.
-        horizon (`int`): Update to predict.
-        reject (`float`, *optional*, defaults to 0.03): Share left out in each round.
-        rounds (`int`, *optional*, defaults to 10): Rounds.
+        losses (`Sequence[float]`): At least two finite losses.
+        steps (`Sequence[float]`, *optional*): When each was measured, rising; `0, 1, 2, ...` if `None`.
 
     Returns:
-        `float`: The prediction; 1e6 when a loss is not finite.
+        `tuple[float, float, float]`: (a, b, c).
+
+    Raises:
+        ScheduleError: fewer than two losses, one that is not finite, or another number of steps.
+
+    Example:
+    ```python
+    >>> a, b, c = fit_exponential([2 * math.exp(-0.05 * t) + 1 for t in range(100)])
+    >>> round(a, 3), round(b, 4), round(c, 3)
+    (2.0, -0.05, 1.0)
+    ```
+    """
+    times = list(range(len(losses))) if steps is None else list(steps)
+    if len(losses) < 2 or len(times) != len(losses) or not all(math.isfinite(loss) for loss in losses):
+        raise ScheduleError(
+            f"{len(losses)} losses at {len(times)} steps cannot be fitted. Pass at least two finite losses and one step "
+            "for each."
+        )
+    # Steps that start at 0 keep the search of the rate in range; a is carried back to t = 0 afterwards.
+    rate, a, c = _fit_rate([(t - times[0], y) for t, y in zip(times, losses, strict=True)])
+    return a * math.exp(rate * times[0]), -rate, c
+
+
+def extrapolate_exponential(losses: Sequence[float], horizon: int, steps: Sequence[float] | None = None) -> float:
+    """
+    Predict the loss after `horizon` updates from the losses of the first few: [`fit_exponential`] at t = horizon.
+
+    Fewer than four losses are not fitted: their mean is returned.
+    Paper: Jin et al., AutoLRS (2105.10762). Its denoising by splines needs scipy and is part of `AutoLRSCallback`.
+
+    Args:
+        losses (`Sequence[float]`): Losses in the order of updates.
+        horizon (`int`): Update to predict, at least 1.
+        steps (`Sequence[float]`, *optional*): Update of each loss; `0, 1, 2, ...` if `None`.
+
+    Returns:
+        `float`: The prediction; 1e6 when there is no loss or one is not finite.
 
     Example:
     ```python
@@ -200,20 +232,12 @@ def extrapolate_exponential(losses: Sequence[float], horizon: int, reject: float
     ```
     """
     check_steps("horizon", horizon, 1)
-    if not all(math.isfinite(loss) for loss in losses) or not losses:
+    if not losses or not all(math.isfinite(loss) for loss in losses):
         return 1e6
     if len(losses) < 4:
-        return sum(losses[-10:]) / len(losses[-10:])
-    points = list(enumerate(losses))
-    half = len(losses) // 2
-    for last in [False] * rounds + [True]:
-        rate, a, c = _fit_rate(points)
-        if last:
-            break
-        residual = {t: abs(a * math.exp(-rate * t) + c - y) for t, y in points if t < half}
-        drop = set(sorted(residual, key=residual.get, reverse=True)[: int(reject * len(points))])
-        points = [(t, y) for t, y in points if t not in drop]
-    return a * math.exp(-rate * horizon) + c
+        return sum(losses) / len(losses)
+    a, b, c = fit_exponential(losses, steps)
+    return a * math.exp(b * horizon) + c
 
 
 def _fit_rate(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
