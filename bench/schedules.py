@@ -2,6 +2,7 @@
 
     python -m bench.schedules            # resumes: finished runs are kept in bench/results/schedules.json
     python -m bench.schedules --report   # only compute the headline from the finished runs
+    python -m bench.schedules --overhead # only measure the callback inside Trainer.train(), and add its row
 
 Every schedule gets its own peak LR, tuned on a seed of its own at each budget; runs of the same seed share the
 initial weights and the data order, so differences between schedules are paired.
@@ -241,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only recompute the headline")
     parser.add_argument("--measure", action="store_true", help="print seconds per step and stop")
+    parser.add_argument("--overhead", action="store_true", help="only measure the callback inside Trainer.train()")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = Data()
@@ -250,6 +252,11 @@ def main() -> None:
         print(count, "parameters;", outcome["cpu_seconds"] / 60, "s a step;", outcome["curve"])
         return
     results = Results(data.digest)
+    if options.overhead:
+        from bench.schedules_overhead import measure
+
+        measure(results)
+        return
     if not options.report:
         compare(results, data)
         branches(results, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.schedules import ScheduleError
+from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
 from .lr_schedule import check_scheduler
 
@@ -125,6 +127,11 @@ class AccuracyGradientCallback(_MultiplierCallback):
     key = "hf_effi.accuracy_gradient"
 
     def __init__(self, metric: str = "eval_accuracy", min_lr: float = 1e-6, **kwargs: Any) -> None:
+        check_number("min_lr", min_lr, 0.0, math.inf)
+        if not isinstance(metric, str):
+            raise ScheduleError(
+                f"metric={metric!r} is not a name. Pass that of an evaluation's output: 'eval_accuracy'."
+            )
         super().__init__(AccuracyGradient(**kwargs), min_lr)
         self.metric = metric
 

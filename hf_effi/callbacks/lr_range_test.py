@@ -64,6 +64,16 @@ def lr_range_test(
     Raises:
         ScheduleError: too few batches, or a bad range.
     """
+    if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise ScheduleError(
+            f"lr_range_test needs a torch.nn.Module and a torch.optim.Optimizer, not {type(model).__name__} and "
+            f"{type(optimizer).__name__}. Pass model, optimizer, batches in this order."
+        )
+    if not isinstance(batches, Sequence):
+        raise ScheduleError(
+            f"batches is {type(batches).__name__}, not a list. Pass a list of batches: list(dataloader)."
+        )
+    check_number("high", high, 0.0, math.inf, low_open=True)
     check_number("low", low, 0.0, high, low_open=True, high_open=True)
     check_steps("repeats", repeats, 1)
     check_number("stop_factor", stop_factor, 1.0, math.inf, low_open=True)

@@ -89,6 +89,11 @@ class LRScheduleCallback(TrainerCallback):
             raise ScheduleError(
                 f"counter= only acts with a token_indexed schedule, not with {type(schedule).__name__}."
             )
+        if counter is not None and not callable(counter):
+            raise ScheduleError(
+                f"counter={counter!r} is not a function. Pass one that returns the progress in equivalent steps, e.g. a "
+                "TokenCounter."
+            )
         self.built = schedule
         self.current: Schedule | None = None
         self.on_mismatch = on_mismatch

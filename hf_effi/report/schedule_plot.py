@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .._compat import require
-from ..functional.schedules import Schedule
+from ..functional.schedules import Schedule, ScheduleError
+from ..functional.schedules._checks import check_steps
 
 
 def label_of(schedule: Schedule) -> str:
@@ -62,7 +63,20 @@ def plot_schedules(
     require("matplotlib", "plot_schedules")
     import matplotlib.figure as figure_module
 
-    named = dict(schedules) if isinstance(schedules, Mapping) else {label_of(s): s for s in schedules}
+    if isinstance(schedules, Schedule) or not isinstance(schedules, (Sequence, Mapping)):
+        raise ScheduleError(f"schedules={schedules!r} is not a list or a dict of schedules. Pass e.g. [wsd(100)].")
+    named = (
+        dict(schedules)
+        if isinstance(schedules, Mapping)
+        else {label_of(s) if isinstance(s, Schedule) else str(s): s for s in schedules}
+    )
+    for name, schedule in named.items():
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(
+                f"{name!r} is {schedule!r}, not a Schedule. Pass a list such as [wsd(100)], or a dict."
+            )
+    if steps is not None:
+        check_steps("steps", steps, 1)
     if not named:
         raise ValueError("schedules is empty: pass at least one.")
     steps = steps or max((s.last_step or 0 for s in named.values()), default=0)

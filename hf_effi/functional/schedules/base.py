@@ -62,6 +62,13 @@ class Schedule:
             _KINDS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
+        if isinstance(self.total_steps, (Schedule, str, list, tuple, dict)):
+            others = [f.name for f in dataclasses.fields(self) if f.name != "total_steps"]
+            raise ScheduleError(
+                f"total_steps={self.total_steps!r} is not allowed: the first argument of {type(self).__name__} is the "
+                f"number of updates, a whole number >= 1; leave it out to have it inferred. Pass by name: "
+                f"{', '.join(others)}."
+            )
         if self.total_steps is not None:
             check_steps("total_steps", self.total_steps, 1, "Leave it out to have it inferred.")
         object.__setattr__(self, "_warned", False)
@@ -79,7 +86,11 @@ class Schedule:
         return self.total_steps
 
     def __call__(self, step: float) -> float:
-        if step != step or step < 0 or step == math.inf:
+        try:
+            bad = step != step or step < 0 or step == math.inf
+        except TypeError:
+            bad = True
+        if bad:
             raise ScheduleError(f"step={step!r} is not allowed: it counts finished updates and is a number >= 0.")
         end = self.last_step
         if end is not None and step > end:

@@ -40,6 +40,8 @@ def extend_to(
     (True, 800)
     ```
     """
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(f"schedule={schedule!r} is not a Schedule. Pass the one of the run, e.g. wsd(1000).")
     old_total = schedule.last_step
     if old_total is None:
         raise ScheduleError(f"{type(schedule).__name__} has no end to extend: bind it to the new length instead.")

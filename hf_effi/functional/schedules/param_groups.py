@@ -65,6 +65,8 @@ def layerwise_param_groups(
     [('depth0', 0.001), ('depth1', 0.001)]
     ```
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ScheduleError(f"model={model!r} is not a torch.nn.Module. Pass the model, then the base LR.")
     for name, value in (("base_lr", base_lr), ("head_factor", head_factor), ("backbone_factor", backbone_factor)):
         check_number(name, value, 0.0, math.inf, low_open=True)
     check_number("decay", decay, 0.0, 1.0, low_open=True)

@@ -66,7 +66,7 @@ def check_shape(shape: str, floor: float, power: float = 1.0) -> None:
         ScheduleError: unknown `shape`; `floor` outside [0, 1]; `floor` 0 for a shape that never reaches 0;
             `power` not above 0.
     """
-    if shape not in SHAPES:
+    if not isinstance(shape, str) or shape not in SHAPES:
         raise ScheduleError(f"shape={shape!r} is unknown. Allowed: {', '.join(sorted(SHAPES))}.")
     check_number("floor", floor, 0.0, 1.0, fix="It is the final LR as a fraction of the peak.")
     if shape in _NEEDS_POSITIVE_FLOOR and floor <= 0:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ._checks import ScheduleError
+from ._checks import ScheduleError, check_choice
 from .base import OnMismatch, Schedule, reconcile, same_schedule
 
 
@@ -30,6 +30,11 @@ class ScheduleLR(LambdaLR):
         on_mismatch: OnMismatch = "error",
         allow_lr_jump: bool = False,
     ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(f"schedule={schedule!r} is not a Schedule. Pass one of this package, e.g. wsd(1000).")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ScheduleError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer. Pass the run's optimizer.")
+        check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
         self.built = self.schedule = schedule
         self.on_mismatch = on_mismatch
         self.allow_lr_jump = allow_lr_jump
@@ -148,6 +153,6 @@ def to_lambda_lr(
     [0.5, 0.375, 0.25, 0.125]
     ```
     """
-    if total_steps is not None:
+    if total_steps is not None and isinstance(schedule, Schedule):
         schedule = schedule.bind(total_steps)
     return ScheduleLR(optimizer, schedule, on_mismatch)
