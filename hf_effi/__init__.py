@@ -25,6 +25,9 @@ _PUBLIC = {
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
     "Method": "hf_effi.methods",
+    "SamplerCallback": "hf_effi.callbacks.sampler",
+    "SamplerMixin": "hf_effi.trainers._sampler_mixin",
+    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "Schedule": "hf_effi.functional.schedules",
     "TokenCounter": "hf_effi.functional.schedules",
     "branch_cooldown": "hf_effi.callbacks.branch",
@@ -65,6 +68,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.branch import branch_cooldown  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
+    from .callbacks.sampler import SamplerCallback  # noqa: F401
     from .functional.schedules import (  # noqa: F401
         Schedule,
         TokenCounter,
@@ -96,6 +100,8 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     )
     from .methods import METHODS, Method  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
+    from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
+    from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
     from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401
     from .trainers.sft import EffiSFTConfig, EffiSFTTrainer  # noqa: F401

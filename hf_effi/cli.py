@@ -88,7 +88,7 @@ def _describe(args: argparse.Namespace) -> int:
     module, _, attribute = method.entry_points[0].partition(":")
     entry = getattr(importlib.import_module(module), attribute)
     print("\n" + (inspect.getdoc(entry) or "").split("\nArgs:")[0].split("\nExample:")[0].rstrip())
-    if method.kind == "schedule":
+    if isinstance(entry, type) and dataclasses.is_dataclass(entry) and method.kind == "schedule":
         _draw_schedule(entry)
     return 0
 
@@ -164,6 +164,14 @@ def _add_plan(commands: Any, chosen: str | None) -> None:
     parser.set_defaults(run=_plan)
 
 
+def _add_preview_order(commands: Any, chosen: bool) -> None:
+    parser = commands.add_parser("preview-order", help="what a curriculum would serve, without training")
+    if chosen:
+        module = importlib.import_module("hf_effi.report.preview_order")
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run)
+
+
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser; `arguments` tells which planner's options have to be loaded."""
     parser = argparse.ArgumentParser(prog="hf-effi", description="Train for less with the Trainer you have.")
@@ -178,6 +186,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     describe.set_defaults(run=_describe)
     words = [word for word in arguments if not word.startswith("-")]
     _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
+    _add_preview_order(commands, words[:1] == ["preview-order"])
     _add_demo(commands)
     return parser
 

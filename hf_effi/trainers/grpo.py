@@ -15,6 +15,7 @@ from ._grpo_resume import GRPOResumeMixin
 from ._prompt_length import PromptLengthMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
+from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
 from .grpo_config import EffiGRPOConfig
 
@@ -25,6 +26,7 @@ class EffiGRPOTrainer(
     PromptLengthMixin,
     RolloutMixin,
     ExactSavingsMixin,
+    SamplerMixin,
     GRPOResumeMixin,
     ScheduleMixin,
     GRPOTrainer,
@@ -46,6 +48,8 @@ class EffiGRPOTrainer(
             Chooses the groups to train on; `difficulty_range` makes the built-in one.
         rollout_pruner ([`~hf_effi.protocols.RolloutPruner`], *optional*):
             Chooses the completions to train on; `prune_rate` makes the built-in one.
+        train_sampler ([`~hf_effi.samplers.EffiSampler`], *optional*):
+            Orders the prompts of each epoch, in GRPO's layout, with exact resume.
 
     Raises:
         ValueError: an option that cannot act here (with the reason and the fix), before any training.

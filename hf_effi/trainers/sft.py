@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from trl import SFTConfig, SFTTrainer
 
+from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 
 
@@ -16,5 +17,5 @@ class EffiSFTConfig(ScheduleArguments, SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
 
 
-class EffiSFTTrainer(ScheduleMixin, SFTTrainer):
-    """`trl.SFTTrainer` that follows `args.lr_schedule`. With every method off it is the stock one to the bit."""
+class EffiSFTTrainer(SamplerMixin, ScheduleMixin, SFTTrainer):
+    """`trl.SFTTrainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock one to the bit."""

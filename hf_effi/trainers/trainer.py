@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import Trainer, TrainingArguments
 
+from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 
 
@@ -23,9 +24,9 @@ class EffiTrainingArguments(ScheduleArguments, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
 
 
-class EffiTrainer(ScheduleMixin, Trainer):
+class EffiTrainer(SamplerMixin, ScheduleMixin, Trainer):
     """
-    `transformers.Trainer` that follows `args.lr_schedule`. With every method off it is the stock Trainer to the bit.
+    `transformers.Trainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock Trainer to the bit.
 
     Example:
     ```python

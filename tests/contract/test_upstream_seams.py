@@ -115,6 +115,10 @@ SIGNATURES = {
     "accelerate.data_loader:skip_first_batches": "dataloader num_batches",
     "accelerate.data_loader:DataLoaderShard.set_sampler": "self sampler",
     "accelerate.data_loader:DataLoaderShard.set_epoch": "self epoch",
+    "accelerate.data_loader:DataLoaderShard.get_sampler": "self",
+    "accelerate.data_loader:DataLoaderDispatcher.get_sampler": "self",
+    "accelerate.data_loader:DataLoaderDispatcher.set_sampler": "self sampler",
+    "accelerate.data_loader:DataLoaderDispatcher.set_epoch": "self epoch",
 }
 
 #: constant -> value

@@ -163,7 +163,9 @@ def test_image_inputs_reach_stock_untouched(tmp_path: Path, monkeypatch: pytest.
     trainer.model.train()
     seen: dict[str, Any] = {}
 
-    def stock(self: Any, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any):
+    def stock(
+        self: Any, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
+    ):
         seen.update(kwargs, ids=input_ids, keep=logits_to_keep)
         return torch.zeros(len(input_ids), logits_to_keep), None, None
 

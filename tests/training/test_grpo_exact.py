@@ -184,3 +184,16 @@ def test_plain_grpo_config_gets_the_defaults(tmp_path: Any) -> None:
     trainer = train(EffiGRPOTrainer, tmp_path, GRPOConfig, max_steps=1)
     assert trainer.exact_savings == ("trim", "sort", "skip")
     assert trainer.group_filter is None and trainer.rollout_pruner is None
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_off_is_stock_to_the_bit_with_a_reference_and_adapters(tmp_path: Any, peft: bool) -> None:
+    from peft import LoraConfig
+
+    save_tiny(tiny_qwen3(end_tokens=10), tiny_tokenizer(), tmp_path / "model")
+    over: dict[str, Any] = {"beta": 0.04, "num_iterations": 2, "model": str(tmp_path / "model")}
+    if peft:
+        over["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    stock = train(GRPOTrainer, tmp_path / "stock", **over)
+    ours = train(EffiGRPOTrainer, tmp_path / "ours", exact_savings="off", **over)
+    assert_bitwise_equal(stock.model, ours.model)

@@ -123,3 +123,12 @@ def test_describe_a_schedule_prints_formula_defaults_and_a_curve(capsys):
     printed = capsys.readouterr().out
     assert "f(x)" in printed and "decay_offset='inside'" in printed and "2404.06395" in printed
     assert "1.00 |***" in printed
+
+
+def test_preview_order_reaches_its_command(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"quality": q}) + "\n" for q in (3, 1, 2, 5, 4, 0)))
+    assert cli.main(["preview-order", "quality-ascending", str(rows), "--column", "quality"]) == 0
+    assert "batch 1: rows [5, 1, 2, 0, 4, 3]" in capsys.readouterr().out
+    assert cli.main(["preview-order", "quality-ascending", str(rows), "--column", "grade"]) == 1
+    assert "grade" in capsys.readouterr().err

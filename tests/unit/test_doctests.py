@@ -11,7 +11,15 @@ import torch
 
 import hf_effi.functional
 
-EXTRA_MODULES = ("hf_effi.methods", "hf_effi.trainers._rewards", "hf_effi.trainers.grpo_config")
+EXTRA_MODULES = (
+    "hf_effi.report.preview_order",
+    "hf_effi.samplers.curricula",
+    "hf_effi.samplers.learned",
+    "hf_effi.samplers.mixture",
+    "hf_effi.methods",
+    "hf_effi.trainers._rewards",
+    "hf_effi.trainers.grpo_config",
+)
 
 
 class FencedParser(doctest.DocTestParser):

@@ -1,0 +1,95 @@
+"""`ReptileCallback`: a Reptile step every k updates, against forgetting in continual pre-training."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..functional.reptile import reptile_step
+
+REFERENCE_FILE = "effi_reptile.pt"
+
+
+class ReptileCallback(TrainerCallback):
+    """
+    Every `every_steps` updates, go back most of the way: `theta <- theta_ref + beta (theta - theta_ref)`.
+
+    With replayed data in the batches this is meta-experience replay. The optimizer's moments stay as they are. The
+    reference is saved with each checkpoint, so a resumed run equals the uninterrupted one.
+
+    Args:
+        every_steps (`int`): Updates between two Reptile steps. Released code: 500; IBM's port: 100.
+        beta (`float`): Share of the way that is kept, in `(0, 1]`. Released code: 0.01, which keeps almost nothing of the
+            progress; the port: 0.1. For short runs start at 0.3. With 1 nothing changes, to the bit.
+        last_partial (`bool`, *optional*, defaults to `False`): Whether to step once more when training ends inside an
+            interval.
+
+    Raises:
+        ValueError: an argument out of range; DeepSpeed or FSDP, whose master weights a callback cannot reach; or a
+            checkpoint without its reference.
+
+    Example:
+    ```python
+    Trainer(model, args, train_dataset=rows, callbacks=[ReptileCallback(every_steps=100, beta=0.3)]).train()
+    ```
+    """
+
+    def __init__(self, every_steps: int, beta: float, *, last_partial: bool = False) -> None:
+        if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
+            raise ValueError(f"every_steps={every_steps!r} must be an integer of at least 1.")
+        reptile_step([], [], beta)  # checks the range
+        self.every_steps, self.beta, self.last_partial = every_steps, beta, last_partial
+        self._references: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.deepspeed or args.fsdp:
+            raise ValueError(
+                "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own that "
+                "would overwrite them. Train with DDP or on one device."
+            )
+        weights = self._trainable(kwargs["model"])
+        self._references = {name: weight.detach().clone() for name, weight in weights.items()}
+        if state.global_step % self.every_steps == 0:
+            return  # the reference of this moment is the weights themselves
+        path = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", REFERENCE_FILE)
+        if not os.path.exists(path):
+            raise ValueError(
+                f"{path} is missing: the checkpoint lies elsewhere or was made without ReptileCallback. Resume from "
+                f"a folder in output_dir={args.output_dir!r}, or from a step that is a multiple of {self.every_steps}."
+            )
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        if stored.keys() != weights.keys():
+            raise ValueError(f"{path} holds other parameters than the model trains. Train the same ones.")
+        for name, value in stored.items():
+            self._references[name].copy_(value)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every_steps == 0:
+            self._step(kwargs["model"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save and state.global_step % self.every_steps:
+            folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            torch.save(self._references, os.path.join(folder, REFERENCE_FILE))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.last_partial and state.global_step >= state.max_steps and state.global_step % self.every_steps:
+            self._step(kwargs["model"])
+        self._references = {}
+
+    def _step(self, model: Any) -> None:
+        reptile_step(self._trainable(model).values(), self._references.values(), self.beta)
+
+    @staticmethod
+    def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+        return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

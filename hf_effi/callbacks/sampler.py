@@ -1,0 +1,102 @@
+"""`SamplerCallback`: a sampler of rule A on a stock `transformers.Trainer`, without a subclass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..samplers import EffiSampler, SamplerError, SamplerMismatchError
+from ..samplers.trainer_checks import check_plan, check_trainer, in_layout_of, resume_in_dispatcher
+
+#: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
+STATE_KEY = "hf_effi.sampler"
+
+
+class SamplerCallback(TrainerCallback):
+    """
+    Put a sampler into the Trainer's dataloader at the start of training, before its first batch.
+
+    The order, the resumed order and the weights are those of [`SamplerMixin`]. Two things need the mixin, because a
+    callback comes too late or does not learn the path of the checkpoint: samplers of rule B, and samplers whose epoch has
+    another length than the dataset (the Trainer has counted its steps by then). Both raise here, by name.
+
+    Args:
+        sampler ([`EffiSampler`]): Orders the rows of `train_dataset`. Rule A.
+
+    Raises:
+        SamplerError: rule B, another length, a streaming dataset, or a second sampling option.
+        SamplerMismatchError: the checkpoint was made with another sampler, or without one.
+
+    Example:
+    ```python
+    Trainer(model, args, train_dataset=rows, callbacks=[SamplerCallback(ShuffledSampler(len(rows)))]).train()
+    ```
+    """
+
+    def __init__(self, sampler: EffiSampler) -> None:
+        if not isinstance(sampler, EffiSampler):
+            raise SamplerError(f"sampler={sampler!r} is not an EffiSampler. Use one of hf_effi.samplers.")
+        if sampler.rule != "A":
+            raise SamplerError(
+                f"{type(sampler).__name__} learns during training (rule {sampler.rule}), and a callback cannot load its "
+                "state from a checkpoint. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
+            )
+        self.sampler = sampler
+        self._served: EffiSampler | None = None
+        self._epoch = self._batches_done = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        loader = kwargs["train_dataloader"]
+        name = type(self.sampler).__name__
+        check_trainer(args, getattr(loader, "dataset", None), self.sampler)
+        self.sampler.check_not_started()
+        if not hasattr(loader, "set_sampler") or getattr(loader, "batch_sampler", None) is None:
+            raise SamplerError(
+                f"The dataloader is a {type(loader).__name__}, which takes no sampler. Use SamplerMixin instead."
+            )
+        stock = loader.get_sampler()
+        self._served = in_layout_of(stock, self.sampler)
+        if len(self._served) != len(stock):
+            raise SamplerError(
+                f"An epoch of {name} has {len(self._served)} samples and the Trainer has counted its steps with "
+                f"{len(stock)}. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
+            )
+        check_plan(self.sampler, state.max_steps, loader, args.gradient_accumulation_steps)
+        if state.global_step > 0:
+            self._compare(state.stateful_callbacks.get(STATE_KEY))
+        updates = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
+        self._epoch = state.global_step // updates
+        self._batches_done = state.global_step % updates * args.gradient_accumulation_steps
+        state.stateful_callbacks[STATE_KEY] = {
+            "sampler": name,
+            "fingerprint": self._served.fingerprint(),
+        }
+        loader.set_sampler(self._served)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._served.set_epoch(self._epoch)
+        resume_in_dispatcher(self._served, kwargs["train_dataloader"], self._epoch, self._batches_done)
+        self._batches_done = 0
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epoch += 1
+        self._served.forget_start()
+
+    def _compare(self, stored: dict[str, Any] | None) -> None:
+        if stored is None:
+            raise SamplerMismatchError(
+                "The checkpoint was trained without SamplerCallback, in another order. Resume without it, or start a new "
+                "run from the weights."
+            )
+        if stored["fingerprint"] != self._served.fingerprint():
+            raise SamplerMismatchError(
+                f"The checkpoint was made by a {stored['sampler']} with other settings, seed or scores. Build the sampler "
+                "as in the run that is resumed, or start a new run from the weights."
+            )

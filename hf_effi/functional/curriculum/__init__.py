@@ -1,0 +1,51 @@
+"""What comes next, and why: orders, pacing, sampling and difficulty as pure functions of scores, progress and a seed."""
+
+from __future__ import annotations
+
+from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
+from .difficulty import learnability, pass_rate_difficulty, word_rarity
+from .grouping import repeat_layout
+from .irt import fit_rasch, rasch_ability, within_ability
+from .lengths import rechunk, root_length, staged_length
+from .mixing import mixture_at, mixture_counts, mixture_order
+from .ordering import interleave_levels, percentile_within, score_order
+from .pacing import (
+    competence,
+    competence_order,
+    cyclical_sizes,
+    draw_without_replacement,
+    easiest_share,
+    refill,
+    self_paced_weights,
+)
+
+__all__ = [
+    "CurriculumError",
+    "check_count",
+    "check_number",
+    "clean_scores",
+    "competence",
+    "competence_order",
+    "cyclical_sizes",
+    "draw_without_replacement",
+    "easiest_share",
+    "fit_rasch",
+    "interleave_levels",
+    "learnability",
+    "mixture_at",
+    "mixture_counts",
+    "mixture_order",
+    "pass_rate_difficulty",
+    "percentile_within",
+    "rasch_ability",
+    "rechunk",
+    "refill",
+    "repeat_layout",
+    "root_length",
+    "score_order",
+    "seeded",
+    "self_paced_weights",
+    "staged_length",
+    "within_ability",
+    "word_rarity",
+]

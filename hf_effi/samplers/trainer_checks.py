@@ -1,0 +1,97 @@
+"""What both ways of giving a sampler to a Trainer check before the first step."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import IterableDataset
+
+from .base import EffiSampler, SamplerError
+from .group import GroupSampler
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainer(args: Any, dataset: Any, sampler: EffiSampler) -> None:
+    """
+    Refuse what a sampler cannot order, or what would order the rows a second time.
+
+    Raises:
+        SamplerError: see [`SamplerMixin`].
+    """
+    name = type(sampler).__name__
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise SamplerError(
+            f"train_dataset is a stream ({type(dataset).__name__}), and a stream has no row numbers for {name} to "
+            "order. Load it as a map-style dataset (load_dataset(..., streaming=False)), or order the rows when the "
+            "stream is written."
+        )
+    if len(dataset) != sampler.num_rows:
+        raise SamplerError(
+            f"{name} was made for {sampler.num_rows} rows, but train_dataset has {len(dataset)}. Score the rows that "
+            "are trained on: after filtering, and with packing after packing."
+        )
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy != "random":
+        raise SamplerError(
+            f"train_sampling_strategy={strategy!r} and train_sampler both order the rows. Leave the strategy at its "
+            "default 'random'."
+        )
+    if args.ignore_data_skip:
+        raise SamplerError(
+            "ignore_data_skip=True makes the Trainer begin the interrupted epoch anew, so rows would be trained twice. "
+            f"Set it to False: with {name} the skipped rows are not read, and skipping costs next to nothing."
+        )
+
+
+def in_layout_of(stock: Any, sampler: EffiSampler) -> EffiSampler:
+    """Wrap the sampler in a [`GroupSampler`] where the stock one is a `RepeatSampler`, recognised by its counts."""
+    if stock is None or not hasattr(stock, "mini_repeat_count"):
+        return sampler
+    return GroupSampler(sampler, stock.mini_repeat_count, stock.batch_size, stock.repeat_count)
+
+
+def check_plan(sampler: EffiSampler, max_steps: int, dataloader: Any, accumulation: int) -> None:
+    """
+    Refuse a run that is longer than a plan of one pass, before the first step.
+
+    Raises:
+        SamplerError: `max_steps` exceeds the updates of one epoch.
+    """
+    updates = -(-len(dataloader) // accumulation)
+    if sampler.single_pass and max_steps > updates:
+        raise SamplerError(
+            f"{type(sampler).__name__} is a plan of {updates} steps for the whole run, but the run has {max_steps}. Set "
+            f"num_train_epochs=1 or max_steps={updates}, or make the plan longer."
+        )
+    if sampler.single_pass and max_steps < updates:
+        logger.warning(
+            "%s is a plan of %d steps and the run ends after %d, so the end of the plan is never reached.",
+            type(sampler).__name__,
+            updates,
+            max_steps,
+        )
+
+
+def resume_in_dispatcher(served: EffiSampler, dataloader: Any, epoch: int, batches_done: int) -> None:
+    """
+    Make up for batches that accelerate forgets to skip when process 0 reads for all.
+
+    A `DataLoaderDispatcher` draws one batch for every process in each step, but `skip_first_batches` discards one in
+    each finished step. The rest is passed over here, so that the two together discard what was trained on.
+
+    Raises:
+        SamplerError: the last batch of the epoch has to be filled up with the first rows, which the resumed loader lacks.
+    """
+    if not isinstance(dataloader, DataLoaderDispatcher) or batches_done == 0:
+        return
+    world = dataloader.state.num_processes
+    if len(served) % world and not dataloader._drop_last:
+        raise SamplerError(
+            f"With dispatch_batches the last of {len(served)} samples would be filled up to {world} processes with other "
+            "rows than in the run that is resumed. Set dataloader_drop_last=True, or dispatch_batches=False."
+        )
+    if not dataloader.split_batches:
+        served.start_from(epoch, min(batches_done * (world - 1) * dataloader.batch_sampler.batch_size, len(served)))
