@@ -90,3 +90,13 @@ def test_the_message_names_value_range_and_fix(name):
     act, message = CASES[name]
     with pytest.raises(ScheduleError, match=message):
         act()
+
+
+@pytest.mark.parametrize("bad", ["fast", 3, [1.0, "x"], [[1.0], [2.0]]])
+def test_planners_take_sequences_of_numbers_only(bad):
+    from hf_effi.functional.schedules import omega, refined_by_gradient_norm
+
+    with pytest.raises(ScheduleError, match="must be a sequence of numbers"):
+        omega(bad)
+    with pytest.raises(ScheduleError, match="must be a sequence of numbers"):
+        refined_by_gradient_norm(bad)

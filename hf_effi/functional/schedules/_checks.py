@@ -39,6 +39,16 @@ def check_number(
         raise ScheduleError(f"{name}={value!r} is not allowed: it must be {allowed}. {fix}".rstrip())
 
 
+def as_numbers(name: str, values: object, fix: str = "") -> list[float]:
+    """Return `values` as floats, or raise [`ScheduleError`] where it is no sequence of numbers."""
+    try:
+        return [float(value) for value in values]  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        raise ScheduleError(
+            f"{name}={values!r} is not allowed: it must be a sequence of numbers. {fix}".rstrip()
+        ) from None
+
+
 def check_steps(name: str, value: object, low: int = 0, fix: str = "") -> None:
     """Raise [`ScheduleError`] unless `value` is a whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._checks import ScheduleError, check_number, check_steps
+from ._checks import ScheduleError, as_numbers, check_number, check_steps
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,16 @@ def omega(etas: Sequence[float], gradient_norms: Sequence[float] | None = None, 
     (0.049563, 0.10063)
     ```
     """
-    eta = torch.tensor([float(e) for e in etas], dtype=torch.float64)
+    fix = "For a schedule object pass its trace()."
+    eta = torch.tensor(as_numbers("etas", etas, fix), dtype=torch.float64)
     if len(eta) == 0 or not bool(torch.isfinite(eta).all()) or bool((eta < 0).any()) or eta.sum() == 0:
         raise ScheduleError("Learning rates must be finite, at least 0 and not all 0. Check the schedule's trace().")
     check_number("distance", distance, 0.0, math.inf, low_open=True)
-    norms = torch.ones_like(eta) if gradient_norms is None else torch.tensor(list(gradient_norms), dtype=torch.float64)
+    norms = (
+        torch.ones_like(eta)
+        if gradient_norms is None
+        else torch.tensor(as_numbers("gradient_norms", gradient_norms), dtype=torch.float64)
+    )
     if len(norms) != len(eta):
         raise ScheduleError(f"{len(norms)} gradient norms for {len(eta)} learning rates. Pass one for each.")
     last = int(eta.nonzero().max()) + 1

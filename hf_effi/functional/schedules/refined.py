@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ._checks import ScheduleError, check_choice, check_number
+from ._checks import ScheduleError, as_numbers, check_choice, check_number
 from .cyclic import table
 
 
@@ -62,7 +62,7 @@ def refined_by_gradient_norm(
     ```
     """
     check_choice("optimizer", optimizer, ("adam", "sgd"))
-    norms = [float(g) for g in norms]
+    norms = as_numbers("norms", norms, "Pass one gradient norm for each update.")
     positive = [g for g in norms if g > 0]
     if not positive or not all(math.isfinite(g) and g >= 0 for g in norms):
         raise ScheduleError("norms must be finite, at least 0, and not all zero. Drop the steps that overflowed.")
