@@ -197,3 +197,30 @@ def test_off_is_stock_to_the_bit_with_a_reference_and_adapters(tmp_path: Any, pe
     stock = train(GRPOTrainer, tmp_path / "stock", **over)
     ours = train(EffiGRPOTrainer, tmp_path / "ours", exact_savings="off", **over)
     assert_bitwise_equal(stock.model, ours.model)
+
+
+def test_a_router_loss_leaves_all_savings_out(tmp_path: Any) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def moe() -> Any:
+        dense = tiny_llama(end_tokens=10)
+        sizes = {
+            name: getattr(dense.config, name) for name in ("vocab_size", "hidden_size", "pad_token_id", "eos_token_id")
+        }
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                **sizes, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=512,
+                initializer_range=0.25,
+            )
+        )  # fmt: skip
+        model.generation_config = dense.generation_config
+        return model
+
+    over = {"max_steps": 2, "router_aux_loss_coef": 0.01}
+    with pytest.raises(ValueError, match="'trim' is not exact here: the router's load-balancing loss"):
+        train(EffiGRPOTrainer, tmp_path, exact_savings="trim", model=moe(), **over)
+    ours = train(EffiGRPOTrainer, tmp_path, model=moe(), **over)
+    assert ours.exact_savings == ()
+    assert_bitwise_equal(train(GRPOTrainer, tmp_path, model=moe(), **over).model, ours.model)
