@@ -410,6 +410,23 @@ METHODS: tuple[Method, ...] = (
         bench="bench/curricula.py",
     ),
     Method(
+        key="metadata_conditioning",
+        title="Metadata conditioning, then cooldown (MeCo)",
+        kind="sampler",
+        summary="Puts metadata beside the text of each document and trains on plain text at the end.",
+        entry_points=(
+            "hf_effi.trainers._metadata:MetadataConditioning",
+            "hf_effi.trainers._metadata:MetadataCollator",
+            "hf_effi.trainers._batch_mixin:BatchTransformMixin",
+            "hf_effi.functional.curriculum:join_metadata",
+        ),
+        paper="Metadata Conditioning Accelerates Language Model Pre-training",
+        paper_id="2501.01956",
+        status="experimental",
+        tests=("tests/unit/test_metadata.py", "tests/training/test_metadata.py"),
+        bench="bench/curricula.py",
+    ),
+    Method(
         key="mixture_schedule",
         title="Domain mixtures over time",
         kind="sampler",

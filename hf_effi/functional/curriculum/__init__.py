@@ -7,6 +7,7 @@ from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
 from .lengths import rechunk, root_length, staged_length
+from .metadata import cooldown_step, domain_of, join_metadata
 from .mixing import mixture_at, mixture_counts, mixture_order
 from .ordering import interleave_levels, percentile_within, score_order
 from .pacing import (
@@ -26,11 +27,14 @@ __all__ = [
     "clean_scores",
     "competence",
     "competence_order",
+    "cooldown_step",
     "cyclical_sizes",
+    "domain_of",
     "draw_without_replacement",
     "easiest_share",
     "fit_rasch",
     "interleave_levels",
+    "join_metadata",
     "learnability",
     "mixture_at",
     "mixture_counts",
