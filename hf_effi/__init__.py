@@ -27,6 +27,7 @@ _PUBLIC = {
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
     "Method": "hf_effi.methods",
+    "MaskingRatioCurriculum": "hf_effi.trainers._masking",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
     "SamplerCallback": "hf_effi.callbacks.sampler",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
+    from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401

@@ -427,6 +427,22 @@ METHODS: tuple[Method, ...] = (
         bench="bench/curricula.py",
     ),
     Method(
+        key="masking_ratio",
+        title="Masking-ratio curriculum",
+        kind="sampler",
+        summary="Lets the masking ratio of masked language modelling fall over the run.",
+        entry_points=(
+            "hf_effi.trainers._masking:MaskingRatioCurriculum",
+            "hf_effi.functional.curriculum:masking_ratio",
+            "hf_effi.functional.curriculum:mask_tokens",
+        ),
+        paper="Chinese ModernBERT with Whole-Word Masking",
+        paper_id="2510.12285",
+        status="experimental",
+        tests=("tests/unit/test_masking.py", "tests/training/test_masking.py"),
+        bench="bench/curricula.py",
+    ),
+    Method(
         key="mixture_schedule",
         title="Domain mixtures over time",
         kind="sampler",

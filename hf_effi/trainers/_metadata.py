@@ -56,7 +56,8 @@ class MetadataCollator:
         ids = [_tokens(row["input_ids"])[: self.max_length] for row in rows]
         if not all(ids):
             raise CurriculumError("A document has no token. Filter empty documents out of the dataset.")
-        labels = [_tokens(row.get("labels", row["input_ids"]))[: self.max_length] for row in rows]
+        labels = [_tokens(row.get("labels")) or tokens for row, tokens in zip(rows, ids, strict=True)]
+        labels = [row[: self.max_length] for row in labels]
         return {
             "input_ids": _padded(ids, self.pad_token_id),
             "attention_mask": _padded([[1] * len(row) for row in ids], 0),
