@@ -14,6 +14,8 @@ from ._version import __version__
 _PUBLIC = {
     "AccuracyGradientCallback": "hf_effi.callbacks.adaptive_lr",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
+    "BatchTransform": "hf_effi.trainers._batch_mixin",
+    "BatchTransformMixin": "hf_effi.trainers._batch_mixin",
     "EffiGRPOConfig": "hf_effi.trainers.grpo_config",
     "EffiGRPOTrainer": "hf_effi.trainers.grpo",
     "EffiSFTConfig": "hf_effi.trainers.sft",
@@ -25,6 +27,9 @@ _PUBLIC = {
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
     "Method": "hf_effi.methods",
+    "MaskingRatioCurriculum": "hf_effi.trainers._masking",
+    "MetadataCollator": "hf_effi.trainers._metadata",
+    "MetadataConditioning": "hf_effi.trainers._metadata",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
@@ -100,7 +105,10 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     )
     from .methods import METHODS, Method  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
+    from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
+    from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
+    from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
     from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401

@@ -90,6 +90,7 @@ SIGNATURES = {
     f"{TRAINER}._maybe_log_save_evaluate": "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time"
     " learning_rate",
     f"{TRAINER}.get_batch_samples": "self epoch_iterator num_batches device",
+    f"{TRAINER}.prediction_step": "self model inputs prediction_loss_only ignore_keys",
     f"{TRAINER}.training_step": "self model inputs num_items_in_batch",
     f"{TRAINER}._save_checkpoint": "self model trial",
     f"{TRAINER}._get_output_dir": "self trial",

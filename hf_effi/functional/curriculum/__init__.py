@@ -7,6 +7,8 @@ from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
 from .lengths import rechunk, root_length, staged_length
+from .masking import continues_word, mask_tokens, masking_ratio
+from .metadata import cooldown_step, domain_of, join_metadata
 from .mixing import mixture_at, mixture_counts, mixture_order
 from .ordering import interleave_levels, percentile_within, score_order
 from .pacing import (
@@ -26,12 +28,18 @@ __all__ = [
     "clean_scores",
     "competence",
     "competence_order",
+    "continues_word",
+    "cooldown_step",
     "cyclical_sizes",
+    "domain_of",
     "draw_without_replacement",
     "easiest_share",
     "fit_rasch",
     "interleave_levels",
+    "join_metadata",
     "learnability",
+    "mask_tokens",
+    "masking_ratio",
     "mixture_at",
     "mixture_counts",
     "mixture_order",

@@ -1,0 +1,96 @@
+"""`BatchTransformMixin`: change a batch as a function of the step, after it has left the dataloader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..functional.curriculum import CurriculumError, seeded
+
+
+class BatchTransform:
+    """
+    What `BatchTransformMixin` calls for each batch; override `__call__` and what else is needed.
+
+    Attributes:
+        columns (`tuple[str, ...]`): Columns of the dataset that the transform needs and the model does not take.
+    """
+
+    columns: tuple[str, ...] = ()
+
+    def __call__(
+        self, batch: dict[str, Any], step: int, total_steps: int, generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Return the batch to train on; `step` is the number of finished updates. All chance comes from `generator`."""
+        raise NotImplementedError
+
+    def at_evaluation(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch to evaluate on."""
+        return batch
+
+    def metrics(self, step: int, total_steps: int) -> dict[str, float]:
+        """Return what is logged beside the loss of this update."""
+        return {}
+
+
+class BatchTransformMixin:
+    """
+    Give a Trainer a constructor argument `batch_transform`.
+
+    Batches are changed when an update takes them, not when a worker builds them: a switch is exact at its step in spite
+    of prefetching, and no worker holds a stale setting. Chance is a function of `args.seed`, the update, the micro-batch
+    and the rank: the global random state is left alone and a resumed run needs no state.
+
+    Args:
+        batch_transform (`BatchTransform`, *optional*): Without it nothing changes.
+
+    Raises:
+        CurriculumError: another kind of object, or columns that `remove_unused_columns` would drop.
+
+    Example:
+    ```python
+    class MyTrainer(BatchTransformMixin, Trainer):
+        pass
+
+
+    MyTrainer(model, args, train_dataset=rows, data_collator=collator, batch_transform=MetadataConditioning(collator))
+    ```
+    """
+
+    _transform_metrics: dict[str, float] | None = None
+
+    def __init__(self, *args: Any, batch_transform: BatchTransform | None = None, **kwargs: Any) -> None:
+        if batch_transform is not None and not isinstance(batch_transform, BatchTransform):
+            raise CurriculumError(
+                f"batch_transform={batch_transform!r} must be a BatchTransform, such as MetadataConditioning(collator)."
+            )
+        self.batch_transform = batch_transform
+        super().__init__(*args, **kwargs)
+        if batch_transform is not None and batch_transform.columns and self.args.remove_unused_columns:
+            raise CurriculumError(
+                f"{type(batch_transform).__name__} needs {list(batch_transform.columns)}, which the Trainer drops. Set "
+                "remove_unused_columns=False."
+            )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        if self.batch_transform is not None:
+            step, total = self.state.global_step, self.state.max_steps
+            # Lazily, over the same iterator: only the batches of this update are changed.
+            epoch_iterator = (
+                self.batch_transform(batch, step, total, seeded(self.args.seed, step, micro, self.args.process_index))
+                for micro, batch in enumerate(epoch_iterator)
+            )
+            self._transform_metrics = self.batch_transform.metrics(step, total)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.batch_transform is not None:
+            inputs = self.batch_transform.at_evaluation(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._transform_metrics and "loss" in logs:
+            logs = {**logs, **self._transform_metrics}
+        super().log(logs, *args, **kwargs)
