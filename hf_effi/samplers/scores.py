@@ -67,7 +67,7 @@ class ModelScore(RowScorer):
         kind (`str`, *optional*, defaults to `"loss"`): `"loss"` or `"perplexity"`.
 
     Raises:
-        CurriculumError: another kind.
+        CurriculumError: another kind, or, when called, a row whose columns differ in length.
     """
 
     def __init__(self, model: Any, kind: str = "loss") -> None:
@@ -104,6 +104,11 @@ def _padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Return a right-padded batch; positions that the dataset itself masks are cut out first."""
     cut = []
     for row in rows:
+        sizes = {name: len(values) for name, values in row.items()}
+        if len(set(sizes.values())) > 1:
+            raise CurriculumError(
+                f"A row has columns of different lengths: {sizes}. Give each token one entry in each."
+            )
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
         keep = torch.as_tensor(row.get("attention_mask", [1] * len(ids))).bool()
         cut.append((ids[keep], torch.as_tensor(row.get("labels", row["input_ids"]), dtype=torch.long)[keep]))

@@ -348,6 +348,19 @@ def test_a_row_without_a_labelled_token_has_no_loss(tmp_path, row):
         add_score(dataset, "loss", ModelScore(tiny_qwen3()), cache_dir=tmp_path, progress=False)
 
 
+def test_a_row_whose_labels_do_not_fit_is_refused(tmp_path):
+    dataset = Dataset.from_dict({"input_ids": [[5, 6]], "labels": [[5]]})
+    with pytest.raises(CurriculumError, match="'input_ids': 2, 'labels': 1.*one entry in each"):
+        add_score(dataset, "loss", ModelScore(tiny_qwen3()), cache_dir=tmp_path, progress=False)
+
+
+def test_fingerprint_survives_the_disk_and_a_format(tmp_path):
+    scored = score(numbers().with_format("torch"), Counting(), tmp_path / "scores")
+    scored.save_to_disk(tmp_path / "saved")
+    loaded, again = Dataset.load_from_disk(tmp_path / "saved"), Counting()
+    assert score(loaded, again, tmp_path / "scores") is loaded and again.rows == []
+
+
 def test_another_model_has_another_fingerprint(tmp_path):
     assert model_fingerprint(tiny_qwen3(0)) == model_fingerprint(tiny_qwen3(0))
     assert model_fingerprint(tiny_qwen3(0)) != model_fingerprint(tiny_qwen3(1))
