@@ -8,9 +8,11 @@ from .group import GroupSampler
 from .learned import AbilitySampler, MeasuringSampler, SelfPacedSampler
 from .measure import RowCorrect, RowLoss
 from .mixture import MixtureSampler, ReplaySampler
+from .scores import ColumnScore, ModelScore, RowScorer, ScoreMismatchError, add_score, model_fingerprint
 
 __all__ = [
     "AbilitySampler",
+    "ColumnScore",
     "CompetenceSampler",
     "CyclicalSampler",
     "EffiSampler",
@@ -18,12 +20,17 @@ __all__ = [
     "InterleavedSampler",
     "MeasuringSampler",
     "MixtureSampler",
+    "ModelScore",
     "QualityAscendingSampler",
     "ReplaySampler",
     "RowCorrect",
     "RowLoss",
+    "RowScorer",
     "SamplerError",
     "SamplerMismatchError",
+    "ScoreMismatchError",
     "SelfPacedSampler",
     "ShuffledSampler",
+    "add_score",
+    "model_fingerprint",
 ]

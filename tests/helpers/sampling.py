@@ -56,7 +56,9 @@ def sampler_trainer(
 
     `train_sampler` and other constructor arguments that are no training arguments may be given in `over`.
     """
-    dataset = lm_dataset(rows, length=8).add_column("row", list(range(rows)))
+    dataset = over.pop("train_dataset", None)
+    if dataset is None:
+        dataset = lm_dataset(rows, length=8).add_column("row", list(range(rows)))
     extra = {key: over.pop(key) for key in ("train_sampler",) if key in over}
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -77,7 +79,7 @@ def sampler_trainer(
     trainer = _noting(trainer_cls)(
         model=over.pop("model", None) or tiny_qwen3(num_hidden_layers=1),
         args=TrainingArguments(**{**settings, **over}),
-        train_dataset=over.pop("train_dataset", dataset),
+        train_dataset=dataset,
         data_collator=_Rows(),
         callbacks=list(callbacks),
         **extra,
