@@ -25,7 +25,7 @@ class MetadataCollator:
         max_length (`int`, *optional*): Longest row, at least 4, metadata included. Longer documents are cut.
 
     Raises:
-        CurriculumError: an argument out of range, a row without tokens, or rows without the column `metadata_ids`.
+        CurriculumError: an argument out of range, a row without tokens, packed rows, or rows without the column `metadata_ids`.
 
     Example:
     ```python
@@ -52,6 +52,11 @@ class MetadataCollator:
             raise CurriculumError(
                 "No row has metadata_ids. Tokenize the metadata into that column ([] where there is none) and set "
                 "remove_unused_columns=False."
+            )
+        packed = {key for row in rows for key in ("position_ids", "seq_lengths") if key in row}
+        if packed:
+            raise CurriculumError(
+                f"Rows carry {sorted(packed)}: they are packed. Pass one document a row, packing off."
             )
         ids = [_tokens(row["input_ids"])[: self.max_length] for row in rows]
         if not all(ids):

@@ -100,6 +100,7 @@ def test_refusals():
     for call, message in (
         (lambda: collator([{"input_ids": [1]}]), "No row has metadata_ids"),
         (lambda: collator([{"input_ids": [], "metadata_ids": [1]}]), "has no token"),
+        (lambda: collator([{"input_ids": [1], "metadata_ids": [], "position_ids": [0]}]), "position_ids.*packed"),
         (lambda: MetadataCollator(-1), "pad_token_id=-1"),
         (lambda: MetadataCollator(0, max_length=3), "max_length=3"),
         (lambda: MetadataConditioning(None), "must be the MetadataCollator"),
