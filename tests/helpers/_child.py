@@ -71,6 +71,8 @@ def main(directory: Path, rank: int) -> None:
         value = _load(job["module"], job["name"], job["file"])(*job["args"], **job["kwargs"])
     (directory / f"result{rank}.pickle").write_bytes(pickle.dumps(value))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Leave together: a rank whose peer closes the connection first can abort in its own tear-down.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

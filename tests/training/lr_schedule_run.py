@@ -1,8 +1,4 @@
-"""A small training run with an LR schedule; imported by the test and started by torchrun with two processes."""
-
-import json
-import os
-import sys
+"""A small training run with an LR schedule; imported by the tests and run by two processes."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -90,19 +86,20 @@ def train(out, schedule, resume=None, extra=(), **changes):
     return recorder.applied, recorder.logged, trainer
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    # A second argument stops the run there and leaves a checkpoint for another world size to go on from.
-    stop = [StopAt(int(sys.argv[2]))] if len(sys.argv) > 2 else []
+def traced_run(out, stop_at=None):
+    """
+    One rank of a run with the callback: its applied and logged LRs, and the world size.
+
+    Args:
+        stop_at: Stop at this update and leave a checkpoint for another world size to go on from.
+    """
+    stop = [StopAt(stop_at)] if stop_at is not None else []
     applied, logged, trainer = train(
-        sys.argv[1],
+        out,
         wsd(warmup_steps=3, decay_steps=4),
         extra=stop,
         ddp_backend="gloo",
         gradient_accumulation_steps=2,
         save_strategy="steps" if stop else "no",
     )
-    with open(os.path.join(sys.argv[1], f"trace_{trainer.args.process_index}.json"), "w") as file:
-        json.dump({"applied": applied, "logged": logged, "world": trainer.args.world_size}, file)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return {"applied": applied, "logged": logged, "world": trainer.args.world_size}

@@ -1,15 +1,10 @@
-import os
-import sys
-
 import pytest
 import torch
 
 from hf_effi.callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional.schedules import ScheduleError, wsd
-
-sys.path.insert(0, os.path.dirname(__file__))
-from lr_schedule_run import Recorder, StopAt, make_trainer, rows
+from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
 
 
 @pytest.fixture(autouse=True)

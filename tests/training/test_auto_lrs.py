@@ -1,6 +1,4 @@
 import math
-import os
-import sys
 import types
 
 import pytest
@@ -9,9 +7,7 @@ from transformers import TrainerCallback
 
 from hf_effi.callbacks.auto_lrs import AutoLRSCallback
 from hf_effi.functional.schedules import ScheduleError
-
-sys.path.insert(0, os.path.dirname(__file__))
-from lr_schedule_run import Recorder, StopAt, make_trainer, rows
+from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
 
 
 @pytest.fixture(autouse=True)

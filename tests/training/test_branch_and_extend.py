@@ -1,6 +1,4 @@
 import hashlib
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,7 @@ from hf_effi.callbacks.branch import branch_cooldown
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional.schedules import ScheduleError, cosine, wsd
 from hf_effi.functional.schedules.extend import extend_to
-
-sys.path.insert(0, os.path.dirname(__file__))
-from lr_schedule_run import Recorder, StopAt, make_trainer, train
+from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, train
 
 LR = 1e-2
 

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,10 +24,8 @@ from hf_effi.functional.schedules import (
     wsd_s,
     wsdc,
 )
-from tests.helpers.distributed import child_environment
-
-sys.path.insert(0, os.path.dirname(__file__))
-from lr_schedule_run import Recorder, StopAt, make_trainer, tiny_model, train
+from tests.helpers import run_distributed
+from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, tiny_model, traced_run, train
 
 LR = 1e-2
 SCHEDULE = {"warmup_steps": 3, "decay_steps": 4}
@@ -242,18 +237,8 @@ def test_start_decay_outside_training_and_bad_arguments():
         LRScheduleCallback(wsd(), on_mismatch="yes")
 
 
-def two_processes(out, *more):
-    script = Path(__file__).with_name("lr_schedule_run.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*command, str(script), str(out), *more],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads((out / f"trace_{rank}.json").read_text()) for rank in (0, 1)]
+def two_processes(out, stop_at=None):
+    return run_distributed(traced_run, 2, str(out), stop_at)
 
 
 def test_two_processes_follow_the_same_lrs(tmp_path):
@@ -266,7 +251,7 @@ def test_two_processes_follow_the_same_lrs(tmp_path):
 @pytest.mark.parametrize("cut", [5, 10])
 def test_one_process_goes_on_where_two_stopped(tmp_path, cut):
     """On the plateau and in the middle of the decay: the series is that of the uninterrupted run, bit for bit."""
-    first = two_processes(tmp_path, str(cut))[0]
+    first = two_processes(tmp_path, cut)[0]
     rest, logged, _ = train(
         tmp_path, wsd(**SCHEDULE), resume=str(tmp_path / f"checkpoint-{cut}"), gradient_accumulation_steps=4
     )

@@ -1,15 +1,10 @@
-import os
-import sys
-
 import pytest
 import torch
 from transformers import HfArgumentParser, Trainer
 
 from hf_effi.functional.schedules import ScheduleError, ScheduleMismatchError, wsd
 from hf_effi.trainers.trainer import EffiTrainer, EffiTrainingArguments
-
-sys.path.insert(0, os.path.dirname(__file__))
-from lr_schedule_run import Recorder, StopAt, make_trainer
+from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer
 
 KWARGS = {"warmup_steps": 3, "decay_steps": 4}
 
