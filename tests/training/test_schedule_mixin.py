@@ -96,7 +96,7 @@ def test_arguments_parse_from_a_yaml_like_dict(tmp_path):
 
 
 def test_scheduler_of_the_user_and_lr_schedule_conflict(tmp_path):
-    from lr_schedule_run import tiny_model
+    from tests.training.lr_schedule_run import tiny_model
 
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -114,11 +114,11 @@ def test_scheduler_of_the_user_and_lr_schedule_conflict(tmp_path):
 
 def test_sft_trainer(tmp_path):
     from datasets import Dataset
-    from lr_schedule_run import rows, tiny_model
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from hf_effi.trainers.sft import EffiSFTConfig, EffiSFTTrainer
+    from tests.training.lr_schedule_run import rows, tiny_model
 
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(32)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
