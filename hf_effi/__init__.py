@@ -35,7 +35,10 @@ _PUBLIC = {
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "Schedule": "hf_effi.functional.schedules",
     "TokenCounter": "hf_effi.functional.schedules",
+    "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
     "branch_cooldown": "hf_effi.callbacks.branch",
+    "cdma": "hf_effi.recipes",
+    "cma": "hf_effi.recipes",
     "constant": "hf_effi.functional.schedules",
     "cosine": "hf_effi.functional.schedules",
     "cosine_power": "hf_effi.functional.schedules",
@@ -55,6 +58,7 @@ _PUBLIC = {
     "rex": "hf_effi.functional.schedules",
     "scale": "hf_effi.functional.schedules",
     "slow_start_fast_decay": "hf_effi.functional.schedules",
+    "stability_gap": "hf_effi.recipes",
     "table": "hf_effi.functional.schedules",
     "to_lambda_lr": "hf_effi.functional.schedules",
     "token_indexed": "hf_effi.functional.schedules",
@@ -74,6 +78,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
+    from .callbacks.weight_averaging import WeightAveragingCallback  # noqa: F401
     from .functional.schedules import (  # noqa: F401
         Schedule,
         TokenCounter,
@@ -104,6 +109,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .methods import METHODS, Method  # noqa: F401
+    from .recipes import cdma, cma, stability_gap  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401

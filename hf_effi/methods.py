@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Status = Literal["experimental", "stable", "rejected"]
-Kind = Literal["schedule", "callback", "rollout", "exact saving", "sampler", "kernel", "parallel", "checkpoint"]
+Kind = Literal[
+    "schedule", "callback", "rollout", "exact saving", "sampler", "recipe", "kernel", "parallel", "checkpoint"
+]
 
 
 @dataclass(frozen=True)
@@ -509,6 +511,55 @@ METHODS: tuple[Method, ...] = (
         paper_id="2403.08763",
         status="experimental",
         tests=("tests/unit/test_mixing.py", "tests/training/test_curricula.py"),
+        bench="bench/curricula.py",
+    ),
+    Method(
+        key="cdma",
+        title="CMA and CDMA",
+        kind="recipe",
+        summary="Sets ascending quality, a learning rate that does not decay to zero, and averaged checkpoints in one call.",
+        entry_points=("hf_effi.recipes:cdma", "hf_effi.recipes:cma"),
+        paper="How Learning Rate Decay Wastes Your Best Data in Curriculum-Based LLM Pretraining",
+        paper_id="2511.18903",
+        status="experimental",
+        tests=(
+            "tests/unit/test_recipes.py",
+            "tests/training/test_recipes.py",
+            "tests/distributed/test_averaging_ranks.py",
+        ),
+        bench="bench/curricula.py",
+    ),
+    Method(
+        key="weight_averaging",
+        title="Averaging the last checkpoints (LAWA)",
+        kind="callback",
+        summary="Saves the average of the last checkpoints beside the run, and swaps it in on demand.",
+        entry_points=(
+            "hf_effi.callbacks.weight_averaging:WeightAveragingCallback",
+            "hf_effi.functional.averaging:averaging_weights",
+            "hf_effi.functional.averaging:merge_weights",
+            "hf_effi.functional.averaging:RunningAverage",
+        ),
+        paper="Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging",
+        paper_id="2209.14981",
+        status="experimental",
+        tests=(
+            "tests/unit/test_averaging.py",
+            "tests/training/test_weight_averaging.py",
+            "tests/distributed/test_averaging_ranks.py",
+        ),
+        bench="bench/curricula.py",
+    ),
+    Method(
+        key="stability_gap",
+        title="Continual pre-training without the stability gap",
+        kind="recipe",
+        summary="Trains several times on the best part of a new domain, in a mixture like that of pre-training.",
+        entry_points=("hf_effi.recipes:stability_gap", "hf_effi.functional.curriculum:stability_dip"),
+        paper="Efficient Continual Pre-training by Mitigating the Stability Gap",
+        paper_id="2406.14833",
+        status="experimental",
+        tests=("tests/unit/test_recipes.py", "tests/training/test_recipes.py"),
         bench="bench/curricula.py",
     ),
     Method(

@@ -7,7 +7,13 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..samplers import EffiSampler, SamplerError, SamplerMismatchError
-from ..samplers.trainer_checks import check_plan, check_trainer, in_layout_of, resume_in_dispatcher
+from ..samplers.trainer_checks import (
+    check_plan,
+    check_trainer,
+    in_layout_of,
+    resume_in_dispatcher,
+    warn_order_against_decay,
+)
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.sampler"
@@ -79,6 +85,8 @@ class SamplerCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step == 0:  # and not in on_train_begin, where another callback may still set the schedule
+            warn_order_against_decay(self.sampler, args, kwargs["lr_scheduler"], state.max_steps)
         self._served.set_epoch(self._epoch)
         resume_in_dispatcher(self._served, kwargs["train_dataloader"], self._epoch, self._batches_done)
         self._batches_done = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
+from .gap import Dip, stability_dip
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
 from .lengths import rechunk, root_length, staged_length
@@ -37,6 +38,7 @@ __all__ = [
     "INSTRUCT_MINING",
     "INSTRUCT_MINING_V1",
     "CurriculumError",
+    "Dip",
     "check_count",
     "check_number",
     "clean_scores",
@@ -75,6 +77,7 @@ __all__ = [
     "seeded",
     "self_paced_weights",
     "staged_length",
+    "stability_dip",
     "token_counts",
     "within_ability",
     "word_rarity",
