@@ -129,6 +129,8 @@ def test_frozen_parameters_stay_and_are_not_copied(tmp_path):
     [
         ({"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}, "both say"),
         ({"optim": "schedule_free_adamw"}, "averages its iterates itself"),
+        ({"deepspeed": "on"}, "in shards"),
+        ({"fsdp": "on"}, "in shards"),
     ],
 )
 def test_refusals(tmp_path, over, match):
