@@ -58,11 +58,10 @@ class WeightAveragingCallback(TrainerCallback):
         swap_in: bool = False,
         folder: str = "averaged",
     ) -> None:
-        averaging_weights(last, kind, alpha)  # checks the ranges
-        if every_steps is not None and (not isinstance(every_steps, int) or every_steps < 1):
-            raise ValueError(
-                f"every_steps={every_steps!r} must be an integer of at least 1, or None for 1 % of the run."
-            )
+        for name, value in (("last", last), ("every_steps", 1 if every_steps is None else every_steps)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        averaging_weights(last, kind, alpha)  # checks the other two
         if not folder or Path(folder).name != folder:
             raise ValueError(f"folder={folder!r} must be a plain name; it is made inside output_dir.")
         self.last, self.every_steps, self.kind, self.alpha = last, every_steps, kind, alpha

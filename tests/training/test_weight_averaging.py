@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_effi.callbacks.weight_averaging import AVERAGE_FILE, WeightAveragingCallback
@@ -122,6 +123,33 @@ def test_frozen_parameters_stay_and_are_not_copied(tmp_path):
     assert "lm_head.weight" in held[-1] and "model.embed_tokens.weight" not in held[-1]
     name = "model.embed_tokens.weight"
     assert torch.equal(weights_in(tmp_path / "averaged")[name], model.state_dict()[name])
+
+
+def test_adapters_alone_are_averaged_and_saved(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from tests.helpers import tiny_qwen3
+
+    model = get_peft_model(tiny_qwen3(num_hidden_layers=1), LoraConfig(r=2, target_modules=["q_proj"]))
+    seen = Snapshots()
+    run(tmp_path, seen, WeightAveragingCallback(2, every_steps=1, kind="uniform"), model=model)
+    assert {path.name for path in (tmp_path / "averaged").iterdir()} >= {"adapter_model.safetensors", "average.json"}
+    loaded = load_file(tmp_path / "averaged" / "adapter_model.safetensors")
+    expected = mean_of(seen.after, [17, 18], [0.5, 0.5])
+    assert len(loaded) == 2
+    for name, value in loaded.items():
+        live = expected[name.replace(".weight", ".default.weight")]
+        torch.testing.assert_close(value.double(), live, atol=1e-6, rtol=1e-6)
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    from tests.helpers import tiny_qwen3
+
+    model = tiny_qwen3(num_hidden_layers=1, tie_word_embeddings=True)
+    trainer = run(tmp_path, WeightAveragingCallback(2, every_steps=1, swap_in=True), model=model)
+    assert trainer.model.lm_head.weight.data_ptr() == trainer.model.model.embed_tokens.weight.data_ptr()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged")
+    assert_bitwise_equal(weights_of(loaded), weights_of(trainer.model))
 
 
 @pytest.mark.parametrize(
