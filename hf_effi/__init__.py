@@ -36,6 +36,7 @@ _PUBLIC = {
     "Schedule": "hf_effi.functional.schedules",
     "TokenCounter": "hf_effi.functional.schedules",
     "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
+    "average_checkpoints": "hf_effi.callbacks.average_checkpoints",
     "branch_cooldown": "hf_effi.callbacks.branch",
     "cdma": "hf_effi.recipes",
     "cma": "hf_effi.recipes",
@@ -74,6 +75,7 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback  # noqa: F401
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
+    from .callbacks.average_checkpoints import average_checkpoints  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401

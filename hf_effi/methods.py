@@ -536,6 +536,7 @@ METHODS: tuple[Method, ...] = (
         summary="Saves the average of the last checkpoints beside the run, and swaps it in on demand.",
         entry_points=(
             "hf_effi.callbacks.weight_averaging:WeightAveragingCallback",
+            "hf_effi.callbacks.average_checkpoints:average_checkpoints",
             "hf_effi.functional.averaging:averaging_weights",
             "hf_effi.functional.averaging:merge_weights",
             "hf_effi.functional.averaging:RunningAverage",
@@ -546,6 +547,7 @@ METHODS: tuple[Method, ...] = (
         tests=(
             "tests/unit/test_averaging.py",
             "tests/training/test_weight_averaging.py",
+            "tests/training/test_average_checkpoints.py",
             "tests/distributed/test_averaging_ranks.py",
         ),
         bench="bench/curricula.py",

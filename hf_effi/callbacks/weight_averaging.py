@@ -128,7 +128,7 @@ class WeightAveragingCallback(TrainerCallback):
         if args.deepspeed or args.fsdp:
             raise ValueError(
                 "WeightAveragingCallback reads whole weights, which DeepSpeed and FSDP keep in shards. Train with DDP or "
-                "on one device."
+                "on one device, or average what was saved: average_checkpoints."
             )
         if "schedule_free" in str(args.optim):
             raise ValueError(f"optim={args.optim!r} averages its iterates itself. Drop WeightAveragingCallback.")
