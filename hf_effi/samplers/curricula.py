@@ -28,7 +28,8 @@ class QualityAscendingSampler(EffiSampler):
     Rows in the order of a score, lowest first: the best data comes last.
 
     Use it for one epoch, and with a learning rate that does not decay to zero: a schedule that does meets the best rows
-    with the smallest updates, and `DecayToZeroWarning` says so. See [`~hf_effi.functional.curriculum.score_order`] for the formula.
+    with the smallest updates, and `DecayToZeroWarning` says so. Formula:
+    [`~hf_effi.functional.curriculum.score_order`].
 
     Args:
         scores (`torch.Tensor` or `Sequence[float]`): One number a row of the training dataset.
