@@ -523,6 +523,22 @@ METHODS: tuple[Method, ...] = (
         tests=("tests/unit/test_reptile.py", "tests/training/test_reptile.py"),
         bench="bench/curricula.py",
     ),
+    Method(
+        key="tiled_mlp",
+        title="TiledMLP",
+        kind="parallel",
+        summary="Computes gated MLPs in tiles of tokens, so that their activations exist for one tile at a time.",
+        entry_points=("hf_effi.parallel.tiled_mlp:tile_mlp", "hf_effi.callbacks.patch:PatchCallback"),
+        paper="Arctic Long Sequence Training: Scalable And Efficient Training For Multi-Million Token Sequences",
+        paper_id="2506.13996",
+        status="experimental",
+        tests=(
+            "tests/unit/test_tiled_mlp.py",
+            "tests/training/test_tiled_mlp.py",
+            "tests/distributed/test_tiled_ranks.py",
+        ),
+        bench="bench/tiled_compute.py",
+    ),
 )
 
 
