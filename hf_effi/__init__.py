@@ -57,7 +57,9 @@ _PUBLIC = {
     "scale": "hf_effi.functional.schedules",
     "slow_start_fast_decay": "hf_effi.functional.schedules",
     "table": "hf_effi.functional.schedules",
+    "tile_loss": "hf_effi.parallel.tiled_loss",
     "tile_mlp": "hf_effi.parallel.tiled_mlp",
+    "tiled_cross_entropy": "hf_effi.parallel.tiled_loss",
     "to_lambda_lr": "hf_effi.functional.schedules",
     "token_indexed": "hf_effi.functional.schedules",
     "triangular": "hf_effi.functional.schedules",
@@ -107,6 +109,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .methods import METHODS, Method  # noqa: F401
+    from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
     from .parallel.tiled_mlp import tile_mlp  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401

@@ -13,9 +13,9 @@ class PatchCallback(TrainerCallback):
     """
     Apply patches such as `tile_mlp` to the Trainer's model, and revert them when training has ended.
 
-    They are applied when the Trainer is built, before DDP, FSDP or mixed precision wrap the model, and again at the start
-    of a training where the model is another one (`model_init`) or was reverted. An evaluation during training runs the
-    patched model. After a training that failed the model stays patched: call `revert()`.
+    They are applied when the Trainer is built, so that what cannot be patched is known before the data is touched, and
+    anew at the start of training, on the model that is trained. An evaluation during training runs the patched model.
+    After a training that failed the model stays patched: call `revert()`.
 
     Args:
         patches (`Callable`): Functions `model -> handle`, where `handle.revert()` undoes the patch; in order.
@@ -38,15 +38,11 @@ class PatchCallback(TrainerCallback):
                 "itself, or functools.partial(function, setting=...), not the handle that it returns."
             )
         self.patches = patches
-        self._model: nn.Module | None = None
         self._handles: list[Any] = []
 
     def apply(self, model: nn.Module) -> None:
-        """Patch `model`, unless it, or the model that it wraps, is patched already. All patches or none."""
-        if self._model is not None and any(module is self._model for module in model.modules()):
-            return
+        """Patch `model`, with all patches or none; what was patched before is reverted."""
         self.revert()
-        self._model = model
         try:
             for patch in self.patches:
                 self._handles.append(patch(model))
@@ -59,7 +55,6 @@ class PatchCallback(TrainerCallback):
         while self._handles:
             self._handles[-1].revert()
             self._handles.pop()
-        self._model = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

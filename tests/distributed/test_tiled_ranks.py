@@ -12,9 +12,10 @@ from tests.helpers.long_sequence import assert_equal_gradients
 def patch_named(name: str):
     from functools import partial
 
+    from hf_effi.parallel.tiled_loss import tile_loss
     from hf_effi.parallel.tiled_mlp import tile_mlp
 
-    return {"mlp": partial(tile_mlp, num_shards=3)}[name]
+    return {"mlp": partial(tile_mlp, num_shards=3), "loss": partial(tile_loss, num_shards=3)}[name]
 
 
 #: wrapper of the two ranks, activation checkpointing, LoRA
@@ -32,7 +33,11 @@ def gradients_of_all_cases(patch: str | None):
 
 
 def gradients_of_two_micro_batches(patch: str | None, wrapper: str, checkpoint: bool, lora: bool):
-    """Two accumulated micro-batches a rank on halves of the same rows; returns the gradients, whole and by name."""
+    """
+    Two accumulated micro-batches a rank on halves of the same rows; returns the gradients, whole and by name.
+
+    The first row of the first micro-batch has half of its labels, the second, which is all of rank 1's, none.
+    """
     import torch.distributed as dist
     from peft import LoraConfig, get_peft_model
     from torch.distributed.device_mesh import init_device_mesh
@@ -64,10 +69,17 @@ def gradients_of_two_micro_batches(patch: str | None, wrapper: str, checkpoint: 
         if late:
             patch_named(patch)(model)
     rows = torch.arange(4 * 13).view(4, 13) * 7 % 50 + 4
-    for micro in rows.chunk(2):
-        mine = micro.chunk(world)[rank]
-        logits = run(input_ids=mine, use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), mine[:, 1:].flatten()).backward()
+    labels = rows.clone()
+    labels[0, :6], labels[1] = -100, -100
+    items = int((labels[:, 1:] != -100).sum())
+    for ids, targets in zip(rows.chunk(2), labels.chunk(2), strict=True):
+        mine = {"input_ids": ids.chunk(world)[rank], "labels": targets.chunk(world)[rank]}
+        if patch == "loss":
+            loss = run(**mine, num_items_in_batch=items, use_cache=False).loss
+        else:
+            logits, target = run(input_ids=mine["input_ids"], use_cache=False).logits[:, :-1], mine["labels"][:, 1:]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / items
+        (loss * world).backward()
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
 
@@ -77,7 +89,7 @@ def one_process():
     return run_distributed(gradients_of_all_cases, 1, None)[0]
 
 
-@pytest.mark.parametrize("patch", ["mlp"])
+@pytest.mark.parametrize("patch", ["mlp", "loss"])
 def test_two_ranks_are_one(patch, one_process):
     for ours in run_distributed(gradients_of_all_cases, 2, patch):
         for case, wanted, found in zip(CASES, one_process, ours, strict=True):
