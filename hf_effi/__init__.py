@@ -30,6 +30,7 @@ _PUBLIC = {
     "MaskingRatioCurriculum": "hf_effi.trainers._masking",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
+    "PatchCallback": "hf_effi.callbacks.patch",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
@@ -61,6 +62,9 @@ _PUBLIC = {
     "slow_start_fast_decay": "hf_effi.functional.schedules",
     "stability_gap": "hf_effi.recipes",
     "table": "hf_effi.functional.schedules",
+    "tile_loss": "hf_effi.parallel.tiled_loss",
+    "tile_mlp": "hf_effi.parallel.tiled_mlp",
+    "tiled_cross_entropy": "hf_effi.parallel.tiled_loss",
     "to_lambda_lr": "hf_effi.functional.schedules",
     "token_indexed": "hf_effi.functional.schedules",
     "triangular": "hf_effi.functional.schedules",
@@ -79,6 +83,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.branch import branch_cooldown  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
+    from .callbacks.patch import PatchCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
     from .callbacks.weight_averaging import WeightAveragingCallback  # noqa: F401
     from .functional.schedules import (  # noqa: F401
@@ -112,6 +117,8 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     )
     from .methods import METHODS, Method  # noqa: F401
     from .recipes import cdma, cma, stability_gap  # noqa: F401
+    from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
+    from .parallel.tiled_mlp import tile_mlp  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
