@@ -22,7 +22,7 @@ from ._compat import MissingPackageError
 from ._version import __version__
 
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
-PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr"}
+PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr", "memory": "hf_effi.report.plan_memory"}
 
 #: Set before the first heavy import, unless the user has set them: one thread, offline, no telemetry.
 _DEMO_ENVIRONMENT = {

@@ -1,0 +1,1 @@
+"""Long sequences: sequence parallelism, tiled compute, activation offload, chunked backpropagation."""

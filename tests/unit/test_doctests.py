@@ -18,6 +18,8 @@ EXTRA_MODULES = (
     "hf_effi.samplers.mixture",
     "hf_effi.samplers.scores",
     "hf_effi.methods",
+    "hf_effi.parallel.offload",
+    "hf_effi.report.plan_memory",
     "hf_effi.trainers._metadata",
     "hf_effi.trainers._rewards",
     "hf_effi.trainers.grpo_config",
