@@ -34,7 +34,9 @@ _PUBLIC = {
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "Schedule": "hf_effi.functional.schedules",
+    "TokenBudgetBatchSampler": "hf_effi.samplers",
     "TokenCounter": "hf_effi.functional.schedules",
+    "UL2Denoising": "hf_effi.trainers._denoising",
     "branch_cooldown": "hf_effi.callbacks.branch",
     "constant": "hf_effi.functional.schedules",
     "cosine": "hf_effi.functional.schedules",
@@ -105,7 +107,9 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     )
     from .methods import METHODS, Method  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
+    from .samplers import TokenBudgetBatchSampler  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
+    from .trainers._denoising import UL2Denoising  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
+from .denoising import (
+    UL2_DENOISERS,
+    UL2R_DENOISERS,
+    Denoiser,
+    denoised_lengths,
+    fitting_length,
+    noise_counts,
+    span_mask,
+    split_spans,
+)
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
@@ -20,6 +30,15 @@ from .pacing import (
     refill,
     self_paced_weights,
 )
+from .packing import (
+    batch_costs,
+    check_lengths,
+    deal_snake,
+    fill_to_multiple,
+    flop_coefficients,
+    pack_best_fit,
+    pack_padded,
+)
 from .scores import (
     INSTRUCT_MINING,
     INSTRUCT_MINING_V1,
@@ -36,8 +55,13 @@ from .scores import (
 __all__ = [
     "INSTRUCT_MINING",
     "INSTRUCT_MINING_V1",
+    "UL2R_DENOISERS",
+    "UL2_DENOISERS",
     "CurriculumError",
+    "Denoiser",
+    "batch_costs",
     "check_count",
+    "check_lengths",
     "check_number",
     "clean_scores",
     "competence",
@@ -45,10 +69,15 @@ __all__ = [
     "continues_word",
     "cooldown_step",
     "cyclical_sizes",
+    "deal_snake",
+    "denoised_lengths",
     "domain_of",
     "draw_without_replacement",
     "easiest_share",
+    "fill_to_multiple",
     "fit_rasch",
+    "fitting_length",
+    "flop_coefficients",
     "instruct_mining",
     "interleave_levels",
     "join_metadata",
@@ -61,6 +90,9 @@ __all__ = [
     "mixture_at",
     "mixture_counts",
     "mixture_order",
+    "noise_counts",
+    "pack_best_fit",
+    "pack_padded",
     "pass_rate_difficulty",
     "percentile_within",
     "perplexity",
@@ -74,6 +106,8 @@ __all__ = [
     "score_order",
     "seeded",
     "self_paced_weights",
+    "span_mask",
+    "split_spans",
     "staged_length",
     "token_counts",
     "within_ability",
