@@ -30,6 +30,8 @@ _PUBLIC = {
     "MaskingRatioCurriculum": "hf_effi.trainers._masking",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
+    "Multigrid": "hf_effi.functional.curriculum",
+    "MultigridLRCallback": "hf_effi.callbacks.multigrid",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
@@ -75,7 +77,9 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.branch import branch_cooldown  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
+    from .callbacks.multigrid import MultigridLRCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
+    from .functional.curriculum import Multigrid  # noqa: F401
     from .functional.schedules import (  # noqa: F401
         Schedule,
         TokenCounter,

@@ -455,6 +455,18 @@ METHODS: tuple[Method, ...] = (
         bench="bench/curricula.py",
     ),
     Method(
+        key="multigrid",
+        title="Multigrid: variable batch shapes over length",
+        kind="sampler",
+        summary="Cycles through many short and few long rows, with the same tokens in every step.",
+        entry_points=("hf_effi.functional.curriculum:Multigrid", "hf_effi.callbacks.multigrid:MultigridLRCallback"),
+        paper="A Multigrid Method for Efficiently Training Video Models",
+        paper_id="1912.00998",
+        status="experimental",
+        tests=("tests/unit/test_multigrid.py", "tests/training/test_multigrid.py"),
+        bench="bench/curricula.py",
+    ),
+    Method(
         key="token_budget",
         title="Token-budget batches of even cost",
         kind="sampler",

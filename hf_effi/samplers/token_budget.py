@@ -28,7 +28,8 @@ def cost_of_model(model: Any) -> tuple[float, float]:
     Return `(a, b)` of the cost `a l + b l^2` of a row of `l` tokens for a dense transformer of transformers.
 
     Reads layers, query heads and head size from the text part of `model.config`; see [`flop_coefficients`]. A mixture of
-    experts multiplies fewer parameters a token than it has: call that function with the active ones.
+    experts multiplies fewer parameters a token than it has, and packed 4-bit weights hide some: call that function with the
+    right number.
 
     Raises:
         CurriculumError: the config does not say.
@@ -95,9 +96,10 @@ class TokenBudgetBatchSampler(EffiSampler):
         self.lengths = _whole(lengths)
         super().__init__(self.lengths.numel(), seed)
         multiple = check_count("length_multiple", length_multiple)
-        self.max_tokens, self.cost, self.padding_free = max_tokens, tuple(cost), padding_free
+        self.max_tokens, self.cost, self.padding_free = max_tokens, cost, padding_free
         self._rounded = (self.lengths + multiple - 1) // multiple * multiple
-        check_lengths(self._rounded.tolist(), max_tokens)
+        for counted in (self.lengths, self._rounded):
+            check_lengths(counted.tolist(), max_tokens)
         # Batches are packed once, as places in the order of lengths: an epoch only decides which rows take them.
         self._ordered = self._rounded.sort(descending=True).values.tolist()
         pack = pack_best_fit if padding_free else pack_padded

@@ -65,6 +65,10 @@ class UL2Denoising(BatchTransform):
         self.max_length, self.max_target_length = check_count("max_length", max_length), max_target_length
         self.encodes = max_target_length is not None
         self.denoisers, self.sentinel_ids = tuple(denoisers), list(sentinel_ids)
+        if wrong := [denoiser for denoiser in self.denoisers if not isinstance(denoiser, Denoiser)]:
+            raise CurriculumError(
+                f"denoisers holds {wrong[0]!r}, which is no Denoiser. Pass e.g. Denoiser('R', 0.15, 3)."
+            )
         if self.encodes and separator_id is not None:
             raise CurriculumError(
                 "separator_id is for decoder-only models; with max_target_length labels stand alone."

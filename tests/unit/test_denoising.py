@@ -156,6 +156,8 @@ def test_refusals_name_the_fix():
         made(mode_ids={"R": 1, "S": 3})
     with pytest.raises(CurriculumError, match="separator_id is for decoder-only"):
         made(max_target_length=40, separator_id=5)
+    with pytest.raises(CurriculumError, match=r"denoisers holds \('R', 0.15\), which is no Denoiser"):
+        made(denoisers=[("R", 0.15)])
     transform = made()
     with pytest.raises(CurriculumError, match=f"A row has 60 tokens; 2 to row_length={transform.row_length} fit"):
         transform(batch_of([range(10, 70)], 60), 0, 1, seeded(0))

@@ -164,6 +164,11 @@ def test_refusals_name_row_and_fix():
     for bad in ([], [[1, 2]], [1.5], [float("nan")]):
         with pytest.raises(CurriculumError, match="lengths has shape"):
             TokenBudgetBatchSampler(bad, 8)
+    for bad in (5.0, (1, 2, 3), "ab"):
+        with pytest.raises(CurriculumError, match="must be a pair|outside"):
+            TokenBudgetBatchSampler([3], 8, cost=bad)
+    with pytest.raises(CurriculumError, match="max_tokens=8.0"):
+        TokenBudgetBatchSampler([3], 8.0)
     with pytest.raises(CurriculumError, match="max_tokens=0"):
         TokenBudgetBatchSampler([1], 0)
     with pytest.raises(CurriculumError, match="3 rows make 3 micro-batches, and 4 are needed"):

@@ -16,7 +16,7 @@ from .denoising import (
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
-from .lengths import rechunk, root_length, staged_length
+from .lengths import Multigrid, rechunk, root_length, staged_length
 from .masking import continues_word, mask_tokens, masking_ratio
 from .metadata import cooldown_step, domain_of, join_metadata
 from .mixing import mixture_at, mixture_counts, mixture_order
@@ -59,6 +59,7 @@ __all__ = [
     "UL2_DENOISERS",
     "CurriculumError",
     "Denoiser",
+    "Multigrid",
     "batch_costs",
     "check_count",
     "check_lengths",

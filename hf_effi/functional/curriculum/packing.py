@@ -49,7 +49,7 @@ def batch_costs(batches: Sequence[Sequence[int]], cost: tuple[float, float], pad
         padded (`bool`, *optional*, defaults to `True`): Whether each row is padded to the longest of its micro-batch.
 
     Raises:
-        CurriculumError: a negative coefficient, or both 0.
+        CurriculumError: no pair, a negative coefficient, or both 0.
 
     Example:
     ```python
@@ -59,6 +59,8 @@ def batch_costs(batches: Sequence[Sequence[int]], cost: tuple[float, float], pad
     [9.0, 4.0]
     ```
     """
+    if not isinstance(cost, (tuple, list)) or len(cost) != 2:
+        raise CurriculumError(f"cost={cost!r} must be a pair (a, b), such as (1, 0); see flop_coefficients.")
     a, b = (check_number(f"cost[{i}]", value, 0) for i, value in enumerate(cost))
     if a == b == 0:
         raise CurriculumError("cost=(0, 0) makes all micro-batches equal. Pass (1, 0) to balance tokens.")
