@@ -26,16 +26,20 @@ _PUBLIC = {
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
-    "Method": "hf_effi.methods",
     "MaskingRatioCurriculum": "hf_effi.trainers._masking",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
+    "Method": "hf_effi.methods",
+    "Multigrid": "hf_effi.functional.curriculum",
+    "MultigridLRCallback": "hf_effi.callbacks.multigrid",
     "PatchCallback": "hf_effi.callbacks.patch",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
-    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "Schedule": "hf_effi.functional.schedules",
+    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
+    "TokenBudgetBatchSampler": "hf_effi.samplers",
     "TokenCounter": "hf_effi.functional.schedules",
+    "UL2Denoising": "hf_effi.trainers._denoising",
     "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
     "average_checkpoints": "hf_effi.callbacks.average_checkpoints",
     "branch_cooldown": "hf_effi.callbacks.branch",
@@ -83,9 +87,11 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.branch import branch_cooldown  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
+    from .callbacks.multigrid import MultigridLRCallback  # noqa: F401
     from .callbacks.patch import PatchCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
     from .callbacks.weight_averaging import WeightAveragingCallback  # noqa: F401
+    from .functional.curriculum import Multigrid  # noqa: F401
     from .functional.schedules import (  # noqa: F401
         Schedule,
         TokenCounter,
@@ -120,7 +126,9 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .parallel.tiled_mlp import tile_mlp  # noqa: F401
     from .recipes import cdma, cma, stability_gap  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
+    from .samplers import TokenBudgetBatchSampler  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
+    from .trainers._denoising import UL2Denoising  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401

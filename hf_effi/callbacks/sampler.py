@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..samplers import EffiSampler, SamplerError, SamplerMismatchError
+from ..samplers import EffiSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
     check_plan,
     check_trainer,
@@ -47,6 +47,11 @@ class SamplerCallback(TrainerCallback):
             raise SamplerError(
                 f"{type(sampler).__name__} learns during training (rule {sampler.rule}), and a callback cannot load its "
                 "state from a checkpoint. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
+            )
+        if isinstance(sampler, TokenBudgetBatchSampler):
+            raise SamplerError(
+                "TokenBudgetBatchSampler makes the batches themselves, and a callback comes when the dataloader has made "
+                "its own. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
         self.sampler = sampler
         self._served: EffiSampler | None = None

@@ -9,6 +9,7 @@ from .learned import AbilitySampler, MeasuringSampler, SelfPacedSampler
 from .measure import RowCorrect, RowLoss
 from .mixture import MixtureSampler, ReplaySampler
 from .scores import ColumnScore, ModelScore, RowScorer, ScoreMismatchError, add_score, model_fingerprint
+from .token_budget import TokenBudgetBatchSampler, cost_of_model
 
 __all__ = [
     "AbilitySampler",
@@ -31,6 +32,8 @@ __all__ = [
     "ScoreMismatchError",
     "SelfPacedSampler",
     "ShuffledSampler",
+    "TokenBudgetBatchSampler",
     "add_score",
+    "cost_of_model",
     "model_fingerprint",
 ]

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError
+from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
     check_plan,
     check_trainer,
@@ -19,6 +19,7 @@ from ..samplers.trainer_checks import (
     resume_in_dispatcher,
     warn_order_against_decay,
 )
+from ._token_budget import rank_batches
 
 SAMPLER_FILE = "effi_sampler.pt"
 
@@ -69,6 +70,9 @@ class SamplerMixin:
         dataset = args[0] if args else self.train_dataset
         check_trainer(self.args, dataset, self.train_sampler)
         self.train_sampler.check_not_started()
+        if isinstance(self.train_sampler, TokenBudgetBatchSampler):
+            self._served_sampler = self.train_sampler
+            return rank_batches(self, stock, self.train_sampler)
         self._served_sampler = in_layout_of(stock, self.train_sampler)
         return self._served_sampler
 

@@ -101,6 +101,12 @@ SIGNATURES = {
     f"{TRAINER}.create_model_card": "self language license tags model_name finetuned_from tasks dataset_tags dataset"
     " dataset_args",
     f"{TRAINER}.log": "self logs start_time",
+    f"{TRAINER}.get_tp_size": "self",
+    f"{TRAINER}.get_cp_size": "self",
+    f"{TRAINER}.get_sp_size": "self",
+    # The one class that `Trainer._get_dataloader` takes as a batch sampler.
+    "transformers.trainer_pt_utils:BatchRebalanceSampler.__init__": "self lengths effective_batch_size dp_size grad_accum"
+    " shuffle seed rank drop_last",
     f"{TRAINER}.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
@@ -537,6 +543,12 @@ def test_helper_is_still_used(path):
 def test_attributes_are_still_read(path):
     missing = set(READS[path].split()) - attributes_read(path)
     assert not missing, f"{path} no longer reads self.{sorted(missing)}: setting it has no effect there"
+
+
+def test_trainer_takes_this_class_as_a_batch_sampler_that_knows_its_rank():
+    source = inspect.getsource(resolve(f"{TRAINER}._get_dataloader"))
+    assert source.count("isinstance(sampler, BatchRebalanceSampler)") == 2, "see hf_effi/trainers/_token_budget.py"
+    assert 'dataloader_params["batch_sampler"] = sampler' in source and "prepared_bs.num_processes = 1" in source
 
 
 def test_log_probs_come_before_rewards_in_stock():

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
+from .denoising import (
+    UL2_DENOISERS,
+    UL2R_DENOISERS,
+    Denoiser,
+    denoised_lengths,
+    fitting_length,
+    noise_counts,
+    span_mask,
+    split_spans,
+)
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .gap import Dip, stability_dip
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
-from .lengths import rechunk, root_length, staged_length
+from .lengths import Multigrid, rechunk, root_length, staged_length
 from .masking import continues_word, mask_tokens, masking_ratio
 from .metadata import cooldown_step, domain_of, join_metadata
 from .mixing import mixture_at, mixture_counts, mixture_order
@@ -20,6 +30,15 @@ from .pacing import (
     easiest_share,
     refill,
     self_paced_weights,
+)
+from .packing import (
+    batch_costs,
+    check_lengths,
+    deal_snake,
+    fill_to_multiple,
+    flop_coefficients,
+    pack_best_fit,
+    pack_padded,
 )
 from .scores import (
     INSTRUCT_MINING,
@@ -37,9 +56,15 @@ from .scores import (
 __all__ = [
     "INSTRUCT_MINING",
     "INSTRUCT_MINING_V1",
+    "UL2R_DENOISERS",
+    "UL2_DENOISERS",
     "CurriculumError",
+    "Denoiser",
     "Dip",
+    "Multigrid",
+    "batch_costs",
     "check_count",
+    "check_lengths",
     "check_number",
     "clean_scores",
     "competence",
@@ -47,10 +72,15 @@ __all__ = [
     "continues_word",
     "cooldown_step",
     "cyclical_sizes",
+    "deal_snake",
+    "denoised_lengths",
     "domain_of",
     "draw_without_replacement",
     "easiest_share",
+    "fill_to_multiple",
     "fit_rasch",
+    "fitting_length",
+    "flop_coefficients",
     "instruct_mining",
     "interleave_levels",
     "join_metadata",
@@ -63,6 +93,9 @@ __all__ = [
     "mixture_at",
     "mixture_counts",
     "mixture_order",
+    "noise_counts",
+    "pack_best_fit",
+    "pack_padded",
     "pass_rate_difficulty",
     "percentile_within",
     "perplexity",
@@ -76,8 +109,10 @@ __all__ = [
     "score_order",
     "seeded",
     "self_paced_weights",
-    "staged_length",
+    "span_mask",
+    "split_spans",
     "stability_dip",
+    "staged_length",
     "token_counts",
     "within_ability",
     "word_rarity",
