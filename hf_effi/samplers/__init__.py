@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from .attention_influence import AttentionInfluence, copy_head_scores, masked_heads, retrieval_heads
 from .base import EffiSampler, SamplerError, SamplerMismatchError, ShuffledSampler
 from .curricula import CompetenceSampler, CyclicalSampler, InterleavedSampler, QualityAscendingSampler
 from .group import GroupSampler
 from .learned import AbilitySampler, MeasuringSampler, SelfPacedSampler
 from .measure import RowCorrect, RowLoss
 from .mixture import MixtureSampler, ReplaySampler
+from .multistage import MultistageSampler
 from .scores import ColumnScore, ModelScore, RowScorer, ScoreMismatchError, add_score, model_fingerprint
+from .self_improvement import GreedyAnswers, SelfImprovement
 
 __all__ = [
     "AbilitySampler",
+    "AttentionInfluence",
     "ColumnScore",
     "CompetenceSampler",
     "CyclicalSampler",
     "EffiSampler",
+    "GreedyAnswers",
     "GroupSampler",
     "InterleavedSampler",
     "MeasuringSampler",
     "MixtureSampler",
     "ModelScore",
+    "MultistageSampler",
     "QualityAscendingSampler",
     "ReplaySampler",
     "RowCorrect",
@@ -29,8 +35,12 @@ __all__ = [
     "SamplerError",
     "SamplerMismatchError",
     "ScoreMismatchError",
+    "SelfImprovement",
     "SelfPacedSampler",
     "ShuffledSampler",
     "add_score",
+    "copy_head_scores",
+    "masked_heads",
     "model_fingerprint",
+    "retrieval_heads",
 ]

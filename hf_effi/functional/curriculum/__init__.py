@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
+from .agreement import keep_by_length, majority_answers
+from .attention import copy_probe, copy_scores, relative_increase, top_heads
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
@@ -10,6 +12,7 @@ from .lengths import rechunk, root_length, staged_length
 from .masking import continues_word, mask_tokens, masking_ratio
 from .metadata import cooldown_step, domain_of, join_metadata
 from .mixing import mixture_at, mixture_counts, mixture_order
+from .naive_bayes import BernoulliBayes
 from .ordering import interleave_levels, percentile_within, score_order
 from .pacing import (
     competence,
@@ -36,6 +39,7 @@ from .scores import (
 __all__ = [
     "INSTRUCT_MINING",
     "INSTRUCT_MINING_V1",
+    "BernoulliBayes",
     "CurriculumError",
     "check_count",
     "check_number",
@@ -44,6 +48,8 @@ __all__ = [
     "competence_order",
     "continues_word",
     "cooldown_step",
+    "copy_probe",
+    "copy_scores",
     "cyclical_sizes",
     "domain_of",
     "draw_without_replacement",
@@ -53,9 +59,11 @@ __all__ = [
     "interleave_levels",
     "join_metadata",
     "keep_by_judge",
+    "keep_by_length",
     "keep_top",
     "kept_shares",
     "learnability",
+    "majority_answers",
     "mask_tokens",
     "masking_ratio",
     "mixture_at",
@@ -68,6 +76,7 @@ __all__ = [
     "rasch_ability",
     "rechunk",
     "refill",
+    "relative_increase",
     "repeat_layout",
     "root_length",
     "row_lengths",
@@ -76,6 +85,7 @@ __all__ = [
     "self_paced_weights",
     "staged_length",
     "token_counts",
+    "top_heads",
     "within_ability",
     "word_rarity",
 ]
