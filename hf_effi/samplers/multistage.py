@@ -12,6 +12,9 @@ from torch import Tensor
 from ..functional.curriculum import BernoulliBayes, CurriculumError, check_count, check_number, seeded
 from .learned import Measure, MeasuringSampler
 
+#: Rows that the predictor guesses before it learns them: the batch of the released code.
+_LEARNED_AT_ONCE = 8
+
 
 class MultistageSampler(MeasuringSampler):
     """
@@ -70,6 +73,8 @@ class MultistageSampler(MeasuringSampler):
         seed: int = 0,
     ) -> None:
         super().__init__(len(tokens), measure, num_samples, seed)
+        if any(len(row) and min(row) < 0 for row in tokens):
+            raise CurriculumError("tokens holds a negative number. Pass token ids, without the -100 of labels.")
         self.bags = [torch.as_tensor(row, dtype=torch.long).unique() for row in tokens]
         self.window = check_count("window", window)
         if not num_samples <= window <= self.num_rows:
@@ -81,7 +86,6 @@ class MultistageSampler(MeasuringSampler):
         self.switch_loss = check_number("switch_loss", switch_loss, 0)
         self.switch_rows = check_count("switch_rows", switch_rows)
         self.predictor = BernoulliBayes(1 + max((int(bag.max()) for bag in self.bags if bag.numel()), default=0))
-        self.predictor.log_probabilities(self.bags)  # a negative token raises here, not in the first round
         self._tokens_hash = _hash_of(self.bags)
         self.stage = 0 if self.warmup_rounds else 1
         self.threshold: float | None = None
@@ -139,11 +143,13 @@ class MultistageSampler(MeasuringSampler):
         if self.threshold is None and rows:
             self.threshold = float(losses[: self.threshold_rows].mean())
         hard = losses > self.threshold if rows else torch.empty(0, dtype=torch.bool)
-        bags = [self.bags[row] for row in rows]
-        guesses = self.predictor.log_probabilities(bags)
-        self.recent += (-guesses[torch.arange(len(rows)), hard.long()]).tolist()
+        for first in range(0, len(rows), _LEARNED_AT_ONCE):
+            labels = hard[first : first + _LEARNED_AT_ONCE]
+            bags = [self.bags[row] for row in rows[first : first + _LEARNED_AT_ONCE]]
+            guesses = self.predictor.log_probabilities(bags)
+            self.recent += (-guesses[torch.arange(len(bags)), labels.long()]).tolist()
+            self.predictor.update(bags, labels)
         self.recent = self.recent[-self.switch_rows :]
-        self.predictor.update(bags, hard)
         return hard
 
     def _maybe_switch(self, stage: int) -> None:
