@@ -1,13 +1,11 @@
 """Do rounds of self-improvement reach longer problems than the supervised data alone? Copying, from scratch, on a CPU.
 
-`python -m bench.self_improvement` writes `bench/results/self_improvement.json`. A two-layer model without positional
-encoding learns to copy up to 14 distinct letters. Then three arms go on from the same weights, with the same number of
-updates, batches and learning rates:
+`python -m bench.self_improvement` writes `bench/results/self_improvement.json`. A two-layer model learns to copy up to 14
+distinct letters. Then two arms go on from the same weights, with the same number of updates, batches and learning rates:
 
-- `rounds`: one round a length, 15 to 20, on its own answers that pass the length filter, mixed with
-  2,000 supervised rows and those of earlier rounds;
-- `control`: the same updates on all 20,000 supervised rows;
-- `oracle`: the same rounds with right answers, which is the most that filters can give.
+- `rounds`: four rounds, two lengths each, 15 to 22, on its own answers that pass the length filter, mixed with 2,000
+  supervised rows and those of earlier rounds;
+- `control`: the same updates on all 20,000 supervised rows.
 
 Accuracy: exact copies of 200 fresh strings a length, greedy. Test strings are never trained on.
 """
@@ -31,10 +29,12 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from bench._schema import command_line, headline, write_result
+from hf_effi.callbacks.lr_schedule import LRScheduleCallback
+from hf_effi.functional.schedules import wsd
 from hf_effi.samplers import GreedyAnswers, SelfImprovement
 
-LONGEST, LEVELS, TESTED = 14, tuple(range(15, 21)), (14, 16, 18, 20, 22, 24)
-BASE_STEPS, ROUND_STEPS, BATCH, PER_ROUND, TESTS = 1500, 150, 32, 600, 200
+LONGEST, LEVELS, TESTED = 14, ((15, 16), (17, 18), (19, 20), (21, 22)), (14, 16, 18, 20, 22, 24)
+BASE_STEPS, ROUND_STEPS, BATCH, PER_ROUND, TESTS = 1500, 120, 32, 800, 200
 BASE_LR, ROUND_LR, KEPT = 3e-3, 1e-3, 2000
 
 
@@ -48,7 +48,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """Return the untrained model. A rotary base this large turns no position: the paper's model has no positions."""
+    """Return the untrained model."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -58,7 +58,6 @@ def build_model(seed: int) -> LlamaForCausalLM:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e30},
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=None,
@@ -95,8 +94,6 @@ def train(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int, ra
         max_steps=steps,
         per_device_train_batch_size=BATCH,
         learning_rate=rate,
-        warmup_steps=steps // 30,
-        lr_scheduler_type="linear",
         adam_beta2=0.95,
         use_cpu=True,
         bf16=False,
@@ -108,7 +105,8 @@ def train(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int, ra
         dataloader_pin_memory=False,
         seed=seed,
     )
-    Trainer(model, args, train_dataset=rows, data_collator=partial(collate, tokenizer)).train()
+    schedule = LRScheduleCallback(wsd(steps // 30, decay_fraction=0.2, shape="linear"))
+    Trainer(model, args, train_dataset=rows, data_collator=partial(collate, tokenizer), callbacks=[schedule]).train()
 
 
 def answers_of(model: Any, tokenizer: Any) -> GreedyAnswers:
@@ -127,19 +125,18 @@ def accuracies(model: Any, tokenizer: Any, tests: dict[int, list[str]]) -> dict[
 
 
 def run_rounds(
-    arm: str, model: Any, tokenizer: Any, supervised: list[dict[str, Any]], tests: dict[int, list[str]], seed: int
+    model: Any, tokenizer: Any, supervised: list[dict[str, Any]], tests: dict[int, list[str]], seed: int
 ) -> list[dict[str, Any]]:
-    """Train the rounds of one arm and return their counts, each with the share of accepted answers that are right."""
+    """Train the rounds and return their counts, each with the share of accepted answers that are right."""
     exclude = {prompt for prompts in tests.values() for prompt in prompts}
     with tempfile.TemporaryDirectory() as folder:
         improve = SelfImprovement(
             folder, supervised[:KEPT], problem, LEVELS, per_round=PER_ROUND, length_slack=0, exclude=exclude, seed=seed
         )
         while not improve.done:
-            oracle = arm == "oracle"
-            rows = improve.extend(
-                (lambda prompts: [right_answer(p) for p in prompts]) if oracle else answers_of(model, tokenizer)
-            )
+            rows = improve.extend(answers_of(model, tokenizer))
+            if not rows:
+                break
             new = [row for row in rows if row["round"] == improve.finished + 1]
             right = [row["completion"] == right_answer(row["prompt"]) for row in new]
             improve.history[-1]["right"] = round(statistics.fmean(right), 4)
@@ -157,7 +154,7 @@ def run_seed(seed: int) -> list[dict[str, Any]]:
     base = build_model(seed)
     train(base, tokenizer, supervised, BASE_STEPS, BASE_LR, seed)
     rows = [{"seed": seed, "arm": "base", **accuracies(base, tokenizer, tests)}]
-    for arm in ("rounds", "control", "oracle"):
+    for arm in ("rounds", "control"):
         model = build_model(seed)
         model.load_state_dict(base.state_dict())
         counts: list[dict[str, Any]] = []
@@ -165,7 +162,7 @@ def run_seed(seed: int) -> list[dict[str, Any]]:
             for place in range(len(LEVELS)):
                 train(model, tokenizer, supervised, ROUND_STEPS, ROUND_LR, seed + place)
         else:
-            counts = run_rounds(arm, model, tokenizer, supervised, tests, seed)
+            counts = run_rounds(model, tokenizer, supervised, tests, seed)
         rows.append({"seed": seed, "arm": arm, **accuracies(model, tokenizer, tests), "counts": counts})
     return rows
 
@@ -175,9 +172,9 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_arm = {(row["arm"], row["seed"]): row for row in rows}
     seeds = sorted({row["seed"] for row in rows})
     found = []
-    for length in (20, 24):
+    for length in (18, 20, 22, 24):
         name = f"accuracy_{length}"
-        for arm in ("base", "control", "rounds", "oracle"):
+        for arm in ("base", "control", "rounds"):
             found.append(headline(f"{arm}_{name}", round(statistics.fmean(by_arm[arm, s][name] for s in seeds), 4)))
         gains = [by_arm["rounds", seed][name] - by_arm["control", seed][name] for seed in seeds]
         found.append(headline(f"smallest_gain_over_control_{length}", round(min(gains), 4), "> 0"))
@@ -189,16 +186,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args(arguments).seeds
     torch.set_num_threads(1)
-    rows = []
-    for seed in seeds:
+    rows: list[dict[str, Any]] = []
+    command = command_line("bench.self_improvement")
+    for place, seed in enumerate(seeds, 1):
         began = time.process_time()
         found = run_seed(seed)
         for row in found:
             print(row, flush=True)
         print(f"seed {seed}: {time.process_time() - began:.0f} CPU seconds", flush=True)
         rows += found
-    command = command_line("bench.self_improvement")
-    write_result("self_improvement", command=command, seeds=seeds, headline=figures(rows), rows=rows)
+        write_result("self_improvement", command=command, seeds=seeds[:place], headline=figures(rows), rows=rows)
     return 0
 
 
