@@ -105,7 +105,7 @@ def train(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int, ra
         dataloader_pin_memory=False,
         seed=seed,
     )
-    schedule = LRScheduleCallback(wsd(steps // 30, decay_fraction=0.2, shape="linear"))
+    schedule = LRScheduleCallback(wsd(warmup_steps=steps // 30, decay_fraction=0.2, shape="linear"))
     Trainer(model, args, train_dataset=rows, data_collator=partial(collate, tokenizer), callbacks=[schedule]).train()
 
 

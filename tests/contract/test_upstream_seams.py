@@ -102,6 +102,7 @@ SIGNATURES = {
     " dataset_args",
     f"{TRAINER}.log": "self logs start_time",
     f"{TRAINER}.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
+    "transformers.modeling_utils:PreTrainedModel.set_attn_implementation": "self attn_implementation allow_all_kernels",
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",
