@@ -80,6 +80,7 @@ class GreedyAnswers:
                 do_sample=False,
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=sorted(self.ends),
             )
         return [self._text(row) for row in made[:, padded["input_ids"].shape[1] :].tolist()]
 
@@ -117,7 +118,8 @@ class SelfImprovement:
         history (`list[dict]`): Counts of each round: `asked`, `unfinished`, `disagreed`, `short`, `rejected`, `accepted`.
 
     Raises:
-        CurriculumError: rows without the two columns, an argument out of range, or a folder of other settings.
+        CurriculumError: rows without the two columns, an argument out of range, or a folder of other rows, levels or
+            settings; `problem` and `keep` are functions and are not compared.
 
     Example:
     ```python
