@@ -109,6 +109,7 @@ class SelfImprovement:
         per_round (`int`): Problems of a round. The paper: 50,000 for addition, 20,000 for copying.
         min_agreement (`float`, *optional*, defaults to 0.5): See [`majority_answers`].
         length_slack (`int`, *optional*): See [`keep_by_length`]; no length filter if `None`.
+        length_quantile (`float`, *optional*, defaults to 1.0): Its `quantile`.
         keep (`Callable[[str, str], bool]`, *optional*): `keep(prompt, completion)`, such as a verifier.
         exclude (`Collection[str]`, *optional*): Prompts that are never drawn: those that you test on.
         seed (`int`, *optional*, defaults to 0): Seed of the problems.
@@ -143,6 +144,7 @@ class SelfImprovement:
         per_round: int,
         min_agreement: float = 0.5,
         length_slack: int | None = None,
+        length_quantile: float = 1.0,
         keep: Callable[[str, str], bool] | None = None,
         exclude: Collection[str] = (),
         seed: int = 0,
@@ -159,6 +161,7 @@ class SelfImprovement:
         self.per_round = check_count("per_round", per_round)
         self.min_agreement = check_number("min_agreement", min_agreement, 0, 1, open_low=True)
         self.length_slack = None if length_slack is None else check_count("length_slack", length_slack, 0)
+        self.length_quantile = check_number("length_quantile", length_quantile, 0, 1, open_low=True)
         self.seed = check_count("seed", seed, 0)
         self.finished = 0
         self.history: list[dict[str, Any]] = []
@@ -265,7 +268,9 @@ class SelfImprovement:
         if self.length_slack is not None:
             for level in {level for level, _ in problems}:
                 places = [p for p, (own, _) in enumerate(problems) if own == level and winners[p] is not None]
-                long_enough = keep_by_length([len(winners[p]) for p in places], self.length_slack)
+                long_enough = keep_by_length(
+                    [len(winners[p]) for p in places], self.length_slack, self.length_quantile
+                )
                 for place, kept in zip(places, long_enough.tolist(), strict=True):
                     reasons[place] = "accepted" if kept else "short"
         if self.keep is not None:
@@ -286,7 +291,14 @@ class SelfImprovement:
     # ---- state ----
 
     def _fingerprint(self) -> str:
-        settings = [self.per_round, self.min_agreement, self.length_slack, self.seed, sorted(self.exclude)]
+        settings = [
+            self.per_round,
+            self.min_agreement,
+            self.length_slack,
+            self.length_quantile,
+            self.seed,
+            sorted(self.exclude),
+        ]
         return hashlib.sha256(json.dumps([self.rows, settings]).encode()).hexdigest()
 
     def _restore(self) -> None:

@@ -52,6 +52,12 @@ def test_lengths_by_hand():
     assert keep_by_length([5, 6, 4, 6], 1).tolist() == [True, True, False, True]
     assert keep_by_length([3, 3], 0).tolist() == [True, True]
     assert keep_by_length([], 0).tolist() == []
+    assert keep_by_length([9, 5, 5, 4], 0).tolist() == [True, False, False, False]
+    assert keep_by_length([9, 5, 5, 4], 0, quantile=0.75).tolist() == [True, True, True, False]
+    assert keep_by_length([9, 5, 5, 4], 0, quantile=0.01).all()
+    for bad in (0, 1.1):
+        with pytest.raises(CurriculumError, match="quantile"):
+            keep_by_length([1], 0, bad)
     with pytest.raises(CurriculumError, match="slack"):
         keep_by_length([1], -1)
 
@@ -113,6 +119,16 @@ def test_several_models_vote(tmp_path):
 def test_levels_are_filtered_by_their_own_longest(tmp_path):
     improve = build(tmp_path, levels=[(3, 5)], length_slack=0)
     assert len(improve.extend(copy)) == 2 + 6
+
+
+def test_one_run_on_answer_drops_a_level_unless_the_quantile_passes_over_it(tmp_path):
+    def run_on(prompts):
+        answers = copy(prompts)
+        return [answers[0] * 3, *answers[1:]]
+
+    paper = build(tmp_path / "paper", levels=[4], length_slack=0)
+    robust = build(tmp_path / "robust", levels=[4], length_slack=0, length_quantile=0.8)
+    assert len(paper.extend(run_on)) == 2 + 1 and len(robust.extend(run_on)) == 2 + 6
 
 
 def test_restart_in_and_between_rounds_gives_the_same_rows(tmp_path):
@@ -194,6 +210,7 @@ def test_problems_depend_on_seed_and_round_alone(tmp_path):
         ({"per_round": 0}, "per_round"),
         ({"min_agreement": 0}, "min_agreement"),
         ({"length_slack": -1}, "length_slack"),
+        ({"length_quantile": 0}, "length_quantile"),
         ({"seed": -1}, "seed"),
         ({"levels": [()]}, "no level"),
     ],

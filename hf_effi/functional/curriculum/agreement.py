@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
@@ -46,23 +47,33 @@ def majority_answers(
     return winners
 
 
-def keep_by_length(lengths: Tensor | Sequence[int], slack: int = 1) -> Tensor:
+def keep_by_length(lengths: Tensor | Sequence[int], slack: int = 1, quantile: float = 1.0) -> Tensor:
     """
-    Return the mask `length >= max(lengths) - slack`: an answer much shorter than the others of its level lost a part.
+    Return the mask `length >= longest - slack`: an answer much shorter than the others of its level lost a part.
+
+    `longest` is the maximum, as in the paper, where one run-on answer drops all right ones; a `quantile` below 1 passes
+    over so many of the longest.
 
     Args:
         lengths (`torch.Tensor` or `Sequence[int]`): Of the answers of one level, shape `(num_answers,)`.
         slack (`int`, *optional*, defaults to 1): At least 0. The paper: 1 or 2.
+        quantile (`float`, *optional*, defaults to 1.0): Quantile of the lengths that counts as `longest`, in `(0, 1]`.
 
     Raises:
-        CurriculumError: a negative slack.
+        CurriculumError: an argument out of range.
 
     Example:
     ```python
     >>> keep_by_length([7, 8, 5]).tolist()
     [True, True, False]
+    >>> keep_by_length([7, 7, 7, 30], quantile=0.75).tolist()
+    [True, True, True, True]
     ```
     """
     check_count("slack", slack, 0)
+    check_number("quantile", quantile, 0, 1, open_low=True)
     values = torch.as_tensor(lengths)
-    return values >= values.max() - slack if values.numel() else torch.empty(0, dtype=torch.bool)
+    if not values.numel():
+        return torch.empty(0, dtype=torch.bool)
+    longest = values.sort().values[math.ceil(quantile * values.numel() - 1e-9) - 1]
+    return values >= longest - slack
