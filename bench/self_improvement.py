@@ -125,13 +125,26 @@ def accuracies(model: Any, tokenizer: Any, tests: dict[int, list[str]]) -> dict[
 
 
 def run_rounds(
-    model: Any, tokenizer: Any, supervised: list[dict[str, Any]], tests: dict[int, list[str]], seed: int
+    model: Any,
+    tokenizer: Any,
+    supervised: list[dict[str, Any]],
+    tests: dict[int, list[str]],
+    seed: int,
+    length_quantile: float,
 ) -> list[dict[str, Any]]:
     """Train the rounds and return their counts, each with the share of accepted answers that are right."""
     exclude = {prompt for prompts in tests.values() for prompt in prompts}
     with tempfile.TemporaryDirectory() as folder:
         improve = SelfImprovement(
-            folder, supervised[:KEPT], problem, LEVELS, per_round=PER_ROUND, length_slack=0, exclude=exclude, seed=seed
+            folder,
+            supervised[:KEPT],
+            problem,
+            LEVELS,
+            per_round=PER_ROUND,
+            length_slack=0,
+            length_quantile=length_quantile,
+            exclude=exclude,
+            seed=seed,
         )
         while not improve.done:
             rows = improve.extend(answers_of(model, tokenizer))
@@ -145,7 +158,7 @@ def run_rounds(
         return improve.history
 
 
-def run_seed(seed: int) -> list[dict[str, Any]]:
+def run_seed(seed: int, length_quantile: float = 1.0) -> list[dict[str, Any]]:
     """Return the rows of one seed: the common base, then each arm."""
     rng, tokenizer = random.Random(f"data {seed}"), build_tokenizer()
     drawn = [problem(rng.randint(1, LONGEST), rng) for _ in range(20_000)]
@@ -162,7 +175,7 @@ def run_seed(seed: int) -> list[dict[str, Any]]:
             for place in range(len(LEVELS)):
                 train(model, tokenizer, supervised, ROUND_STEPS, ROUND_LR, seed + place)
         else:
-            counts = run_rounds(model, tokenizer, supervised, tests, seed)
+            counts = run_rounds(model, tokenizer, supervised, tests, seed, length_quantile)
         rows.append({"seed": seed, "arm": arm, **accuracies(model, tokenizer, tests), "counts": counts})
     return rows
 
@@ -184,13 +197,15 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args(arguments).seeds
+    parser.add_argument("--length-quantile", type=float, default=1.0)
+    options = parser.parse_args(arguments)
+    seeds = options.seeds
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     command = command_line("bench.self_improvement")
     for place, seed in enumerate(seeds, 1):
         began = time.process_time()
-        found = run_seed(seed)
+        found = run_seed(seed, options.length_quantile)
         for row in found:
             print(row, flush=True)
         print(f"seed {seed}: {time.process_time() - began:.0f} CPU seconds", flush=True)
