@@ -212,7 +212,7 @@ class AttentionInfluence(ModelScore):
         if not self.heads:
             raise CurriculumError("heads is empty, so that masking changes nothing. Pass retrieval_heads(model).")
         with masked_heads(model, self.heads):
-            """Raises on a head that does not exist."""
+            pass  # a head that does not exist raises here, not in the first batch
 
     def fingerprint(self) -> str:
         return f"AttentionInfluence {self.heads} {super().fingerprint()}"
