@@ -34,6 +34,9 @@ _PUBLIC = {
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "Schedule": "hf_effi.functional.schedules",
+    "SequenceParallelArguments": "hf_effi.trainers._sequence_parallel",
+    "SequenceParallelError": "hf_effi.parallel",
+    "SequenceParallelMixin": "hf_effi.trainers._sequence_parallel",
     "TokenCounter": "hf_effi.functional.schedules",
     "branch_cooldown": "hf_effi.callbacks.branch",
     "constant": "hf_effi.functional.schedules",
@@ -104,12 +107,14 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .methods import METHODS, Method  # noqa: F401
+    from .parallel import SequenceParallelError  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
+    from .trainers._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
     from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401
     from .trainers.sft import EffiSFTConfig, EffiSFTTrainer  # noqa: F401
