@@ -112,6 +112,8 @@ class SequenceParallelMixin:
     def _check_settings(self, size: int) -> None:
         """Refuse what is not exact, or not tested, before any training."""
         args, mode = self.args, self.sequence_parallel_mode
+        if mode not in _MODES.values():
+            raise SequenceParallelError(f"sequence_parallel_mode={mode!r} must be 'token', 'replicated' or 'rounds'.")
         parallelism = self.accelerator.parallelism_config
         refused = {
             "DeepSpeed": (self.is_deepspeed_enabled, "use DDP or FSDP2, or DeepSpeed's own sp_size"),
