@@ -1,8 +1,12 @@
-"""Plans over a sequence of tokens: tiles, chunks, and which of them is alive when. Plain integers in, plain integers out."""
+"""Plans over a sequence of tokens (tiles, chunks), and the documents, shifted labels and shards of a batch of sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 def tile_rows(num_tokens: int, hidden_size: int, num_shards: int | None = None) -> int:
@@ -80,15 +84,6 @@ def chunk_segments(cu_seq_lens: Sequence[int], start: int, end: int) -> tuple[li
     queries = [cut - start for cut in (start, *cuts, end)]
     keys = [cut - first_key for cut in (first_key, *cuts, end)]
     return queries, keys, first_key
-
-
-"""Documents, shifted labels and shards of a batch of token sequences."""
-
-from __future__ import annotations
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 
 def document_ids(

@@ -1,7 +1,5 @@
 """Long sequences: sequence parallelism, tiled compute, activation offload, chunked backpropagation."""
 
-"""Ulysses sequence parallelism in plain PyTorch: each rank holds a part of every sequence, gradients stay exact."""
-
 from .attention import attention_scope
 from .boundary import gathered_forward, sharded_forward
 from .checks import check_deepspeed, check_model, implementation_of

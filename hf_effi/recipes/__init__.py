@@ -1,4 +1,4 @@
-"""Settings of papers as functions that return trainer keyword arguments."""
+"""Settings of papers, as functions that return trainer keyword arguments, configs, and launch files."""
 
 from __future__ import annotations
 
@@ -6,4 +6,3 @@ from .ascending_quality import cdma, cma
 from .stability_gap import stability_gap
 
 __all__ = ["cdma", "cma", "stability_gap"]
-"""Settings of papers, as functions that return trainer arguments and configs, and launch files."""

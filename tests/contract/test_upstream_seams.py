@@ -107,7 +107,6 @@ SIGNATURES = {
     " dataset_args",
     f"{TRAINER}.log": "self logs start_time",
     f"{TRAINER}.get_tp_size": "self",
-    f"{TRAINER}.get_cp_size": "self",
     f"{TRAINER}.get_sp_size": "self",
     # The one class that `Trainer._get_dataloader` takes as a batch sampler.
     "transformers.trainer_pt_utils:BatchRebalanceSampler.__init__": "self lengths effective_batch_size dp_size grad_accum"
