@@ -53,4 +53,27 @@ ROWS: tuple[Method, ...] = (
         ),
         bench="bench/tiled_compute.py",
     ),
+    Method(
+        key="sequence_parallel",
+        title="Sequence parallelism (Ulysses) in plain PyTorch",
+        kind="parallel",
+        summary="Splits every sequence over several ranks, with the loss and gradients of one, for every Trainer.",
+        entry_points=(
+            "hf_effi.trainers.trainer:EffiTrainer",
+            "hf_effi.trainers.sft:EffiSFTTrainer",
+            "hf_effi.trainers.grpo:EffiGRPOTrainer",
+            "hf_effi.trainers._sequence_parallel:SequenceParallelMixin",
+            "hf_effi.parallel:split_batch",
+        ),
+        paper="DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer Models",
+        paper_id="2309.14509",
+        status="experimental",
+        tests=(
+            "tests/unit/test_sequence_parallel.py",
+            "tests/training/test_sequence_parallel.py",
+            "tests/distributed/test_sequence_parallel_ranks.py",
+            "tests/distributed/test_sequence_parallel_trainers.py",
+        ),
+        bench="bench/sequence_parallel.py",
+    ),
 )

@@ -358,6 +358,10 @@ def test_zero_1_and_2_multiply_gradients(stage):
     assert "Use ZeRO-3" in warning and "max_grad_norm to 4 times" in warning
 
 
+def test_zero_0_is_named():
+    assert "ZeRO-0 with sp_size=2 is reported to crash" in check_deepspeed(*deepspeed(2, 0), packed=False)
+
+
 def test_zero_3_is_fine_and_so_is_no_sequence_parallelism():
     assert check_deepspeed(*deepspeed(4, 3), packed=False) is None
     assert check_deepspeed(*deepspeed(1, 2), packed=True) is None
