@@ -13,6 +13,8 @@ from ._version import __version__
 #: public name -> module that defines it
 _PUBLIC = {
     "AccuracyGradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "ActivationOffloadCallback": "hf_effi.callbacks.layer_modes",
+    "AttentionPattern": "hf_effi.functional.segment_attention",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
     "BatchTransform": "hf_effi.trainers._batch_mixin",
     "BatchTransformMixin": "hf_effi.trainers._batch_mixin",
@@ -25,35 +27,46 @@ _PUBLIC = {
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
+    "LayerModes": "hf_effi.parallel.layer_modes",
     "METHODS": "hf_effi.methods",
-    "Method": "hf_effi.methods",
     "MaskingRatioCurriculum": "hf_effi.trainers._masking",
+    "MemoryBudgetCallback": "hf_effi.callbacks.layer_modes",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
+    "Method": "hf_effi.methods",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
-    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "Schedule": "hf_effi.functional.schedules",
+    "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
+    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "TokenCounter": "hf_effi.functional.schedules",
+    "accelerate_config": "hf_effi.recipes.launch",
     "branch_cooldown": "hf_effi.callbacks.branch",
     "constant": "hf_effi.functional.schedules",
     "cosine": "hf_effi.functional.schedules",
     "cosine_power": "hf_effi.functional.schedules",
     "damped_cosine": "hf_effi.functional.schedules",
+    "extend_rope": "hf_effi.recipes.long_context",
     "extend_to": "hf_effi.functional.schedules",
     "infinite": "hf_effi.functional.schedules",
     "inverse_sqrt": "hf_effi.functional.schedules",
     "join": "hf_effi.functional.schedules",
+    "lambda_patterns": "hf_effi.recipes.long_context",
     "layerwise_param_groups": "hf_effi.functional.schedules",
     "linear": "hf_effi.functional.schedules",
+    "longgen_patterns": "hf_effi.recipes.long_context",
     "lr_range_test": "hf_effi.callbacks.lr_range_test",
     "one_cycle": "hf_effi.functional.schedules",
+    "plan_memory": "hf_effi.report.plan_memory",
     "plot_schedules": "hf_effi.report.schedule_plot",
     "power": "hf_effi.functional.schedules",
+    "prolong_stages": "hf_effi.recipes.long_context",
     "refined_by_gradient_norm": "hf_effi.functional.schedules",
+    "register_varlen_attention": "hf_effi.parallel.varlen",
     "rewarm_redecay": "hf_effi.functional.schedules",
     "rex": "hf_effi.functional.schedules",
     "scale": "hf_effi.functional.schedules",
+    "set_attention_patterns": "hf_effi.parallel.varlen",
     "slow_start_fast_decay": "hf_effi.functional.schedules",
     "table": "hf_effi.functional.schedules",
     "to_lambda_lr": "hf_effi.functional.schedules",
@@ -71,6 +84,11 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback  # noqa: F401
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401
+    from .callbacks.layer_modes import (  # noqa: F401
+        ActivationOffloadCallback,
+        MemoryBudgetCallback,
+        SelectiveCheckpointCallback,
+    )
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
@@ -103,7 +121,13 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsd_s,
         wsdc,
     )
+    from .functional.segment_attention import AttentionPattern  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
+    from .parallel.layer_modes import LayerModes  # noqa: F401
+    from .parallel.varlen import register_varlen_attention, set_attention_patterns  # noqa: F401
+    from .recipes.launch import accelerate_config  # noqa: F401
+    from .recipes.long_context import extend_rope, lambda_patterns, longgen_patterns, prolong_stages  # noqa: F401
+    from .report.plan_memory import plan_memory  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
