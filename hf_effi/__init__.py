@@ -13,6 +13,8 @@ from ._version import __version__
 #: public name -> module that defines it
 _PUBLIC = {
     "AccuracyGradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "ActivationOffloadCallback": "hf_effi.callbacks.layer_modes",
+    "AttentionPattern": "hf_effi.functional.segment_attention",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
     "BatchTransform": "hf_effi.trainers._batch_mixin",
     "BatchTransformMixin": "hf_effi.trainers._batch_mixin",
@@ -25,8 +27,10 @@ _PUBLIC = {
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
+    "LayerModes": "hf_effi.parallel.layer_modes",
     "METHODS": "hf_effi.methods",
     "MaskingRatioCurriculum": "hf_effi.trainers._masking",
+    "MemoryBudgetCallback": "hf_effi.callbacks.layer_modes",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
     "Method": "hf_effi.methods",
@@ -36,6 +40,7 @@ _PUBLIC = {
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "Schedule": "hf_effi.functional.schedules",
+    "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "SequenceParallelArguments": "hf_effi.trainers._sequence_parallel",
     "SequenceParallelError": "hf_effi.parallel",
@@ -44,6 +49,7 @@ _PUBLIC = {
     "TokenCounter": "hf_effi.functional.schedules",
     "UL2Denoising": "hf_effi.trainers._denoising",
     "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
+    "accelerate_config": "hf_effi.recipes.launch",
     "average_checkpoints": "hf_effi.callbacks.average_checkpoints",
     "branch_cooldown": "hf_effi.callbacks.branch",
     "cdma": "hf_effi.recipes",
@@ -52,20 +58,27 @@ _PUBLIC = {
     "cosine": "hf_effi.functional.schedules",
     "cosine_power": "hf_effi.functional.schedules",
     "damped_cosine": "hf_effi.functional.schedules",
+    "extend_rope": "hf_effi.recipes.long_context",
     "extend_to": "hf_effi.functional.schedules",
     "infinite": "hf_effi.functional.schedules",
     "inverse_sqrt": "hf_effi.functional.schedules",
     "join": "hf_effi.functional.schedules",
+    "lambda_patterns": "hf_effi.recipes.long_context",
     "layerwise_param_groups": "hf_effi.functional.schedules",
     "linear": "hf_effi.functional.schedules",
+    "longgen_patterns": "hf_effi.recipes.long_context",
     "lr_range_test": "hf_effi.callbacks.lr_range_test",
     "one_cycle": "hf_effi.functional.schedules",
+    "plan_memory": "hf_effi.report.plan_memory",
     "plot_schedules": "hf_effi.report.schedule_plot",
     "power": "hf_effi.functional.schedules",
+    "prolong_stages": "hf_effi.recipes.long_context",
     "refined_by_gradient_norm": "hf_effi.functional.schedules",
+    "register_varlen_attention": "hf_effi.parallel.varlen",
     "rewarm_redecay": "hf_effi.functional.schedules",
     "rex": "hf_effi.functional.schedules",
     "scale": "hf_effi.functional.schedules",
+    "set_attention_patterns": "hf_effi.parallel.varlen",
     "slow_start_fast_decay": "hf_effi.functional.schedules",
     "stability_gap": "hf_effi.recipes",
     "stream_layers": "hf_effi.parallel.stream_layer",
@@ -89,6 +102,11 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
     from .callbacks.average_checkpoints import average_checkpoints  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401
+    from .callbacks.layer_modes import (  # noqa: F401
+        ActivationOffloadCallback,
+        MemoryBudgetCallback,
+        SelectiveCheckpointCallback,
+    )
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
     from .callbacks.multigrid import MultigridLRCallback  # noqa: F401
@@ -125,12 +143,18 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsd_s,
         wsdc,
     )
+    from .functional.segment_attention import AttentionPattern  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .parallel import SequenceParallelError  # noqa: F401
+    from .parallel.layer_modes import LayerModes  # noqa: F401
     from .parallel.stream_layer import stream_layers  # noqa: F401
     from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
     from .parallel.tiled_mlp import tile_mlp  # noqa: F401
+    from .parallel.varlen import register_varlen_attention, set_attention_patterns  # noqa: F401
     from .recipes import cdma, cma, stability_gap  # noqa: F401
+    from .recipes.launch import accelerate_config  # noqa: F401
+    from .recipes.long_context import extend_rope, lambda_patterns, longgen_patterns, prolong_stages  # noqa: F401
+    from .report.plan_memory import plan_memory  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .samplers import TokenBudgetBatchSampler  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401

@@ -118,6 +118,14 @@ SIGNATURES = {
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",
     # What sequence parallelism stands in for: the table of attention backends.
     "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface": "attn_implementation default",
+    # Layers, attention and masks.
+    "transformers.modeling_layers:GradientCheckpointingLayer.__init_subclass__": "**kwargs",
+    "transformers.modeling_utils:AttentionInterface.register": "key value",
+    "transformers.masking_utils:AttentionMaskInterface.register": "key value",
+    "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
+    " attention_mask **kwargs",
+    "transformers.integrations.sdpa_attention:sdpa_attention_forward": "module query key value attention_mask dropout"
+    " scaling is_causal position_bias cache **kwargs",
     # accelerate.
     "accelerate:Accelerator._prepare_device_mesh": "self",
     "accelerate:Accelerator.no_sync": "self model",
@@ -965,6 +973,59 @@ def test_callback_events_in_order_with_their_parts_and_state(tmp_path):
     recorder, _ = train(4, True)
     assert recorder.restored == {"seen_steps": 2}, "state.stateful_callbacks no longer survives a resume"
     assert recorder.rates[0] == pytest.approx(0.5 / 3), "after a resume the scheduler goes on where it was"
+
+
+# --- layers and attention ------------------------------------------------------------------------------------------
+
+
+def test_layers_checkpoint_through_a_function_of_their_own():
+    """What LayerModes replaces: read at every forward, called with the forward and its positional inputs."""
+    model = tiny_qwen3(use_cache=False).train()
+    model.activation_checkpointing_enable()
+    layers = model.model.layers
+    found = layers[0]._gradient_checkpointing_func
+    assert found.func is torch.utils.checkpoint.checkpoint and found.keywords == {"use_reentrant": False}
+    calls = []
+
+    def mine(function, *args):
+        calls.append([tuple(arg.shape) for arg in args])
+        return function(*args)
+
+    layers[1]._gradient_checkpointing_func = mine
+    ids = torch.arange(8)[None]
+    model(input_ids=ids)
+    model.activation_checkpointing_disable()
+    assert layers[1]._gradient_checkpointing_func is not mine and not layers[1].gradient_checkpointing
+    model(input_ids=ids)
+    assert calls == [[(1, 8, 32)]]
+
+
+def test_attention_that_is_in_no_mask_table_gets_no_mask():
+    """Why the planner's trace has fused causal attention."""
+    attention = resolve("transformers.modeling_utils:AttentionInterface")
+    assert isinstance(attention._global_mapping, dict)
+    masks = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        assert kwargs["position_ids"].shape == (1, 8), "position_ids reach the attention"
+        return query.transpose(1, 2), None
+
+    attention.register("hf_effi_spy", spy)
+    try:
+        model = tiny_qwen3()
+        model.set_attn_implementation("hf_effi_spy")
+        model(input_ids=torch.arange(8)[None], attention_mask=torch.tensor([[0] + [1] * 7]))
+    finally:
+        attention._global_mapping.pop("hf_effi_spy")
+    assert masks == [None, None]
+
+
+def test_models_say_whether_they_have_fused_attention():
+    from transformers import AutoModelForCausalLM, Gemma2Config, Qwen3Config
+
+    mapping = AutoModelForCausalLM._model_mapping
+    assert mapping[Qwen3Config]._supports_sdpa and not mapping[Gemma2Config]._supports_sdpa
 
 
 # --- collectives ---------------------------------------------------------------------------------------------------
