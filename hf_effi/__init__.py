@@ -16,6 +16,8 @@ _PUBLIC = {
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
     "BatchTransform": "hf_effi.trainers._batch_mixin",
     "BatchTransformMixin": "hf_effi.trainers._batch_mixin",
+    "ChunkFlow": "hf_effi.parallel.chunk_flow",
+    "ChunkFlowMixin": "hf_effi.trainers._chunk_mixin",
     "EffiGRPOConfig": "hf_effi.trainers.grpo_config",
     "EffiGRPOTrainer": "hf_effi.trainers.grpo",
     "EffiSFTConfig": "hf_effi.trainers.sft",
@@ -110,11 +112,13 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .methods import METHODS, Method  # noqa: F401
+    from .parallel.chunk_flow import ChunkFlow  # noqa: F401
     from .parallel.stream_layer import stream_layers  # noqa: F401
     from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
     from .parallel.tiled_mlp import tile_mlp  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
+    from .trainers._chunk_mixin import ChunkFlowMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401

@@ -21,7 +21,7 @@ from ..functional.sequence import chunk_bounds, chunk_segments
 from .patch_handle import PatchHandle
 
 #: arguments of a layer that are per token along dimension 1
-_PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx")
+_PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx", "shift_labels")
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
