@@ -115,7 +115,7 @@ class ChunkGroup:
             return loss
         start, end = self.bounds[index]
         trained = [
-            (state, gradient[..., start:end, :])
+            (state, gradient[..., start:end, :].to(state.dtype))
             for state, gradient in zip(own, self._gradients, strict=True)
             if state.requires_grad
         ]
@@ -125,7 +125,11 @@ class ChunkGroup:
         """Add what the chunk's backward left for the keys and values before it."""
         for position, leaf in enumerate(self._leaves.pop(index, [])):
             if not self._gradients:
-                self._gradients = [torch.zeros_like(state) for state in self._states]
+                # Half precision would round the sum at every chunk.
+                self._gradients = [
+                    torch.zeros_like(state, dtype=torch.promote_types(state.dtype, torch.float32))
+                    for state in self._states
+                ]
             if leaf.grad is not None:
                 self._gradients[position][..., : leaf.shape[-2], :] += leaf.grad
 
