@@ -18,6 +18,8 @@ _PUBLIC = {
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
     "BatchTransform": "hf_effi.trainers._batch_mixin",
     "BatchTransformMixin": "hf_effi.trainers._batch_mixin",
+    "ChunkFlow": "hf_effi.parallel.chunk_flow",
+    "ChunkFlowMixin": "hf_effi.trainers._chunk_mixin",
     "EffiGRPOConfig": "hf_effi.trainers.grpo_config",
     "EffiGRPOTrainer": "hf_effi.trainers.grpo",
     "EffiSFTConfig": "hf_effi.trainers.sft",
@@ -146,6 +148,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .functional.segment_attention import AttentionPattern  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .parallel import SequenceParallelError  # noqa: F401
+    from .parallel.chunk_flow import ChunkFlow  # noqa: F401
     from .parallel.layer_modes import LayerModes  # noqa: F401
     from .parallel.stream_layer import stream_layers  # noqa: F401
     from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
@@ -158,6 +161,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .samplers import TokenBudgetBatchSampler  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
+    from .trainers._chunk_mixin import ChunkFlowMixin  # noqa: F401
     from .trainers._denoising import UL2Denoising  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401

@@ -190,4 +190,25 @@ ROWS: tuple[Method, ...] = (
         tests=("tests/unit/test_long_context.py", "tests/training/test_long_context.py"),
         bench="bench/activation_memory.py",
     ),
+    Method(
+        key="chunk_flow",
+        title="ChunkFlow",
+        kind="parallel",
+        summary="Trains micro-batches in chunks of tokens, with a bounded number of chunks' activations alive.",
+        entry_points=(
+            "hf_effi.parallel.chunk_flow:ChunkFlow",
+            "hf_effi.trainers._chunk_mixin:ChunkFlowMixin",
+            "hf_effi.functional.sequence:plan_chunks",
+            "hf_effi.functional.sequence:chunk_schedule",
+        ),
+        paper="Efficient Long Context Fine-tuning with Chunk Flow",
+        paper_id="2503.02356",
+        status="experimental",
+        tests=(
+            "tests/unit/test_chunk_flow.py",
+            "tests/training/test_chunk_flow.py",
+            "tests/distributed/test_chunk_flow_ranks.py",
+        ),
+        bench="bench/tiled_compute.py",
+    ),
 )

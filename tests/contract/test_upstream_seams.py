@@ -97,6 +97,8 @@ SIGNATURES = {
     f"{TRAINER}.get_cp_size": "self",
     f"{TRAINER}.floating_point_ops": "self inputs",
     f"{TRAINER}._track_num_input_tokens": "self inputs",
+    f"{TRAINER}.compute_loss_context_manager": "self",
+    f"{TRAINER}._prepare_inputs": "self inputs",
     f"{TRAINER}._save_checkpoint": "self model trial",
     f"{TRAINER}._get_output_dir": "self trial",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
@@ -126,11 +128,15 @@ SIGNATURES = {
     " attention_mask **kwargs",
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": "module query key value attention_mask dropout"
     " scaling is_causal position_bias cache **kwargs",
+    "transformers.loss.loss_utils:ForCausalLMLoss": "logits labels vocab_size num_items_in_batch ignore_index"
+    " shift_labels **kwargs",
+    "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
     # accelerate.
     "accelerate:Accelerator._prepare_device_mesh": "self",
     "accelerate:Accelerator.no_sync": "self model",
     "accelerate:Accelerator.backward": "self loss **kwargs",
     "accelerate:Accelerator.gather": "self tensor",
+    "accelerate:Accelerator.no_sync": "self model",
     "accelerate:Accelerator.reduce": "self tensor reduction scale",
     "accelerate:Accelerator.unwrap_model": "self model keep_fp32_wrapper keep_torch_compile",
     "accelerate.utils:gather": "tensor",
@@ -181,6 +187,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "beta": float,
     "chat_template_kwargs": dict,
     "compute_loss_func": type(None),
+    "compute_loss_func": None,
     "environment_factories": type(None),
     "environments": type(None),
     "eos_token_ids": list,
@@ -190,6 +197,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "importance_sampling_level": str,
     "is_deepspeed_enabled": bool,
     "is_fsdp_enabled": bool,
+    "label_smoother": type(None),
     "loss_type": str,
     "mask_truncated_completions": bool,
     "max_completion_length": int,
@@ -1064,3 +1072,64 @@ def test_collectives_are_rank_major_and_flat():
 
 def test_binary_reward_name_is_the_metric_name(runs):
     assert runs("default").reward_func_names == [binary_hash_reward.__name__]
+
+
+# --- what tiled and chunked computation leans on -------------------------------------------------------------------
+
+
+def test_the_loss_of_a_model_can_be_set_on_its_instance():
+    model = tiny_qwen3()
+    assert model.loss_function.__name__ == "ForCausalLMLoss" and "_loss_function" not in model.__dict__
+    model.__dict__["_loss_function"] = marker = object()
+    assert model.loss_function is marker
+
+
+def test_a_decoder_layer_reads_its_own_checkpointing_flag():
+    model = tiny_qwen3().train()
+    model.activation_checkpointing_enable()
+    layer = model.model.layers[0]
+    assert layer.gradient_checkpointing is True
+    layer._gradient_checkpointing_func = None
+    with pytest.raises(TypeError):
+        model(torch.ones(1, 2, dtype=torch.long))
+    layer.__dict__["gradient_checkpointing"] = False
+    model(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_attention_takes_its_keys_from_a_cache_of_any_class():
+    calls = []
+
+    class Cache:
+        def update(self, keys, values, layer_idx, *args, **kwargs):
+            calls.append((tuple(keys.shape), layer_idx))
+            return keys, values
+
+    layer = tiny_qwen3().model.layers[1]
+    cos = torch.ones(1, 3, 8)
+    layer(torch.zeros(1, 3, 32), position_embeddings=(cos, 0 * cos), past_key_values=Cache())
+    assert calls == [((1, 2, 3, 8), 1)]
+
+
+def test_a_dynamic_cache_keeps_the_graph_of_what_it_is_given():
+    from transformers import DynamicCache
+
+    cache, keys = DynamicCache(), torch.ones(1, 2, 3, 4, requires_grad=True)
+    cache.update(keys, keys, 0)
+    cache.update(2 * keys, keys, 0)
+    assert cache.layers[0].keys.shape == (1, 2, 6, 4)
+    cache.layers[0].keys[..., 3:, :].sum().backward()
+    assert torch.equal(keys.grad, torch.full_like(keys, 2.0))
+
+
+def test_lora_layers_have_these_parts():
+    from peft import LoraConfig, get_peft_model
+
+    layer = (
+        get_peft_model(tiny_qwen3(), LoraConfig(target_modules=["up_proj"]))
+        .base_model.model.model.layers[0]
+        .mlp.up_proj
+    )
+    for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "lora_variant", "active_adapters"):
+        assert hasattr(layer, name), name
+    assert layer.merged is False and layer.disable_adapters is False and callable(layer.unmerge)
+    assert isinstance(layer.scaling["default"], (int, float)) and layer.active_adapters == ["default"]
