@@ -67,17 +67,19 @@ def attention_scope(implementations: Iterable[str]) -> Iterator[None]:
     Args:
         implementations (`Iterable[str]`): Names of backends, such as `"sdpa"`.
     """
-    overridden = ALL_ATTENTION_FUNCTIONS._local_mapping
-    before = dict(overridden)
+    replaced: dict[str, Callable[..., Any]] = {}
     try:
         for name in set(implementations):
             core = ALL_ATTENTION_FUNCTIONS[name]
             if not isinstance(core, _Dispatcher):
+                replaced[name] = core
                 ALL_ATTENTION_FUNCTIONS[name] = _Dispatcher(name, core)
         yield
     finally:
-        overridden.clear()
-        overridden.update(before)
+        for name, core in replaced.items():
+            del ALL_ATTENTION_FUNCTIONS[name]
+            if ALL_ATTENTION_FUNCTIONS.get(name) is not core:  # it was an override of someone else
+                ALL_ATTENTION_FUNCTIONS[name] = core
 
 
 def attend(
@@ -102,7 +104,7 @@ def attend(
     Returns:
         `Tensor`: `(B, S, Hq/P, D)`.
     """
-    window = options.get("sliding_window") or getattr(module, "sliding_window", None)
+    window = _window(module, options)
     mask: Any = None
     if name == "sdpa":
         mask = layout.mask(window)
@@ -117,6 +119,10 @@ def attend(
             "max_length_k": longest,
         }
     return core(module, query, key, value, mask, **options)[0]
+
+
+def _window(module: Any, options: dict[str, Any]) -> int | None:
+    return options["sliding_window"] if "sliding_window" in options else getattr(module, "sliding_window", None)
 
 
 def _block_mask(layout: SequenceLayout, window: int | None) -> Any:
@@ -161,7 +167,7 @@ def prove_isolation(
     Raises:
         SequenceParallelError: something leaks, or the changed document does not change either.
     """
-    window = options.get("sliding_window") or getattr(module, "sliding_window", None)
+    window = _window(module, options)
     kind = (name, core, query.device.type, query.dtype, query.shape[1::2], key.size(1), value.size(-1), window is None)
     if kind in _proven:
         return

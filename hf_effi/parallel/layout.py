@@ -108,6 +108,21 @@ class SequenceLayout:
         return outputs
 
 
+def tokens_of(inputs: Mapping[str, Any]) -> Tensor:
+    """
+    Return the input whose dimension 1 is the sequence.
+
+    Raises:
+        SequenceParallelError: there is none.
+    """
+    for name in ("input_ids", "inputs_embeds"):
+        if inputs.get(name) is not None:
+            return inputs[name]
+    raise SequenceParallelError(
+        f"Sequence parallelism needs input_ids or inputs_embeds; the batch has {', '.join(inputs) or 'nothing'}."
+    )
+
+
 def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[SequenceLayout, dict[str, Any]]:
     """
     Split a whole batch, the same on every rank of `group`, along the sequence.
@@ -125,11 +140,7 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
     Raises:
         SequenceParallelError: an input that cannot be split, by name.
     """
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if tokens is None:
-        raise SequenceParallelError(
-            f"Sequence parallelism needs input_ids or inputs_embeds; the batch has {', '.join(inputs)}."
-        )
+    tokens = tokens_of(inputs)
     rows, length = tokens.shape[:2]
     _check_inputs(inputs, rows, length)
     positions = inputs.get("position_ids")
