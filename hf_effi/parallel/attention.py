@@ -109,9 +109,9 @@ def attend(
     if name == "sdpa":
         mask = layout.mask(window)
     elif name == "flex_attention":
-        mask = _block_mask(layout, window)
+        mask = layout.block_mask(window)
     elif not layout.one_document:
-        cu_seqlens, longest = layout.boundaries()
+        cu_seqlens, longest = layout.boundaries
         options = options | {
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
@@ -123,19 +123,6 @@ def attend(
 
 def _window(module: Any, options: dict[str, Any]) -> int | None:
     return options["sliding_window"] if "sliding_window" in options else getattr(module, "sliding_window", None)
-
-
-def _block_mask(layout: SequenceLayout, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    documents = layout.documents
-
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = (documents[row, query] == documents[row, key]) & (query >= key)
-        return same if window is None else same & (query - key < window)
-
-    rows, length = documents.shape
-    return create_block_mask(allowed, rows, None, length, length, device=documents.device)
 
 
 def _check_call(module: nn.Module, options: dict[str, Any]) -> None:

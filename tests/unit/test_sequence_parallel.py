@@ -111,7 +111,7 @@ def test_split_batch_takes_boundaries_and_given_labels():
     ids = torch.arange(6)[None]
     inputs = {"input_ids": ids, "shift_labels": ids, "cu_seq_lens_q": torch.tensor([0, 4, 6]), "max_length_q": 4}
     layout, shard = split_batch(inputs, group_of(2, 0))
-    assert layout.documents.tolist() == [[0, 0, 0, 0, 1, 1]] and layout.boundaries()[1] == 4
+    assert layout.documents.tolist() == [[0, 0, 0, 0, 1, 1]] and layout.boundaries[1] == 4
     assert shard["shift_labels"].tolist() == [[0, 1, 2]] and "max_length_q" not in shard
 
 
