@@ -24,12 +24,16 @@ _PUBLIC = {
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "KernelMismatchError": "hf_effi.kernels",
+    "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
+    "KernelPatchMixin": "hf_effi.trainers._kernel_mixin",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
     "Method": "hf_effi.methods",
     "MaskingRatioCurriculum": "hf_effi.trainers._masking",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
+    "PatchError": "hf_effi.kernels",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
@@ -48,6 +52,7 @@ _PUBLIC = {
     "linear": "hf_effi.functional.schedules",
     "lr_range_test": "hf_effi.callbacks.lr_range_test",
     "one_cycle": "hf_effi.functional.schedules",
+    "patch": "hf_effi.kernels",
     "plot_schedules": "hf_effi.report.schedule_plot",
     "power": "hf_effi.functional.schedules",
     "refined_by_gradient_norm": "hf_effi.functional.schedules",
@@ -71,6 +76,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback  # noqa: F401
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401
+    from .callbacks.kernel_patch import KernelPatchCallback  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
@@ -103,9 +109,11 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsd_s,
         wsdc,
     )
+    from .kernels import KernelMismatchError, PatchError, patch  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
+    from .trainers._kernel_mixin import KernelPatchMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401

@@ -15,6 +15,8 @@ from types import ModuleType
 OPTIONAL_PACKAGES = {
     "triton": ("triton", "kernels"),
     "liger_kernel": ("liger-kernel", "kernels"),
+    "liger_kernel.ops": ("liger-kernel", "kernels"),
+    "kernels": ("kernels", "hub"),
     "bitsandbytes": ("bitsandbytes", "quant"),
     "deepspeed": ("deepspeed", "parallel"),
     "matplotlib": ("matplotlib", "report"),

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from transformers import Trainer, TrainingArguments
 
+from ._kernel_mixin import KernelArguments, KernelPatchMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 
 
 @dataclass
-class EffiTrainingArguments(ScheduleArguments, TrainingArguments):
+class EffiTrainingArguments(KernelArguments, ScheduleArguments, TrainingArguments):
     """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs` and `lr_schedule_on_mismatch`.
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `kernel_patch`.
 
     Example:
     ```python
@@ -21,12 +22,14 @@ class EffiTrainingArguments(ScheduleArguments, TrainingArguments):
     ```
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiTrainer(SamplerMixin, ScheduleMixin, Trainer):
+class EffiTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, Trainer):
     """
-    `transformers.Trainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock Trainer to the bit.
+    `transformers.Trainer` that follows `args.lr_schedule`, holds `args.kernel_patch` while it trains and takes a `train_sampler`.
+
+    With every method off it is the stock Trainer to the bit.
 
     Example:
     ```python

@@ -27,6 +27,7 @@ OWN_FIELDS = (
     "lr_schedule",
     "lr_schedule_kwargs",
     "lr_schedule_on_mismatch",
+    "kernel_patch",
 )
 
 #: A value for each that differs from its default and is valid next to the others and [`grpo_args`]'.
@@ -46,6 +47,7 @@ IN_YAML = {
     "lr_schedule": "wsd",
     "lr_schedule_on_mismatch": "new",
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
+    "kernel_patch": {"RMSNorm": "liger"},
 }
 
 

@@ -105,7 +105,9 @@ SIGNATURES = {
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",
+    "transformers.modeling_layers:GradientCheckpointingLayer.__init_subclass__": "**kwargs",
     # accelerate.
+    "accelerate.hooks:add_hook_to_module": "module hook append",
     "accelerate:Accelerator.gather": "self tensor",
     "accelerate:Accelerator.reduce": "self tensor reduction scale",
     "accelerate:Accelerator.unwrap_model": "self model keep_fp32_wrapper keep_torch_compile",
@@ -166,6 +168,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "is_fsdp_enabled": bool,
     "loss_type": str,
     "mask_truncated_completions": bool,
+    "model_init": type(None),
     "max_completion_length": int,
     "multi_objective_aggregation": str,
     "num_generations": int,
