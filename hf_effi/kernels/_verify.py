@@ -88,7 +88,7 @@ def _results(
 ) -> dict[str, torch.Tensor | None]:
     """Return outputs and gradients by name; with `wide`, of the same function with everything in a wider dtype."""
     call = _Call(modules, function)
-    parameters = {name: p for name, p in call.named_parameters() if _is_float(p)}
+    parameters = {name: _not_zero(p) for name, p in call.named_parameters() if _is_float(p)}
     args, kwargs = _map_floats(arguments, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
     if wide:
         parameters = {name: _widened(p) for name, p in parameters.items()}
@@ -100,7 +100,7 @@ def _results(
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with forked, torch.set_grad_enabled(backward), torch.autocast(device.type, enabled=False):
         torch.manual_seed(0)
-        outputs = list(_floats(_functional(call, parameters if wide else {}, args, kwargs)))
+        outputs = list(_floats(torch.func.functional_call(call, parameters, args, kwargs)))
     found: dict[str, torch.Tensor | None] = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     found |= {
         f"input {i} after the call": now.detach()
@@ -115,8 +115,13 @@ def _results(
     return found
 
 
-def _functional(call: _Call, parameters: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
-    return torch.func.functional_call(call, parameters, args, kwargs) if parameters else call(*args, **kwargs)
+def _not_zero(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a random stand-in for weights that are all zero, such as a fresh LoRA's `B`: they would hide an error."""
+    if parameter.detach().any():
+        return parameter
+    generator = torch.Generator().manual_seed(2)
+    stand_in = torch.randn(parameter.shape, generator=generator).to(parameter) / max(parameter.shape[-1], 1) ** 0.5
+    return stand_in.requires_grad_(parameter.requires_grad)
 
 
 def _gradients(outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
