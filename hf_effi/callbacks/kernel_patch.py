@@ -8,7 +8,16 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..kernels import PatchHandle, patch
+from ..kernels import PatchError, PatchHandle, patch
+
+
+def refuse_data_parallel(args: TrainingArguments) -> None:
+    """Raise where the Trainer would use `nn.DataParallel`, whose replicas would call the functions of the first one."""
+    if args.n_gpu > 1:
+        raise PatchError(
+            f"{args.n_gpu} devices in one process: nn.DataParallel copies a patched module with the original's weights. "
+            "Start one process a device (torchrun, accelerate launch), or make one device visible."
+        )
 
 
 class KernelPatchCallback(TrainerCallback):
@@ -23,6 +32,9 @@ class KernelPatchCallback(TrainerCallback):
     Args:
         layers (`Mapping` or `str`): As in [`~hf_effi.patch`]; `"liger"` for all that Liger has for the model.
         options: The other arguments of [`~hf_effi.patch`]: `on_mismatch`, `verify`, `inputs`.
+
+    Raises:
+        PatchError: as [`~hf_effi.patch`], when the Trainer is built; or several devices in one process.
 
     Example:
     ```python
@@ -61,6 +73,7 @@ class KernelPatchCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        refuse_data_parallel(args)
         self.apply(kwargs["model"])
 
     def on_train_begin(

@@ -164,11 +164,17 @@ def compare(
         backward (`bool`, *optional*, defaults to `True`): Whether to compare gradients.
 
     Raises:
-        KernelMismatchError: another number, shape or dtype of results, or a gradient where the original has none.
+        KernelMismatchError: the replacement fails, or gives another number, shape or dtype of results, or a gradient
+            where the original has none.
     """
     wide = _results(modules, original, arguments, wide=True, backward=backward)
     own = _results(modules, original, arguments, wide=False, backward=backward)
-    new = _results(modules, replacement, arguments, wide=False, backward=backward)
+    try:
+        new = _results(modules, replacement, arguments, wide=False, backward=backward)
+    except PatchError:
+        raise
+    except Exception as error:  # whatever a kernel raises where it does not work: no driver, an unknown shape or dtype
+        raise KernelMismatchError(f"it does not run: {type(error).__name__}: {error}") from error
     if own.keys() != new.keys():
         only = sorted(own.keys() ^ new.keys())
         raise KernelMismatchError(f"replacement and original do not return or change the same things: {only}")

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..callbacks.kernel_patch import refuse_data_parallel
 from ..kernels import PatchError, patch
 
 
@@ -57,7 +58,10 @@ class KernelPatchMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if layers_from_config(self.args) is not None and self.model_init is not None:
+        if layers_from_config(self.args) is None:
+            return
+        refuse_data_parallel(self.args)
+        if self.model_init is not None:
             raise PatchError(
                 "kernel_patch with model_init: train() makes a new model after the patch. Pass "
                 "callbacks=[KernelPatchCallback(...)] instead."

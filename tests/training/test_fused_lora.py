@@ -11,7 +11,9 @@ from hf_effi import EffiTrainer, EffiTrainingArguments, FusedLoRALinear, KernelP
 from tests.helpers import (
     assert_bitwise_equal,
     compare_runs,
+    grpo_args,
     lm_dataset,
+    run_grpo,
     tiny_qwen3,
     weights_of,
 )
@@ -89,3 +91,31 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
 def test_what_is_refused_stops_before_training(tmp_path, config):
     with pytest.raises(ValueError, match="FusedLoRALinear cannot compute"):
         run(tmp_path, adapted(**config), fused())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_grpo_with_a_reference_by_disabled_adapter(tmp_path, checkpointing):
+    """`beta` makes TRL compute reference log-probs with the adapter off; generation uses the cache, token by token."""
+    from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
+
+    def train(folder, **over):
+        args = grpo_args(
+            tmp_path / folder, EffiGRPOConfig, beta=0.1, gradient_checkpointing=checkpointing, max_steps=2, **over
+        )
+        return run_grpo(EffiGRPOTrainer, args, model=adapted_policy())
+
+    stock, ours = train("a"), train("b", kernel_patch={"LoRALinear": "hf_effi"})
+    for key in ("loss", "kl", "reward", "completions/mean_length"):
+        a, b = ([entry[key] for entry in t.state.log_history if key in entry] for t in (stock, ours))
+        assert a and a == pytest.approx(b, rel=1e-3, abs=1e-6), key
+    assert "forward" not in ours.model.base_model.model.model.layers[0].self_attn.q_proj.__dict__
+
+
+def adapted_policy():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_qwen3(end_tokens=10), LoraConfig(r=4, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model

@@ -237,6 +237,16 @@ def test_model_init_needs_the_callback(tmp_path):
         )
 
 
+def test_several_devices_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    for make in (
+        lambda: trainer_of(tmp_path, None, KernelPatchCallback(LAYERS)),
+        lambda: trainer_of(tmp_path, cls=EffiTrainer, args_cls=EffiTrainingArguments, kernel_patch="liger"),
+    ):
+        with pytest.raises(PatchError, match="2 devices in one process"):
+            make()
+
+
 def test_layers_see_what_the_trainer_sees(tmp_path):
     """Mixed precision wraps the top module only: under bf16 autocast a patched MLP gets what the original would."""
     seen = []

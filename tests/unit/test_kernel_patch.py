@@ -120,6 +120,11 @@ class NormThatWritesItsInput(nn.Module):
         return out
 
 
+class NormWithoutDriver(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("0 active drivers")
+
+
 class ForwardOnlyNorm(nn.Module):
     has_backward = False
     can_torch_compile = True
@@ -492,6 +497,7 @@ WRONG = {
     NormInDouble: "output 0 is .* float64 and the original's is .* float32",
     NormOfNaN: "output 0 is off by nan",
     NormThatWritesItsInput: "input 0 after the call",
+    NormWithoutDriver: "it does not run: RuntimeError: 0 active drivers",
 }
 
 
