@@ -197,10 +197,13 @@ class _Checker:
         """Return the note for the report, or raise."""
         kind = self._kind(unit)
         if kind not in self.seen:
+            where = f"{unit.label} on {unit.targets[0].name or 'the model'}"
             try:
                 self.seen[kind] = self._compare(key, unit)
             except KernelMismatchError as error:
-                self.seen[kind] = KernelMismatchError(f"{unit.label} on {unit.targets[0].name}: {error}")
+                self.seen[kind] = KernelMismatchError(f"{where}: {error}")
+            except PatchError as error:
+                raise PatchError(f"{where}: {error}") from error
         found = self.seen[kind]
         if isinstance(found, KernelMismatchError):
             raise found
@@ -214,13 +217,12 @@ class _Checker:
         return unit.label, str(source), str(weights)
 
     def _compare(self, key: Key, unit: Unit) -> str:
-        name = unit.targets[0].name or "the model"
         for parameter in (p for module in unit.modules for p in module.parameters()):
             # DTensor: FSDP2. Empty: ZeRO-3. Meta: offloaded by accelerate.
             if parameter.device.type == "meta" or not parameter.numel() or hasattr(parameter, "device_mesh"):
                 raise PatchError(
-                    f"the weights of {name} are sharded or offloaded, so the self-check cannot run. Patch before the "
-                    "model is wrapped, or pass verify=False."
+                    "its weights are sharded or offloaded, so the self-check cannot run. Patch before the model is "
+                    "wrapped, or pass verify=False."
                 )
         deviations = compare(
             unit.modules, unit.original, unit.replacement, self._arguments(key, unit), backward=unit.has_backward

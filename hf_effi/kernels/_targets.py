@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,8 +46,8 @@ class Target:
 
 
 def _calls_rotary(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    return ROTARY_FUNCTION in getattr(getattr(forward, "__code__", None), "co_names", ())
+    # Not through decorators: of a wrapped forward no copy with other globals can be made.
+    return ROTARY_FUNCTION in getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
 
 
 def _gated_mlp_name(module: nn.Module) -> str | None:

@@ -164,11 +164,18 @@ def compare(
         backward (`bool`, *optional*, defaults to `True`): Whether to compare gradients.
 
     Raises:
+        PatchError: the original does not run on these arguments.
         KernelMismatchError: the replacement fails, or gives another number, shape or dtype of results, or a gradient
             where the original has none.
     """
-    wide = _results(modules, original, arguments, wide=True, backward=backward)
-    own = _results(modules, original, arguments, wide=False, backward=backward)
+    try:
+        wide = _results(modules, original, arguments, wide=True, backward=backward)
+        own = _results(modules, original, arguments, wide=False, backward=backward)
+    except Exception as error:
+        raise PatchError(
+            f"the original does not run on the input of the self-check: {type(error).__name__}: {error}. Pass "
+            "inputs={key: function}, where function(module, generator) returns its positional arguments as a tuple."
+        ) from error
     try:
         new = _results(modules, replacement, arguments, wide=False, backward=backward)
     except PatchError:
@@ -226,17 +233,18 @@ def hidden_states(name: str, module: nn.Module, generator: torch.Generator) -> A
     width = input_width(module)
     if width is None:
         raise PatchError(
-            f"cannot tell what input {name} ({type(module).__name__}) takes. Pass inputs={{key: function}} to patch(): "
-            "function(module, generator) returns the positional arguments as a tuple."
+            f"cannot tell what input {name} ({type(module).__name__}) takes. Pass inputs={{key: function}}, where "
+            "function(module, generator) returns its positional arguments as a tuple."
         )
     return (_activations(generator, _ROWS, _LENGTH, width),), {}
 
 
 def rotary_arguments(module: nn.Module, generator: torch.Generator) -> Arguments:
     """Return `q, k, cos, sin` for the attention `module`: `(2, heads, 5, head_dim)` and `(2, 5, rotary_dim)`."""
-    head_dim = module.head_dim
-    heads = [max(1, projection.out_features // head_dim) for projection in (module.q_proj, module.k_proj)]
-    parameters = getattr(module.config, "rope_parameters", None) or {}
+    config = module.config
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    parameters = getattr(config, "rope_parameters", None) or {}
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     angles = torch.rand(_ROWS, _LENGTH, rotary_dim // 2, generator=generator) * 2 * math.pi
     angles = torch.cat([angles, angles], dim=-1)

@@ -250,6 +250,58 @@ def test_self_check_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+FAMILIES = {
+    "qwen2 granite smollm3 olmo2 exaone4 hunyuan_v1_dense": {"RMSNorm", "SwiGLUMLP", "rotary_pos_emb"},
+    "gemma gemma3_text": {"RMSNorm", "GeGLUMLP", "rotary_pos_emb"},
+    "phi3 mixtral qwen3_moe lfm2": {"RMSNorm", "rotary_pos_emb"},
+    "starcoder2": {"rotary_pos_emb"},
+    "qwen3_next": {"RMSNorm", "SwiGLUMLP"},
+}
+ALL_LAYERS = {
+    "RMSNorm": [TorchRMSNorm, TorchGemmaNorm],
+    "SwiGLUMLP": TorchSwiGLU,
+    "GeGLUMLP": TorchGeGLU,
+    "rotary_pos_emb": TorchRotary,
+}
+
+
+def family(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes, **heads, **tokens))
+
+
+@pytest.mark.parametrize(("name", "keys"), [(n, keys) for names, keys in FAMILIES.items() for n in names.split()])
+def test_families_by_structure(name, keys):
+    model = family(name)
+    assert keys <= {kernel_name(module) for module in model.modules()}
+    patch(model, {key: ALL_LAYERS[key] for key in keys}).revert()
+
+
+@pytest.mark.parametrize("name", ["cohere", "helium"])
+def test_a_rotary_embedding_of_another_layout_is_refused(name):
+    """These rotate neighbouring entries, not halves; by name alone it would look the same."""
+    with pytest.raises(KernelMismatchError, match="TorchRotary on model.layers.0.self_attn: output 0 is off by"):
+        patch(family(name), {"rotary_pos_emb": TorchRotary})
+
+
+def test_a_rotary_embedding_of_a_part_needs_its_input():
+    """Phi cuts the rotated part out before it calls the function."""
+    model = family("phi")
+    with pytest.raises(PatchError, match="the original does not run on the input.*Pass inputs="):
+        patch(model, {"rotary_pos_emb": TorchRotary})
+
+    def cut(module, generator):
+        angles = torch.rand(2, 5, 2, generator=generator).repeat(1, 1, 2)
+        return *torch.randn(2, 2, 4, 5, 4, generator=generator), angles.cos(), angles.sin()
+
+    with patch(model, {"rotary_pos_emb": TorchRotary}, inputs={"rotary_pos_emb": cut}) as handle:
+        assert len(handle) == 1
+
+
 # --- exceptions, order and claims -------------------------------------------------------------------------------------
 
 
