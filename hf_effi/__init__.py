@@ -66,6 +66,7 @@ _PUBLIC = {
     "token_indexed": "hf_effi.functional.schedules",
     "triangular": "hf_effi.functional.schedules",
     "uba": "hf_effi.functional.schedules",
+    "unpatch": "hf_effi.kernels",
     "wsd": "hf_effi.functional.schedules",
     "wsd_s": "hf_effi.functional.schedules",
     "wsdc": "hf_effi.functional.schedules",
@@ -110,7 +111,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsd_s,
         wsdc,
     )
-    from .kernels import KernelMismatchError, PatchError, patch  # noqa: F401
+    from .kernels import KernelMismatchError, PatchError, patch, unpatch  # noqa: F401
     from .kernels.fused_lora import FusedLoRALinear  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,9 +23,8 @@ logger = logging.get_logger(__name__)
 OnMismatch = Literal["error", "eager"]
 InputMaker = Callable[[nn.Module, torch.Generator], tuple[Any, ...]]
 
-_MISSING = object()
-#: module -> key of the patch that holds it. Outside the model, whose `__dict__` is to be as it was afterwards.
-_HELD: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+#: entry of a patched module's `__dict__` that says who patched it; gone with the patch
+_CLAIM = "_hf_effi_patch"
 
 
 @dataclass(frozen=True)
@@ -53,21 +51,28 @@ class _Replacement:
     """One entry of a module's `__dict__`, written and restored."""
 
     def __init__(self, target: Target, value: Callable[..., Any], key: str) -> None:
-        self.target, self.value = target, value
+        self.target, self.value, self.key = target, value, key
         entries = target.module.__dict__
-        self.before = entries.get(target.attribute, _MISSING)
-        _HELD[target.module] = key
-        entries[target.attribute] = value  # not setattr: a module given as a value must not become a submodule
+        self.existed, self.before = target.attribute in entries, entries.get(target.attribute)
+        # Not setattr: a module given as a value must not become a submodule.
+        entries[target.attribute] = value
+        entries[_CLAIM] = self
+
+    @property
+    def in_place(self) -> bool:
+        return self.target.module.__dict__.get(_CLAIM) is self
 
     def restore(self) -> str | None:
-        """Put the entry back; return what is in the way, if anything."""
+        """Put the entry back, unless that was done before; return what is in the way, if anything."""
         entries = self.target.module.__dict__
-        _HELD.pop(self.target.module, None)
+        if not self.in_place:
+            return None
+        del entries[_CLAIM]
         if entries.get(self.target.attribute) is self.value:
-            if self.before is _MISSING:
-                del entries[self.target.attribute]
-            else:
+            if self.existed:
                 entries[self.target.attribute] = self.before
+            else:
+                del entries[self.target.attribute]
             return None
         # An accelerate hook was added or removed since: it moves the function between these two entries.
         for attribute in ("forward", "_old_forward"):
@@ -95,7 +100,7 @@ class PatchHandle:
     @property
     def active(self) -> bool:
         """Whether the patches are in place."""
-        return bool(self._replacements)
+        return any(replacement.in_place for replacement in self._replacements)
 
     def revert(self) -> None:
         """
@@ -157,10 +162,11 @@ def _check_model(model: nn.Module) -> None:
 def _free_targets(model: nn.Module, key: Key) -> list[Target]:
     targets = find_targets(model, key)
     for target in targets:
-        if target.module in _HELD:
+        if _CLAIM in target.module.__dict__:
             raise PatchError(
-                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by {_HELD[target.module]!r}. "
-                "Revert the other patch first, or narrow one of the two keys."
+                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by "
+                f"{target.module.__dict__[_CLAIM].key!r}. Revert the other patch first (`unpatch(model)` where its "
+                "handle is lost), or narrow one of the two keys."
             )
     return targets
 
@@ -340,6 +346,22 @@ def patch(
     for note in dict.fromkeys(row.note for row in rows if row.layer == "eager"):
         logger.warning("left eager: %s", note)
     return PatchHandle(replacements, rows)
+
+
+def unpatch(model: nn.Module) -> None:
+    """
+    Revert every patch on a model, for example after an interrupted run whose handles are lost. Without patches: nothing.
+
+    Raises:
+        PatchError: something else replaced a patched function since. All other modules are restored.
+
+    Example:
+    ```python
+    unpatch(trainer.model)
+    ```
+    """
+    claims = [module.__dict__[_CLAIM] for module in model.modules() if _CLAIM in module.__dict__]
+    PatchHandle(claims, []).revert()
 
 
 def _as_mapping(model: nn.Module, layers: Any) -> Mapping[Key, Any]:
