@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ._errors import KernelMismatchError, PatchError
-from ._patch import PatchHandle, patch, unpatch
+from ._patch import KernelPatchHandle, patch, unpatch
 
-__all__ = ["KernelMismatchError", "PatchError", "PatchHandle", "patch", "unpatch"]
+__all__ = ["KernelMismatchError", "PatchError", "KernelPatchHandle", "patch", "unpatch"]

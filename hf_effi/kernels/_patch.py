@@ -82,7 +82,7 @@ class _Replacement:
         return f"{self.target.name}.{self.target.attribute} was replaced by something else after the patch"
 
 
-class PatchHandle:
+class KernelPatchHandle:
     """
     What [`patch`] returns: the patches of one call. `print(handle)` shows them as a table.
 
@@ -116,7 +116,7 @@ class PatchHandle:
                 "could not restore: " + "; ".join(problems) + ". Undo what was done later before this patch."
             )
 
-    def __enter__(self) -> PatchHandle:
+    def __enter__(self) -> KernelPatchHandle:
         return self
 
     def __exit__(
@@ -286,7 +286,7 @@ def patch(
     on_mismatch: OnMismatch = "error",
     verify: bool = True,
     inputs: Mapping[Key, InputMaker] | None = None,
-) -> PatchHandle:
+) -> KernelPatchHandle:
     """
     Replace the computation of modules of one model; check each replacement; return a handle that undoes it exactly.
 
@@ -310,7 +310,7 @@ def patch(
             the self-check, for modules that take anything else than activations `(batch, length, width)`.
 
     Returns:
-        [`PatchHandle`]: Also a context manager.
+        [`KernelPatchHandle`]: Also a context manager.
 
     Raises:
         PatchError: nothing matches a key, two keys claim one module, or the model cannot be patched in its state.
@@ -341,11 +341,11 @@ def patch(
                     for target, replacement in zip(unit.targets, unit.replacements, strict=True):
                         replacements.append(_Replacement(target, replacement, _shown(key)))
     except BaseException:
-        PatchHandle(replacements, rows).revert()
+        KernelPatchHandle(replacements, rows).revert()
         raise
     for note in dict.fromkeys(row.note for row in rows if row.layer == "eager"):
         logger.warning("left eager: %s", note)
-    return PatchHandle(replacements, rows)
+    return KernelPatchHandle(replacements, rows)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -361,7 +361,7 @@ def unpatch(model: nn.Module) -> None:
     ```
     """
     claims = [module.__dict__[_CLAIM] for module in model.modules() if _CLAIM in module.__dict__]
-    PatchHandle(claims, []).revert()
+    KernelPatchHandle(claims, []).revert()
 
 
 def _as_mapping(model: nn.Module, layers: Any) -> Mapping[Key, Any]:
