@@ -22,7 +22,7 @@ _PUBLIC = {
     "EffiSFTTrainer": "hf_effi.trainers.sft",
     "EffiTrainer": "hf_effi.trainers.trainer",
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
-    "FusedLoRALinear": "hf_effi.kernels.fused_lora",
+    "FusedLoRALinear": "hf_effi.kernels",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelMismatchError": "hf_effi.kernels",
@@ -133,8 +133,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsd_s,
         wsdc,
     )
-    from .kernels import KernelMismatchError, PatchError, patch, unpatch  # noqa: F401
-    from .kernels.fused_lora import FusedLoRALinear  # noqa: F401
+    from .kernels import FusedLoRALinear, KernelMismatchError, PatchError, patch, unpatch  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .parallel import SequenceParallelError  # noqa: F401
     from .parallel.stream_layer import stream_layers  # noqa: F401

@@ -21,7 +21,8 @@ ROTARY_FUNCTION = "apply_rotary_pos_emb"
 ROTARY_NAME = "rotary_pos_emb"
 LOSS_NAME = "ForCausalLMLoss"
 LORA_NAME = "LoRALinear"
-_GATED_NAMES = {"silu": "SwiGLUMLP", "swish": "SwiGLUMLP", "gelu_pytorch_tanh": "GeGLUMLP"}
+GATED_NAMES = ("SwiGLUMLP", "GeGLUMLP")
+_GATED_BY_ACTIVATION = {"silu": "SwiGLUMLP", "swish": "SwiGLUMLP", "gelu_pytorch_tanh": "GeGLUMLP"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ def _gated_mlp_name(module: nn.Module) -> str | None:
         return None
     config = getattr(module, "config", None)
     act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    return _GATED_NAMES.get(act)
+    return _GATED_BY_ACTIVATION.get(act)
 
 
 def kernel_name(module: nn.Module) -> str | None:

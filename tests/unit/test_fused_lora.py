@@ -455,3 +455,11 @@ def test_beside_other_patches():
     with patch(model, {"SwiGLUMLP": SwiGLU}), patch(model, {"LoRALinear": "hf_effi"}):
         assert_close(expected, outputs_of(model), tolerance=1e-7)
     assert state_of(model) == state
+
+
+def test_on_the_attention_beside_a_tiled_mlp():
+    model = lora_model(dtype=torch.float64)
+    expected = outputs_of(model)
+    with patch(model, {"*.self_attn.*_proj": FusedLoRALinear(), "SwiGLUMLP": "hf_effi"}) as handle:
+        assert {row.layer for row in handle} == {"FusedLoRALinear x3", "FusedLoRALinear x1", "TiledMLP"}
+        assert_close(expected, outputs_of(model), tolerance=1e-7)

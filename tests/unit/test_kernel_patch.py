@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from hf_effi._compat import MissingPackageError
-from hf_effi.kernels import KernelMismatchError, PatchError, patch, unpatch
+from hf_effi.kernels import KernelMismatchError, PatchError, TiledMLP, patch, unpatch
 from hf_effi.kernels._targets import kernel_name
 from hf_effi.kernels._verify import compare
 from tests.helpers import assert_bitwise_equal, save_tiny, tiny_gemma, tiny_llama, tiny_mistral, tiny_qwen3
@@ -739,6 +739,27 @@ def test_bad_model_and_policy():
         patch("gpt2", {"RMSNorm": TorchRMSNorm})
     with pytest.raises(PatchError, match="on_mismatch='warn' must be"):
         patch(tiny_llama(), {"RMSNorm": TorchRMSNorm}, on_mismatch="warn")
+
+
+@pytest.mark.parametrize("value", [TiledMLP(num_shards=3), "hf_effi"])
+def test_tiled_mlp_is_a_value(value):
+    model = tiny_gemma()
+    state, expected = state_of(model), outputs_of(model)
+    with patch(model, {"GeGLUMLP": value, "RMSNorm": TorchGemmaNorm}) as handle:
+        assert {row.layer for row in handle} == {"TiledMLP", "TorchGemmaNorm"}
+        assert_close(expected, outputs_of(model))
+    assert state_of(model) == state
+
+
+def test_tiled_mlp_says_what_it_cannot_compute(tmp_path):
+    with pytest.raises(PatchError, match="TiledMLP cannot compute model.norm: LlamaRMSNorm is none of SwiGLUMLP"):
+        patch(tiny_llama(), {"model.norm": TiledMLP()})
+    with pytest.raises(
+        KernelMismatchError, match="TiledMLP on .*mlp: it does not run: ValueError: TiledMLP: gate_proj"
+    ):
+        patch(four_bit_llama(tmp_path), {"SwiGLUMLP": TiledMLP()})
+    with pytest.raises(ValueError, match="num_shards=0"):
+        TiledMLP(0)
 
 
 def test_a_repository_object_is_loaded():
