@@ -26,8 +26,12 @@ _PUBLIC = {
     "EffiSFTTrainer": "hf_effi.trainers.sft",
     "EffiTrainer": "hf_effi.trainers.trainer",
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
+    "FusedLoRALinear": "hf_effi.kernels",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "KernelMismatchError": "hf_effi.kernels",
+    "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
+    "KernelPatchMixin": "hf_effi.trainers._kernel_mixin",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "LayerModes": "hf_effi.parallel.layer_modes",
     "METHODS": "hf_effi.methods",
@@ -39,6 +43,7 @@ _PUBLIC = {
     "Multigrid": "hf_effi.functional.curriculum",
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
     "PatchCallback": "hf_effi.callbacks.patch",
+    "PatchError": "hf_effi.kernels",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "Schedule": "hf_effi.functional.schedules",
@@ -71,6 +76,7 @@ _PUBLIC = {
     "longgen_patterns": "hf_effi.recipes.long_context",
     "lr_range_test": "hf_effi.callbacks.lr_range_test",
     "one_cycle": "hf_effi.functional.schedules",
+    "patch": "hf_effi.kernels",
     "plan_memory": "hf_effi.report.plan_memory",
     "plot_schedules": "hf_effi.report.schedule_plot",
     "power": "hf_effi.functional.schedules",
@@ -92,6 +98,7 @@ _PUBLIC = {
     "token_indexed": "hf_effi.functional.schedules",
     "triangular": "hf_effi.functional.schedules",
     "uba": "hf_effi.functional.schedules",
+    "unpatch": "hf_effi.kernels",
     "wsd": "hf_effi.functional.schedules",
     "wsd_s": "hf_effi.functional.schedules",
     "wsdc": "hf_effi.functional.schedules",
@@ -104,6 +111,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
     from .callbacks.average_checkpoints import average_checkpoints  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401
+    from .callbacks.kernel_patch import KernelPatchCallback  # noqa: F401
     from .callbacks.layer_modes import (  # noqa: F401
         ActivationOffloadCallback,
         MemoryBudgetCallback,
@@ -146,6 +154,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .functional.segment_attention import AttentionPattern  # noqa: F401
+    from .kernels import FusedLoRALinear, KernelMismatchError, PatchError, patch, unpatch  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .parallel import SequenceParallelError  # noqa: F401
     from .parallel.chunk_flow import ChunkFlow  # noqa: F401
@@ -163,6 +172,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
     from .trainers._chunk_mixin import ChunkFlowMixin  # noqa: F401
     from .trainers._denoising import UL2Denoising  # noqa: F401
+    from .trainers._kernel_mixin import KernelPatchMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401

@@ -12,6 +12,7 @@ from ..protocols import GroupFilter, PromptSelector, RolloutPruner
 from ._accounting import AccountingMixin
 from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
+from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
@@ -22,6 +23,7 @@ from .grpo_config import EffiGRPOConfig
 
 
 class EffiGRPOTrainer(
+    KernelPatchMixin,
     CheckedRewardsMixin,
     AccountingMixin,
     PromptLengthMixin,

@@ -118,6 +118,7 @@ SIGNATURES = {
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",
+    "transformers.modeling_layers:GradientCheckpointingLayer.__init_subclass__": "**kwargs",
     # What sequence parallelism stands in for: the table of attention backends.
     "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface": "attn_implementation default",
     # Layers, attention and masks.
@@ -132,6 +133,7 @@ SIGNATURES = {
     " shift_labels **kwargs",
     "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
     # accelerate.
+    "accelerate.hooks:add_hook_to_module": "module hook append",
     "accelerate:Accelerator._prepare_device_mesh": "self",
     "accelerate:Accelerator.no_sync": "self model",
     "accelerate:Accelerator.backward": "self loss **kwargs",
@@ -200,6 +202,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "label_smoother": type(None),
     "loss_type": str,
     "mask_truncated_completions": bool,
+    "model_init": type(None),
     "max_completion_length": int,
     "model_accepts_loss_kwargs": bool,
     "multi_objective_aggregation": str,
