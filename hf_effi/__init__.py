@@ -13,6 +13,7 @@ from ._version import __version__
 #: public name -> module that defines it
 _PUBLIC = {
     "AccuracyGradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "AdaLoRACallback": "hf_effi.callbacks.adalora",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
     "BatchTransform": "hf_effi.trainers._batch_mixin",
     "BatchTransformMixin": "hf_effi.trainers._batch_mixin",
@@ -68,6 +69,7 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
+    from .callbacks.adalora import AdaLoRACallback  # noqa: F401
     from .callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback  # noqa: F401
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401

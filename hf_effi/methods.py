@@ -523,6 +523,18 @@ METHODS: tuple[Method, ...] = (
         tests=("tests/unit/test_reptile.py", "tests/training/test_reptile.py"),
         bench="bench/curricula.py",
     ),
+    Method(
+        key="adalora",
+        title="AdaLoRA rank allocation",
+        kind="callback",
+        summary="Moves the ranks of PEFT's AdaLoRA between matrices, a call that no stock Trainer makes.",
+        entry_points=("hf_effi.callbacks.adalora:AdaLoRACallback",),
+        paper="AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+        paper_id="2303.10512",
+        status="experimental",
+        tests=("tests/unit/test_adalora.py", "tests/training/test_adalora.py"),
+        bench="bench/adalora.py",
+    ),
 )
 
 
