@@ -23,6 +23,9 @@ _PUBLIC = {
     "EffiSFTTrainer": "hf_effi.trainers.sft",
     "EffiTrainer": "hf_effi.trainers.trainer",
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
+    "Finding": "hf_effi.functional.doctor",
+    "GRPODoctor": "hf_effi.callbacks.doctor",
+    "GRPOLimits": "hf_effi.functional.doctor",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
@@ -36,6 +39,8 @@ _PUBLIC = {
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "Schedule": "hf_effi.functional.schedules",
     "TokenCounter": "hf_effi.functional.schedules",
+    "TrainDoctor": "hf_effi.callbacks.doctor",
+    "TrainLimits": "hf_effi.functional.doctor",
     "branch_cooldown": "hf_effi.callbacks.branch",
     "constant": "hf_effi.functional.schedules",
     "cosine": "hf_effi.functional.schedules",
@@ -73,9 +78,11 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback  # noqa: F401
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401
+    from .callbacks.doctor import GRPODoctor, TrainDoctor  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
+    from .functional.doctor import Finding, GRPOLimits, TrainLimits  # noqa: F401
     from .functional.schedules import (  # noqa: F401
         Schedule,
         TokenCounter,

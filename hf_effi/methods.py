@@ -535,6 +535,22 @@ METHODS: tuple[Method, ...] = (
         tests=("tests/unit/test_adalora.py", "tests/training/test_adalora.py"),
         bench="bench/adalora.py",
     ),
+    Method(
+        key="doctors",
+        title="Run doctors",
+        kind="callback",
+        summary="Says in one sentence what is wrong with a run, while it runs, and what to try.",
+        entry_points=(
+            "hf_effi.callbacks.doctor:TrainDoctor",
+            "hf_effi.callbacks.doctor:GRPODoctor",
+            "hf_effi.functional.doctor:diagnose",
+        ),
+        paper="none: rules from known failures",
+        paper_id="",
+        status="experimental",
+        tests=("tests/unit/test_doctor.py", "tests/training/test_doctor.py"),
+        bench="bench/observers.py",
+    ),
 )
 
 
