@@ -34,6 +34,7 @@ _PUBLIC = {
     "MaskingRatioCurriculum": "hf_effi.trainers._masking",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
+    "RunRecordCallback": "hf_effi.callbacks.run_record",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
@@ -56,6 +57,7 @@ _PUBLIC = {
     "one_cycle": "hf_effi.functional.schedules",
     "plot_schedules": "hf_effi.report.schedule_plot",
     "power": "hf_effi.functional.schedules",
+    "read_run": "hf_effi._run_record",
     "refined_by_gradient_norm": "hf_effi.functional.schedules",
     "rewarm_redecay": "hf_effi.functional.schedules",
     "rex": "hf_effi.functional.schedules",
@@ -74,6 +76,7 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
+    from ._run_record import read_run  # noqa: F401
     from .callbacks.adalora import AdaLoRACallback  # noqa: F401
     from .callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback  # noqa: F401
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
@@ -81,6 +84,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.doctor import GRPODoctor, TrainDoctor  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
+    from .callbacks.run_record import RunRecordCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
     from .functional.doctor import Finding, GRPOLimits, TrainLimits  # noqa: F401
     from .functional.schedules import (  # noqa: F401

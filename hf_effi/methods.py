@@ -551,6 +551,18 @@ METHODS: tuple[Method, ...] = (
         tests=("tests/unit/test_doctor.py", "tests/training/test_doctor.py"),
         bench="bench/observers.py",
     ),
+    Method(
+        key="run_record",
+        title="Run record",
+        kind="callback",
+        summary="Writes one record per run as it goes: settings, data, time, tokens, drops, memory, checkpoints, logs.",
+        entry_points=("hf_effi.callbacks.run_record:RunRecordCallback", "hf_effi._run_record:read_run"),
+        paper="none: bookkeeping",
+        paper_id="",
+        status="experimental",
+        tests=("tests/unit/test_run_record.py", "tests/training/test_run_record.py"),
+        bench="bench/observers.py",
+    ),
 )
 
 

@@ -47,6 +47,10 @@ class AdaLoRACallback(TrainerCallback):
     """
 
     def __init__(self, set_total_step: bool = False) -> None:
+        if not isinstance(set_total_step, bool):
+            raise ValueError(
+                f"set_total_step={set_total_step!r} must be True or False; the length itself is the Trainer's."
+            )
         self.set_total_step = set_total_step
         self._adapter: AdaLoraModel | None = None
         self._pattern: dict[str, list[bool]] | None = None

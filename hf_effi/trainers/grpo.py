@@ -13,6 +13,7 @@ from ._accounting import AccountingMixin
 from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
 from ._prompt_length import PromptLengthMixin
+from ._record_mixin import RunRecordMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
@@ -28,6 +29,7 @@ class EffiGRPOTrainer(
     ExactSavingsMixin,
     SamplerMixin,
     GRPOResumeMixin,
+    RunRecordMixin,
     ScheduleMixin,
     GRPOTrainer,
 ):

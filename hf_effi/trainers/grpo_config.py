@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
+from ._record_mixin import RunRecordArguments
 from ._schedule_mixin import ScheduleArguments
 
 #: The exact savings and what each does.
@@ -16,7 +17,7 @@ EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(ScheduleArguments, GRPOConfig):
+class EffiGRPOConfig(RunRecordArguments, ScheduleArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
@@ -70,6 +71,11 @@ class EffiGRPOConfig(ScheduleArguments, GRPOConfig):
             Its arguments, as a dict or as JSON.
         lr_schedule_on_mismatch (`str`, *optional*, defaults to `"error"`):
             What to do when a checkpoint holds another schedule: `"error"`, `"stored"` or `"new"`.
+
+        > Parameters of the record
+
+        run_record (`bool`, *optional*, defaults to `True`):
+            Write `effi_run.json` and `effi_events.jsonl`, the record of the run, into `output_dir`.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]

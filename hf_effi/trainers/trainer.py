@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from transformers import Trainer, TrainingArguments
 
+from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 
 
 @dataclass
-class EffiTrainingArguments(ScheduleArguments, TrainingArguments):
+class EffiTrainingArguments(RunRecordArguments, ScheduleArguments, TrainingArguments):
     """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs` and `lr_schedule_on_mismatch`.
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `run_record`.
 
     Example:
     ```python
@@ -24,7 +25,7 @@ class EffiTrainingArguments(ScheduleArguments, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
 
 
-class EffiTrainer(SamplerMixin, ScheduleMixin, Trainer):
+class EffiTrainer(RunRecordMixin, SamplerMixin, ScheduleMixin, Trainer):
     """
     `transformers.Trainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock Trainer to the bit.
 

@@ -103,6 +103,7 @@ SIGNATURES = {
     " dataset_args",
     f"{TRAINER}.log": "self logs start_time",
     f"{TRAINER}.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
+    f"{TRAINER}.add_callback": "self callback",
     # PEFT.
     "peft.tuners.adalora:AdaLoraModel.update_and_allocate": "self global_step",
     "peft.tuners.adalora.layer:RankAllocator.budget_schedule": "self step",

@@ -112,5 +112,7 @@ def test_an_overflow_of_fp16_leaves_the_averages_alone():
     assert sum(callback.ranks().values()) <= 2
 
 
-def test_ranks_are_empty_before_training():
+def test_a_callback_before_training():
     assert AdaLoRACallback().ranks() == {}
+    with pytest.raises(ValueError, match="set_total_step=100 must be True or False"):
+        AdaLoRACallback(set_total_step=100)
