@@ -14,6 +14,7 @@ from ._version import __version__
 _PUBLIC = {
     "AccuracyGradientCallback": "hf_effi.callbacks.adaptive_lr",
     "ActivationOffloadCallback": "hf_effi.callbacks.layer_modes",
+    "AdaLoRACallback": "hf_effi.callbacks.adalora",
     "AttentionPattern": "hf_effi.functional.segment_attention",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
     "BatchTransform": "hf_effi.trainers._batch_mixin",
@@ -26,7 +27,10 @@ _PUBLIC = {
     "EffiSFTTrainer": "hf_effi.trainers.sft",
     "EffiTrainer": "hf_effi.trainers.trainer",
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
+    "Finding": "hf_effi.functional.doctor",
     "FusedLoRALinear": "hf_effi.kernels",
+    "GRPODoctor": "hf_effi.callbacks.doctor",
+    "GRPOLimits": "hf_effi.functional.doctor",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelMismatchError": "hf_effi.kernels",
@@ -44,6 +48,7 @@ _PUBLIC = {
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
     "PatchCallback": "hf_effi.callbacks.patch",
     "PatchError": "hf_effi.kernels",
+    "RunRecordCallback": "hf_effi.callbacks.run_record",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "Schedule": "hf_effi.functional.schedules",
@@ -54,6 +59,8 @@ _PUBLIC = {
     "SequenceParallelMixin": "hf_effi.trainers._sequence_parallel",
     "TokenBudgetBatchSampler": "hf_effi.samplers",
     "TokenCounter": "hf_effi.functional.schedules",
+    "TrainDoctor": "hf_effi.callbacks.doctor",
+    "TrainLimits": "hf_effi.functional.doctor",
     "UL2Denoising": "hf_effi.trainers._denoising",
     "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
     "accelerate_config": "hf_effi.recipes.launch",
@@ -81,6 +88,7 @@ _PUBLIC = {
     "plot_schedules": "hf_effi.report.schedule_plot",
     "power": "hf_effi.functional.schedules",
     "prolong_stages": "hf_effi.recipes.long_context",
+    "read_run": "hf_effi._run_record",
     "refined_by_gradient_norm": "hf_effi.functional.schedules",
     "register_varlen_attention": "hf_effi.parallel.varlen",
     "rewarm_redecay": "hf_effi.functional.schedules",
@@ -107,10 +115,13 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
+    from ._run_record import read_run  # noqa: F401
+    from .callbacks.adalora import AdaLoRACallback  # noqa: F401
     from .callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback  # noqa: F401
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
     from .callbacks.average_checkpoints import average_checkpoints  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401
+    from .callbacks.doctor import GRPODoctor, TrainDoctor  # noqa: F401
     from .callbacks.kernel_patch import KernelPatchCallback  # noqa: F401
     from .callbacks.layer_modes import (  # noqa: F401
         ActivationOffloadCallback,
@@ -121,9 +132,11 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
     from .callbacks.multigrid import MultigridLRCallback  # noqa: F401
     from .callbacks.patch import PatchCallback  # noqa: F401
+    from .callbacks.run_record import RunRecordCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
     from .callbacks.weight_averaging import WeightAveragingCallback  # noqa: F401
     from .functional.curriculum import Multigrid  # noqa: F401
+    from .functional.doctor import Finding, GRPOLimits, TrainLimits  # noqa: F401
     from .functional.schedules import (  # noqa: F401
         Schedule,
         TokenCounter,

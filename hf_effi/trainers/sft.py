@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from trl import SFTConfig, SFTTrainer
 
 from ._kernel_mixin import KernelArguments, KernelPatchMixin
+from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
@@ -19,6 +20,10 @@ class EffiSFTConfig(KernelArguments, ScheduleArguments, SequenceParallelArgument
     `kernel_patch`.
     """
 
+
+class EffiSFTConfig(RunRecordArguments, ScheduleArguments, SFTConfig):
+    """`SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `run_record`."""
+
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
@@ -28,3 +33,7 @@ class EffiSFTTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, SequencePara
     and splits sequences over `args.sequence_parallel_size` ranks, packed ones included. With every method off it is the
     stock one to the bit.
     """
+
+
+class EffiSFTTrainer(RunRecordMixin, SamplerMixin, ScheduleMixin, SFTTrainer):
+    """`trl.SFTTrainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock one to the bit."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import Trainer, TrainingArguments
 
 from ._kernel_mixin import KernelArguments, KernelPatchMixin
+from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
@@ -17,6 +18,9 @@ class EffiTrainingArguments(KernelArguments, ScheduleArguments, SequenceParallel
     """
     `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size` and
     `kernel_patch`.
+class EffiTrainingArguments(RunRecordArguments, ScheduleArguments, TrainingArguments):
+    """
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `run_record`.
 
     Example:
     ```python
@@ -28,6 +32,7 @@ class EffiTrainingArguments(KernelArguments, ScheduleArguments, SequenceParallel
 
 
 class EffiTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
+class EffiTrainer(RunRecordMixin, SamplerMixin, ScheduleMixin, Trainer):
     """
     `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
     trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to

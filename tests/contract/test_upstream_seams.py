@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import inspect
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,11 @@ SIGNATURES = {
     " shuffle seed rank drop_last",
     f"{TRAINER}.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
     "transformers.modeling_utils:PreTrainedModel.set_attn_implementation": "self attn_implementation allow_all_kernels",
+    f"{TRAINER}.add_callback": "self callback",
+    # PEFT.
+    "peft.tuners.adalora:AdaLoraModel.update_and_allocate": "self global_step",
+    "peft.tuners.adalora.layer:RankAllocator.budget_schedule": "self step",
+    "peft.tuners.adalora.layer:RankAllocator.reset_ipt": "self",
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",
@@ -1136,3 +1142,31 @@ def test_lora_layers_have_these_parts():
         assert hasattr(layer, name), name
     assert layer.merged is False and layer.disable_adapters is False and callable(layer.unmerge)
     assert isinstance(layer.scaling["default"], (int, float)) and layer.active_adapters == ["default"]
+
+
+def test_peft_keeps_adaloras_state_where_the_callback_finds_it():
+    from peft import AdaLoraConfig, get_peft_model
+
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=3, target_modules=["q_proj"])
+    adapter = get_peft_model(tiny_qwen3(num_hidden_layers=1), config).base_model
+    assert adapter.trainable_adapter_name == "default" and adapter.peft_config["default"] is config
+    allocator = adapter.rankallocator
+    assert allocator.peft_config is config and allocator.adapter_name == "default"
+    assert allocator.init_bgt == 2 and allocator.target_bgt == 1
+    assert allocator.ipt == allocator.exp_avg_ipt == allocator.exp_avg_unc == {}
+    assert config.rank_pattern is None
+
+
+def test_no_stock_trainer_moves_adaloras_ranks():
+    """When upstream begins to, `AdaLoRACallback` would do it twice and has to go."""
+    import accelerate
+    import transformers
+    import trl
+
+    callers = [
+        path
+        for package in (transformers, trl, accelerate)
+        for path in Path(package.__file__).parent.rglob("*.py")
+        if "update_and_allocate" in path.read_text(encoding="utf-8")
+    ]
+    assert callers == []
