@@ -1,4 +1,4 @@
-"""Rows of the table: FIXDOC."""
+"""Rows of the table: what watches a run, records it, or completes what a library left out."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(KernelArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig):
-class EffiGRPOConfig(RunRecordArguments, ScheduleArguments, GRPOConfig):
+class EffiGRPOConfig(KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 

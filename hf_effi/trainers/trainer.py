@@ -14,13 +14,12 @@ from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 
 
 @dataclass
-class EffiTrainingArguments(KernelArguments, ScheduleArguments, SequenceParallelArguments, TrainingArguments):
+class EffiTrainingArguments(
+    KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, TrainingArguments
+):
     """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size` and
-    `kernel_patch`.
-class EffiTrainingArguments(RunRecordArguments, ScheduleArguments, TrainingArguments):
-    """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `run_record`.
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
+    `kernel_patch` and `run_record`.
 
     Example:
     ```python
@@ -31,8 +30,7 @@ class EffiTrainingArguments(RunRecordArguments, ScheduleArguments, TrainingArgum
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
-class EffiTrainer(RunRecordMixin, SamplerMixin, ScheduleMixin, Trainer):
+class EffiTrainer(KernelPatchMixin, SamplerMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
     """
     `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
     trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to

@@ -128,7 +128,6 @@ SIGNATURES = {
     # What sequence parallelism stands in for: the table of attention backends.
     "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface": "attn_implementation default",
     # Layers, attention and masks.
-    "transformers.modeling_layers:GradientCheckpointingLayer.__init_subclass__": "**kwargs",
     "transformers.modeling_utils:AttentionInterface.register": "key value",
     "transformers.masking_utils:AttentionMaskInterface.register": "key value",
     "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
@@ -141,7 +140,6 @@ SIGNATURES = {
     # accelerate.
     "accelerate.hooks:add_hook_to_module": "module hook append",
     "accelerate:Accelerator._prepare_device_mesh": "self",
-    "accelerate:Accelerator.no_sync": "self model",
     "accelerate:Accelerator.backward": "self loss **kwargs",
     "accelerate:Accelerator.gather": "self tensor",
     "accelerate:Accelerator.no_sync": "self model",
@@ -195,7 +193,6 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "beta": float,
     "chat_template_kwargs": dict,
     "compute_loss_func": type(None),
-    "compute_loss_func": None,
     "environment_factories": type(None),
     "environments": type(None),
     "eos_token_ids": list,
