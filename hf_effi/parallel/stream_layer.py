@@ -30,19 +30,26 @@ class _KeysKnown(Exception):
 
 
 class _Prefix:
-    """The cache that a chunk sees: puts the earlier keys and values in front of its own, and remembers both."""
+    """
+    The cache that a chunk sees: puts the earlier keys and values in front of its own.
+
+    Attributes:
+        new, whole (`tuple[torch.Tensor, torch.Tensor]`): Keys and values of the chunk alone, and with the earlier ones.
+    """
+
+    new: tuple[Tensor, Tensor] | None = None
+    whole: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, stop: bool = False) -> None:
         self.keys, self.values, self.stop = keys, values, stop
-        self.new: tuple[Tensor, Tensor] | None = None
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.new = keys, values
+        self.new = self.whole = keys, values
         if self.stop:
             raise _KeysKnown
-        if self.keys is None:
-            return keys, values
-        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+        if self.keys is not None:
+            self.whole = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+        return self.whole
 
     def get_seq_length(self, *args: Any) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
@@ -116,13 +123,11 @@ class _StreamedLayer(torch.autograd.Function):
         with call.running():
             for chunk in call.chunks:
                 if keys is not None:
-                    keep = chunk.start - chunk.first_key
-                    keys, values = (t.narrow(-2, t.shape[-2] - keep, keep) for t in (keys, values))
+                    seen = chunk.start - chunk.first_key
+                    keys, values = (t.narrow(-2, t.shape[-2] - seen, seen) for t in (keys, values))
                 prefix = _Prefix(keys, values)
                 out[:, chunk.start : chunk.end] = call.run(x[:, chunk.start : chunk.end], chunk, prefix)
-                new_keys, new_values = prefix.new
-                keys = new_keys if keys is None else torch.cat([keys, new_keys], dim=-2)
-                values = new_values if values is None else torch.cat([values, new_values], dim=-2)
+                keys, values = prefix.whole
         return out
 
     @staticmethod
