@@ -193,10 +193,7 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
     handle.revert()
     ```
     """
-    if num_shards is not None and (not isinstance(num_shards, int) or isinstance(num_shards, bool) or num_shards < 1):
-        raise ValueError(
-            f"num_shards={num_shards!r} must be an integer of at least 1, or None for tokens / hidden_size."
-        )
+    check_num_shards(num_shards)
     found = {
         name: module
         for name, module in model.named_modules()
@@ -207,16 +204,26 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
         raise ValueError(
             f"{type(model).__name__} has no gated MLP: none of its modules has {', '.join(_PROJECTIONS)} and act_fn."
         )
-    forwards = {
-        name: functools.partial(_tiled_forward, activation=_activation_of(name, module), num_shards=num_shards)
-        for name, module in found.items()
-    }
+    forwards = {name: tiled_forward(name, module, num_shards) for name, module in found.items()}
     for name, module in found.items():
         _check_formula(name, module, forwards[name])
     handle = PatchHandle()
     for name, module in found.items():
         handle.replace(name, module, "forward", MethodType(forwards[name], module))
     return handle
+
+
+def check_num_shards(num_shards: int | None) -> None:
+    """Raise `ValueError` unless `num_shards` is `None` or an integer of at least 1."""
+    if num_shards is not None and (not isinstance(num_shards, int) or isinstance(num_shards, bool) or num_shards < 1):
+        raise ValueError(
+            f"num_shards={num_shards!r} must be an integer of at least 1, or None for tokens / hidden_size."
+        )
+
+
+def tiled_forward(name: str, module: nn.Module, num_shards: int | None = None) -> Callable[..., Tensor]:
+    """Return a function of a gated MLP and its input that computes it in tiles; `name` is for the errors."""
+    return functools.partial(_tiled_forward, activation=_activation_of(name, module), num_shards=num_shards)
 
 
 def _tiled_forward(module: nn.Module, x: Tensor, *, activation: str, num_shards: int | None) -> Tensor:

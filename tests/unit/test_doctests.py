@@ -12,12 +12,17 @@ import torch
 import hf_effi.functional
 
 EXTRA_MODULES = (
+    "hf_effi._run_record",
     "hf_effi.report.preview_order",
     "hf_effi.samplers.curricula",
     "hf_effi.samplers.learned",
     "hf_effi.samplers.mixture",
+    "hf_effi.samplers.multistage",
     "hf_effi.samplers.scores",
     "hf_effi.methods",
+    "hf_effi.parallel.offload",
+    "hf_effi.recipes.long_context",
+    "hf_effi.report.plan_memory",
     "hf_effi.trainers._metadata",
     "hf_effi.trainers._rewards",
     "hf_effi.trainers.grpo_config",
