@@ -12,10 +12,12 @@ import torch
 import hf_effi.functional
 
 EXTRA_MODULES = (
+    "hf_effi._run_record",
     "hf_effi.report.preview_order",
     "hf_effi.samplers.curricula",
     "hf_effi.samplers.learned",
     "hf_effi.samplers.mixture",
+    "hf_effi.samplers.multistage",
     "hf_effi.samplers.scores",
     "hf_effi.methods",
     "hf_effi.parallel.offload",
