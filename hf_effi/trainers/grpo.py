@@ -14,6 +14,7 @@ from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
 from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
+from ._record_mixin import RunRecordMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
@@ -31,6 +32,7 @@ class EffiGRPOTrainer(
     ExactSavingsMixin,
     SamplerMixin,
     GRPOResumeMixin,
+    RunRecordMixin,
     ScheduleMixin,
     SequenceParallelMixin,
     GRPOTrainer,

@@ -10,6 +10,7 @@ from trl import GRPOConfig
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
 from ._kernel_mixin import KernelArguments
+from ._record_mixin import RunRecordArguments
 from ._schedule_mixin import ScheduleArguments
 from ._sequence_parallel import SequenceParallelArguments
 
@@ -18,7 +19,7 @@ EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(KernelArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig):
+class EffiGRPOConfig(KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
@@ -80,6 +81,11 @@ class EffiGRPOConfig(KernelArguments, ScheduleArguments, SequenceParallelArgumen
         kernel_patch (`str` or `dict`, *optional*):
             Kernels that hold during `train()`: `"liger"`, or a mapping from kernel names or module patterns to
             `"liger"`, `"hf_effi"` or `"organisation/repository:Layer"`, as a dict or as JSON. See [`~hf_effi.patch`].
+
+        > Parameters of the record
+
+        run_record (`bool`, *optional*, defaults to `True`):
+            Write `effi_run.json` and `effi_events.jsonl`, the record of the run, into `output_dir`.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
