@@ -28,6 +28,7 @@ _PUBLIC = {
     "GRPOLimits": "hf_effi.functional.doctor",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "HubCallback": "hf_effi.hub.callback",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
     "Method": "hf_effi.methods",
@@ -48,6 +49,7 @@ _PUBLIC = {
     "cosine_power": "hf_effi.functional.schedules",
     "damped_cosine": "hf_effi.functional.schedules",
     "extend_to": "hf_effi.functional.schedules",
+    "from_card": "hf_effi.hub.recipe",
     "infinite": "hf_effi.functional.schedules",
     "inverse_sqrt": "hf_effi.functional.schedules",
     "join": "hf_effi.functional.schedules",
@@ -116,6 +118,8 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsd_s,
         wsdc,
     )
+    from .hub.callback import HubCallback  # noqa: F401
+    from .hub.recipe import from_card  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401

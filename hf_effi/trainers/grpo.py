@@ -12,6 +12,7 @@ from ..protocols import GroupFilter, PromptSelector, RolloutPruner
 from ._accounting import AccountingMixin
 from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
+from ._hub_mixin import HubMixin
 from ._prompt_length import PromptLengthMixin
 from ._record_mixin import RunRecordMixin
 from ._rewards import CheckedRewardsMixin
@@ -29,6 +30,7 @@ class EffiGRPOTrainer(
     ExactSavingsMixin,
     SamplerMixin,
     GRPOResumeMixin,
+    HubMixin,
     RunRecordMixin,
     ScheduleMixin,
     GRPOTrainer,

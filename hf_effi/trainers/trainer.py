@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from transformers import Trainer, TrainingArguments
 
+from ._hub_mixin import HubArguments, HubMixin
 from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 
 
 @dataclass
-class EffiTrainingArguments(RunRecordArguments, ScheduleArguments, TrainingArguments):
+class EffiTrainingArguments(HubArguments, RunRecordArguments, ScheduleArguments, TrainingArguments):
     """
     `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `run_record`.
 
@@ -25,7 +26,7 @@ class EffiTrainingArguments(RunRecordArguments, ScheduleArguments, TrainingArgum
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
 
 
-class EffiTrainer(RunRecordMixin, SamplerMixin, ScheduleMixin, Trainer):
+class EffiTrainer(HubMixin, RunRecordMixin, SamplerMixin, ScheduleMixin, Trainer):
     """
     `transformers.Trainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock Trainer to the bit.
 

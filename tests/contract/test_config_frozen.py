@@ -28,6 +28,7 @@ OWN_FIELDS = (
     "lr_schedule_kwargs",
     "lr_schedule_on_mismatch",
     "run_record",
+    "hub_wait_seconds",
 )
 
 #: A value for each that differs from its default and is valid next to the others and [`grpo_args`]'.
@@ -47,6 +48,7 @@ IN_YAML = {
     "lr_schedule": "wsd",
     "lr_schedule_on_mismatch": "new",
     "run_record": False,
+    "hub_wait_seconds": 60.0,
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
 }
 
