@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from trl import SFTConfig, SFTTrainer
 
+from ._hub_mixin import HubArguments, HubMixin
 from ._kernel_mixin import KernelArguments, KernelPatchMixin
 from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
@@ -20,6 +21,10 @@ class EffiSFTConfig(KernelArguments, RunRecordArguments, ScheduleArguments, Sequ
     `kernel_patch` and `run_record`.
     """
 
+
+class EffiSFTConfig(HubArguments, RunRecordArguments, ScheduleArguments, SFTConfig):
+    """`SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `run_record`."""
+
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
@@ -29,3 +34,7 @@ class EffiSFTTrainer(KernelPatchMixin, SamplerMixin, RunRecordMixin, ScheduleMix
     and splits sequences over `args.sequence_parallel_size` ranks, packed ones included. With every method off it is the
     stock one to the bit.
     """
+
+
+class EffiSFTTrainer(HubMixin, RunRecordMixin, SamplerMixin, ScheduleMixin, SFTTrainer):
+    """`trl.SFTTrainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock one to the bit."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import Trainer, TrainingArguments
 
 from ._kernel_mixin import KernelArguments, KernelPatchMixin
+from ._hub_mixin import HubArguments, HubMixin
 from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
@@ -17,6 +18,7 @@ from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 class EffiTrainingArguments(
     KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, TrainingArguments
 ):
+class EffiTrainingArguments(HubArguments, RunRecordArguments, ScheduleArguments, TrainingArguments):
     """
     `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
     `kernel_patch` and `run_record`.
@@ -31,6 +33,7 @@ class EffiTrainingArguments(
 
 
 class EffiTrainer(KernelPatchMixin, SamplerMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
+class EffiTrainer(HubMixin, RunRecordMixin, SamplerMixin, ScheduleMixin, Trainer):
     """
     `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
     trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to
