@@ -22,6 +22,7 @@ _PUBLIC = {
     "EffiSFTTrainer": "hf_effi.trainers.sft",
     "EffiTrainer": "hf_effi.trainers.trainer",
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
+    "FusedLMHead": "hf_effi.kernels.trl_head",
     "FusedLoRALinear": "hf_effi.kernels.fused_lora",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
@@ -112,6 +113,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     )
     from .kernels import KernelMismatchError, PatchError, patch  # noqa: F401
     from .kernels.fused_lora import FusedLoRALinear  # noqa: F401
+    from .kernels.trl_head import FusedLMHead  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401

@@ -11,7 +11,7 @@ from torch import nn
 from .._compat import require
 from ._errors import PatchError
 from ._layers import LayerGroup, check_contract
-from ._targets import LORA_NAME, Key, kernel_name
+from ._targets import LM_HEAD_NAME, LORA_NAME, Key, kernel_name
 
 Candidate = type[nn.Module] | LayerGroup
 
@@ -37,11 +37,13 @@ def _named(key: Key, name: str) -> list[Candidate]:
         return _from_liger(key)
     if name == "hf_effi" and key == LORA_NAME:
         return [importlib.import_module("hf_effi.kernels.fused_lora").FusedLoRALinear()]
+    if name == "hf_effi" and key == LM_HEAD_NAME:
+        return [importlib.import_module("hf_effi.kernels.trl_head").FusedLMHead()]
     if "/" in name and ":" in name:
         return [check_contract(_from_hub(name))]
     raise PatchError(
-        f"{name!r} is no source of layers for {key!r}. Give 'liger', 'hf_effi' (for {LORA_NAME!r}), "
-        "'organisation/repository:Layer', or a layer class."
+        f"{name!r} is no source of layers for {key!r}. Give 'liger', 'hf_effi' (for {LORA_NAME!r} and "
+        f"{LM_HEAD_NAME!r}), 'organisation/repository:Layer', or a layer class."
     )
 
 
