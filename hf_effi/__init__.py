@@ -22,8 +22,8 @@ _PUBLIC = {
     "EffiSFTTrainer": "hf_effi.trainers.sft",
     "EffiTrainer": "hf_effi.trainers.trainer",
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
-    "FusedLMHead": "hf_effi.kernels.trl_head",
-    "FusedLoRALinear": "hf_effi.kernels.fused_lora",
+    "FusedLMHead": "hf_effi.kernels",
+    "FusedLoRALinear": "hf_effi.kernels",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelMismatchError": "hf_effi.kernels",
@@ -31,17 +31,29 @@ _PUBLIC = {
     "KernelPatchMixin": "hf_effi.trainers._kernel_mixin",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "METHODS": "hf_effi.methods",
-    "Method": "hf_effi.methods",
     "MaskingRatioCurriculum": "hf_effi.trainers._masking",
     "MetadataCollator": "hf_effi.trainers._metadata",
     "MetadataConditioning": "hf_effi.trainers._metadata",
+    "Method": "hf_effi.methods",
+    "Multigrid": "hf_effi.functional.curriculum",
+    "MultigridLRCallback": "hf_effi.callbacks.multigrid",
+    "PatchCallback": "hf_effi.callbacks.patch",
     "PatchError": "hf_effi.kernels",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
-    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
     "Schedule": "hf_effi.functional.schedules",
+    "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
+    "SequenceParallelArguments": "hf_effi.trainers._sequence_parallel",
+    "SequenceParallelError": "hf_effi.parallel",
+    "SequenceParallelMixin": "hf_effi.trainers._sequence_parallel",
+    "TokenBudgetBatchSampler": "hf_effi.samplers",
     "TokenCounter": "hf_effi.functional.schedules",
+    "UL2Denoising": "hf_effi.trainers._denoising",
+    "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
+    "average_checkpoints": "hf_effi.callbacks.average_checkpoints",
     "branch_cooldown": "hf_effi.callbacks.branch",
+    "cdma": "hf_effi.recipes",
+    "cma": "hf_effi.recipes",
     "constant": "hf_effi.functional.schedules",
     "cosine": "hf_effi.functional.schedules",
     "cosine_power": "hf_effi.functional.schedules",
@@ -62,11 +74,17 @@ _PUBLIC = {
     "rex": "hf_effi.functional.schedules",
     "scale": "hf_effi.functional.schedules",
     "slow_start_fast_decay": "hf_effi.functional.schedules",
+    "stability_gap": "hf_effi.recipes",
+    "stream_layers": "hf_effi.parallel.stream_layer",
     "table": "hf_effi.functional.schedules",
+    "tile_loss": "hf_effi.parallel.tiled_loss",
+    "tile_mlp": "hf_effi.parallel.tiled_mlp",
+    "tiled_cross_entropy": "hf_effi.parallel.tiled_loss",
     "to_lambda_lr": "hf_effi.functional.schedules",
     "token_indexed": "hf_effi.functional.schedules",
     "triangular": "hf_effi.functional.schedules",
     "uba": "hf_effi.functional.schedules",
+    "unpatch": "hf_effi.kernels",
     "wsd": "hf_effi.functional.schedules",
     "wsd_s": "hf_effi.functional.schedules",
     "wsdc": "hf_effi.functional.schedules",
@@ -77,11 +95,16 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback  # noqa: F401
     from .callbacks.auto_lrs import AutoLRSCallback  # noqa: F401
+    from .callbacks.average_checkpoints import average_checkpoints  # noqa: F401
     from .callbacks.branch import branch_cooldown  # noqa: F401
     from .callbacks.kernel_patch import KernelPatchCallback  # noqa: F401
     from .callbacks.lr_range_test import lr_range_test  # noqa: F401
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
+    from .callbacks.multigrid import MultigridLRCallback  # noqa: F401
+    from .callbacks.patch import PatchCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
+    from .callbacks.weight_averaging import WeightAveragingCallback  # noqa: F401
+    from .functional.curriculum import Multigrid  # noqa: F401
     from .functional.schedules import (  # noqa: F401
         Schedule,
         TokenCounter,
@@ -111,17 +134,30 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsd_s,
         wsdc,
     )
-    from .kernels import KernelMismatchError, PatchError, patch  # noqa: F401
-    from .kernels.fused_lora import FusedLoRALinear  # noqa: F401
-    from .kernels.trl_head import FusedLMHead  # noqa: F401
+    from .kernels import (  # noqa: F401
+        FusedLMHead,
+        FusedLoRALinear,
+        KernelMismatchError,
+        PatchError,
+        patch,
+        unpatch,
+    )
     from .methods import METHODS, Method  # noqa: F401
+    from .parallel import SequenceParallelError  # noqa: F401
+    from .parallel.stream_layer import stream_layers  # noqa: F401
+    from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
+    from .parallel.tiled_mlp import tile_mlp  # noqa: F401
+    from .recipes import cdma, cma, stability_gap  # noqa: F401
     from .report.schedule_plot import plot_schedules  # noqa: F401
+    from .samplers import TokenBudgetBatchSampler  # noqa: F401
     from .trainers._batch_mixin import BatchTransform, BatchTransformMixin  # noqa: F401
+    from .trainers._denoising import UL2Denoising  # noqa: F401
     from .trainers._kernel_mixin import KernelPatchMixin  # noqa: F401
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
+    from .trainers._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
     from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401
     from .trainers.sft import EffiSFTConfig, EffiSFTTrainer  # noqa: F401

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..kernels import PatchError, PatchHandle, patch
+from ..kernels import KernelPatchHandle, PatchError, patch
+from .patch import PatchCallback
 
 
 def refuse_data_parallel(args: TrainingArguments) -> None:
@@ -20,18 +21,19 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
         )
 
 
-class KernelPatchCallback(TrainerCallback):
+class KernelPatchCallback(PatchCallback):
     """
-    Apply [`~hf_effi.patch`] to the Trainer's model, and revert it when training has ended.
+    [`PatchCallback`] with [`~hf_effi.patch`]: kernels for the time of a training.
 
     The patch is applied when the Trainer is built, before DDP, FSDP, mixed precision or `torch.compile` wrap the model,
-    and again at the start of a training whose model is another one (`model_init`) or was reverted. Checkpoints are the
-    same with and without it. No event tells a callback that a training failed: use it as a context manager, or call
-    `revert()`, to have the model back in that case too.
+    and reverted when training has ended. Checkpoints are the same with and without it.
 
     Args:
         layers (`Mapping` or `str`): As in [`~hf_effi.patch`]; `"liger"` for all that Liger has for the model.
         options: The other arguments of [`~hf_effi.patch`]: `on_mismatch`, `verify`, `inputs`.
+
+    Attributes:
+        handle ([`~hf_effi.kernels.KernelPatchHandle`]): The last patch, to be printed; also when it is reverted.
 
     Raises:
         PatchError: as [`~hf_effi.patch`], when the Trainer is built; or several devices in one process.
@@ -46,42 +48,24 @@ class KernelPatchCallback(TrainerCallback):
     """
 
     def __init__(self, layers: Mapping[Any, Any] | str, **options: Any) -> None:
+        super().__init__(self._patch)
         self.layers, self.options = layers, options
-        self.handle: PatchHandle | None = None
+        self.handle: KernelPatchHandle | None = None
         self._model: nn.Module | None = None
 
     def apply(self, model: nn.Module) -> None:
-        """Patch `model`, unless it, or a model that it wraps, is patched already."""
-        if self._model is not None and any(module is self._model for module in model.modules()):
+        """Patch `model`, unless it, or a model that it wraps, is patched: once it is sharded, nothing can be checked."""
+        if self.handle is not None and self.handle.active and any(m is self._model for m in model.modules()):
             return
-        self.revert()
-        self.handle = patch(model, self.layers, **self.options)
+        super().apply(model)
         self._model = model
 
-    def revert(self) -> None:
-        """Undo the patch; does nothing where there is none. The handle stays, to be printed."""
-        self._model = None
-        if self.handle is not None:
-            self.handle.revert()
-
-    def __enter__(self) -> KernelPatchCallback:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.revert()
+    def _patch(self, model: nn.Module) -> KernelPatchHandle:
+        self.handle = patch(model, self.layers, **self.options)
+        return self.handle
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         refuse_data_parallel(args)
-        self.apply(kwargs["model"])
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.apply(kwargs["model"])
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.revert()
+        super().on_init_end(args, state, control, **kwargs)

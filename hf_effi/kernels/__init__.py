@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from ._errors import KernelMismatchError, PatchError
-from ._patch import PatchHandle, patch
+from ._patch import KernelPatchHandle, patch, unpatch
+from .fused_lora import FusedLoRALinear
+from .tiled_mlp import TiledMLP
+from .trl_head import FusedLMHead
 
-__all__ = ["KernelMismatchError", "PatchError", "PatchHandle", "patch"]
+__all__ = [
+    "FusedLMHead",
+    "FusedLoRALinear",
+    "KernelMismatchError",
+    "KernelPatchHandle",
+    "PatchError",
+    "TiledMLP",
+    "patch",
+    "unpatch",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,9 +23,8 @@ logger = logging.get_logger(__name__)
 OnMismatch = Literal["error", "eager"]
 InputMaker = Callable[[nn.Module, torch.Generator], tuple[Any, ...]]
 
-_MISSING = object()
-#: module -> key of the patch that holds it. Outside the model, whose `__dict__` is to be as it was afterwards.
-_HELD: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+#: entry of a patched module's `__dict__` that says who patched it; gone with the patch
+_CLAIM = "_hf_effi_patch"
 
 
 @dataclass(frozen=True)
@@ -55,21 +53,28 @@ class _Replacement:
     def __init__(
         self, target: Target, value: Callable[..., Any], key: str, switch_off: Callable[[], None] | None = None
     ) -> None:
-        self.target, self.value, self.switch_off = target, value, switch_off
+        self.target, self.value, self.key, self.switch_off = target, value, key, switch_off
         entries = target.module.__dict__
-        self.before = entries.get(target.attribute, _MISSING)
-        _HELD[target.module] = key
-        entries[target.attribute] = value  # not setattr: a module given as a value must not become a submodule
+        self.existed, self.before = target.attribute in entries, entries.get(target.attribute)
+        # Not setattr: a module given as a value must not become a submodule.
+        entries[target.attribute] = value
+        entries[_CLAIM] = self
+
+    @property
+    def in_place(self) -> bool:
+        return self.target.module.__dict__.get(_CLAIM) is self
 
     def restore(self) -> str | None:
-        """Put the entry back; return what is in the way, if anything."""
+        """Put the entry back, unless that was done before; return what is in the way, if anything."""
         entries = self.target.module.__dict__
-        _HELD.pop(self.target.module, None)
+        if not self.in_place:
+            return None
+        del entries[_CLAIM]
         if entries.get(self.target.attribute) is self.value:
-            if self.before is _MISSING:
-                del entries[self.target.attribute]
-            else:
+            if self.existed:
                 entries[self.target.attribute] = self.before
+            else:
+                del entries[self.target.attribute]
             return None
         # An accelerate hook was added or removed since: it moves the function between these two entries.
         for attribute in ("forward", "_old_forward"):
@@ -82,7 +87,7 @@ class _Replacement:
         return f"{self.target.name}.{self.target.attribute} was replaced by something else after the patch"
 
 
-class PatchHandle:
+class KernelPatchHandle:
     """
     What [`patch`] returns: the patches of one call. `print(handle)` shows them as a table.
 
@@ -100,7 +105,7 @@ class PatchHandle:
     @property
     def active(self) -> bool:
         """Whether the patches are in place."""
-        return bool(self._replacements)
+        return any(replacement.in_place for replacement in self._replacements)
 
     def revert(self) -> None:
         """
@@ -116,7 +121,7 @@ class PatchHandle:
                 "could not restore: " + "; ".join(problems) + ". Undo what was done later before this patch."
             )
 
-    def __enter__(self) -> PatchHandle:
+    def __enter__(self) -> KernelPatchHandle:
         return self
 
     def __exit__(
@@ -162,10 +167,11 @@ def _check_model(model: nn.Module) -> None:
 def _free_targets(model: nn.Module, key: Key) -> list[Target]:
     targets = find_targets(model, key)
     for target in targets:
-        if target.module in _HELD:
+        if _CLAIM in target.module.__dict__:
             raise PatchError(
-                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by {_HELD[target.module]!r}. "
-                "Revert the other patch first, or narrow one of the two keys."
+                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by "
+                f"{target.module.__dict__[_CLAIM].key!r}. Revert the other patch first (`unpatch(model)` where its "
+                "handle is lost), or narrow one of the two keys."
             )
     return targets
 
@@ -285,7 +291,7 @@ def patch(
     on_mismatch: OnMismatch = "error",
     verify: bool = True,
     inputs: Mapping[Key, InputMaker] | None = None,
-) -> PatchHandle:
+) -> KernelPatchHandle:
     """
     Replace the computation of modules of one model; check each replacement; return a handle that undoes it exactly.
 
@@ -309,7 +315,7 @@ def patch(
             the self-check, for modules that take anything else than activations `(batch, length, width)`.
 
     Returns:
-        [`PatchHandle`]: Also a context manager.
+        [`KernelPatchHandle`]: Also a context manager.
 
     Raises:
         PatchError: nothing matches a key, two keys claim one module, or the model cannot be patched in its state.
@@ -340,11 +346,27 @@ def patch(
                     for target, replacement in zip(unit.targets, unit.replacements, strict=True):
                         replacements.append(_Replacement(target, replacement, _shown(key), unit.switch_off))
     except BaseException:
-        PatchHandle(replacements, rows).revert()
+        KernelPatchHandle(replacements, rows).revert()
         raise
     for note in dict.fromkeys(row.note for row in rows if row.layer == "eager"):
         logger.warning("left eager: %s", note)
-    return PatchHandle(replacements, rows)
+    return KernelPatchHandle(replacements, rows)
+
+
+def unpatch(model: nn.Module) -> None:
+    """
+    Revert every patch on a model, for example after an interrupted run whose handles are lost. Without patches: nothing.
+
+    Raises:
+        PatchError: something else replaced a patched function since. All other modules are restored.
+
+    Example:
+    ```python
+    unpatch(trainer.model)
+    ```
+    """
+    claims = [module.__dict__[_CLAIM] for module in model.modules() if _CLAIM in module.__dict__]
+    KernelPatchHandle(claims, []).revert()
 
 
 def _as_mapping(model: nn.Module, layers: Any) -> Mapping[Key, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,9 +11,19 @@ from torch import nn
 from .._compat import require
 from ._errors import PatchError
 from ._layers import LayerGroup, check_contract
-from ._targets import LM_HEAD_NAME, LORA_NAME, Key, kernel_name
+from ._targets import GATED_NAMES, LM_HEAD_NAME, LORA_NAME, Key, kernel_name
+from .fused_lora import FusedLoRALinear
+from .tiled_mlp import TiledMLP
+from .trl_head import FusedLMHead
 
 Candidate = type[nn.Module] | LayerGroup
+
+#: what `"hf_effi"` stands for
+_OURS: dict[Key, Callable[[], LayerGroup]] = {
+    LORA_NAME: FusedLoRALinear,
+    LM_HEAD_NAME: FusedLMHead,
+    **dict.fromkeys(GATED_NAMES, TiledMLP),
+}
 
 
 def _from_liger(key: Key) -> list[Candidate]:
@@ -35,15 +45,13 @@ def _from_hub(reference: str) -> type[nn.Module]:
 def _named(key: Key, name: str) -> list[Candidate]:
     if name == "liger":
         return _from_liger(key)
-    if name == "hf_effi" and key == LORA_NAME:
-        return [importlib.import_module("hf_effi.kernels.fused_lora").FusedLoRALinear()]
-    if name == "hf_effi" and key == LM_HEAD_NAME:
-        return [importlib.import_module("hf_effi.kernels.trl_head").FusedLMHead()]
+    if name == "hf_effi" and key in _OURS:
+        return [_OURS[key]()]
     if "/" in name and ":" in name:
         return [check_contract(_from_hub(name))]
     raise PatchError(
-        f"{name!r} is no source of layers for {key!r}. Give 'liger', 'hf_effi' (for {LORA_NAME!r} and "
-        f"{LM_HEAD_NAME!r}), 'organisation/repository:Layer', or a layer class."
+        f"{name!r} is no source of layers for {key!r}. Give 'liger', 'hf_effi' (for {', '.join(_OURS)}), "
+        "'organisation/repository:Layer', or a layer class."
     )
 
 

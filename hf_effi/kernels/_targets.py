@@ -24,7 +24,8 @@ LORA_NAME = "LoRALinear"
 LM_HEAD_NAME = "LMHead"
 #: the function that the forward of TRL's `add_fused_lm_head` calls, found in the globals of its module
 TRL_HEAD_FUNCTION = "_ChunkedLogProbFunction"
-_GATED_NAMES = {"silu": "SwiGLUMLP", "swish": "SwiGLUMLP", "gelu_pytorch_tanh": "GeGLUMLP"}
+GATED_NAMES = ("SwiGLUMLP", "GeGLUMLP")
+_GATED_BY_ACTIVATION = {"silu": "SwiGLUMLP", "swish": "SwiGLUMLP", "gelu_pytorch_tanh": "GeGLUMLP"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ def _gated_mlp_name(module: nn.Module) -> str | None:
         return None
     config = getattr(module, "config", None)
     act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    return _GATED_NAMES.get(act)
+    return _GATED_BY_ACTIVATION.get(act)
 
 
 def kernel_name(module: nn.Module) -> str | None:

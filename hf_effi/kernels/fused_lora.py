@@ -89,7 +89,7 @@ def fused_lora(x: Tensor, linears: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
     tensor([[3., 5.]])
     ```
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which autocast leaves alone
     autocast_dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
     adapter_dtype = autocast_dtype or linears[0].a.dtype
     forms = tuple(

@@ -18,6 +18,7 @@ from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
+from ._sequence_parallel import SequenceParallelMixin
 from .grpo_config import EffiGRPOConfig
 
 
@@ -31,6 +32,7 @@ class EffiGRPOTrainer(
     SamplerMixin,
     GRPOResumeMixin,
     ScheduleMixin,
+    SequenceParallelMixin,
     GRPOTrainer,
 ):
     """

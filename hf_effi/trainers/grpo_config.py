@@ -11,13 +11,14 @@ from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
 from ._kernel_mixin import KernelArguments
 from ._schedule_mixin import ScheduleArguments
+from ._sequence_parallel import SequenceParallelArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(KernelArguments, ScheduleArguments, GRPOConfig):
+class EffiGRPOConfig(KernelArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
@@ -71,6 +72,8 @@ class EffiGRPOConfig(KernelArguments, ScheduleArguments, GRPOConfig):
             Its arguments, as a dict or as JSON.
         lr_schedule_on_mismatch (`str`, *optional*, defaults to `"error"`):
             What to do when a checkpoint holds another schedule: `"error"`, `"stored"` or `"new"`.
+        sequence_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of consecutive ranks that share each sequence in the policy's forward and backward; 1 is off.
 
         > Parameters of the kernels
 

@@ -9,18 +9,22 @@ from trl import SFTConfig, SFTTrainer
 from ._kernel_mixin import KernelArguments, KernelPatchMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
+from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 
 
 @dataclass
-class EffiSFTConfig(KernelArguments, ScheduleArguments, SFTConfig):
-    """`SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `kernel_patch`."""
+class EffiSFTConfig(KernelArguments, ScheduleArguments, SequenceParallelArguments, SFTConfig):
+    """
+    `SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size` and
+    `kernel_patch`.
+    """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiSFTTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, SFTTrainer):
+class EffiSFTTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, SequenceParallelMixin, SFTTrainer):
     """
-    `trl.SFTTrainer` that follows `args.lr_schedule`, holds `args.kernel_patch` while it trains and takes a `train_sampler`.
-
-    With every method off it is the stock one to the bit.
+    `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it trains
+    and splits sequences over `args.sequence_parallel_size` ranks, packed ones included. With every method off it is the
+    stock one to the bit.
     """

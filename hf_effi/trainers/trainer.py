@@ -9,12 +9,14 @@ from transformers import Trainer, TrainingArguments
 from ._kernel_mixin import KernelArguments, KernelPatchMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
+from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 
 
 @dataclass
-class EffiTrainingArguments(KernelArguments, ScheduleArguments, TrainingArguments):
+class EffiTrainingArguments(KernelArguments, ScheduleArguments, SequenceParallelArguments, TrainingArguments):
     """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `kernel_patch`.
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size` and
+    `kernel_patch`.
 
     Example:
     ```python
@@ -25,11 +27,11 @@ class EffiTrainingArguments(KernelArguments, ScheduleArguments, TrainingArgument
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, Trainer):
+class EffiTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
     """
-    `transformers.Trainer` that follows `args.lr_schedule`, holds `args.kernel_patch` while it trains and takes a `train_sampler`.
-
-    With every method off it is the stock Trainer to the bit.
+    `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
+    trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to
+    the bit.
 
     Example:
     ```python

@@ -27,6 +27,7 @@ OWN_FIELDS = (
     "lr_schedule",
     "lr_schedule_kwargs",
     "lr_schedule_on_mismatch",
+    "sequence_parallel_size",
     "kernel_patch",
 )
 
@@ -46,6 +47,7 @@ IN_YAML = {
     "prune_normalizer": "original",
     "lr_schedule": "wsd",
     "lr_schedule_on_mismatch": "new",
+    "sequence_parallel_size": 2,
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
     "kernel_patch": {"RMSNorm": "liger"},
 }

@@ -143,6 +143,18 @@ def test_model_init_is_patched_in_each_training(tmp_path):
     assert "forward" not in first.model.norm.__dict__ and "forward" not in trainer.model.model.norm.__dict__
 
 
+def test_with_torch_compile(tmp_path):
+    watch, callback = Watch(), KernelPatchCallback(LAYERS)
+    model = tiny_llama(num_hidden_layers=1)
+    trainer = trainer_of(
+        tmp_path, model, callback, watch, max_steps=1, torch_compile=True, torch_compile_backend="eager"
+    )
+    trainer.train()
+    trainer.train()
+    assert watch.seen == [True, True] and "forward" not in model.model.norm.__dict__
+    torch.compiler.reset()
+
+
 class Explode(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         raise RuntimeError("node lost")

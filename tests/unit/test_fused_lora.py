@@ -155,6 +155,15 @@ def test_autocast_gives_the_dtypes_of_peft(dtype):
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
 
 
+def test_autocast_leaves_fp64_alone():
+    model = lora_model(dtype=torch.float64)
+    x, layer = torch.randn(2, 32, dtype=torch.float64), attention_of(model).q_proj
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with patch(model, KEY):
+            torch.testing.assert_close(layer(x), expected)
+
+
 def test_adapters_in_fp32_keep_their_precision_on_a_half_precision_base():
     """PEFT's default outside autocast: the low-rank products are made in fp32, and so are their gradients."""
     model = lora_model(tiny_llama().to(torch.bfloat16))
@@ -446,3 +455,11 @@ def test_beside_other_patches():
     with patch(model, {"SwiGLUMLP": SwiGLU}), patch(model, {"LoRALinear": "hf_effi"}):
         assert_close(expected, outputs_of(model), tolerance=1e-7)
     assert state_of(model) == state
+
+
+def test_on_the_attention_beside_a_tiled_mlp():
+    model = lora_model(dtype=torch.float64)
+    expected = outputs_of(model)
+    with patch(model, {"*.self_attn.*_proj": FusedLoRALinear(), "SwiGLUMLP": "hf_effi"}) as handle:
+        assert {row.layer for row in handle} == {"FusedLoRALinear x3", "FusedLoRALinear x1", "TiledMLP"}
+        assert_close(expected, outputs_of(model), tolerance=1e-7)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from hf_effi._compat import MissingPackageError
-from hf_effi.kernels import KernelMismatchError, PatchError, patch
+from hf_effi.kernels import KernelMismatchError, PatchError, TiledMLP, patch, unpatch
 from hf_effi.kernels._targets import kernel_name
 from hf_effi.kernels._verify import compare
 from tests.helpers import assert_bitwise_equal, save_tiny, tiny_gemma, tiny_llama, tiny_mistral, tiny_qwen3
@@ -349,6 +349,18 @@ def test_two_handles_on_one_module_are_named():
     patch(model, {"SwiGLUMLP": TorchSwiGLU}).revert()
 
 
+def test_unpatch_where_the_handle_is_lost():
+    model = tiny_llama()
+    state = state_of(model)
+    handle = patch(model, {"RMSNorm": TorchRMSNorm})
+    patch(model, {"SwiGLUMLP": TorchSwiGLU})
+    unpatch(model)
+    assert state_of(model) == state and not handle.active
+    handle.revert()
+    unpatch(model)
+    assert state_of(model) == state
+
+
 @pytest.mark.parametrize("first_out", [0, 1])
 def test_nested_handles_revert_in_either_order(first_out):
     model = tiny_llama()
@@ -531,6 +543,8 @@ def test_a_copy_of_a_patched_model_uses_its_own_weights():
                 parameter.zero_()
         assert not twin(input_ids=IDS).logits.any()
         assert model(input_ids=IDS).logits.any()
+        unpatch(twin)
+        assert "forward" not in twin.model.norm.__dict__ and "forward" in model.model.norm.__dict__
 
 
 def test_use_kernels_is_refused():
@@ -725,6 +739,27 @@ def test_bad_model_and_policy():
         patch("gpt2", {"RMSNorm": TorchRMSNorm})
     with pytest.raises(PatchError, match="on_mismatch='warn' must be"):
         patch(tiny_llama(), {"RMSNorm": TorchRMSNorm}, on_mismatch="warn")
+
+
+@pytest.mark.parametrize("value", [TiledMLP(num_shards=3), "hf_effi"])
+def test_tiled_mlp_is_a_value(value):
+    model = tiny_gemma()
+    state, expected = state_of(model), outputs_of(model)
+    with patch(model, {"GeGLUMLP": value, "RMSNorm": TorchGemmaNorm}) as handle:
+        assert {row.layer for row in handle} == {"TiledMLP", "TorchGemmaNorm"}
+        assert_close(expected, outputs_of(model))
+    assert state_of(model) == state
+
+
+def test_tiled_mlp_says_what_it_cannot_compute(tmp_path):
+    with pytest.raises(PatchError, match="TiledMLP cannot compute model.norm: LlamaRMSNorm is none of SwiGLUMLP"):
+        patch(tiny_llama(), {"model.norm": TiledMLP()})
+    with pytest.raises(
+        KernelMismatchError, match="TiledMLP on .*mlp: it does not run: ValueError: TiledMLP: gate_proj"
+    ):
+        patch(four_bit_llama(tmp_path), {"SwiGLUMLP": TiledMLP()})
+    with pytest.raises(ValueError, match="num_shards=0"):
+        TiledMLP(0)
 
 
 def test_a_repository_object_is_loaded():
