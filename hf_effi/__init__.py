@@ -28,6 +28,7 @@ _PUBLIC = {
     "EffiTrainer": "hf_effi.trainers.trainer",
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
     "Finding": "hf_effi.functional.doctor",
+    "FusedLMHead": "hf_effi.kernels",
     "FusedLoRALinear": "hf_effi.kernels",
     "GRPODoctor": "hf_effi.callbacks.doctor",
     "GRPOLimits": "hf_effi.functional.doctor",
@@ -171,7 +172,14 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .functional.segment_attention import AttentionPattern  # noqa: F401
     from .hub.callback import HubCallback  # noqa: F401
     from .hub.recipe import from_card  # noqa: F401
-    from .kernels import FusedLoRALinear, KernelMismatchError, PatchError, patch, unpatch  # noqa: F401
+    from .kernels import (  # noqa: F401  # noqa: F401
+        FusedLMHead,
+        FusedLoRALinear,
+        KernelMismatchError,
+        PatchError,
+        patch,
+        unpatch,
+    )
     from .methods import METHODS, Method  # noqa: F401
     from .parallel import SequenceParallelError  # noqa: F401
     from .parallel.chunk_flow import ChunkFlow  # noqa: F401

@@ -45,6 +45,10 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+#: `torch.addmm(..., out_dtype=torch.float32)` of half-precision inputs
+HAS_MM_OUT_DTYPE = tuple(int(part) for part in (version_of("torch") or "0.0").split(".")[:2]) >= (2, 8)
+
+
 def is_available(package: str) -> bool:
     """Return whether the optional `package` (an import name) can be imported, without importing it."""
     # Only the top package: asking for a submodule would import its parents.
