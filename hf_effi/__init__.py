@@ -65,6 +65,7 @@ _PUBLIC = {
     "scale": "hf_effi.functional.schedules",
     "slow_start_fast_decay": "hf_effi.functional.schedules",
     "stability_gap": "hf_effi.recipes",
+    "stream_layers": "hf_effi.parallel.stream_layer",
     "table": "hf_effi.functional.schedules",
     "tile_loss": "hf_effi.parallel.tiled_loss",
     "tile_mlp": "hf_effi.parallel.tiled_mlp",
@@ -122,6 +123,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .methods import METHODS, Method  # noqa: F401
+    from .parallel.stream_layer import stream_layers  # noqa: F401
     from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
     from .parallel.tiled_mlp import tile_mlp  # noqa: F401
     from .recipes import cdma, cma, stability_gap  # noqa: F401

@@ -37,4 +37,20 @@ ROWS: tuple[Method, ...] = (
         ),
         bench="bench/tiled_compute.py",
     ),
+    Method(
+        key="stream_layer",
+        title="StreamLayer (StreamBP)",
+        kind="parallel",
+        summary="Runs a decoder layer's backward a chunk of tokens at a time, through the layer's own code.",
+        entry_points=("hf_effi.parallel.stream_layer:stream_layers",),
+        paper="StreamBP: Memory-Efficient Exact Backpropagation for Long Sequence Training of LLMs",
+        paper_id="2506.03077",
+        status="experimental",
+        tests=(
+            "tests/unit/test_stream_layer.py",
+            "tests/training/test_stream_layer.py",
+            "tests/distributed/test_tiled_ranks.py",
+        ),
+        bench="bench/tiled_compute.py",
+    ),
 )

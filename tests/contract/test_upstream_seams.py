@@ -108,6 +108,7 @@ SIGNATURES = {
     "transformers.trainer_pt_utils:BatchRebalanceSampler.__init__": "self lengths effective_batch_size dp_size grad_accum"
     " shuffle seed rank drop_last",
     f"{TRAINER}.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
+    "transformers.modeling_utils:PreTrainedModel.set_attn_implementation": "self attn_implementation allow_all_kernels",
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",

@@ -12,10 +12,15 @@ from tests.helpers.long_sequence import assert_equal_gradients
 def patch_named(name: str):
     from functools import partial
 
+    from hf_effi.parallel.stream_layer import stream_layers
     from hf_effi.parallel.tiled_loss import tile_loss
     from hf_effi.parallel.tiled_mlp import tile_mlp
 
-    return {"mlp": partial(tile_mlp, num_shards=3), "loss": partial(tile_loss, num_shards=3)}[name]
+    return {
+        "mlp": partial(tile_mlp, num_shards=3),
+        "loss": partial(tile_loss, num_shards=3),
+        "layers": partial(stream_layers, num_chunks=3),
+    }[name]
 
 
 #: wrapper of the two ranks, activation checkpointing, LoRA
@@ -89,7 +94,7 @@ def one_process():
     return run_distributed(gradients_of_all_cases, 1, None)[0]
 
 
-@pytest.mark.parametrize("patch", ["mlp", "loss"])
+@pytest.mark.parametrize("patch", ["mlp", "loss", "layers"])
 def test_two_ranks_are_one(patch, one_process):
     for ours in run_distributed(gradients_of_all_cases, 2, patch):
         for case, wanted, found in zip(CASES, one_process, ours, strict=True):

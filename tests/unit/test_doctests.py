@@ -16,6 +16,7 @@ EXTRA_MODULES = (
     "hf_effi.samplers.curricula",
     "hf_effi.samplers.learned",
     "hf_effi.samplers.mixture",
+    "hf_effi.samplers.multistage",
     "hf_effi.samplers.scores",
     "hf_effi.methods",
     "hf_effi.parallel.offload",

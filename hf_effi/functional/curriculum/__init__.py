@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
+from .agreement import keep_by_length, majority_answers
+from .attention import copy_probe, copy_scores, relative_increase, top_heads
 from .denoising import (
     UL2_DENOISERS,
     UL2R_DENOISERS,
@@ -21,6 +23,7 @@ from .lengths import Multigrid, rechunk, root_length, staged_length
 from .masking import continues_word, mask_tokens, masking_ratio
 from .metadata import cooldown_step, domain_of, join_metadata
 from .mixing import mixture_at, mixture_counts, mixture_order
+from .naive_bayes import BernoulliBayes
 from .ordering import interleave_levels, percentile_within, score_order
 from .pacing import (
     competence,
@@ -58,6 +61,7 @@ __all__ = [
     "INSTRUCT_MINING_V1",
     "UL2R_DENOISERS",
     "UL2_DENOISERS",
+    "BernoulliBayes",
     "CurriculumError",
     "Denoiser",
     "Dip",
@@ -71,6 +75,8 @@ __all__ = [
     "competence_order",
     "continues_word",
     "cooldown_step",
+    "copy_probe",
+    "copy_scores",
     "cyclical_sizes",
     "deal_snake",
     "denoised_lengths",
@@ -85,9 +91,11 @@ __all__ = [
     "interleave_levels",
     "join_metadata",
     "keep_by_judge",
+    "keep_by_length",
     "keep_top",
     "kept_shares",
     "learnability",
+    "majority_answers",
     "mask_tokens",
     "masking_ratio",
     "mixture_at",
@@ -103,6 +111,7 @@ __all__ = [
     "rasch_ability",
     "rechunk",
     "refill",
+    "relative_increase",
     "repeat_layout",
     "root_length",
     "row_lengths",
@@ -114,6 +123,7 @@ __all__ = [
     "stability_dip",
     "staged_length",
     "token_counts",
+    "top_heads",
     "within_ability",
     "word_rarity",
 ]
