@@ -158,6 +158,7 @@ class LayerModes:
         model (`PreTrainedModel`): A model with gradient checkpointing on (non-reentrant, the default).
         modes (`str` or `Sequence[str]`): One mode for all layers, or one a layer.
         save_ops (`Iterable`, *optional*): Operators that `selective` saves besides attention.
+        offloader ([`ActivationOffloader`], *optional*): What `offload` uses; by default one for the model's device.
 
     Raises:
         LayerModeError: a mode is unknown, there is not one a layer, checkpointing is off or reentrant.
@@ -170,7 +171,13 @@ class LayerModes:
     ```
     """
 
-    def __init__(self, model: torch.nn.Module, modes: str | Sequence[str], save_ops: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        modes: str | Sequence[str],
+        save_ops: Iterable[Any] = (),
+        offloader: ActivationOffloader | None = None,
+    ) -> None:
         self.layers = decoder_layers(model)
         self.modes = (modes,) * len(self.layers) if isinstance(modes, str) else tuple(modes)
         unknown = sorted(set(map(str, self.modes)) - set(MODES))
@@ -178,8 +185,8 @@ class LayerModes:
             raise LayerModeError(f"unknown modes {unknown}. Known: {', '.join(MODES)}.")
         if len(self.modes) != len(self.layers):
             raise LayerModeError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one a layer.")
-        self.offloader = None
-        if "offload" in self.modes:
+        self.offloader = offloader
+        if offloader is None and "offload" in self.modes:
             self.offloader = ActivationOffloader(next(self.layers[0].parameters()).device)
         self._context_fn = selective_contexts(save_ops)
         self._installed: list[_LayerMode] = []

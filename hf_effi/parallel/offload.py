@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +44,10 @@ class OffloadStats:
 
 
 class _HostBuffers:
-    """Flat host buffers, handed out and taken back; pinned where there is a device to copy from."""
+    """Flat host buffers, handed out and taken back."""
 
-    def __init__(self, stats: OffloadStats, pinned: bool) -> None:
-        self.stats, self.pinned = stats, pinned
+    def __init__(self, stats: OffloadStats, allocate: Callable[[int], torch.Tensor]) -> None:
+        self.stats, self.allocate = stats, allocate
         self.free: list[torch.Tensor] = []
 
     def take(self, size: int) -> torch.Tensor:
@@ -59,7 +61,7 @@ class _HostBuffers:
                 small = max(self.free, key=torch.Tensor.numel)
                 self._forget(small)
                 self.stats.host_bytes -= small.numel()
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+            buffer = self.allocate(size)
             self.stats.buffers_allocated += 1
             self.stats.host_bytes += size
         self.stats.host_bytes_in_use += buffer.numel()
@@ -103,6 +105,8 @@ class ActivationOffloader:
 
     Args:
         device (`torch.device` or `str`): Where the activations are.
+        allocate (`Callable`, *optional*): `bytes -> uint8 tensor` on the host, such as a file mapping. Default: pinned
+            memory, or plain memory where the activations are on the CPU.
 
     Example:
     ```python
@@ -117,13 +121,16 @@ class ActivationOffloader:
     ```
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(
+        self, device: torch.device | str, allocate: Callable[[int], torch.Tensor] | None = None
+    ) -> None:
         self.device = torch.device(device)
         self.stats = OffloadStats()
         self._asynchronous = self.device.type != "cpu"
         self._module = torch.get_device_module(self.device.type) if self._asynchronous else None
         self._stream = self._module.Stream(self.device) if self._asynchronous else None
-        self._buffers = _HostBuffers(self.stats, pinned=self._asynchronous)
+        own = partial(torch.empty, dtype=torch.uint8, pin_memory=self._asynchronous)
+        self._buffers = _HostBuffers(self.stats, allocate or own)
         self._latest: weakref.ref[_HostCopy] | Any = lambda: None
         self._leaving: deque[tuple[Any, torch.Tensor]] = deque()
 
