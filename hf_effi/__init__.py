@@ -37,6 +37,9 @@ _PUBLIC = {
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
     "Schedule": "hf_effi.functional.schedules",
     "SequenceLengthMixin": "hf_effi.trainers._length_mixin",
+    "SequenceParallelArguments": "hf_effi.trainers._sequence_parallel",
+    "SequenceParallelError": "hf_effi.parallel",
+    "SequenceParallelMixin": "hf_effi.trainers._sequence_parallel",
     "TokenBudgetBatchSampler": "hf_effi.samplers",
     "TokenCounter": "hf_effi.functional.schedules",
     "UL2Denoising": "hf_effi.trainers._denoising",
@@ -123,6 +126,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .methods import METHODS, Method  # noqa: F401
+    from .parallel import SequenceParallelError  # noqa: F401
     from .parallel.stream_layer import stream_layers  # noqa: F401
     from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
     from .parallel.tiled_mlp import tile_mlp  # noqa: F401
@@ -135,6 +139,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
+    from .trainers._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401
     from .trainers.grpo_config import EffiGRPOConfig  # noqa: F401
     from .trainers.sft import EffiSFTConfig, EffiSFTTrainer  # noqa: F401

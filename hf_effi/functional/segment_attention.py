@@ -18,14 +18,15 @@ class AttentionPattern:
     """
     Which keys a causal layer looks at. Query `i` sees key `j <= i` of its document where one of these holds:
 
-    `j < sink`, or `i - j < window`, or `j % stride == 0`.
+    `j < sink`, or `i - j < window`, or `(j // stride_block) % stride == 0`.
 
     Positions count from the start of the document. A pattern without a window is full attention.
 
     Args:
         window (`int`, *optional*): The latest keys, the query's own included.
         sink (`int`, *optional*, defaults to `0`): The first keys of the document.
-        stride (`int`, *optional*, defaults to `0`): Every `stride`-th key; 0 for none.
+        stride (`int`, *optional*, defaults to `0`): Every `stride`-th block of earlier keys; 0 for none.
+        stride_block (`int`, *optional*, defaults to `1`): Keys in such a block.
 
     Raises:
         ValueError: an argument out of range, or sinks or a stride without a window.
@@ -41,9 +42,10 @@ class AttentionPattern:
     window: int | None = None
     sink: int = 0
     stride: int = 0
+    stride_block: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("sink", 0), ("stride", 0)):
+        for name, least in (("window", 1), ("sink", 0), ("stride", 0), ("stride_block", 1)):
             value = getattr(self, name)
             if name == "window" and value is None:
                 continue
@@ -61,7 +63,7 @@ class AttentionPattern:
             return causal
         kept = (keys < self.sink) | (queries - keys < self.window)
         if self.stride:
-            kept = kept | (keys % self.stride == 0)
+            kept = kept | (keys // self.stride_block % self.stride == 0)
         return kept & causal
 
     def mask(self, length: int) -> torch.Tensor:
@@ -148,15 +150,22 @@ def _windowed(
     outputs = []
     for begin in range(0, q.shape[1], block):
         end = min(begin + block, q.shape[1])
-        low = max(0, begin + offset - pattern.window + 1)
-        seen = [slice(0, min(pattern.sink, low)), slice(low, end + offset)]
-        if pattern.stride:
-            first = -(-pattern.sink // pattern.stride) * pattern.stride
-            seen.insert(1, slice(min(first, low), low, pattern.stride))
-        keys, values, where = (torch.cat([t[..., s, :] for s in seen], dim=-2) for t in (k, v, positions[:, None]))
-        mask = pattern.keeps(positions[begin + offset : end + offset, None], where.squeeze(-1)[None, :])
+        seen = _keys_of_block(pattern, begin + offset, end + offset).to(q.device)
+        mask = pattern.keeps(positions[begin + offset : end + offset, None], seen[None, :])
+        keys, values = k.index_select(1, seen), v.index_select(1, seen)
         outputs.append(_sdpa(q[:, begin:end], keys, values, scale, attn_mask=mask))
     return torch.cat(outputs, dim=1)
+
+
+def _keys_of_block(pattern: AttentionPattern, begin: int, end: int) -> torch.Tensor:
+    """Return the positions that any of the queries `begin` to `end` sees, in order."""
+    low = max(0, begin - pattern.window + 1)
+    parts = [torch.arange(min(pattern.sink, low)), torch.arange(low, end)]
+    if pattern.stride:
+        starts = torch.arange(0, low, pattern.stride * pattern.stride_block)
+        columns = (starts[:, None] + torch.arange(pattern.stride_block)).flatten()
+        parts.insert(1, columns[(columns >= pattern.sink) & (columns < low)])
+    return torch.cat(parts)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, **masking: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Settings of papers as functions that return trainer keyword arguments."""
+"""Settings of papers, as functions that return trainer keyword arguments, configs, and launch files."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import AttentionInterface
 
 from ..functional.memory import ForwardTrace, Parameter, StepFlops
 from ..functional.saved_bytes import SavedBytes
@@ -47,11 +48,11 @@ def _attention_for(config: PreTrainedConfig) -> Iterator[str]:
     if not AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa:
         yield "eager"
         return
-    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_attention_forward)
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     try:
         yield _ATTENTION
     finally:
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_ATTENTION)
+        AttentionInterface._global_mapping.pop(_ATTENTION)
 
 
 class TracedModel:
@@ -85,6 +86,7 @@ class TracedModel:
             raise ValueError(f"dtype={dtype!r} is not known. Known: {', '.join(DTYPES)}.")
         if four_bit and lora_rank is None:
             raise ValueError("4-bit weights cannot be trained: give a LoRA rank as well.")
+        config = copy.deepcopy(config)  # building a model writes into it
         self.config, self.autocast, self._four_bit = config, autocast, four_bit
         with torch.device("meta"), _attention_for(config) as attention:
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)

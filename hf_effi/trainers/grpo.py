@@ -17,6 +17,7 @@ from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
+from ._sequence_parallel import SequenceParallelMixin
 from .grpo_config import EffiGRPOConfig
 
 
@@ -29,6 +30,7 @@ class EffiGRPOTrainer(
     SamplerMixin,
     GRPOResumeMixin,
     ScheduleMixin,
+    SequenceParallelMixin,
     GRPOTrainer,
 ):
     """

@@ -10,13 +10,14 @@ from trl import GRPOConfig
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
 from ._schedule_mixin import ScheduleArguments
+from ._sequence_parallel import SequenceParallelArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(ScheduleArguments, GRPOConfig):
+class EffiGRPOConfig(ScheduleArguments, SequenceParallelArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
@@ -70,6 +71,8 @@ class EffiGRPOConfig(ScheduleArguments, GRPOConfig):
             Its arguments, as a dict or as JSON.
         lr_schedule_on_mismatch (`str`, *optional*, defaults to `"error"`):
             What to do when a checkpoint holds another schedule: `"error"`, `"stored"` or `"new"`.
+        sequence_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of consecutive ranks that share each sequence in the policy's forward and backward; 1 is off.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]

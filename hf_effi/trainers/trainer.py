@@ -8,12 +8,13 @@ from transformers import Trainer, TrainingArguments
 
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
+from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 
 
 @dataclass
-class EffiTrainingArguments(ScheduleArguments, TrainingArguments):
+class EffiTrainingArguments(ScheduleArguments, SequenceParallelArguments, TrainingArguments):
     """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs` and `lr_schedule_on_mismatch`.
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `sequence_parallel_size`.
 
     Example:
     ```python
@@ -24,9 +25,10 @@ class EffiTrainingArguments(ScheduleArguments, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
 
 
-class EffiTrainer(SamplerMixin, ScheduleMixin, Trainer):
+class EffiTrainer(SamplerMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
     """
-    `transformers.Trainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock Trainer to the bit.
+    `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler` and splits sequences over
+    `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to the bit.
 
     Example:
     ```python

@@ -27,6 +27,7 @@ OWN_FIELDS = (
     "lr_schedule",
     "lr_schedule_kwargs",
     "lr_schedule_on_mismatch",
+    "sequence_parallel_size",
 )
 
 #: A value for each that differs from its default and is valid next to the others and [`grpo_args`]'.
@@ -45,6 +46,7 @@ IN_YAML = {
     "prune_normalizer": "original",
     "lr_schedule": "wsd",
     "lr_schedule_on_mismatch": "new",
+    "sequence_parallel_size": 2,
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
 }
 

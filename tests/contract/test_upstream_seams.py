@@ -92,6 +92,11 @@ SIGNATURES = {
     f"{TRAINER}.get_batch_samples": "self epoch_iterator num_batches device",
     f"{TRAINER}.prediction_step": "self model inputs prediction_loss_only ignore_keys",
     f"{TRAINER}.training_step": "self model inputs num_items_in_batch",
+    f"{TRAINER}.compute_loss": "self model inputs return_outputs num_items_in_batch",
+    f"{TRAINER}.get_train_dataloader": "self",
+    f"{TRAINER}.get_cp_size": "self",
+    f"{TRAINER}.floating_point_ops": "self inputs",
+    f"{TRAINER}._track_num_input_tokens": "self inputs",
     f"{TRAINER}._save_checkpoint": "self model trial",
     f"{TRAINER}._get_output_dir": "self trial",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
@@ -102,7 +107,6 @@ SIGNATURES = {
     " dataset_args",
     f"{TRAINER}.log": "self logs start_time",
     f"{TRAINER}.get_tp_size": "self",
-    f"{TRAINER}.get_cp_size": "self",
     f"{TRAINER}.get_sp_size": "self",
     # The one class that `Trainer._get_dataloader` takes as a batch sampler.
     "transformers.trainer_pt_utils:BatchRebalanceSampler.__init__": "self lengths effective_batch_size dp_size grad_accum"
@@ -112,11 +116,17 @@ SIGNATURES = {
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",
+    # What sequence parallelism stands in for: the table of attention backends.
+    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface": "attn_implementation default",
     # accelerate.
+    "accelerate:Accelerator._prepare_device_mesh": "self",
+    "accelerate:Accelerator.no_sync": "self model",
+    "accelerate:Accelerator.backward": "self loss **kwargs",
     "accelerate:Accelerator.gather": "self tensor",
     "accelerate:Accelerator.reduce": "self tensor reduction scale",
     "accelerate:Accelerator.unwrap_model": "self model keep_fp32_wrapper keep_torch_compile",
     "accelerate.utils:gather": "tensor",
+    "accelerate.utils:send_to_device": "tensor device non_blocking skip_keys",
     "accelerate.utils:gather_object": "object",
     "accelerate.utils:reduce": "tensor reduction scale",
     "accelerate.utils:broadcast_object_list": "object_list from_process",
@@ -162,6 +172,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "aux_loss_enabled": bool,
     "beta": float,
     "chat_template_kwargs": dict,
+    "compute_loss_func": type(None),
     "environment_factories": type(None),
     "environments": type(None),
     "eos_token_ids": list,
@@ -174,6 +185,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "loss_type": str,
     "mask_truncated_completions": bool,
     "max_completion_length": int,
+    "model_accepts_loss_kwargs": bool,
     "multi_objective_aggregation": str,
     "num_generations": int,
     "num_generations_eval": int,
@@ -254,6 +266,10 @@ CALLS = {
     f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state",
     f"{TRAINER}._maybe_log_save_evaluate": "log _save_checkpoint",
     f"{TRAINER}._save_checkpoint": "_get_output_dir save_model",
+    f"{TRAINER}.prediction_step": "compute_loss",
+    f"{TRAINER}._get_num_items_in_batch": "get_cp_size",
+    f"{TRAINER}.get_total_train_batch_size": "get_cp_size",
+    "accelerate:Accelerator.prepare_data_loader": "_prepare_device_mesh",
 }
 
 #: module-level helpers that a method must go through

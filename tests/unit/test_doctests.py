@@ -20,6 +20,7 @@ EXTRA_MODULES = (
     "hf_effi.samplers.scores",
     "hf_effi.methods",
     "hf_effi.parallel.offload",
+    "hf_effi.recipes.long_context",
     "hf_effi.report.plan_memory",
     "hf_effi.trainers._metadata",
     "hf_effi.trainers._rewards",

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_effi.functional.layer_plan import MODES
@@ -82,6 +83,20 @@ def test_offload_moves_the_layer_inputs_and_reuses_its_buffers():
     assert (stats.host_bytes, stats.host_bytes_in_use) == (LAYERS * INPUT_BYTES, 0)
     # One layer ahead: only the last layer, where the backward pass begins, has to wait.
     assert (stats.prefetched, stats.waited) == (3 * (LAYERS - 1), 3)
+
+
+def test_offloaded_inputs_are_freed():
+    for modes, freed in (("checkpoint", [False] * LAYERS), (["offload"] * 3 + ["checkpoint"], [True] * 3 + [False])):
+        model = checkpointed()
+        inputs = []
+        for layer in decoder_layers(model):
+            layer.register_forward_pre_hook(
+                lambda _, args, kept=inputs: kept.append(StorageWeakRef(args[0].untyped_storage()))
+            )
+        with LayerModes(model, modes):
+            loss = model(input_ids=TOKENS, labels=TOKENS).loss
+            assert [storage.expired() for storage in inputs] == freed
+            loss.backward()
 
 
 def test_two_forwards_before_two_backwards():

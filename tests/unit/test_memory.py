@@ -151,6 +151,12 @@ def test_more_tokens_take_proportionally_more():
     assert halved.rows[0][1].activations == short.rows[0][1].activations
 
 
+def test_the_config_is_left_alone():
+    before = CONFIG.to_dict(), CONFIG._attn_implementation
+    plan_memory(CONFIG, seq_len=64)
+    assert (CONFIG.to_dict(), CONFIG._attn_implementation) == before
+
+
 def test_lora_and_four_bits():
     full = plan_memory(CONFIG, seq_len=64, dtype="bfloat16").rows[0][1]
     lora = plan_memory(CONFIG, seq_len=64, dtype="bfloat16", lora_rank=4, lora_targets=["q_proj"]).rows[0][1]

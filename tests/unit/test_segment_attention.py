@@ -38,6 +38,7 @@ PATTERNS = [
     AttentionPattern(window=64, sink=4),
     AttentionPattern(window=5, sink=9, stride=6),
     AttentionPattern(window=3, stride=2),
+    AttentionPattern(window=6, sink=5, stride=3, stride_block=4),
     AttentionPattern(window=1000, sink=3),
     AttentionPattern(window=2, sink=1000),
 ]
@@ -53,7 +54,7 @@ def test_patterns_by_hand():
     assert AttentionPattern(window=1, sink=1).mask(3).int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     assert AttentionPattern(window=1, stride=2).mask(4).int().tolist()[3] == [1, 0, 1, 1]
     assert torch.equal(AttentionPattern().mask(5), torch.ones(5, 5).tril().bool())
-    assert AttentionPattern(window=2, sink=1).as_dict() == {"window": 2, "sink": 1, "stride": 0}
+    assert AttentionPattern(window=2, sink=1).as_dict() == {"window": 2, "sink": 1, "stride": 0, "stride_block": 1}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
