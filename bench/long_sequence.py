@@ -85,7 +85,7 @@ def switched_on(model: LlamaForCausalLM, switches: tuple[str, ...]) -> Iterator[
             stack.enter_context(stream_layers(model, num_chunks=STREAM_CHUNKS))
         if "offload" in switches:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            offloader = ActivationOffloader("cpu", allocate=file_buffers(folder))
+            offloader = ActivationOffloader(allocate=file_buffers(folder))
             if "stream" in switches:  # a streamed layer saves its input itself
                 stack.enter_context(offloader.saving())
             else:

@@ -18,6 +18,8 @@ from typing import Any
 OPTIONAL_PACKAGES = {
     "triton": ("triton", "kernels"),
     "liger_kernel": ("liger-kernel", "kernels"),
+    "liger_kernel.ops": ("liger-kernel", "kernels"),
+    "kernels": ("kernels", "hub"),
     "bitsandbytes": ("bitsandbytes", "quant"),
     "deepspeed": ("deepspeed", "parallel"),
     "matplotlib": ("matplotlib", "report"),

@@ -85,7 +85,7 @@ def switched_on(model: LlamaForCausalLM, switches: tuple[str, ...]) -> Iterator[
         if "stream" in switches:
             stack.enter_context(stream_layers(model, num_chunks=8))
         if "offload" in switches and "stream" in switches:  # a streamed layer saves its input itself
-            stack.enter_context(ActivationOffloader(model.device).saving())
+            stack.enter_context(ActivationOffloader().saving())
         elif "offload" in switches:
             stack.enter_context(LayerModes(model, "offload"))
         yield

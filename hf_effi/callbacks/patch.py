@@ -56,6 +56,12 @@ class PatchCallback(TrainerCallback):
             self._handles[-1].revert()
             self._handles.pop()
 
+    def __enter__(self) -> PatchCallback:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.revert()
+
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -21,7 +21,7 @@ from ..functional.sequence import chunk_bounds, chunk_segments
 from .patch_handle import PatchHandle
 
 #: arguments of a layer that are per token along dimension 1
-_PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx")
+_PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx", "shift_labels")
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -134,7 +134,7 @@ class _StreamedLayer(torch.autograd.Function):
             past = None
             if len(call.chunks) > 1:
                 keys, values = call.keys_and_values(x)
-                past = keys, values, torch.zeros_like(keys), torch.zeros_like(values)
+                past = keys, values, _zeros(keys), _zeros(values)
             # From the last chunk on: when a chunk's turn comes, all that attend to it have been there.
             for chunk in reversed(call.chunks):
                 grad_chunk, grads = _chunk_backward(call, chunk, x, grad, past, grad_x is not None)
@@ -142,8 +142,15 @@ class _StreamedLayer(torch.autograd.Function):
                     grad_x[:, chunk.start : chunk.end] = grad_chunk
                 for index, found in enumerate(grads):
                     if found is not None:
-                        sums[index] = found if sums[index] is None else sums[index].add_(found)
-        return grad_x, None, *sums
+                        sums[index] = _zeros(found) if sums[index] is None else sums[index]
+                        sums[index].add_(found)
+        grads = (None if s is None else s.to(p.dtype) for s, p in zip(sums, call.parameters, strict=True))
+        return grad_x, None, *grads
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """In fp32 at least: half precision would round a sum over chunks at every chunk."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _chunk_backward(
@@ -167,7 +174,7 @@ def _chunk_backward(
         for new, total in zip(prefix.new, past[2:], strict=True):
             if new.requires_grad:
                 outputs.append(new)
-                grads.append(total[..., own, :])
+                grads.append(total[..., own, :].to(new.dtype))
     inputs = [*([tokens] if needs_x else []), *leaves, *call.parameters]
     found = list(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
     grad_tokens = found.pop(0) if needs_x else None

@@ -28,6 +28,7 @@ from ..parallel import (
     split_batch,
 )
 from ..parallel.exchange import gather_sequence
+from ..parallel.layout import tokens_of
 
 #: Class that defines the loss -> how its batches are split.
 _MODES = {
@@ -137,8 +138,14 @@ class SequenceParallelMixin:
                     "its loss is a mean over each shard",
                 ),
             }
+        else:
+            refused["a loss_is_scaled_for_ga of None"] = (
+                mode == "rounds" and self.loss_is_scaled_for_ga is None,
+                "set the class attribute to whether compute_loss divides by the accumulation steps",
+            )
         if mode != "rounds":
-            streams = isinstance(self.train_dataset, IterableDataset) or _is_stream(self.train_dataset)
+            data = self.train_dataset
+            streams = isinstance(data, IterableDataset) or (data is not None and not hasattr(data, "__len__"))
             dispatched = self.accelerator.dispatch_batches
             refused |= {
                 "dispatch_batches (the default for streams)": (
@@ -170,7 +177,7 @@ class SequenceParallelMixin:
             f"{implementation_of(self.model)}, with the exchange checked at every forward."
         )
 
-    # --- data: the ranks of a group get the same batch (modes T and R) -----------------------------------------------
+    # --- data: the ranks of a group get the same batch, except in rounds -----------------------------------------------
 
     @property
     def _shares_batches(self) -> bool:
@@ -244,7 +251,7 @@ class SequenceParallelMixin:
 
     def _loss_in_rounds(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """
-        Work on the batch of each rank of the group in turn (mode Q), with the backward of all but the last round.
+        Work on the batch of each rank of the group in turn, with the backward of all but the last round.
 
         Returns:
             `Tensor`: The value of this rank's own loss, with the gradient of the last round.
@@ -329,20 +336,18 @@ def _mode_of(trainer_class: type) -> str:
     )
 
 
-def _is_stream(dataset: Any) -> bool:
-    return dataset is not None and not hasattr(dataset, "__len__")
-
-
 def _check_same_batch(inputs: dict[str, Any], group: SequenceGroup) -> None:
     """Raise where the ranks of a group were given different batches: each would attend to the others' tokens."""
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    mine = torch.stack([torch.tensor(value, device=tokens.device) for value in (tokens.size(0), tokens.size(1))])
-    mine = torch.cat([mine, tokens.sum().to(mine.dtype)[None]])[None, :]
+    tokens = tokens_of(inputs)
+    total = sum(
+        value.sum() for value in inputs.values() if isinstance(value, Tensor) and not value.is_floating_point()
+    )
+    mine = torch.tensor([*tokens.shape[:2], int(total)], device=tokens.device)
     parts = [torch.empty_like(mine) for _ in range(group.size)]
     dist.all_gather(parts, mine, group=group.process_group)
     if any(not torch.equal(part, mine) for part in parts):
         raise SequenceParallelError(
-            f"The ranks {list(group.ranks)} share their sequences and got different batches (rows, length, sum of ids: "
-            f"{[part[0].tolist() for part in parts]}). A sampler, collator or transform depends on the rank; make it "
+            f"The ranks {list(group.ranks)} share their sequences and got different batches (rows, length, sum of all "
+            f"ids: {[part.tolist() for part in parts]}). A sampler, collator or transform depends on the rank; make it "
             "depend on the group of ranks only."
         )

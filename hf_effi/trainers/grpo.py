@@ -12,7 +12,9 @@ from ..protocols import GroupFilter, PromptSelector, RolloutPruner
 from ._accounting import AccountingMixin
 from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
+from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
+from ._record_mixin import RunRecordMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
@@ -22,6 +24,7 @@ from .grpo_config import EffiGRPOConfig
 
 
 class EffiGRPOTrainer(
+    KernelPatchMixin,
     CheckedRewardsMixin,
     AccountingMixin,
     PromptLengthMixin,
@@ -29,6 +32,7 @@ class EffiGRPOTrainer(
     ExactSavingsMixin,
     SamplerMixin,
     GRPOResumeMixin,
+    RunRecordMixin,
     ScheduleMixin,
     SequenceParallelMixin,
     GRPOTrainer,

@@ -9,6 +9,8 @@ from trl import GRPOConfig
 
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
+from ._kernel_mixin import KernelArguments
+from ._record_mixin import RunRecordArguments
 from ._schedule_mixin import ScheduleArguments
 from ._sequence_parallel import SequenceParallelArguments
 
@@ -17,7 +19,7 @@ EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(ScheduleArguments, SequenceParallelArguments, GRPOConfig):
+class EffiGRPOConfig(KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
@@ -73,9 +75,20 @@ class EffiGRPOConfig(ScheduleArguments, SequenceParallelArguments, GRPOConfig):
             What to do when a checkpoint holds another schedule: `"error"`, `"stored"` or `"new"`.
         sequence_parallel_size (`int`, *optional*, defaults to `1`):
             Number of consecutive ranks that share each sequence in the policy's forward and backward; 1 is off.
+
+        > Parameters of the kernels
+
+        kernel_patch (`str` or `dict`, *optional*):
+            Kernels that hold during `train()`: `"liger"`, or a mapping from kernel names or module patterns to
+            `"liger"`, `"hf_effi"` or `"organisation/repository:Layer"`, as a dict or as JSON. See [`~hf_effi.patch`].
+
+        > Parameters of the record
+
+        run_record (`bool`, *optional*, defaults to `True`):
+            Write `effi_run.json` and `effi_events.jsonl`, the record of the run, into `output_dir`.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
     exact_savings: str = field(
         default="auto",

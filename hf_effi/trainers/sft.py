@@ -6,22 +6,26 @@ from dataclasses import dataclass
 
 from trl import SFTConfig, SFTTrainer
 
+from ._kernel_mixin import KernelArguments, KernelPatchMixin
+from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 
 
 @dataclass
-class EffiSFTConfig(ScheduleArguments, SequenceParallelArguments, SFTConfig):
+class EffiSFTConfig(KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, SFTConfig):
     """
-    `SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `sequence_parallel_size`.
+    `SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
+    `kernel_patch` and `run_record`.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiSFTTrainer(SamplerMixin, ScheduleMixin, SequenceParallelMixin, SFTTrainer):
+class EffiSFTTrainer(KernelPatchMixin, SamplerMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin, SFTTrainer):
     """
-    `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler` and splits sequences over
-    `args.sequence_parallel_size` ranks, packed ones included. With every method off it is the stock one to the bit.
+    `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it trains
+    and splits sequences over `args.sequence_parallel_size` ranks, packed ones included. With every method off it is the
+    stock one to the bit.
     """

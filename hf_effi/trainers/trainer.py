@@ -6,15 +6,20 @@ from dataclasses import dataclass
 
 from transformers import Trainer, TrainingArguments
 
+from ._kernel_mixin import KernelArguments, KernelPatchMixin
+from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 
 
 @dataclass
-class EffiTrainingArguments(ScheduleArguments, SequenceParallelArguments, TrainingArguments):
+class EffiTrainingArguments(
+    KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, TrainingArguments
+):
     """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `sequence_parallel_size`.
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
+    `kernel_patch` and `run_record`.
 
     Example:
     ```python
@@ -22,13 +27,14 @@ class EffiTrainingArguments(ScheduleArguments, SequenceParallelArguments, Traini
     ```
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiTrainer(SamplerMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
+class EffiTrainer(KernelPatchMixin, SamplerMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
     """
-    `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler` and splits sequences over
-    `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to the bit.
+    `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
+    trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to
+    the bit.
 
     Example:
     ```python

@@ -17,6 +17,8 @@ FLOORS = {
     "_version": 0,
     "_compat": 0,
     "_methods": 0,
+    "_environment": 0,
+    "_run_record": 0,
     "methods": 0,
     "functional": 0,
     "protocols": 1,

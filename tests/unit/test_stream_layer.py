@@ -163,6 +163,22 @@ def test_autocast_inside_and_outside_of_the_backward():
     assert sum(errors) / len(errors) < 0.02
 
 
+def test_half_precision_is_no_worse_than_torch():
+    ids = torch.arange(2 * 64).view(2, 64) * 7 % 50 + 4
+    exact = step(in_double(tiny_qwen3()), input_ids=ids)[1]
+    model = tiny_qwen3().to(torch.bfloat16).train()
+
+    def error():
+        found = step(model, input_ids=ids)[1]
+        return {name: ((found[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+
+    plain = error()
+    with stream_layers(model, 16):
+        ours = error()
+    assert sum(ours.values()) <= 1.1 * sum(plain.values())
+    assert all(ours[name] <= 1.5 * plain[name] for name in ours)
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_it_takes_the_place_of_checkpointing(checkpoint):
     model = tiny_qwen3(intermediate_size=512).train()
