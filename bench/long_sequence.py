@@ -203,13 +203,14 @@ def main(seeds: range, cap_mib: int, repeats: int) -> None:
             relative = times[arm] / times["checkpoint"] if arm in times else None
             rows.append({"seed": seed, "arm": arm, "longest": before, "time_over_checkpoint": relative})
             print(f"seed {seed}  {arm:<36} {before:>7} tokens   time {relative or float('nan'):.3f}", flush=True)
-    write_result(
-        "long_sequence",
-        command=command_line("bench.long_sequence"),
-        seeds=seeds,
-        headline=summarize(rows),
-        rows=[*rows, {"cap_mib": cap_mib, "time_length": TIME_LENGTH, "repeats": repeats}],
-    )
+        # After each seed: a run that is cut short has its results.
+        write_result(
+            "long_sequence",
+            command=command_line("bench.long_sequence"),
+            seeds=range(seeds.start, seed + 1),
+            headline=summarize(rows),
+            rows=[*rows, {"cap_mib": cap_mib, "time_length": TIME_LENGTH, "repeats": repeats}],
+        )
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

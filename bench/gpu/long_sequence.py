@@ -107,6 +107,8 @@ def hub_kernels(model: LlamaForCausalLM) -> Iterator[None]:
 def liger_tiled(model: LlamaForCausalLM) -> Iterator[None]:
     if importlib.util.find_spec("liger_kernel") is None:
         raise Unavailable("liger-kernel is not installed")
+    if model.device.type != "cuda":
+        raise Unavailable("its Triton kernels need a GPU")
     from liger_kernel.transformers.tiled_mlp import LigerTiledSwiGLUMLP
 
     before = [layer.mlp for layer in model.model.layers]
