@@ -9,19 +9,14 @@ from trl import GRPOConfig
 
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
-from ._kernel_mixin import KernelArguments
-from ._hub_mixin import HubArguments
-from ._record_mixin import RunRecordArguments
-from ._schedule_mixin import ScheduleArguments
-from ._sequence_parallel import SequenceParallelArguments
+from ._common import EffiArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig):
-class EffiGRPOConfig(HubArguments, RunRecordArguments, ScheduleArguments, GRPOConfig):
+class EffiGRPOConfig(EffiArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
