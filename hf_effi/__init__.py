@@ -28,10 +28,12 @@ _PUBLIC = {
     "EffiTrainer": "hf_effi.trainers.trainer",
     "EffiTrainingArguments": "hf_effi.trainers.trainer",
     "Finding": "hf_effi.functional.doctor",
+    "FusedLMHead": "hf_effi.kernels",
     "FusedLoRALinear": "hf_effi.kernels",
     "GRPODoctor": "hf_effi.callbacks.doctor",
     "GRPOLimits": "hf_effi.functional.doctor",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
+    "HubCallback": "hf_effi.hub.callback",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelMismatchError": "hf_effi.kernels",
     "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
@@ -74,6 +76,7 @@ _PUBLIC = {
     "damped_cosine": "hf_effi.functional.schedules",
     "extend_rope": "hf_effi.recipes.long_context",
     "extend_to": "hf_effi.functional.schedules",
+    "from_card": "hf_effi.hub.recipe",
     "infinite": "hf_effi.functional.schedules",
     "inverse_sqrt": "hf_effi.functional.schedules",
     "join": "hf_effi.functional.schedules",
@@ -167,7 +170,16 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .functional.segment_attention import AttentionPattern  # noqa: F401
-    from .kernels import FusedLoRALinear, KernelMismatchError, PatchError, patch, unpatch  # noqa: F401
+    from .hub.callback import HubCallback  # noqa: F401
+    from .hub.recipe import from_card  # noqa: F401
+    from .kernels import (  # noqa: F401  # noqa: F401
+        FusedLMHead,
+        FusedLoRALinear,
+        KernelMismatchError,
+        PatchError,
+        patch,
+        unpatch,
+    )
     from .methods import METHODS, Method  # noqa: F401
     from .parallel import SequenceParallelError  # noqa: F401
     from .parallel.chunk_flow import ChunkFlow  # noqa: F401

@@ -45,6 +45,10 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+#: `torch.addmm(..., out_dtype=torch.float32)` of half-precision inputs
+HAS_MM_OUT_DTYPE = tuple(int(part) for part in (version_of("torch") or "0.0").split(".")[:2]) >= (2, 8)
+
+
 def is_available(package: str) -> bool:
     """Return whether the optional `package` (an import name) can be imported, without importing it."""
     # Only the top package: asking for a submodule would import its parents.
@@ -68,6 +72,14 @@ def require(package: str, purpose: str) -> ModuleType:
             f"{purpose} needs `{distribution}`, which is not installed. Run `pip install 'hf_effi[{extra}]'`."
         )
     return importlib.import_module(package)
+
+
+def import_module_or_none(name: str) -> ModuleType | None:
+    """Import a module, or return `None` where there is none of this name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
 
 
 def installed_versions() -> dict[str, str]:

@@ -29,6 +29,8 @@ _SECRET_VALUE = re.compile(
     r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{16,}"
     r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
+#: `--hub_token value` or `--hub-token=value` in a command line
+_SECRET_OPTION = re.compile(r"(--([\w-]*(?:token|secret|password|api[_-]?key)))([= ])\S+", re.I)
 REDACTED = "<redacted>"
 
 
@@ -61,7 +63,13 @@ def redact(value: Any, name: str = "") -> Any:
         return REDACTED
     for secret in _secrets_of_environment():
         text = text.replace(secret, REDACTED)
-    return _SECRET_VALUE.sub(REDACTED, text)
+    return _SECRET_OPTION.sub(_without_value, _SECRET_VALUE.sub(REDACTED, text))
+
+
+def _without_value(option: re.Match[str]) -> str:
+    if _VOCABULARY.match(option[2].replace("-", "_")):
+        return option[0]
+    return f"{option[1]}{option[3]}{REDACTED}"
 
 
 def _secrets_of_environment() -> list[str]:

@@ -6,8 +6,10 @@ from ._errors import KernelMismatchError, PatchError
 from ._patch import KernelPatchHandle, patch, unpatch
 from .fused_lora import FusedLoRALinear
 from .tiled_mlp import TiledMLP
+from .trl_head import FusedLMHead
 
 __all__ = [
+    "FusedLMHead",
     "FusedLoRALinear",
     "KernelMismatchError",
     "KernelPatchHandle",

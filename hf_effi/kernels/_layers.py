@@ -29,6 +29,9 @@ class Unit:
         modules (`Sequence[nn.Module]`): Whose parameters these two use.
         label (`str`): Name of the layer for the report.
         has_backward (`bool`): Whether gradients are compared.
+        input_of (`nn.Module`, *optional*): Whose input the self-check draws; `None`: the first target's.
+        switch_off (`Callable`, *optional*): Makes the replacement compute the original. For one that others may wrap
+            after the patch, as accelerate wraps a model's forward for mixed precision.
     """
 
     targets: Sequence[Target]
@@ -38,6 +41,8 @@ class Unit:
     modules: Sequence[nn.Module]
     label: str
     has_backward: bool = True
+    input_of: nn.Module | None = None
+    switch_off: Callable[[], None] | None = None
 
 
 @runtime_checkable
@@ -107,24 +112,28 @@ def _unbound(function: Callable[..., Any], module: nn.Module) -> Callable[..., A
     return call
 
 
-def _with_rotary(target: Target, rotary: Callable[..., Any]) -> Callable[..., Any]:
+def with_globals(function: Callable[..., Any], **changed: Any) -> Callable[..., Any]:
     """
-    Return the attention's own forward with another rotary function.
+    Return a copy of `function` that sees other values for some globals of its module.
 
-    The function is a global of the modeling file. A copy of the forward with its own globals changes this instance,
-    where an assignment to the global would change every model of the process.
+    The copy changes one instance, where an assignment to the global would change every model of the process.
     """
+    names = {**function.__globals__, **changed}
+    del names["__name__"]  # by this name the compiler would look the function up in its module again
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__, copy.__module__ = function.__kwdefaults__, function.__module__
+    return copy
+
+
+def _with_rotary(target: Target, rotary: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the attention's own forward with another rotary function, which is a global of the modeling file."""
     forward = _unbound(target.original, target.module)
     if ROTARY_FUNCTION not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         raise PatchError(
             f"{target.name} ({type(target.module).__name__}): its forward is wrapped or does not call "
             f"`{ROTARY_FUNCTION}` itself, so its rotary embedding cannot be replaced."
         )
-    names = {**forward.__globals__, ROTARY_FUNCTION: rotary}
-    del names["__name__"]  # by this name the compiler would look the function up in the modeling file again
-    copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    copy.__kwdefaults__, copy.__module__ = forward.__kwdefaults__, forward.__module__
-    return copy
+    return with_globals(forward, **{ROTARY_FUNCTION: rotary})
 
 
 def layer_unit(layer: type[nn.Module], target: Target) -> Unit:

@@ -51,8 +51,10 @@ class PatchedModule:
 class _Replacement:
     """One entry of a module's `__dict__`, written and restored."""
 
-    def __init__(self, target: Target, value: Callable[..., Any], key: str) -> None:
-        self.target, self.value, self.key = target, value, key
+    def __init__(
+        self, target: Target, value: Callable[..., Any], key: str, switch_off: Callable[[], None] | None = None
+    ) -> None:
+        self.target, self.value, self.key, self.switch_off = target, value, key, switch_off
         entries = target.module.__dict__
         self.existed, self.before = target.attribute in entries, entries.get(target.attribute)
         # Not setattr: a module given as a value must not become a submodule.
@@ -80,6 +82,9 @@ class _Replacement:
             if entries.get(attribute) is self.value:
                 entries[attribute] = self.target.original
                 return None
+        if self.switch_off is not None:
+            self.switch_off()
+            return None
         return f"{self.target.name}.{self.target.attribute} was replaced by something else after the patch"
 
 
@@ -259,7 +264,7 @@ class _Checker:
         elif target.kind == "loss":
             arguments = loss_arguments(target.module.config.get_text_config().vocab_size, generator)
         else:
-            arguments = hidden_states(target.name, target.module, generator)
+            arguments = hidden_states(target.name, unit.input_of or target.module, generator)
         device = next((p.device for p in target.module.parameters()), torch.device("cpu"))
         return placed(arguments, self.dtype, device, differentiable)
 
@@ -344,7 +349,7 @@ def patch(
                 rows += _rows(key, alternatives[0].targets, unit, note)
                 if unit is not None:
                     for target, replacement in zip(unit.targets, unit.replacements, strict=True):
-                        replacements.append(_Replacement(target, replacement, _shown(key)))
+                        replacements.append(_Replacement(target, replacement, _shown(key), unit.switch_off))
     except BaseException:
         KernelPatchHandle(replacements, rows).revert()
         raise

@@ -11,14 +11,19 @@ from torch import nn
 from .._compat import require
 from ._errors import PatchError
 from ._layers import LayerGroup, check_contract
-from ._targets import GATED_NAMES, LORA_NAME, Key, kernel_name
+from ._targets import GATED_NAMES, LM_HEAD_NAME, LORA_NAME, Key, kernel_name
 from .fused_lora import FusedLoRALinear
 from .tiled_mlp import TiledMLP
+from .trl_head import FusedLMHead
 
 Candidate = type[nn.Module] | LayerGroup
 
 #: what `"hf_effi"` stands for
-_OURS: dict[Key, Callable[[], LayerGroup]] = {LORA_NAME: FusedLoRALinear, **dict.fromkeys(GATED_NAMES, TiledMLP)}
+_OURS: dict[Key, Callable[[], LayerGroup]] = {
+    LORA_NAME: FusedLoRALinear,
+    LM_HEAD_NAME: FusedLMHead,
+    **dict.fromkeys(GATED_NAMES, TiledMLP),
+}
 
 
 def _from_liger(key: Key) -> list[Candidate]:

@@ -21,6 +21,9 @@ ROTARY_FUNCTION = "apply_rotary_pos_emb"
 ROTARY_NAME = "rotary_pos_emb"
 LOSS_NAME = "ForCausalLMLoss"
 LORA_NAME = "LoRALinear"
+LM_HEAD_NAME = "LMHead"
+#: the function that the forward of TRL's `add_fused_lm_head` calls, found in the globals of its module
+TRL_HEAD_FUNCTION = "_ChunkedLogProbFunction"
 GATED_NAMES = ("SwiGLUMLP", "GeGLUMLP")
 _GATED_BY_ACTIVATION = {"silu": "SwiGLUMLP", "swish": "SwiGLUMLP", "gelu_pytorch_tanh": "GeGLUMLP"}
 
@@ -49,6 +52,11 @@ class Target:
 def _calls_rotary(module: nn.Module) -> bool:
     # Not through decorators: of a wrapped forward no copy with other globals can be made.
     return ROTARY_FUNCTION in getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+
+
+def _has_trl_head(module: nn.Module) -> bool:
+    forward = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    return TRL_HEAD_FUNCTION in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def _gated_mlp_name(module: nn.Module) -> str | None:
@@ -88,6 +96,8 @@ def _matches(key: Key, name: str, module: nn.Module) -> bool:
         return key.fullmatch(name) is not None
     if any(sign in key for sign in ".*?["):
         return fnmatch.fnmatchcase(name, key)
+    if key == LM_HEAD_NAME:
+        return _has_trl_head(module)
     return name == key or kernel_name(module) == key
 
 
@@ -113,6 +123,11 @@ def find_targets(model: nn.Module, key: Key) -> list[Target]:
     if not isinstance(key, (str, re.Pattern)):
         raise PatchError(f"{key!r} is no key: give a kernel's name, a module's name, a glob or a compiled regex.")
     found = [_target(key, name, module) for name, module in model.named_modules() if _matches(key, name, module)]
+    if not found and key == LM_HEAD_NAME:
+        raise PatchError(
+            f"{key!r}: {type(model).__name__} has no fused head of TRL that could be replaced. TRL's trainers add it when "
+            "they are built and wrap it in train(): patch trainer.model between the two."
+        )
     if not found:
         known = sorted({name for module in model.modules() if (name := kernel_name(module))})
         raise PatchError(

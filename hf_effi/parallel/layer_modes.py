@@ -164,6 +164,7 @@ class LayerModes:
         model (`PreTrainedModel`): A model with gradient checkpointing on (non-reentrant, the default).
         modes (`str` or `Sequence[str]`): One mode for all layers, or one a layer.
         save_ops (`Iterable`, *optional*): Operators that `selective` saves besides attention.
+        offloader ([`ActivationOffloader`], *optional*): What `offload` uses; by default one with pinned host memory.
 
     Raises:
         LayerModeError: a mode is unknown, there is not one a layer, checkpointing is off or reentrant.
@@ -176,7 +177,13 @@ class LayerModes:
     ```
     """
 
-    def __init__(self, model: torch.nn.Module, modes: str | Sequence[str], save_ops: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        modes: str | Sequence[str],
+        save_ops: Iterable[Any] = (),
+        offloader: ActivationOffloader | None = None,
+    ) -> None:
         self.layers = decoder_layers(model)
         self.modes = (modes,) * len(self.layers) if isinstance(modes, str) else tuple(modes)
         unknown = sorted(set(map(str, self.modes)) - set(MODES))
@@ -184,7 +191,7 @@ class LayerModes:
             raise LayerModeError(f"unknown modes {unknown}. Known: {', '.join(MODES)}.")
         if len(self.modes) != len(self.layers):
             raise LayerModeError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one a layer.")
-        self.offloader = ActivationOffloader() if "offload" in self.modes else None
+        self.offloader = (offloader or ActivationOffloader()) if "offload" in self.modes else None
         self._context_fn = selective_contexts(save_ops)
         self._installed: list[_LayerMode] = []
 

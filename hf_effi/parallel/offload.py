@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+Allocator = Callable[[int], torch.Tensor]
 
 
 @dataclass
@@ -42,10 +46,10 @@ class OffloadStats:
 
 
 class _HostBuffers:
-    """Flat host buffers, handed out and taken back; pinned where there is a device to copy from."""
+    """Flat host buffers, handed out and taken back."""
 
-    def __init__(self, stats: OffloadStats, pinned: bool) -> None:
-        self.stats, self.pinned = stats, pinned
+    def __init__(self, stats: OffloadStats, allocate: Allocator) -> None:
+        self.stats, self.allocate = stats, allocate
         self.free: list[torch.Tensor] = []
 
     def take(self, size: int) -> torch.Tensor:
@@ -59,7 +63,7 @@ class _HostBuffers:
                 small = max(self.free, key=torch.Tensor.numel)
                 self._forget(small)
                 self.stats.host_bytes -= small.numel()
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+            buffer = self.allocate(size)
             self.stats.buffers_allocated += 1
             self.stats.host_bytes += size
         self.stats.host_bytes_in_use += buffer.numel()
@@ -91,9 +95,11 @@ class _HostCopy:
 class _Lane:
     """What one device needs: its host buffers and, on an accelerator, a stream for the copies."""
 
-    def __init__(self, device: torch.device, stats: OffloadStats) -> None:
+    def __init__(self, device: torch.device, stats: OffloadStats, allocate: Allocator | None) -> None:
         self.asynchronous = device.type != "cpu"
-        self.buffers = _HostBuffers(stats, pinned=self.asynchronous)
+        # Pinned where there is a device to copy from.
+        plain = partial(torch.empty, dtype=torch.uint8, pin_memory=self.asynchronous)
+        self.buffers = _HostBuffers(stats, allocate or plain)
         self.module = torch.get_device_module(device.type) if self.asynchronous else None
         self.stream = self.module.Stream(device) if self.asynchronous else None
         self.leaving: deque[tuple[Any, torch.Tensor]] = deque()
@@ -145,6 +151,10 @@ class ActivationOffloader:
 
     ALST, arXiv:2506.13996.
 
+    Args:
+        allocate (`Callable`, *optional*): `number of bytes -> uint8 tensor` in host memory, such as a file mapping.
+            Default: pinned memory, or plain memory for activations that are on the CPU.
+
     Example:
     ```python
     >>> offloader = ActivationOffloader()
@@ -158,8 +168,9 @@ class ActivationOffloader:
     ```
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Allocator | None = None) -> None:
         self.stats = OffloadStats()
+        self._allocate = allocate
         self._lanes: dict[torch.device, _Lane] = {}
         self._latest: weakref.ref[_HostCopy] | Any = lambda: None
 
@@ -176,7 +187,7 @@ class ActivationOffloader:
                 "to mode 'checkpoint'."
             )
         if tensor.device not in self._lanes:
-            self._lanes[tensor.device] = _Lane(tensor.device, self.stats)
+            self._lanes[tensor.device] = _Lane(tensor.device, self.stats, self._allocate)
         lane = self._lanes[tensor.device]
         copy = _HostCopy(tensor, lane.buffers, self._latest())
         self._latest = weakref.ref(copy)

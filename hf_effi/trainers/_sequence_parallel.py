@@ -91,7 +91,7 @@ class SequenceParallelMixin:
 
     sequence_parallel_mode: str | None = None
     _sequence_group: SequenceGroup | None = None
-    _round_is_own = True
+    _round: int | None = None  # whose batch the group works on
     _wants_logits = True
 
     def __init__(self, *args: Any, sequence_parallel_size: int | None = None, **kwargs: Any) -> None:
@@ -258,34 +258,41 @@ class SequenceParallelMixin:
         """
         group = self._sequence_group
         scale = 1.0 if self.loss_is_scaled_for_ga else 1.0 / self.current_gradient_accumulation_steps
-        for owner, batch in enumerate(self._batches_of_group(inputs)):
+        for owner, batch in self._rounds(inputs):
             last = owner == group.size - 1
-            self._round_is_own = owner == group.rank
             # Without synchronization FSDP2 would keep whole gradients.
             wait = contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
             with wait:
                 with gathered_forward(self._split_models(model), group, "slice"):
                     loss = super().compute_loss(model, batch, num_items_in_batch=num_items)
-                if self._round_is_own:
+                if owner == group.rank:
                     own = loss.detach()
                 if not last:
                     self.accelerator.backward(loss * scale)
-        self._round_is_own = True
         return loss + (own - loss.detach())
 
     def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
         """Evaluation always runs in rounds, so that every rank returns what it would without splitting."""
         group = self._sequence_group
-        for owner, batch in enumerate(self._batches_of_group(inputs)):
-            self._round_is_own = owner == group.rank
+        for owner, batch in self._rounds(inputs):
             if self.sequence_parallel_mode == "token":
                 result = self._evaluate_tokens(model, batch, return_outputs, num_items)
             else:
                 with gathered_forward(self._split_models(model), group, "slice"):
                     result = super().compute_loss(model, batch, return_outputs)
-            if self._round_is_own:
+            if owner == group.rank:
                 own = result
-        self._round_is_own = True
+        return own
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Old and reference log-probs, which trainers with rollouts take outside of the loss, run in rounds too."""
+        if self._sequence_group is None or self._round is not None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        for owner, (their_args, their_kwargs) in self._rounds((args, kwargs)):
+            with gathered_forward(self._split_models(model), self._sequence_group, "slice"):
+                result = super()._get_per_token_logps_and_entropies(model, *their_args, **their_kwargs)
+            if owner == self._sequence_group.rank:
+                own = result
         return own
 
     def _evaluate_tokens(self, model: nn.Module, batch: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
@@ -304,12 +311,19 @@ class SequenceParallelMixin:
             return loss
         return loss, layout.gather(outputs, "slice", layout.length) if self._wants_logits else outputs
 
-    def _batches_of_group(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the batch of each rank of the group, in order, on this rank's device."""
+    def _rounds(self, inputs: Any) -> Iterator[tuple[int, Any]]:
+        """Yield each rank of the group with its inputs, on this rank's device."""
         batches: list[Any] = [None] * self._sequence_group.size
         dist.all_gather_object(batches, send_to_device(inputs, "cpu"), group=self._sequence_group.process_group)
-        for batch in batches:
-            yield send_to_device(batch, self.args.device)
+        try:
+            for self._round, batch in enumerate(batches):
+                yield self._round, send_to_device(batch, self.args.device)
+        finally:
+            self._round = None
+
+    @property
+    def _works_on_own_batch(self) -> bool:
+        return self._round is None or self._round == self._sequence_group.rank
 
 
 def _resolve_size(argument: int | None, from_config: int | None) -> int:

@@ -12,6 +12,7 @@ from ..protocols import GroupFilter, PromptSelector, RolloutPruner
 from ._accounting import AccountingMixin
 from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
+from ._hub_mixin import HubMixin
 from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
 from ._record_mixin import RunRecordMixin
@@ -32,6 +33,7 @@ class EffiGRPOTrainer(
     ExactSavingsMixin,
     SamplerMixin,
     GRPOResumeMixin,
+    HubMixin,
     RunRecordMixin,
     ScheduleMixin,
     SequenceParallelMixin,

@@ -28,6 +28,7 @@ FLOORS = {
     "kernels": 2,
     "parallel": 2,
     "checkpoint": 2,
+    "hub": 2,
     "trainers": 3,
     "recipes": 4,
     "report": 4,

@@ -106,6 +106,10 @@ SIGNATURES = {
     f"{TRAINER}._load_rng_state": "self checkpoint",
     f"{TRAINER}._save_rng_state": "self output_dir",
     f"{TRAINER}.save_model": "self output_dir _internal_call",
+    f"{TRAINER}.init_hf_repo": "self token private",
+    f"{TRAINER}.push_to_hub": "self commit_message blocking token revision private **kwargs",
+    f"{TRAINER}._push_from_checkpoint": "self checkpoint_folder",
+    f"{TRAINER}._finish_current_push": "self",
     f"{TRAINER}.create_model_card": "self language license tags model_name finetuned_from tasks dataset_tags dataset"
     " dataset_args",
     f"{TRAINER}.log": "self logs start_time",
@@ -235,6 +239,8 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "lr_scheduler": type(None),
     "state": None,
     "train_dataset": None,
+    "hub_model_id": type(None),
+    "is_world_process_zero": None,
 }
 
 #: attributes that exist once a run has begun

@@ -374,6 +374,8 @@ def run_one_rollout_trainer(trainer_class: type, size: int) -> Any:
         learning_rate=1e-2,
         optim="sgd",
         max_grad_norm=0.5,
+        num_iterations=2,  # takes old log-probs
+        max_steps=4,
         per_device_eval_batch_size=2,
         **({"sequence_parallel_size": size, "eval_strategy": "steps", "eval_steps": 3} if grpo else {"beta": 0.0}),
     )

@@ -84,6 +84,14 @@ def sliding(**over):
     )
 
 
+def varlen():
+    from hf_effi.parallel.varlen import register_varlen_attention
+
+    model = tiny_qwen3()
+    model.set_attn_implementation(register_varlen_attention())
+    return model
+
+
 def with_lora():
     from peft import LoraConfig, get_peft_model
 
@@ -92,7 +100,14 @@ def with_lora():
 
 @pytest.mark.parametrize(
     ("build", "tolerance"),
-    [(tiny_qwen3, 1e-12), (tiny_llama, 1e-12), (sliding, 1e-12), (with_lora, 1e-12), (tiny_gemma, 1e-4)],
+    [
+        (tiny_qwen3, 1e-12),
+        (tiny_llama, 1e-12),
+        (sliding, 1e-12),
+        (with_lora, 1e-12),
+        (varlen, 1e-12),
+        (tiny_gemma, 1e-4),
+    ],
 )
 def test_gradients_in_double(tmp_path, monkeypatch, build, tolerance):
     monkeypatch.setattr(Trainer, "compute_loss", double_loss)

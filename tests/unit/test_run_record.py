@@ -20,6 +20,11 @@ def fake_token(prefix):
     return prefix + "0123456789abcdefghijABCDEFGHIJ"
 
 
+def test_the_value_of_an_option_that_names_a_secret_goes():
+    found = redact("train.py --hub_token abc --eos_token <end> --api-key=def --lr 1")
+    assert found == f"train.py --hub_token {REDACTED} --eos_token <end> --api-key={REDACTED} --lr 1"
+
+
 @pytest.mark.parametrize("name", ["hub_token", "token", "API_KEY", "wandb_api_key", "aws_secret", "password", "auth"])
 def test_a_value_under_a_secret_name_is_left_out(name):
     assert redact({name: "anything"}) == {name: REDACTED}
