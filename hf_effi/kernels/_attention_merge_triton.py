@@ -54,7 +54,6 @@ def _attention_merge_fwd_kernel(
 def _attention_merge_bwd_kernel(
     grad_ptr,
     grad_lse_ptr,
-    out_ptr,
     out_a_ptr,
     lse_a_ptr,
     out_b_ptr,
@@ -77,14 +76,14 @@ def _attention_merge_bwd_kernel(
     at = rows[:, None] * SIZE + columns[None, :]
     inside = is_row[:, None] & (columns < SIZE)[None, :]
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + at, mask=inside, other=0.0).to(tl.float32)
     a = tl.load(out_a_ptr + at, mask=inside & (share_a > 0.0)[:, None], other=0.0).to(tl.float32)
     b = tl.load(out_b_ptr + at, mask=inside & (share_b > 0.0)[:, None], other=0.0).to(tl.float32)
     grad_lse = tl.load(grad_lse_ptr + rows, mask=is_row, other=0.0)
     tl.store(grad_a_ptr + at, (share_a[:, None] * grad).to(grad_a_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_b_ptr + at, (share_b[:, None] * grad).to(grad_b_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_lse_a_ptr + rows, share_a * (tl.sum(grad * (a - out), axis=1) + grad_lse), mask=is_row)
-    tl.store(grad_lse_b_ptr + rows, share_b * (tl.sum(grad * (b - out), axis=1) + grad_lse), mask=is_row)
+    along = tl.sum(grad * (a - b), axis=1)
+    tl.store(grad_lse_a_ptr + rows, share_a * (grad_lse + share_b * along), mask=is_row)
+    tl.store(grad_lse_b_ptr + rows, share_b * (grad_lse - share_a * along), mask=is_row)
 
 
 def _blocks(out: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -105,18 +104,13 @@ def merge_rows(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tu
 
 
 def merge_rows_backward(
-    grad: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    parts: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    grad: Tensor, grad_lse: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[`hf_effi.kernels.attention_merge.merge_rows_backward`] in one launch."""
-    flat = [t.contiguous() for part in parts for t in part]
-    found = tuple(torch.empty_like(t) for t in flat)
-    grid, blocks = _blocks(out)
-    if out.numel():
-        _attention_merge_bwd_kernel[grid](
-            grad.contiguous(), grad_lse.contiguous(), out, *flat, *found, out.shape[0], **blocks
-        )
+    """[`hf_effi.kernels.attention_merge.merge_rows_backward`] in one launch, which needs no `lse`."""
+    parts = [t.contiguous() for t in (out_a, lse_a, out_b, lse_b)]
+    found = tuple(torch.empty_like(t) for t in parts)
+    grid, blocks = _blocks(out_a)
+    if out_a.numel():
+        upstream = (grad.contiguous(), grad_lse.contiguous())
+        _attention_merge_bwd_kernel[grid](*upstream, *parts, *found, out_a.shape[0], **blocks)
     return found

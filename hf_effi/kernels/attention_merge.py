@@ -28,7 +28,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     Merge attention over keys `A` with attention over keys `B` into attention over both, exactly.
 
     `lse = log(e^lse_a + e^lse_b)`, `out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b`. Backward, with
-    `w_a = e^(lse_a - lse)`: `dout_a = w_a dout`, `dlse_a = w_a (dout . (out_a - out) + dlse)`, and the same for `B`.
+    `w_a = e^(lse_a - lse)`: `dout_a = w_a dout`, `dlse_a = w_a (w_b dout . (out_a - out_b) + dlse)`, and the same for `B`:
+    the rounded `out` does not enter.
     Partial softmax of FlashAttention, https://arxiv.org/abs/2205.14135, section 3.1.
 
     A query without keys in one part has `lse = -inf` there; its `out` is not read. Without keys in both, `out` is 0.
@@ -73,19 +74,19 @@ def merge_rows(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tu
 
 
 def merge_rows_backward(
-    grad: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    parts: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    grad: Tensor, grad_lse: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `out_a, lse_a, out_b, lse_b` for `parts = ((out_a, lse_a), (out_b, lse_b))`."""
-    found = []
-    for value, part in parts:
-        share, wide = _share(part, lse), grad.to(lse.dtype)
-        inner = (wide * (_present(part, value) - out.to(lse.dtype))).sum(-1) + grad_lse
-        found += [(share * wide).to(value.dtype), share.squeeze(-1) * inner]
-    return tuple(found)
+    """Return the gradients of `out_a, lse_a, out_b, lse_b`."""
+    share_a, share_b = _share(lse_a, lse), _share(lse_b, lse)
+    wide = grad.to(lse.dtype)
+    along = (wide * (_present(lse_a, out_a) - _present(lse_b, out_b))).sum(-1, keepdim=True)
+    up = grad_lse.unsqueeze(-1)
+    return (
+        (share_a * wide).to(out_a.dtype),
+        (share_a * (up + share_b * along)).squeeze(-1),
+        (share_b * wide).to(out_b.dtype),
+        (share_b * (up - share_a * along)).squeeze(-1),
+    )
 
 
 def _share(part: Tensor, lse: Tensor) -> Tensor:
@@ -104,17 +105,17 @@ class _MergeAttention(torch.autograd.Function):
         rows = [t.reshape(-1, size) if t.dim() > lse_a.dim() else t.reshape(-1) for t in (out_a, lse_a, out_b, lse_b)]
         ops = triton_ops("_attention_merge_triton", out_a)
         out, lse = (ops.merge_rows if ops else merge_rows)(*rows)
-        ctx.save_for_backward(*rows, out, lse)
+        ctx.save_for_backward(lse, *rows)
         ctx.out_shape = out_a.shape
         return out.view(out_a.shape), lse.view(lse_a.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
-        out_a, lse_a, out_b, lse_b, out, lse = ctx.saved_tensors
-        ops = triton_ops("_attention_merge_triton", out_a)
+        lse, *rows = ctx.saved_tensors
+        ops = triton_ops("_attention_merge_triton", rows[0])
         found = (ops.merge_rows_backward if ops else merge_rows_backward)(
-            grad.reshape(out.shape), grad_lse.reshape(lse.shape), out, lse, ((out_a, lse_a), (out_b, lse_b))
+            grad.reshape(rows[0].shape), grad_lse.reshape(lse.shape), lse, *rows
         )
         shape = ctx.out_shape
         return tuple(g.view(shape if g.dim() == 2 else shape[:-1]) for g in found)

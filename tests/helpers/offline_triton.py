@@ -91,7 +91,7 @@ def launches() -> dict[str, Callable[[], Any]]:
             merge = _attention_merge_triton
             found[f"attention_merge_fwd {size} {name}"] = partial(merge.merge_rows, out, vector, out, vector)
             found[f"attention_merge_bwd {size} {name}"] = partial(
-                merge.merge_rows_backward, out, vector, out, vector, ((out, vector), (out, vector))
+                merge.merge_rows_backward, out, vector, vector, out, vector, out, vector
             )
     return found
 
