@@ -66,7 +66,7 @@ def model_of(precision: str, seed: int, checkpointing: bool = False) -> nn.Modul
     model = LlamaForCausalLM(config).to(PRECISIONS[precision])
     add_fused_lm_head(model)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model.train()
 
 

@@ -74,6 +74,14 @@ def require(package: str, purpose: str) -> ModuleType:
     return importlib.import_module(package)
 
 
+def import_module_or_none(name: str) -> ModuleType | None:
+    """Import a module, or return `None` where there is none of this name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
 def installed_versions() -> dict[str, str]:
     """Return `{distribution: version}` for hf_effi's core and the optional packages that are installed."""
     optional = dict.fromkeys(distribution for distribution, _ in OPTIONAL_PACKAGES.values())

@@ -39,7 +39,7 @@ class UsageError(Exception):
 
 def _env(args: argparse.Namespace) -> int:
     from ._compat import installed_versions
-    from .report.record import current_commit, describe_machine
+    from ._environment import current_commit, describe_machine
 
     found = {"machine": describe_machine(), "versions": installed_versions(), "commit": current_commit()}
     if args.json:

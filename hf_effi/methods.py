@@ -5,12 +5,19 @@ Docs, `hf-effi list` and the contract tests read it. Nothing dispatches on it.
 
 from __future__ import annotations
 
-from ._methods import data, kernels, long_sequences, rollouts, schedules
+from ._methods import data, kernels, long_sequences, observers, rollouts, schedules
 from ._methods.row import Kind, Method, Status
 
 __all__ = ["METHODS", "Kind", "Method", "Status", "find_method"]
 
-METHODS: tuple[Method, ...] = (*rollouts.ROWS, *schedules.ROWS, *data.ROWS, *long_sequences.ROWS, *kernels.ROWS)
+METHODS: tuple[Method, ...] = (
+    *rollouts.ROWS,
+    *schedules.ROWS,
+    *data.ROWS,
+    *long_sequences.ROWS,
+    *kernels.ROWS,
+    *observers.ROWS,
+)
 
 
 def find_method(key: str) -> Method:

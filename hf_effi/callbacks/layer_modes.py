@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -143,8 +144,8 @@ class MemoryBudgetCallback(_LayerModesCallback):
             bandwidth first.
 
     Raises:
-        LayerModeError: gradient checkpointing is off or reentrant; FSDP or DeepSpeed ZeRO-3, where a layer cannot be
-            run on its own.
+        LayerModeError: gradient checkpointing is off or reentrant; parameters are sharded (FSDP, ZeRO-3), so that a
+            layer cannot be run on its own.
         ValueError: no plan fits; the message says how much the smallest one needs.
 
     Example:
@@ -169,10 +170,10 @@ class MemoryBudgetCallback(_LayerModesCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.fsdp or args.deepspeed:
+        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in kwargs["model"].parameters()):
             raise LayerModeError(
-                "MemoryBudgetCallback runs single layers to measure them, which sharded parameters do not allow. With "
-                "FSDP and DeepSpeed use ActivationOffloadCallback or SelectiveCheckpointCallback."
+                "MemoryBudgetCallback runs single layers to measure them, which sharded parameters (FSDP, ZeRO-3, tensor "
+                "parallelism) do not allow. Use ActivationOffloadCallback or SelectiveCheckpointCallback."
             )
         self.modes = None
         super().on_train_begin(args, state, control, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -218,3 +219,76 @@ def shard_sequence(values: Tensor, size: int, rank: int, fill: int = 0) -> Tenso
     padded = F.pad(values, (0, 0) * (values.ndim - 2) + (0, missing), value=fill) if missing else values
     part = padded.size(1) // size
     return padded[:, rank * part : (rank + 1) * part].contiguous()
+
+
+class ChunkPlan(NamedTuple):
+    """
+    What [`plan_chunks`] returns.
+
+    Args:
+        standalone (`tuple[tuple[int, ...], ...]`): Numbers of the short sequences that share a chunk, by chunk.
+        dependent (`tuple[tuple[int, tuple[tuple[int, int], ...]], ...]`): Number of each long sequence and the bounds of its
+            chunks, each of which needs the ones before it.
+    """
+
+    standalone: tuple[tuple[int, ...], ...]
+    dependent: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+
+
+def plan_chunks(lengths: Sequence[int], chunk_size: int) -> ChunkPlan:
+    """
+    Sort sequences into chunks of at most `chunk_size` tokens (ChunkFlow, https://arxiv.org/abs/2503.02356).
+
+    Longer ones are cut into `ceil(length / chunk_size)` chunks; the others are packed, the longest first, each into the first
+    chunk that has room.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each sequence, at least 1.
+        chunk_size (`int`): At least 1.
+
+    Example:
+    ```python
+    >>> plan_chunks([3, 9, 1, 4, 2], chunk_size=4)
+    ChunkPlan(standalone=((3,), (0, 2), (4,)), dependent=((1, ((0, 4), (4, 8), (8, 9))),))
+    ```
+    """
+    bins: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        if length > chunk_size:
+            continue
+        for place, (used, members) in enumerate(bins):
+            if used + length <= chunk_size:
+                bins[place] = (used + length, [*members, index])
+                break
+        else:
+            bins.append((length, [index]))
+    cuts = [range(0, length, chunk_size) for length in lengths]
+    dependent = tuple(
+        (i, tuple((start, min(start + chunk_size, length)) for start in cuts[i]))
+        for i, length in enumerate(lengths)
+        if length > chunk_size
+    )
+    return ChunkPlan(tuple(tuple(members) for _, members in bins), dependent)
+
+
+def chunk_schedule(num_chunks: int, max_live: int) -> list[tuple[Literal["prefix", "keep", "backward"], int]]:
+    """
+    Order the work on dependent chunks so that the activations of at most `max_live` exist at once.
+
+    `"prefix"` runs a chunk for its keys and values only; `"keep"` runs it and keeps its activations; `"backward"` runs it,
+    unless it was kept, and goes backward. `max(0, num_chunks - max_live)` chunks are run twice.
+
+    Args:
+        num_chunks (`int`): At least 1.
+        max_live (`int`): `K`, at least 1.
+
+    Example:
+    ```python
+    >>> chunk_schedule(3, max_live=2)
+    [('prefix', 0), ('keep', 1), ('backward', 2), ('backward', 1), ('backward', 0)]
+    ```
+    """
+    first_kept = max(0, num_chunks - max_live)
+    forward = [("prefix" if i < first_kept else "keep", i) for i in range(num_chunks - 1)]
+    return [*forward, *(("backward", i) for i in reversed(range(num_chunks)))]

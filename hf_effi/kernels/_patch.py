@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -138,14 +139,18 @@ class KernelPatchHandle:
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], int] = {}
         for row in self.rows:
-            line = (re.sub(r"\d+", "*", row.name) or "(model)", row.module_class, row.key, row.layer, row.note)
+            name, note = re.sub(r"\d+", "*", row.name) or "(model)", textwrap.shorten(row.note, 100)
+            line = (name, row.module_class, row.key, row.layer, note)
             groups[line] = groups.get(line, 0) + 1
         lines = [("modules", "count", "class", "key", "layer", "self-check")]
         lines += [(name, str(count), *rest) for (name, *rest), count in groups.items()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        state = "in place" if self.active else "reverted"
-        return "\n".join([f"{len(self.rows)} modules, {state}", *(line.rstrip() for line in shown)])
+        eager = sum(row.layer == "eager" for row in self.rows)
+        patched = len(self.rows) - eager
+        head = f"{patched} modules {'patched' if self.active or not patched else 'reverted'}"
+        head += f", {eager} left eager" if eager else ""
+        return "\n".join([head, *(line.rstrip() for line in shown)])
 
 
 def _check_model(model: nn.Module) -> None:

@@ -135,8 +135,13 @@ def _gradients(outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor])
 
 
 def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
-    scale = truth.double().abs().max().item() if truth.numel() else 0.0
-    gap = (value.double() - truth.double()).abs().max().item() if truth.numel() else 0.0
+    """Return `max|value - truth| / max|truth|`; of activations the worst over the batch, whose rows differ in size."""
+    if truth.dim() > 2:
+        return max(map(_distance, value.flatten(1, -1), truth.flatten(1, -1)), default=0.0)
+    if not truth.numel():
+        return 0.0
+    gap = (value.double() - truth.double()).abs().max().item()
+    scale = truth.double().abs().max().item()
     if scale == 0.0:
         return 0.0 if gap == 0.0 else math.inf
     return gap / scale
@@ -153,7 +158,7 @@ def compare(
     """
     Measure a replacement against the original and both against the original in a wider dtype.
 
-    `error = max|y - y_wide| / max|y_wide|` for each output, each gradient of a float input and of a trainable parameter,
+    `error = max|y - y_wide| / max|y_wide|`, taken for each row of a batch, for each output, each gradient of a float input and of a trainable parameter,
     allowed up to `2 * own_error + 2 eps(dtype) + 16 eps(float32)`. Gradients come from `torch.autograd.grad` along a
     random direction: nothing is accumulated into `.grad`.
 

@@ -67,17 +67,19 @@ def attention_scope(implementations: Iterable[str]) -> Iterator[None]:
     Args:
         implementations (`Iterable[str]`): Names of backends, such as `"sdpa"`.
     """
-    overridden = ALL_ATTENTION_FUNCTIONS._local_mapping
-    before = dict(overridden)
+    replaced: dict[str, Callable[..., Any]] = {}
     try:
         for name in set(implementations):
             core = ALL_ATTENTION_FUNCTIONS[name]
             if not isinstance(core, _Dispatcher):
+                replaced[name] = core
                 ALL_ATTENTION_FUNCTIONS[name] = _Dispatcher(name, core)
         yield
     finally:
-        overridden.clear()
-        overridden.update(before)
+        for name, core in replaced.items():
+            del ALL_ATTENTION_FUNCTIONS[name]
+            if ALL_ATTENTION_FUNCTIONS.get(name) is not core:  # it was an override of someone else
+                ALL_ATTENTION_FUNCTIONS[name] = core
 
 
 def attend(
@@ -102,14 +104,14 @@ def attend(
     Returns:
         `Tensor`: `(B, S, Hq/P, D)`.
     """
-    window = options.get("sliding_window") or getattr(module, "sliding_window", None)
+    window = _window(module, options)
     mask: Any = None
     if name == "sdpa":
         mask = layout.mask(window)
     elif name == "flex_attention":
-        mask = _block_mask(layout, window)
+        mask = layout.block_mask(window)
     elif not layout.one_document:
-        cu_seqlens, longest = layout.boundaries()
+        cu_seqlens, longest = layout.boundaries
         options = options | {
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
@@ -119,17 +121,8 @@ def attend(
     return core(module, query, key, value, mask, **options)[0]
 
 
-def _block_mask(layout: SequenceLayout, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    documents = layout.documents
-
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = (documents[row, query] == documents[row, key]) & (query >= key)
-        return same if window is None else same & (query - key < window)
-
-    rows, length = documents.shape
-    return create_block_mask(allowed, rows, None, length, length, device=documents.device)
+def _window(module: Any, options: dict[str, Any]) -> int | None:
+    return options["sliding_window"] if "sliding_window" in options else getattr(module, "sliding_window", None)
 
 
 def _check_call(module: nn.Module, options: dict[str, Any]) -> None:
@@ -161,7 +154,7 @@ def prove_isolation(
     Raises:
         SequenceParallelError: something leaks, or the changed document does not change either.
     """
-    window = options.get("sliding_window") or getattr(module, "sliding_window", None)
+    window = _window(module, options)
     kind = (name, core, query.device.type, query.dtype, query.shape[1::2], key.size(1), value.size(-1), window is None)
     if kind in _proven:
         return

@@ -20,7 +20,7 @@ from .layout import SequenceLayout, split_batch
 @contextlib.contextmanager
 def sharded_forward(model: nn.Module, layout: SequenceLayout) -> Iterator[None]:
     """
-    Let `model`, called with the shard that `split_batch` made, attend over the whole sequence (mode T).
+    Let `model`, called with the shard that `split_batch` made, attend over the whole sequence.
 
     Outputs stay local: the caller's loss must be a sum over distinct tokens divided by a global count.
     """
@@ -38,7 +38,7 @@ def sharded_forward(model: nn.Module, layout: SequenceLayout) -> Iterator[None]:
 @contextlib.contextmanager
 def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient: GatherGradient) -> Iterator[None]:
     """
-    Let each model, called with the whole batch, compute on its shard and return the whole outputs (modes R and Q).
+    Let each model, called with the whole batch, compute on its shard and return the whole outputs.
 
     Args:
         models (`Iterable[nn.Module]`): Policy and reference models, unwrapped. A sequence classifier is split at its
@@ -46,6 +46,12 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
         group ([`SequenceGroup`]): The ranks of the sequence, which call with the same batch.
         gradient (`str`): `"sum"` for replicated batches, `"slice"` for rounds; see [`gather_sequence`].
     """
+    points = [(model, split_point(model)) for model in models]
+    if gradient == "slice" and torch.is_grad_enabled() and any(point is not model for model, point in points):
+        raise SequenceParallelError(
+            "A sequence classifier cannot be trained in rounds: its head runs on whole hidden states, so that every rank "
+            "would add the whole gradient of the head in every round. Use sequence_parallel_mode='replicated'."
+        )
     open_calls: list[tuple[SequenceLayout, int]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
@@ -66,7 +72,7 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
         _check_entered(module, layout)
         return layout.gather(output, gradient, length)
 
-    with _hooks([split_point(model) for model in models], before, after):
+    with _hooks([point for _, point in points], before, after):
         yield
 
 

@@ -124,6 +124,11 @@ def check_deepspeed(parallelism: Any, deepspeed_plugin: Any, packed: bool) -> st
             "(IndexError at the first batch). Set packing=False and padding_free=False, or use "
             f"sequence_parallel_size={size} instead of sp_size={size}, which keeps packed documents apart."
         )
+    if stage == 0:
+        return (
+            f"DeepSpeed ZeRO-0 with sp_size={size} is reported to crash at the first optimizer step (DeepSpeed issue "
+            f"7833). Use ZeRO-3, or sequence_parallel_size={size} instead of sp_size={size}."
+        )
     if stage in (1, 2):
         return (
             f"DeepSpeed ZeRO-{stage} with sp_size={size} multiplies every gradient by {size}: the differentiable gather "

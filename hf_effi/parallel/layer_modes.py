@@ -64,7 +64,7 @@ def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     Return the layers that gradient checkpointing treats one by one, in order.
 
     Raises:
-        LayerModeError: the model has none, or checkpointing is off.
+        LayerModeError: the model has none, or checkpointing is off in one of them.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -72,10 +72,12 @@ def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
             f"{type(model).__name__} has no GradientCheckpointingLayer (transformers' base of decoder layers), so its "
             "layers cannot be checkpointed one by one. Use a model of transformers."
         )
-    if not any(layer.gradient_checkpointing for layer in layers):
+    off = sum(not layer.gradient_checkpointing for layer in layers)
+    if off:
         raise LayerModeError(
-            f"gradient checkpointing is off in {type(model).__name__}. Set gradient_checkpointing=True in the training "
-            "arguments, or call model.activation_checkpointing_enable() first."
+            f"gradient checkpointing is off in {off} of the {len(layers)} layers of {type(model).__name__}. Set "
+            "gradient_checkpointing=True in the training arguments, without every_n_layers; without a Trainer, call "
+            "model.activation_checkpointing_enable() first."
         )
     return layers
 
@@ -84,23 +86,22 @@ class _LayerMode:
     """Stands in for a layer's `_gradient_checkpointing_func`, as long as its checkpointing is on."""
 
     def __init__(self, mode: str, run: Callable[..., Any], layer: GradientCheckpointingLayer) -> None:
-        self.mode, self.run = mode, run
-        self.claim(layer)
-        # TRL switches checkpointing off and on again around each generation, which puts its own function back.
-        self.hook = layer.register_forward_pre_hook(lambda layer, args: self.claim(layer))
-
-    def claim(self, layer: GradientCheckpointingLayer) -> None:
-        found = layer.__dict__.get("_gradient_checkpointing_func")
-        if found is self or not layer.gradient_checkpointing:
-            return
-        if isinstance(found, _LayerMode):
+        if other := _installed_on(layer):
             raise LayerModeError(
-                f"the layer already has the mode {found.mode!r} from other code. Use one callback for the modes of "
-                "all layers; after a run that failed, call `release_layers(model)`."
+                f"the layer already has the mode {other.mode!r} from other code. Use one callback for the modes of all "
+                "layers; after a run that failed, call `release_layers(model)`."
             )
-        _check_upstream(found, self.mode)
-        self.upstream = found
-        layer._gradient_checkpointing_func = self
+        self.mode, self.run = mode, run
+        self._claim(layer, ())
+        # TRL switches checkpointing off and on again around each generation, which puts its own function back.
+        self.hook = layer.register_forward_pre_hook(self._claim)
+
+    def _claim(self, layer: GradientCheckpointingLayer, args: tuple[Any, ...]) -> None:
+        found = layer.__dict__.get("_gradient_checkpointing_func")
+        if found is not self and layer.gradient_checkpointing:
+            _check_upstream(found, self.mode)
+            self.upstream = found
+            layer._gradient_checkpointing_func = self
 
     def release(self, layer: GradientCheckpointingLayer) -> None:
         self.hook.remove()
@@ -109,6 +110,11 @@ class _LayerMode:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         return self.run(self.upstream, function, *args)
+
+
+def _installed_on(layer: torch.nn.Module) -> _LayerMode | None:
+    owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, _LayerMode)), None)
 
 
 def _check_upstream(found: Any, mode: str) -> None:
@@ -158,6 +164,7 @@ class LayerModes:
         model (`PreTrainedModel`): A model with gradient checkpointing on (non-reentrant, the default).
         modes (`str` or `Sequence[str]`): One mode for all layers, or one a layer.
         save_ops (`Iterable`, *optional*): Operators that `selective` saves besides attention.
+        offloader ([`ActivationOffloader`], *optional*): What `offload` uses; by default one with pinned host memory.
 
     Raises:
         LayerModeError: a mode is unknown, there is not one a layer, checkpointing is off or reentrant.
@@ -170,7 +177,13 @@ class LayerModes:
     ```
     """
 
-    def __init__(self, model: torch.nn.Module, modes: str | Sequence[str], save_ops: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        modes: str | Sequence[str],
+        save_ops: Iterable[Any] = (),
+        offloader: ActivationOffloader | None = None,
+    ) -> None:
         self.layers = decoder_layers(model)
         self.modes = (modes,) * len(self.layers) if isinstance(modes, str) else tuple(modes)
         unknown = sorted(set(map(str, self.modes)) - set(MODES))
@@ -178,9 +191,7 @@ class LayerModes:
             raise LayerModeError(f"unknown modes {unknown}. Known: {', '.join(MODES)}.")
         if len(self.modes) != len(self.layers):
             raise LayerModeError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one a layer.")
-        self.offloader = None
-        if "offload" in self.modes:
-            self.offloader = ActivationOffloader(next(self.layers[0].parameters()).device)
+        self.offloader = (offloader or ActivationOffloader()) if "offload" in self.modes else None
         self._context_fn = selective_contexts(save_ops)
         self._installed: list[_LayerMode] = []
 
@@ -227,6 +238,5 @@ class LayerModes:
 def release_layers(model: torch.nn.Module) -> None:
     """Take all modes off `model`, whoever put them on: for after a run that failed before it could."""
     for module in model.modules():
-        installed = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(installed, _LayerMode):
+        if installed := _installed_on(module):
             installed.release(module)

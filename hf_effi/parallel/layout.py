@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ..functional.sequence import (
     causal_document_mask,
@@ -45,20 +47,24 @@ class SequenceLayout:
     length: int
     inputs: set[str] = field(default_factory=lambda: {"position_ids"})
     entered: set[int] = field(default_factory=set)
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-    _one_document: bool | None = None
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @property
     def shard_length(self) -> int:
         """Tokens of a row that a rank holds."""
         return self.documents.size(1) // self.group.size
 
-    @property
+    @functools.cached_property
     def one_document(self) -> bool:
         """Whether plain causal attention is exact: every row is one document."""
-        if self._one_document is None:
-            self._one_document = not bool(self.documents.any())
-        return self._one_document
+        return not bool(self.documents.any())
+
+    @functools.cached_property
+    def boundaries(self) -> tuple[Tensor, int]:
+        """`cu_seqlens` of the flattened batch and the longest document."""
+        cu_seqlens = document_boundaries(self.documents)
+        return cu_seqlens, int(cu_seqlens.diff().max())
 
     def mask(self, window: int | None) -> Tensor | None:
         """
@@ -83,10 +89,18 @@ class SequenceLayout:
             self._masks[window] = causal_document_mask(self.documents, window)
         return self._masks[window]
 
-    def boundaries(self) -> tuple[Tensor, int]:
-        """Return `cu_seqlens` of the flattened batch and the longest document."""
-        cu_seqlens = document_boundaries(self.documents)
-        return cu_seqlens, int(cu_seqlens.diff().max())
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Return the same for `flex_attention`, which keeps blocks instead of elements."""
+        documents = self.documents
+
+        def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same = (documents[row, query] == documents[row, key]) & (query >= key)
+            return same if window is None else same & (query - key < window)
+
+        if window not in self._block_masks:
+            rows, length = documents.shape
+            self._block_masks[window] = create_block_mask(allowed, rows, None, length, length, device=documents.device)
+        return self._block_masks[window]
 
     def gather(self, outputs: Any, gradient: GatherGradient, length: int) -> Any:
         """
@@ -108,6 +122,21 @@ class SequenceLayout:
         return outputs
 
 
+def tokens_of(inputs: Mapping[str, Any]) -> Tensor:
+    """
+    Return the input whose dimension 1 is the sequence.
+
+    Raises:
+        SequenceParallelError: there is none.
+    """
+    for name in ("input_ids", "inputs_embeds"):
+        if inputs.get(name) is not None:
+            return inputs[name]
+    raise SequenceParallelError(
+        f"Sequence parallelism needs input_ids or inputs_embeds; the batch has {', '.join(inputs) or 'nothing'}."
+    )
+
+
 def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[SequenceLayout, dict[str, Any]]:
     """
     Split a whole batch, the same on every rank of `group`, along the sequence.
@@ -125,11 +154,7 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
     Raises:
         SequenceParallelError: an input that cannot be split, by name.
     """
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if tokens is None:
-        raise SequenceParallelError(
-            f"Sequence parallelism needs input_ids or inputs_embeds; the batch has {', '.join(inputs)}."
-        )
+    tokens = tokens_of(inputs)
     rows, length = tokens.shape[:2]
     _check_inputs(inputs, rows, length)
     positions = inputs.get("position_ids")

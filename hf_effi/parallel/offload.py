@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+Allocator = Callable[[int], torch.Tensor]
 
 
 @dataclass
@@ -42,10 +46,10 @@ class OffloadStats:
 
 
 class _HostBuffers:
-    """Flat host buffers, handed out and taken back; pinned where there is a device to copy from."""
+    """Flat host buffers, handed out and taken back."""
 
-    def __init__(self, stats: OffloadStats, pinned: bool) -> None:
-        self.stats, self.pinned = stats, pinned
+    def __init__(self, stats: OffloadStats, allocate: Allocator) -> None:
+        self.stats, self.allocate = stats, allocate
         self.free: list[torch.Tensor] = []
 
     def take(self, size: int) -> torch.Tensor:
@@ -59,7 +63,7 @@ class _HostBuffers:
                 small = max(self.free, key=torch.Tensor.numel)
                 self._forget(small)
                 self.stats.host_bytes -= small.numel()
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+            buffer = self.allocate(size)
             self.stats.buffers_allocated += 1
             self.stats.host_bytes += size
         self.stats.host_bytes_in_use += buffer.numel()
@@ -88,25 +92,72 @@ class _HostCopy:
         self.previous = weakref.ref(previous) if previous is not None else lambda: None
 
 
+class _Lane:
+    """What one device needs: its host buffers and, on an accelerator, a stream for the copies."""
+
+    def __init__(self, device: torch.device, stats: OffloadStats, allocate: Allocator | None) -> None:
+        self.asynchronous = device.type != "cpu"
+        # Pinned where there is a device to copy from.
+        plain = partial(torch.empty, dtype=torch.uint8, pin_memory=self.asynchronous)
+        self.buffers = _HostBuffers(stats, allocate or plain)
+        self.module = torch.get_device_module(device.type) if self.asynchronous else None
+        self.stream = self.module.Stream(device) if self.asynchronous else None
+        self.leaving: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def send(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
+        if not self.asynchronous:
+            host.copy_(tensor)
+            return
+        self.stream.wait_stream(self.module.current_stream(tensor.device))
+        with self.module.stream(self.stream):
+            host.copy_(tensor, non_blocking=True)
+            self.leaving.append((self.stream.record_event(), tensor))
+        # The copy of the layer before had a whole layer of time. Waiting for it before its memory is let go keeps the
+        # allocator's blocks on the compute stream: two layers' inputs at most are on the device.
+        self._let_go(keep=1)
+
+    def fetch(self, saved: _HostCopy) -> None:
+        if not self.asynchronous:
+            saved.on_device = saved.host.clone()
+            return
+        self._let_go(keep=0)
+        # Allocated on the compute stream, whose earlier work may still use that memory: the copy waits for it.
+        saved.on_device = torch.empty_like(saved.host, device=saved.device, pin_memory=False)
+        self.stream.wait_stream(self.module.current_stream(saved.device))
+        with self.module.stream(self.stream):
+            saved.on_device.copy_(saved.host, non_blocking=True)
+            saved.arrived = self.stream.record_event()
+
+    def wait_for(self, saved: _HostCopy) -> None:
+        if saved.arrived is not None:
+            self.module.current_stream(saved.device).wait_event(saved.arrived)
+
+    def _let_go(self, keep: int) -> None:
+        while len(self.leaving) > keep:
+            event, tensor = self.leaving.popleft()
+            self.module.current_stream(tensor.device).wait_event(event)
+
+
 class ActivationOffloader:
     """
     Hold checkpoint inputs in host memory between the forward and the backward pass.
 
     Inside [`saving`], each activation that autograd saves (a tensor that needs a gradient and is no parameter) is copied
-    to a host buffer, and an object that owns this buffer is saved in its place. With
-    non-reentrant checkpointing these are exactly the inputs of the checkpointed function. In the backward pass each comes
-    back when it is needed, and the one saved before it starts its way back at the same time, so that its copy runs beside
-    the recomputation of one layer. On an accelerator the buffers are pinned and copies run on a stream of their own; on
-    a CPU the same happens synchronously. Values are copied bit by bit, so gradients do not change.
+    to a host buffer, and an object that owns this buffer is saved in its place. With non-reentrant checkpointing these
+    are exactly the inputs of the checkpointed function. In the backward pass each comes back when it is needed, and the
+    one saved before it starts its way back at the same time, so that its copy runs beside the recomputation of one
+    layer. On an accelerator the buffers are pinned and copies run on a stream of their own; on a CPU the same happens
+    synchronously. Values are copied bit by bit, so gradients do not change.
 
-    ALST (arXiv:2506.13996, section on activation checkpoint offload to CPU).
+    ALST, arXiv:2506.13996.
 
     Args:
-        device (`torch.device` or `str`): Where the activations are.
+        allocate (`Callable`, *optional*): `number of bytes -> uint8 tensor` in host memory, such as a file mapping.
+            Default: pinned memory, or plain memory for activations that are on the CPU.
 
     Example:
     ```python
-    >>> offloader = ActivationOffloader("cpu")
+    >>> offloader = ActivationOffloader()
     >>> x = torch.ones(2, requires_grad=True)
     >>> with offloader.saving():
     ...     y = (x * 3).square().sum()
@@ -117,15 +168,11 @@ class ActivationOffloader:
     ```
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+    def __init__(self, allocate: Allocator | None = None) -> None:
         self.stats = OffloadStats()
-        self._asynchronous = self.device.type != "cpu"
-        self._module = torch.get_device_module(self.device.type) if self._asynchronous else None
-        self._stream = self._module.Stream(self.device) if self._asynchronous else None
-        self._buffers = _HostBuffers(self.stats, pinned=self._asynchronous)
+        self._allocate = allocate
+        self._lanes: dict[torch.device, _Lane] = {}
         self._latest: weakref.ref[_HostCopy] | Any = lambda: None
-        self._leaving: deque[tuple[Any, torch.Tensor]] = deque()
 
     def saving(self) -> saved_tensors_hooks:
         """Return a context manager; what autograd saves inside it goes to the host."""
@@ -134,14 +181,17 @@ class ActivationOffloader:
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _HostCopy:
         if not tensor.requires_grad or isinstance(tensor, torch.nn.Parameter):
             return tensor
-        if tensor.device.type != self.device.type:
-            raise ValueError(
-                f"the activation is on {tensor.device}, the offloader was made for {self.device}. Move the model before "
-                "training starts, or make the offloader for its device."
+        if type(tensor) is not torch.Tensor:
+            raise TypeError(
+                f"an activation of type {type(tensor).__name__} cannot be offloaded, a plain tensor can. Leave such layers "
+                "to mode 'checkpoint'."
             )
-        copy = _HostCopy(tensor, self._buffers, self._latest())
+        if tensor.device not in self._lanes:
+            self._lanes[tensor.device] = _Lane(tensor.device, self.stats, self._allocate)
+        lane = self._lanes[tensor.device]
+        copy = _HostCopy(tensor, lane.buffers, self._latest())
         self._latest = weakref.ref(copy)
-        self._send(tensor.detach(), copy.host)
+        lane.send(tensor.detach(), copy.host)
         self.stats.offloaded_bytes += copy.size
         return copy
 
@@ -153,41 +203,13 @@ class ActivationOffloader:
             self._fetch(saved)
         else:
             self.stats.prefetched += 1
-        if saved.arrived is not None:
-            self._module.current_stream(saved.device).wait_event(saved.arrived)
+        self._lanes[saved.device].wait_for(saved)
         tensor, saved.on_device, saved.arrived = saved.on_device, None, None
         previous = saved.previous()
         if previous is not None and previous.on_device is None:
             self._fetch(previous)
         return tensor
 
-    def _send(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
-        if not self._asynchronous:
-            host.copy_(tensor)
-            return
-        current = self._module.current_stream(tensor.device)
-        self._stream.wait_stream(current)
-        with self._module.stream(self._stream):
-            host.copy_(tensor, non_blocking=True)
-            self._leaving.append((self._stream.record_event(), tensor))
-        # The copy of the layer before had a whole layer of time. Waiting for it before its memory is let go keeps the
-        # allocator's blocks on the compute stream: two layers' inputs at most are on the device.
-        self._let_go(keep=1)
-
-    def _let_go(self, keep: int) -> None:
-        while len(self._leaving) > keep:
-            event, tensor = self._leaving.popleft()
-            self._module.current_stream(tensor.device).wait_event(event)
-
     def _fetch(self, saved: _HostCopy) -> None:
         self.stats.restored_bytes += saved.size
-        if not self._asynchronous:
-            saved.on_device = saved.host.clone()
-            return
-        self._let_go(keep=0)
-        # Allocated on the compute stream, whose earlier work may still use that memory: the copy waits for it.
-        saved.on_device = torch.empty_like(saved.host, device=saved.device, pin_memory=False)
-        self._stream.wait_stream(self._module.current_stream(saved.device))
-        with self._module.stream(self._stream):
-            saved.on_device.copy_(saved.host, non_blocking=True)
-            saved.arrived = self._stream.record_event()
+        self._lanes[saved.device].fetch(saved)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.sequence import chunk_bounds, chunk_segments
+from .attention import LAYOUT
 from .patch_handle import PatchHandle
 
 #: arguments of a layer that are per token along dimension 1
-_PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx")
+_PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx", "shift_labels")
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -30,19 +31,26 @@ class _KeysKnown(Exception):
 
 
 class _Prefix:
-    """The cache that a chunk sees: puts the earlier keys and values in front of its own, and remembers both."""
+    """
+    The cache that a chunk sees: puts the earlier keys and values in front of its own.
+
+    Attributes:
+        new, whole (`tuple[torch.Tensor, torch.Tensor]`): Keys and values of the chunk alone, and with the earlier ones.
+    """
+
+    new: tuple[Tensor, Tensor] | None = None
+    whole: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, stop: bool = False) -> None:
         self.keys, self.values, self.stop = keys, values, stop
-        self.new: tuple[Tensor, Tensor] | None = None
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.new = keys, values
+        self.new = self.whole = keys, values
         if self.stop:
             raise _KeysKnown
-        if self.keys is None:
-            return keys, values
-        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+        if self.keys is not None:
+            self.whole = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+        return self.whole
 
     def get_seq_length(self, *args: Any) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
@@ -66,8 +74,11 @@ class _Call:
         self.parameters = [weight for weight in layer.parameters() if weight.requires_grad]
         self.mask = arguments.get("attention_mask")
         self.implementation = layer.self_attn.config._attn_implementation
-        bounds = chunk_bounds(x.shape[1], num_chunks)
-        self.chunks = [_cut(arguments, *bound, masked=self.implementation in ("sdpa", "eager")) for bound in bounds]
+        if self.implementation in ("sdpa", "eager"):  # these read a mask, and no boundaries
+            arguments = {name: value for name, value in arguments.items() if name not in _PACKING}
+        else:
+            arguments = _with_boundaries(arguments, x.shape[0])
+        self.chunks = [_cut(arguments, start, end) for start, end in chunk_bounds(x.shape[1], num_chunks)]
         self.autocast = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
 
     @contextlib.contextmanager
@@ -116,13 +127,11 @@ class _StreamedLayer(torch.autograd.Function):
         with call.running():
             for chunk in call.chunks:
                 if keys is not None:
-                    keep = chunk.start - chunk.first_key
-                    keys, values = (t.narrow(-2, t.shape[-2] - keep, keep) for t in (keys, values))
+                    seen = chunk.start - chunk.first_key
+                    keys, values = (t.narrow(-2, t.shape[-2] - seen, seen) for t in (keys, values))
                 prefix = _Prefix(keys, values)
                 out[:, chunk.start : chunk.end] = call.run(x[:, chunk.start : chunk.end], chunk, prefix)
-                new_keys, new_values = prefix.new
-                keys = new_keys if keys is None else torch.cat([keys, new_keys], dim=-2)
-                values = new_values if values is None else torch.cat([values, new_values], dim=-2)
+                keys, values = prefix.whole
         return out
 
     @staticmethod
@@ -134,7 +143,7 @@ class _StreamedLayer(torch.autograd.Function):
             past = None
             if len(call.chunks) > 1:
                 keys, values = call.keys_and_values(x)
-                past = keys, values, torch.zeros_like(keys), torch.zeros_like(values)
+                past = keys, values, _zeros(keys), _zeros(values)
             # From the last chunk on: when a chunk's turn comes, all that attend to it have been there.
             for chunk in reversed(call.chunks):
                 grad_chunk, grads = _chunk_backward(call, chunk, x, grad, past, grad_x is not None)
@@ -142,8 +151,15 @@ class _StreamedLayer(torch.autograd.Function):
                     grad_x[:, chunk.start : chunk.end] = grad_chunk
                 for index, found in enumerate(grads):
                     if found is not None:
-                        sums[index] = found if sums[index] is None else sums[index].add_(found)
-        return grad_x, None, *sums
+                        sums[index] = _zeros(found) if sums[index] is None else sums[index]
+                        sums[index].add_(found)
+        grads = (None if s is None else s.to(p.dtype) for s, p in zip(sums, call.parameters, strict=True))
+        return grad_x, None, *grads
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """In fp32 at least: half precision would round a sum over chunks at every chunk."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _chunk_backward(
@@ -167,7 +183,7 @@ def _chunk_backward(
         for new, total in zip(prefix.new, past[2:], strict=True):
             if new.requires_grad:
                 outputs.append(new)
-                grads.append(total[..., own, :])
+                grads.append(total[..., own, :].to(new.dtype))
     inputs = [*([tokens] if needs_x else []), *leaves, *call.parameters]
     found = list(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
     grad_tokens = found.pop(0) if needs_x else None
@@ -187,8 +203,8 @@ def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
 
     Args:
         model (`torch.nn.Module`): Decoder of transformers whose layers have a causal `self_attn` and return their hidden
-            states (Llama, Mistral, Qwen, Gemma, OLMo, ...), plain or wrapped by PEFT. Attention: `sdpa`, `eager` or
-            flash; sliding windows, packed and padded rows as the model has them.
+            states (Llama, Mistral, Qwen, Gemma, OLMo, ...), plain or wrapped by PEFT. Attention: `sdpa`, `eager`, flash or
+            `hf_effi_varlen`; sliding windows, packed and padded rows as the model has them.
         num_chunks (`int`, *optional*, defaults to 3): Chunks of a sequence, at least 1; StreamBP's own advice is 3.
 
     Returns:
@@ -196,7 +212,7 @@ def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
 
     Raises:
         ValueError: no such layer or a bad `num_chunks`; at the call, in training: dropout, a filled cache, flex attention,
-            attention weights asked for, or a per-token argument that is not known here.
+            sequence parallelism, attention weights asked for, or a per-token argument that is not known here.
 
     Example:
     ```python
@@ -237,6 +253,8 @@ def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
     cache = arguments.get("past_key_values")
     if cache is not None and cache.get_seq_length(layer.self_attn.layer_idx):
         raise ValueError("StreamLayer: the cache holds keys already. In training pass no past_key_values.")
+    if arguments.get(LAYOUT) is not None:
+        raise ValueError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
     if arguments.get("output_attentions"):
         raise ValueError("StreamLayer: output_attentions=True is not possible in training: weights come in chunks.")
     dropout = {name: m.p for name, m in layer.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
@@ -246,10 +264,30 @@ def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
         raise ValueError(f"StreamLayer: dropout {dropout}: chunks are computed twice, with other masks. Set it to 0.")
 
 
-def _cut(arguments: dict[str, Any], start: int, end: int, masked: bool) -> _Chunk:
-    """Return the chunk `[start, end)` with its part of every argument; `masked` attention reads no segment boundaries."""
+def _with_boundaries(arguments: dict[str, Any], batch: int) -> dict[str, Any]:
+    """
+    Add the boundaries of packed segments where the positions alone tell them.
+
+    Flash and varlen kernels find them there only while queries and keys are equally many, which they are not in a chunk.
+    """
+    positions = arguments.get("position_ids")
+    if positions is None or arguments.get("cu_seq_lens_q") is not None or arguments.get("attention_mask") is not None:
+        return arguments
+    jumps = (positions.diff(dim=-1) != 1).nonzero()
+    if not len(jumps):
+        return arguments
+    if batch > 1:
+        raise ValueError(
+            "StreamLayer: packed segments in more than one row. Pack into one row, or use sdpa attention."
+        )
+    cuts = [0, *(jumps[:, 1] + 1).tolist(), positions.shape[-1]]
+    return {**arguments, "cu_seq_lens_q": torch.tensor(cuts, dtype=torch.int32, device=positions.device)}
+
+
+def _cut(arguments: dict[str, Any], start: int, end: int) -> _Chunk:
+    """Return the chunk `[start, end)` with its part of every argument."""
     mine, first_key = {}, 0
-    if arguments.get("cu_seq_lens_q") is not None and not masked:
+    if arguments.get("cu_seq_lens_q") is not None:
         mine, first_key = _cut_packing(arguments["cu_seq_lens_q"], start, end)
     for name, value in arguments.items():
         if name in (*_PACKING, "attention_mask", "past_key_values"):
@@ -274,11 +312,11 @@ def _cut_mask(mask: Any, chunk: _Chunk, implementation: str, device: torch.devic
     rows, keys = slice(chunk.start, chunk.end), slice(chunk.first_key, chunk.end)
     if isinstance(mask, Tensor) and mask.dim() == 4:
         return mask[..., rows, keys]
-    if isinstance(mask, Tensor) and mask.dim() == 2 and "flash" in implementation:
+    kernel = "flash" in implementation or "varlen" in implementation
+    if isinstance(mask, Tensor) and mask.dim() == 2 and kernel:
         return mask[:, keys]
-    packed = "flash" in implementation or "varlen" in implementation
     before = chunk.start - chunk.first_key
-    if mask is None and (packed or (implementation == "sdpa" and not before)):
+    if mask is None and (kernel or (implementation == "sdpa" and not before)):
         return None
     if mask is None and implementation == "sdpa":
         # torch's `is_causal` would align the first query with the first key.

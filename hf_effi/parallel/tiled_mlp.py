@@ -39,6 +39,16 @@ _ACTIVATIONS = {
 }
 
 
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, where there is a total."""
+    if total is None:
+        return
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
 @dataclass(frozen=True)
 class _Linear:
     """Which tensors `x W^T + b + sum_k s_k (x A_k^T) B_k^T` has: `[W, b?, A_1, B_1, ...]`, and its LoRA scales `s_k`."""
@@ -58,18 +68,16 @@ class _Linear:
 
     def backward(self, grad_y: Tensor, x: Tensor, tensors: Sequence[Tensor], sums: Sequence[Tensor | None]) -> Tensor:
         """Return the gradient of `x` and add those of the tensors to `sums`, where `None` marks a frozen one."""
-        if sums[0] is not None:
-            sums[0].addmm_(grad_y.t(), x)
+        _add_product(sums[0], grad_y.t(), x)
         if self.has_bias and sums[1] is not None:
-            sums[1].add_(grad_y.sum(0))
+            sums[1].add_(grad_y.sum(0, dtype=sums[1].dtype))
         grad_x = grad_y @ tensors[0]
         for (a, b, scale), (sum_a, sum_b, _) in zip(self._adapters(tensors), self._adapters(sums), strict=True):
             low_rank_x, scaled = x.to(a.dtype), grad_y.to(a.dtype) * scale
             inner = scaled @ b
             if sum_b is not None:
-                sum_b.addmm_(scaled.t(), F.linear(low_rank_x, a))
-            if sum_a is not None:
-                sum_a.addmm_(inner.t(), low_rank_x)
+                _add_product(sum_b, scaled.t(), F.linear(low_rank_x, a))
+            _add_product(sum_a, inner.t(), low_rank_x)
             grad_x = grad_x + (inner @ a).to(grad_x.dtype)
         return grad_x
 
@@ -145,8 +153,14 @@ class _TiledMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.keeper.saved_tensors
         trained = ctx.needs_input_grad[3:]
-        sums = [torch.zeros_like(t) if needed else None for t, needed in zip(tensors, trained, strict=True)]
-        return ctx.mlp.backward(grad, x, tensors, sums), None, None, *sums
+        # Half precision would round the sum at every tile.
+        sums = [
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if needed else None
+            for t, needed in zip(tensors, trained, strict=True)
+        ]
+        grad_x = ctx.mlp.backward(grad, x, tensors, sums)
+        grads = (None if total is None else total.to(t.dtype) for total, t in zip(sums, tensors, strict=True))
+        return grad_x, None, None, *grads
 
 
 def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
@@ -155,7 +169,8 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
 
     `down(act(gate(x)) * up(x))` acts on each token alone, so that it may run over `num_shards` tiles one after another;
     the backward does a tile's forward again instead of keeping `8 I` bytes a token (bf16, `I` the intermediate size).
-    Under non-reentrant activation checkpointing this costs no further matrix product. ALST, https://arxiv.org/abs/2506.13996.
+    Under non-reentrant activation checkpointing this costs no further matrix product.
+    ALST, https://arxiv.org/abs/2506.13996.
 
     Args:
         model (`torch.nn.Module`): Model whose MLPs have `gate_proj`, `up_proj`, `down_proj` and `act_fn` (Llama, Mistral,
@@ -234,7 +249,9 @@ def _read_linear(module: nn.Module, name: str) -> tuple[_Linear, list[Tensor]]:
         return _read_lora(module, name)
     _check_bare(module, name)
     if type(module) is not nn.Linear:
-        raise ValueError(f"TiledMLP: {name} is a {type(module).__name__}, not a torch.nn.Linear. Leave tile_mlp out.")
+        raise ValueError(
+            f"TiledMLP: {name} is a {type(module).__name__}, not a torch.nn.Linear. stream_layers can run it."
+        )
     bias = [] if module.bias is None else [module.bias]
     return _Linear(bool(bias), ()), [module.weight, *bias]
 

@@ -7,21 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hub.model_card import json_block, markdown_table
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """
-    Return a Markdown table; the first column is left-aligned, the others right.
-
-    Example:
-    ```python
-    >>> print(markdown_table(["arm", "steps"], [["stock", "50"]]))
-    | arm | steps |
-    | :--- | ---: |
-    | stock | 50 |
-    ```
-    """
-    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+__all__ = ["front_matter", "markdown_table", "render_card", "write_card"]
 
 
 def front_matter(data: Mapping[str, Any]) -> str:
@@ -82,7 +70,7 @@ def render_card(
         table,
         *(f"- {note}" for note in notes),
         "## Recipe",
-        "```json\n" + json.dumps(arguments, indent=2) + "\n```",
+        json_block(arguments),
         "## Run it again",
         f"```bash\n{command}\n```",
         "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",

@@ -123,6 +123,8 @@ def plan_memory(
     from .trace_memory import TracedModel, load_config
 
     _check(seq_len=seq_len, batch=batch, ranks=ranks, sequence_parallel_size=sequence_parallel_size)
+    if generate is not None:
+        _check(generate_sequences=generate[0], generate_tokens=generate[1])
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom={headroom!r} must lie in [0, 1).")
     if sharding not in SHARDINGS:

@@ -3,53 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .._compat import installed_versions
+from .._environment import current_commit, describe_machine
 
 #: Keys of every result file, in the order they are written.
 RECORD_KEYS = ("bench", "commit", "date", "machine", "versions", "command", "seeds", "headline", "rows")
 HEADLINE_KEYS = ("name", "value", "goal", "met")
 
 _GOAL = re.compile(r"^(<=|>=|<|>|=) (-?\d+(?:\.\d+)?(?:e-?\d+)?)$")
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return the processor's model, its cores, the threads torch uses, and the memory. No names, no addresses."""
-    import torch
-
-    model, memory_kib = platform.machine(), 0
-    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.+)", cpuinfo.read_text())):
-        model = found.group(1).strip()
-    if meminfo.exists() and (found := re.search(r"MemTotal:\s*(\d+) kB", meminfo.read_text())):
-        memory_kib = int(found.group(1))
-    machine = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if memory_kib:
-        machine["memory_gib"] = round(memory_kib / 2**20, 1)
-    if torch.cuda.is_available():
-        machine["accelerator"] = torch.cuda.get_device_name()
-    return machine
-
-
-def current_commit() -> str:
-    """Return the commit of the checkout this package runs from, with `-dirty` if files differ; `""` outside of one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    result = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip()
 
 
 def headline(name: str, value: float | None, goal: str | None = None) -> dict[str, Any]:

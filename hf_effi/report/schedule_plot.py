@@ -10,6 +10,7 @@ from typing import Any
 from .._compat import require
 from ..functional.schedules import Schedule, ScheduleError
 from ..functional.schedules._checks import check_steps
+from ..functional.text_plot import text_plot
 
 
 def label_of(schedule: Schedule) -> str:
@@ -144,10 +145,4 @@ def text_curve(schedule: Schedule, steps: int, width: int = 60, height: int = 8)
     ```
     """
     values = [schedule(min(steps, (i + 0.5) * steps / width)) for i in range(width)]
-    top = max(1.0, max(values))
-    lines = []
-    for row in range(height):
-        high, low = top * (1 - row / height), top * (1 - (row + 1) / height)
-        line = "".join("*" if (low < v <= high or (row == height - 1 and v <= low)) else " " for v in values)
-        lines.append(f"{high:.2f} |{line}".rstrip())
-    return "\n".join(lines)
+    return text_plot(values, height, top=max(1.0, max(values)))

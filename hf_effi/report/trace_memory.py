@@ -45,6 +45,8 @@ def load_config(source: str) -> PreTrainedConfig:
 @contextlib.contextmanager
 def _attention_for(config: PreTrainedConfig) -> Iterator[str]:
     """Yield the attention to trace with: fused and without a mask, or eager where the model has no other."""
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{type(config).__name__} is no config of a causal language model.")
     if not AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa:
         yield "eager"
         return

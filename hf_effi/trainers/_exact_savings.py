@@ -212,7 +212,7 @@ class ExactSavingsMixin:
 
     def _count_forward(self, real: int, forwarded: int) -> None:
         # The other ranks of a sequence-parallel group count their own rows.
-        if self.model.training and self._round_is_own:
+        if self.model.training and self._works_on_own_batch:
             self._effi_counters["tokens_real"] += real
             self._effi_counters["tokens_forward"] += forwarded
 

@@ -28,6 +28,7 @@ from ..parallel import (
     split_batch,
 )
 from ..parallel.exchange import gather_sequence
+from ..parallel.layout import tokens_of
 
 #: Class that defines the loss -> how its batches are split.
 _MODES = {
@@ -90,7 +91,7 @@ class SequenceParallelMixin:
 
     sequence_parallel_mode: str | None = None
     _sequence_group: SequenceGroup | None = None
-    _round_is_own = True
+    _round: int | None = None  # whose batch the group works on
     _wants_logits = True
 
     def __init__(self, *args: Any, sequence_parallel_size: int | None = None, **kwargs: Any) -> None:
@@ -137,8 +138,14 @@ class SequenceParallelMixin:
                     "its loss is a mean over each shard",
                 ),
             }
+        else:
+            refused["a loss_is_scaled_for_ga of None"] = (
+                mode == "rounds" and self.loss_is_scaled_for_ga is None,
+                "set the class attribute to whether compute_loss divides by the accumulation steps",
+            )
         if mode != "rounds":
-            streams = isinstance(self.train_dataset, IterableDataset) or _is_stream(self.train_dataset)
+            data = self.train_dataset
+            streams = isinstance(data, IterableDataset) or (data is not None and not hasattr(data, "__len__"))
             dispatched = self.accelerator.dispatch_batches
             refused |= {
                 "dispatch_batches (the default for streams)": (
@@ -170,7 +177,7 @@ class SequenceParallelMixin:
             f"{implementation_of(self.model)}, with the exchange checked at every forward."
         )
 
-    # --- data: the ranks of a group get the same batch (modes T and R) -----------------------------------------------
+    # --- data: the ranks of a group get the same batch, except in rounds -----------------------------------------------
 
     @property
     def _shares_batches(self) -> bool:
@@ -244,41 +251,48 @@ class SequenceParallelMixin:
 
     def _loss_in_rounds(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """
-        Work on the batch of each rank of the group in turn (mode Q), with the backward of all but the last round.
+        Work on the batch of each rank of the group in turn, with the backward of all but the last round.
 
         Returns:
             `Tensor`: The value of this rank's own loss, with the gradient of the last round.
         """
         group = self._sequence_group
         scale = 1.0 if self.loss_is_scaled_for_ga else 1.0 / self.current_gradient_accumulation_steps
-        for owner, batch in enumerate(self._batches_of_group(inputs)):
+        for owner, batch in self._rounds(inputs):
             last = owner == group.size - 1
-            self._round_is_own = owner == group.rank
             # Without synchronization FSDP2 would keep whole gradients.
             wait = contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
             with wait:
                 with gathered_forward(self._split_models(model), group, "slice"):
                     loss = super().compute_loss(model, batch, num_items_in_batch=num_items)
-                if self._round_is_own:
+                if owner == group.rank:
                     own = loss.detach()
                 if not last:
                     self.accelerator.backward(loss * scale)
-        self._round_is_own = True
         return loss + (own - loss.detach())
 
     def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
         """Evaluation always runs in rounds, so that every rank returns what it would without splitting."""
         group = self._sequence_group
-        for owner, batch in enumerate(self._batches_of_group(inputs)):
-            self._round_is_own = owner == group.rank
+        for owner, batch in self._rounds(inputs):
             if self.sequence_parallel_mode == "token":
                 result = self._evaluate_tokens(model, batch, return_outputs, num_items)
             else:
                 with gathered_forward(self._split_models(model), group, "slice"):
                     result = super().compute_loss(model, batch, return_outputs)
-            if self._round_is_own:
+            if owner == group.rank:
                 own = result
-        self._round_is_own = True
+        return own
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Old and reference log-probs, which trainers with rollouts take outside of the loss, run in rounds too."""
+        if self._sequence_group is None or self._round is not None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        for owner, (their_args, their_kwargs) in self._rounds((args, kwargs)):
+            with gathered_forward(self._split_models(model), self._sequence_group, "slice"):
+                result = super()._get_per_token_logps_and_entropies(model, *their_args, **their_kwargs)
+            if owner == self._sequence_group.rank:
+                own = result
         return own
 
     def _evaluate_tokens(self, model: nn.Module, batch: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
@@ -297,12 +311,19 @@ class SequenceParallelMixin:
             return loss
         return loss, layout.gather(outputs, "slice", layout.length) if self._wants_logits else outputs
 
-    def _batches_of_group(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the batch of each rank of the group, in order, on this rank's device."""
+    def _rounds(self, inputs: Any) -> Iterator[tuple[int, Any]]:
+        """Yield each rank of the group with its inputs, on this rank's device."""
         batches: list[Any] = [None] * self._sequence_group.size
         dist.all_gather_object(batches, send_to_device(inputs, "cpu"), group=self._sequence_group.process_group)
-        for batch in batches:
-            yield send_to_device(batch, self.args.device)
+        try:
+            for self._round, batch in enumerate(batches):
+                yield self._round, send_to_device(batch, self.args.device)
+        finally:
+            self._round = None
+
+    @property
+    def _works_on_own_batch(self) -> bool:
+        return self._round is None or self._round == self._sequence_group.rank
 
 
 def _resolve_size(argument: int | None, from_config: int | None) -> int:
@@ -329,20 +350,18 @@ def _mode_of(trainer_class: type) -> str:
     )
 
 
-def _is_stream(dataset: Any) -> bool:
-    return dataset is not None and not hasattr(dataset, "__len__")
-
-
 def _check_same_batch(inputs: dict[str, Any], group: SequenceGroup) -> None:
     """Raise where the ranks of a group were given different batches: each would attend to the others' tokens."""
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    mine = torch.stack([torch.tensor(value, device=tokens.device) for value in (tokens.size(0), tokens.size(1))])
-    mine = torch.cat([mine, tokens.sum().to(mine.dtype)[None]])[None, :]
+    tokens = tokens_of(inputs)
+    total = sum(
+        value.sum() for value in inputs.values() if isinstance(value, Tensor) and not value.is_floating_point()
+    )
+    mine = torch.tensor([*tokens.shape[:2], int(total)], device=tokens.device)
     parts = [torch.empty_like(mine) for _ in range(group.size)]
     dist.all_gather(parts, mine, group=group.process_group)
     if any(not torch.equal(part, mine) for part in parts):
         raise SequenceParallelError(
-            f"The ranks {list(group.ranks)} share their sequences and got different batches (rows, length, sum of ids: "
-            f"{[part[0].tolist() for part in parts]}). A sampler, collator or transform depends on the rank; make it "
+            f"The ranks {list(group.ranks)} share their sequences and got different batches (rows, length, sum of all "
+            f"ids: {[part.tolist() for part in parts]}). A sampler, collator or transform depends on the rank; make it "
             "depend on the group of ranks only."
         )

@@ -12,8 +12,10 @@ from ..protocols import GroupFilter, PromptSelector, RolloutPruner
 from ._accounting import AccountingMixin
 from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
+from ._hub_mixin import HubMixin
 from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
+from ._record_mixin import RunRecordMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
@@ -31,6 +33,8 @@ class EffiGRPOTrainer(
     ExactSavingsMixin,
     SamplerMixin,
     GRPOResumeMixin,
+    HubMixin,
+    RunRecordMixin,
     ScheduleMixin,
     SequenceParallelMixin,
     GRPOTrainer,

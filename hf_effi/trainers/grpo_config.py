@@ -9,16 +9,14 @@ from trl import GRPOConfig
 
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
-from ._kernel_mixin import KernelArguments
-from ._schedule_mixin import ScheduleArguments
-from ._sequence_parallel import SequenceParallelArguments
+from ._common import EffiArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(KernelArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig):
+class EffiGRPOConfig(EffiArguments, GRPOConfig):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
@@ -80,6 +78,16 @@ class EffiGRPOConfig(KernelArguments, ScheduleArguments, SequenceParallelArgumen
         kernel_patch (`str` or `dict`, *optional*):
             Kernels that hold during `train()`: `"liger"`, or a mapping from kernel names or module patterns to
             `"liger"`, `"hf_effi"` or `"organisation/repository:Layer"`, as a dict or as JSON. See [`~hf_effi.patch`].
+
+        > Parameters of the record
+
+        run_record (`bool`, *optional*, defaults to `True`):
+            Write `effi_run.json` and `effi_events.jsonl`, the record of the run, into `output_dir`.
+
+        > Parameters of the uploads
+
+        hub_wait_seconds (`float`, *optional*, defaults to `1800`):
+            How long one upload to the Hub may take, and how long the end of the run waits for it.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]

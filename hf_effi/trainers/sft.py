@@ -6,23 +6,20 @@ from dataclasses import dataclass
 
 from trl import SFTConfig, SFTTrainer
 
-from ._kernel_mixin import KernelArguments, KernelPatchMixin
-from ._sampler_mixin import SamplerMixin
-from ._schedule_mixin import ScheduleArguments, ScheduleMixin
-from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
+from ._common import EffiArguments, EffiMixin
 
 
 @dataclass
-class EffiSFTConfig(KernelArguments, ScheduleArguments, SequenceParallelArguments, SFTConfig):
+class EffiSFTConfig(EffiArguments, SFTConfig):
     """
-    `SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size` and
-    `kernel_patch`.
+    `SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
+    `kernel_patch`, `run_record` and `hub_wait_seconds`.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiSFTTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, SequenceParallelMixin, SFTTrainer):
+class EffiSFTTrainer(EffiMixin, SFTTrainer):
     """
     `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it trains
     and splits sequences over `args.sequence_parallel_size` ranks, packed ones included. With every method off it is the

@@ -6,17 +6,14 @@ from dataclasses import dataclass
 
 from transformers import Trainer, TrainingArguments
 
-from ._kernel_mixin import KernelArguments, KernelPatchMixin
-from ._sampler_mixin import SamplerMixin
-from ._schedule_mixin import ScheduleArguments, ScheduleMixin
-from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
+from ._common import EffiArguments, EffiMixin
 
 
 @dataclass
-class EffiTrainingArguments(KernelArguments, ScheduleArguments, SequenceParallelArguments, TrainingArguments):
+class EffiTrainingArguments(EffiArguments, TrainingArguments):
     """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size` and
-    `kernel_patch`.
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
+    `kernel_patch`, `run_record` and `hub_wait_seconds`.
 
     Example:
     ```python
@@ -27,7 +24,7 @@ class EffiTrainingArguments(KernelArguments, ScheduleArguments, SequenceParallel
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiTrainer(KernelPatchMixin, SamplerMixin, ScheduleMixin, SequenceParallelMixin, Trainer):
+class EffiTrainer(EffiMixin, Trainer):
     """
     `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
     trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to

@@ -29,6 +29,8 @@ OWN_FIELDS = (
     "lr_schedule_on_mismatch",
     "sequence_parallel_size",
     "kernel_patch",
+    "run_record",
+    "hub_wait_seconds",
 )
 
 #: A value for each that differs from its default and is valid next to the others and [`grpo_args`]'.
@@ -48,6 +50,8 @@ IN_YAML = {
     "lr_schedule": "wsd",
     "lr_schedule_on_mismatch": "new",
     "sequence_parallel_size": 2,
+    "run_record": False,
+    "hub_wait_seconds": 60.0,
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
     "kernel_patch": {"RMSNorm": "liger"},
 }

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import inspect
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,12 +98,18 @@ SIGNATURES = {
     f"{TRAINER}.get_cp_size": "self",
     f"{TRAINER}.floating_point_ops": "self inputs",
     f"{TRAINER}._track_num_input_tokens": "self inputs",
+    f"{TRAINER}.compute_loss_context_manager": "self",
+    f"{TRAINER}._prepare_inputs": "self inputs",
     f"{TRAINER}._save_checkpoint": "self model trial",
     f"{TRAINER}._get_output_dir": "self trial",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
     f"{TRAINER}._load_rng_state": "self checkpoint",
     f"{TRAINER}._save_rng_state": "self output_dir",
     f"{TRAINER}.save_model": "self output_dir _internal_call",
+    f"{TRAINER}.init_hf_repo": "self token private",
+    f"{TRAINER}.push_to_hub": "self commit_message blocking token revision private **kwargs",
+    f"{TRAINER}._push_from_checkpoint": "self checkpoint_folder",
+    f"{TRAINER}._finish_current_push": "self",
     f"{TRAINER}.create_model_card": "self language license tags model_name finetuned_from tasks dataset_tags dataset"
     " dataset_args",
     f"{TRAINER}.log": "self logs start_time",
@@ -113,18 +120,33 @@ SIGNATURES = {
     " shuffle seed rank drop_last",
     f"{TRAINER}.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
     "transformers.modeling_utils:PreTrainedModel.set_attn_implementation": "self attn_implementation allow_all_kernels",
+    f"{TRAINER}.add_callback": "self callback",
+    # PEFT.
+    "peft.tuners.adalora:AdaLoraModel.update_and_allocate": "self global_step",
+    "peft.tuners.adalora.layer:RankAllocator.budget_schedule": "self step",
+    "peft.tuners.adalora.layer:RankAllocator.reset_ipt": "self",
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",
     "transformers.modeling_layers:GradientCheckpointingLayer.__init_subclass__": "**kwargs",
     # What sequence parallelism stands in for: the table of attention backends.
     "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface": "attn_implementation default",
+    # Layers, attention and masks.
+    "transformers.modeling_utils:AttentionInterface.register": "key value",
+    "transformers.masking_utils:AttentionMaskInterface.register": "key value",
+    "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
+    " attention_mask **kwargs",
+    "transformers.integrations.sdpa_attention:sdpa_attention_forward": "module query key value attention_mask dropout"
+    " scaling is_causal position_bias cache **kwargs",
+    "transformers.loss.loss_utils:ForCausalLMLoss": "logits labels vocab_size num_items_in_batch ignore_index"
+    " shift_labels **kwargs",
+    "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
     # accelerate.
     "accelerate.hooks:add_hook_to_module": "module hook append",
     "accelerate:Accelerator._prepare_device_mesh": "self",
-    "accelerate:Accelerator.no_sync": "self model",
     "accelerate:Accelerator.backward": "self loss **kwargs",
     "accelerate:Accelerator.gather": "self tensor",
+    "accelerate:Accelerator.no_sync": "self model",
     "accelerate:Accelerator.reduce": "self tensor reduction scale",
     "accelerate:Accelerator.unwrap_model": "self model keep_fp32_wrapper keep_torch_compile",
     "accelerate.utils:gather": "tensor",
@@ -184,6 +206,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "importance_sampling_level": str,
     "is_deepspeed_enabled": bool,
     "is_fsdp_enabled": bool,
+    "label_smoother": type(None),
     "loss_type": str,
     "mask_truncated_completions": bool,
     "model_init": type(None),
@@ -216,6 +239,8 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "lr_scheduler": type(None),
     "state": None,
     "train_dataset": None,
+    "hub_model_id": type(None),
+    "is_world_process_zero": None,
 }
 
 #: attributes that exist once a run has begun
@@ -970,6 +995,59 @@ def test_callback_events_in_order_with_their_parts_and_state(tmp_path):
     assert recorder.rates[0] == pytest.approx(0.5 / 3), "after a resume the scheduler goes on where it was"
 
 
+# --- layers and attention ------------------------------------------------------------------------------------------
+
+
+def test_layers_checkpoint_through_a_function_of_their_own():
+    """What LayerModes replaces: read at every forward, called with the forward and its positional inputs."""
+    model = tiny_qwen3(use_cache=False).train()
+    model.activation_checkpointing_enable()
+    layers = model.model.layers
+    found = layers[0]._gradient_checkpointing_func
+    assert found.func is torch.utils.checkpoint.checkpoint and found.keywords == {"use_reentrant": False}
+    calls = []
+
+    def mine(function, *args):
+        calls.append([tuple(arg.shape) for arg in args])
+        return function(*args)
+
+    layers[1]._gradient_checkpointing_func = mine
+    ids = torch.arange(8)[None]
+    model(input_ids=ids)
+    model.activation_checkpointing_disable()
+    assert layers[1]._gradient_checkpointing_func is not mine and not layers[1].gradient_checkpointing
+    model(input_ids=ids)
+    assert calls == [[(1, 8, 32)]]
+
+
+def test_attention_that_is_in_no_mask_table_gets_no_mask():
+    """Why the planner's trace has fused causal attention."""
+    attention = resolve("transformers.modeling_utils:AttentionInterface")
+    assert isinstance(attention._global_mapping, dict)
+    masks = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        assert kwargs["position_ids"].shape == (1, 8), "position_ids reach the attention"
+        return query.transpose(1, 2), None
+
+    attention.register("hf_effi_spy", spy)
+    try:
+        model = tiny_qwen3()
+        model.set_attn_implementation("hf_effi_spy")
+        model(input_ids=torch.arange(8)[None], attention_mask=torch.tensor([[0] + [1] * 7]))
+    finally:
+        attention._global_mapping.pop("hf_effi_spy")
+    assert masks == [None, None]
+
+
+def test_models_say_whether_they_have_fused_attention():
+    from transformers import AutoModelForCausalLM, Gemma2Config, Qwen3Config
+
+    mapping = AutoModelForCausalLM._model_mapping
+    assert mapping[Qwen3Config]._supports_sdpa and not mapping[Gemma2Config]._supports_sdpa
+
+
 # --- collectives ---------------------------------------------------------------------------------------------------
 
 
@@ -1006,3 +1084,92 @@ def test_collectives_are_rank_major_and_flat():
 
 def test_binary_reward_name_is_the_metric_name(runs):
     assert runs("default").reward_func_names == [binary_hash_reward.__name__]
+
+
+# --- what tiled and chunked computation leans on -------------------------------------------------------------------
+
+
+def test_the_loss_of_a_model_can_be_set_on_its_instance():
+    model = tiny_qwen3()
+    assert model.loss_function.__name__ == "ForCausalLMLoss" and "_loss_function" not in model.__dict__
+    model.__dict__["_loss_function"] = marker = object()
+    assert model.loss_function is marker
+
+
+def test_a_decoder_layer_reads_its_own_checkpointing_flag():
+    model = tiny_qwen3().train()
+    model.activation_checkpointing_enable()
+    layer = model.model.layers[0]
+    assert layer.gradient_checkpointing is True
+    layer._gradient_checkpointing_func = None
+    with pytest.raises(TypeError):
+        model(torch.ones(1, 2, dtype=torch.long))
+    layer.__dict__["gradient_checkpointing"] = False
+    model(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_attention_takes_its_keys_from_a_cache_of_any_class():
+    calls = []
+
+    class Cache:
+        def update(self, keys, values, layer_idx, *args, **kwargs):
+            calls.append((tuple(keys.shape), layer_idx))
+            return keys, values
+
+    layer = tiny_qwen3().model.layers[1]
+    cos = torch.ones(1, 3, 8)
+    layer(torch.zeros(1, 3, 32), position_embeddings=(cos, 0 * cos), past_key_values=Cache())
+    assert calls == [((1, 2, 3, 8), 1)]
+
+
+def test_a_dynamic_cache_keeps_the_graph_of_what_it_is_given():
+    from transformers import DynamicCache
+
+    cache, keys = DynamicCache(), torch.ones(1, 2, 3, 4, requires_grad=True)
+    cache.update(keys, keys, 0)
+    cache.update(2 * keys, keys, 0)
+    assert cache.layers[0].keys.shape == (1, 2, 6, 4)
+    cache.layers[0].keys[..., 3:, :].sum().backward()
+    assert torch.equal(keys.grad, torch.full_like(keys, 2.0))
+
+
+def test_lora_layers_have_these_parts():
+    from peft import LoraConfig, get_peft_model
+
+    layer = (
+        get_peft_model(tiny_qwen3(), LoraConfig(target_modules=["up_proj"]))
+        .base_model.model.model.layers[0]
+        .mlp.up_proj
+    )
+    for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "lora_variant", "active_adapters"):
+        assert hasattr(layer, name), name
+    assert layer.merged is False and layer.disable_adapters is False and callable(layer.unmerge)
+    assert isinstance(layer.scaling["default"], (int, float)) and layer.active_adapters == ["default"]
+
+
+def test_peft_keeps_adaloras_state_where_the_callback_finds_it():
+    from peft import AdaLoraConfig, get_peft_model
+
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=3, target_modules=["q_proj"])
+    adapter = get_peft_model(tiny_qwen3(num_hidden_layers=1), config).base_model
+    assert adapter.trainable_adapter_name == "default" and adapter.peft_config["default"] is config
+    allocator = adapter.rankallocator
+    assert allocator.peft_config is config and allocator.adapter_name == "default"
+    assert allocator.init_bgt == 2 and allocator.target_bgt == 1
+    assert allocator.ipt == allocator.exp_avg_ipt == allocator.exp_avg_unc == {}
+    assert config.rank_pattern is None
+
+
+def test_no_stock_trainer_moves_adaloras_ranks():
+    """When upstream begins to, `AdaLoRACallback` would do it twice and has to go."""
+    import accelerate
+    import transformers
+    import trl
+
+    callers = [
+        path
+        for package in (transformers, trl, accelerate)
+        for path in Path(package.__file__).parent.rglob("*.py")
+        if "update_and_allocate" in path.read_text(encoding="utf-8")
+    ]
+    assert callers == []

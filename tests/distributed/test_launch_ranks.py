@@ -40,16 +40,30 @@ def _pretend_gloo_is_a_gpu_backend() -> None:
 def _train_each(folder: str, kind: str, callbacks: tuple[str | None, ...]) -> list[dict[str, Any]]:
     if kind == "fsdp2":
         _pretend_gloo_is_a_gpu_backend()
+        _refused_by_the_budget(folder)
     return [_train(folder, callback) for callback in callbacks]
+
+
+def _refused_by_the_budget(folder: str) -> None:
+    with pytest.raises(ValueError, match="sharded parameters"):
+        _train(folder, "budget")
 
 
 def _train(folder: str, callback: str | None) -> dict[str, Any]:
     from transformers import Trainer, TrainingArguments
 
-    from hf_effi.callbacks.layer_modes import ActivationOffloadCallback, SelectiveCheckpointCallback
+    from hf_effi.callbacks.layer_modes import (
+        ActivationOffloadCallback,
+        MemoryBudgetCallback,
+        SelectiveCheckpointCallback,
+    )
     from tests.helpers import lm_dataset, tiny_qwen3
 
-    made = {"offload": ActivationOffloadCallback, "selective": SelectiveCheckpointCallback}
+    made = {
+        "offload": ActivationOffloadCallback,
+        "selective": SelectiveCheckpointCallback,
+        "budget": lambda: MemoryBudgetCallback(1),
+    }
     args = TrainingArguments(
         folder,
         use_cpu=True,

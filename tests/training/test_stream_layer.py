@@ -7,6 +7,7 @@ from transformers import Trainer
 from hf_effi import PatchCallback
 from hf_effi.parallel.stream_layer import stream_layers
 from hf_effi.parallel.tiled_loss import tile_loss
+from hf_effi.parallel.tiled_mlp import tile_mlp
 from tests.helpers import compare_runs, sft_dataset, tiny_qwen3, tiny_tokenizer
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
 
@@ -64,3 +65,20 @@ def test_sft_with_lora_packing_and_checkpointing(tmp_path):
     plain, streamed = train(), train(PatchCallback(CHUNKS))
     assert plain.std() > 0.01
     torch.testing.assert_close(streamed, plain, rtol=0, atol=1e-5)
+
+
+def test_grpo_with_checkpointing_has_the_same_weights(tmp_path):
+    """Generation and the model's own fused head go on as they are."""
+    from trl import GRPOTrainer
+
+    from tests.helpers import grpo_args, run_grpo, weights_of
+
+    def train(*callbacks):
+        args = grpo_args(tmp_path, gradient_checkpointing=True, optim="sgd", learning_rate=0.1)
+        return run_grpo(GRPOTrainer, args, callbacks=list(callbacks))
+
+    start = weights_of(tiny_qwen3(end_tokens=10))
+    plain, ours = weights_of(train().model), weights_of(train(PatchCallback(tile_mlp, CHUNKS)).model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(plain[name], start[name], atol=1e-5)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)

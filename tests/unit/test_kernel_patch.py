@@ -226,6 +226,16 @@ def test_revert_restores_everything_to_the_bit(name, tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_saving_while_patched(tmp_path):
+    model = tiny_llama()
+    with patch(model, SWIGLU):
+        model.save_pretrained(tmp_path / "patched")
+        keys = list(model.state_dict())
+    assert keys == list(model.state_dict())
+    again = type(model).from_pretrained(tmp_path / "patched")
+    assert_bitwise_equal(again, model)
+
+
 def test_the_patched_code_is_what_runs():
     model, seen = tiny_llama(), []
 
@@ -595,6 +605,30 @@ def test_five_percent_are_seen_in_half_precision(dtype):
         patch(tiny_llama().to(dtype), {"RMSNorm": Off})
 
 
+class _WrongForLargeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.where(x.abs().amax(-1, keepdim=True) > 0.1, 1.1 * grad, grad)
+
+
+def test_rows_of_small_magnitude_do_not_hide_the_others():
+    """The gradient of a norm is a thousand times larger where its input is a thousand times smaller."""
+
+    class Norm(nn.Module):
+        def forward(self, x):
+            x = _WrongForLargeRows.apply(x)
+            return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    with pytest.raises(KernelMismatchError, match="gradient of input 0 is off by"):
+        patch(tiny_llama().bfloat16(), {"RMSNorm": Norm})
+
+
 def test_a_gemma_norm_needs_its_offset():
     with pytest.raises(KernelMismatchError):
         patch(tiny_gemma(), {"RMSNorm": TorchGemmaNormWithoutOffset})
@@ -801,9 +835,11 @@ def test_hub_reference_is_read(monkeypatch):
 def test_print_shows_the_table():
     with patch(tiny_llama(), {"RMSNorm": TorchRMSNorm, "*.mlp": TorchSwiGLU}) as handle:
         head, columns, *lines = str(handle).splitlines()
-        assert head == "7 modules, in place"
+        assert head == "7 modules patched"
         assert columns.split() == ["modules", "count", "class", "key", "layer", "self-check"]
         cells = [re.split(r"\s{2,}", line)[:5] for line in lines]
         assert ["model.layers.*.input_layernorm", "2", "LlamaRMSNorm", "RMSNorm", "TorchRMSNorm"] in cells
         assert ["model.layers.*.mlp", "2", "LlamaMLP", "*.mlp", "TorchSwiGLU"] in cells
-    assert str(handle).startswith("7 modules, reverted")
+    assert str(handle).startswith("7 modules reverted\n")
+    handle = patch(tiny_llama(), {"RMSNorm": TwiceTheNorm}, on_mismatch="eager")
+    assert str(handle).startswith("0 modules patched, 5 left eager\n") and len(str(handle).splitlines()[2]) < 200

@@ -159,7 +159,7 @@ def test_nothing_is_left_after_an_exception(where):
 
 
 def test_growing_batches_replace_buffers_instead_of_piling_them_up():
-    offloader = ActivationOffloader("cpu")
+    offloader = ActivationOffloader()
     for length in (2, 5, 3, 9):
         x = torch.ones(length, requires_grad=True)
         with offloader.saving():
@@ -172,7 +172,7 @@ def test_growing_batches_replace_buffers_instead_of_piling_them_up():
 
 
 def test_parameters_and_tensors_without_gradient_stay():
-    offloader = ActivationOffloader("cpu")
+    offloader = ActivationOffloader()
     x, weight = torch.ones(3, requires_grad=True), torch.nn.Parameter(torch.ones(3))
     with offloader.saving():
         y = (x * 2 * weight * torch.ones(3)).sum()
@@ -256,6 +256,28 @@ def test_release_after_a_run_that_could_not():
     LayerModes(model, "selective").apply()
     release_layers(model)
     assert state_of(model) == before
+    LayerModes(model, "selective").apply()
+    model.activation_checkpointing_disable()
+    release_layers(model)
+    model.activation_checkpointing_enable()
+    backward(model)
+    assert not any(layer._forward_pre_hooks for layer in decoder_layers(model))
+
+
+def test_every_nth_layer_is_refused():
+    model = checkpointed()
+    model.activation_checkpointing_enable(every_n_layers=2)
+    with pytest.raises(LayerModeError, match="off in 2 of the 4 layers.*without every_n_layers"):
+        LayerModes(model, "keep")
+
+
+def test_only_plain_tensors_are_offloaded():
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.ones(3, requires_grad=True).as_subclass(Own)
+    with pytest.raises(TypeError, match="type Own cannot be offloaded"), ActivationOffloader().saving():
+        (x * 2).square()
 
 
 def test_probe_measures_what_autograd_saves_and_changes_nothing():

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from transformers import GPT2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import GPT2Config, Qwen3Config, Qwen3MoeConfig, T5Config
 
 from hf_effi import cli
 from hf_effi.functional.memory import (
@@ -234,6 +234,7 @@ def test_the_text_says_what_to_do_when_nothing_fits():
         (["--seq-len", "64", "--sharding", "zero4"], "sharding='zero4'"),
         (["--seq-len", "64", "--headroom", "1"], "headroom=1"),
         (["--seq-len", "64", "--load-in-4bit"], "LoRA rank"),
+        (["--seq-len", "64", "--generate", "0", "8"], "generate_sequences=0"),
         (["--seq-len", "64", "--lora-rank", "4", "--lora-targets", "nowhere"], "nowhere"),
     ],
 )
@@ -241,6 +242,11 @@ def test_bad_values_are_named(tmp_path, capsys, arguments, word):
     CONFIG.save_pretrained(tmp_path)
     assert cli.main(["plan", "memory", str(tmp_path), *arguments]) == 2
     assert word in capsys.readouterr().out
+
+
+def test_only_causal_language_models_are_planned():
+    with pytest.raises(ValueError, match="T5Config is no config of a causal language model"):
+        plan_memory(T5Config(), seq_len=8)
 
 
 def test_no_config_is_named(tmp_path, capsys):

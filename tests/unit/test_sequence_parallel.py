@@ -111,7 +111,7 @@ def test_split_batch_takes_boundaries_and_given_labels():
     ids = torch.arange(6)[None]
     inputs = {"input_ids": ids, "shift_labels": ids, "cu_seq_lens_q": torch.tensor([0, 4, 6]), "max_length_q": 4}
     layout, shard = split_batch(inputs, group_of(2, 0))
-    assert layout.documents.tolist() == [[0, 0, 0, 0, 1, 1]] and layout.boundaries()[1] == 4
+    assert layout.documents.tolist() == [[0, 0, 0, 0, 1, 1]] and layout.boundaries[1] == 4
     assert shard["shift_labels"].tolist() == [[0, 1, 2]] and "max_length_q" not in shard
 
 
@@ -237,6 +237,41 @@ def test_backends_agree_on_packed_batches():
     assert not torch.allclose(attend("leaking", leaking, module, *tensors, layout, {}), found, atol=1e-2)
 
 
+def flash_kernels(implementation: str) -> Any:
+    """What transformers imports from the flash-attn package, in plain PyTorch: `(..., length, heads, width)`."""
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+        mask = causal_document_mask(torch.zeros(1, query.size(1), dtype=torch.long), window)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def varlen(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any, window: Any
+    ) -> torch.Tensor:
+        bounds = zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], strict=False)
+        return torch.cat([kernel(query[None, a:b], key[None, a:b], value[None, a:b], window)[0] for a, b in bounds])
+
+    return (kernel, varlen, None, None, None), (lambda **options: {"window": options["sliding_window"]}, None)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_transformers_flash_path_follows_the_documents(window, monkeypatch):
+    """Its own code up to the kernel, which needs a GPU: two rows, packed, grouped heads."""
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", flash_kernels)
+    monkeypatch.setattr(attention_module, "_proven", set())
+    config = SimpleNamespace(_attn_implementation="flash_attention_2")
+    module = SimpleNamespace(config=config, is_causal=True, num_key_value_groups=2)
+    query, key, value = (torch.randn(2, heads, 8, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    flash, sdpa_core = (ALL_ATTENTION_FUNCTIONS[name] for name in ("flash_attention_2", "sdpa"))
+    options = {"sliding_window": window}
+    prove_isolation("flash_attention_2", flash, module, query, key, value, options, group_of(2))
+    for documents in ([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 1]], [[0] * 8, [0] * 8]):
+        layout = SequenceLayout(group_of(2), torch.tensor(documents), 8)
+        found = attend("flash_attention_2", flash, module, query, key, value, layout, options)
+        assert torch.allclose(found, attend("sdpa", sdpa_core, module, query, key, value, layout, options))
+
+
 @pytest.mark.parametrize(("core", "tokens"), [(leaking, "instead of"), (peeking, "instead of")])
 def test_a_backend_that_leaks_is_refused_before_it_is_used(core, tokens):
     with pytest.raises(SequenceParallelError, match=f"'fast' does not keep documents apart.*{tokens}"):
@@ -319,6 +354,16 @@ def test_a_scope_leaves_nothing_behind():
     assert state_of(model) == modules
 
 
+def test_an_override_of_someone_else_comes_back():
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = leaking
+    try:
+        with attention_scope(["sdpa"]):
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"].core is leaking
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is leaking
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
 def test_a_forward_outside_the_scope_is_not_taken_for_parallel():
     model = sdpa(tiny_llama())
     with gathered_forward([model], group_of(2), "sum"), pytest.raises(SequenceParallelError, match="is not active in"):
@@ -330,6 +375,19 @@ def test_labels_without_a_fused_head_are_refused():
     ids = torch.arange(3, 9)[None]
     with gathered_forward([model], group_of(2), "sum"), pytest.raises(SequenceParallelError, match="mean loss"):
         model(ids, labels=ids)
+
+
+def test_a_classifier_is_not_trained_in_rounds():
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(tiny_llama().config)
+    with (
+        pytest.raises(SequenceParallelError, match="cannot be trained in rounds"),
+        gathered_forward([model], group_of(2), "slice"),
+    ):
+        pass
+    with gathered_forward([model], group_of(2), "sum"):
+        assert not model._forward_hooks and model.model._forward_hooks  # split at the backbone
 
 
 def test_attention_with_sinks_is_refused():
@@ -356,6 +414,10 @@ def test_zero_1_and_2_multiply_gradients(stage):
     warning = check_deepspeed(*deepspeed(4, stage), packed=False)
     assert warning.startswith(f"DeepSpeed ZeRO-{stage} with sp_size=4 multiplies every gradient by 4")
     assert "Use ZeRO-3" in warning and "max_grad_norm to 4 times" in warning
+
+
+def test_zero_0_is_named():
+    assert "ZeRO-0 with sp_size=2 is reported to crash" in check_deepspeed(*deepspeed(2, 0), packed=False)
 
 
 def test_zero_3_is_fine_and_so_is_no_sequence_parallelism():

@@ -8,6 +8,7 @@ from bench._counters import GemmCounter, LiveBytes
 from hf_effi.functional.sequence import chunk_bounds, chunk_segments
 from hf_effi.parallel.stream_layer import stream_layers
 from hf_effi.parallel.tiled_mlp import tile_mlp
+from hf_effi.parallel.varlen import register_varlen_attention
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, gradients, in_double
 
@@ -94,38 +95,39 @@ def test_padded_rows(side):
     assert_same(in_double(tiny_llama()), 3, attention_mask=mask if side == "left" else mask.flip(1))
 
 
-def segments_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """What varlen kernels compute: segments apart, queries at the end of their keys."""
-    q_cuts, k_cuts = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
-    assert (q_cuts[-1], k_cuts[-1]) == (query.shape[2], key.shape[2])
-    longest = [max(b - a for a, b in zip(cuts, cuts[1:], strict=False)) for cuts in (q_cuts, k_cuts)]
-    assert (kwargs["max_length_q"], kwargs["max_length_k"]) == tuple(longest)
-    groups, out = module.num_key_value_groups, torch.empty_like(query)
-    for i in range(len(q_cuts) - 1):
-        q, k = slice(*q_cuts[i : i + 2]), slice(*k_cuts[i : i + 2])
-        rows, columns = q.stop - q.start, k.stop - k.start
-        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
-        keys, values = (t[:, :, k].repeat_interleave(groups, 1) for t in (key, value))
-        out[:, :, q] = F.scaled_dot_product_attention(query[:, :, q], keys, values, mask, scale=scaling)
-    return out.transpose(1, 2), None
+@pytest.fixture
+def varlen():
+    """A model in fp64 on the variable-length attention, which runs segment by segment on a CPU."""
+    model = in_double(tiny_qwen3()).train()
+    model.set_attn_implementation(register_varlen_attention())
+    return model
+
+
+PACKED = torch.tensor([[*range(4), *range(7), *range(2)]])
+CUTS = torch.tensor([0, 4, 11, 13], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3, 7])
-def test_packed_rows_of_a_varlen_kernel(num_chunks, monkeypatch):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+@pytest.mark.parametrize("given", [False, True], ids=["positions", "boundaries"])
+def test_packed_rows_of_a_varlen_kernel(varlen, num_chunks, given):
+    boundaries = {"cu_seq_lens_q": CUTS, "cu_seq_lens_k": CUTS, "max_length_q": 7, "max_length_k": 7} if given else {}
+    inputs = {"input_ids": IDS[:1], "position_ids": PACKED, "use_cache": False, **boundaries}
+    packed = assert_same(varlen, num_chunks, **inputs)
+    varlen.set_attn_implementation("sdpa")
+    _, masked = step(varlen, input_ids=IDS[:1], position_ids=PACKED, use_cache=False)
+    assert_equal_gradients(masked, packed, 1e-12)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "varlen_twin", segments_attention)
-    model = in_double(tiny_qwen3()).train()
-    cuts = torch.tensor([0, 4, 11, 13], dtype=torch.int32)
-    positions = torch.tensor([[*range(4), *range(7), *range(2)]])
-    _, wanted = step(model, input_ids=IDS[:1], position_ids=positions, use_cache=False)
-    model.config._attn_implementation = "varlen_twin"
-    with stream_layers(model, num_chunks):
-        _, ours = step(
-            model, input_ids=IDS[:1], position_ids=positions, attention_mask={"full_attention": None},
-            cu_seq_lens_q=cuts, cu_seq_lens_k=cuts, max_length_q=7, max_length_k=7,
-        )  # fmt: skip
-    assert_equal_gradients(wanted, ours, 1e-12)
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_of_a_varlen_kernel(varlen, side):
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :5] = 0
+    assert_same(varlen, 3, attention_mask=mask if side == "left" else mask.flip(1), use_cache=False)
+
+
+def test_packed_rows_in_a_batch_of_several_are_refused(varlen):
+    with stream_layers(varlen), pytest.raises(ValueError, match="packed segments in more than one row"):
+        step(varlen, position_ids=PACKED.expand(2, -1), use_cache=False)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["k_proj"], ["down_proj"]])
@@ -161,6 +163,22 @@ def test_autocast_inside_and_outside_of_the_backward():
     assert_equal_gradients(wanted, ours, 0.2)
     errors = [((wanted[name] - ours[name]).norm() / wanted[name].norm()).item() for name in wanted]
     assert sum(errors) / len(errors) < 0.02
+
+
+def test_half_precision_is_no_worse_than_torch():
+    ids = torch.arange(2 * 64).view(2, 64) * 7 % 50 + 4
+    exact = step(in_double(tiny_qwen3()), input_ids=ids)[1]
+    model = tiny_qwen3().to(torch.bfloat16).train()
+
+    def error():
+        found = step(model, input_ids=ids)[1]
+        return {name: ((found[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+
+    plain = error()
+    with stream_layers(model, 16):
+        ours = error()
+    assert sum(ours.values()) <= 1.1 * sum(plain.values())
+    assert all(ours[name] <= 1.5 * plain[name] for name in ours)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -224,6 +242,7 @@ def flex():
         (lambda: get_peft_model(tiny_qwen3(), LoraConfig(lora_dropout=0.2)), {}, "q_proj.lora_dropout.default"),
         (flex, {"attention_mask": {"full_attention": None}}, "flex_attention.*mask of type NoneType"),
         (tiny_qwen3, {"output_attentions": True}, "output_attentions=True"),
+        (tiny_qwen3, {"sequence_layout": object()}, "each rank has a part of the sequence already"),
         (tiny_qwen3, {"marks": torch.zeros(2, LENGTH)}, r"marks \(2, 13\)"),
     ],
 )

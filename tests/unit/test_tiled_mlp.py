@@ -109,6 +109,23 @@ def test_autocast_is_that_of_the_layers():
     assert_equal_gradients(wanted, ours, 0.01)
 
 
+def test_half_precision_is_no_worse_than_torch():
+    """64 tiles whose sums were rounded one by one would be several times as far off."""
+    mlp = MLP(bias=True).to(torch.bfloat16)
+    truth = copy.deepcopy(mlp).double()
+    x = torch.randn(64 * 16, HIDDEN, dtype=torch.bfloat16)
+    _, exact = run(truth, x.double())
+    _, plain = run(mlp, x)
+    with tile_mlp(mlp, 64):
+        _, tiled = run(mlp, x)
+
+    def error(found):
+        return {name: ((found[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+
+    for name, ours in error(tiled).items():
+        assert ours <= 1.5 * error(plain)[name], name
+
+
 def lora(mlp, **over):
     settings = {"r": 3, "lora_alpha": 5, "target_modules": ["gate_proj", "up_proj", "down_proj"], **over}
     wrapped = get_peft_model(mlp, LoraConfig(**settings), autocast_adapter_dtype=False)
@@ -192,6 +209,15 @@ def test_no_more_matrix_products_than_plain_checkpointing(with_lora):
     with tile_mlp(model, 5):
         _, tiled, _ = step(model)
     assert tiled <= plain
+
+
+def test_reentrant_checkpointing_is_exact_too():
+    model = in_double(tiny_qwen3()).train()
+    wanted, *_ = step(model)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with tile_mlp(model, 5):
+        ours, *_ = step(model)
+    assert_equal_gradients(wanted, ours, 1e-12)
 
 
 def test_a_norm_behind_the_mlp_costs_its_forward_again_and_stays_exact():

@@ -1,0 +1,242 @@
+"""
+The record of a training run on disk: an append-only list of events and one summary, readable at any moment.
+
+`effi_events.jsonl` gets one line an event and is only ever appended to. `effi_run.json` is replaced as a whole.
+[`read_run`] joins them: after a crash the events know more than the last summary.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SUMMARY, EVENTS = "effi_run.json", "effi_events.jsonl"
+SCHEMA = 1
+
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?|auth|authorization)$", re.I
+)
+#: fields of trainers that end in `_token` and hold a piece of the vocabulary
+_VOCABULARY = re.compile(r"^(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio)_token$")
+_SECRET_VALUE = re.compile(
+    r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{16,}"
+    r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+#: `--hub_token value` or `--hub-token=value` in a command line
+_SECRET_OPTION = re.compile(r"(--([\w-]*(?:token|secret|password|api[_-]?key)))([= ])\S+", re.I)
+REDACTED = "<redacted>"
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """
+    Return a copy as plain JSON data, without secrets.
+
+    A string goes when its key names a secret (`hub_token`, `api_key`), the part of it that looks like one goes (a token of
+    a known kind, `user:password@` in an address), and so does every value of an environment variable that names a
+    secret. Numbers that JSON cannot hold become `"nan"` and `"inf"`; other objects become text.
+
+    Example:
+    ```python
+    >>> redact({"hub_token": "abc", "eos_token": "<end>", "url": "https://me:pass@host/x", "loss": float("nan")})
+    {'hub_token': '<redacted>', 'eos_token': '<end>', 'url': 'https://<redacted>@host/x', 'loss': 'nan'}
+    ```
+    """
+    if isinstance(value, Mapping):
+        return {str(key): redact(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [redact(inner, name) for inner in value]
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return redact(value.item(), name)
+    text = str(value)
+    if text and _SECRET_NAME.search(name) and not _VOCABULARY.match(name):
+        return REDACTED
+    for secret in _secrets_of_environment():
+        text = text.replace(secret, REDACTED)
+    return _SECRET_OPTION.sub(_without_value, _SECRET_VALUE.sub(REDACTED, text))
+
+
+def _without_value(option: re.Match[str]) -> str:
+    if _VOCABULARY.match(option[2].replace("-", "_")):
+        return option[0]
+    return f"{option[1]}{option[3]}{REDACTED}"
+
+
+def _secrets_of_environment() -> list[str]:
+    found = (value for name, value in os.environ.items() if _SECRET_NAME.search(name))
+    return sorted((value for value in found if len(value) >= 8), key=len, reverse=True)
+
+
+def now() -> str:
+    """Return the time in UTC, to the second, as ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class RunStore:
+    """
+    Write the record of one run into a folder. Each process that trains has at most one; only the first has any.
+
+    Args:
+        folder (`Path`): Usually the trainer's `output_dir`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.summary: dict[str, Any] = {}
+
+    def begin(self, header: Mapping[str, Any], step: int) -> None:
+        """
+        Start a run, or the next segment of one.
+
+        Args:
+            header (`Mapping`): What is known about the run; replaces the stored values on a resume.
+            step (`int`): Finished updates. 0 starts a new record and keeps one that is already there under a number.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if step == 0:
+            self._put_aside()
+            self.summary = {}
+        else:
+            self.summary = read_run(self.folder) if (self.folder / SUMMARY).exists() else {}
+            for derived in ("events", "log_history", "totals"):
+                self.summary.pop(derived, None)
+            self._end_torn_line()
+        segment = {"started": now(), "start_step": step, "end_step": step, "totals": {}}
+        self.summary = {
+            "schema": SCHEMA,
+            "run_id": uuid.uuid4().hex,
+            "checkpoints": [],
+            "segments": [],
+            **self.summary,
+            **redact(header),
+            "status": "running",
+        }
+        self.summary["segments"].append(segment)
+        self.event("begin", step=step, run_id=self.summary["run_id"])
+        self.save()
+
+    def event(self, kind: str, *, step: int, **fields: Any) -> None:
+        """Append one line. `totals`, where given, are those of the segment so far."""
+        segment = self.summary["segments"][-1]
+        segment["end_step"] = step
+        if "totals" in fields:
+            segment["totals"] = fields["totals"]
+        line = {"event": kind, "time": now(), "segment": len(self.summary["segments"]) - 1, "step": step, **fields}
+        with (self.folder / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(redact(line)) + "\n")
+
+    def save(self, **fields: Any) -> None:
+        """Put new values into the summary and replace the file, so that a reader sees the old or the new one whole."""
+        self.summary |= redact(fields) | {"updated": now()}
+        path = self.folder / SUMMARY
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(self.summary, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def _put_aside(self) -> None:
+        """Number the record of an earlier run in the same folder."""
+        paths = [self.folder / SUMMARY, self.folder / EVENTS]
+        if not any(path.exists() for path in paths):
+            return
+        number = 1
+        while any(path.with_stem(f"{path.stem}-{number}").exists() for path in paths):
+            number += 1
+        for path in paths:
+            if path.exists():
+                path.rename(path.with_stem(f"{path.stem}-{number}"))
+
+    def _end_torn_line(self) -> None:
+        """A process that was killed may have left half a line; the next event must not continue it."""
+        path = self.folder / EVENTS
+        if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+            with path.open("ab") as file:
+                file.write(b"\n")
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """
+    Return the record of the run in a folder, as far as it got.
+
+    Args:
+        folder (`str` or `Path`): Holds `effi_run.json` and `effi_events.jsonl`; a killed run's is read in the same way.
+
+    Returns:
+        `dict`: The summary, brought up to date from the events, and these under `events`. `totals` are sums over the
+        segments: work that was done, also where a resumed run did it again. `log_history` is the run's, without log
+        entries that a resume went back behind.
+
+    Raises:
+        FileNotFoundError: there is no record; the message says who writes one.
+    """
+    folder = Path(folder)
+    if not (folder / SUMMARY).exists():
+        raise FileNotFoundError(f"{folder} has no {SUMMARY}. RunRecordCallback() writes one while a run trains.")
+    run = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    events = _read_events(folder / EVENTS)
+    segments = run["segments"]
+    for event in events:
+        number = event["segment"]
+        if number == len(segments):  # its process died between the event and the summary
+            segments.append({"started": event["time"], "start_step": event["step"], "totals": {}})
+        segments[number]["end_step"] = event["step"]
+        segments[number]["totals"] = event.get("totals", segments[number]["totals"])
+    run["events"] = events
+    run["log_history"] = _effective_logs(events)
+    run["checkpoints"] = [
+        {"step": event["step"], "path": event["path"]} for event in events if event["event"] == "checkpoint"
+    ]
+    run["totals"] = totals = _sum_totals([segment["totals"] for segment in segments])
+    if real := totals.get("tokens", {}).get("real"):
+        totals["tokens_forwarded_per_real_token"] = round(totals["tokens"]["forwarded"] / real, 4)
+    return run
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # torn by a kill
+    return events
+
+
+def _effective_logs(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    logs: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "begin":
+            logs = [entry for entry in logs if entry["step"] <= event["step"]]
+        elif event["event"] == "log":
+            logs.append({"step": event["step"], **event["values"]})
+    return logs
+
+
+def _sum_totals(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add up nested numbers; peaks are no sums."""
+    total: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, Mapping):
+                inner = [p[key] for p in parts if key in p]
+                total[key] = {
+                    name: max(i.get(name, 0) for i in inner)
+                    if key == "peak_memory_bytes"
+                    else sum(i.get(name, 0) for i in inner)
+                    for name in {n: None for i in inner for n in i}
+                }
+            else:
+                total[key] = total.get(key, 0) + value
+    return total

@@ -1,0 +1,241 @@
+"""`TrainDoctor` and `GRPODoctor`: say in one sentence what is wrong with a run, while it runs, on stock trainers."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..functional.doctor import (
+    GRPO_RULES,
+    TRAIN_RULES,
+    Finding,
+    GRPOLimits,
+    Rule,
+    RunFacts,
+    TrainLimits,
+    diagnose,
+)
+from .forward_watch import ForwardWatch
+
+logger = logging.getLogger(__name__)
+_METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
+
+
+class TrainDoctor(TrainerCallback):
+    """
+    Watch a run of any Trainer and say what is wrong, once, with the step and what to try.
+
+    It reads logs, scheduler and optimizer, counts padding in front of the model, and with packed batches measures on
+    eight tokens whether documents see each other. It changes nothing: weights and random numbers are those of the run
+    without it. See `docs/doctors.md` for the table of symptoms and thresholds.
+
+    Args:
+        limits ([`TrainLimits`], *optional*): Thresholds.
+        say (`Callable[[str], None]`, *optional*): Receives each sentence, and the summary at the end. By default they
+            are logged as warnings. Only the first process speaks.
+
+    Attributes:
+        findings (`list[Finding]`): What was found so far, in order; also kept over a resume.
+
+    Example:
+    ```python
+    doctor = TrainDoctor()
+    Trainer(model, args, train_dataset=rows, callbacks=[doctor]).train()
+    print([finding.rule for finding in doctor.findings])
+    ```
+    """
+
+    rules: tuple[Rule, ...] = TRAIN_RULES
+    limits_class: type[TrainLimits] = TrainLimits
+
+    def __init__(self, limits: TrainLimits | None = None, say: Callable[[str], None] = logger.warning) -> None:
+        limits = self.limits_class() if limits is None else limits
+        if not isinstance(limits, self.limits_class):
+            raise ValueError(f"limits={limits!r} must be {self.limits_class.__name__}(...).")
+        if not callable(say):
+            raise ValueError(f"say={say!r} must be a function that takes a sentence, such as print.")
+        self.limits, self.say = limits, say
+        self.findings: list[Finding] = []
+        self._said: set[str] = set()
+        self._trace: list[dict[str, Any]] = []
+        self._facts = RunFacts(max_steps=0)
+        self._watch: ForwardWatch | None = None
+
+    def facts(self, args: Any, state: TrainerState, optimizer: Any, scheduler: Any) -> RunFacts:
+        """Return what is known when training begins."""
+        processes, accumulation = args.world_size, args.gradient_accumulation_steps
+        return RunFacts(
+            max_steps=state.max_steps,
+            start_step=state.global_step,
+            max_grad_norm=args.max_grad_norm or 0.0,
+            scheduler_start=scheduler_steps(scheduler),
+            optimizer_steps=optimizer_steps(optimizer),
+            factors=(accumulation, processes, accumulation * processes),
+        )
+
+    # ---- events ----
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._facts = self.facts(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
+        stored = state.stateful_callbacks.get(self._state_key, []) if state.global_step > 0 else []
+        self.findings, self._trace = [Finding(**finding) for finding in stored], []
+        # Each resume can go wrong anew.
+        self._said = {finding.rule for finding in self.findings} - {"optimizer_restarted"}
+        self._forget_model()
+        if state.is_world_process_zero:
+            self._watch = ForwardWatch(kwargs["model"])
+            self._look(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._watch is None or state.global_step != self._facts.start_step + 1:
+            return
+        plan = getattr(_inner(kwargs["lr_scheduler"]), "lr_lambdas", [None])[0]
+        packed = self._watch.packed
+        # The model of DeepSpeed or FSDP can only be called by all processes together.
+        leak = None if packed is None or args.deepspeed or args.fsdp else document_leak(kwargs["model"], packed)
+        self._watch.packed = None
+        self._facts = dataclasses.replace(self._facts, plan=plan, leak=leak)
+        self._look(state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if self._watch is None or "loss" not in logs:
+            return
+        entry = {**logs, "step": state.global_step, "scheduler_steps": scheduler_steps(kwargs["lr_scheduler"])}
+        entry["optimizer_lr"] = float(kwargs["optimizer"].param_groups[0]["lr"])
+        entry["pad_ratio"] = self._watch.take_pad_ratio()
+        self._trace.append(entry)
+        self._look(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._forget_model()
+        if state.is_world_process_zero:
+            name, lines = type(self).__name__, [str(finding) for finding in self.findings]
+            head = f"{name}: {len(lines) or 'no'} finding{'s' * (len(lines) != 1)} in {state.global_step} updates."
+            self.say("\n- ".join([head, *lines]))
+
+    # ---- helpers ----
+
+    @property
+    def _state_key(self) -> str:
+        return f"hf_effi.{type(self).__name__}"
+
+    def _look(self, state: TrainerState) -> None:
+        for finding in diagnose(self._trace, self._facts, self.limits, self.rules, tuple(self._said)):
+            self._said.add(finding.rule)
+            self.findings.append(finding)
+            self.say(f"{type(self).__name__}, {finding}")
+        state.stateful_callbacks[self._state_key] = [dataclasses.asdict(finding) for finding in self.findings]
+
+    def _forget_model(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
+
+
+class GRPODoctor(TrainDoctor):
+    """
+    [`TrainDoctor`] with the rules of GRPO, for a stock `trl.GRPOTrainer` or an `EffiGRPOTrainer`.
+
+    Args:
+        limits ([`GRPOLimits`], *optional*): Thresholds.
+        say (`Callable[[str], None]`, *optional*): As in [`TrainDoctor`].
+
+    Raises:
+        ValueError: the trainer is not one of GRPO.
+
+    Example:
+    ```python
+    doctor = GRPODoctor(GRPOLimits(truncated=0.8))
+    GRPOTrainer(model, reward, args, train_dataset=prompts, callbacks=[doctor]).train()
+    ```
+    """
+
+    rules = GRPO_RULES
+    limits_class = GRPOLimits
+
+    def facts(self, args: Any, state: TrainerState, optimizer: Any, scheduler: Any) -> RunFacts:
+        if not hasattr(args, "max_completion_length") or not hasattr(args, "beta"):
+            raise ValueError(
+                f"GRPODoctor found a {type(args).__name__}, which is no GRPO config. Use TrainDoctor() with this trainer."
+            )
+        return dataclasses.replace(
+            super().facts(args, state, optimizer, scheduler),
+            max_completion_length=args.max_completion_length,
+            beta=args.beta,
+            num_iterations=args.num_iterations,
+        )
+
+
+@torch.no_grad()
+def document_leak(model: torch.nn.Module, like: Mapping[str, Any]) -> float | None:
+    """
+    Return by how much a packed document's logits change, relative to their size, when its neighbour changes.
+
+    Args:
+        model: Called twice on two documents of four tokens, in evaluation mode; modes are put back.
+        like (`Mapping`): Arguments of a training batch. An attention mask, sequence boundaries and `use_cache` are
+            passed here where they were passed there.
+
+    Returns:
+        `None` where the model returns no logits.
+    """
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    inputs: dict[str, Any] = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)}
+    if like.get("attention_mask") is not None:
+        inputs["attention_mask"] = torch.ones_like(inputs["position_ids"])
+    bounds = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
+    inputs |= {name: bounds for name in ("cu_seq_lens_q", "cu_seq_lens_k") if like.get(name) is not None}
+    inputs |= {name: 4 for name in ("max_length_q", "max_length_k") if like.get(name) is not None}
+    if "use_cache" in like:
+        inputs["use_cache"] = like["use_cache"]
+    modes = [module.training for module in model.modules()]
+    model.eval()
+    try:
+        logits = []
+        for first in (range(4), range(4, 8)):
+            tokens = torch.tensor([[*first, *range(8, 12)]], device=device) % vocabulary
+            logits.append(getattr(model(input_ids=tokens, **inputs), "logits", None))
+    finally:
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+    if any(value is None for value in logits):
+        return None
+    one, two = (value[0, 4:].float() for value in logits)
+    return float((one - two).abs().max() / one.abs().max().clamp_min(1e-12))
+
+
+def _inner(scheduler: Any) -> Any:
+    """Return the scheduler inside accelerate's wrapper."""
+    return getattr(scheduler, "scheduler", scheduler)
+
+
+def scheduler_steps(scheduler: Any) -> int | None:
+    """Return the scheduler's own count; `None` where it counts no updates."""
+    inner = _inner(scheduler)
+    if type(inner).__name__ in _METRIC_DRIVEN:
+        return None
+    return getattr(inner, "last_epoch", None)
+
+
+def optimizer_steps(optimizer: Any) -> int | None:
+    """Return the updates that an optimizer has counted: 0 where its memory is empty, `None` where it keeps none."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
+    if counts:
+        return max(counts)
+    group = inner.param_groups[0]
+    remembers = "betas" in group or "beta1" in group or group.get("momentum", 0) > 0
+    return 0 if remembers and not any(inner.state.values()) else None

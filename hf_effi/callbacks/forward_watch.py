@@ -1,0 +1,52 @@
+"""`ForwardWatch`: what a model is given while it trains, seen from a hook in front of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class ForwardWatch:
+    """
+    Count tokens in front of a model while it trains, and keep the layout of the first packed batch.
+
+    Args:
+        model (`torch.nn.Module`): Gets one pre-forward hook, until [`close`].
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.packed: dict[str, Any] | None = None
+        self._first = True
+        self._forwarded, self._real = 0, 0
+        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def take(self) -> tuple[int, int]:
+        """Return the tokens forwarded since the last call, and how many of them were no padding."""
+        taken = self._forwarded, int(self._real)
+        self._forwarded, self._real = 0, 0
+        return taken
+
+    def take_pad_ratio(self) -> float | None:
+        """Return the share of padding since the last call; `None` when nothing was forwarded."""
+        forwarded, real = self.take()
+        return 1 - real / forwarded if forwarded else None
+
+    def close(self) -> None:
+        self._handle.remove()
+
+    def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if not torch.is_grad_enabled() or tokens is None:  # generation and evaluation do not train
+            return
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape != tokens.shape:
+            mask = None
+        self._forwarded += tokens.numel()
+        # Stays on the device: a number is only fetched when the Trainer logs.
+        self._real = self._real + (tokens.numel() if mask is None else mask.detach().ne(0).sum())
+        positions = kwargs.get("position_ids")
+        if self._first and positions is not None and positions.shape == tokens.shape:
+            starts = positions.eq(0).sum(dim=-1)
+            self.packed = dict(kwargs) if starts.max() > 1 else None
+        self._first = False

@@ -1,0 +1,320 @@
+"""`RunRecordCallback`: one tidy record per run of any Trainer, written as it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import shlex
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .._compat import installed_versions
+from .._environment import commit_of, current_commit, describe_machine
+from .._run_record import RunStore
+from ..methods import METHODS, find_method
+from .forward_watch import ForwardWatch
+from .snapshot import restore_rng, take_rng
+
+logger = logging.getLogger(__name__)
+#: seconds between two summaries that only a log entry asks for
+_SUMMARY_EVERY = 30.0
+_SAMPLED_ROWS = 16
+#: argument -> method that it turns on, where its value is not one of these
+_METHOD_OF_ARGUMENT = {
+    "exact_savings": ("exact_savings", (None, "off")),
+    "difficulty_range": ("difficulty_filter", (None,)),
+    "prune_rate": ("cppo", (None, 0, 0.0)),
+}
+
+
+class RunRecordCallback(TrainerCallback):
+    """
+    Write what a run was and did: arguments, schedule, methods, versions, hardware, commits, data, time, tokens, drops.
+
+    Two files in `output_dir`, written by the first process: `effi_events.jsonl`, appended to at every log entry,
+    evaluation and checkpoint, and `effi_run.json`, the summary, replaced as a whole. Whatever kills the process, what it
+    logged can be read with [`read_run`]. A resumed run goes on in the same record, as its next segment; a new run in the
+    same folder puts the old record aside. Nothing that looks like a token or password is written. The run never fails
+    because of the record: where the disk is full or read-only, recording ends with a warning.
+
+    Args:
+        methods (`Sequence[str]`, *optional*): Keys of `hf_effi.METHODS` in use that arguments and checkpoints do not
+            tell, for example those of callbacks such as `"adalora"`.
+
+    Raises:
+        ValueError: an unknown method.
+
+    Example:
+    ```python
+    from hf_effi import RunRecordCallback, read_run
+
+    Trainer(model, args, train_dataset=rows, callbacks=[RunRecordCallback()]).train()
+    print(read_run(args.output_dir)["totals"]["seconds"])
+    ```
+    """
+
+    def __init__(self, methods: Sequence[str] = ()) -> None:
+        if isinstance(methods, str) or not isinstance(methods, Collection):
+            raise ValueError(f"methods={methods!r} must be a list of keys of hf_effi.METHODS, such as ['adalora'].")
+        for key in methods:
+            try:
+                find_method(key)
+            except KeyError as error:
+                raise ValueError(f"methods: {error.args[0]}") from None
+        self.methods = tuple(methods)
+        self._store: RunStore | None = None
+        self._watch: ForwardWatch | None = None
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, dict[str, float]] = {}
+        self._clock = self._saved_at = 0.0
+        self._logged_step = self._begun_at = 0
+
+    # ---- events ----
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._close()
+        if not state.is_world_process_zero:
+            return
+        self._seconds.clear()
+        self._counts = {part: defaultdict(float) for part in ("tokens", "drops", "rows", "phases")}
+        self._logged_step = self._begun_at = state.global_step
+        self._store = RunStore(args.output_dir)
+        loader = kwargs.get("train_dataloader")
+        header = {
+            "arguments_class": type(args).__name__,
+            "arguments": args.to_dict(),
+            "model": describe_model(kwargs["model"]),
+            "data": {"train": describe_data(getattr(loader, "dataset", None))},
+            "max_steps": state.max_steps,
+            "processes": args.world_size,
+            "command": shlex.join(sys.argv),
+            "machine": describe_machine(),
+            "versions": installed_versions(),
+            "commit": {"hf_effi": current_commit(), "project": commit_of(Path.cwd())},
+        }
+        self._watch = ForwardWatch(kwargs["model"])
+        self._write(lambda: self._store.begin(header, state.global_step))
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._clock = self._saved_at = time.perf_counter()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._charge("data")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._charge("train")
+        if self._store is not None and state.global_step == self._begun_at + 1:
+            # Only now have all callbacks begun, and the schedule is the one that is followed.
+            spec = schedule_of(args, state, kwargs["lr_scheduler"])
+            methods = sorted({*self.methods, *methods_of(args, state, spec)})
+            self._write(lambda: self._store.save(schedule=spec, methods=methods))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = dict(kwargs.get("logs") or {})
+        # An evaluation logs its metrics before it reports that it is over.
+        evaluated = any(name.startswith("eval_") for name in logs)
+        self._charge("evaluate" if evaluated else "log")
+        if self._store is None or not logs:
+            return
+        if not evaluated:
+            self._count(args, state, logs)
+        self._event("log", state, values=logs)
+        self._summarize(state, force=False)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._charge("evaluate")
+        self._event("evaluate", state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._charge("save")
+        self._event("checkpoint", state, path=f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self._summarize(state, force=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._charge("other")
+        self._event("end", state)
+        self._summarize(state, force=True, status="finished")
+        self._close()
+
+    # ---- helpers ----
+
+    def _charge(self, part: str) -> None:
+        """Add the time since the last event to a part of the run."""
+        now = time.perf_counter()
+        self._seconds[part] += now - self._clock
+        self._clock = now
+
+    def _count(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
+        """Add what happened since the last log entry. Trainers log means; the counts of what was averaged undo them."""
+        updates = state.global_step - self._logged_step
+        generations = generations_between(args, self._logged_step, state.global_step)
+        self._logged_step = state.global_step
+        forwarded, real = self._watch.take()
+        # The trainer's own count also has the passes without a gradient, on all processes.
+        self._counts["tokens"]["forwarded"] += logs.get("effi/tokens_forward", 0) * updates or forwarded
+        self._counts["tokens"]["real"] += logs.get("effi/tokens_real", 0) * updates or real
+        for name, value in logs.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            prefix, _, last = name.rpartition("/")
+            if prefix == "effi/dropped":
+                self._counts["drops"][last] += value * generations
+            elif name.startswith("effi/rows_") and last in ("rows_generated", "rows_trained"):
+                self._counts["rows"][last.removeprefix("rows_")] += value * generations
+            elif name.startswith("effi/time_"):
+                self._counts["phases"][last.removeprefix("time_")] += value * updates
+
+    def _totals(self) -> dict[str, Any]:
+        parts = {name: {key: round(n) for key, n in part.items()} for name, part in self._counts.items() if part}
+        if "phases" in parts:
+            parts["phases"] = {key: round(n, 4) for key, n in self._counts["phases"].items()}
+        return {
+            "updates": self._logged_step - self._begun_at,
+            "seconds": {key: round(value, 4) for key, value in self._seconds.items()},
+            "peak_memory_bytes": peak_memory(),
+            **parts,
+        }
+
+    def _event(self, kind: str, state: TrainerState, **fields: Any) -> None:
+        self._write(lambda: self._store.event(kind, step=state.global_step, totals=self._totals(), **fields))
+
+    def _summarize(self, state: TrainerState, force: bool, **fields: Any) -> None:
+        if not force and time.perf_counter() - self._saved_at < _SUMMARY_EVERY:
+            return
+        found = [
+            entry for key, entries in state.stateful_callbacks.items() if key.endswith("Doctor") for entry in entries
+        ]
+        progress = {"step": state.global_step, "epoch": state.epoch, "best_checkpoint": state.best_model_checkpoint}
+        self._write(lambda: self._store.save(progress=progress, findings=found, **fields))
+        self._saved_at = time.perf_counter()
+
+    def _write(self, write: Callable[[], None]) -> None:
+        if self._store is None:
+            return
+        try:
+            write()
+        except OSError as error:
+            logger.warning("The run goes on without its record: %s.", error)
+            self._close()
+
+    def _close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._store = self._watch = None
+
+
+def describe_model(model: torch.nn.Module) -> dict[str, Any]:
+    """Return class, name and size of a model."""
+    parameters = list(model.parameters())
+    return {
+        "class": type(model).__name__,
+        "name": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def describe_data(dataset: Any) -> dict[str, Any] | None:
+    """
+    Return size, columns and a fingerprint of the content of up to 16 rows, evenly spread; `None` without a dataset.
+
+    The fingerprint is the same in every process and on every machine. It tells other data from this, not every change of
+    a row. Random numbers that reading draws are put back.
+    """
+    if dataset is None:
+        return None
+    found: dict[str, Any] = {"class": type(dataset).__name__, "columns": getattr(dataset, "column_names", None)}
+    stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    if stream or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return {**found, "rows": None, "fingerprint": None}  # a stream: reading it would use it up
+    rows, digest, random_state = len(dataset), hashlib.sha256(), take_rng()
+    for index in sorted({i * rows // _SAMPLED_ROWS for i in range(_SAMPLED_ROWS)}) if rows else []:
+        digest.update(repr(_plain(dataset[index])).encode())
+    restore_rng(random_state)
+    return {**found, "rows": rows, "fingerprint": digest.hexdigest()[:16]}
+
+
+def _plain(value: Any) -> Any:
+    """Return data whose text does not depend on addresses or on how a library prints."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value if isinstance(value, (str, bytes, int, float, bool, type(None))) else type(value).__name__
+
+
+def schedule_of(args: Any, state: TrainerState, scheduler: Any) -> dict[str, Any]:
+    """Return the spec of a schedule of this package, or the arguments of the Trainer's own."""
+    stored = state.stateful_callbacks.get("hf_effi.lr_schedule")
+    if stored is not None:
+        return stored["current"]
+    own = getattr(scheduler, "schedule", None)
+    if hasattr(own, "spec"):
+        return own.spec()
+    return {
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "lr_scheduler_kwargs": args.lr_scheduler_kwargs or {},
+        "warmup_steps": args.warmup_steps,
+    }
+
+
+def methods_of(args: Any, state: TrainerState, schedule: dict[str, Any]) -> set[str]:
+    """Return the keys of methods that arguments, schedule and sampler tell."""
+    names = {schedule.get("kind"), state.stateful_callbacks.get("hf_effi.sampler", {}).get("sampler")}
+    found = set(methods_by_name(names))
+    for argument, (key, off) in _METHOD_OF_ARGUMENT.items():
+        if getattr(args, argument, None) not in off:
+            found.add(key)
+    return found
+
+
+def methods_by_name(names: Collection[str | None]) -> list[str]:
+    """Return the keys of methods that have an entry point of one of these names."""
+    return [
+        method.key for method in METHODS if any(entry.rpartition(":")[2] in names for entry in method.entry_points)
+    ]
+
+
+def generations_between(args: Any, start: int, end: int) -> float:
+    """
+    Return how often a GRPO trainer generated in the updates `start + 1` to `end`.
+
+    It generates at every micro-step that is a multiple of `steps_per_generation * num_iterations`.
+    """
+    if not hasattr(args, "steps_per_generation"):
+        return 0
+    every = (args.steps_per_generation or args.gradient_accumulation_steps) * args.num_iterations
+    first, last = start * args.gradient_accumulation_steps, end * args.gradient_accumulation_steps
+    return math.ceil(last / every) - math.ceil(first / every)
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the peaks of this process: resident memory since it started, accelerator memory since training began."""
+    found = {}
+    if sys.platform != "win32":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found["host"] = peak if sys.platform == "darwin" else peak * 1024
+    if torch.cuda.is_available():
+        found["accelerator"] = torch.cuda.max_memory_allocated()
+    return found

@@ -1,0 +1,78 @@
+"""`HubCallback`: card with recipe, and uploads beside training, for a stock Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .publish import push_checkpoint, uploader_for, write_section
+
+
+class HubCallback(TrainerCallback):
+    """
+    Push each checkpoint of a stock Trainer to the Hub, with a card that carries the whole recipe.
+
+    The card gets tags (`hf_effi` and the methods), exact arguments, learning rate, what was dropped, hardware,
+    versions, citations and a snippet that runs it again; [`from_card`] reads it back. Uploads go from copies, beside
+    training, and are tried again; none of them can fail or hold up the run: at the end it waits at most `seconds`.
+    Record and recipe are on disk before the upload begins. Add it last, after a [`RunRecordCallback`].
+
+    Args:
+        trainer (`Trainer`): The trainer it is added to. `args.push_to_hub` must be off, as two would push.
+        repo_id (`str`): `user/name`. `args.hub_token`, `hub_private_repo`, `hub_revision` and `hub_always_push` act as
+            usual.
+        seconds (`float`, *optional*, defaults to 1800): How long one upload may take, and the wait at the end.
+
+    Raises:
+        ValueError: `push_to_hub` is on, or the run saves no checkpoints.
+        HubRefusedError: at the beginning of training, where the Hub refuses the token or the name.
+
+    Example:
+    ```python
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[RunRecordCallback()])
+    trainer.add_callback(HubCallback(trainer, "me/my-run"))
+    trainer.train()
+    ```
+    """
+
+    def __init__(self, trainer: Trainer, repo_id: str, seconds: float = 1800.0) -> None:
+        if trainer.args.push_to_hub:
+            raise ValueError("HubCallback and push_to_hub=True would both push. Set push_to_hub=False.")
+        if trainer.args.save_strategy == "no":
+            raise ValueError(
+                "HubCallback pushes checkpoints, and save_strategy='no' writes none. Set 'steps' or 'epoch'."
+            )
+        self.trainer = trainer
+        self.uploader = uploader_for(trainer.args, repo_id, seconds)
+        self._pushed: str | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.uploader.create_repo()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._push(args, state, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "Training in progress")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        last = Path(best).name if best else self._pushed
+        if last is not None:
+            self._push(args, state, last, "End of training")
+        if state.is_world_process_zero:
+            self.uploader.wait()
+
+    def _push(self, args: TrainingArguments, state: TrainerState, name: str, message: str) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._pushed = name
+        self.trainer.create_model_card(model_name=self.uploader.repo_id.split("/")[-1])
+        if not getattr(self.trainer, "writes_recipe", False):  # an Effi trainer's card has it already
+            write_section(self.trainer, self.uploader.repo_id)
+        push_checkpoint(self.uploader, args.output_dir, Path(args.output_dir) / name, f"{message}, {name}")

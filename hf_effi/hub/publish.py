@@ -1,0 +1,99 @@
+"""Publishing a trainer's run: card, recipe, record and weights, from copies that training cannot overwrite."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .._run_record import EVENTS, SUMMARY, read_run
+from .model_card import add_section
+from .recipe import RECIPE_FILE, recipe_of
+from .uploads import HubUploader
+
+logger = logging.getLogger(__name__)
+CARD = "README.md"
+#: `training_args.bin` is a pickle with the write token in it; the recipe has the same arguments without.
+NOT_UPLOADED = ("_*", "checkpoint-*", "**/training_args.bin", "training_args.bin")
+#: Of a checkpoint, what continues the training and is no part of the model.
+_TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args", "effi_sampler")
+
+
+def uploader_for(args: Any, repo_id: str, seconds: float) -> HubUploader:
+    """Return an uploader that follows the `hub_*` arguments of a trainer."""
+    return HubUploader(
+        repo_id,
+        token=args.hub_token,
+        private=args.hub_private_repo,
+        revision=args.hub_revision,
+        seconds=seconds,
+        keep_all=args.hub_always_push,
+    )
+
+
+def write_section(trainer: Any, repo_id: str) -> None:
+    """Add the section to the card in `output_dir`. A full disk is no reason to end a run: it becomes a warning."""
+    folder = Path(trainer.args.output_dir)
+    try:
+        run = read_run(folder) if (folder / SUMMARY).exists() else None
+        secrets = [trainer.args.hub_token] if trainer.args.hub_token else []
+        add_section(folder / CARD, recipe_of(trainer), run, repo_id, secrets)
+    except OSError as error:
+        logger.warning("The model card is without its recipe: %s.", error)
+
+
+def snapshot(output_dir: str | Path, checkpoint: str | Path, path_in_repo: str | None = None) -> Path:
+    """
+    Return a new folder with the model of a checkpoint, the card and the record, which nothing changes any more.
+
+    The checkpoint's files are linked where the file system can: they are written once. The others are copied.
+
+    Args:
+        path_in_repo (`str`, *optional*): Where the whole checkpoint goes as well, such as `last-checkpoint`.
+    """
+    output_dir, checkpoint = Path(output_dir), Path(checkpoint)
+    folder = Path(tempfile.mkdtemp(prefix="_effi_upload_", dir=output_dir))
+    try:
+        for source in sorted(checkpoint.rglob("*")):
+            relative = source.relative_to(checkpoint)
+            if source.is_dir() or source.name == "training_args.bin":
+                continue
+            if path_in_repo is not None:
+                _link(source, folder / path_in_repo / relative)
+            if len(relative.parts) == 1 and not source.name.startswith(_TRAINING_STATE):
+                _link(source, folder / relative)
+        for name in (CARD, RECIPE_FILE, SUMMARY, EVENTS):
+            if (output_dir / name).exists():
+                shutil.copy2(output_dir / name, folder / name)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)  # another file system, or one without links
+
+
+def push_checkpoint(
+    uploader: HubUploader,
+    output_dir: str | Path,
+    checkpoint: str | Path,
+    message: str,
+    path_in_repo: str | None = None,
+) -> None:
+    """Upload the model of a checkpoint beside training. Without room for the copy it is left out, with an error log."""
+    try:
+        folder = snapshot(output_dir, checkpoint, path_in_repo)
+    except OSError as error:
+        logger.error("%s was not pushed to %s: %s.", checkpoint, uploader.repo_id, error)
+        return
+    uploader.submit(folder, message, ignore=("training_args.bin",), temporary=True)

@@ -1,0 +1,307 @@
+"""The recipe of a run: everything needed to set up the same trainer again, as JSON, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .._run_record import REDACTED, redact
+from ..callbacks.run_record import describe_data, describe_model, methods_by_name, methods_of, schedule_of
+from .objects import TRAINER_PACKAGES, NotPlainError, find, from_plain, path_of, to_plain
+
+RECIPE_FILE = "effi_recipe.json"
+SCHEMA = 1
+#: A card holds the recipe between this line and the end of the code block after it.
+RECIPE_MARK = "<!-- hf_effi recipe -->"
+
+#: constructor argument of a trainer, kept under the same name -> argument of its config that makes it
+_OBJECTS = {
+    "train_sampler": None,
+    "prompt_selector": None,
+    "group_filter": "difficulty_range",
+    "rollout_pruner": "prune_rate",
+    "batch_transform": None,
+    "sequence_length": None,
+}
+#: Arguments that belong to one run of one person, or that would run code of the repository: never taken from a card.
+LEFT_TO_THE_USER = frozenset(
+    "push_to_hub hub_model_id hub_token hub_private_repo hub_revision push_to_hub_token push_to_hub_model_id"
+    " push_to_hub_organization resume_from_checkpoint trust_remote_code run_name local_rank deepspeed output_dir"
+    " model_init_kwargs logging_dir trackio_space_id trackio_bucket_id"
+    " trackio_static_space_id log_completions_hub_repo vllm_server_base_url vllm_server_host".split()
+)
+#: argument -> the one it was computed from; giving both is an error or says the same twice
+_DERIVED = {"generation_batch_size": "steps_per_generation"}
+
+
+class RecipeError(ValueError):
+    """There is no recipe, or it cannot be read."""
+
+
+def recipe_of(trainer: Any) -> dict[str, Any]:
+    """
+    Return the recipe of a trainer as JSON data: classes, exact arguments, method objects, model, data, methods.
+
+    Args:
+        trainer (`Trainer`): Any; best after its `train()`, when schedule and methods are known.
+
+    Returns:
+        `dict`: `not_carried` names what is not in it, with the reason.
+    """
+    missing: dict[str, str] = {}
+    arguments = _arguments_of(trainer.args, missing)
+    objects: dict[str, Any] = {}
+
+    def carry(name: str, value: Any) -> None:
+        try:
+            objects[name] = to_plain(value)
+        except NotPlainError as error:
+            missing[name] = f"it holds {error}"
+
+    for name, made_by in _OBJECTS.items():
+        value = getattr(trainer, name, None)
+        if value is not None and not (made_by and getattr(trainer.args, made_by, None)):
+            carry(name, value)
+    if rewards := getattr(trainer, "reward_funcs", None):
+        carry("reward_funcs", rewards)
+    if adapters := getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None):
+        carry("peft_config", next(iter(adapters.values())))
+    for callback in own_callbacks(trainer):
+        name = f"callbacks: {type(callback).__name__}"
+        try:
+            objects.setdefault("callbacks", []).append(to_plain(callback))
+        except NotPlainError as error:
+            missing[name] = f"it holds {error}"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    schedule = schedule_of(trainer.args, trainer.state, trainer.lr_scheduler)
+    parts = [*own_callbacks(trainer), *(getattr(trainer, name, None) for name in _OBJECTS)]
+    methods = {*methods_of(trainer.args, trainer.state, schedule), *methods_by_name({type(p).__name__ for p in parts})}
+    return redact(
+        {
+            "schema": SCHEMA,
+            "trainer": _path_of(type(trainer), missing, "trainer"),
+            "arguments_class": _path_of(type(trainer.args), missing, "arguments"),
+            "arguments": arguments,
+            "objects": objects,
+            "schedule": schedule,
+            "methods": sorted(methods - {"run_record"}),
+            "model": describe_model(model),
+            "data": describe_data(trainer.train_dataset),
+            "not_carried": missing,
+        }
+    )
+
+
+def own_callbacks(trainer: Any) -> list[TrainerCallback]:
+    """Return the trainer's callbacks that are methods of this package, without those that only observe or publish."""
+    silent = {"RunRecordCallback", "HubCallback"}
+    return [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if type(callback).__module__.startswith("hf_effi.") and type(callback).__name__ not in silent
+    ]
+
+
+def _path_of(cls: type, missing: dict[str, str], name: str) -> str:
+    """Return `module:name` of the class, or of its nearest base that a card may name."""
+    for base in cls.__mro__:
+        path = path_of(base)
+        try:
+            find(path, TRAINER_PACKAGES)
+        except ValueError:
+            continue
+        if base is not cls:
+            missing[name] = f"{cls.__name__} is your own class; its base {base.__name__} stands for it"
+        return path
+    raise RecipeError(f"{cls!r} has no base in transformers, trl or hf_effi.")
+
+
+def _arguments_of(args: Any, missing: dict[str, str]) -> dict[str, Any]:
+    """Return every argument by name. Of the output folder only its name: the path to it is nobody's business."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(args):
+        if not field.init:
+            continue
+        value = getattr(args, field.name)
+        if hasattr(value, "to_dict") and not dataclasses.is_dataclass(type(value)):
+            value = value.to_dict()
+        elif dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
+        try:
+            found[field.name] = to_plain(value)
+        except NotPlainError as error:
+            missing[f"arguments: {field.name}"] = f"it holds {error}"
+    for name in ("output_dir", "logging_dir"):
+        if found.get(name):
+            found[name] = Path(found[name]).name
+    return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    A run read back: what is needed to set up the same trainer.
+
+    Args:
+        trainer_class (`type`): For example `EffiGRPOTrainer`.
+        args (`TrainingArguments`): The arguments, of the class that the run used.
+        objects (`dict`): Further keyword arguments of the trainer that could be rebuilt: callbacks, sampler, adapter,
+            reward functions.
+        missing (`dict[str, str]`): What has to be passed by hand, with the reason.
+        data (`dict`): The recipe as it was stored, with `model`, `data`, `schedule` and `methods`.
+
+    Example:
+    ```python
+    recipe = from_card("me/my-run", output_dir="again")
+    print(recipe.missing)
+    trainer = recipe.make_trainer(model="Qwen/Qwen3-0.6B", train_dataset=rows, reward_funcs=[exact_match])
+    ```
+    """
+
+    trainer_class: type
+    args: Any
+    objects: dict[str, Any]
+    missing: dict[str, str]
+    data: dict[str, Any]
+
+    def make_trainer(self, *args: Any, callbacks: list[Any] | None = None, **kwargs: Any) -> Any:
+        """Return the trainer. What is given here wins over the recipe; callbacks are added to its own."""
+        objects = {name: value for name, value in self.objects.items() if name != "callbacks"}
+        together = [*self.objects.get("callbacks", []), *(callbacks or [])]
+        return self.trainer_class(*args, **{**objects, "args": self.args, "callbacks": together, **kwargs})
+
+
+def from_card(
+    source: str | Path, *, token: str | None = None, revision: str | None = None, **overrides: Any
+) -> Recipe:
+    """
+    Read the recipe of a run back from its model card.
+
+    Only classes and functions of hf_effi, trl, peft and transformers are made from it, and `push_to_hub`,
+    `trust_remote_code` and the like are left out: a card cannot run code, or push in your name.
+
+    Args:
+        source (`str` or `Path`): A card, a folder with one, an `effi_recipe.json`, or a repository on the Hub.
+        token (`str`, *optional*): Read token of a private repository.
+        revision (`str`, *optional*): Branch or commit of the repository.
+        overrides: Arguments that replace the recipe's, such as `output_dir="again"`.
+
+    Returns:
+        [`Recipe`]: `missing` names what it could not rebuild.
+
+    Raises:
+        RecipeError: no recipe there, or an argument that the class does not have.
+
+    Example:
+    ```python
+    trainer = from_card("out", output_dir="again").make_trainer(model, train_dataset=rows)
+    ```
+    """
+    data = read_recipe(source, token=token, revision=revision)
+    if data.get("schema") != SCHEMA:
+        raise RecipeError(f"{source} has a recipe of schema {data.get('schema')!r}; this version reads {SCHEMA}.")
+    missing = dict(data["not_carried"])
+    args = _make_arguments(data, overrides, missing)
+    objects: dict[str, Any] = {}
+    for name, plain in data["objects"].items():
+        items = [(f"callbacks: {p['class']}", p) for p in plain] if name == "callbacks" else [(name, plain)]
+        for label, item in items:
+            try:
+                value = from_plain(item)
+            except (ValueError, TypeError) as error:
+                missing[label] = str(error)
+                continue
+            if name == "callbacks":
+                objects.setdefault(name, []).append(value)
+            else:
+                objects[name] = value
+    return Recipe(_find(data["trainer"], Trainer), args, objects, missing, data)
+
+
+def read_recipe(source: str | Path, *, token: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """Return the recipe in a card, a folder, a recipe file or a repository, as data."""
+    path = Path(source)
+    if path.is_dir():
+        files = [path / "README.md", path / RECIPE_FILE]
+        path = next((file for file in files if file.exists() and _recipe_in(file) is not None), files[0])
+    if not path.exists():
+        if path.is_absolute() or str(source).count("/") > 1 or path.suffix in (".md", ".json"):
+            raise RecipeError(
+                f"{source} does not exist. Pass a card, its folder, or a repository such as 'me/my-run'."
+            )
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(str(source), "README.md", token=token, revision=revision))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise RecipeError(f"No card at {str(source)!r}, neither as a folder nor on the Hub: {error}") from error
+    found = _recipe_in(path)
+    if found is None:
+        raise RecipeError(f"{source} has no hf_effi recipe. Effi trainers and HubCallback write one.")
+    return found
+
+
+def _recipe_in(path: Path) -> dict[str, Any] | None:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        block = re.search(re.escape(RECIPE_MARK) + r".*?```json\n(.*?)\n```", text, re.DOTALL)
+        if block is None:
+            return None
+        text = block.group(1)
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"The recipe in {path} is not JSON: {error}.") from error
+    return found if isinstance(found, dict) else None
+
+
+def _find(path: str, base: type) -> Any:
+    try:
+        found = find(path, TRAINER_PACKAGES)
+    except ValueError as error:
+        raise RecipeError(f"{error}.") from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise RecipeError(f"{path!r} is not a {base.__name__}.")
+    return found
+
+
+def _make_arguments(data: Mapping[str, Any], overrides: Mapping[str, Any], missing: dict[str, str]) -> Any:
+    """Pass on what differs from the defaults of the installed version; equal values need no passing."""
+    cls = _find(data["arguments_class"], TrainingArguments)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    if unknown := sorted(set(overrides) - set(fields)):
+        raise RecipeError(f"{cls.__name__} has no argument {', '.join(unknown)}.")
+    kwargs: dict[str, Any] = {}
+    for name, value in data["arguments"].items():
+        if name not in fields:
+            missing[f"arguments: {name}"] = "the installed version does not have it"
+            continue
+        default = fields[name].default
+        if fields[name].default_factory is not dataclasses.MISSING:
+            default = fields[name].default_factory()
+        if value == _plain(default) or name in overrides:
+            continue
+        if name in LEFT_TO_THE_USER or value == REDACTED:
+            missing[f"arguments: {name}"] = "it is left to you"
+            continue
+        kwargs[name] = float(value) if value in ("inf", "-inf", "nan") else value
+    for derived, origin in _DERIVED.items():
+        if {derived, origin} <= set(data["arguments"]):
+            kwargs.pop(derived, None)
+    missing.pop("arguments: output_dir", None)
+    return cls(**{"output_dir": data["arguments"].get("output_dir", "out"), **kwargs, **overrides})
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return to_plain(value)
+    except NotPlainError:
+        return value

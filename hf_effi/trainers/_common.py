@@ -1,0 +1,24 @@
+"""What the Effi trainers and their configs have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._hub_mixin import HubArguments, HubMixin
+from ._kernel_mixin import KernelArguments, KernelPatchMixin
+from ._record_mixin import RunRecordArguments, RunRecordMixin
+from ._sampler_mixin import SamplerMixin
+from ._schedule_mixin import ScheduleArguments, ScheduleMixin
+from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
+
+
+@dataclass
+class EffiArguments(KernelArguments, HubArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments):
+    """
+    The fields that every Effi config gains: `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`,
+    `sequence_parallel_size`, `kernel_patch`, `run_record` and `hub_wait_seconds`.
+    """
+
+
+class EffiMixin(KernelPatchMixin, SamplerMixin, HubMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin):
+    """What every Effi trainer can do beside its base: follow these fields, and take a `train_sampler`."""

@@ -1,0 +1,50 @@
+"""`RunRecordMixin`: every Effi trainer writes a record of its runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..callbacks.run_record import RunRecordCallback, methods_by_name
+
+
+@dataclass
+class RunRecordArguments:
+    """
+    Field that a config class gains.
+
+    Args:
+        run_record (`bool`, *optional*, defaults to `True`): Write `effi_run.json` and `effi_events.jsonl` into
+            `output_dir`.
+    """
+
+    run_record: bool = field(
+        default=True,
+        metadata={"help": "Write a record of the run (effi_run.json, effi_events.jsonl) into output_dir."},
+    )
+
+
+class RunRecordMixin:
+    """
+    Adds a [`RunRecordCallback`], unless `args.run_record` is off or there is one. Put it before the Trainer class.
+
+    Unlike the callback alone it knows the other callbacks and the sampler, and names their methods.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self.args, "run_record", True) and self._run_record is None:
+            self.add_callback(RunRecordCallback())
+
+    @property
+    def _run_record(self) -> RunRecordCallback | None:
+        callbacks = self.callback_handler.callbacks
+        return next((callback for callback in callbacks if isinstance(callback, RunRecordCallback)), None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        record = self._run_record
+        if record is not None:
+            parts = [*self.callback_handler.callbacks, getattr(self, "train_sampler", None)]
+            found = methods_by_name({type(part).__name__ for part in parts} - {"RunRecordCallback"})
+            record.methods = tuple(sorted({*record.methods, *found}))
+        return super().train(*args, **kwargs)

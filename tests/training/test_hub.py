@@ -1,0 +1,444 @@
+"""Pushes over real HTTP to a local Hub: what reaches it, what happens when it fails, and the way back from the card."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import Trainer, TrainingArguments
+
+from hf_effi import (
+    EffiGRPOConfig,
+    EffiGRPOTrainer,
+    EffiSFTConfig,
+    EffiSFTTrainer,
+    EffiTrainer,
+    EffiTrainingArguments,
+    HubCallback,
+    LRScheduleCallback,
+    RunRecordCallback,
+    from_card,
+    wsd,
+)
+from hf_effi.hub import publish
+from hf_effi.hub.model_card import json_block
+from hf_effi.hub.objects import from_plain
+from hf_effi.hub.recipe import RecipeError
+from hf_effi.hub.uploads import HubRefusedError, HubUploader
+from hf_effi.samplers import QualityAscendingSampler
+from tests.helpers import (
+    Fault,
+    LocalHub,
+    binary_hash_reward,
+    grpo_args,
+    lm_dataset,
+    prompt_dataset,
+    run_grpo,
+    sft_dataset,
+    tiny_qwen3,
+    tiny_tokenizer,
+)
+
+TOKEN = "my-very-own-write-key"  # has no known form: only its place tells that it is a secret
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with LocalHub(token=TOKEN) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(os.urandom(20_000))
+    return path
+
+
+def uploader(**over) -> HubUploader:
+    return HubUploader("tester/run", **{"token": TOKEN, "pause": 0.05, "seconds": 60.0, **over})
+
+
+def arguments(folder, cls=TrainingArguments, **over):
+    return cls(
+        str(folder),
+        **{
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "max_steps": 4,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4,
+            **over,
+        },
+    )
+
+
+# ---- the uploader ----
+
+
+def test_a_folder_arrives_whole_in_one_commit(hub, folder):
+    upload = uploader()
+    upload.submit(folder, "first")
+    assert upload.wait()
+    assert hub.messages("tester/run") == ["first"] and upload.url.startswith(f"{hub.url}/tester/run/commit/")
+    assert hub.files("tester/run") == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("/commit/", status=503),
+        Fault("/commit/", status=409),
+        Fault("/commit/", status=429),
+        Fault("/preupload/", status=500, times=2),
+        Fault("/commit/", cut=True),
+        Fault("/api/repos/create", cut=True),
+    ],
+    ids=["commit 503", "commit 409", "commit 429", "preupload 500 twice", "commit cut", "create cut"],
+)
+def test_what_passes_is_tried_again(hub, folder, fault):
+    hub.faults.append(fault)
+    upload = uploader()
+    upload.submit(folder, "again")
+    assert upload.wait(), upload.failure
+    assert hub.messages("tester/run") == ["again"]
+    assert fault.times == 0, "the fault was never met"
+
+
+def test_the_pause_that_the_server_asks_for_is_kept(hub, folder):
+    hub.faults.append(Fault("/commit/", status=429, headers={"Retry-After": "2"}))
+    upload = uploader()
+    upload.submit(folder, "patient")
+    assert upload.wait()
+    refused, accepted = (when for when, (_, path) in zip(hub.times, hub.requests, strict=True) if "/commit/" in path)
+    assert accepted - refused >= 2.0
+
+
+@pytest.mark.parametrize("status, words", [(401, "hf auth login"), (403, "write access")])
+def test_a_refusal_is_told_once_and_not_tried_again(hub, folder, status, words, caplog):
+    hub.faults.append(Fault("/commit/", status=status, times=9, echo=True))
+    upload = uploader()
+    with caplog.at_level(logging.INFO):
+        upload.submit(folder, "no")
+        assert not upload.wait()
+    assert words in upload.failure and words in caplog.text and "kept on this machine" in caplog.text
+    assert TOKEN not in upload.failure and TOKEN not in caplog.text  # though the server repeated it
+    assert sum("/commit/" in path for _, path in hub.requests) == 1
+
+
+def test_a_wrong_token_is_told_before_training(hub):
+    with pytest.raises(HubRefusedError, match="hf auth login"):
+        uploader(token="wrong").create_repo()
+
+
+def test_tries_end(hub, folder):
+    hub.faults.append(Fault("/commit/", status=500, times=99))
+    upload = uploader(tries=2)
+    upload.submit(folder, "never")
+    assert not upload.wait()
+    assert "500" in upload.failure
+    assert hub.messages("tester/run") == []
+
+
+def test_a_server_that_never_answers_is_left_behind(hub, folder):
+    hub.faults.append(Fault("/commit/", delay=120.0))
+    upload = uploader()
+    upload.submit(folder, "slow")
+    assert not upload.wait(4.0)
+    assert "did not finish within 4 s" in upload.failure and upload.idle
+
+
+def test_python_ends_though_the_server_never_answers(hub, folder):
+    hub.faults.append(Fault("/api/repos/create", delay=300.0))
+    code = (
+        "import sys, time; from hf_effi.hub.uploads import HubUploader\n"
+        f"HubUploader('tester/run', token='{TOKEN}').submit(sys.argv[1], 'x'); time.sleep(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, timeout=100, check=False)
+    assert done.returncode == 0
+
+
+def test_the_newest_waiting_folder_wins_and_temporary_ones_go(hub, folder, tmp_path):
+    hub.faults.append(Fault("/api/repos/create", delay=2.0))
+    upload, copies = uploader(), []
+    for number in range(3):
+        copies.append(tmp_path / f"copy-{number}")
+        shutil.copytree(folder, copies[-1])
+        (copies[-1] / "step.txt").write_text(str(number))
+        upload.submit(copies[-1], f"step {number}", temporary=True)
+        time.sleep(0.3)
+    assert upload.wait()
+    assert hub.messages("tester/run") == ["step 0", "step 2"]
+    assert hub.files("tester/run")["step.txt"] == b"2"
+    assert not any(copy.exists() for copy in copies)
+
+
+@pytest.mark.parametrize("bad", [{"seconds": 0}, {"tries": 0}])
+def test_impossible_limits_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        HubUploader("tester/run", **bad)
+
+
+# ---- trainers ----
+
+
+def assert_no_token(hub: LocalHub, *folders: Path) -> None:
+    for repo in hub.repos:
+        for path, content in hub.files(repo).items():
+            assert TOKEN.encode() not in content, f"the token is in {path} on the Hub"
+    for folder in folders:
+        for path in folder.rglob("*"):
+            # The Trainer's own pickle of its arguments stays on this machine.
+            if path.is_file() and path.name != "training_args.bin":
+                assert TOKEN.encode() not in path.read_bytes(), f"the token is in {path}"
+
+
+def load_from(hub: LocalHub, repo: str, folder: Path) -> Path:
+    """Return a snapshot of the repository, taken by the real client in a process that talks to this Hub."""
+    code = "import sys; from huggingface_hub import snapshot_download as s; s(sys.argv[1], local_dir=sys.argv[2])"
+    environment = {**os.environ, "HF_TOKEN": TOKEN}
+    subprocess.run([sys.executable, "-c", code, repo, str(folder)], env=environment, check=True, capture_output=True)
+    return folder
+
+
+def test_full_circle_of_an_effi_trainer(hub, tmp_path, caplog):
+    rows = lm_dataset(16)
+    args = arguments(
+        tmp_path / "out",
+        EffiTrainingArguments,
+        push_to_hub=True,
+        hub_model_id="tester/run",
+        hub_token=TOKEN,
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+        lr_schedule="wsd",
+        lr_schedule_kwargs={"warmup_steps": 1},
+        max_grad_norm=float("inf"),
+    )
+    with caplog.at_level(logging.DEBUG):
+        trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=rows, processing_class=tiny_tokenizer())
+        trainer.train()
+        url = trainer.push_to_hub()
+    assert url and TOKEN not in caplog.text
+    assert hub.messages("tester/run") == [
+        "Training in progress, checkpoint-2",
+        "Training in progress, checkpoint-4",
+        "End of training",
+    ]
+    files = hub.files("tester/run")
+    assert {"README.md", "effi_recipe.json", "effi_run.json", "effi_events.jsonl", "model.safetensors"} <= set(files)
+    assert "last-checkpoint/optimizer.pt" in files and not any("training_args.bin" in path for path in files)
+    assert json.loads(files["effi_run.json"])["status"] == "finished"
+    assert not list((tmp_path / "out").glob("_effi_upload_*"))
+    assert_no_token(hub, tmp_path / "out")
+
+    served = load_from(hub, "tester/run", tmp_path / "served")
+    again = type(trainer.model).from_pretrained(served)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+    recipe = from_card(served, output_dir=str(tmp_path / "again"), save_strategy="no")
+    assert recipe.trainer_class is EffiTrainer and recipe.args.lr_schedule_kwargs == {"warmup_steps": 1}
+    assert recipe.args.max_grad_norm == float("inf") and recipe.args.push_to_hub is False
+    assert set(recipe.missing) == {f"arguments: {name}" for name in ("push_to_hub", "hub_model_id", "hub_token")}
+    repeated = recipe.make_trainer(tiny_qwen3(), train_dataset=rows, processing_class=tiny_tokenizer())
+    repeated.train()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, repeated.model.state_dict()[name]), f"{name} differs in the run from the card"
+
+
+def test_the_card_tells_the_run(tmp_path):
+    args = grpo_args(tmp_path, EffiGRPOConfig, difficulty_range=(0, 1), prune_rate=0.5, num_generations=4)
+    trainer = run_grpo(EffiGRPOTrainer, args)
+    trainer.create_model_card(model_name="demo")
+    card = (tmp_path / "README.md").read_text()
+    for part in (
+        "### Learning rate",
+        "| dropped: ",
+        "tokens forwarded per real token",
+        "Hardware: ",
+        "transformers 5",
+        "eprint = {2503.22342}",
+        'from_card("',
+        "reward_funcs=rewards",
+    ):
+        assert part in card, part
+    from huggingface_hub import ModelCard
+
+    assert {"hf_effi", "grpo", "cppo", "difficulty_filter"} <= set(ModelCard(card).data.tags)
+    assert "hf_effi section" in card and card.count("## Training recipe (hf_effi)") == 1
+    trainer.create_model_card(model_name="demo")
+    assert (tmp_path / "README.md").read_text().count("## Training recipe (hf_effi)") == 1
+    recipe = from_card(tmp_path, output_dir=str(tmp_path / "again"))
+    assert "reward_funcs" in recipe.missing and tuple(recipe.args.difficulty_range) == (0.0, 1.0)
+    repeated = recipe.make_trainer(
+        tiny_qwen3(end_tokens=10),
+        reward_funcs=binary_hash_reward,
+        train_dataset=prompt_dataset(16),
+        processing_class=tiny_tokenizer(),
+    )
+    repeated.train()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, repeated.model.state_dict()[name]), name
+
+
+def test_what_a_card_cannot_hold_is_named(tmp_path):
+    class Mine(EffiTrainer):
+        pass
+
+    sampler = QualityAscendingSampler([float(index) for index in range(300)], seed=3)
+    args = arguments(tmp_path, EffiTrainingArguments)
+    trainer = Mine(tiny_qwen3(), args, train_dataset=lm_dataset(300), train_sampler=sampler)
+    trainer.create_model_card(model_name="demo")
+    recipe = from_card(tmp_path)
+    assert recipe.trainer_class is EffiTrainer
+    assert set(recipe.missing) == {"trainer", "train_sampler"}
+    assert "Mine is your own class" in recipe.missing["trainer"]
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("trainer", "os:system"),
+        ("trainer", "transformers.pipelines:pipeline"),
+        ("arguments_class", "transformers:PreTrainedModel"),
+    ],
+)
+def test_a_card_cannot_name_other_code(tmp_path, part, value):
+    trainer = EffiTrainer(tiny_qwen3(), arguments(tmp_path, EffiTrainingArguments), train_dataset=lm_dataset(8))
+    trainer.create_model_card(model_name="demo")
+    path = tmp_path / "effi_recipe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: value}))
+    with pytest.raises(RecipeError):
+        from_card(path)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"class": "subprocess:Popen", "arguments": {"args": "true"}},
+        {"class": "hf_effi.cli:main", "arguments": {"arguments": ["demo"]}},
+        {"class": "hf_effi.callbacks.lr_schedule:torch", "arguments": {}},
+        {"class": "peft:get_peft_model", "arguments": {}},
+        {"function": "trl.scripts.sft:main"},
+        {"class": "hf_effi.callbacks.lr_schedule:LRScheduleCallback", "arguments": {"nonsense": 1}},
+    ],
+)
+def test_objects_of_other_code_are_not_made(plain):
+    with pytest.raises(ValueError):
+        from_plain(plain)
+
+
+@pytest.mark.parametrize("text", ["# No recipe here", "<!-- hf_effi recipe -->\n```json\n{torn\n```"])
+def test_a_card_without_a_recipe_says_so(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(RecipeError, match="recipe"):
+        from_card(tmp_path)
+
+
+def test_a_value_cannot_end_the_block_of_json():
+    assert json_block({"x": "```\n# Fake"}).count("```") == 2
+
+
+def test_lora_comes_back(tmp_path):
+    args = arguments(tmp_path, EffiSFTConfig, max_steps=1, save_strategy="no", gradient_checkpointing=False)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_alpha=3)
+    trainer = EffiSFTTrainer(
+        tiny_qwen3(), args, train_dataset=sft_dataset(), processing_class=tiny_tokenizer(), peft_config=lora
+    )
+    trainer.train()
+    trainer.create_model_card(model_name="demo")
+    found = from_card(tmp_path).objects["peft_config"]
+    assert isinstance(found, LoraConfig) and (found.r, found.lora_alpha, found.target_modules) == (2, 3, {"q_proj"})
+
+
+def test_a_stock_trainer_pushes_beside_training(hub, tmp_path):
+    args = arguments(tmp_path / "out", hub_token=TOKEN, hub_always_push=True)
+    schedule = LRScheduleCallback(wsd(warmup_steps=1, decay_fraction=0.5))
+    trainer = Trainer(
+        tiny_qwen3(),
+        args,
+        train_dataset=lm_dataset(16),
+        processing_class=tiny_tokenizer(),
+        callbacks=[schedule, RunRecordCallback()],
+    )
+    trainer.add_callback(HubCallback(trainer, "tester/run", seconds=60))
+    trainer.train()
+    assert hub.messages("tester/run")[-1] == "End of training, checkpoint-4" and len(hub.messages("tester/run")) == 3
+    assert_no_token(hub, tmp_path / "out")
+    served = load_from(hub, "tester/run", tmp_path / "served")
+    recipe = from_card(served, output_dir=str(tmp_path / "again"), save_strategy="no")
+    (callback,) = recipe.objects["callbacks"]
+    assert recipe.trainer_class is Trainer and callback.built.spec() == schedule.built.spec()
+    repeated = recipe.make_trainer(tiny_qwen3(), train_dataset=lm_dataset(16))
+    repeated.train()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, repeated.model.state_dict()[name]), name
+
+
+def test_a_hub_that_is_down_does_not_end_the_run(hub, tmp_path, caplog):
+    hub.faults.append(Fault("/api/", status=503, times=10_000))
+    args = arguments(
+        tmp_path / "out", EffiTrainingArguments, push_to_hub=True, hub_model_id="tester/run", hub_token=TOKEN
+    )
+    args.hub_strategy, args.hub_wait_seconds = "every_save", 6.0
+    trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), processing_class=tiny_tokenizer())
+    trainer.train()
+    assert trainer.push_to_hub() is None
+    assert trainer.state.global_step == 4 and "Not on the Hub (tester/run)" in caplog.text
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "## Training recipe" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_full_disk_does_not_end_the_run(hub, tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(publish.os, "link", full)
+    monkeypatch.setattr(publish.shutil, "copy2", full)
+    args = arguments(tmp_path / "out", hub_token=TOKEN)
+    trainer = Trainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), processing_class=tiny_tokenizer())
+    trainer.add_callback(HubCallback(trainer, "tester/run", seconds=60))
+    trainer.train()
+    assert trainer.state.global_step == 4 and "No space left on device" in caplog.text
+    assert hub.messages("tester/run") == [] and not list((tmp_path / "out").glob("_effi_upload_*"))
+
+
+def test_a_card_on_a_full_disk_is_a_warning(tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = EffiTrainer(tiny_qwen3(), arguments(tmp_path, EffiTrainingArguments), train_dataset=lm_dataset(8))
+    monkeypatch.setattr(publish, "add_section", full)
+    trainer.create_model_card(model_name="demo")
+    assert "No space left on device" in caplog.text
+
+
+def test_callback_says_what_cannot_be(tmp_path):
+    trainer = Trainer(tiny_qwen3(), arguments(tmp_path, save_strategy="no"), train_dataset=lm_dataset(8))
+    with pytest.raises(ValueError, match="save_strategy"):
+        HubCallback(trainer, "tester/run")
+    trainer.args.push_to_hub = True
+    with pytest.raises(ValueError, match="push_to_hub=False"):
+        HubCallback(trainer, "tester/run")
