@@ -37,4 +37,16 @@ ROWS: tuple[Method, ...] = (
         tests=("tests/unit/test_fused_lora.py", "tests/training/test_fused_lora.py"),
         bench="bench/model_patches.py",
     ),
+    Method(
+        key="lm_head",
+        title="LM head on live rows",
+        kind="kernel",
+        summary="Scores labels in tiles in the place of TRL's head; the backward leaves out rows without a gradient.",
+        entry_points=("hf_effi.kernels.trl_head:FusedLMHead", "hf_effi.kernels.lm_head:lm_head_log_probs"),
+        paper="Cut Your Losses in Large-Vocabulary Language Models",
+        paper_id="2411.09009",
+        status="experimental",
+        tests=("tests/unit/test_lm_head.py", "tests/unit/test_triton_kernels.py", "tests/training/test_lm_head.py"),
+        bench="bench/gpu/run_all.py",
+    ),
 )

@@ -154,7 +154,7 @@ def lm_head_log_probs(
     `log p = z_target - log Z`, `H = log Z - x / s`. Backward: tiles are computed again; with
     `p = e^(z - log Z)`, `g = dL/dlogp (1[target] - p) - dL/dH p (log p + H)`, `dh = g W`, `dW = g^T h`, summed in fp32.
     Rows with `dL/dlogp = dL/dH = 0` do not enter the backward, which is exact. The column filter is the one of
-    Cut Cross-Entropy, https://arxiv.org/abs/2411.09009, section 4.3, by column instead of by block.
+    Cut Cross-Entropy, https://arxiv.org/abs/2411.09009, by column instead of by block.
 
     Args:
         hidden (`Tensor`): `(..., H)`.

@@ -78,6 +78,10 @@ SIGNATURES = {
     f"{UTILS}:pad": "tensors padding_value padding_side pad_to_multiple_of",
     f"{UTILS}:is_async_callable": "func",
     f"{UTILS}:repeat_iterable_dataset": "dataset mini_repeat_count batch_size repeat_count",
+    # What `FusedLMHead` stands in for.
+    "trl.kernels.chunked_logprob:ChunkedLogProbFunction.forward": "ctx hidden weight bias targets temperature chunk_size"
+    " final_logit_softcapping logit_scale outputs",
+    f"{UTILS}:_use_triton": "device",
     f"{UTILS}:add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
     "trl.models.utils:disable_gradient_checkpointing": "model gradient_checkpointing_kwargs",
     # transformers.
@@ -564,6 +568,13 @@ def test_every_config_field_we_read_is_listed():
 @pytest.mark.parametrize("path", SIGNATURES)
 def test_signature(path):
     assert parameters_of(path) == SIGNATURES[path], f"{path}: the parameters moved"
+
+
+def test_fused_head_calls_these_globals():
+    """`FusedLMHead` gives the forward that TRL adds other values for them."""
+    code = resolve(f"{UTILS}:add_fused_lm_head").__code__
+    (forward,) = [part for part in code.co_consts if getattr(part, "co_name", "") == "_fused_forward"]
+    assert {"_ChunkedLogProbFunction", "_use_triton"} <= set(forward.co_names)
 
 
 @pytest.mark.parametrize("path", CONSTANTS)

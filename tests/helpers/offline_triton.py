@@ -1,0 +1,168 @@
+"""
+Compile our Triton kernels for NVIDIA GPUs on a machine without one, and read what each needs of the chip.
+
+A driver that only answers "this is sm_90" is made active, and every launch becomes a compilation: the real wrappers
+choose blocks and specialisations. Needs a process of its own, without triton's interpreter.
+`python -m tests.helpers.offline_triton` records the budget that `tests/unit/test_triton_budget.py` holds the kernels to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BUDGET = Path(__file__).resolve().parents[1] / "triton_budget.json"
+ARCHITECTURES = (80, 90, 100)
+#: shared memory that one block may have, and registers of one multiprocessor
+LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
+REGISTERS = 65_536
+
+
+class _Utils:
+    def __init__(self, architecture: int) -> None:
+        self.shared = LIMITS[architecture]
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": self.shared,
+            "multiprocessor_count": 132,
+            "max_num_regs": REGISTERS,
+            "warpSize": 32,
+        }
+
+
+class _Driver:
+    """What triton asks of a driver before it launches."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture, self.utils = architecture, _Utils(architecture)
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def is_active(self) -> bool:
+        return True
+
+
+def launches() -> dict[str, Callable[[], Any]]:
+    """Return one call of a wrapper for each variant of each kernel that we record."""
+    from hf_effi.kernels import _attention_merge_triton, _lm_head_triton
+    from hf_effi.kernels.lm_head import OUTPUTS, _new_statistics, _Rows, _Shape
+
+    rows, columns = 64, 32_768
+    targets, vector = torch.zeros(rows, dtype=torch.long), torch.zeros(rows)
+    plain, capped = _Shape(1.0, None, 1.0), _Shape(0.7, 30.0, 0.5)
+    found: dict[str, Callable[[], Any]] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        tile = torch.zeros(rows, columns, dtype=dtype)
+        fold = partial(_lm_head_triton.fold_tile, tile, *_new_statistics(tile), targets, 0)
+        found[f"lm_head_fwd log_probs {name}"] = partial(fold, plain, ())
+        found[f"lm_head_fwd all {name}"] = partial(fold, capped, OUTPUTS)
+        gradient = partial(_lm_head_triton.gradient_tile, tile)
+        one, both = (_Rows(tile, targets, vector, entropy, vector, entropy) for entropy in (None, vector))
+        found[f"lm_head_bwd log_probs {name}"] = partial(gradient, one, 0, plain, columns=False)
+        found[f"lm_head_bwd all {name}"] = partial(gradient, both, 0, capped, columns=True)
+        for size in (64, 128):
+            out = torch.zeros(rows, size, dtype=dtype)
+            merge = _attention_merge_triton
+            found[f"attention_merge_fwd {size} {name}"] = partial(merge.merge_rows, out, vector, out, vector)
+            found[f"attention_merge_bwd {size} {name}"] = partial(
+                merge.merge_rows_backward, out, vector, vector, out, vector, out, vector
+            )
+    return found
+
+
+def compile_all(architecture: int) -> dict[str, dict[str, int]]:
+    """Return registers a thread, bytes spilled a thread, shared bytes a block and threads a block, by variant."""
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton_offline_")
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # triton 3.9 warns where it is not said
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(_Driver(architecture))
+    run, compiled = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_only
+    found = {}
+    for name, launch in launches().items():
+        compiled.clear()
+        launch()
+        (kernel,) = compiled
+        found[name] = _resources(kernel)
+    return found
+
+
+def _resources(kernel: Any) -> dict[str, int]:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return {
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "shared_bytes": kernel.metadata.shared,
+        "threads": 32 * kernel.metadata.num_warps,
+    }
+
+
+def tools_missing() -> str | None:
+    """Return why nothing can be compiled here, or `None`."""
+    from hf_effi._compat import is_available, version_of
+
+    if not is_available("triton"):
+        return "triton is not installed (extra `kernels`)"
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    if missing := [name for name in ("ptxas", "ptxas-blackwell", "cuobjdump") if not (tools / name).exists()]:
+        return f"triton {version_of('triton')} comes without {', '.join(missing)}"
+    return None
+
+
+def main() -> None:
+    """Record the budget with the installed triton."""
+    from hf_effi._compat import version_of
+    from tests.helpers.distributed import run_distributed
+
+    found = {f"sm_{arch}": run_distributed(compile_all, 1, arch)[0] for arch in ARCHITECTURES}
+    BUDGET.write_text(json.dumps({"triton": version_of("triton"), **found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    # By its importable name, so that a child process finds `compile_all`.
+    from tests.helpers import offline_triton
+
+    offline_triton.main()

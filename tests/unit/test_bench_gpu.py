@@ -1,0 +1,68 @@
+"""The GPU bench runs as a whole on the CPU, in its tiny mode, and leaves no figure behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench._schema import RESULTS
+from bench.gpu import _cases, run_all
+from hf_effi.report.record import check_record
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dry")
+    before = sorted(RESULTS.iterdir())
+    assert run_all.main(["--dry-run-cpu", "--output", str(folder)]) == 0
+    assert sorted(RESULTS.iterdir()) == before
+    (path,) = folder.iterdir()
+    assert path.name == "kernels_gpu_dry_run.json"
+    return json.loads(path.read_text())
+
+
+def test_the_whole_script_runs(result):
+    check_record(result)
+    by_name = {item["name"]: item["value"] for item in result["headline"]}
+    assert by_name["all_results_correct"] == 1.0
+    for name in ("lm_head_fwd_bwd_ms", "lm_head_trl_fwd_bwd_ms", "lora_layer_speedup", "tiled_mlp_vs_checkpoint"):
+        assert by_name[name] > 0
+    cases = {row["case"].split()[0].rstrip(",") for row in result["rows"]}
+    assert cases == {"roofline", "lm_head", "attention_merge", "lora_layer", "tiled_mlp"}
+    assert all(row["peak_mib"] is None for row in result["rows"] if "milliseconds" in row)
+
+
+def test_what_is_not_installed_is_left_out_with_the_reason(monkeypatch, capsys):
+    monkeypatch.setattr(_cases.importlib.util, "find_spec", lambda name: None)
+    bench = run_all.Bench(torch.device("cpu"), 0, 1)
+    assert "lm_head_trl_fwd_bwd_ms" not in _cases.lm_head(bench)
+    assert _cases.lora_layer(bench) == {}
+    assert "trl is not installed" in (shown := capsys.readouterr().out) and "peft is not installed" in shown
+
+
+def test_cases_that_start_too_late_are_left_out():
+    bench = run_all.Bench(torch.device("cpu"), 0, 1, limit_seconds=-1.0)
+    assert run_all.measure(bench) == {}
+    assert {row["case"] for row in bench.rows} == {case.__name__ for case in _cases.CASES}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry-run-cpu", "--output", str(RESULTS)], "must not be"),
+        (["--dry-run-cpu", "--repeats", "0"], "--repeats 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run_all.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        run_all.main([])
+    assert "--dry-run-cpu" in capsys.readouterr().err
