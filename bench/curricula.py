@@ -5,17 +5,20 @@ loading the sampler's state, computing the order of the epoch, discarding the fi
 The same interval of a stock Trainer with its random sampler stands beside it; runs alternate.
 
 `--part study` asks whether ascending quality gains more where the learning rate does not decay to zero, on the sources of
-the standard library (`bench/_curriculum_study.py`). Finished arms are kept: a study that was stopped goes on.
+the standard library (`bench/_curriculum_study.py`). `--part length` compares GrowLength with a fixed length at equal tokens
+and at equal CPU time (`bench/_growlength_study.py`). Finished arms are kept: a study that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bench import _curriculum_study
+from bench import _curriculum_study, _growlength_study
 from bench._schema import RESULTS, command_line, headline, write_result
 from hf_effi.samplers import ShuffledSampler
 from hf_effi.trainers._sampler_mixin import SAMPLER_FILE, SamplerMixin
@@ -154,7 +157,28 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ]
         if gains:
             found.append(headline(f"ascending_gain_nats_{schedule}", round(statistics.fmean(gains), 5)))
-    return found
+    return found + length_figures([row for row in rows if row["part"] == "length"])
+
+
+def length_figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what GrowLength saves in CPU time at equal tokens, and what it gains in loss at equal tokens and time."""
+    arms = {(row["arm"], row["seed"]): row for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    if not seeds:
+        return []
+
+    def mean(value: Callable[[dict[str, Any], dict[str, Any]], float], arm: str) -> float:
+        return round(statistics.fmean(value(arms["fixed", seed], arms[arm, seed]) for seed in seeds), 4)
+
+    def gain(fixed: dict[str, Any], grown: dict[str, Any]) -> float:
+        return fixed["heldout_loss"] - grown["heldout_loss"]
+
+    saving = mean(lambda fixed, grown: grown["cpu_seconds"] / fixed["cpu_seconds"], "growing_equal_tokens")
+    return [
+        headline("growlength_cpu_time_ratio_equal_tokens", saving),
+        headline("growlength_gain_nats_equal_tokens", mean(gain, "growing_equal_tokens")),
+        headline("growlength_gain_nats_equal_time", mean(gain, "growing_equal_time")),
+    ]
 
 
 def write(rows: list[dict[str, Any]], seeds: list[int]) -> None:
@@ -171,35 +195,43 @@ def measure_resume(seeds: list[int], size: int) -> list[dict[str, Any]]:
         for arm in ("ours", "stock"):
             seconds = resume_seconds(arm, size, seed)
             rows.append({"part": "resume", "arm": arm, "seed": seed, "rows": size, "seconds": round(seconds, 4)})
-            print(rows[-1], flush=True)
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("resume", "study", "all"), default="all")
+    parser.add_argument("--part", choices=("resume", "study", "length", "all"), default="all")
     parser.add_argument("--rows", type=int, default=1_000_000, help="resume: rows; the headline needs the default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--fresh", action="store_true", help="study: forget the arms that are finished")
+    parser.add_argument("--fresh", action="store_true", help="study, length: forget the finished arms")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    resumes, study = finished("resume"), [] if args.fresh else finished("study")
+    parts = {part: finished(part) for part in ("resume", "study", "length")}
+    if args.fresh:
+        parts["study"], parts["length"] = [], []
+
+    def record(part: str, rows: list[dict[str, Any]]) -> None:
+        parts[part] += rows
+        print(*rows, sep="\n", flush=True)
+        write([row for rows in parts.values() for row in rows], args.seeds)
+
     if args.part in ("resume", "all"):
         measured = measure_resume(args.seeds, args.rows)
         if args.rows != 1_000_000:
             print("not written: the headline is for 1 000 000 rows")
             return 0
-        resumes = measured
-        write(resumes + study, args.seeds)
+        parts["resume"] = []
+        record("resume", measured)
     if args.part in ("study", "all"):
-        done = {(row["seed"], row["order"], row["schedule"]) for row in study}
-        for seed in args.seeds:
-            for schedule in _curriculum_study.SCHEDULES:
-                for order in _curriculum_study.ORDERS:
-                    if (seed, order, schedule) not in done:
-                        study.append(_curriculum_study.run_arm(seed, order, schedule))
-                        print(study[-1], flush=True)
-                        write(resumes + study, args.seeds)
+        done = {(row["seed"], row["order"], row["schedule"]) for row in parts["study"]}
+        for seed, schedule, order in itertools.product(
+            args.seeds, _curriculum_study.SCHEDULES, _curriculum_study.ORDERS
+        ):
+            if (seed, order, schedule) not in done:
+                record("study", [_curriculum_study.run_arm(seed, order, schedule)])
+    if args.part in ("length", "all"):
+        for seed in sorted(set(args.seeds) - {row["seed"] for row in parts["length"]}):
+            record("length", _growlength_study.run_seed(seed))
     return 0
 
 

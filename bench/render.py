@@ -1,7 +1,7 @@
 """Write the tables of README and docs from `bench/results/*.json`: `python -m bench.render [--check]`.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME is a result file without `.json`
-(its headline figures), or `NAME.arms` for the comparison of the demo's arms. With `--check` nothing is written, and the
+(its headline figures), `NAME.arms` for the comparison of the demo's arms, or `NAME.parity` for a table of errors. With `--check` nothing is written, and the
 exit code is 1 if a table and its result differ.
 """
 
@@ -66,6 +66,23 @@ def arms_table(result: Mapping[str, Any]) -> str:
     return markdown_table(header, rows) + "\n\n" + provenance(result)
 
 
+def parity_table(result: Mapping[str, Any]) -> str:
+    """Return one row a mode, batch and P with the largest errors over checkpointing and wrappers."""
+    errors: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in result["rows"]:
+        if "mode" in row:
+            cell = errors.setdefault((row["mode"], row["batch"], row["size"]), {})
+            for name in ("loss", "gradient"):
+                key = f"{row['precision']} {name}"
+                cell[key] = max(cell.get(key, 0.0), row[f"{name}_error"])
+    names = list(next(iter(errors.values())))
+    rows = [
+        [f"`{mode}`", batch, str(size), *(f"{cell[n]:.1e}" for n in names)]
+        for (mode, batch, size), cell in errors.items()
+    ]
+    return markdown_table(["mode", "batch", "P", *names], rows)
+
+
 def provenance(result: Mapping[str, Any]) -> str:
     """Return hardware, versions, seeds, date, commit and command as one small line."""
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
@@ -79,6 +96,9 @@ def provenance(result: Mapping[str, Any]) -> str:
     )
 
 
+_VIEWS = {"": headline_table, "arms": arms_table, "parity": parity_table}
+
+
 def render_text(text: str, results: Mapping[str, Mapping[str, Any]], source: str = "text") -> str:
     """
     Return `text` with every marked table rendered from `results`; a table whose result is missing says so.
@@ -89,12 +109,13 @@ def render_text(text: str, results: Mapping[str, Mapping[str, Any]], source: str
 
     def table(match: re.Match[str]) -> str:
         name, _, view = match.group(2).partition(".")
-        if view not in ("", "arms"):
-            raise ValueError(f"{source}: unknown view {view!r} of bench {name!r}. Known: none, or `arms`.")
+        if view not in _VIEWS:
+            known = ", ".join(f"`{view}`" for view in _VIEWS if view)
+            raise ValueError(f"{source}: unknown view {view!r} of bench {name!r}. Known: none, or {known}.")
         if name not in results:
             body = f"*Not measured yet: `python -m bench.{name}` writes `bench/results/{name}.json`.*"
         else:
-            body = arms_table(results[name]) if view else headline_table(results[name])
+            body = _VIEWS[view](results[name])
         return f"{match.group(1)}\n{body}\n\n{match.group(4)}"
 
     return _BLOCK.sub(table, text)

@@ -6,15 +6,20 @@ imported module or raises an `ImportError` that names the extra to install.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 #: import name -> (distribution name, extra of hf_effi that brings it)
 OPTIONAL_PACKAGES = {
     "triton": ("triton", "kernels"),
     "liger_kernel": ("liger-kernel", "kernels"),
+    "liger_kernel.ops": ("liger-kernel", "kernels"),
+    "kernels": ("kernels", "hub"),
     "bitsandbytes": ("bitsandbytes", "quant"),
     "deepspeed": ("deepspeed", "parallel"),
     "matplotlib": ("matplotlib", "report"),
@@ -78,3 +83,25 @@ def installed_versions() -> dict[str, str]:
     optional = dict.fromkeys(distribution for distribution, _ in OPTIONAL_PACKAGES.values())
     names = ["hf_effi", *CORE_PACKAGES, *optional]
     return {name: version for name in names if (version := version_of(name)) is not None}
+
+
+@functools.cache
+def chunked_linear_cross_entropy() -> Callable[..., Any] | None:
+    """
+    Return torch's cross-entropy of a linear layer in chunks of rows, summed, or `None` before torch 2.13.
+
+    It is called as `(input, weight, target, bias, rows)`, with `rows` rows a chunk.
+    """
+    from torch.nn import functional
+
+    if not hasattr(functional, "linear_cross_entropy"):
+        return None
+    from torch.nn import LinearCrossEntropyOptions
+
+    def call(hidden: Any, weight: Any, target: Any, bias: Any, rows: int) -> Any:
+        options = LinearCrossEntropyOptions(batch_chunk_size=rows)
+        return functional.linear_cross_entropy(
+            hidden, weight, target, linear_bias=bias, reduction="sum", options=options
+        )
+
+    return call

@@ -22,7 +22,7 @@ from ._compat import MissingPackageError
 from ._version import __version__
 
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
-PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr"}
+PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr", "memory": "hf_effi.report.plan_memory"}
 
 #: Set before the first heavy import, unless the user has set them: one thread, offline, no telemetry.
 _DEMO_ENVIRONMENT = {
@@ -140,6 +140,23 @@ def _demo(args: argparse.Namespace) -> int:
     return run(args.output_dir, range(args.seed, args.seed + args.seeds), args.steps, arms, args.quick)
 
 
+def _accelerate_config(args: argparse.Namespace) -> int:
+    from .recipes.launch import accelerate_config
+
+    try:
+        print(accelerate_config(args.kind, args.num_gpus))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return 0
+
+
+def _add_accelerate_config(commands: Any) -> None:
+    parser = commands.add_parser("accelerate-config", help="path of a launch file for `accelerate launch`")
+    parser.add_argument("kind", metavar="KIND", help="ddp, fsdp2 or deepspeed")
+    parser.add_argument("num_gpus", type=int, metavar="GPUS", help="1, 2, 4 or 8")
+    parser.set_defaults(run=_accelerate_config)
+
+
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser("demo", help="train with TRL's GRPOTrainer and with ours on the same work, compare")
     parser.add_argument("--output-dir", default="demo-output", help="model, report and results go here")
@@ -187,6 +204,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     words = [word for word in arguments if not word.startswith("-")]
     _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
     _add_preview_order(commands, words[:1] == ["preview-order"])
+    _add_accelerate_config(commands)
     _add_demo(commands)
     return parser
 

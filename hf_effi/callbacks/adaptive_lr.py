@@ -24,6 +24,10 @@ class _MultiplierCallback(TrainerCallback):
         self.rule = rule
         self.min_lr = min_lr
 
+    def multiplier(self, state: TrainerState) -> float:
+        """Return what the scheduled LR of this update is multiplied by."""
+        return self.rule.multiplier
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -35,7 +39,7 @@ class _MultiplierCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         scheduler = kwargs["lr_scheduler"]
-        multiplier = self.rule.multiplier
+        multiplier = self.multiplier(state)
         lambdas, step = scheduler.lr_lambdas, scheduler.last_epoch
         lrs = [
             max(self.min_lr, base * f(step) * multiplier) for base, f in zip(scheduler.base_lrs, lambdas, strict=True)

@@ -6,8 +6,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..samplers import EffiSampler, SamplerError, SamplerMismatchError
-from ..samplers.trainer_checks import check_plan, check_trainer, in_layout_of, resume_in_dispatcher
+from ..samplers import EffiSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
+from ..samplers.trainer_checks import (
+    check_plan,
+    check_trainer,
+    in_layout_of,
+    resume_in_dispatcher,
+    warn_order_against_decay,
+)
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.sampler"
@@ -41,6 +47,11 @@ class SamplerCallback(TrainerCallback):
             raise SamplerError(
                 f"{type(sampler).__name__} learns during training (rule {sampler.rule}), and a callback cannot load its "
                 "state from a checkpoint. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
+            )
+        if isinstance(sampler, TokenBudgetBatchSampler):
+            raise SamplerError(
+                "TokenBudgetBatchSampler makes the batches themselves, and a callback comes when the dataloader has made "
+                "its own. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
         self.sampler = sampler
         self._served: EffiSampler | None = None
@@ -79,6 +90,8 @@ class SamplerCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step == 0:  # and not in on_train_begin, where another callback may still set the schedule
+            warn_order_against_decay(self.sampler, args, kwargs["lr_scheduler"], state.max_steps)
         self._served.set_epoch(self._epoch)
         resume_in_dispatcher(self._served, kwargs["train_dataloader"], self._epoch, self._batches_done)
         self._batches_done = 0

@@ -42,6 +42,7 @@ class EffiSampler(Sampler[int]):
     Class attributes:
         rule (`str`): `"A"`: pure function of (seed, epoch, scores). `"B"`: also of a learned state.
         single_pass (`bool`): The whole plan is one epoch; a second one is an error.
+        best_last (`bool`): The order ends with the rows that matter most, so the LR must not be near zero by then.
 
     Args:
         num_rows (`int`): Rows of the dataset.
@@ -62,6 +63,7 @@ class EffiSampler(Sampler[int]):
 
     rule: ClassVar[Literal["A", "B"]]
     single_pass: ClassVar[bool] = False
+    best_last: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

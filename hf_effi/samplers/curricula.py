@@ -28,7 +28,8 @@ class QualityAscendingSampler(EffiSampler):
     Rows in the order of a score, lowest first: the best data comes last.
 
     Use it for one epoch, and with a learning rate that does not decay to zero: a schedule that does meets the best rows
-    with the smallest updates. See [`~hf_effi.functional.curriculum.score_order`] for the formula.
+    with the smallest updates, and `DecayToZeroWarning` says so. Formula:
+    [`~hf_effi.functional.curriculum.score_order`].
 
     Args:
         scores (`torch.Tensor` or `Sequence[float]`): One number a row of the training dataset.
@@ -65,6 +66,7 @@ class QualityAscendingSampler(EffiSampler):
         self.scores = clean_scores(scores, nan=nan)
         super().__init__(self.scores.numel(), seed)
         self.options = {"buckets": buckets, "folds": folds, "descending": descending}
+        self.best_last = not descending
         self._order = score_order(self.scores, seed=seed, sources=sources, **self.options)
 
     def order(self, epoch: int) -> Tensor:

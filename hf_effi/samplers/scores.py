@@ -55,6 +55,12 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
+def _adapter_state(module: Any) -> tuple[Any, ...]:
+    """Return what decides how a PEFT layer uses its weights, beside the weights."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    return tuple(getattr(module, name, None) for name in names)
+
+
 class ModelScore(RowScorer):
     """
     Mean loss of each row under a causal language model, in nats, or its perplexity.
@@ -83,7 +89,9 @@ class ModelScore(RowScorer):
         config = getattr(self.model, "config", None)
         # Weights alone do not fix the loss: heads, rotary base and the like stand in the config.
         settings = config.to_json_string(use_diff=True) if hasattr(config, "to_json_string") else ""
-        return f"ModelScore {self.kind} {type(self.model).__name__} {settings} {model_fingerprint(self.model)}"
+        adapters = [_adapter_state(module) for module in self.model.modules() if hasattr(module, "active_adapters")]
+        parts = (self.kind, type(self.model).__name__, settings, adapters or "", model_fingerprint(self.model))
+        return " ".join(["ModelScore", *map(str, parts)])
 
     def __call__(self, batch: Batch) -> Tensor:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import IterableDataset
 
+from ..functional.schedules import warn_decay_to_zero
 from .base import EffiSampler, SamplerError
 from .group import GroupSampler
 
@@ -72,6 +73,18 @@ def check_plan(sampler: EffiSampler, max_steps: int, dataloader: Any, accumulati
             type(sampler).__name__,
             updates,
             max_steps,
+        )
+
+
+def warn_order_against_decay(sampler: EffiSampler, args: Any, scheduler: Any, max_steps: int) -> None:
+    """Warn where the rows that matter most come last and the LR is near zero by then."""
+    if sampler.best_last and args.process_index == 0:
+        warn_decay_to_zero(
+            scheduler,
+            max_steps,
+            f"and {type(sampler).__name__} serves the rows with the highest scores last: they are met with the smallest "
+            "updates. Let the LR end at a third of its peak or stay constant, and average the last checkpoints "
+            "(hf_effi.recipes.cdma).",
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import IterableDataset
 
 from ..functional.curriculum import CurriculumError, seeded
 
@@ -47,7 +49,8 @@ class BatchTransformMixin:
         batch_transform (`BatchTransform`, *optional*): Without it nothing changes.
 
     Raises:
-        CurriculumError: another kind of object, or columns that `remove_unused_columns` would drop.
+        CurriculumError: another kind of object, columns that `remove_unused_columns` would drop, or rows of several widths
+            with `dispatch_batches` and several processes.
 
     Example:
     ```python
@@ -74,6 +77,11 @@ class BatchTransformMixin:
                 "remove_unused_columns=False."
             )
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.batch_transform is not None and self.args.world_size > 1:
+            _check_dispatch(train_dataloader)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         if self.batch_transform is not None:
             step, total = self.state.global_step, self.state.max_steps
@@ -94,3 +102,27 @@ class BatchTransformMixin:
         if self._transform_metrics and "loss" in logs:
             logs = {**logs, **self._transform_metrics}
         super().log(logs, *args, **kwargs)
+
+
+def _check_dispatch(loader: Any, rows: int = 64) -> None:
+    """
+    Refuse rows of several widths where a dispatcher will join the batches of all processes, before the first step.
+
+    Raises:
+        CurriculumError: some of `rows` rows, spread over a dataset that is no stream, are collated to several widths.
+    """
+    dispatched = isinstance(loader, DataLoaderDispatcher) and not loader.split_batches
+    if not dispatched or isinstance(loader.dataset, IterableDataset):
+        return
+    widths: dict[str, set[tuple[int, ...]]] = {}
+    with torch.random.fork_rng(devices=[]):  # a collator may draw
+        for index in range(0, len(loader.dataset), max(len(loader.dataset) // rows, 1)):
+            for key, value in loader.collate_fn([loader.dataset[index]]).items():
+                if isinstance(value, torch.Tensor):
+                    widths.setdefault(key, set()).add(tuple(value.shape[1:]))
+    ragged = {key: sorted(found)[:3] for key, found in widths.items() if len(found) > 1}
+    if ragged:
+        raise CurriculumError(
+            f"dispatch_batches=True joins the batches of all processes, and rows are collated to several widths: {ragged}. Set "
+            "dispatch_batches=False (each process then reads its own), or pad all rows to one length."
+        )

@@ -211,7 +211,8 @@ class ExactSavingsMixin:
         return logps, scatter_completion(entropies, offsets, completions, columns[1]) if compute_entropy else None
 
     def _count_forward(self, real: int, forwarded: int) -> None:
-        if self.model.training:
+        # The other ranks of a sequence-parallel group count their own rows.
+        if self.model.training and self._round_is_own:
             self._effi_counters["tokens_real"] += real
             self._effi_counters["tokens_forward"] += forwarded
 

@@ -11,8 +11,15 @@ from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError
-from ..samplers.trainer_checks import check_plan, check_trainer, in_layout_of, resume_in_dispatcher
+from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
+from ..samplers.trainer_checks import (
+    check_plan,
+    check_trainer,
+    in_layout_of,
+    resume_in_dispatcher,
+    warn_order_against_decay,
+)
+from ._token_budget import rank_batches
 
 SAMPLER_FILE = "effi_sampler.pt"
 
@@ -63,6 +70,9 @@ class SamplerMixin:
         dataset = args[0] if args else self.train_dataset
         check_trainer(self.args, dataset, self.train_sampler)
         self.train_sampler.check_not_started()
+        if isinstance(self.train_sampler, TokenBudgetBatchSampler):
+            self._served_sampler = self.train_sampler
+            return rank_batches(self, stock, self.train_sampler)
         self._served_sampler = in_layout_of(stock, self.train_sampler)
         return self._served_sampler
 
@@ -77,6 +87,8 @@ class SamplerMixin:
         if self._served_sampler is None:
             return super()._run_epoch(*args, **kwargs)
         call = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
+        if self.state.global_step == 0:
+            warn_order_against_decay(self.train_sampler, self.args, self.lr_scheduler, self.state.max_steps)
         # accelerate's skipping loader hides the sampler of a resumed epoch from its own `set_epoch`.
         self._served_sampler.set_epoch(call["epoch"])
         self._measure_before(call["epoch"])

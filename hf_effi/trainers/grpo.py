@@ -13,16 +13,19 @@ from ._accounting import AccountingMixin
 from ._exact_savings import ExactSavingsMixin
 from ._grpo_resume import GRPOResumeMixin
 from ._hub_mixin import HubMixin
+from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
 from ._record_mixin import RunRecordMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
+from ._sequence_parallel import SequenceParallelMixin
 from .grpo_config import EffiGRPOConfig
 
 
 class EffiGRPOTrainer(
+    KernelPatchMixin,
     CheckedRewardsMixin,
     AccountingMixin,
     PromptLengthMixin,
@@ -33,6 +36,7 @@ class EffiGRPOTrainer(
     HubMixin,
     RunRecordMixin,
     ScheduleMixin,
+    SequenceParallelMixin,
     GRPOTrainer,
 ):
     """

@@ -10,15 +10,19 @@ from trl import GRPOConfig
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
 from ._hub_mixin import HubArguments
+from ._kernel_mixin import KernelArguments
 from ._record_mixin import RunRecordArguments
 from ._schedule_mixin import ScheduleArguments
+from ._sequence_parallel import SequenceParallelArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
 
 
 @dataclass
-class EffiGRPOConfig(HubArguments, RunRecordArguments, ScheduleArguments, GRPOConfig):
+class EffiGRPOConfig(
+    HubArguments, KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig
+):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 
@@ -72,6 +76,14 @@ class EffiGRPOConfig(HubArguments, RunRecordArguments, ScheduleArguments, GRPOCo
             Its arguments, as a dict or as JSON.
         lr_schedule_on_mismatch (`str`, *optional*, defaults to `"error"`):
             What to do when a checkpoint holds another schedule: `"error"`, `"stored"` or `"new"`.
+        sequence_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of consecutive ranks that share each sequence in the policy's forward and backward; 1 is off.
+
+        > Parameters of the kernels
+
+        kernel_patch (`str` or `dict`, *optional*):
+            Kernels that hold during `train()`: `"liger"`, or a mapping from kernel names or module patterns to
+            `"liger"`, `"hf_effi"` or `"organisation/repository:Layer"`, as a dict or as JSON. See [`~hf_effi.patch`].
 
         > Parameters of the record
 
@@ -84,7 +96,7 @@ class EffiGRPOConfig(HubArguments, RunRecordArguments, ScheduleArguments, GRPOCo
             How long one upload to the Hub may take, and how long the end of the run waits for it.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
     exact_savings: str = field(
         default="auto",

@@ -7,17 +7,30 @@ from dataclasses import dataclass
 from trl import SFTConfig, SFTTrainer
 
 from ._hub_mixin import HubArguments, HubMixin
+from ._kernel_mixin import KernelArguments, KernelPatchMixin
 from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
+from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 
 
 @dataclass
-class EffiSFTConfig(HubArguments, RunRecordArguments, ScheduleArguments, SFTConfig):
-    """`SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `run_record`."""
+class EffiSFTConfig(
+    HubArguments, KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, SFTConfig
+):
+    """
+    `SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
+    `kernel_patch`, `run_record` and `hub_wait_seconds`.
+    """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiSFTTrainer(HubMixin, RunRecordMixin, SamplerMixin, ScheduleMixin, SFTTrainer):
-    """`trl.SFTTrainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock one to the bit."""
+class EffiSFTTrainer(
+    KernelPatchMixin, SamplerMixin, HubMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin, SFTTrainer
+):
+    """
+    `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it trains
+    and splits sequences over `args.sequence_parallel_size` ranks, packed ones included. With every method off it is the
+    stock one to the bit.
+    """

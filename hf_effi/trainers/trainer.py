@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from transformers import Trainer, TrainingArguments
 
 from ._hub_mixin import HubArguments, HubMixin
+from ._kernel_mixin import KernelArguments, KernelPatchMixin
 from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
+from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
 
 
 @dataclass
-class EffiTrainingArguments(HubArguments, RunRecordArguments, ScheduleArguments, TrainingArguments):
+class EffiTrainingArguments(
+    HubArguments, KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, TrainingArguments
+):
     """
-    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch` and `run_record`.
+    `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
+    `kernel_patch`, `run_record` and `hub_wait_seconds`.
 
     Example:
     ```python
@@ -23,12 +28,16 @@ class EffiTrainingArguments(HubArguments, RunRecordArguments, ScheduleArguments,
     ```
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
-class EffiTrainer(HubMixin, RunRecordMixin, SamplerMixin, ScheduleMixin, Trainer):
+class EffiTrainer(
+    KernelPatchMixin, SamplerMixin, HubMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin, Trainer
+):
     """
-    `transformers.Trainer` that follows `args.lr_schedule` and takes a `train_sampler`. With every method off it is the stock Trainer to the bit.
+    `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
+    trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to
+    the bit.
 
     Example:
     ```python

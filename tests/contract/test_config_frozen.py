@@ -27,6 +27,8 @@ OWN_FIELDS = (
     "lr_schedule",
     "lr_schedule_kwargs",
     "lr_schedule_on_mismatch",
+    "sequence_parallel_size",
+    "kernel_patch",
     "run_record",
     "hub_wait_seconds",
 )
@@ -47,9 +49,11 @@ IN_YAML = {
     "prune_normalizer": "original",
     "lr_schedule": "wsd",
     "lr_schedule_on_mismatch": "new",
+    "sequence_parallel_size": 2,
     "run_record": False,
     "hub_wait_seconds": 60.0,
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
+    "kernel_patch": {"RMSNorm": "liger"},
 }
 
 

@@ -16,6 +16,7 @@ FLOORS = {
     # Leaves: facts and types that every floor above the functional one may read.
     "_version": 0,
     "_compat": 0,
+    "_methods": 0,
     "_environment": 0,
     "_run_record": 0,
     "methods": 0,

@@ -93,6 +93,13 @@ SIGNATURES = {
     f"{TRAINER}.get_batch_samples": "self epoch_iterator num_batches device",
     f"{TRAINER}.prediction_step": "self model inputs prediction_loss_only ignore_keys",
     f"{TRAINER}.training_step": "self model inputs num_items_in_batch",
+    f"{TRAINER}.compute_loss": "self model inputs return_outputs num_items_in_batch",
+    f"{TRAINER}.get_train_dataloader": "self",
+    f"{TRAINER}.get_cp_size": "self",
+    f"{TRAINER}.floating_point_ops": "self inputs",
+    f"{TRAINER}._track_num_input_tokens": "self inputs",
+    f"{TRAINER}.compute_loss_context_manager": "self",
+    f"{TRAINER}._prepare_inputs": "self inputs",
     f"{TRAINER}._save_checkpoint": "self model trial",
     f"{TRAINER}._get_output_dir": "self trial",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
@@ -106,7 +113,13 @@ SIGNATURES = {
     f"{TRAINER}.create_model_card": "self language license tags model_name finetuned_from tasks dataset_tags dataset"
     " dataset_args",
     f"{TRAINER}.log": "self logs start_time",
+    f"{TRAINER}.get_tp_size": "self",
+    f"{TRAINER}.get_sp_size": "self",
+    # The one class that `Trainer._get_dataloader` takes as a batch sampler.
+    "transformers.trainer_pt_utils:BatchRebalanceSampler.__init__": "self lengths effective_batch_size dp_size grad_accum"
+    " shuffle seed rank drop_last",
     f"{TRAINER}.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
+    "transformers.modeling_utils:PreTrainedModel.set_attn_implementation": "self attn_implementation allow_all_kernels",
     f"{TRAINER}.add_callback": "self callback",
     # PEFT.
     "peft.tuners.adalora:AdaLoraModel.update_and_allocate": "self global_step",
@@ -115,11 +128,29 @@ SIGNATURES = {
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
     f"{EVENTS}:TrainerState.save_to_json": "self json_path",
+    "transformers.modeling_layers:GradientCheckpointingLayer.__init_subclass__": "**kwargs",
+    # What sequence parallelism stands in for: the table of attention backends.
+    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface": "attn_implementation default",
+    # Layers, attention and masks.
+    "transformers.modeling_utils:AttentionInterface.register": "key value",
+    "transformers.masking_utils:AttentionMaskInterface.register": "key value",
+    "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
+    " attention_mask **kwargs",
+    "transformers.integrations.sdpa_attention:sdpa_attention_forward": "module query key value attention_mask dropout"
+    " scaling is_causal position_bias cache **kwargs",
+    "transformers.loss.loss_utils:ForCausalLMLoss": "logits labels vocab_size num_items_in_batch ignore_index"
+    " shift_labels **kwargs",
+    "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
     # accelerate.
+    "accelerate.hooks:add_hook_to_module": "module hook append",
+    "accelerate:Accelerator._prepare_device_mesh": "self",
+    "accelerate:Accelerator.backward": "self loss **kwargs",
     "accelerate:Accelerator.gather": "self tensor",
+    "accelerate:Accelerator.no_sync": "self model",
     "accelerate:Accelerator.reduce": "self tensor reduction scale",
     "accelerate:Accelerator.unwrap_model": "self model keep_fp32_wrapper keep_torch_compile",
     "accelerate.utils:gather": "tensor",
+    "accelerate.utils:send_to_device": "tensor device non_blocking skip_keys",
     "accelerate.utils:gather_object": "object",
     "accelerate.utils:reduce": "tensor reduction scale",
     "accelerate.utils:broadcast_object_list": "object_list from_process",
@@ -165,6 +196,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "aux_loss_enabled": bool,
     "beta": float,
     "chat_template_kwargs": dict,
+    "compute_loss_func": type(None),
     "environment_factories": type(None),
     "environments": type(None),
     "eos_token_ids": list,
@@ -174,9 +206,12 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "importance_sampling_level": str,
     "is_deepspeed_enabled": bool,
     "is_fsdp_enabled": bool,
+    "label_smoother": type(None),
     "loss_type": str,
     "mask_truncated_completions": bool,
+    "model_init": type(None),
     "max_completion_length": int,
+    "model_accepts_loss_kwargs": bool,
     "multi_objective_aggregation": str,
     "num_generations": int,
     "num_generations_eval": int,
@@ -259,6 +294,10 @@ CALLS = {
     f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state",
     f"{TRAINER}._maybe_log_save_evaluate": "log _save_checkpoint",
     f"{TRAINER}._save_checkpoint": "_get_output_dir save_model",
+    f"{TRAINER}.prediction_step": "compute_loss",
+    f"{TRAINER}._get_num_items_in_batch": "get_cp_size",
+    f"{TRAINER}.get_total_train_batch_size": "get_cp_size",
+    "accelerate:Accelerator.prepare_data_loader": "_prepare_device_mesh",
 }
 
 #: module-level helpers that a method must go through
@@ -549,6 +588,12 @@ def test_helper_is_still_used(path):
 def test_attributes_are_still_read(path):
     missing = set(READS[path].split()) - attributes_read(path)
     assert not missing, f"{path} no longer reads self.{sorted(missing)}: setting it has no effect there"
+
+
+def test_trainer_takes_this_class_as_a_batch_sampler_that_knows_its_rank():
+    source = inspect.getsource(resolve(f"{TRAINER}._get_dataloader"))
+    assert source.count("isinstance(sampler, BatchRebalanceSampler)") == 2, "see hf_effi/trainers/_token_budget.py"
+    assert 'dataloader_params["batch_sampler"] = sampler' in source and "prepared_bs.num_processes = 1" in source
 
 
 def test_log_probs_come_before_rewards_in_stock():
@@ -950,6 +995,59 @@ def test_callback_events_in_order_with_their_parts_and_state(tmp_path):
     assert recorder.rates[0] == pytest.approx(0.5 / 3), "after a resume the scheduler goes on where it was"
 
 
+# --- layers and attention ------------------------------------------------------------------------------------------
+
+
+def test_layers_checkpoint_through_a_function_of_their_own():
+    """What LayerModes replaces: read at every forward, called with the forward and its positional inputs."""
+    model = tiny_qwen3(use_cache=False).train()
+    model.activation_checkpointing_enable()
+    layers = model.model.layers
+    found = layers[0]._gradient_checkpointing_func
+    assert found.func is torch.utils.checkpoint.checkpoint and found.keywords == {"use_reentrant": False}
+    calls = []
+
+    def mine(function, *args):
+        calls.append([tuple(arg.shape) for arg in args])
+        return function(*args)
+
+    layers[1]._gradient_checkpointing_func = mine
+    ids = torch.arange(8)[None]
+    model(input_ids=ids)
+    model.activation_checkpointing_disable()
+    assert layers[1]._gradient_checkpointing_func is not mine and not layers[1].gradient_checkpointing
+    model(input_ids=ids)
+    assert calls == [[(1, 8, 32)]]
+
+
+def test_attention_that_is_in_no_mask_table_gets_no_mask():
+    """Why the planner's trace has fused causal attention."""
+    attention = resolve("transformers.modeling_utils:AttentionInterface")
+    assert isinstance(attention._global_mapping, dict)
+    masks = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        assert kwargs["position_ids"].shape == (1, 8), "position_ids reach the attention"
+        return query.transpose(1, 2), None
+
+    attention.register("hf_effi_spy", spy)
+    try:
+        model = tiny_qwen3()
+        model.set_attn_implementation("hf_effi_spy")
+        model(input_ids=torch.arange(8)[None], attention_mask=torch.tensor([[0] + [1] * 7]))
+    finally:
+        attention._global_mapping.pop("hf_effi_spy")
+    assert masks == [None, None]
+
+
+def test_models_say_whether_they_have_fused_attention():
+    from transformers import AutoModelForCausalLM, Gemma2Config, Qwen3Config
+
+    mapping = AutoModelForCausalLM._model_mapping
+    assert mapping[Qwen3Config]._supports_sdpa and not mapping[Gemma2Config]._supports_sdpa
+
+
 # --- collectives ---------------------------------------------------------------------------------------------------
 
 
@@ -986,6 +1084,67 @@ def test_collectives_are_rank_major_and_flat():
 
 def test_binary_reward_name_is_the_metric_name(runs):
     assert runs("default").reward_func_names == [binary_hash_reward.__name__]
+
+
+# --- what tiled and chunked computation leans on -------------------------------------------------------------------
+
+
+def test_the_loss_of_a_model_can_be_set_on_its_instance():
+    model = tiny_qwen3()
+    assert model.loss_function.__name__ == "ForCausalLMLoss" and "_loss_function" not in model.__dict__
+    model.__dict__["_loss_function"] = marker = object()
+    assert model.loss_function is marker
+
+
+def test_a_decoder_layer_reads_its_own_checkpointing_flag():
+    model = tiny_qwen3().train()
+    model.activation_checkpointing_enable()
+    layer = model.model.layers[0]
+    assert layer.gradient_checkpointing is True
+    layer._gradient_checkpointing_func = None
+    with pytest.raises(TypeError):
+        model(torch.ones(1, 2, dtype=torch.long))
+    layer.__dict__["gradient_checkpointing"] = False
+    model(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_attention_takes_its_keys_from_a_cache_of_any_class():
+    calls = []
+
+    class Cache:
+        def update(self, keys, values, layer_idx, *args, **kwargs):
+            calls.append((tuple(keys.shape), layer_idx))
+            return keys, values
+
+    layer = tiny_qwen3().model.layers[1]
+    cos = torch.ones(1, 3, 8)
+    layer(torch.zeros(1, 3, 32), position_embeddings=(cos, 0 * cos), past_key_values=Cache())
+    assert calls == [((1, 2, 3, 8), 1)]
+
+
+def test_a_dynamic_cache_keeps_the_graph_of_what_it_is_given():
+    from transformers import DynamicCache
+
+    cache, keys = DynamicCache(), torch.ones(1, 2, 3, 4, requires_grad=True)
+    cache.update(keys, keys, 0)
+    cache.update(2 * keys, keys, 0)
+    assert cache.layers[0].keys.shape == (1, 2, 6, 4)
+    cache.layers[0].keys[..., 3:, :].sum().backward()
+    assert torch.equal(keys.grad, torch.full_like(keys, 2.0))
+
+
+def test_lora_layers_have_these_parts():
+    from peft import LoraConfig, get_peft_model
+
+    layer = (
+        get_peft_model(tiny_qwen3(), LoraConfig(target_modules=["up_proj"]))
+        .base_model.model.model.layers[0]
+        .mlp.up_proj
+    )
+    for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "lora_variant", "active_adapters"):
+        assert hasattr(layer, name), name
+    assert layer.merged is False and layer.disable_adapters is False and callable(layer.unmerge)
+    assert isinstance(layer.scaling["default"], (int, float)) and layer.active_adapters == ["default"]
 
 
 def test_peft_keeps_adaloras_state_where_the_callback_finds_it():

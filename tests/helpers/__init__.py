@@ -7,7 +7,7 @@ from typing import Any
 
 _WHERE = {
     "tokenizer": ("CHAT_TEMPLATE", "EOS_ID", "PAD_ID", "VOCAB_SIZE", "tiny_tokenizer"),
-    "models": ("save_tiny", "tiny_gemma", "tiny_gpt2", "tiny_llama", "tiny_qwen3"),
+    "models": ("save_tiny", "tiny_gemma", "tiny_gpt2", "tiny_llama", "tiny_mistral", "tiny_qwen3"),
     "data": (
         "TableReward",
         "binary_hash_reward",

@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -76,6 +78,11 @@ def tiny_qwen3(seed: int = 0, *, end_tokens: int = 0, **over: Any) -> PreTrained
 def tiny_llama(seed: int = 0, *, end_tokens: int = 0, **over: Any) -> PreTrainedModel:
     """Return a tiny Llama; arguments as in [`tiny_qwen3`]."""
     return _make(LlamaForCausalLM, LlamaConfig, {**_COMMON, **over}, seed, end_tokens)
+
+
+def tiny_mistral(seed: int = 0, *, end_tokens: int = 0, **over: Any) -> PreTrainedModel:
+    """Return a tiny Mistral (sliding-window attention); arguments as in [`tiny_qwen3`]."""
+    return _make(MistralForCausalLM, MistralConfig, {**_COMMON, "sliding_window": 16, **over}, seed, end_tokens)
 
 
 def tiny_gemma(seed: int = 0, *, end_tokens: int = 0, **over: Any) -> PreTrainedModel:

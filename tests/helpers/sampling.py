@@ -105,3 +105,60 @@ def stop_and_resume(output_dir: str | Path, make: Any, step: int) -> tuple[Any, 
     for run in runs:  # the run summary of a resumed run averages over its own steps only
         run.log_history = [entry for entry in run.log_history if "train_runtime" not in entry]
     return (*runs, [whole.seen, first.seen + second.seen])
+
+
+def ragged_rows(lengths: list[int]) -> list[dict[str, Any]]:
+    """Return rows of these lengths for a plain `Trainer`, numbered in the column `row`."""
+    tokens = lm_dataset(len(lengths), length=max(lengths))["input_ids"]
+    return [{"input_ids": tokens[i][:length], "row": i} for i, length in enumerate(lengths)]
+
+
+def pad_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Collate [`ragged_rows`]: padded on the right, no loss on padding."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(fill: int, key: str | None = None) -> torch.Tensor:
+        cells = [row[key] if key else [1] * len(row["input_ids"]) for row in rows]
+        return torch.tensor([cell + [fill] * (width - len(cell)) for cell in cells])
+
+    return {
+        "input_ids": padded(0, "input_ids"),
+        "attention_mask": padded(0),
+        "labels": padded(-100, "input_ids"),
+        "row": torch.tensor([row["row"] for row in rows]),
+    }
+
+
+def ragged_trainer(output_dir: str | Path, lengths: list[int], sampler: Any = None, callbacks: Any = (), **over: Any):
+    """Return an untrained trainer of [`ragged_rows`] whose `seen` lists the rows of every micro-batch of this process."""
+
+    class Noting(over.pop("trainer_cls", SamplerTrainer)):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            self.seen.append(inputs.pop("row").tolist())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    settings: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
+        "seed": 7,
+    }
+    trainer = Noting(
+        model=over.pop("model", None) or tiny_qwen3(num_hidden_layers=1),
+        args=TrainingArguments(**{**settings, **over}),
+        train_dataset=ragged_rows(lengths),
+        data_collator=pad_rows,
+        callbacks=list(callbacks),
+        **({} if sampler is None else {"train_sampler": sampler}),
+    )
+    trainer.seen = []
+    return trainer

@@ -21,6 +21,9 @@ from hf_effi.samplers import (
 from tests.helpers import compare_runs, grpo_args, lm_dataset, run_grpo, tiny_qwen3
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
 
+#: these tests look at the order; what it is worth under a decay is the business of tests/training/test_recipes.py
+pytestmark = pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+
 ROWS = 24
 SCORES = torch.rand(ROWS, generator=torch.Generator().manual_seed(1))
 
@@ -113,7 +116,8 @@ def test_measuring_leaves_random_numbers_and_training_mode_alone(tmp_path):
     compare_runs(plain, watching)
 
 
-def test_easy_prompts_first_in_grpo(tmp_path):
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_easy_prompts_first_in_grpo(tmp_path, way):
     from trl import GRPOTrainer
 
     from hf_effi.trainers._sampler_mixin import SamplerMixin
@@ -126,5 +130,7 @@ def test_easy_prompts_first_in_grpo(tmp_path):
             return super()._generate_and_score_completions(inputs)
 
     difficulty = pass_rate_difficulty(list(range(16)), [16] * 16)
-    trainer = run_grpo(Noting, grpo_args(tmp_path), train_sampler=QualityAscendingSampler(difficulty))
+    sampler = QualityAscendingSampler(difficulty)
+    given = {"train_sampler": sampler} if way == "mixin" else {"callbacks": [SamplerCallback(sampler)]}
+    trainer = run_grpo(Noting, grpo_args(tmp_path), **given)
     assert trainer.seen == (15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10)

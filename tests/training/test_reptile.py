@@ -3,6 +3,7 @@ import torch
 from transformers import Trainer
 
 from hf_effi.callbacks.reptile import REFERENCE_FILE, ReptileCallback
+from hf_effi.samplers import ReplaySampler
 from tests.helpers import compare_runs, tiny_qwen3, weights_of
 from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume
 
@@ -42,6 +43,27 @@ def test_resume(tmp_path, step):
         return sampler_trainer(folder, Trainer, callbacks=[*callbacks, ReptileCallback(4, 0.3)])
 
     whole, broken, _ = stop_and_resume(tmp_path, make, step=step)
+    compare_runs(whole, broken)
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp"])
+def test_master_weights_out_of_reach_are_refused(tmp_path, name):
+    trainer = sampler_trainer(tmp_path, Trainer)
+    setattr(trainer.args, name, "on")
+    with pytest.raises(ValueError, match="master weights"):
+        ReptileCallback(4, 0.3).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_replay_with_reptile_steps_resumes(tmp_path):
+    """Meta-experience replay: one old row in each batch of four, and a Reptile step every third update."""
+
+    def make(folder, callbacks):
+        replay = ReplaySampler([row < 8 for row in range(24)], rate=0.25, block=4)
+        callbacks = [*callbacks, ReptileCallback(3, 0.3)]
+        return sampler_trainer(folder, callbacks=callbacks, train_sampler=replay, num_train_epochs=1)
+
+    whole, broken, (one, two) = stop_and_resume(tmp_path, make, step=4)
+    assert one == two and [sum(row < 8 for row in batch) for batch in one[:5]] == [1] * 5
     compare_runs(whole, broken)
 
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_effi.callbacks.sampler import SamplerCallback
-from hf_effi.samplers import EffiSampler, SamplerError, SamplerMismatchError, ShuffledSampler
+from hf_effi.samplers import EffiSampler, SamplerError, SamplerMismatchError, SelfPacedSampler, ShuffledSampler
 from hf_effi.trainers._sampler_mixin import SAMPLER_FILE, SamplerMixin
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, run_grpo
 from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume
@@ -116,6 +116,48 @@ def test_dispatch_batches(tmp_path):
     )
     trainer.train()
     assert trainer.seen == expected(ShuffledSampler(24), 3)
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_resume_with_workers_dispatched_or_not(tmp_path, dispatch, persistent):
+    def make(folder, callbacks):
+        return sampler_trainer(
+            folder,
+            callbacks=callbacks,
+            train_sampler=ShuffledSampler(24, seed=2),
+            dataloader_num_workers=2,
+            dataloader_persistent_workers=persistent,
+            dataloader_prefetch_factor=3,
+            accelerator_config={"dispatch_batches": dispatch},
+        )
+
+    whole, broken, (one, two) = stop_and_resume(tmp_path, make, step=8)
+    assert two == one == expected(ShuffledSampler(24, seed=2), 3)
+    compare_runs(whole, broken)
+
+
+def by_row(model, rows):
+    return [float((row * 7) % 24) for row in rows]
+
+
+def test_a_measuring_sampler_reaches_persistent_workers(tmp_path):
+    """Its order is decided after the workers of the first epoch were started."""
+
+    def make(folder, callbacks, workers=2):
+        return sampler_trainer(
+            folder,
+            callbacks=callbacks,
+            train_sampler=SelfPacedSampler(24, by_row, share=0.3, share_step=0.3),
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
+        )
+
+    whole, broken, (one, two) = stop_and_resume(tmp_path, make, step=8)
+    plain = make(tmp_path / "plain", [], workers=0)
+    plain.train()
+    assert two == one == plain.seen
+    compare_runs(whole, broken)
 
 
 def test_rule_b_state_is_saved_and_loaded(tmp_path):

@@ -24,6 +24,9 @@ from tests.helpers import (
     tiny_tokenizer,
 )
 
+#: these tests look at the order; what it is worth under a decay is the business of tests/training/test_recipes.py
+pytestmark = pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+
 QUALITY = [float((7 * row) % 16) for row in range(16)]
 RISING = sorted(range(16), key=QUALITY.__getitem__)
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}

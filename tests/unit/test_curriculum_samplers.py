@@ -75,6 +75,18 @@ def test_cyclical_prefers_low_loss_in_small_stages():
     assert sum(row < 10 for row in sampler) >= 9
 
 
+def test_cyclical_weights_are_inverse_losses_floored():
+    sampler = CyclicalSampler([0.5, 2.0, 0.0], total_epochs=1)
+    assert sampler.weights.tolist() == pytest.approx([2.0, 0.5, 1e8])
+
+
+def test_pudf_defaults_are_the_papers():
+    """At most 1000 items are answered, the window reaches up to the ability, and stagnation shifts it by 0.1."""
+    sampler = AbilitySampler(torch.zeros(1500), losses_of)
+    assert len(set(sampler.rows_to_measure(0))) == 1000
+    assert (sampler.lower, sampler.upper, sampler.shift) == (-float("inf"), 0.0, 0.1)
+
+
 def test_competence_is_a_plan_and_checks_early():
     sampler = CompetenceSampler(SCORES, 50, start=0.1)
     assert len(list(sampler)) == 50

@@ -33,6 +33,21 @@ def test_root_length_edges():
         root_length(0, 10, 32)
 
 
+def test_growlength_doubles_from_128_to_4096():
+    lengths = (128, 256, 512, 1024, 2048, 4096)
+    served = [staged_length(p, lengths) for p in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 1)]
+    assert served == [*lengths, 4096]
+
+
+def test_root_length_goldens_of_the_gpt_recipe():
+    """80 to 2048 over 110 000 updates in steps of 8: `floor((t / T)^(1/r) 1968 + 80)`, then down to a multiple."""
+    steps = (0, 1_000, 27_500, 55_000, 82_500, 109_999, 110_000)
+    linear = [root_length(t, 110_000, 2048, min_length=80) for t in steps]
+    assert linear == [80, 96, 568, 1064, 1552, 2040, 2048]
+    square = [root_length(t, 110_000, 2048, min_length=80, root=2) for t in steps]
+    assert square == [80, 264, 1064, 1464, 1784, 2040, 2048]
+
+
 def test_rechunk_keeps_every_token_in_order():
     rows = torch.arange(1, 23).view(2, 11)
     for length in range(1, 14):

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
+from .agreement import keep_by_length, majority_answers
+from .attention import copy_probe, copy_scores, relative_increase, top_heads
+from .denoising import (
+    UL2_DENOISERS,
+    UL2R_DENOISERS,
+    Denoiser,
+    denoised_lengths,
+    fitting_length,
+    noise_counts,
+    span_mask,
+    split_spans,
+)
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
+from .gap import Dip, stability_dip
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
-from .lengths import rechunk, root_length, staged_length
+from .lengths import Multigrid, rechunk, root_length, staged_length
 from .masking import continues_word, mask_tokens, masking_ratio
 from .metadata import cooldown_step, domain_of, join_metadata
 from .mixing import mixture_at, mixture_counts, mixture_order
+from .naive_bayes import BernoulliBayes
 from .ordering import interleave_levels, percentile_within, score_order
 from .pacing import (
     competence,
@@ -19,6 +33,15 @@ from .pacing import (
     easiest_share,
     refill,
     self_paced_weights,
+)
+from .packing import (
+    batch_costs,
+    check_lengths,
+    deal_snake,
+    fill_to_multiple,
+    flop_coefficients,
+    pack_best_fit,
+    pack_padded,
 )
 from .scores import (
     INSTRUCT_MINING,
@@ -36,31 +59,51 @@ from .scores import (
 __all__ = [
     "INSTRUCT_MINING",
     "INSTRUCT_MINING_V1",
+    "UL2R_DENOISERS",
+    "UL2_DENOISERS",
+    "BernoulliBayes",
     "CurriculumError",
+    "Denoiser",
+    "Dip",
+    "Multigrid",
+    "batch_costs",
     "check_count",
+    "check_lengths",
     "check_number",
     "clean_scores",
     "competence",
     "competence_order",
     "continues_word",
     "cooldown_step",
+    "copy_probe",
+    "copy_scores",
     "cyclical_sizes",
+    "deal_snake",
+    "denoised_lengths",
     "domain_of",
     "draw_without_replacement",
     "easiest_share",
+    "fill_to_multiple",
     "fit_rasch",
+    "fitting_length",
+    "flop_coefficients",
     "instruct_mining",
     "interleave_levels",
     "join_metadata",
     "keep_by_judge",
+    "keep_by_length",
     "keep_top",
     "kept_shares",
     "learnability",
+    "majority_answers",
     "mask_tokens",
     "masking_ratio",
     "mixture_at",
     "mixture_counts",
     "mixture_order",
+    "noise_counts",
+    "pack_best_fit",
+    "pack_padded",
     "pass_rate_difficulty",
     "percentile_within",
     "perplexity",
@@ -68,14 +111,19 @@ __all__ = [
     "rasch_ability",
     "rechunk",
     "refill",
+    "relative_increase",
     "repeat_layout",
     "root_length",
     "row_lengths",
     "score_order",
     "seeded",
     "self_paced_weights",
+    "span_mask",
+    "split_spans",
+    "stability_dip",
     "staged_length",
     "token_counts",
+    "top_heads",
     "within_ability",
     "word_rarity",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,6 +75,70 @@ def root_length(
         return max_length
     length = int((step / total_steps) ** (1 / root) * (max_length - min_length) + min_length)
     return length - length % multiple
+
+
+@dataclass(frozen=True)
+class Multigrid:
+    """
+    Batch shapes on two cycles: rows of `L / c` tokens, `c` times as many of them, so that a step keeps its tokens.
+
+    The long cycle goes once through its divisors, in equal stages; the short cycle goes round within each stage, a divisor
+    of the stage's length each few updates. The run ends at full length. Call it with `(step, total_steps)` for the length.
+
+    Args:
+        max_length (`int`): Full length, `L`; a multiple of each product of a long and a short divisor.
+        long_cycle (`tuple[int, ...]`, *optional*, defaults to `(8, 4, 2, 1)`): Divisors of the stages.
+        short_cycle (`tuple[int, ...]`, *optional*, defaults to `(4, 2, 1)`): Divisors within a stage; `(1,)` is none.
+        short_steps (`int`, *optional*, defaults to 1): Updates for each divisor of the short cycle.
+        final_share (`float`, *optional*, defaults to 0.2): Share of the run at full length, at its end, in `(0, 1]`.
+
+    Raises:
+        CurriculumError: an argument out of range, or a length that is no whole number of at least 2.
+
+    Example:
+    ```python
+    >>> shapes = Multigrid(64, long_cycle=(4, 1), short_cycle=(2, 1), final_share=0.2)
+    >>> [shapes(step, 10) for step in range(11)]
+    [8, 16, 8, 16, 32, 64, 32, 64, 64, 64, 64]
+    ```
+    """
+
+    max_length: int
+    long_cycle: tuple[int, ...] = (8, 4, 2, 1)
+    short_cycle: tuple[int, ...] = (4, 2, 1)
+    short_steps: int = 1
+    final_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_count("max_length", self.max_length, 2)
+        check_count("short_steps", self.short_steps)
+        check_number("final_share", self.final_share, 0, 1, open_low=True)
+        for name, cycle in (("long_cycle", self.long_cycle), ("short_cycle", self.short_cycle)):
+            if not cycle:
+                raise CurriculumError(f"{name} is empty. Use (1,) for none.")
+            for divisor in cycle:
+                check_count(f"a divisor of {name}", divisor)
+        for divisor in (a * b for a in self.long_cycle for b in self.short_cycle):
+            if self.max_length % divisor or self.max_length // divisor < 2:
+                raise CurriculumError(
+                    f"max_length={self.max_length} divided by {divisor} (a long and a short divisor) is no whole number of at "
+                    "least 2, so tokens would be padded. Use divisors whose products divide it, such as powers of 2."
+                )
+
+    def divisor(self, step: int, total_steps: int) -> int:
+        """Return `c` of the update after `step` finished ones; 1 past the end."""
+        check_count("step", step, 0)
+        # The slack keeps 0.8 * 10 = 8.000000000000002 or 0.29 * 100 = 28.999999999999996 whole.
+        varied = check_count("total_steps", total_steps, 0) - math.ceil(self.final_share * total_steps - 1e-9)
+        if step >= varied:
+            return 1
+        stage = step * len(self.long_cycle) // varied
+        begin = -(-stage * varied // len(self.long_cycle))
+        place = (step - begin) // self.short_steps % len(self.short_cycle)
+        return self.long_cycle[stage] * self.short_cycle[place]
+
+    def __call__(self, step: int, total_steps: int) -> int:
+        return self.max_length // self.divisor(step, total_steps)
 
 
 def rechunk(batch: Tensor, length: int, fill: float) -> Tensor:

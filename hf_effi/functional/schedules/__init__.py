@@ -1,6 +1,6 @@
 """Learning-rate schedules: pure functions from the number of finished updates to a multiplier of the base LR."""
 
-from ._checks import PastEndWarning, ScheduleError, ScheduleMismatchError
+from ._checks import DecayToZeroWarning, PastEndWarning, ScheduleError, ScheduleMismatchError
 from .base import (
     Schedule,
     decay_position,
@@ -21,10 +21,18 @@ from .planner_loss import fit_annealing_law, fit_multi_power_law
 from .refined import median_smooth, refined_by_gradient_norm
 from .shapes import SHAPES, decay, half_life
 from .stable_decay import wsd, wsd_s, wsdc
-from .torch_lr import ScheduleLR, apply_momentum, apply_multiplier, to_lambda_lr
+from .torch_lr import (
+    ScheduleLR,
+    apply_momentum,
+    apply_multiplier,
+    final_lr_ratio,
+    to_lambda_lr,
+    warn_decay_to_zero,
+)
 
 __all__ = [
     "SHAPES",
+    "DecayToZeroWarning",
     "PastEndWarning",
     "Schedule",
     "ScheduleError",
@@ -41,6 +49,7 @@ __all__ = [
     "decay_position",
     "describe_difference",
     "extend_to",
+    "final_lr_ratio",
     "fit_annealing_law",
     "fit_multi_power_law",
     "gallery",
@@ -70,6 +79,7 @@ __all__ = [
     "token_indexed",
     "triangular",
     "uba",
+    "warn_decay_to_zero",
     "wsd",
     "wsd_s",
     "wsdc",

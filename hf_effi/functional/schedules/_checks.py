@@ -18,6 +18,10 @@ class PastEndWarning(UserWarning):
     """A schedule was asked for a step after its last one; it keeps its terminal value."""
 
 
+class DecayToZeroWarning(UserWarning):
+    """The LR ends near zero, which works against something else in the same run."""
+
+
 def check_number(
     name: str,
     value: object,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ._checks import ScheduleError, check_choice
+from ._checks import DecayToZeroWarning, ScheduleError, check_choice
 from .base import OnMismatch, Schedule, reconcile, same_schedule
 
 
@@ -120,6 +121,38 @@ def apply_momentum(optimizer: torch.optim.Optimizer, schedule: Schedule, step: f
                 f"{type(optimizer).__name__} has neither momentum nor betas to cycle. Pass momentum_low=None and "
                 "momentum_high=None to the schedule."
             )
+
+
+def final_lr_ratio(scheduler: Any, total_steps: int) -> float | None:
+    """
+    Return the LR after `total_steps` updates over the highest of the run, or `None` where no closed form says it.
+
+    Args:
+        scheduler: Any torch scheduler; a `LambdaLR`, which all of transformers' closed forms are, has an answer.
+        total_steps (`int`): Updates of the run.
+
+    Example:
+    ```python
+    >>> import torch
+    >>> from hf_effi.functional.schedules import cosine, to_lambda_lr
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    >>> round(final_lr_ratio(to_lambda_lr(cosine(100, floor=0.3), optimizer), 100), 6)
+    0.3
+    ```
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return None
+    multiplier = scheduler.lr_lambdas[0]
+    sampled = range(0, total_steps, max(1, total_steps // 100))
+    peak = max((multiplier(step) for step in sampled), default=0.0)
+    return multiplier(total_steps) / peak if peak > 0 else None
+
+
+def warn_decay_to_zero(scheduler: Any, total_steps: int, why: str, limit: float = 0.1) -> None:
+    """Warn with [`DecayToZeroWarning`] if the LR ends below `limit` of its peak; `why` ends the sentence."""
+    ratio = final_lr_ratio(scheduler, total_steps)
+    if ratio is not None and ratio < limit:
+        warnings.warn(f"The LR ends at {ratio:.2g} of its peak, {why}", DecayToZeroWarning, stacklevel=2)
 
 
 def to_lambda_lr(

@@ -1,0 +1,40 @@
+"""Rows of the table: kernels, and the patches that bring them into a model."""
+
+from __future__ import annotations
+
+from .row import Method
+
+ROWS: tuple[Method, ...] = (
+    Method(
+        key="kernel_patch",
+        title="Kernel patches that check themselves and undo cleanly",
+        kind="kernel",
+        summary="Replaces the computation of modules of one model, checks forward and backward, and undoes it exactly.",
+        entry_points=(
+            "hf_effi.kernels:patch",
+            "hf_effi.callbacks.kernel_patch:KernelPatchCallback",
+            "hf_effi.trainers._kernel_mixin:KernelPatchMixin",
+        ),
+        paper="Liger Kernel: Efficient Triton Kernels for LLM Training",
+        paper_id="2410.10989",
+        status="experimental",
+        tests=(
+            "tests/unit/test_kernel_patch.py",
+            "tests/unit/test_liger_layers.py",
+            "tests/training/test_kernel_patch.py",
+        ),
+        bench="bench/model_patches.py",
+    ),
+    Method(
+        key="fused_lora",
+        title="Fused LoRA linears",
+        kind="kernel",
+        summary="Computes the adapters of projections that share an input together, and keeps that input once.",
+        entry_points=("hf_effi.kernels.fused_lora:FusedLoRALinear", "hf_effi.kernels.fused_lora:fused_lora"),
+        paper="LoRA: Low-Rank Adaptation of Large Language Models",
+        paper_id="2106.09685",
+        status="experimental",
+        tests=("tests/unit/test_fused_lora.py", "tests/training/test_fused_lora.py"),
+        bench="bench/model_patches.py",
+    ),
+)

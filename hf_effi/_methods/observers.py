@@ -1,0 +1,48 @@
+"""Rows of the table: what watches a run, records it, or completes what a library left out."""
+
+from __future__ import annotations
+
+from .row import Method
+
+ROWS: tuple[Method, ...] = (
+    Method(
+        key="adalora",
+        title="AdaLoRA rank allocation",
+        kind="callback",
+        summary="Moves the ranks of PEFT's AdaLoRA between matrices, a call that no stock Trainer makes.",
+        entry_points=("hf_effi.callbacks.adalora:AdaLoRACallback",),
+        paper="AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+        paper_id="2303.10512",
+        status="experimental",
+        tests=("tests/unit/test_adalora.py", "tests/training/test_adalora.py"),
+        bench="bench/adalora.py",
+    ),
+    Method(
+        key="doctors",
+        title="Run doctors",
+        kind="callback",
+        summary="Says in one sentence what is wrong with a run, while it runs, and what to try.",
+        entry_points=(
+            "hf_effi.callbacks.doctor:TrainDoctor",
+            "hf_effi.callbacks.doctor:GRPODoctor",
+            "hf_effi.functional.doctor:diagnose",
+        ),
+        paper="none: rules from known failures",
+        paper_id="",
+        status="experimental",
+        tests=("tests/unit/test_doctor.py", "tests/training/test_doctor.py"),
+        bench="bench/observers.py",
+    ),
+    Method(
+        key="run_record",
+        title="Run record",
+        kind="callback",
+        summary="Writes one record per run as it goes: settings, data, time, tokens, drops, memory, checkpoints, logs.",
+        entry_points=("hf_effi.callbacks.run_record:RunRecordCallback", "hf_effi._run_record:read_run"),
+        paper="none: bookkeeping",
+        paper_id="",
+        status="experimental",
+        tests=("tests/unit/test_run_record.py", "tests/training/test_run_record.py"),
+        bench="bench/observers.py",
+    ),
+)

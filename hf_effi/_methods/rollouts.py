@@ -1,0 +1,44 @@
+"""Rows of the table: GRPO: what is generated, kept and forwarded."""
+
+from __future__ import annotations
+
+from .row import Method
+
+ROWS: tuple[Method, ...] = (
+    Method(
+        key="exact_savings",
+        title="Exact savings (trim, sort, skip)",
+        kind="exact saving",
+        summary="Forwards only real tokens and only rows that have a gradient; the gradient itself is unchanged.",
+        entry_points=("hf_effi.trainers.grpo:EffiGRPOTrainer", "hf_effi.functional.rollouts:plan_buckets"),
+        paper="none: bookkeeping that follows from the loss",
+        paper_id="",
+        status="experimental",
+        tests=("tests/unit/test_rollout_batching.py", "tests/training/test_grpo_exact.py"),
+        bench="bench/grpo_exact.py",
+    ),
+    Method(
+        key="difficulty_filter",
+        title="Online difficulty filtering",
+        kind="rollout",
+        summary="Trains only on groups whose pass rate lies in a band, refilling from new prompts, within bounds.",
+        entry_points=("hf_effi.trainers.grpo:EffiGRPOTrainer", "hf_effi.functional.rollouts:keep_groups_by_pass_rate"),
+        paper="Online Difficulty Filtering for Reasoning Oriented Reinforcement Learning",
+        paper_id="2504.03380",
+        status="experimental",
+        tests=("tests/unit/test_rollout_selection.py", "tests/training/test_grpo_filter.py"),
+        bench="bench/demo.py",
+    ),
+    Method(
+        key="cppo",
+        title="CPPO completion pruning",
+        kind="rollout",
+        summary="Trains only on the completions with the largest absolute advantage and fills up with new prompts.",
+        entry_points=("hf_effi.trainers.grpo:EffiGRPOTrainer", "hf_effi.functional.rollouts:keep_by_advantage"),
+        paper="CPPO: Accelerating the Training of Group Relative Policy Optimization-Based Reasoning Models",
+        paper_id="2503.22342",
+        status="experimental",
+        tests=("tests/unit/test_rollout_selection.py", "tests/training/test_grpo_prune.py"),
+        bench="bench/demo.py",
+    ),
+)

@@ -1,0 +1,53 @@
+"""`MultigridLRCallback`: the learning-rate rule of variable batch shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..functional.curriculum import CurriculumError, Multigrid, check_number
+from .adaptive_lr import _MultiplierCallback
+from .lr_schedule import check_scheduler
+
+
+class MultigridLRCallback(_MultiplierCallback):
+    """
+    Multiply the scheduled LR by `c^p` where a batch has `c` times as many rows of `L / c` tokens.
+
+    The linear rule of the paper (`p = 1`) is for steps that see `c` times as many samples. Here a step keeps its tokens, so
+    that no change (no callback) is the default for language models.
+
+    Args:
+        shapes ([`Multigrid`]): What the Trainer has as `sequence_length`.
+        exponent (`float`, *optional*, defaults to 1.0): `p` in `[0, 1]`; 0.5 is the square-root rule.
+
+    Raises:
+        CurriculumError: another kind of object, or `exponent` out of range.
+        ScheduleError: the scheduler is driven by a metric or owned by DeepSpeed.
+
+    Example:
+    ```python
+    shapes = Multigrid(512)
+    GrowingTrainer(model, args, train_dataset=rows, sequence_length=shapes, callbacks=[MultigridLRCallback(shapes)])
+    ```
+    """
+
+    def __init__(self, shapes: Multigrid, exponent: float = 1.0) -> None:
+        if not isinstance(shapes, Multigrid):
+            raise CurriculumError(f"shapes={shapes!r} must be the Multigrid that the Trainer has as sequence_length.")
+        super().__init__(rule=None)
+        self.shapes, self.exponent = shapes, check_number("exponent", exponent, 0, 1)
+
+    def multiplier(self, state: TrainerState) -> float:
+        return self.shapes.divisor(state.global_step, state.max_steps) ** self.exponent
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_scheduler(kwargs.get("lr_scheduler"))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A function of the step has no state to keep."""

@@ -1,0 +1,186 @@
+"""`WeightAveragingCallback`: the average of the last checkpoints of a run, saved beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
+from ..functional.schedules import warn_decay_to_zero
+
+logger = logging.getLogger(__name__)
+
+AVERAGE_FILE = "effi_average.pt"
+
+
+class WeightAveragingCallback(TrainerCallback):
+    """
+    Average the weights at the last update, and at `last - 1` earlier ones, `every_steps` apart.
+
+    Training itself is not changed. The average is held in fp32 on the CPU, and saved at the end in `output_dir/folder`,
+    with a file `average.json` that says of which updates it is. A checkpoint inside the window carries the average so
+    far, so that a resumed run equals the uninterrupted one.
+
+    Args:
+        last (`int`, *optional*, defaults to 6): Snapshots, at least 1. Where the run is too short, as many as it has.
+        every_steps (`int`, *optional*): Updates between two snapshots. `None`: 1 % of the run, at least 1; the paper's
+            interval is not known to us.
+        kind (`str`, *optional*, defaults to `"ema"`): `"ema"`, `"uniform"` or `"linear"`, see [`averaging_weights`].
+        alpha (`float`, *optional*, defaults to 0.2): Of `"ema"`, in `(0, 1]`.
+        swap_in (`bool`, *optional*, defaults to `False`): Whether the model holds the average after training; a line in the
+            log says so. `trainer.save_model()` then saves the average.
+        folder (`str`, *optional*, defaults to `"averaged"`): Name below `output_dir`.
+
+    Raises:
+        ValueError: an argument out of range; DeepSpeed, FSDP or a schedule-free optimizer; `swap_in` together with
+            `load_best_model_at_end`; or a checkpoint without the average it needs.
+
+    Example:
+    ```python
+    Trainer(model, args, train_dataset=rows, callbacks=[WeightAveragingCallback(swap_in=True)]).train()
+    ```
+    """
+
+    def __init__(
+        self,
+        last: int = 6,
+        *,
+        every_steps: int | None = None,
+        kind: AverageKind = "ema",
+        alpha: float = 0.2,
+        swap_in: bool = False,
+        folder: str = "averaged",
+    ) -> None:
+        for name, value in (("last", last), ("every_steps", 1 if every_steps is None else every_steps)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        averaging_weights(last, kind, alpha)  # checks the other two
+        if not folder or Path(folder).name != folder:
+            raise ValueError(f"folder={folder!r} must be a plain name; it is made inside output_dir.")
+        self.last, self.every_steps, self.kind, self.alpha = last, every_steps, kind, alpha
+        self.swap_in, self.folder = swap_in, folder
+        self._plan: dict[int, float] = {}
+        self._average = RunningAverage()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(args)
+        every = self.every_steps or max(1, state.max_steps // 100)
+        steps = [state.max_steps - every * back for back in range(self.last)]
+        steps = [step for step in reversed(steps) if step > 0]
+        self._plan = dict(zip(steps, averaging_weights(len(steps), self.kind, self.alpha), strict=True))
+        self._average = RunningAverage()
+        if any(step <= state.global_step for step in steps):
+            self._restore(args, state)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0 and args.process_index == 0:
+            warn_decay_to_zero(
+                kwargs["lr_scheduler"],
+                state.max_steps,
+                "and after such a decay the average of the last checkpoints is worth little or nothing. Let it end at a "
+                "third of its peak, or drop WeightAveragingCallback.",
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step in self._plan:
+            self._average.push(_trained(kwargs["model"]), self._plan[state.global_step])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save and self._average.count:
+            stored = {"steps": self._done(state), "average": self._average.state_dict()}
+            torch.save(stored, os.path.join(_checkpoint(args, state), AVERAGE_FILE))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = self._done(state)
+        if not steps:
+            logger.warning(
+                "Training ended after %d updates, before the first snapshot at update %d: nothing was averaged.",
+                state.global_step,
+                min(self._plan),
+            )
+            return
+        live, mean = _trained(kwargs["model"]), self._average.mean
+        exchange(live, mean)
+        if args.should_save:
+            self._save(Path(args.output_dir) / self.folder, steps, **kwargs)
+        if self.swap_in:
+            logger.warning("The model now holds the average of its weights after updates %s, not the last.", steps)
+        else:
+            exchange(live, mean)
+        self._average = RunningAverage()
+
+    def _check(self, args: TrainingArguments) -> None:
+        if args.deepspeed or args.fsdp:
+            raise ValueError(
+                "WeightAveragingCallback reads whole weights, which DeepSpeed and FSDP keep in shards. Train with DDP or "
+                "on one device, or average what was saved: average_checkpoints."
+            )
+        if "schedule_free" in str(args.optim):
+            raise ValueError(f"optim={args.optim!r} averages its iterates itself. Drop WeightAveragingCallback.")
+        if self.swap_in and args.load_best_model_at_end:
+            raise ValueError(
+                "swap_in=True and load_best_model_at_end=True both say what the model holds at the end. Set one to False; "
+                f"the average is in {self.folder!r} either way."
+            )
+
+    def _done(self, state: TrainerState) -> list[int]:
+        return [step for step in self._plan if step <= state.global_step]
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        path = os.path.join(_checkpoint(args, state), AVERAGE_FILE)
+        if not os.path.exists(path):
+            raise ValueError(
+                f"{path} is missing: the checkpoint lies elsewhere or was made without WeightAveragingCallback. Resume "
+                f"from a folder in output_dir={args.output_dir!r}, or from before update {min(self._plan)}."
+            )
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        if stored["steps"] != self._done(state):
+            raise ValueError(
+                f"{path} averages updates {stored['steps']}, but this run wants {self._done(state)}. Keep max_steps, last "
+                f"and every_steps, or resume from before update {min(self._plan)}."
+            )
+        self._average.load_state_dict(stored["average"])
+
+    def _save(self, folder: Path, steps: list[int], **kwargs: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        model, processing = kwargs["model"], kwargs.get("processing_class")
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder)
+        else:
+            torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        if hasattr(processing, "save_pretrained"):
+            processing.save_pretrained(folder)
+        total = sum(self._plan[step] for step in steps)
+        shares = [self._plan[step] / total for step in steps]
+        made = {
+            "kind": self.kind,
+            "alpha": self.alpha if self.kind == "ema" else None,
+            "steps": steps,
+            "weights": shares,
+        }
+        (folder / "average.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return what training changes: trainable parameters, tied ones once, and floating-point buffers."""
+    state = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return state | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
+    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

@@ -1,0 +1,147 @@
+"""What `patch` takes as a value, and how each kind becomes something to call on one module."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from ._errors import PatchError
+from ._targets import ROTARY_FUNCTION, Target
+
+#: Hugging Face's contract for a kernel layer: no state and no members of its own but these.
+_CONTRACT = {"forward", "has_backward", "can_torch_compile"}
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """
+    Replacements that are checked together and applied or left out together.
+
+    Args:
+        targets (`Sequence[Target]`): Where they go.
+        replacements (`Sequence[Callable]`): What goes there, one a target.
+        original, replacement (`Callable`): What the self-check compares.
+        modules (`Sequence[nn.Module]`): Whose parameters these two use.
+        label (`str`): Name of the layer for the report.
+        has_backward (`bool`): Whether gradients are compared.
+    """
+
+    targets: Sequence[Target]
+    replacements: Sequence[Callable[..., Any]]
+    original: Callable[..., Any]
+    replacement: Callable[..., Any]
+    modules: Sequence[nn.Module]
+    label: str
+    has_backward: bool = True
+
+
+@runtime_checkable
+class LayerGroup(Protocol):
+    """A value of `patch` that treats several modules at once, such as the linear layers that share an input."""
+
+    def units(self, targets: Sequence[Target]) -> list[Unit]:
+        """Return the units for these targets; raise `PatchError` for one that cannot be treated."""
+        ...
+
+
+def check_contract(layer: Any) -> type[nn.Module]:
+    """
+    Return `layer` if it satisfies Hugging Face's contract for kernel layers.
+
+    Raises:
+        PatchError: it is no `nn.Module` class, has a constructor, or has members besides `forward`, `has_backward` and
+            `can_torch_compile`.
+    """
+    if not isinstance(layer, type) or not issubclass(layer, nn.Module):
+        raise PatchError(
+            f"{layer!r} is no kernel layer: give an nn.Module class without state, an object with `.load()` that "
+            "returns one, 'liger', or 'organisation/repository:Layer'."
+        )
+    if layer.__init__ is not nn.Module.__init__:
+        raise PatchError(
+            f"{layer.__name__} has a constructor. A kernel layer is stateless: its forward reads the weights and "
+            "settings of the module that it replaces from `self`."
+        )
+    own = {name for base in layer.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
+    if extra := sorted(name for name in own - _CONTRACT if not name.startswith("__")):
+        raise PatchError(
+            f"{layer.__name__} has members that a kernel layer may not have: {', '.join(extra)}. Move them to module "
+            "level: the replaced module has its own members under `self`."
+        )
+    if layer.forward is nn.Module.forward:
+        raise PatchError(f"{layer.__name__} has no forward.")
+    return layer
+
+
+def _flags(layer: type[nn.Module]) -> tuple[bool, bool]:
+    return getattr(layer, "has_backward", True), getattr(layer, "can_torch_compile", False)
+
+
+def _guarded(run: Callable[..., Any], original: Callable[..., Any], layer: type[nn.Module]) -> Callable[..., Any]:
+    """Call `original` where the layer says that it does not work: with gradients, or inside a compiled graph."""
+    has_backward, can_compile = _flags(layer)
+    if has_backward and can_compile:
+        return run
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if (not has_backward and torch.is_grad_enabled()) or (not can_compile and torch.compiler.is_compiling()):
+            return original(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    return guarded
+
+
+def _unbound(function: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    """Return a function of `(module, ...)`, so that a deep copy of the model calls it on its own module."""
+    if isinstance(function, types.MethodType) and function.__self__ is module:
+        return function.__func__
+
+    def call(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _with_rotary(target: Target, rotary: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Return the attention's own forward with another rotary function.
+
+    The function is a global of the modeling file. A copy of the forward with its own globals changes this instance,
+    where an assignment to the global would change every model of the process.
+    """
+    forward = _unbound(target.original, target.module)
+    if ROTARY_FUNCTION not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        raise PatchError(
+            f"{target.name} ({type(target.module).__name__}): its forward is wrapped or does not call "
+            f"`{ROTARY_FUNCTION}` itself, so its rotary embedding cannot be replaced."
+        )
+    names = {**forward.__globals__, ROTARY_FUNCTION: rotary}
+    del names["__name__"]  # by this name the compiler would look the function up in the modeling file again
+    copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__, copy.__module__ = forward.__kwdefaults__, forward.__module__
+    return copy
+
+
+def layer_unit(layer: type[nn.Module], target: Target) -> Unit:
+    """Return the unit that puts one kernel layer into one place."""
+    has_backward, _ = _flags(layer)
+    if target.kind == "module":
+        run = _guarded(layer.forward, _unbound(target.original, target.module), layer)
+        replacement = types.MethodType(run, target.module)
+        return Unit(
+            (target,), (replacement,), target.original, replacement, (target.module,), layer.__name__, has_backward
+        )
+    function = layer().forward
+    if target.kind == "loss":
+        run = _guarded(function, target.original, layer)
+        return Unit((target,), (run,), target.original, run, (), layer.__name__, has_backward)
+    forward = _unbound(target.original, target.module)
+    original = getattr(forward, "__globals__", {}).get(ROTARY_FUNCTION)
+    run = _guarded(function, original, layer)
+    installed = types.MethodType(_with_rotary(target, run), target.module)
+    return Unit((target,), (installed,), original, run, (), layer.__name__, has_backward)

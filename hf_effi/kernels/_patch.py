@@ -1,0 +1,377 @@
+"""`patch`: replaces the computation of modules on one model, checks it, and puts everything back exactly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ._errors import KernelMismatchError, PatchError
+from ._layers import LayerGroup, Unit, layer_unit
+from ._sources import candidates, liger_layers
+from ._targets import Key, Target, find_targets
+from ._verify import Arguments, compare, hidden_states, loss_arguments, placed, rotary_arguments
+
+logger = logging.get_logger(__name__)
+
+OnMismatch = Literal["error", "eager"]
+InputMaker = Callable[[nn.Module, torch.Generator], tuple[Any, ...]]
+
+#: entry of a patched module's `__dict__` that says who patched it; gone with the patch
+_CLAIM = "_hf_effi_patch"
+
+
+@dataclass(frozen=True)
+class PatchedModule:
+    """
+    One line of the report.
+
+    Args:
+        name (`str`): Qualified name of the module.
+        module_class (`str`): Its class.
+        key (`str`): The key of `patch` that matched it.
+        layer (`str`): The layer that computes it, or `"eager"` where the self-check failed and `on_mismatch="eager"`.
+        note (`str`): Largest deviation seen by the self-check, `"not checked"`, or why it stayed eager.
+    """
+
+    name: str
+    module_class: str
+    key: str
+    layer: str
+    note: str
+
+
+class _Replacement:
+    """One entry of a module's `__dict__`, written and restored."""
+
+    def __init__(self, target: Target, value: Callable[..., Any], key: str) -> None:
+        self.target, self.value, self.key = target, value, key
+        entries = target.module.__dict__
+        self.existed, self.before = target.attribute in entries, entries.get(target.attribute)
+        # Not setattr: a module given as a value must not become a submodule.
+        entries[target.attribute] = value
+        entries[_CLAIM] = self
+
+    @property
+    def in_place(self) -> bool:
+        return self.target.module.__dict__.get(_CLAIM) is self
+
+    def restore(self) -> str | None:
+        """Put the entry back, unless that was done before; return what is in the way, if anything."""
+        entries = self.target.module.__dict__
+        if not self.in_place:
+            return None
+        del entries[_CLAIM]
+        if entries.get(self.target.attribute) is self.value:
+            if self.existed:
+                entries[self.target.attribute] = self.before
+            else:
+                del entries[self.target.attribute]
+            return None
+        # An accelerate hook was added or removed since: it moves the function between these two entries.
+        for attribute in ("forward", "_old_forward"):
+            if entries.get(attribute) is self.value:
+                entries[attribute] = self.target.original
+                return None
+        return f"{self.target.name}.{self.target.attribute} was replaced by something else after the patch"
+
+
+class KernelPatchHandle:
+    """
+    What [`patch`] returns: the patches of one call. `print(handle)` shows them as a table.
+
+    Leaving a `with` block reverts, also after an exception. A module belongs to one patch at a time, so that several
+    handles on one model can be reverted in any order.
+
+    Args:
+        rows (`list[PatchedModule]`): One a module, in the order of the model.
+    """
+
+    def __init__(self, replacements: Sequence[_Replacement], rows: Sequence[PatchedModule]) -> None:
+        self._replacements = list(replacements)
+        self.rows = list(rows)
+
+    @property
+    def active(self) -> bool:
+        """Whether the patches are in place."""
+        return any(replacement.in_place for replacement in self._replacements)
+
+    def revert(self) -> None:
+        """
+        Put everything back. A second call does nothing.
+
+        Raises:
+            PatchError: something else replaced a patched function since. All other modules are restored.
+        """
+        problems = [problem for r in reversed(self._replacements) if (problem := r.restore())]
+        self._replacements = []
+        if problems:
+            raise PatchError(
+                "could not restore: " + "; ".join(problems) + ". Undo what was done later before this patch."
+            )
+
+    def __enter__(self) -> KernelPatchHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.revert()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[PatchedModule]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, ...], int] = {}
+        for row in self.rows:
+            line = (re.sub(r"\d+", "*", row.name) or "(model)", row.module_class, row.key, row.layer, row.note)
+            groups[line] = groups.get(line, 0) + 1
+        lines = [("modules", "count", "class", "key", "layer", "self-check")]
+        lines += [(name, str(count), *rest) for (name, *rest), count in groups.items()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        state = "in place" if self.active else "reverted"
+        return "\n".join([f"{len(self.rows)} modules, {state}", *(line.rstrip() for line in shown)])
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise PatchError(f"patch() needs an nn.Module, not {type(model).__name__}.")
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise PatchError(
+                f"{name or 'the model'} is compiled. Patch first, then compile: the compiled graph would be traced "
+                "again at an unforeseen moment."
+            )
+        if module.__dict__.get("_use_kernels", False):
+            raise PatchError(
+                f"{name or 'the model'} was loaded with use_kernels=True: transformers then rebinds the forward of "
+                "its layers whenever train() or eval() is called, which would drop these patches. Load it without."
+            )
+
+
+def _free_targets(model: nn.Module, key: Key) -> list[Target]:
+    targets = find_targets(model, key)
+    for target in targets:
+        if _CLAIM in target.module.__dict__:
+            raise PatchError(
+                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by "
+                f"{target.module.__dict__[_CLAIM].key!r}. Revert the other patch first (`unpatch(model)` where its "
+                "handle is lost), or narrow one of the two keys."
+            )
+    return targets
+
+
+def _shown(key: Key) -> str:
+    return key if isinstance(key, str) else key.pattern
+
+
+def _units(key: Key, value: Any, targets: Sequence[Target]) -> list[list[Unit]]:
+    """Return, for each unit of modules, its alternatives in the order in which they are tried."""
+    by_modules: dict[tuple[nn.Module, ...], list[Unit]] = {}
+    for candidate in candidates(key, value):
+        units = (
+            candidate.units(targets)
+            if isinstance(candidate, LayerGroup)
+            else [layer_unit(candidate, target) for target in targets]
+        )
+        for unit in units:
+            by_modules.setdefault(tuple(target.module for target in unit.targets), []).append(unit)
+    return list(by_modules.values())
+
+
+class _Checker:
+    """Runs the self-check once for each kind of module."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[Key, InputMaker]) -> None:
+        self.inputs = inputs
+        self.dtype = getattr(model, "dtype", None) or next(
+            (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
+        )
+        self.seen: dict[Any, str | KernelMismatchError] = {}
+
+    def check(self, key: Key, unit: Unit) -> str:
+        """Return the note for the report, or raise."""
+        kind = self._kind(unit)
+        if kind not in self.seen:
+            where = f"{unit.label} on {unit.targets[0].name or 'the model'}"
+            try:
+                self.seen[kind] = self._compare(key, unit)
+            except KernelMismatchError as error:
+                self.seen[kind] = KernelMismatchError(f"{where}: {error}")
+            except PatchError as error:
+                raise PatchError(f"{where}: {error}") from error
+        found = self.seen[kind]
+        if isinstance(found, KernelMismatchError):
+            raise found
+        return found
+
+    @staticmethod
+    def _kind(unit: Unit) -> Any:
+        first = unit.targets[0].module
+        source = [repr(target.module) for target in unit.targets] if unit.modules else type(first)
+        weights = [(p.shape, p.dtype, p.device, p.requires_grad) for m in unit.modules for p in m.parameters()]
+        return unit.label, str(source), str(weights)
+
+    def _compare(self, key: Key, unit: Unit) -> str:
+        for parameter in (p for module in unit.modules for p in module.parameters()):
+            # DTensor: FSDP2. Empty: ZeRO-3. Meta: offloaded by accelerate.
+            if parameter.device.type == "meta" or not parameter.numel() or hasattr(parameter, "device_mesh"):
+                raise PatchError(
+                    "its weights are sharded or offloaded, so the self-check cannot run. Patch before the model is "
+                    "wrapped, or pass verify=False."
+                )
+        deviations = compare(
+            unit.modules, unit.original, unit.replacement, self._arguments(key, unit), backward=unit.has_backward
+        )
+        worst = max(deviations, key=lambda d: d.error / d.allowed, default=None)
+        failed = [d for d in deviations if not d.ok]
+        if failed:
+            d = failed[0]
+            raise KernelMismatchError(
+                f"{d.what} is off by {d.error:.2e} of its largest entry, the original by {d.own_error:.2e}, and "
+                f"{d.allowed:.2e} is allowed."
+            )
+        return "no results" if worst is None else f"{worst.what} {worst.error:.1e} of {worst.allowed:.1e}"
+
+    def _arguments(self, key: Key, unit: Unit) -> Arguments:
+        target, generator = unit.targets[0], torch.Generator().manual_seed(0)
+        differentiable = 2 if target.kind == "rotary" else 1
+        if key in self.inputs:
+            arguments: Arguments = (tuple(self.inputs[key](target.module, generator)), {})
+            differentiable = len(arguments[0])
+        elif target.kind == "rotary":
+            arguments = rotary_arguments(target.module, generator)
+        elif target.kind == "loss":
+            arguments = loss_arguments(target.module.config.get_text_config().vocab_size, generator)
+        else:
+            arguments = hidden_states(target.name, target.module, generator)
+        device = next((p.device for p in target.module.parameters()), torch.device("cpu"))
+        return placed(arguments, self.dtype, device, differentiable)
+
+
+def _try_alternatives(
+    key: Key, alternatives: Sequence[Unit], checker: _Checker | None, on_mismatch: OnMismatch
+) -> tuple[Unit | None, str]:
+    """Return the first alternative that passes with its note, or `None` with the reason."""
+    if checker is None:
+        return alternatives[0], "not checked"
+    failures = []
+    for unit in alternatives:
+        try:
+            return unit, checker.check(key, unit)
+        except KernelMismatchError as error:
+            failures.append(str(error))
+    reason = " ".join(failures)
+    if on_mismatch == "error":
+        raise KernelMismatchError(
+            f"{reason} Remove {_shown(key)!r}, or pass on_mismatch='eager' to leave such modules as they are."
+        )
+    return None, reason
+
+
+def patch(
+    model: nn.Module,
+    layers: Mapping[Key, Any] | str,
+    *,
+    on_mismatch: OnMismatch = "error",
+    verify: bool = True,
+    inputs: Mapping[Key, InputMaker] | None = None,
+) -> KernelPatchHandle:
+    """
+    Replace the computation of modules of one model; check each replacement; return a handle that undoes it exactly.
+
+    The replacement is written into the `__dict__` of the instance. Neither classes nor modules of transformers are
+    touched: other models of the process stay as they are. Patch before `torch.compile`, and before the model is wrapped
+    for FSDP or DeepSpeed.
+
+    Args:
+        model (`nn.Module`): Any model, also one with PEFT adapters, accelerate hooks or gradient checkpointing.
+        layers (`Mapping` or `str`): Key -> layer. `"liger"` stands for every layer that Liger has for this model.
+            Keys: a kernel's name (`"RMSNorm"`, `"SwiGLUMLP"`, `"GeGLUMLP"`, `"rotary_pos_emb"`, `"ForCausalLMLoss"`,
+            `"LoRALinear"`), a module's name, a glob on names (`"*.mlp"`) or a compiled regex. Values: a stateless
+            `nn.Module` class (Hugging Face's contract: `forward`, `has_backward`, `can_torch_compile`), one of Liger's
+            classes, `"liger"`, `"organisation/repository:Layer"` or a `kernels` repository object, `FusedLoRALinear()`;
+            or a list of these, of which the first that passes is taken.
+        on_mismatch (`str`, *optional*, defaults to `"error"`): What a failed self-check does. `"eager"` leaves the
+            module as it is and logs one line a kind of module.
+        verify (`bool`, *optional*, defaults to `True`): Whether to compare forward and backward on random input, once
+            for each kind of module.
+        inputs (`Mapping`, *optional*): Key -> function `(module, generator)` that returns the positional arguments for
+            the self-check, for modules that take anything else than activations `(batch, length, width)`.
+
+    Returns:
+        [`KernelPatchHandle`]: Also a context manager.
+
+    Raises:
+        PatchError: nothing matches a key, two keys claim one module, or the model cannot be patched in its state.
+        KernelMismatchError: a replacement does not compute what it replaces. The model is as it was.
+
+    Example:
+    ```python
+    with patch(model, {"RMSNorm": "liger", "*.mlp": MySwiGLU}) as handle:
+        print(handle)
+        trainer.train()
+    ```
+    """
+    if on_mismatch not in ("error", "eager"):
+        raise PatchError(f"on_mismatch={on_mismatch!r} must be 'error' or 'eager'.")
+    _check_model(model)
+    layers = _as_mapping(model, layers)
+    if unknown := [key for key in inputs or {} if key not in layers]:
+        raise PatchError(f"inputs has keys that `layers` has not: {unknown}.")
+    checker = _Checker(model, inputs or {}) if verify else None
+    replacements: list[_Replacement] = []
+    rows: list[PatchedModule] = []
+    try:
+        for key, value in layers.items():
+            for alternatives in _units(key, value, _free_targets(model, key)):
+                unit, note = _try_alternatives(key, alternatives, checker, on_mismatch)
+                rows += _rows(key, alternatives[0].targets, unit, note)
+                if unit is not None:
+                    for target, replacement in zip(unit.targets, unit.replacements, strict=True):
+                        replacements.append(_Replacement(target, replacement, _shown(key)))
+    except BaseException:
+        KernelPatchHandle(replacements, rows).revert()
+        raise
+    for note in dict.fromkeys(row.note for row in rows if row.layer == "eager"):
+        logger.warning("left eager: %s", note)
+    return KernelPatchHandle(replacements, rows)
+
+
+def unpatch(model: nn.Module) -> None:
+    """
+    Revert every patch on a model, for example after an interrupted run whose handles are lost. Without patches: nothing.
+
+    Raises:
+        PatchError: something else replaced a patched function since. All other modules are restored.
+
+    Example:
+    ```python
+    unpatch(trainer.model)
+    ```
+    """
+    claims = [module.__dict__[_CLAIM] for module in model.modules() if _CLAIM in module.__dict__]
+    KernelPatchHandle(claims, []).revert()
+
+
+def _as_mapping(model: nn.Module, layers: Any) -> Mapping[Key, Any]:
+    if layers == "liger":
+        return liger_layers(model)
+    if not isinstance(layers, Mapping) or not layers:
+        raise PatchError(f"layers={layers!r} must be a mapping with at least one key, or 'liger'.")
+    return layers
+
+
+def _rows(key: Key, targets: Sequence[Target], unit: Unit | None, note: str) -> list[PatchedModule]:
+    layer = "eager" if unit is None else unit.label
+    return [PatchedModule(t.name, type(t.module).__name__, _shown(key), layer, note) for t in targets]

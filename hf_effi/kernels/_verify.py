@@ -1,0 +1,268 @@
+"""The self-check of `patch`: replacement against original, forward and backward, on random input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._errors import KernelMismatchError, PatchError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: A replacement may be twice as far from the truth as the original is (the rule of flash-attention's tests), plus one
+#: rounding to the dtype on either side, plus fp32 arithmetic inside.
+FACTOR = 2.0
+ROUNDINGS = 2.0
+FP32_ROUNDINGS = 16.0
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """
+    How far one result of the replacement and of the original are from the truth, relative to its largest entry.
+
+    Args:
+        what (`str`): `"output 0"`, `"gradient of input 0"`, `"gradient of weight"`, ...
+        error (`float`): Of the replacement.
+        own_error (`float`): Of the original in the same dtype.
+        allowed (`float`): `2 * own_error` plus rounding.
+    """
+
+    what: str
+    error: float
+    own_error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the replacement is close enough; never true of NaN."""
+        return self.error <= self.allowed
+
+
+class _Call(nn.Module):
+    """Calls a function under `functional_call` with the parameters of some modules replaced."""
+
+    def __init__(self, modules: Sequence[nn.Module], function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.modules_used = nn.ModuleList(modules)
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _map_floats(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if _is_float(value):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_floats(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_floats(item, change) for key, item in value.items()}
+    return value
+
+
+def _floats(value: Any) -> Iterator[torch.Tensor]:
+    if _is_float(value):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _floats(item)
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(_WIDER.get(tensor.dtype, tensor.dtype)).requires_grad_(tensor.requires_grad)
+
+
+def _results(
+    modules: Sequence[nn.Module], function: Callable[..., Any], arguments: Arguments, *, wide: bool, backward: bool
+) -> dict[str, torch.Tensor | None]:
+    """Return outputs and gradients by name; with `wide`, of the same function with everything in a wider dtype."""
+    call = _Call(modules, function)
+    parameters = {name: _not_zero(p) for name, p in call.named_parameters() if _is_float(p)}
+    args, kwargs = _map_floats(arguments, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+    if wide:
+        parameters = {name: _widened(p) for name, p in parameters.items()}
+        args, kwargs = _map_floats((args, kwargs), _widened)
+    given = list(_floats((args, kwargs)))
+    before = [tensor.detach().clone() for tensor in given]
+    # A seed of its own: dropout draws the same mask each time, and the global generators stay where they are.
+    device = given[0].device if given else torch.device("cpu")
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, torch.set_grad_enabled(backward), torch.autocast(device.type, enabled=False):
+        torch.manual_seed(0)
+        outputs = list(_floats(torch.func.functional_call(call, parameters, args, kwargs)))
+    found: dict[str, torch.Tensor | None] = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    found |= {
+        f"input {i} after the call": now.detach()
+        for i, (was, now) in enumerate(zip(before, given, strict=True))
+        if not torch.equal(was, now)
+    }
+    if backward:
+        leaves = {f"gradient of input {i}": t for i, t in enumerate(given) if t.requires_grad}
+        prefix = "modules_used.0." if len(modules) == 1 else "modules_used."
+        leaves |= {f"gradient of {name.removeprefix(prefix)}": p for name, p in parameters.items() if p.requires_grad}
+        found |= _gradients(outputs, leaves)
+    return found
+
+
+def _not_zero(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a random stand-in for weights that are all zero, such as a fresh LoRA's `B`: they would hide an error."""
+    if parameter.detach().any():
+        return parameter
+    generator = torch.Generator().manual_seed(2)
+    stand_in = torch.randn(parameter.shape, generator=generator).to(parameter) / max(parameter.shape[-1], 1) ** 0.5
+    return stand_in.requires_grad_(parameter.requires_grad)
+
+
+def _gradients(outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    attached = [out for out in outputs if out.requires_grad]
+    if not attached or not leaves:
+        return dict.fromkeys(leaves)
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(out.shape, generator=generator).to(out) for out in attached]
+    found = torch.autograd.grad(attached, list(leaves.values()), directions, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
+    scale = truth.double().abs().max().item() if truth.numel() else 0.0
+    gap = (value.double() - truth.double()).abs().max().item() if truth.numel() else 0.0
+    if scale == 0.0:
+        return 0.0 if gap == 0.0 else math.inf
+    return gap / scale
+
+
+def compare(
+    modules: Sequence[nn.Module],
+    original: Callable[..., Any],
+    replacement: Callable[..., Any],
+    arguments: Arguments,
+    *,
+    backward: bool = True,
+) -> list[Deviation]:
+    """
+    Measure a replacement against the original and both against the original in a wider dtype.
+
+    `error = max|y - y_wide| / max|y_wide|` for each output, each gradient of a float input and of a trainable parameter,
+    allowed up to `2 * own_error + 2 eps(dtype) + 16 eps(float32)`. Gradients come from `torch.autograd.grad` along a
+    random direction: nothing is accumulated into `.grad`.
+
+    Args:
+        modules (`Sequence[nn.Module]`): Whose parameters the functions use.
+        original, replacement (`Callable`): Called with `arguments`.
+        arguments (`tuple`): `(args, kwargs)`; floats that require a gradient get one.
+        backward (`bool`, *optional*, defaults to `True`): Whether to compare gradients.
+
+    Raises:
+        PatchError: the original does not run on these arguments.
+        KernelMismatchError: the replacement fails, or gives another number, shape or dtype of results, or a gradient
+            where the original has none.
+    """
+    try:
+        wide = _results(modules, original, arguments, wide=True, backward=backward)
+        own = _results(modules, original, arguments, wide=False, backward=backward)
+    except Exception as error:
+        raise PatchError(
+            f"the original does not run on the input of the self-check: {type(error).__name__}: {error}. Pass "
+            "inputs={key: function}, where function(module, generator) returns its positional arguments as a tuple."
+        ) from error
+    try:
+        new = _results(modules, replacement, arguments, wide=False, backward=backward)
+    except PatchError:
+        raise
+    except Exception as error:  # whatever a kernel raises where it does not work: no driver, an unknown shape or dtype
+        raise KernelMismatchError(f"it does not run: {type(error).__name__}: {error}") from error
+    if own.keys() != new.keys():
+        only = sorted(own.keys() ^ new.keys())
+        raise KernelMismatchError(f"replacement and original do not return or change the same things: {only}")
+    deviations = []
+    for what, expected in own.items():
+        actual = new[what]
+        if _signature(expected) != _signature(actual):
+            raise KernelMismatchError(f"{what} is {_signature(actual)} and the original's is {_signature(expected)}")
+        if expected is None or actual is None:
+            continue
+        truth = wide[what]
+        own_error = _distance(expected, truth)
+        rounding = ROUNDINGS * torch.finfo(expected.dtype).eps + FP32_ROUNDINGS * torch.finfo(torch.float32).eps
+        deviations.append(Deviation(what, _distance(actual, truth), own_error, FACTOR * own_error + rounding))
+    return deviations
+
+
+def _signature(tensor: torch.Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+# --- random input of the right shapes ------------------------------------------------------------------------------
+
+_ROWS, _LENGTH = 2, 5
+# Rows of small magnitude make the epsilon of a norm matter: at 1e-3 the variance equals the usual 1e-6.
+_MAGNITUDES = (1.0, 1e-3)
+
+
+def _activations(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    magnitudes = torch.tensor(_MAGNITUDES).view(_ROWS, *[1] * (len(shape) - 1))
+    return torch.randn(shape, generator=generator) * magnitudes
+
+
+def input_width(module: nn.Module) -> int | None:
+    """Return the size of the last dimension that a module takes, as far as its weights tell."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 1:
+        return weight.numel()
+    for part in module.modules():
+        if isinstance(getattr(part, "in_features", None), int):
+            return part.in_features
+        if hasattr(part, "nf") and hasattr(part, "weight"):  # transformers' Conv1D holds its weight transposed
+            return part.weight.shape[0]
+    return None
+
+
+def hidden_states(name: str, module: nn.Module, generator: torch.Generator) -> Arguments:
+    """Return `(2, 5, width)` activations for a norm, a linear layer or an MLP."""
+    width = input_width(module)
+    if width is None:
+        raise PatchError(
+            f"cannot tell what input {name} ({type(module).__name__}) takes. Pass inputs={{key: function}}, where "
+            "function(module, generator) returns its positional arguments as a tuple."
+        )
+    return (_activations(generator, _ROWS, _LENGTH, width),), {}
+
+
+def rotary_arguments(module: nn.Module, generator: torch.Generator) -> Arguments:
+    """Return `q, k, cos, sin` for the attention `module`: `(2, heads, 5, head_dim)` and `(2, 5, rotary_dim)`."""
+    config = module.config
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    angles = torch.rand(_ROWS, _LENGTH, rotary_dim // 2, generator=generator) * 2 * math.pi
+    angles = torch.cat([angles, angles], dim=-1)
+    q, k = (torch.randn(_ROWS, count, _LENGTH, head_dim, generator=generator) for count in heads)
+    return (q, k, angles.cos(), angles.sin()), {}
+
+
+def loss_arguments(vocab_size: int, generator: torch.Generator) -> Arguments:
+    """Return logits `(2, 5, vocab_size)` and labels with two of them ignored."""
+    labels = torch.randint(vocab_size, (_ROWS, _LENGTH), generator=generator)
+    labels[:, 2] = -100
+    return (torch.randn(_ROWS, _LENGTH, vocab_size, generator=generator), labels, vocab_size), {}
+
+
+def placed(arguments: Arguments, dtype: torch.dtype, device: torch.device, differentiable: int) -> Arguments:
+    """Return the arguments on a device, floats in a dtype, and the first `differentiable` floats as leaves."""
+    args, kwargs = _map_floats(arguments, lambda t: t.to(dtype))
+    args = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+    for tensor in list(_floats(args))[:differentiable]:
+        tensor.requires_grad_()
+    return args, kwargs

@@ -1,0 +1,343 @@
+"""
+Fused LoRA linears: the projections that share an input compute their adapters together and save the input once.
+
+PEFT computes `y_i = W_i x + s_i B_i A_i x` for each projection by itself. With adapters in fp32, its default, each
+projection makes and keeps an fp32 copy of `x` outside autocast.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ._errors import PatchError
+from ._layers import Unit
+from ._targets import Target
+
+#: names of projections that are given the same input by the modules of transformers
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class LoRAWeights(NamedTuple):
+    """
+    One linear layer with one adapter.
+
+    Args:
+        weight (`Tensor`): `(out, in)`, or packed 4-bit weights.
+        bias (`Tensor`, *optional*): `(out,)`.
+        a (`Tensor`): `(r, in)`.
+        b (`Tensor`): `(out, r)`.
+        scale (`float`): `s`: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
+        quant_state (*optional*): bitsandbytes' description of packed weights.
+        compute_dtype (`torch.dtype`, *optional*): Dtype of the product with packed weights; `None`: that of `x`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    quant_state: Any = None
+    compute_dtype: torch.dtype | None = None
+
+
+class _Form(NamedTuple):
+    """What of [`LoRAWeights`] is no tensor, with the dtypes of this call."""
+
+    scale: float
+    quant_state: Any
+    dtype: torch.dtype  # of the product with W
+    out_dtype: torch.dtype
+
+
+def fused_lora_reference(x: Tensor, linears: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
+    """Return `W_i x + b_i + s_i B_i (A_i x)` for each layer, by autograd: what [`fused_lora`] is compared with."""
+    return tuple(
+        F.linear(x, w.weight, w.bias) + w.scale * F.linear(F.linear(x.to(w.a.dtype), w.a), w.b) for w in linears
+    )
+
+
+def fused_lora(x: Tensor, linears: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
+    """
+    Compute `y_i = W_i x + b_i + s_i B_i (A_i x)` for layers that share `x`, with one save of `x`.
+
+    Forward: `U = x [A_1; ...; A_n]^T` in one product, `y_i = W_i x + b_i`, `y_i += s_i U_i B_i^T` in place. Saved: `x`
+    and `U`. Backward: `dU_i = s_i dy_i B_i`, `dB_i = s_i dy_i^T U_i`, `dA = dU^T x`,
+    `dx = sum_i dy_i W_i + dU [A_1; ...; A_n]` in one buffer. Packed weights are unpacked once a forward and once a
+    backward. LoRA: https://arxiv.org/abs/2106.09685, equation 3.
+
+    Args:
+        x (`Tensor`): `(..., in)`.
+        linears (`Sequence[LoRAWeights]`): At least one, all with the same `in` and one dtype of adapters.
+
+    Returns:
+        `tuple[Tensor, ...]`: `(..., out_i)`, in the dtypes that PEFT returns.
+
+    Example:
+    ```python
+    >>> import torch
+    >>> eye = torch.eye(2)
+    >>> w = LoRAWeights(weight=eye, bias=None, a=torch.ones(1, 2), b=torch.ones(2, 1), scale=0.5)
+    >>> fused_lora(torch.tensor([[1.0, 3.0]]), [w])[0]
+    tensor([[3., 5.]])
+    ```
+    """
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which autocast leaves alone
+    autocast_dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
+    adapter_dtype = autocast_dtype or linears[0].a.dtype
+    forms = tuple(
+        _Form(
+            w.scale,
+            w.quant_state,
+            autocast_dtype or w.compute_dtype or x.dtype,
+            # bitsandbytes returns the dtype of its input, a plain linear layer what autocast makes of it.
+            x.dtype if w.quant_state is not None else autocast_dtype or x.dtype,
+        )
+        for w in linears
+    )
+    tensors = [tensor for w in linears for tensor in (w.weight, w.bias, w.a, w.b)]
+    with torch.autocast(x.device.type, enabled=False):
+        if len(dtypes := {adapter_dtype, *(form.dtype for form in forms)}) == 1:
+            x = x.to(dtypes.pop())  # outside of the Function: what is saved is the narrow copy
+        return _FusedLoRA.apply(x, forms, adapter_dtype, *tensors)
+
+
+def _dense(weight: Tensor, form: _Form) -> Tensor:
+    if form.quant_state is not None:
+        weight = _bitsandbytes().dequantize_4bit(weight, form.quant_state)
+    return weight.to(form.dtype)
+
+
+@functools.cache
+def _bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
+
+
+def _quadruples(tensors: Sequence[Any]) -> list[tuple[Any, Any, Any, Any]]:
+    return list(zip(tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4], strict=True))
+
+
+class _FusedLoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, forms: tuple[_Form, ...], adapter_dtype: torch.dtype, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        linears = _quadruples(tensors)
+        stacked = torch.cat([a for _, _, a, _ in linears]).to(adapter_dtype)
+        inner = rows.to(adapter_dtype) @ stacked.t()
+        outputs = []
+        for form, (weight, bias, _, b), u in zip(forms, linears, _split(inner, linears), strict=True):
+            bias = None if bias is None else bias.to(form.dtype)
+            y = F.linear(rows.to(form.dtype), _dense(weight, form), bias).to(adapter_dtype)
+            y = y.addmm_(u, b.to(adapter_dtype).t(), alpha=form.scale).to(form.out_dtype)
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+        ctx.save_for_backward(x, inner, *tensors)
+        ctx.forms, ctx.adapter_dtype = forms, adapter_dtype
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, inner, *tensors = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return _backward(ctx, x, inner, tensors, grads)
+
+
+def _backward(
+    ctx: Any, x: Tensor, inner: Tensor, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    rows, dtype, linears = x.reshape(-1, x.shape[-1]), ctx.adapter_dtype, _quadruples(tensors)
+    needed = _quadruples(ctx.needs_input_grad[3:])
+    grad_inner, grad_x = torch.zeros_like(inner), None
+    found: list[Tensor | None] = []
+    parts = zip(ctx.forms, linears, needed, grads, _split(inner, linears), _split(grad_inner, linears), strict=True)
+    for form, (weight, bias, _, b), (wants_weight, wants_bias, _, wants_b), grad, u, grad_u in parts:
+        if grad is None:
+            found += [None] * 4
+            continue
+        grad = grad.reshape(-1, grad.shape[-1])
+        low, dense = grad.to(dtype), grad.to(form.dtype)
+        torch.mm(low, b.to(dtype), out=grad_u).mul_(form.scale)
+        if ctx.needs_input_grad[0]:
+            grad_x = _plus_product(grad_x, dense, _dense(weight, form), rows.dtype)
+        found += [
+            (dense.t() @ rows.to(form.dtype)).to(weight.dtype) if wants_weight else None,
+            dense.sum(0).to(bias.dtype) if wants_bias else None,
+            None,
+            (form.scale * (low.t() @ u)).to(b.dtype) if wants_b else None,
+        ]
+    stacked = torch.cat([a for _, _, a, _ in linears])
+    if any(wants_a for _, _, wants_a, _ in needed):
+        grad_stacked = (grad_inner.t() @ rows.to(dtype)).to(stacked.dtype)
+        for index, part in enumerate(_split(grad_stacked, linears, dim=0)):
+            if needed[index][2] and grads[index] is not None:
+                found[4 * index + 2] = part
+    if ctx.needs_input_grad[0]:
+        grad_x = _plus_product(grad_x, grad_inner, stacked.to(dtype), rows.dtype).view(x.shape)
+    return grad_x, None, None, *found
+
+
+def _split(tensor: Tensor, linears: Sequence[tuple[Any, ...]], dim: int = -1) -> tuple[Tensor, ...]:
+    return tensor.split([a.shape[0] for _, _, a, _ in linears], dim)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `total + left @ right` in `total`'s memory, without a temporary where the dtypes agree."""
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
+
+
+# --- PEFT layers ---------------------------------------------------------------------------------------------------
+
+
+def _reject(name: str, reason: str) -> PatchError:
+    return PatchError(f"FusedLoRALinear cannot compute {name}: {reason}")
+
+
+def _check_layer(name: str, module: Any) -> None:
+    """Refuse what is fixed when the adapters are made."""
+    kind = type(module)
+    if not kind.__module__.startswith("peft.tuners.lora.") or kind.__name__ not in ("Linear", "Linear4bit"):
+        raise _reject(name, f"{kind.__module__}.{kind.__name__} is not PEFT's lora.Linear or lora.Linear4bit.")
+    base = type(module.base_layer)
+    if base is not nn.Linear and base.__name__ != "Linear4bit":
+        raise _reject(name, f"its base layer is a {base.__name__}; torch.nn.Linear and bitsandbytes' Linear4bit work.")
+    for part in (module.base_layer, *module.lora_A.values(), *module.lora_B.values()):
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+            raise _reject(
+                name, f"its {type(part).__name__} has hooks or a forward of its own, which would be skipped."
+            )
+    _read(name, module)
+
+
+def _read(name: str, module: Any) -> LoRAWeights | None:
+    """
+    Return the weights as they are at this moment, or `None` where PEFT would compute the base layer only.
+
+    Raises:
+        PatchError: several active adapters, a variant such as DoRA, dropout while training, or a bias in the adapter.
+    """
+    if module.disable_adapters or module.merged:
+        return None
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise _reject(
+            name, f"{len(active)} adapters are active ({', '.join(active)}). Activate one: set_adapter(name)."
+        )
+    (adapter,) = active
+    if adapter in module.lora_variant:
+        variant = type(module.lora_variant[adapter]).__name__
+        raise _reject(name, f"adapter {adapter!r} is a {variant}. Plain LoRA and rsLoRA work; set use_dora=False.")
+    dropout = getattr(module.lora_dropout[adapter], "p", 0.0)
+    if dropout and module.training:
+        raise _reject(name, f"lora_dropout={dropout} of adapter {adapter!r}. Set lora_dropout=0.")
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    if b.bias is not None:
+        raise _reject(name, f"adapter {adapter!r} has a bias. Set lora_bias=False.")
+    base, scale = module.base_layer, module.scaling[adapter]
+    if type(base) is nn.Linear:
+        return LoRAWeights(base.weight, base.bias, a.weight, b.weight, scale)
+    state = base.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return None  # repacked for inference on a CPU: only bitsandbytes' own kernel reads that
+    return LoRAWeights(base.weight, base.bias, a.weight, b.weight, scale, state, base.compute_dtype)
+
+
+class _Siblings:
+    """
+    Projections that share an input. The first one that is called computes all, the others take their result.
+
+    A result is handed out for the very tensor that it was computed from. What is left over when a recompute stops early
+    is dropped at the next call.
+    """
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.names = [target.name for target in targets]
+        self.modules = [target.module for target in targets]
+        self.originals = [target.original for target in targets]
+        self.input: Tensor | None = None
+        self.waiting: dict[int, Tensor] = {}
+
+    def run(self, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mine = _read(self.names[index], self.modules[index])
+        if mine is None or args or kwargs or torch.compiler.is_compiling():
+            return self.originals[index](x, *args, **kwargs)
+        if index in self.waiting:
+            y = self.waiting.pop(index)
+            shared = self.input is x
+            self.input = self.input if self.waiting else None
+            return y if shared else fused_lora(x, [mine])[0]
+        read = {i: _read(name, module) for i, (name, module) in enumerate(zip(self.names, self.modules, strict=True))}
+        present = {i: weights for i, weights in read.items() if weights is not None}
+        self.waiting = dict(zip(present, fused_lora(x, list(present.values())), strict=True))
+        y = self.waiting.pop(index)
+        self.input = x if self.waiting else None
+        return y
+
+
+class FusedLoRALinear:
+    """
+    A value of [`~hf_effi.patch`] for the key `"LoRALinear"`: PEFT's linear LoRA layers, grouped by shared input.
+
+    Reads the adapter at every call, so that `disable_adapter`, `merge_adapter` and `set_adapter` act as usual. rsLoRA
+    works through its scale. Base layers are `torch.nn.Linear`, trained or frozen, or bitsandbytes' `Linear4bit`. Inside a
+    compiled graph PEFT's own forward runs.
+
+    Args:
+        siblings (`Sequence[Sequence[str]]`, *optional*): Names of children of one module that are given the same input.
+            Default: `(q_proj, k_proj, v_proj)` and `(gate_proj, up_proj)`.
+
+    Raises:
+        PatchError: when applied or when called: several active adapters, DoRA and other variants, `lora_dropout > 0`
+            while training, `lora_bias`, other base layers, hooks inside the layer.
+
+    Example:
+    ```python
+    with patch(peft_model, {"LoRALinear": FusedLoRALinear()}):
+        trainer.train()
+    ```
+    """
+
+    def __init__(self, siblings: Sequence[Sequence[str]] = SIBLINGS) -> None:
+        if isinstance(siblings, str) or any(isinstance(group, str) for group in siblings):
+            raise PatchError(f"siblings={siblings!r} must be groups of names, such as (('q_proj', 'k_proj'),).")
+        self.siblings = tuple(tuple(group) for group in siblings)
+
+    def units(self, targets: Sequence[Target]) -> list[Unit]:
+        """Return one unit for each group of siblings among the targets."""
+        groups: dict[tuple[str, Any], list[Target]] = {}
+        for target in targets:
+            _check_layer(target.name, target.module)
+            parent, _, child = target.name.rpartition(".")
+            group = next((group for group in self.siblings if child in group), child)
+            groups.setdefault((parent, group), []).append(target)
+        return [self._unit(group) for group in groups.values()]
+
+    @staticmethod
+    def _unit(targets: Sequence[Target]) -> Unit:
+        siblings = _Siblings(targets)
+        runs = [functools.partial(siblings.run, index) for index in range(len(targets))]
+        return Unit(
+            targets,
+            runs,
+            _together(siblings.originals),
+            _together(runs),
+            siblings.modules,
+            f"FusedLoRALinear x{len(targets)}",
+        )
+
+
+def _together(functions: Sequence[Callable[..., Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda x: tuple(function(x) for function in functions)

@@ -1,0 +1,235 @@
+"""Each decoder layer keeps its activations in its own way: `keep`, `selective`, `checkpoint` or `offload`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..functional.layer_plan import MODES
+from .offload import ActivationOffloader
+
+#: attention operators whose output is cheap to keep and dear to recompute; a name a torch build lacks is skipped
+_ATTENTION_OPS = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "torch_attn::_varlen_attn",
+)
+
+
+class LayerModeError(ValueError):
+    """The model or its checkpointing set-up does not allow a mode for each layer; the message names the fix."""
+
+
+def is_attention_op(op: Any) -> bool:
+    """Return whether a dispatched operator is fused attention: SDPA, torch's varlen op, or a flash-attn kernel."""
+    name = op.name() if hasattr(op, "name") and callable(op.name) else str(op)
+    # flash-attn registers its kernels under namespaces with a hash in them.
+    return name.partition(".")[0] in _ATTENTION_OPS or "flash_attn" in name
+
+
+def selective_contexts(save_ops: Iterable[Any] = ()) -> Callable[[], tuple[Any, Any]]:
+    """
+    Return a `context_fn` for `torch.utils.checkpoint` that saves attention and recomputes everything else.
+
+    Args:
+        save_ops (`Iterable[OpOverload]`, *optional*, defaults to `()`): Further operators to save, such as
+            `torch.ops.mylib.op.default`. Without an overload (`torch.ops.mylib.op`) all its overloads are meant.
+    """
+    saved = set()
+    for op in save_ops:
+        if isinstance(op, torch._ops.OpOverload):
+            saved.add(op)
+        elif isinstance(op, torch._ops.OpOverloadPacket):
+            saved |= {getattr(op, overload) for overload in op.overloads()}
+        else:
+            raise LayerModeError(f"save_ops holds {op!r}: operators look like torch.ops.aten.mm.default.")
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = op in saved or is_attention_op(op)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return partial(create_selective_checkpoint_contexts, policy)
+
+
+def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """
+    Return the layers that gradient checkpointing treats one by one, in order.
+
+    Raises:
+        LayerModeError: the model has none, or checkpointing is off in one of them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise LayerModeError(
+            f"{type(model).__name__} has no GradientCheckpointingLayer (transformers' base of decoder layers), so its "
+            "layers cannot be checkpointed one by one. Use a model of transformers."
+        )
+    off = sum(not layer.gradient_checkpointing for layer in layers)
+    if off:
+        raise LayerModeError(
+            f"gradient checkpointing is off in {off} of the {len(layers)} layers of {type(model).__name__}. Set "
+            "gradient_checkpointing=True in the training arguments, without every_n_layers; without a Trainer, call "
+            "model.activation_checkpointing_enable() first."
+        )
+    return layers
+
+
+class _LayerMode:
+    """Stands in for a layer's `_gradient_checkpointing_func`, as long as its checkpointing is on."""
+
+    def __init__(self, mode: str, run: Callable[..., Any], layer: GradientCheckpointingLayer) -> None:
+        if other := _installed_on(layer):
+            raise LayerModeError(
+                f"the layer already has the mode {other.mode!r} from other code. Use one callback for the modes of all "
+                "layers; after a run that failed, call `release_layers(model)`."
+            )
+        self.mode, self.run = mode, run
+        self._claim(layer, ())
+        # TRL switches checkpointing off and on again around each generation, which puts its own function back.
+        self.hook = layer.register_forward_pre_hook(self._claim)
+
+    def _claim(self, layer: GradientCheckpointingLayer, args: tuple[Any, ...]) -> None:
+        found = layer.__dict__.get("_gradient_checkpointing_func")
+        if found is not self and layer.gradient_checkpointing:
+            _check_upstream(found, self.mode)
+            self.upstream = found
+            layer._gradient_checkpointing_func = self
+
+    def release(self, layer: GradientCheckpointingLayer) -> None:
+        self.hook.remove()
+        if layer.__dict__.get("_gradient_checkpointing_func") is self:
+            layer._gradient_checkpointing_func = self.upstream
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.run(self.upstream, function, *args)
+
+
+def _installed_on(layer: torch.nn.Module) -> _LayerMode | None:
+    owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, _LayerMode)), None)
+
+
+def _check_upstream(found: Any, mode: str) -> None:
+    """Refuse a checkpoint function that a mode could not be built on."""
+    if mode in ("keep", "checkpoint"):
+        return
+    if getattr(found, "func", None) is not checkpoint:
+        raise LayerModeError(
+            f"mode {mode!r} builds on torch.utils.checkpoint, but the layer checkpoints with {found!r}. Take `offload` "
+            "out of the checkpointing kwargs, and do not combine it with another package's checkpointing."
+        )
+    if found.keywords.get("use_reentrant") is not False:
+        raise LayerModeError(
+            f"mode {mode!r} needs non-reentrant checkpointing, got use_reentrant="
+            f"{found.keywords.get('use_reentrant')!r}. Set gradient_checkpointing_kwargs={{'use_reentrant': False}}."
+        )
+    if mode == "selective" and "context_fn" in found.keywords:
+        raise LayerModeError(
+            "mode 'selective' sets context_fn, but the checkpointing kwargs have one already (TRL's 'selective': True "
+            "does that). Take it out, or leave the layers to it."
+        )
+
+
+def _keep(upstream: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _checkpoint(upstream: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    return upstream(function, *args)
+
+
+class LayerModes:
+    """
+    Give each decoder layer its own way to keep activations for the backward pass. Gradients do not change.
+
+    | mode | kept on the device | recomputed |
+    |---|---|---|
+    | `keep` | everything that autograd saves | nothing |
+    | `selective` | the layer's input and the attention outputs | everything but attention |
+    | `checkpoint` | the layer's input | the layer |
+    | `offload` | nothing: the input waits on the host | the layer |
+
+    It acts through `layer._gradient_checkpointing_func`, which transformers reads from each layer, while gradient
+    checkpointing is on; [`undo`] leaves the model's `__dict__` as it was.
+
+    Args:
+        model (`PreTrainedModel`): A model with gradient checkpointing on (non-reentrant, the default).
+        modes (`str` or `Sequence[str]`): One mode for all layers, or one a layer.
+        save_ops (`Iterable`, *optional*): Operators that `selective` saves besides attention.
+
+    Raises:
+        LayerModeError: a mode is unknown, there is not one a layer, checkpointing is off or reentrant.
+
+    Example:
+    ```python
+    model.activation_checkpointing_enable()
+    with LayerModes(model, ["offload"] * 30 + ["keep"] * 2):
+        model(**batch).loss.backward()
+    ```
+    """
+
+    def __init__(self, model: torch.nn.Module, modes: str | Sequence[str], save_ops: Iterable[Any] = ()) -> None:
+        self.layers = decoder_layers(model)
+        self.modes = (modes,) * len(self.layers) if isinstance(modes, str) else tuple(modes)
+        unknown = sorted(set(map(str, self.modes)) - set(MODES))
+        if unknown:
+            raise LayerModeError(f"unknown modes {unknown}. Known: {', '.join(MODES)}.")
+        if len(self.modes) != len(self.layers):
+            raise LayerModeError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one a layer.")
+        self.offloader = ActivationOffloader() if "offload" in self.modes else None
+        self._context_fn = selective_contexts(save_ops)
+        self._installed: list[_LayerMode] = []
+
+    def apply(self) -> LayerModes:
+        """Put the modes on; return `self`."""
+        try:
+            for index, (layer, mode) in enumerate(zip(self.layers, self.modes, strict=True)):
+                self._installed.append(_LayerMode(mode, self._runner(index), layer))
+        except LayerModeError:
+            self.undo()
+            raise
+        return self
+
+    def undo(self) -> None:
+        """Take the modes off again."""
+        for layer, installed in zip(self.layers, self._installed, strict=False):
+            installed.release(layer)
+        self._installed = []
+
+    def __enter__(self) -> LayerModes:
+        return self.apply()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.undo()
+
+    def _runner(self, index: int) -> Callable[..., Any]:
+        """Return what runs layer `index`: called with upstream's checkpoint function, the forward and its inputs."""
+        runners = {
+            "keep": _keep,
+            "checkpoint": _checkpoint,
+            "selective": self._selective,
+            "offload": self._offload,
+        }
+        return runners[self.modes[index]]
+
+    def _selective(self, upstream: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+        return upstream(function, *args, context_fn=self._context_fn)
+
+    def _offload(self, upstream: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+        with self.offloader.saving():
+            return upstream(function, *args)
+
+
+def release_layers(model: torch.nn.Module) -> None:
+    """Take all modes off `model`, whoever put them on: for after a run that failed before it could."""
+    for module in model.modules():
+        if installed := _installed_on(module):
+            installed.release(module)

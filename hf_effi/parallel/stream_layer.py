@@ -1,0 +1,297 @@
+"""StreamLayer: the backward of a decoder layer, a chunk of tokens at a time, through the layer's own code.
+
+A causal layer needs of earlier chunks only their keys and values, which every decoder layer of transformers takes from a
+cache. So a chunk is an ordinary call of the layer with the earlier keys and values in a cache, whatever its norms,
+projections (LoRA, quantized) and position embedding are, and nothing of the layer is written again here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.sequence import chunk_bounds, chunk_segments
+from .patch_handle import PatchHandle
+
+#: arguments of a layer that are per token along dimension 1
+_PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx", "shift_labels")
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class _KeysKnown(Exception):
+    """Ends a layer's forward where its keys and values are known."""
+
+
+class _Prefix:
+    """The cache that a chunk sees: puts the earlier keys and values in front of its own, and remembers both."""
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, stop: bool = False) -> None:
+        self.keys, self.values, self.stop = keys, values, stop
+        self.new: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.new = keys, values
+        if self.stop:
+            raise _KeysKnown
+        if self.keys is None:
+            return keys, values
+        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+
+@dataclass
+class _Chunk:
+    """Tokens `[start, end)`, which attend to tokens from `first_key` on, and the layer's arguments but the mask."""
+
+    start: int
+    end: int
+    first_key: int
+    arguments: dict[str, Any]
+
+
+class _Call:
+    """One call of one layer: its chunks, and the autocast state to run them in."""
+
+    def __init__(self, layer: Any, arguments: dict[str, Any], x: Tensor, num_chunks: int) -> None:
+        self.layer, self.device = layer, x.device.type
+        self.parameters = [weight for weight in layer.parameters() if weight.requires_grad]
+        self.mask = arguments.get("attention_mask")
+        self.implementation = layer.self_attn.config._attn_implementation
+        bounds = chunk_bounds(x.shape[1], num_chunks)
+        self.chunks = [_cut(arguments, *bound, masked=self.implementation in ("sdpa", "eager")) for bound in bounds]
+        self.autocast = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The layer without its checkpointing, which this replaces."""
+        before = self.layer.__dict__.get("gradient_checkpointing")
+        self.layer.__dict__["gradient_checkpointing"] = False
+        try:
+            # Without autocast's cache: the forward's copies of the weights have no graph.
+            with torch.autocast(self.device, *self.autocast, cache_enabled=False):
+                yield
+        finally:
+            del self.layer.__dict__["gradient_checkpointing"]
+            if before is not None:
+                self.layer.__dict__["gradient_checkpointing"] = before
+
+    def run(self, x: Tensor, chunk: _Chunk, prefix: _Prefix) -> Tensor:
+        # Made for the moment: a mask of every chunk, kept, would be half of the square that there is to avoid.
+        mask = _cut_mask(self.mask, chunk, self.implementation, x.device)
+        out = type(self.layer).forward(self.layer, x, attention_mask=mask, past_key_values=prefix, **chunk.arguments)
+        if not isinstance(out, Tensor) or prefix.new is None:
+            raise ValueError(
+                f"StreamLayer: {type(self.layer).__name__} returns a {type(out).__name__} or keeps no keys and values in "
+                "its cache. It streams layers that return their hidden states and attend by keys and values."
+            )
+        return out
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return those of all chunks but the last, `(batch, heads, tokens, head_dim)`, without the rest of the layer."""
+        found = []
+        for chunk in self.chunks[:-1]:
+            prefix = _Prefix(stop=True)
+            with contextlib.suppress(_KeysKnown):
+                self.run(x[:, chunk.start : chunk.end], chunk, prefix)
+            found.append(prefix.new)
+        keys, values = zip(*found, strict=True)
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+
+
+class _StreamedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: _Call, *parameters: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x)
+        out, keys, values = torch.empty_like(x), None, None
+        with call.running():
+            for chunk in call.chunks:
+                if keys is not None:
+                    keep = chunk.start - chunk.first_key
+                    keys, values = (t.narrow(-2, t.shape[-2] - keep, keep) for t in (keys, values))
+                prefix = _Prefix(keys, values)
+                out[:, chunk.start : chunk.end] = call.run(x[:, chunk.start : chunk.end], chunk, prefix)
+                new_keys, new_values = prefix.new
+                keys = new_keys if keys is None else torch.cat([keys, new_keys], dim=-2)
+                values = new_values if values is None else torch.cat([values, new_values], dim=-2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call, (x,) = ctx.call, ctx.saved_tensors
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        sums: list[Tensor | None] = [None] * len(call.parameters)
+        with call.running():
+            past = None
+            if len(call.chunks) > 1:
+                keys, values = call.keys_and_values(x)
+                past = keys, values, _zeros(keys), _zeros(values)
+            # From the last chunk on: when a chunk's turn comes, all that attend to it have been there.
+            for chunk in reversed(call.chunks):
+                grad_chunk, grads = _chunk_backward(call, chunk, x, grad, past, grad_x is not None)
+                if grad_x is not None:
+                    grad_x[:, chunk.start : chunk.end] = grad_chunk
+                for index, found in enumerate(grads):
+                    if found is not None:
+                        sums[index] = _zeros(found) if sums[index] is None else sums[index]
+                        sums[index].add_(found)
+        grads = (None if s is None else s.to(p.dtype) for s, p in zip(sums, call.parameters, strict=True))
+        return grad_x, None, *grads
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """In fp32 at least: half precision would round a sum over chunks at every chunk."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _chunk_backward(
+    call: _Call, chunk: _Chunk, x: Tensor, grad: Tensor, past: tuple[Tensor, ...] | None, needs_x: bool
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """
+    Run one chunk forward and backward; `past` is `(K, V, dK, dV)` of all chunks but the last.
+
+    Reads the chunk's own part of `dK, dV` and adds to those of the chunks before it.
+    """
+    own, before = slice(chunk.start, chunk.end), slice(chunk.first_key, chunk.start)
+    tokens = x[:, own].detach().requires_grad_(needs_x)
+    leaves = []
+    if chunk.start > chunk.first_key:
+        leaves = [t[..., before, :].detach().requires_grad_() for t in past[:2]]
+    prefix = _Prefix(*leaves)
+    with torch.enable_grad():
+        out = call.run(tokens, chunk, prefix)
+    outputs, grads = [out], [grad[:, own]]
+    if past is not None and chunk.end <= past[0].shape[-2]:
+        for new, total in zip(prefix.new, past[2:], strict=True):
+            if new.requires_grad:
+                outputs.append(new)
+                grads.append(total[..., own, :].to(new.dtype))
+    inputs = [*([tokens] if needs_x else []), *leaves, *call.parameters]
+    found = list(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+    grad_tokens = found.pop(0) if needs_x else None
+    for index in range(len(leaves)):
+        past[2 + index][..., before, :] += found[index]
+    return grad_tokens, found[len(leaves) :]
+
+
+def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
+    """
+    Run every decoder layer in chunks of tokens, and its backward a chunk at a time: StreamBP, exactly the same gradients.
+
+    A layer keeps its input only, as with checkpointing, which it replaces for these layers; its backward holds the
+    activations of `1 / num_chunks` of the tokens, and keys and values of all. For output `Z` in chunks,
+    `dL/dW = sum_i (dZ_i/dW)^T dL/dZ_i`. The parameters are inputs of the autograd Function, so that DDP, FSDP2, any loss
+    and any trainer keep working. StreamBP, https://arxiv.org/abs/2506.03077.
+
+    Args:
+        model (`torch.nn.Module`): Decoder of transformers whose layers have a causal `self_attn` and return their hidden
+            states (Llama, Mistral, Qwen, Gemma, OLMo, ...), plain or wrapped by PEFT. Attention: `sdpa`, `eager` or
+            flash; sliding windows, packed and padded rows as the model has them.
+        num_chunks (`int`, *optional*, defaults to 3): Chunks of a sequence, at least 1; StreamBP's own advice is 3.
+
+    Returns:
+        [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
+
+    Raises:
+        ValueError: no such layer or a bad `num_chunks`; at the call, in training: dropout, a filled cache, flex attention,
+            attention weights asked for, or a per-token argument that is not known here.
+
+    Example:
+    ```python
+    with stream_layers(model, num_chunks=4):
+        Trainer(model, args, train_dataset=rows).train()
+    ```
+    """
+    if not isinstance(num_chunks, int) or isinstance(num_chunks, bool) or num_chunks < 1:
+        raise ValueError(f"num_chunks={num_chunks!r} must be an integer of at least 1.")
+    found = {name: module for name, module in model.named_modules() if _is_decoder_layer(module)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder layer that can be streamed: none of its modules has a causal "
+            "`self_attn` with a config."
+        )
+    handle = PatchHandle()
+    for name, layer in found.items():
+        handle.replace(
+            name, layer, "forward", MethodType(functools.partial(_streamed_forward, num_chunks=num_chunks), layer)
+        )
+    return handle
+
+
+def _is_decoder_layer(module: nn.Module) -> bool:
+    attention = getattr(module, "self_attn", None)
+    return hasattr(attention, "config") and getattr(attention, "is_causal", False) is True
+
+
+def _streamed_forward(layer: nn.Module, hidden_states: Tensor, *, num_chunks: int, **arguments: Any) -> Any:
+    if not (layer.training and torch.is_grad_enabled()):
+        return type(layer).forward(layer, hidden_states, **arguments)
+    _check_call(layer, arguments)
+    call = _Call(layer, arguments, hidden_states, num_chunks)
+    return _StreamedLayer.apply(hidden_states, call, *call.parameters)
+
+
+def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
+    cache = arguments.get("past_key_values")
+    if cache is not None and cache.get_seq_length(layer.self_attn.layer_idx):
+        raise ValueError("StreamLayer: the cache holds keys already. In training pass no past_key_values.")
+    if arguments.get("output_attentions"):
+        raise ValueError("StreamLayer: output_attentions=True is not possible in training: weights come in chunks.")
+    dropout = {name: m.p for name, m in layer.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    if getattr(layer.self_attn, "attention_dropout", 0.0) > 0:
+        dropout["self_attn.attention_dropout"] = layer.self_attn.attention_dropout
+    if dropout:
+        raise ValueError(f"StreamLayer: dropout {dropout}: chunks are computed twice, with other masks. Set it to 0.")
+
+
+def _cut(arguments: dict[str, Any], start: int, end: int, masked: bool) -> _Chunk:
+    """Return the chunk `[start, end)` with its part of every argument; `masked` attention reads no segment boundaries."""
+    mine, first_key = {}, 0
+    if arguments.get("cu_seq_lens_q") is not None and not masked:
+        mine, first_key = _cut_packing(arguments["cu_seq_lens_q"], start, end)
+    for name, value in arguments.items():
+        if name in (*_PACKING, "attention_mask", "past_key_values"):
+            continue
+        if name in _PER_TOKEN and value is not None:
+            mine[name] = value[:, start:end] if isinstance(value, Tensor) else tuple(t[:, start:end] for t in value)
+        elif isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"StreamLayer: {name} {tuple(value.shape)} is not an argument it can cut into chunks.")
+        else:
+            mine[name] = value
+    return _Chunk(start, end, first_key, mine)
+
+
+def _cut_packing(cu_seq_lens: Tensor, start: int, end: int) -> tuple[dict[str, Any], int]:
+    queries, keys, first_key = chunk_segments(cu_seq_lens.tolist(), start, end)
+    tensors = [torch.tensor(cu, dtype=cu_seq_lens.dtype, device=cu_seq_lens.device) for cu in (queries, keys)]
+    longest = [max(after - before for before, after in zip(cu, cu[1:], strict=False)) for cu in (queries, keys)]
+    return dict(zip(_PACKING, (*tensors, *longest), strict=True)), first_key
+
+
+def _cut_mask(mask: Any, chunk: _Chunk, implementation: str, device: torch.device) -> Tensor | None:
+    rows, keys = slice(chunk.start, chunk.end), slice(chunk.first_key, chunk.end)
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        return mask[..., rows, keys]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and "flash" in implementation:
+        return mask[:, keys]
+    packed = "flash" in implementation or "varlen" in implementation
+    before = chunk.start - chunk.first_key
+    if mask is None and (packed or (implementation == "sdpa" and not before)):
+        return None
+    if mask is None and implementation == "sdpa":
+        # torch's `is_causal` would align the first query with the first key.
+        size = chunk.end - chunk.start
+        return torch.ones(1, 1, size, before + size, dtype=torch.bool, device=device).tril(before)
+    raise ValueError(
+        f"StreamLayer: attn_implementation={implementation!r} with a mask of type {type(mask).__name__} cannot be cut "
+        "into chunks. Use sdpa, flash attention, or eager with its 4-D mask."
+    )

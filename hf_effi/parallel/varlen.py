@@ -1,0 +1,291 @@
+"""`hf_effi_varlen`: packed, padded and sparse attention for transformers models without the flash-attn package."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.modeling_utils import AttentionInterface
+
+from ..functional.segment_attention import AttentionPattern, segment_attention
+
+#: what `attn_implementation=` takes
+VARLEN_ATTENTION = "hf_effi_varlen"
+#: field of the model config with one entry a layer: the arguments of an `AttentionPattern`, or `None` for full attention
+PATTERNS_FIELD = "hf_effi_attention_patterns"
+_MAX_HEAD_DIM = 256
+
+
+class VarlenAttentionError(ValueError):
+    """The call asks for something that this attention does not do; the message names what does."""
+
+
+class _Segments(NamedTuple):
+    """Documents of a batch in flat order; `index_q`, `index_k` pick the real tokens, `None` where all are."""
+
+    bounds_q: torch.Tensor
+    bounds_k: torch.Tensor
+    max_q: int
+    max_k: int
+    index_q: torch.Tensor | None = None
+    index_k: torch.Tensor | None = None
+
+
+def register_varlen_attention() -> str:
+    """
+    Make `attn_implementation="hf_effi_varlen"` known to transformers, and return that name.
+
+    On CUDA it is torch's own variable-length flash attention (`torch.nn.attention.varlen`, bf16 or fp16); elsewhere one
+    SDPA call a document. Documents never see each other: their bounds come from `cu_seq_lens_q`, else from the 2-D
+    padding mask together with `position_ids` that start again. No mask of `length x length` is built.
+
+    Example:
+    ```python
+    name = register_varlen_attention()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=name, dtype="bfloat16")
+    SFTTrainer(model, SFTConfig("out", packing=True), train_dataset=rows).train()
+    ```
+    """
+    AttentionInterface.register(VARLEN_ATTENTION, varlen_attention_forward)
+    AttentionMaskInterface.register(VARLEN_ATTENTION, flash_attention_mask)
+    return VARLEN_ATTENTION
+
+
+def set_attention_patterns(model: Any, patterns: Sequence[AttentionPattern | None]) -> None:
+    """
+    Give each layer of a model its attention pattern, and switch the model to `hf_effi_varlen`, which reads them.
+
+    The patterns are stored in the config and so in every checkpoint; a model loaded from one needs
+    `attn_implementation="hf_effi_varlen"` again.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        patterns (`Sequence[AttentionPattern or None]`): One a layer; `None` is what the model does anyway.
+
+    Raises:
+        VarlenAttentionError: not one pattern a layer.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(patterns) != layers:
+        raise VarlenAttentionError(f"{len(patterns)} patterns for {layers} layers: give one a layer.")
+    model.set_attn_implementation(register_varlen_attention())
+    stored = [None if pattern is None else pattern.as_dict() for pattern in patterns]
+    setattr(model.config.get_text_config(), PATTERNS_FIELD, stored)
+
+
+def varlen_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention function of transformers' interface: `(batch, heads, length, head_dim)` in, `(batch, length, heads,
+    head_dim)` out.
+
+    Raises:
+        VarlenAttentionError: dropout, soft-capped logits, learned sinks, a 4-D mask, attention weights as an output; on
+            CUDA fp32, or heads wider than 256.
+    """
+    _refuse(module, attention_mask, dropout, kwargs)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    pattern = _pattern_of(module, sliding_window)
+    batch, _, length, _ = query.shape
+    if cu_seq_lens_q is not None:
+        segments = _given_segments(batch * length, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    else:
+        segments = _find_segments(batch, length, key.shape[2], attention_mask, position_ids, query.device)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    if segments.index_q is not None:
+        q, k, v = q[segments.index_q], k[segments.index_k], v[segments.index_k]
+    out = _attend(q, k, v, segments, scaling, causal, pattern)
+    if segments.index_q is not None:
+        padded = out.new_zeros(batch * length, *out.shape[1:])
+        out = padded.index_copy(0, segments.index_q, out)
+    return out.unflatten(0, (batch, length)), None
+
+
+def _refuse(module: Any, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if dropout:
+        raise VarlenAttentionError(
+            f"{name}: {VARLEN_ATTENTION} has no dropout, got {dropout}. Set attention_dropout=0."
+        )
+    for argument, what in (("softcap", "soft-capped logits"), ("s_aux", "learned attention sinks")):
+        if kwargs.get(argument) is not None:
+            raise VarlenAttentionError(f"{name}: {VARLEN_ATTENTION} has no {what}. Use attn_implementation='eager'.")
+    if kwargs.get("output_attentions"):
+        raise VarlenAttentionError(f"{name}: attention weights are never formed. Use attn_implementation='eager'.")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise VarlenAttentionError(
+            f"{name}: got an attention mask of shape {tuple(attention_mask.shape)}; {VARLEN_ATTENTION} takes a padding "
+            "mask of shape (batch, length). Use attn_implementation='sdpa'."
+        )
+
+
+def _pattern_of(module: Any, sliding_window: int | None) -> AttentionPattern | None:
+    patterns = getattr(getattr(module, "config", None), PATTERNS_FIELD, None)
+    stored = patterns[module.layer_idx] if patterns is not None else None
+    if stored is not None:
+        return AttentionPattern(**stored)
+    return None if sliding_window is None else AttentionPattern(window=sliding_window)
+
+
+def _given_segments(tokens: int, bounds_q: Any, bounds_k: Any, max_q: int | None, max_k: int | None) -> _Segments:
+    bounds_k = bounds_q if bounds_k is None else bounds_k
+    max_q = int(bounds_q.diff().max()) if max_q is None else int(max_q)
+    max_k = int(bounds_k.diff().max()) if max_k is None else int(max_k)
+    if bounds_q.device.type == "cpu" and int(bounds_q[-1]) != tokens:
+        raise VarlenAttentionError(f"cu_seq_lens_q ends at {int(bounds_q[-1])}, but the batch has {tokens} tokens.")
+    return _Segments(bounds_q, bounds_k, max_q, max_k)
+
+
+#: The last segments found, with weak references to what they were found from: all layers of a forward pass, and their
+#: recomputation, ask for the same ones, and each search waits for the device.
+_last_found: tuple[Any, ...] | None = None
+
+
+def _find_segments(
+    batch: int,
+    length_q: int,
+    length_k: int,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    device: torch.device,
+) -> _Segments:
+    global _last_found
+    sources = [t for t in (attention_mask, position_ids) if t is not None]
+    key = (batch, length_q, length_k, device, *((id(t), None if t.is_inference() else t._version) for t in sources))
+    if _last_found is not None:
+        last_key, alive, segments = _last_found
+        if last_key == key and all(reference() is not None for reference in alive):
+            return segments
+    if length_q == length_k:
+        segments = _documents(batch, length_q, attention_mask, position_ids, device)
+    else:
+        segments = _rows(batch, length_q, length_k, attention_mask, device)
+    _last_found = (key, [weakref.ref(t) for t in sources], segments)
+    return segments
+
+
+def _documents(
+    batch: int,
+    length: int,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    device: torch.device,
+) -> _Segments:
+    """A document begins with each row, and where positions do not go on by one."""
+    row = torch.arange(batch, device=device).repeat_interleave(length)
+    index = None
+    if attention_mask is not None:
+        index = attention_mask.flatten().nonzero().squeeze(1)
+        row = row[index]
+    begins = row.diff(prepend=row.new_full((1,), -1)) != 0
+    if position_ids is not None and position_ids.shape[-1] == length and position_ids.dim() == 2:
+        positions = position_ids.expand(batch, length).flatten()
+        positions = positions if index is None else positions[index]
+        begins |= positions.diff(prepend=positions[:1] - 1) != 1
+    bounds = torch.cat([begins.nonzero().squeeze(1), row.new_tensor([row.numel()])]).to(torch.int32)
+    longest = int(bounds.diff().max()) if bounds.numel() > 1 else 0
+    return _Segments(bounds, bounds, longest, longest, index, index)
+
+
+def _rows(
+    batch: int, length_q: int, length_k: int, attention_mask: torch.Tensor | None, device: torch.device
+) -> _Segments:
+    """Decoding: each row is one document, whose queries are its last tokens."""
+    if attention_mask is None:
+        steps = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        return _Segments(steps * length_q, steps * length_k, length_q, length_k)
+    if attention_mask.shape[1] != length_k:
+        raise VarlenAttentionError(
+            f"the padding mask has {attention_mask.shape[1]} columns for {length_k} keys: {VARLEN_ATTENTION} cannot read a "
+            "static cache. Use a dynamic one, the default."
+        )
+    masks = attention_mask[:, -length_q:], attention_mask
+    counts = [mask.sum(dim=1, dtype=torch.int32) for mask in masks]
+    bounds = [torch.nn.functional.pad(count.cumsum(0, dtype=torch.int32), (1, 0)) for count in counts]
+    indices = [mask.flatten().nonzero().squeeze(1) for mask in masks]
+    return _Segments(*bounds, *(int(count.max()) for count in counts), *indices)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: _Segments,
+    scaling: float | None,
+    causal: bool,
+    pattern: AttentionPattern | None,
+) -> torch.Tensor:
+    plain_window = pattern is None or not (pattern.sink or pattern.stride)
+    if q.is_cuda and plain_window:
+        window = (
+            (-1, -1) if not causal else (-1 if pattern is None or pattern.window is None else pattern.window - 1, 0)
+        )
+        return _kernel(q, k, v, segments, scaling, window)
+    bounds = segments.bounds_q.tolist(), segments.bounds_k.tolist()
+    return segment_attention(q, k, v, *bounds, scale=scaling, causal=causal, pattern=pattern)
+
+
+def _kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: _Segments,
+    scaling: float | None,
+    window: tuple[int, int],
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise VarlenAttentionError(
+            f"torch's variable-length attention takes bf16 and fp16, got {q.dtype}. Train with bf16=True, or load the "
+            "model with dtype='bfloat16'."
+        )
+    if q.shape[-1] > _MAX_HEAD_DIM or v.shape[-1] != q.shape[-1]:
+        raise VarlenAttentionError(
+            f"torch's variable-length attention takes heads of one width up to {_MAX_HEAD_DIM}, got {q.shape[-1]} for "
+            f"queries and {v.shape[-1]} for values. Use attn_implementation='sdpa'."
+        )
+    kwargs = _kernel_arguments(inspect.signature(varlen_attn).parameters, window, q.shape[1] // k.shape[1])
+    if "enable_gqa" not in kwargs and q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    # int32 and on the device is what the kernel reads; collators make the bounds on the CPU.
+    bounds = (b.to(q.device, torch.int32) for b in (segments.bounds_q, segments.bounds_k))
+    return varlen_attn(q, k, v, *bounds, segments.max_q, segments.max_k, scale=scaling, **kwargs)
+
+
+def _kernel_arguments(known: Iterable[str], window: tuple[int, int], groups: int) -> dict[str, Any]:
+    """Return the keyword arguments of this torch's `varlen_attn` for a window and grouped queries."""
+    known = set(known)
+    if "window_size" in known:
+        arguments: dict[str, Any] = {"window_size": window}
+    elif window[0] == -1:
+        arguments = {"is_causal": window[1] == 0}
+    else:
+        raise VarlenAttentionError(
+            f"varlen_attn of torch {torch.__version__} has no sliding window. Update torch, or use "
+            "attn_implementation='sdpa'."
+        )
+    if groups > 1 and "enable_gqa" in known:
+        arguments["enable_gqa"] = True
+    return arguments

@@ -1,0 +1,160 @@
+"""`ChunkFlowMixin`: a Trainer whose micro-batches run in chunks of tokens, with gradients as if they did not."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.sequence import chunk_schedule
+from ..parallel.chunk_flow import ChunkFlow, ChunkFlowError, ChunkGroup, make_groups
+
+_HYBRID = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "chunked_attention")
+
+
+class ChunkFlowMixin:
+    """
+    Give a Trainer or SFTTrainer a constructor argument `chunk_flow`.
+
+    A micro-batch is cut into chunks of `chunk_size` tokens: short sequences share one, long ones are cut into chunks that see
+    each other's keys and values. Each chunk is one call of the model and one backward, with at most `max_live_chunks` of a
+    sequence alive; losses and gradients are those of the whole micro-batch, with gradient accumulation and under DDP, where
+    gradients are exchanged once. Evaluation is untouched. Nothing is stored for a resume.
+
+    Args:
+        chunk_flow ([`ChunkFlow`], *optional*): Without it nothing changes.
+
+    Raises:
+        ChunkFlowError: gradient checkpointing (chunks are their own), dropout, DataParallel, FSDP, DeepSpeed, a loss outside
+            of the model, layers without keys and values, or a batch that cannot be cut exactly.
+
+    Example:
+    ```python
+    class MyTrainer(ChunkFlowMixin, Trainer):
+        pass
+
+
+    MyTrainer(model, args, train_dataset=rows, chunk_flow=ChunkFlow(chunk_size=8192, max_live_chunks=4)).train()
+    ```
+    """
+
+    #: the chunk that is at work, and its loss where it was run and kept before
+    _now: tuple[ChunkGroup, int] | None = None
+    _loss_now: Tensor | None = None
+
+    def __init__(self, *args: Any, chunk_flow: ChunkFlow | None = None, **kwargs: Any) -> None:
+        if chunk_flow is not None and not isinstance(chunk_flow, ChunkFlow):
+            raise ChunkFlowError(f"chunk_flow={chunk_flow!r} must be a ChunkFlow(chunk_size=...).")
+        self.chunk_flow = chunk_flow
+        super().__init__(*args, **kwargs)
+        if chunk_flow is not None:
+            self._check_chunks()
+
+    def _check_chunks(self) -> None:
+        args, config = self.args, self.model.config.get_text_config()
+        dropout = {name: m.p for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
+        if getattr(config, "attention_dropout", 0.0):
+            dropout["attention_dropout"] = config.attention_dropout
+        hybrid = [kind for kind in getattr(config, "layer_types", None) or () if kind in _HYBRID]
+        reasons = {
+            "gradient checkpointing empties the cache. Switch it off: chunks are run again by themselves": (
+                getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
+            ),
+            f"dropout {dropout} would differ when a chunk is run again. Set it to 0": dropout,
+            "DataParallel splits the rows itself. Use one process a GPU": args.n_gpu > 1,
+            "FSDP and DeepSpeed need the same number of calls on every rank": args.fsdp or args.deepspeed,
+            "the loss has to be the model's: leave out label_smoothing_factor and compute_loss_func": (
+                self.label_smoother is not None or self.compute_loss_func is not None
+            ),
+            f"layers of type {sorted(set(hybrid))} carry a state that is not keys and values": hybrid,
+            "output_router_logits=True takes a mean over the tokens of a call": (
+                getattr(config, "output_router_logits", False)
+            ),
+        }
+        found = [reason for reason, true in reasons.items() if true]
+        if found:
+            raise ChunkFlowError(f"chunk_flow is not possible here: {'; '.join(found)}.")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if self.chunk_flow is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            raise ChunkFlowError("The Trainer gave no num_items_in_batch, so that means over chunks would not add up.")
+        model.train()
+        groups = make_groups(self._prepare_inputs(inputs), self.chunk_flow.chunk_size)
+        count = sum(len(group) for group in groups)
+        if self.accelerator.num_processes > 1:
+            # The forward of DDP, and TRL's metrics, communicate: every rank makes as many calls.
+            most = torch.tensor([count], device=self.accelerator.device)
+            most = int(self.accelerator.gather(most).max())
+            groups = [*(_idle(groups[0]) for _ in range(most - count)), *groups]
+            count = most
+        total = torch.zeros((), device=self.accelerator.device)
+        for group in groups:
+            count -= len(group)
+            total = total + self._train_group(model, group, num_items_in_batch, last=not count)
+        return total
+
+    def _train_group(self, model: nn.Module, group: ChunkGroup, num_items: Any, last: bool) -> Tensor:
+        live, total = self.chunk_flow.max_live_chunks, 0.0
+        if last and self.accelerator.num_processes > 1:
+            # DDP exchanges gradients in the backward right behind the forward that it prepared for it.
+            live = max(1, min(live, len(group) - 1))
+        kept: dict[int, Tensor] = {}
+        for action, index in chunk_schedule(len(group), live):
+            if action == "prefix":
+                self._run_prefix(group, index)
+                continue
+            waits = not (last and action == "backward" and index == 0)
+            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                self._now = group, index
+                try:
+                    if action == "keep":
+                        kept[index] = self._keep(model, group, index, num_items)
+                    else:
+                        self._loss_now = kept.pop(index, None)
+                        inputs = group.inputs(index) if self._loss_now is None else group.tokens
+                        total = total + super().training_step(model, inputs, num_items)
+                        group.went_back(index)
+                finally:
+                    self._now = None
+        return total
+
+    def _run_prefix(self, group: ChunkGroup, index: int) -> None:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            inputs = group.inputs(index)
+            del inputs["labels"], inputs["shift_labels"]
+            self.model(**inputs, logits_to_keep=1)
+        group.ran(index, inputs["past_key_values"])
+
+    def _keep(self, model: nn.Module, group: ChunkGroup, index: int, num_items: Any) -> Tensor:
+        self._loss_now = None
+        with self.compute_loss_context_manager():
+            return self._chunk_loss(model, group.inputs(index), num_items)
+
+    def _chunk_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
+        group, index = self._now
+        cache = inputs.get("past_key_values")
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items)
+        group.ran(index, cache)
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self._now is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        group, index = self._now
+        loss = self._loss_now
+        if loss is None:
+            loss = self._chunk_loss(model, inputs, kwargs["num_items_in_batch"])
+        return group.with_gradients(index, loss)
+
+
+def _idle(group: ChunkGroup) -> ChunkGroup:
+    """Return a chunk of one token without a label."""
+    tokens = {name: value[:, :1] for name, value in group.tokens.items()}
+    tokens["shift_labels"] = torch.full_like(tokens["shift_labels"], -100)
+    return ChunkGroup(tokens, [(0, 1)])

@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from hf_effi.functional.sequence import chunk_schedule, plan_chunks
+from hf_effi.parallel.chunk_flow import ChunkFlow, ChunkFlowError, make_groups
+
+
+def test_plan_by_hand():
+    plan = plan_chunks([5, 2, 12, 4, 8, 3], chunk_size=8)
+    assert plan.dependent == ((2, ((0, 8), (8, 12))),)
+    # The longest first: 8 | 5 + 3 | 4 + 2.
+    assert plan.standalone == ((4,), (0, 5), (3, 1))
+
+
+def test_every_token_is_in_one_chunk():
+    lengths = [(7 * i) % 23 + 1 for i in range(40)]
+    for size in (1, 4, 9, 23, 100):
+        plan = plan_chunks(lengths, size)
+        assert sorted([i for members in plan.standalone for i in members] + [i for i, _ in plan.dependent]) == list(
+            range(40)
+        )
+        assert all(sum(lengths[i] for i in members) <= size for members in plan.standalone)
+        for i, bounds in plan.dependent:
+            assert [end - start for start, end in bounds[:-1]] == [size] * (len(bounds) - 1)
+            assert len(bounds) == -(-lengths[i] // size) > 1 and bounds[-1][1] == lengths[i]
+    assert plan_chunks([], 4) == ((), ())
+
+
+@pytest.mark.parametrize("max_live", [1, 2, 3, 9])
+@pytest.mark.parametrize("num_chunks", [1, 2, 5])
+def test_schedule_keeps_no_more_than_it_may(num_chunks, max_live):
+    live, most, forwards, done = set(), 0, 0, []
+    for action, index in chunk_schedule(num_chunks, max_live):
+        forwards += action != "backward" or index not in live
+        if action != "prefix":
+            live.add(index)
+            most = max(most, len(live))
+        if action == "backward":
+            live.remove(index)
+            done.append(index)
+    assert done == list(range(num_chunks))[::-1]
+    assert most == min(num_chunks, max_live)
+    assert forwards == num_chunks + max(0, num_chunks - max_live)
+
+
+def batch(**over):
+    ids = torch.arange(10, 20)[None]
+    return {"input_ids": ids, "labels": ids.clone(), **over}
+
+
+def test_labels_are_shifted_before_the_cut():
+    (group,) = make_groups(batch(), 4)
+    assert len(group) == 3
+    assert group.tokens["shift_labels"].tolist() == [[*range(11, 20), -100]]
+    assert [group.inputs(0)[name].tolist() for name in ("input_ids", "labels", "position_ids")] == [
+        [[10, 11, 12, 13]],
+        [[11, 12, 13, 14]],
+        [[0, 1, 2, 3]],
+    ]
+
+
+def test_padding_and_rows_without_labels_go():
+    rows = {
+        "input_ids": torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0], [1, 2, 3, 4]]),
+        "labels": torch.tensor([[5, 6, 7, -100], [8, 9, -100, -100], [-100] * 4]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]),
+    }
+    (group,) = make_groups(rows, 8)
+    assert group.tokens["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert group.tokens["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert group.tokens["shift_labels"].tolist() == [[6, 7, -100, 9, -100]]
+    assert "past_key_values" not in group.inputs(0) and group.inputs(0)["use_cache"] is False
+
+
+def test_packed_rows_fall_into_their_segments():
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 0, 1]])
+    long, short = make_groups(batch(position_ids=positions, cu_seq_lens_q=torch.tensor([0, 6, 8, 10])), 4)
+    assert long.tokens["input_ids"].tolist() == [[10, 11, 12, 13, 14, 15]] and len(long) == 2
+    assert long.tokens["shift_labels"][0, -1] == 16  # as the model would: across the segments, unless it is masked
+    assert short.tokens["input_ids"].tolist() == [[16, 17, 18, 19]]
+
+
+def test_a_batch_without_labels_leaves_one_token():
+    (group,) = make_groups(batch(labels=torch.full((1, 10), -100)), 4)
+    assert group.tokens["input_ids"].tolist() == [[10]] and group.tokens["shift_labels"].tolist() == [[-100]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ChunkFlow(0), "chunk_size=0"),
+        (lambda: ChunkFlow(4.0), r"chunk_size=4\.0"),
+        (lambda: ChunkFlow(4, max_live_chunks=True), "max_live_chunks=True"),
+        (lambda: make_groups(batch(pixel_values=torch.zeros(1)), 4), "pixel_values"),
+        (lambda: make_groups({"input_ids": torch.ones(1, 2)}, 4), r"the batch has \['input_ids'\]"),
+        (lambda: make_groups(batch(position_ids=torch.arange(1, 11)[None]), 4), "count from 0"),
+        (lambda: make_groups(batch(position_ids=torch.tensor([[0, 1, 3, *range(7)]])), 4), "without gaps"),
+        (lambda: make_groups(batch(cu_seq_lens_q=torch.tensor([0, 10])), 4), "packed but has no position_ids"),
+        (
+            lambda: make_groups(batch(attention_mask=torch.tensor([[0, *[1] * 9]])), 4),
+            "A padding token would have to predict a label",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ChunkFlowError, match=message):
+        call()

@@ -1,0 +1,254 @@
+"""The arithmetic of the memory planner, by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from transformers import GPT2Config, Qwen3Config, Qwen3MoeConfig, T5Config
+
+from hf_effi import cli
+from hf_effi.functional.memory import (
+    ForwardTrace,
+    Parameter,
+    StepFlops,
+    Switches,
+    cheapest_fit,
+    exact_switch_sets,
+    extra_time,
+    kv_cache_bytes,
+    memory_table,
+    optimizer_bytes,
+)
+from hf_effi.report.plan_memory import format_plan, plan_memory
+from tests.helpers import tiny_gemma
+
+WEIGHTS = [Parameter((8, 100), 4, True), Parameter((100,), 4, True), Parameter((50, 64), 2, False, four_bit=True)]
+TRACE = ForwardTrace(
+    tokens=100,
+    layer_inputs=(10, 10, 10),
+    layer_kept=(100, 100, 120),
+    layer_attention=(5, 5, 5),
+    layer_mlp=(60, 60, 60),
+    outside=7,
+    logits=1000,
+    logits_width=20,
+    hidden_size=50,
+    itemsize=2,
+)
+FLOPS = StepFlops(linear=80, attention=10, head=10)
+CONFIG = Qwen3Config(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+
+
+def table(**switches):
+    return memory_table(WEIGHTS, TRACE, Switches(**switches), kv_cache=0)
+
+
+def test_what_is_held_through_the_step():
+    found = table()
+    assert found.parameters == 800 * 4 + 100 * 4 + 3200 * 36 // 64
+    assert found.gradients == 900 * 4
+    assert found.optimizer == 2 * 3600 + 2 * 4
+    assert optimizer_bytes(WEIGHTS, "sgd") == 0
+    assert optimizer_bytes(WEIGHTS, "adafactor") == 4 * (8 + 100) + 4 * 100 + 2 * 4
+    assert optimizer_bytes(WEIGHTS, "adamw_8bit") == 8 * 900, "small tensors stay in fp32"
+    assert optimizer_bytes([Parameter((64, 64), 2, True)], "adamw_8bit") == 2 * (4096 + 4 * 16)
+    assert optimizer_bytes([Parameter((3, 4, 5), 4, True)], "adafactor") == 4 * (3 * 4 + 3 * 5) + 4
+    assert optimizer_bytes([Parameter((), 4, True)], "adafactor") == 4 + 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [(0, (5400, 3600, 7208)), (1, (5400, 3600, 1802)), (2, (5400, 900, 1802)), (3, (1350, 900, 1802))],
+)
+def test_sharding(stage, expected):
+    found = table(shard_stage=stage, shard_ranks=4)
+    assert (found.parameters, found.gradients, found.optimizer) == expected
+    assert found.weight_copies == (0 if stage < 3 else 2 * -(-4100 // 3) * 2)
+
+
+@pytest.mark.parametrize(
+    ("activations", "stays", "working", "host"),
+    [
+        ("keep", 320, 0, 0),
+        ("selective", 30 + 15, 120, 0),
+        ("checkpoint", 30, 120, 0),
+        ("offload", 20, 120, 20),
+        ("stream", 30, 120 // 8, 0),
+    ],
+)
+def test_activations(activations, stays, working, host):
+    found = table(activations=activations)
+    assert (found.activations, found.working, found.host) == (stays + 7, working, host)
+
+
+def test_tiles_and_exchange():
+    # Tiles of 50 of 100 tokens: half of the 60 bytes of the MLP, and its input beside them.
+    assert table(activations="checkpoint", tiled_mlp=True).working == 120 - 60 + 30 + 10
+    assert table().logits == 1000 + 100 * 20 * (4 + 2)
+    assert table(tiled_loss=True, loss_tile_tokens=10).logits == 2 * 10 * 20 * 4 + 2 * 100 * 50 * 2 + 4 * 20 * 50
+    wide = replace(TRACE, attention_width=3)
+    assert memory_table(WEIGHTS, wide, Switches(sequence_parallel_size=2)).working == 2 * 100 * 3 * 2
+
+
+def test_peak_takes_the_worst_moment():
+    found = memory_table(WEIGHTS, TRACE, Switches(), kv_cache=10)
+    assert found.peak == 5400 + 7208 + 3600 + 327 + 13000
+    assert memory_table(WEIGHTS, TRACE, Switches(), kv_cache=10**6).peak == 5400 + 7208 + 10**6
+    assert found.as_dict()["peak"] == found.peak
+
+
+def test_kv_cache():
+    assert kv_cache_bytes(2, 10, layers=3, kv_heads=4, head_dim=5, itemsize=2) == 2 * 2 * 10 * 3 * 4 * 5 * 2
+
+
+def test_cheapest_fit_against_all_sets():
+    base = Switches(optimizer="sgd")
+    sets = exact_switch_sets(base)
+    assert len(sets) == len(set(sets)) == 18 and all(s.optimizer == "sgd" for s in sets)
+    peaks = sorted({memory_table(WEIGHTS, TRACE, s).peak for s in sets})
+    for budget in [*peaks, peaks[-1] + 1]:
+        found = cheapest_fit(WEIGHTS, TRACE, FLOPS, base, budget)
+        fitting = [s for s in sets if memory_table(WEIGHTS, TRACE, s).peak <= budget]
+        assert found in fitting
+        assert extra_time(found, FLOPS) == min(extra_time(s, FLOPS) for s in fitting)
+    assert cheapest_fit(WEIGHTS, TRACE, FLOPS, base, peaks[0] - 1) is None
+    assert cheapest_fit(WEIGHTS, TRACE, FLOPS, base, peaks[-1]).activations == "keep"
+
+
+@pytest.mark.parametrize(
+    ("switches", "word"),
+    [
+        ({"activations": "kept"}, "activations='kept'"),
+        ({"optimizer": "adam"}, "optimizer='adam'"),
+        ({"shard_stage": 4}, "shard_stage=4"),
+        ({"shard_ranks": 0}, "shard_ranks=0"),
+    ],
+)
+def test_unknown_switches(switches, word):
+    with pytest.raises(ValueError, match=word):
+        Switches(**switches)
+
+
+# --- from a config ---------------------------------------------------------------------------------------------------
+
+
+def test_more_tokens_take_proportionally_more():
+    short, long = plan_memory(CONFIG, seq_len=64, batch=1), plan_memory(CONFIG, seq_len=256, batch=2)
+    for (_, small, _), (_, large, _) in zip(short.rows, long.rows, strict=True):
+        assert (small.parameters, small.optimizer) == (large.parameters, large.optimizer)
+        assert large.activations == pytest.approx(8 * small.activations, rel=0.01)
+    halved = plan_memory(CONFIG, seq_len=512, batch=1, sequence_parallel_size=8)
+    assert halved.rows[0][1].activations == short.rows[0][1].activations
+
+
+def test_the_config_is_left_alone():
+    before = CONFIG.to_dict(), CONFIG._attn_implementation
+    plan_memory(CONFIG, seq_len=64)
+    assert (CONFIG.to_dict(), CONFIG._attn_implementation) == before
+
+
+def test_lora_and_four_bits():
+    full = plan_memory(CONFIG, seq_len=64, dtype="bfloat16").rows[0][1]
+    lora = plan_memory(CONFIG, seq_len=64, dtype="bfloat16", lora_rank=4, lora_targets=["q_proj"]).rows[0][1]
+    adapters = 3 * 4 * (32 + 32)
+    assert lora.gradients == adapters * 4, "PEFT keeps adapters in fp32"
+    assert lora.parameters == full.parameters + adapters * 4
+    packed = plan_memory(
+        CONFIG, seq_len=64, dtype="bfloat16", lora_rank=4, lora_targets=["q_proj"], four_bit=True
+    ).rows[0][1]
+    linear = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 128)
+    assert lora.parameters - packed.parameters == linear * 2 - linear * 36 // 64
+
+
+def test_autocast_counts_its_copies():
+    plain, autocast = (plan_memory(CONFIG, seq_len=64, autocast=a).rows[0][1] for a in (False, True))
+    linear = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 128)
+    assert (plain.weight_copies, autocast.weight_copies) == (0, 2 * linear)
+    assert autocast.activations < plain.activations
+    assert autocast.parameters == plain.parameters
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=97),
+        tiny_gemma().config,
+        Qwen3MoeConfig(
+            **{**CONFIG.to_diff_dict(), "architectures": None},
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        ),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_other_architectures(config):
+    plan = plan_memory(config, seq_len=32, batch=2, gpu_gib=1, dtype="bfloat16")
+    assert plan.chosen == Switches()
+    assert plan.rows[0][1].activations > plan.rows[-1][1].activations
+
+
+def test_command(tmp_path, capsys):
+    CONFIG.save_pretrained(tmp_path)
+    command = ["plan", "memory", str(tmp_path), "--seq-len", "512"]
+    assert cli.main(command) == 0
+    assert "Budget" not in capsys.readouterr().out
+    assert cli.main([*command, "--gpu-gib", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "* keep " in text and "fastest that fits (*): keep." in text and "Estimated:" in text
+    assert cli.main([*command, "--gpu-gib", "0.001", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] is None and len(found["rows"]) == 18
+    assert (
+        cli.main(
+            ["plan", "memory", str(tmp_path / "config.json"), "--seq-len", "64", "--generate", "2", "128", "--json"]
+        )
+        == 0
+    )
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0]["kv_cache"] == kv_cache_bytes(2, 128, layers=3, kv_heads=2, head_dim=8, itemsize=4)
+
+
+def test_the_text_says_what_to_do_when_nothing_fits():
+    text = format_plan(plan_memory(CONFIG, seq_len=64, gpu_gib=0.0001))
+    assert "nothing fits" in text and "--lora-rank" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--seq-len", "0"], "seq_len=0"),
+        (["--seq-len", "63", "--sequence-parallel-size", "2"], "no multiple"),
+        (["--seq-len", "64", "--dtype", "int8"], "dtype='int8'"),
+        (["--seq-len", "64", "--optimizer", "adam"], "optimizer='adam'"),
+        (["--seq-len", "64", "--sharding", "zero4"], "sharding='zero4'"),
+        (["--seq-len", "64", "--headroom", "1"], "headroom=1"),
+        (["--seq-len", "64", "--load-in-4bit"], "LoRA rank"),
+        (["--seq-len", "64", "--generate", "0", "8"], "generate_sequences=0"),
+        (["--seq-len", "64", "--lora-rank", "4", "--lora-targets", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_values_are_named(tmp_path, capsys, arguments, word):
+    CONFIG.save_pretrained(tmp_path)
+    assert cli.main(["plan", "memory", str(tmp_path), *arguments]) == 2
+    assert word in capsys.readouterr().out
+
+
+def test_only_causal_language_models_are_planned():
+    with pytest.raises(ValueError, match="T5Config is no config of a causal language model"):
+        plan_memory(T5Config(), seq_len=8)
+
+
+def test_no_config_is_named(tmp_path, capsys):
+    assert cli.main(["plan", "memory", str(tmp_path), "--seq-len", "64"]) == 2
+    assert f"error: '{tmp_path}' is no model config" in capsys.readouterr().out
