@@ -24,6 +24,12 @@ from ._version import __version__
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
 PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr", "memory": "hf_effi.report.plan_memory"}
 
+#: Commands of their own module, with the same two functions and their line of help.
+MODULES: dict[str, tuple[str, str]] = {
+    "preview-order": ("hf_effi.report.preview_order", "what a curriculum would serve, without training"),
+    "report": ("hf_effi.report.run_page", "one page that tells a run, or compares runs"),
+}
+
 #: Set before the first heavy import, unless the user has set them: one thread, offline, no telemetry.
 _DEMO_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -181,12 +187,13 @@ def _add_plan(commands: Any, chosen: str | None) -> None:
     parser.set_defaults(run=_plan)
 
 
-def _add_preview_order(commands: Any, chosen: bool) -> None:
-    parser = commands.add_parser("preview-order", help="what a curriculum would serve, without training")
-    if chosen:
-        module = importlib.import_module("hf_effi.report.preview_order")
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
+def _add_modules(commands: Any, chosen: str | None) -> None:
+    for name, (module_name, text) in MODULES.items():
+        parser = commands.add_parser(name, help=text)
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_arguments(parser)
+            parser.set_defaults(run=module.run)
 
 
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -203,7 +210,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     describe.set_defaults(run=_describe)
     words = [word for word in arguments if not word.startswith("-")]
     _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
-    _add_preview_order(commands, words[:1] == ["preview-order"])
+    _add_modules(commands, words[0] if words else None)
     _add_accelerate_config(commands)
     _add_demo(commands)
     return parser
