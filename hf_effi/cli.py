@@ -24,6 +24,21 @@ from ._version import __version__
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
 PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr", "memory": "hf_effi.report.plan_memory"}
 
+#: Commands of their own module, with the same two functions and their line of help.
+MODULES: dict[str, tuple[str, str]] = {
+    "preview-order": ("hf_effi.report.preview_order", "what a curriculum would serve, without training"),
+    "report": ("hf_effi.report.run_page", "one page that tells a run, or compares runs"),
+}
+
+_EXAMPLES = """examples:
+  hf-effi describe wsd                          formula, paper and defaults of a method
+  hf-effi validate run.yaml                     wrong keys, types and ranges, before a model is loaded
+  hf-effi grpo --config run.yaml --max_steps 9  train as `trl grpo` would; options win over the file
+  hf-effi report out/                           one page that tells the run
+  source <(hf-effi completion bash)             complete commands, options and methods
+
+exit codes: 0 done, 1 it failed (the reason is on stderr), 2 it was called wrongly"""
+
 #: Set before the first heavy import, unless the user has set them: one thread, offline, no telemetry.
 _DEMO_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -76,6 +91,9 @@ def _describe(args: argparse.Namespace) -> int:
         near = difflib.get_close_matches(args.method, known, n=3, cutoff=0.4) or sorted(known)
         raise UsageError(f"unknown method {args.method!r}. Nearest known: {', '.join(near)}.") from None
     source = f"{method.paper} (arXiv:{method.paper_id})" if method.paper_id else method.paper
+    if args.json:
+        print(json.dumps({**dataclasses.asdict(method), "card": method.card}, indent=2))
+        return 0
     print(f"{method.title} [{method.kind}, {method.status}]\n{method.summary}\n")
     for label, value in (
         ("source", source),
@@ -181,17 +199,66 @@ def _add_plan(commands: Any, chosen: str | None) -> None:
     parser.set_defaults(run=_plan)
 
 
-def _add_preview_order(commands: Any, chosen: bool) -> None:
-    parser = commands.add_parser("preview-order", help="what a curriculum would serve, without training")
-    if chosen:
-        module = importlib.import_module("hf_effi.report.preview_order")
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
+def _add_modules(commands: Any, chosen: str | None) -> None:
+    for name, (module_name, text) in MODULES.items():
+        parser = commands.add_parser(name, help=text)
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_arguments(parser)
+            parser.set_defaults(run=module.run)
+
+
+def _add_training(commands: Any) -> None:
+    for name in ("grpo", "sft"):
+        commands.add_parser(name, help=f"train as `trl {name}` does, with our trainer; `hf-effi {name} --help`")
+    validate = commands.add_parser(
+        "validate",
+        help="check a YAML before a model is loaded",
+        description="Check the keys, types and ranges of a YAML for `hf-effi grpo` or `sft`. Exit code 0: valid.",
+    )
+    validate.add_argument("config", metavar="CONFIG.yaml", help="the file that `--config` would read")
+    validate.add_argument("--kind", choices=["grpo", "sft"], help="what it is for; told by its keys without")
+    validate.add_argument("--json", action="store_true", help="print JSON")
+    validate.set_defaults(run=_validate)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from .cli_train import run_validate
+
+    return run_validate(args)
+
+
+def _completion(args: argparse.Namespace) -> int:
+    """Print a script; `source <(hf-effi completion bash)` completes commands, options and method keys."""
+    from .methods import METHODS
+
+    actions = {action.dest: action for action in args.parser._actions}
+    commands = list(actions["command"].choices)
+    keys = " ".join(method.key for method in METHODS)
+    further = {"describe": keys, "plan": " ".join(PLANNERS)}
+    words = []
+    for name, sub in actions["command"].choices.items():
+        options = [option for action in sub._actions for option in action.option_strings]
+        words.append(f'    {name}) words="{" ".join([*options, further.get(name, "")])}" ;;')
+    zsh = "autoload -U +X bashcompinit && bashcompinit\n" if args.shell == "zsh" else ""
+    print(
+        f'{zsh}_hf_effi() {{\n  local words="{" ".join(commands)}"\n  if [ $COMP_CWORD -gt 1 ]; then\n'
+        '    case "${COMP_WORDS[1]}" in\n' + "\n".join(words) + "\n    esac\n  fi\n"
+        '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n'
+        '  [ ${#COMPREPLY[@]} -eq 0 ] && COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))\n}\n'
+        "complete -F _hf_effi hf-effi"
+    )
+    return 0
 
 
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser; `arguments` tells which planner's options have to be loaded."""
-    parser = argparse.ArgumentParser(prog="hf-effi", description="Train for less with the Trainer you have.")
+    parser = argparse.ArgumentParser(
+        prog="hf-effi",
+        description="Train for less with the Trainer you have.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"hf_effi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (("env", _env, "machine and versions"), ("list", _list, "the methods and their status")):
@@ -200,12 +267,17 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     describe = commands.add_parser("describe", help="one method: paper, code, card, tests, bench")
     describe.add_argument("method", metavar="METHOD")
+    describe.add_argument("--json", action="store_true", help="print JSON")
     describe.set_defaults(run=_describe)
     words = [word for word in arguments if not word.startswith("-")]
     _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
-    _add_preview_order(commands, words[:1] == ["preview-order"])
+    _add_modules(commands, words[0] if words else None)
     _add_accelerate_config(commands)
     _add_demo(commands)
+    _add_training(commands)
+    completion = commands.add_parser("completion", help="completion for your shell: source <(hf-effi completion bash)")
+    completion.add_argument("shell", choices=["bash", "zsh"])
+    completion.set_defaults(run=_completion, parser=parser)
     return parser
 
 
@@ -214,6 +286,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = " ".join(["hf-effi", *arguments[:1]])
     try:
+        if arguments[:1] in (["grpo"], ["sft"]):
+            from .cli_train import train  # the options are TRL's and ours together, which its own parser reads
+
+            return train(arguments[0], arguments[1:])
         args = build_parser(arguments).parse_args(arguments)
         return args.run(args)
     except UsageError as error:

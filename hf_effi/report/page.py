@@ -86,6 +86,21 @@ def _dropped_words(dropped: Mapping[str, float]) -> dict[str, float]:
     return {f"dropped: {reason.replace('_', ' ')}": rows for reason, rows in dropped.items()}
 
 
+def environment() -> Any:
+    """
+    Return the template environment of the pages.
+
+    Raises:
+        ImportError: jinja2 is missing; the message names the extra.
+    """
+    jinja2 = require("jinja2", "writing the report page")
+    folder = resources.files("hf_effi.report").joinpath("templates")
+    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=loader)
+    made.filters |= {"percent": as_percent, "points": as_points, "times": as_times, "speedup": speedup}
+    return made
+
+
 def render_page(result: Mapping[str, Any]) -> str:
     """
     Return the page for a demo result: the schema of `hf_effi.report.record`, rows as the demo writes them.
@@ -93,12 +108,9 @@ def render_page(result: Mapping[str, Any]) -> str:
     Raises:
         ImportError: matplotlib or jinja2 is missing; the message names the extra.
     """
-    jinja2 = require("jinja2", "writing the report page")
-    source = resources.files("hf_effi.report").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"percent": as_percent, "points": as_points, "times": as_times, "speedup": speedup}
+    template = environment().get_template(TEMPLATE)
     rows = result["rows"]
-    return environment.from_string(source).render(
+    return template.render(
         result=result,
         settings=rows[0]["settings"],
         arms=summarize(rows),

@@ -77,27 +77,97 @@ def draw_curves(
     Returns:
         `str`: An `<svg>` element.
     """
+    lines = {
+        title: [(point[axis], 100 * point[measure], 100 * point[f"{measure}_ci"]) for point in points]
+        for title, points in curves.items()
+    }
+    return draw_lines(lines, axis_label, f"{measure} accuracy, %", salt, legend="lower right")
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    x_label: str,
+    y_label: str,
+    salt: str,
+    *,
+    legend: str = "best",
+    phases: Sequence[tuple[float, float, str]] = (),
+    from_zero: bool = False,
+) -> str:
+    """
+    Draw one line a title, with its band where there is one.
+
+    Args:
+        lines (`Mapping`): Title -> (x, y, half width of the band).
+        phases (`Sequence`, *optional*): (from, to, name) along x, written above alternating ground.
+        from_zero (`bool`, *optional*): Begin the vertical axis at 0, for what is compared by its size.
+
+    Returns:
+        `str`: An `<svg>` element.
+    """
     figure, axes = _figure(5.0, 3.3)
-    for index, (title, points) in enumerate(curves.items()):
-        colour = _STAND_INS[f"series-{index % MAX_SERIES}"]
-        x = [point[axis] for point in points]
-        y = [100 * point[measure] for point in points]
-        half = [100 * point[f"{measure}_ci"] for point in points]
-        axes.fill_between(
-            x,
-            [a - b for a, b in zip(y, half, strict=True)],
-            [a + b for a, b in zip(y, half, strict=True)],
-            color=colour,
-            alpha=0.09,
-            linewidth=0,
+    for number, (start, end, name) in enumerate(phases):
+        axes.axvspan(start, end, color=_STAND_INS["line"], alpha=0.28 if number % 2 else 0.1, linewidth=0)
+        axes.text(
+            (start + end) / 2,
+            1.01,
+            name,
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=_STAND_INS["muted"],
         )
-        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=_DASHES[index % MAX_SERIES], label=title)
-    axes.set_xlabel(axis_label, fontsize=9)
-    axes.set_ylabel(f"{measure} accuracy, %", fontsize=9)
+    for index, (title, points) in enumerate(lines.items()):
+        colour = _STAND_INS[f"series-{(index + (len(lines) == 1)) % MAX_SERIES}"]
+        x, y, half = zip(*points, strict=True)
+        if any(half):
+            low = [a - b for a, b in zip(y, half, strict=True)]
+            high = [a + b for a, b in zip(y, half, strict=True)]
+            axes.fill_between(x, low, high, color=colour, alpha=0.09, linewidth=0)
+        marker = {"marker": "o", "markersize": 4} if len(points) == 1 else {}
+        style = _DASHES[index % MAX_SERIES]
+        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=style, label=title, **marker)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
     axes.set_xlim(left=0)
+    if from_zero:
+        top = max(value + half for points in lines.values() for _, value, half in points)
+        axes.set_ylim(0, 1.08 * top or 1.0)
     axes.grid(axis="y", color=_STAND_INS["line"], linewidth=0.5, alpha=0.5)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=_STAND_INS["ink"], loc="lower right", handlelength=2.6)
-    return _to_svg(figure, f"{measure} accuracy against {axis_label}", salt)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=_STAND_INS["ink"], loc=legend, handlelength=2.6)
+    return _to_svg(figure, f"{y_label} against {x_label}", salt)
+
+
+def draw_stacked_areas(
+    parts: Mapping[str, Sequence[float]], x: Sequence[float], x_label: str, y_label: str, salt: str
+) -> str:
+    """Draw parts of a whole over x, one on the other, as steps: a part that is 0 leaves no slope."""
+    figure, axes = _figure(5.0, 3.3)
+    below = [0.0] * len(x)
+    for index, (name, values) in enumerate(parts.items()):
+        above = [a + b for a, b in zip(below, values, strict=True)]
+        colour = _STAND_INS[f"series-{(index + 1) % MAX_SERIES}"]
+        axes.fill_between(x, below, above, step="mid", color=colour, alpha=0.85, linewidth=0, label=name)
+        below = above
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.set_ylim(bottom=0)
+    _legend_above(figure)
+    return _to_svg(figure, f"{y_label} against {x_label}, stacked", salt)
+
+
+def _legend_above(figure: Any) -> None:
+    figure.legend(
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_STAND_INS["ink"],
+        handlelength=1.0,
+        columnspacing=1.2,
+    )
 
 
 def draw_stacked_bars(
@@ -129,13 +199,5 @@ def draw_stacked_bars(
     axes.set_ylim(len(titles) - 0.5, -0.75)
     axes.set_xlim(0, 1.1 * max([*left, 1e-9]))
     axes.set_xlabel(axis_label, fontsize=9)
-    figure.legend(
-        loc="outside upper left",
-        ncols=3,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=_STAND_INS["ink"],
-        handlelength=1.0,
-        columnspacing=1.2,
-    )
+    _legend_above(figure)
     return _to_svg(figure, f"stacked bars: {axis_label}", salt)

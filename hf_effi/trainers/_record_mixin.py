@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._run_record import read_run
 from ..callbacks.run_record import RunRecordCallback, methods_by_name
+from ..callbacks.run_summary import summary_lines
 
 
 @dataclass
@@ -47,4 +49,15 @@ class RunRecordMixin:
             parts = [*self.callback_handler.callbacks, getattr(self, "train_sampler", None)]
             found = methods_by_name({type(part).__name__ for part in parts} - {"RunRecordCallback"})
             record.methods = tuple(sorted({*record.methods, *found}))
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        if record is not None and not self.args.disable_tqdm and self.is_world_process_zero():
+            self._print_summary()
+        return result
+
+    def _print_summary(self) -> None:
+        """Say what the run did, where the Trainer shows its progress too."""
+        try:
+            run = read_run(self.args.output_dir)
+        except FileNotFoundError:
+            return  # the disk was full; a warning said so
+        print("\n".join(summary_lines(run)))

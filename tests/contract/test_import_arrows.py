@@ -33,6 +33,7 @@ FLOORS = {
     "recipes": 4,
     "report": 4,
     "cli": 5,
+    "cli_train": 5,
     "demo": 5,
     "__main__": 6,
 }

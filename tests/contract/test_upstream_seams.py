@@ -84,6 +84,10 @@ SIGNATURES = {
     f"{UTILS}:_use_triton": "device",
     f"{UTILS}:add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
     "trl.models.utils:disable_gradient_checkpointing": "model gradient_checkpointing_kwargs",
+    "trl.scripts.grpo:main": "script_args training_args model_args dataset_args",
+    "trl.scripts.grpo:make_parser": "subparsers prog",
+    "trl.scripts.sft:main": "script_args training_args model_args dataset_args",
+    "trl.scripts.sft:make_parser": "subparsers prog",
     # transformers.
     f"{TRAINER}.create_scheduler": "self num_training_steps optimizer",
     f"{TRAINER}.create_optimizer": "self model",

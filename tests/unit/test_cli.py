@@ -43,6 +43,12 @@ def test_describe(method, capsys):
     assert method.summary in text and method.bench in text and method.entry_points[0] in text
 
 
+def test_describe_as_json(capsys):
+    assert cli.main(["describe", "wsd", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["key"] == "wsd" and found["card"] == "docs/methods/wsd.md"
+
+
 def test_unknown_method_names_the_nearest(capsys):
     assert cli.main(["describe", "cpo"]) == 2
     captured = capsys.readouterr()

@@ -1,0 +1,37 @@
+"""What a run did, in a few lines for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def summary_lines(run: Mapping[str, Any]) -> list[str]:
+    """
+    Return the lines for a record from [`read_run`]; those that it has nothing for are left out.
+
+    Example:
+    ```python
+    >>> totals = {"seconds": {"train": 9.0, "data": 1.0}, "drops": {"pruned": 6}, "rows": {"generated": 24, "trained": 18}}
+    >>> print("\\n".join(summary_lines({"progress": {"step": 3}, "totals": totals})))
+    ***** hf_effi: 3 steps in 10.0 s (train 90 %, data 10 %) *****
+      completions: 24 generated, 18 trained on; dropped: pruned 6
+    ```
+    """
+    totals = run["totals"]
+    seconds = totals.get("seconds", {})
+    whole = sum(seconds.values())
+    shares = sorted(seconds.items(), key=lambda item: -item[1])
+    split = ", ".join(f"{part} {100 * value / whole:.0f} %" for part, value in shares if value >= 0.01 * whole > 0)
+    lines = [f"***** hf_effi: {run['progress']['step']} steps in {whole:,.1f} s ({split}) *****"]
+    rows = totals.get("rows", {})
+    if rows.get("generated"):
+        drops = ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in totals.get("drops", {}).items() if n)
+        line = f"  completions: {rows['generated']:,} generated, {rows.get('trained', 0):,} trained on"
+        lines.append(line + (f"; dropped: {drops}" if drops else ""))
+    if ratio := totals.get("tokens_forwarded_per_real_token"):
+        lines.append(f"  tokens: {totals['tokens']['forwarded']:,} forwarded, {ratio:.2f} for each real one")
+    peaks = totals.get("peak_memory_bytes", {})
+    if peaks:
+        lines.append("  peak memory: " + ", ".join(f"{where} {n / 2**30:.2f} GiB" for where, n in peaks.items()))
+    return lines

@@ -1,0 +1,147 @@
+"""Runs on disk as series and totals: from the record, or from the Trainer's own state where there is none."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._run_record import SUMMARY, read_run
+
+STATE = "trainer_state.json"
+#: two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the normal one beyond
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+Point = tuple[float, float, float]
+
+
+class NoRunError(ValueError):
+    """There is nothing to report on in a folder."""
+
+
+def load_run(folder: str | Path) -> dict[str, Any]:
+    """
+    Return the run in a folder: its record, or the log history of a stock `trainer_state.json` (newest checkpoint).
+
+    Raises:
+        NoRunError: neither is there.
+    """
+    folder = Path(folder)
+    if (folder / SUMMARY).exists():
+        return {"title": folder.name, **read_run(folder)}
+    states = [folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")]
+    states = [path for path in states if path.exists()]
+    if not states:
+        raise NoRunError(
+            f"{folder} has no {SUMMARY} and no {STATE}. Give the output_dir of a run; RunRecordCallback() records one."
+        )
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in states]
+    state = max(found, key=lambda one: one["global_step"])
+    return {
+        "title": folder.name,
+        "log_history": state["log_history"],
+        "events": [],
+        "totals": {},
+        "progress": {"step": state["global_step"]},
+        "max_steps": state["max_steps"],
+    }
+
+
+def load_group(folder: str | Path) -> list[dict[str, Any]]:
+    """
+    Return the run in a folder, or those in its sub-folders: the seeds of one setting.
+
+    Raises:
+        NoRunError: no run there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NoRunError(f"{folder} is not a folder.")
+    try:
+        return [load_run(folder)]
+    except NoRunError as error:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir())
+        runs = [load_run(path) for path in inner if (path / SUMMARY).exists() or _has_state(path)]
+        if not runs:
+            raise error
+        return runs
+
+
+def _has_state(folder: Path) -> bool:
+    return (folder / STATE).exists() or any(folder.glob(f"checkpoint-*/{STATE}"))
+
+
+def series(run: dict[str, Any], name: str) -> dict[float, float]:
+    """Return step -> value of a logged metric; what is not a finite number is left out."""
+    found = ((entry.get("step"), entry.get(name)) for entry in run["log_history"])
+    return {step: float(value) for step, value in found if _is_finite(step) and _is_finite(value)}
+
+
+def memory_series(run: dict[str, Any]) -> dict[str, dict[float, float]]:
+    """Return host and accelerator -> step -> peak memory so far, in GiB."""
+    found: dict[str, dict[float, float]] = {}
+    for event in run["events"]:
+        for where, peak in event.get("totals", {}).get("peak_memory_bytes", {}).items():
+            found.setdefault(where, {})[event["step"]] = peak / 2**30
+    return found
+
+
+def names_of(runs: Iterable[dict[str, Any]], prefix: str) -> list[str]:
+    """Return the names of logged metrics with this prefix, in the order they first appear."""
+    return list(
+        dict.fromkeys(
+            name for run in runs for entry in run["log_history"] for name in entry if name.startswith(prefix)
+        )
+    )
+
+
+def mean_and_band(curves: Sequence[dict[float, float]]) -> list[Point]:
+    """
+    Return (step, mean, half width of the 95 % interval) at the steps that all curves have; 0 for one curve.
+
+    Example:
+    ```python
+    >>> mean_and_band([{1: 2.0, 2: 4.0}, {1: 4.0}])
+    [(1, 3.0, 12.706)]
+    ```
+    """
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return []
+    points = []
+    for step in sorted(set.intersection(*(set(curve) for curve in curves))):
+        values = [curve[step] for curve in curves]
+        half = 0.0
+        if len(values) > 1:
+            quantile = _T_95[len(values) - 2] if len(values) - 2 < len(_T_95) else 1.96
+            half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+        points.append((step, statistics.fmean(values), half))
+    return [(step, mean, round(half, 12)) for step, mean, half in points]
+
+
+def phases_of(points: Sequence[Point]) -> list[tuple[float, float, str]]:
+    """
+    Return (first step, last step, "rises", "constant" or "falls") of a learning rate.
+
+    Example:
+    ```python
+    >>> phases_of([(1, 0.5, 0), (2, 1.0, 0), (3, 1.0, 0), (4, 1.0, 0), (5, 0.2, 0)])
+    [(1, 2, 'rises'), (2, 4, 'constant'), (4, 5, 'falls')]
+    ```
+    """
+    phases: list[tuple[float, float, str]] = []
+    for (start, before, _), (end, after, _) in zip(points, points[1:], strict=False):
+        close = math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-15)
+        kind = "constant" if close else "rises" if after > before else "falls"
+        if phases and phases[-1][2] == kind:
+            phases[-1] = (phases[-1][0], end, kind)
+        else:
+            phases.append((start, end, kind))
+    return phases
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

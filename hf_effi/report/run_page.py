@@ -1,0 +1,242 @@
+"""`hf-effi report`: one self-contained page that tells a run, or compares several."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .page import environment
+from .plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
+from .run_data import NoRunError, load_group, mean_and_band, memory_series, names_of, phases_of, series
+
+TEMPLATE = "run.html.jinja"
+#: More phases than this are the wiggles of a learning rate, not phases.
+_MOST_PHASES = 6
+#: A stacked plot stays readable with this many steps.
+_MOST_COLUMNS = 200
+
+Groups = Mapping[str, Sequence[dict[str, Any]]]
+
+
+def figures(groups: Groups) -> dict[str, str]:
+    """
+    Return caption -> inline SVG, of what the runs recorded.
+
+    Args:
+        groups (`Mapping`): Title -> runs of one setting; several are seeds, and get a mean with its 95 % band.
+    """
+    steps, found = "optimizer steps", {}
+    loss = _lines(groups, {"training": "loss", "evaluation": "eval_loss"})
+    found["Loss"] = loss and draw_lines(loss, steps, "loss", "loss")
+    rates = _lines(groups, {"learning rate": "learning_rate"})
+    if rates:
+        phases = phases_of(next(iter(rates.values()))) if len(rates) == 1 else []
+        phases = phases if len(phases) <= _MOST_PHASES else []
+        found["Learning rate and its phases"] = draw_lines(
+            rates, steps, "learning rate", "lr", phases=phases, from_zero=True
+        )
+    rewards = _lines(groups, {"generated": "effi/reward_generated", "kept": "effi/reward_kept"})
+    rewards = rewards or _lines(groups, {"reward": "reward"})
+    found["Reward before and after filters"] = rewards and draw_lines(rewards, steps, "mean reward", "reward")
+    if len(groups) == 1:
+        found["Completions dropped, by reason"] = _drops_over_time(next(iter(groups.values())))
+    found["Completions of the run"] = _bars(groups, _rows_of, "completions", "rows", "{:,.0f}")
+    tokens = {"forwarded": "effi/tokens_forward", "real": "effi/tokens_real"}
+    per_step = _lines(groups, tokens)
+    found["Tokens forwarded and real tokens"] = per_step and draw_lines(
+        per_step, steps, "tokens a step", "tokens", from_zero=True
+    )
+    found["Time of the run"] = _bars(groups, _seconds_of, "seconds", "time", "{:,.1f}")
+    memory = _memory_lines(groups)
+    found["Peak memory so far"] = memory and draw_lines(memory, steps, "GiB", "memory", from_zero=True)
+    return {caption: svg for caption, svg in found.items() if svg}
+
+
+def _lines(groups: Groups, measures: Mapping[str, str]) -> dict[str, list[tuple[float, float, float]]]:
+    """Name lines by what differs: the group, the measure, or both."""
+    found = {}
+    runs_of_all = [run for runs in groups.values() for run in runs]
+    measures = {label: name for label, name in measures.items() if any(series(run, name) for run in runs_of_all)}
+    for title, runs in groups.items():
+        for label, name in measures.items():
+            curve = mean_and_band([series(run, name) for run in runs])
+            if curve:
+                found[label if len(groups) == 1 else f"{title}, {label}" if len(measures) > 1 else title] = curve
+    return dict(list(found.items())[: 2 * MAX_SERIES])
+
+
+def _memory_lines(groups: Groups) -> dict[str, list[tuple[float, float, float]]]:
+    found = {}
+    for title, runs in groups.items():
+        peaks = [memory_series(run) for run in runs]
+        for where in dict.fromkeys(name for peak in peaks for name in peak):
+            label = where if len(groups) == 1 else f"{title}, {where}"
+            found[label] = mean_and_band([peak.get(where, {}) for peak in peaks])
+    return {label: points for label, points in found.items() if points}
+
+
+def _drops_over_time(runs: Sequence[dict[str, Any]]) -> str:
+    curves = {
+        name.removeprefix("effi/dropped/").replace("_", " "): mean_and_band([series(run, name) for run in runs])
+        for name in names_of(runs, "effi/dropped/")
+    }
+    curves = {name: points for name, points in curves.items() if any(value for _, value, _ in points)}
+    if not curves:
+        return ""
+    steps = [step for step, _, _ in next(iter(curves.values()))]
+    width = -(-len(steps) // _MOST_COLUMNS)
+    columns = [steps[i] for i in range(0, len(steps), width)]
+    parts = {}
+    for name, points in curves.items():
+        values = [value for _, value, _ in points]
+        parts[name] = [statistics.fmean(values[i : i + width]) for i in range(0, len(values), width)]
+    return draw_stacked_areas(parts, columns, "optimizer steps", "completions dropped a generation", "drops")
+
+
+def _bars(
+    groups: Groups, parts_of: Callable[[Mapping[str, Any]], dict[str, float]], unit: str, salt: str, form: str
+) -> str:
+    bars = {}
+    for title, runs in groups.items():
+        parts = [parts_of(run["totals"]) for run in runs]
+        names = dict.fromkeys(name for part in parts for name in part)
+        mean = {name: statistics.fmean(part.get(name, 0) for part in parts) for name in names}
+        if mean:
+            bars[title] = mean
+    return draw_stacked_bars(bars, unit, salt, form) if bars else ""
+
+
+def _rows_of(totals: Mapping[str, Any]) -> dict[str, float]:
+    rows = totals.get("rows", {})
+    if not rows.get("generated"):
+        return {}
+    drops = {f"dropped: {reason.replace('_', ' ')}": n for reason, n in totals.get("drops", {}).items() if n}
+    rest = rows["generated"] - rows.get("trained", 0) - sum(drops.values())
+    # Rows that no filter dropped and whose advantage is zero carry no gradient; they are not forwarded.
+    return {"trained": rows.get("trained", 0), **drops, **({"no gradient": rest} if rest > 0 else {})}
+
+
+def _seconds_of(totals: Mapping[str, Any]) -> dict[str, float]:
+    """Split the training time into the trainer's own phases where it tells them."""
+    seconds = dict(totals.get("seconds", {}))
+    phases = {name: value for name, value in totals.get("phases", {}).items() if value}
+    words = {"gen": "generation", "logp": "log-probs", "train": "training"}
+    if phases and "train" in seconds:
+        rest = seconds.pop("train") - sum(phases.values())
+        seconds = {**{words.get(name, name): value for name, value in phases.items()}, **seconds}
+        seconds["other"] = seconds.get("other", 0.0) + max(0.0, rest)
+    return {name: value for name, value in seconds.items() if value >= 0.005}
+
+
+def facts(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return what stands in the first table: name -> text, means over the runs."""
+
+    def mean(read: Callable[[dict[str, Any]], float | None], form: str) -> str | None:
+        values = [value for run in runs if (value := read(run)) is not None]
+        return form.format(statistics.fmean(values)) if values else None
+
+    def last(run: dict[str, Any], name: str) -> float | None:
+        values = list(series(run, name).values())
+        return statistics.fmean(values[-max(1, len(values) // 20) :]) if values else None
+
+    def dropped(run: dict[str, Any]) -> float | None:
+        totals = run["totals"]
+        generated = totals.get("rows", {}).get("generated")
+        return 100 * sum(totals.get("drops", {}).values()) / generated if generated else None
+
+    def peak(run: dict[str, Any], where: str) -> float | None:
+        value = run["totals"].get("peak_memory_bytes", {}).get(where)
+        return value / 2**30 if value else None
+
+    found = {
+        "runs": str(len(runs)),
+        "steps": mean(lambda run: run.get("progress", {}).get("step"), "{:,.0f}"),
+        "loss at the end": mean(lambda run: last(run, "loss"), "{:.4g}"),
+        "reward at the end": mean(lambda run: last(run, "reward"), "{:.4g}"),
+        "wall-clock": mean(lambda run: sum(run["totals"].get("seconds", {}).values()) or None, "{:,.1f} s"),
+        "tokens forwarded per real token": mean(
+            lambda run: run["totals"].get("tokens_forwarded_per_real_token"), "{:.2f}"
+        ),
+        "completions dropped": mean(dropped, "{:.1f} %"),
+        "peak memory, host": mean(lambda run: peak(run, "host"), "{:.2f} GiB"),
+        "peak memory, accelerator": mean(lambda run: peak(run, "accelerator"), "{:.2f} GiB"),
+    }
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def render_run_page(groups: Groups) -> str:
+    """
+    Return the page: one file, without a script, that asks the network for nothing.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is missing; the message names the extra.
+    """
+    tables = {title: facts(runs) for title, runs in groups.items()}
+    names = dict.fromkeys(name for table in tables.values() for name in table)
+    first = next(iter(groups.values()))[0]
+    findings = {
+        text: None for runs in groups.values() for run in runs for text in map(_sentence, run.get("findings", []))
+    }
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=" beside ".join(groups),
+            groups=tables,
+            names=list(names),
+            svg=figures(groups),
+            findings=[text for text in findings if text],
+            first=first,
+            seeds=max(len(runs) for runs in groups.values()),
+            details={
+                key: first[key]
+                for key in ("arguments", "schedule", "model", "data", "machine", "versions")
+                if key in first
+            },
+        )
+    )
+
+
+def _sentence(finding: Any) -> str:
+    if isinstance(finding, Mapping):
+        return " ".join(str(finding[key]) for key in ("sentence", "message", "advice", "text") if finding.get(key))
+    return str(finding)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `hf-effi report`."""
+    parser.add_argument("folder", nargs="?", help="output_dir of a run, or a folder with the seeds of one setting")
+    parser.add_argument("--compare", nargs="+", metavar="FOLDER", help="two or more of them, overlaid with bands")
+    parser.add_argument("--output", metavar="FILE", help="page to write; default: report.html in the (first) folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and say where it is."""
+    folders = [*([args.folder] if args.folder else []), *(args.compare or [])]
+    if not folders or (args.compare and len(folders) < 2):
+        print("hf-effi report: give a folder, or --compare with at least two.", file=sys.stderr)
+        return 2
+    try:
+        groups = dict(zip(_titles(folders), map(load_group, folders), strict=True))
+    except NoRunError as error:
+        print(f"hf-effi report: {error}", file=sys.stderr)
+        return 1
+    path = Path(args.output) if args.output else Path(folders[0]) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_run_page(groups), encoding="utf-8")
+    print(path)
+    return 0
+
+
+def _titles(folders: Sequence[str]) -> list[str]:
+    """Return the names of the folders, with as much of the path as tells them apart."""
+    paths = [Path(folder).resolve() for folder in folders]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({number})" for number, path in enumerate(paths, 1)]
