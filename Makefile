@@ -20,7 +20,6 @@ $(STAMP): setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,report,kernels]'
 	@touch $(STAMP)
 
 setup: $(STAMP) ## create .venv and install hf_effi with the tested versions (CPU build of torch)

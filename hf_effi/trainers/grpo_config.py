@@ -10,11 +10,6 @@ from trl import GRPOConfig
 from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
 from ._common import EffiArguments
-from ._hub_mixin import HubArguments
-from ._kernel_mixin import KernelArguments
-from ._record_mixin import RunRecordArguments
-from ._schedule_mixin import ScheduleArguments
-from ._sequence_parallel import SequenceParallelArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
@@ -22,9 +17,6 @@ EXACT_SAVINGS = ("trim", "sort", "skip")
 
 @dataclass
 class EffiGRPOConfig(EffiArguments, GRPOConfig):
-class EffiGRPOConfig(
-    HubArguments, KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, GRPOConfig
-):
     """
     Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
 

@@ -11,18 +11,6 @@ from ._common import EffiArguments, EffiMixin
 
 @dataclass
 class EffiTrainingArguments(EffiArguments, TrainingArguments):
-from ._hub_mixin import HubArguments, HubMixin
-from ._kernel_mixin import KernelArguments, KernelPatchMixin
-from ._record_mixin import RunRecordArguments, RunRecordMixin
-from ._sampler_mixin import SamplerMixin
-from ._schedule_mixin import ScheduleArguments, ScheduleMixin
-from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin
-
-
-@dataclass
-class EffiTrainingArguments(
-    HubArguments, KernelArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments, TrainingArguments
-):
     """
     `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
     `kernel_patch`, `run_record` and `hub_wait_seconds`.
@@ -37,9 +25,6 @@ class EffiTrainingArguments(
 
 
 class EffiTrainer(EffiMixin, Trainer):
-class EffiTrainer(
-    KernelPatchMixin, SamplerMixin, HubMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin, Trainer
-):
     """
     `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
     trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to
