@@ -3,7 +3,8 @@
     python -m bench.observers
 
 The same run of 240 updates with and without each callback, alternated in one process, CPU time of one thread, beginning and
-end included. The model is tiny: a real update takes far longer, and the observers' work does not grow with it.
+end included; and the CPU time inside the callback's own events, which is finer than the noise of the first. The model is
+tiny: a real update takes far longer, and the observers' work does not grow with it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bench.schedules import Data, build
 from hf_effi.callbacks.doctor import TrainDoctor
 from hf_effi.callbacks.run_record import RunRecordCallback
 
-UPDATES, LOGGING_STEPS, ROUNDS = 240, 10, 5
+UPDATES, LOGGING_STEPS, ROUNDS = 240, 10, 3
 SEEDS = (0, 1, 2)
 ARMS = ("stock", "TrainDoctor", "RunRecordCallback")
 
@@ -32,8 +33,27 @@ def callbacks_of(arm: str) -> list[Any]:
     return [TrainDoctor(say=lambda sentence: None) if arm == "TrainDoctor" else RunRecordCallback()]
 
 
-def cpu_seconds(arm: str, seed: int, rows: list[dict[str, torch.Tensor]]) -> float:
-    """Return the CPU seconds of one `train()`."""
+def timed(callback: Any, spent: dict[str, float]) -> Any:
+    """Add the CPU seconds of a callback's events to `spent`, those of the beginning apart."""
+
+    def measured(event: Any, part: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return event(*args, **kwargs)
+            finally:
+                spent[part] += time.process_time() - start
+
+        return call
+
+    for name in [name for name in dir(callback) if name.startswith("on_")]:
+        setattr(callback, name, measured(getattr(callback, name), "begin" if name == "on_train_begin" else "events"))
+    return callback
+
+
+def run(arm: str, seed: int, rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Return the CPU seconds of one `train()`, and of the callback's part in it."""
+    spent = {"begin": 0.0, "events": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -48,35 +68,43 @@ def cpu_seconds(arm: str, seed: int, rows: list[dict[str, torch.Tensor]]) -> flo
             per_device_train_batch_size=16,
             seed=seed,
         )
-        trainer = Trainer(build(seed), args, train_dataset=rows, callbacks=callbacks_of(arm))
+        callbacks = [timed(callback, spent) for callback in callbacks_of(arm)]
+        trainer = Trainer(build(seed), args, train_dataset=rows, callbacks=callbacks)
         start = time.process_time()
         trainer.train()
-        return time.process_time() - start
+        return {"total": time.process_time() - start, **spent}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    data, rows, shares = Data(), [], {arm: [] for arm in ARMS[1:]}
+    data, rows = Data(), []
     for seed in SEEDS:
         tokens = [{"input_ids": row, "labels": row} for row in data.batch(seed, 0).repeat(4, 1).unbind()]
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
         for turn in range(ROUNDS):
             for arm in ARMS if turn % 2 else ARMS[::-1]:
-                seconds[arm].append(cpu_seconds(arm, seed, tokens))
+                runs[arm].append(run(arm, seed, tokens))
         for arm in ARMS:
-            rows.append({"arm": arm, "seed": seed, "cpu_seconds": [round(value, 4) for value in seconds[arm]]})
-        for arm, found in shares.items():
-            found.append(statistics.median(seconds[arm]) / statistics.median(seconds["stock"]) - 1)
-    write_result(
-        "observers",
-        command=command_line("bench.observers"),
-        seeds=SEEDS,
-        headline=[
-            headline(f"{name}_overhead_fraction", round(statistics.median(shares[arm]), 4), "<= 0.02")
-            for name, arm in {"doctor": "TrainDoctor", "record": "RunRecordCallback"}.items()
-        ],
-        rows=rows,
-    )
+            seconds = {part: round(statistics.median(r[part] for r in runs[arm]), 5) for part in runs[arm][0]}
+            rows.append(
+                {"arm": arm, "seed": seed, "cpu_seconds": seconds, "all": [round(r["total"], 4) for r in runs[arm]]}
+            )
+
+    def median(arm: str, value: Any) -> float:
+        return statistics.median(value(row["cpu_seconds"]) for row in rows if row["arm"] == arm)
+
+    stock = median(ARMS[0], lambda seconds: seconds["total"])
+    figures = []
+    for name, arm in (("doctor", "TrainDoctor"), ("record", "RunRecordCallback")):
+        whole = median(arm, lambda seconds: seconds["total"]) / stock - 1
+        inside = median(arm, lambda seconds: seconds["events"] / (seconds["total"] - seconds["begin"]))
+        begin = median(arm, lambda seconds: seconds["begin"])
+        figures += [
+            headline(f"{name}_share_of_an_update", round(inside, 5), "<= 0.01"),
+            headline(f"{name}_seconds_at_the_beginning", round(begin, 4)),
+            headline(f"{name}_whole_run_difference", round(whole, 4)),
+        ]
+    write_result("observers", command=command_line("bench.observers"), seeds=SEEDS, headline=figures, rows=rows)
 
 
 if __name__ == "__main__":

@@ -185,8 +185,8 @@ def document_leak(model: torch.nn.Module, like: Mapping[str, Any]) -> float | No
 
     Args:
         model: Called twice on two documents of four tokens, in evaluation mode; modes are put back.
-        like (`Mapping`): Arguments of a training batch. An attention mask, sequence boundaries and `use_cache` are
-            passed here where they were passed there.
+        like (`Mapping`): Arguments of a training batch, see `ForwardWatch.packed`. An attention mask, sequence
+            boundaries and `use_cache` are passed here where they were passed there.
 
     Returns:
         `None` where the model returns no logits.

@@ -16,6 +16,7 @@ class ForwardWatch:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
+        #: arguments of the first batch, if it was packed: `True` in place of a tensor
         self.packed: dict[str, Any] | None = None
         self._first = True
         self._forwarded, self._real = 0, 0
@@ -37,16 +38,17 @@ class ForwardWatch:
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
-        if not torch.is_grad_enabled() or tokens is None:  # generation and evaluation do not train
+        # Generation and evaluation do not train; images and embeddings are no tokens.
+        if not torch.is_grad_enabled() or not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
             return
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape != tokens.shape:
-            mask = None
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         self._forwarded += tokens.numel()
         # Stays on the device: a number is only fetched when the Trainer logs.
-        self._real = self._real + (tokens.numel() if mask is None else mask.detach().ne(0).sum())
-        positions = kwargs.get("position_ids")
-        if self._first and positions is not None and positions.shape == tokens.shape:
-            starts = positions.eq(0).sum(dim=-1)
-            self.packed = dict(kwargs) if starts.max() > 1 else None
+        self._real = self._real + (mask.detach().ne(0).sum() if _fits(mask, tokens) else tokens.numel())
+        if self._first and _fits(positions, tokens) and positions.eq(0).sum(dim=-1).max() > 1:
+            self.packed = {name: isinstance(value, torch.Tensor) or value for name, value in kwargs.items()}
         self._first = False
+
+
+def _fits(value: Any, tokens: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == tokens.shape

@@ -133,7 +133,7 @@ class Switches:
         sequence_parallel_size (`int`, *optional*, defaults to `1`): Ranks that share each sequence. The trace must be of
             one rank's share already.
         loss_tile_tokens (`int`, *optional*, defaults to `4096`): Tokens of a tile of the loss.
-        stream_chunks (`int`, *optional*, defaults to `8`): Chunks of a layer under `stream`.
+        stream_chunks (`int`, *optional*, defaults to `3`): Chunks of a layer under `stream`.
     """
 
     activations: str = "keep"
@@ -144,7 +144,7 @@ class Switches:
     shard_ranks: int = 1
     sequence_parallel_size: int = 1
     loss_tile_tokens: int = 4096
-    stream_chunks: int = 8
+    stream_chunks: int = 3
 
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:

@@ -22,6 +22,13 @@ from ..functional.memory import (
 #: name on the command line -> what the data-parallel ranks share
 SHARDINGS = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
 COLUMNS = ("parameters", "gradients", "optimizer", "weight_copies", "activations", "working", "logits", "kv_cache")
+#: what turns on each way to keep activations
+_ACTIVATION_SWITCHES = {
+    "selective": "gradient_checkpointing=True with SelectiveCheckpointCallback()",
+    "checkpoint": "gradient_checkpointing=True",
+    "offload": "gradient_checkpointing=True with ActivationOffloadCallback()",
+    "stream": "PatchCallback(stream_layers)",
+}
 ESTIMATES = (
     "Exact: parameters, gradients, optimizer state, KV cache, and what autograd saves, which is read off the model's own",
     "forward pass with fused attention. Estimated: tiled loss, tiled MLP, stream, sequence parallelism, gathered layers,",
@@ -70,6 +77,25 @@ def describe_switches(switches: Switches) -> str:
     """
     extra = [name for name, on in (("tiled loss", switches.tiled_loss), ("tiled MLP", switches.tiled_mlp)) if on]
     return " + ".join([switches.activations, *extra])
+
+
+def how_to_switch_on(switches: Switches) -> str:
+    """
+    Return what to write for a set of switches.
+
+    Example:
+    ```python
+    >>> how_to_switch_on(Switches(activations="checkpoint", tiled_loss=True))
+    'gradient_checkpointing=True; PatchCallback(tile_loss), which TRL trainers do not need'
+
+    ```
+    """
+    parts = [_ACTIVATION_SWITCHES[switches.activations]] if switches.activations != "keep" else []
+    if switches.tiled_loss:
+        parts.append("PatchCallback(tile_loss), which TRL trainers do not need")
+    if switches.tiled_mlp:
+        parts.append("PatchCallback(tile_mlp)")
+    return "; ".join(parts) or "nothing to switch on"
 
 
 def plan_memory(
@@ -240,7 +266,9 @@ def format_plan(plan: MemoryPlan) -> str:
         budget = f"{plan.budget_bytes / 2**30:.1f} GiB"
         found = "nothing fits" if plan.chosen is None else f"fastest that fits (*): {describe_switches(plan.chosen)}"
         lines.append(f"Budget {budget}: {found}. Sets marked + fit too.")
-        if plan.chosen is None:
+        if plan.chosen is not None:
+            lines.append(f"In code: {how_to_switch_on(plan.chosen)}.")
+        else:
             least = min(table.peak for _, table, _ in plan.rows)
             lines.append(
                 f"The smallest set needs {least / 2**30:.1f} GiB. Ways on: --sharding fsdp --ranks N, "

@@ -163,9 +163,7 @@ class SequenceParallelMixin:
 
     def _description(self) -> str:
         group, args = self._sequence_group, self.args
-        layout = ", ".join(
-            f"[{', '.join(map(str, range(i * group.size, (i + 1) * group.size)))}]" for i in range(group.count)
-        )
+        layout = ", ".join(str([*range(i * group.size, (i + 1) * group.size)]) for i in range(group.count))
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         if self.sequence_parallel_mode == "rounds":
             steps = f"each rank keeps its own batch ({rows} rows a step); steps are those of plain data parallelism"
@@ -204,9 +202,8 @@ class SequenceParallelMixin:
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
         if self._shares_batches:
-            self.state.num_input_tokens_seen -= (
-                (self.state.num_input_tokens_seen - before) * (self._sequence_group.size - 1)
-            ) // self._sequence_group.size
+            counted = self.state.num_input_tokens_seen - before
+            self.state.num_input_tokens_seen = before + counted // self._sequence_group.size
 
     # --- forward and backward ------------------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ def settings(size: int, **over: Any) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.5,
         "logging_steps": 1,
+        "include_num_input_tokens_seen": "all",
         "eval_strategy": "steps",
         "eval_steps": 3,
         "save_strategy": "no",
@@ -106,7 +107,8 @@ def run_trainer(size: int, sampler: bool = False, **over: Any) -> dict[str, Any]
         eval_dataset=data.select(range(8)),
         train_sampler=QualityAscendingSampler([(7 * index) % 32 for index in range(32)]) if sampler else None,
     )
-    return series(trainer)
+    found = series(trainer)
+    return found | {"totals": [trainer.state.num_input_tokens_seen, trainer.state.total_flos]}
 
 
 def run_sft(size: int, lora: bool = False, model: Any = None, **over: Any) -> dict[str, Any]:

@@ -179,3 +179,48 @@ def test_two_ranks_choose_alike(tmp_path):
     assert_bitwise_equal(weights_a, weights_b)
     # ... and as one process with the same global batch.
     assert train_rank(str(tmp_path), 4)[0] == ranks_a
+
+
+def config_for_trl():
+    return AdaLoraConfig(
+        init_r=4, target_r=2, tinit=0, tfinal=1, total_step=3, target_modules=["q_proj", "v_proj"], lora_alpha=4
+    )
+
+
+def test_sft_trainer(tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    from tests.helpers import sft_dataset, tiny_tokenizer
+
+    callback = AdaLoRACallback()
+    args = SFTConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        max_steps=3,
+        gradient_checkpointing=False,
+        learning_rate=1e-2,
+        max_length=32,
+    )
+    SFTTrainer(
+        tiny_qwen3(num_hidden_layers=1),
+        args,
+        train_dataset=sft_dataset(16),
+        processing_class=tiny_tokenizer(),
+        peft_config=config_for_trl(),
+        callbacks=[callback],
+    ).train()
+    assert sum(callback.ranks().values()) == 4
+
+
+def test_grpo_trainer(tmp_path):
+    from trl import GRPOTrainer
+
+    from tests.helpers import grpo_args, length_reward, run_grpo
+
+    callback = AdaLoRACallback()
+    args = grpo_args(tmp_path, learning_rate=1e-2)
+    run_grpo(GRPOTrainer, args, reward_funcs=length_reward, peft_config=config_for_trl(), callbacks=[callback])
+    assert sum(callback.ranks().values()) == 8  # two layers here

@@ -264,10 +264,9 @@ def test_the_packing_probe_leaves_modes_and_random_numbers():
     model = tiny_qwen3(num_hidden_layers=1).train()
     model.lm_head.eval()
     before = torch.get_rng_state()
-    mask = torch.ones(1, 4)
     assert document_leak(model, {"use_cache": False}) < 1e-5
     # An attention mask beside position_ids: transformers then sees one document.
-    assert document_leak(model, {"use_cache": False, "attention_mask": mask}) > 1e-3
+    assert document_leak(model, {"use_cache": False, "attention_mask": True}) > 1e-3
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and not model.lm_head.training
 
@@ -283,6 +282,8 @@ def test_padding_is_counted_where_training_forwards():
     assert watch.take_pad_ratio() is None
     model(tokens)
     assert watch.take_pad_ratio() == 0
+    model(inputs_embeds=torch.zeros(1, 4, 32))
+    assert watch.take() == (0, 0)
     watch.close()
     assert not model._forward_pre_hooks
 

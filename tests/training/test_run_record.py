@@ -3,9 +3,17 @@ import os
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, EffiTrainer, EffiTrainingArguments
+from hf_effi import (
+    EffiGRPOConfig,
+    EffiGRPOTrainer,
+    EffiSFTConfig,
+    EffiSFTTrainer,
+    EffiTrainer,
+    EffiTrainingArguments,
+)
 from hf_effi._run_record import EVENTS, SUMMARY, RunStore, read_run
 from hf_effi.callbacks.doctor import TrainDoctor
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
@@ -21,6 +29,7 @@ from tests.helpers import (
     run_distributed,
     run_grpo,
     tiny_qwen3,
+    tiny_tokenizer,
 )
 
 SECRET = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
@@ -209,6 +218,27 @@ def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_
     assert {"gen", "reward", "train"} <= set(found["totals"]["phases"])
     assert {"difficulty_filter", "exact_savings"} <= set(found["methods"])
     assert found["totals"]["tokens_forwarded_per_real_token"] >= 1
+
+
+def test_sft(tmp_path):
+    args = EffiSFTConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        max_steps=2,
+        gradient_checkpointing=False,
+        max_length=64,
+        train_sampling_strategy="sequential",
+    )
+    texts = Dataset.from_dict({"text": ["1+1=2"] * 8 + ["1+1=2", "1+1=2 1+1=2"] * 4})
+    model = tiny_qwen3(num_hidden_layers=1)
+    EffiSFTTrainer(model, args, train_dataset=texts, processing_class=tiny_tokenizer()).train()
+    found = read_run(tmp_path)
+    tokens = found["totals"]["tokens"]
+    assert found["arguments_class"] == "EffiSFTConfig" and found["data"]["train"]["rows"] == 16
+    assert tokens["forwarded"] > tokens["real"] > 0  # the second batch is padded
 
 
 def record_of_a_rank(folder):

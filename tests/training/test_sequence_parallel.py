@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from hf_effi import EffiGRPOTrainer, EffiTrainer, EffiTrainingArguments, SequenceParallelError, SequenceParallelMixin
+from hf_effi.parallel import SequenceGroup
 from hf_effi.trainers._sequence_parallel import _mode_of
 from tests.helpers import compare_runs, lm_dataset, tiny_llama
 
@@ -120,6 +121,22 @@ def test_a_loss_of_ones_own_must_say_its_mode(tmp_path):
     Own.sequence_parallel_mode = "tokens"
     with pytest.raises(SequenceParallelError, match="sequence_parallel_mode='tokens' must be"):
         built(tmp_path, Own)
+
+
+@pytest.mark.parametrize(
+    ("mode", "step"),
+    [
+        ("token", "a step takes 32 rows: 16 a group; steps are those of 2 rank(s)"),
+        ("rounds", "each rank keeps its own batch (16 rows a step); steps are those of plain data parallelism"),
+    ],
+)
+def test_the_start_says_what_it_means(tmp_path, mode, step):
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = EffiTrainer(tiny_llama(attn_implementation="sdpa"), args, train_dataset=lm_dataset(8))
+    trainer._sequence_group, trainer.sequence_parallel_mode = SequenceGroup(4, 1, 0, 2, None), mode
+    said = trainer._description()
+    assert "2 group(s) of 4 ranks, [0, 1, 2, 3], [4, 5, 6, 7]. Each rank holds 1/4 of every sequence" in said
+    assert f"mode '{mode}': {step}. Attention: sdpa" in said
 
 
 def test_deepspeed_with_its_own_sequence_parallelism_warns_at_start(tmp_path, monkeypatch):

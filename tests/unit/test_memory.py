@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from hf_effi.functional.memory import (
     memory_table,
     optimizer_bytes,
 )
-from hf_effi.report.plan_memory import format_plan, plan_memory
+from hf_effi.report.plan_memory import format_plan, how_to_switch_on, plan_memory
 from tests.helpers import tiny_gemma
 
 WEIGHTS = [Parameter((8, 100), 4, True), Parameter((100,), 4, True), Parameter((50, 64), 2, False, four_bit=True)]
@@ -83,7 +84,7 @@ def test_sharding(stage, expected):
         ("selective", 30 + 15, 120, 0),
         ("checkpoint", 30, 120, 0),
         ("offload", 20, 120, 20),
-        ("stream", 30, 120 // 8, 0),
+        ("stream", 30, 120 // 3, 0),
     ],
 )
 def test_activations(activations, stays, working, host):
@@ -217,6 +218,17 @@ def test_command(tmp_path, capsys):
     )
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows[0]["kv_cache"] == kv_cache_bytes(2, 128, layers=3, kv_heads=2, head_dim=8, itemsize=4)
+
+
+def test_every_switch_says_how_to_turn_it_on():
+    import hf_effi
+
+    for switches in exact_switch_sets(Switches()):
+        words = how_to_switch_on(switches)
+        assert ("tile_loss" in words) == switches.tiled_loss and ("tile_mlp" in words) == switches.tiled_mlp
+        for name in re.findall(r"\w*(?:Callback|tile_\w+|stream_layers)\b", words):
+            assert name in hf_effi.__all__, name
+    assert how_to_switch_on(Switches()) == "nothing to switch on"
 
 
 def test_the_text_says_what_to_do_when_nothing_fits():
