@@ -308,10 +308,10 @@ def patch(
         model (`nn.Module`): Any model, also one with PEFT adapters, accelerate hooks or gradient checkpointing.
         layers (`Mapping` or `str`): Key -> layer. `"liger"` stands for every layer that Liger has for this model.
             Keys: a kernel's name (`"RMSNorm"`, `"SwiGLUMLP"`, `"GeGLUMLP"`, `"rotary_pos_emb"`, `"ForCausalLMLoss"`,
-            `"LoRALinear"`), a module's name, a glob on names (`"*.mlp"`) or a compiled regex. Values: a stateless
+            `"LoRALinear"`, `"LMHead"`), a module's name, a glob on names (`"*.mlp"`) or a compiled regex. Values: a stateless
             `nn.Module` class (Hugging Face's contract: `forward`, `has_backward`, `can_torch_compile`), one of Liger's
-            classes, `"liger"`, `"organisation/repository:Layer"` or a `kernels` repository object, `FusedLoRALinear()`;
-            or a list of these, of which the first that passes is taken.
+            classes, `"liger"`, `"organisation/repository:Layer"` or a `kernels` repository object, `FusedLoRALinear()`,
+            `FusedLMHead()`; or a list of these, of which the first that passes is taken.
         on_mismatch (`str`, *optional*, defaults to `"error"`): What a failed self-check does. `"eager"` leaves the
             module as it is and logs one line a kind of module.
         verify (`bool`, *optional*, defaults to `True`): Whether to compare forward and backward on random input, once
