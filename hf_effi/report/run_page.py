@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..functional.doctor import Finding
 from .page import environment
 from .plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from .run_data import NoRunError, load_group, mean_and_band, memory_series, names_of, phases_of, series
@@ -189,7 +190,7 @@ def render_run_page(groups: Groups) -> str:
             groups=tables,
             names=list(names),
             svg=figures(groups),
-            findings=[text for text in findings if text],
+            findings=list(findings),
             first=first,
             seeds=max(len(runs) for runs in groups.values()),
             details={
@@ -201,10 +202,8 @@ def render_run_page(groups: Groups) -> str:
     )
 
 
-def _sentence(finding: Any) -> str:
-    if isinstance(finding, Mapping):
-        return " ".join(str(finding[key]) for key in ("sentence", "message", "advice", "text") if finding.get(key))
-    return str(finding)
+def _sentence(finding: Mapping[str, Any]) -> str:
+    return str(Finding(**finding))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

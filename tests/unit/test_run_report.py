@@ -121,6 +121,18 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_shows(tmp_path):
     assert len(ids) == len(set(ids))
 
 
+def test_what_the_doctor_found_is_on_the_page(tmp_path):
+    (run,) = load_group(write_run(tmp_path / "a"))
+    finding = {
+        "rule": "lr",
+        "step": 30,
+        "problem": "The LR is 0",
+        "advice": "set learning_rate",
+        "severity": "problem",
+    }
+    assert "step 30: The LR is 0: set learning_rate" in render_run_page({"a": [{**run, "findings": [finding]}]})
+
+
 def test_command(tmp_path, capsys):
     write_run(tmp_path / "one" / "out")
     write_run(tmp_path / "two" / "out")
