@@ -37,6 +37,7 @@ from hf_effi.parallel.layer_modes import LayerModes
 from hf_effi.parallel.offload import ActivationOffloader
 from hf_effi.parallel.stream_layer import stream_layers
 
+NO_MEMORY = 3
 VOCAB, HIDDEN, MLP, LAYERS, HEADS, WARM_UP = 8192, 128, 512, 8, 4, 256
 TIME_LENGTH = 2048
 LOGIT_SHARDS, STREAM_CHUNKS = 32, 8
@@ -103,13 +104,15 @@ def step(model: LlamaForCausalLM, length: int, seed: int, group: Any = None) -> 
     """One forward and backward; returns the loss."""
     tokens = torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
     model.zero_grad()
-    if group is None:
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-    else:
-        layout, shard = split_batch({"input_ids": tokens, "labels": tokens}, group)
-        with attention_scope(["sdpa"]), sharded_forward(model, layout):
-            loss = model(**shard, num_items_in_batch=length - 1).loss
-    loss.backward()
+    with contextlib.ExitStack() as stack:
+        batch = {"input_ids": tokens, "labels": tokens}
+        if group is not None:
+            layout, shard = split_batch(batch, group)
+            batch = {**shard, "num_items_in_batch": length - 1}
+            stack.enter_context(attention_scope(["sdpa"]))
+            stack.enter_context(sharded_forward(model, layout))
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
     return float(loss.detach())
 
 
@@ -123,7 +126,7 @@ def data_bytes() -> int:
 
 
 def probe(arm: str, length: int, seed: int, cap_mib: int, rank: int, port: int) -> None:
-    """What a child does: exit 0 if the step survives the cap, 1 if memory ran out."""
+    """What a child does: exit 0 if the step survives the cap, `NO_MEMORY` if memory ran out."""
     group = None
     if "ranks" in ARMS[arm]:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -137,7 +140,7 @@ def probe(arm: str, length: int, seed: int, cap_mib: int, rank: int, port: int) 
         except (RuntimeError, MemoryError) as error:
             no_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
             # The other rank sees a broken connection. At once: a clean-up may want memory.
-            os._exit(1 if no_memory or group else 2)
+            os._exit(NO_MEMORY if no_memory or group else 1)
     os._exit(0)
 
 
@@ -154,7 +157,7 @@ def survives(arm: str, length: int, seed: int, cap_mib: int) -> bool:
     for process in ranks:
         process.join()
     codes = [process.exitcode for process in ranks]
-    if not set(codes) <= {0, 1}:
+    if not set(codes) <= {0, NO_MEMORY}:
         raise RuntimeError(f"{arm} at {length}: the probe ended with {codes}, not for want of memory.")
     return not any(codes)
 

@@ -1,14 +1,16 @@
 """Write the tables of README and docs from `bench/results/*.json`: `python -m bench.render [--check]`.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME is a result file without `.json`
-(its headline figures), `NAME.arms` for the comparison of the demo's arms, or `NAME.parity` for a table of errors. With `--check` nothing is written, and the
-exit code is 1 if a table and its result differ.
+(its headline figures), `NAME.arms` for the comparison of the demo's arms, `NAME.parity` for a table of errors, or
+`NAME.ladder` for the longest sequences. With `--check` nothing is written, and the exit code is 1 if a table and its
+result differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,6 +85,23 @@ def parity_table(result: Mapping[str, Any]) -> str:
     return markdown_table(["mode", "batch", "P", *names], rows)
 
 
+def ladder_table(result: Mapping[str, Any]) -> str:
+    """Return one row an arm of `bench.long_sequence`: medians over the seeds, lengths also over those of the first arm."""
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        if "arm" in row:
+            arms.setdefault(row["arm"], []).append(row)
+    lengths = {arm: statistics.median(row["longest"] for row in rows) for arm, rows in arms.items()}
+    shortest = next(iter(lengths.values()))
+    rows = []
+    for arm, mine in arms.items():
+        times = [row["time_over_checkpoint"] for row in mine if row["time_over_checkpoint"] is not None]
+        time = f"{statistics.median(times):.2f}" if times else "not measured"
+        rows.append([arm, f"{lengths[arm]:,.0f}", f"{lengths[arm] / shortest:.1f}x", time])
+    header = ["switches", "longest sequence, tokens", "over plain", "CPU time a token over plain checkpointing"]
+    return markdown_table(header, rows) + "\n\n" + provenance(result)
+
+
 def provenance(result: Mapping[str, Any]) -> str:
     """Return hardware, versions, seeds, date, commit and command as one small line."""
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
@@ -96,7 +115,7 @@ def provenance(result: Mapping[str, Any]) -> str:
     )
 
 
-_VIEWS = {"": headline_table, "arms": arms_table, "parity": parity_table}
+_VIEWS = {"": headline_table, "arms": arms_table, "parity": parity_table, "ladder": ladder_table}
 
 
 def render_text(text: str, results: Mapping[str, Mapping[str, Any]], source: str = "text") -> str:
