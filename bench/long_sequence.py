@@ -4,7 +4,7 @@
 
 Each probe is a fork: a Llama with 8 layers is built, one short step warms it up, then `RLIMIT_DATA` is set to
 what the process uses plus the cap, and one forward and backward of the language-model loss runs. The longest length that
-survives is found by doubling and bisection to 5 %. For `offload` the host is a file mapping, which the cap does not
+survives is found by a galloping search and bisection to 5 %. For `offload` the host is a file mapping, which the cap does not
 count: a CPU has no second memory. `2 ranks` are two processes with the cap each. Time is CPU seconds a token of the same
 step in one process without a cap, the arms in turn; the ratio is of medians, over plain checkpointing.
 """
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench._schema import command_line, headline, write_result
+from bench._schema import command_line, headline, load_results, write_result
 from hf_effi import tile_loss, tile_mlp
 from hf_effi.parallel import attention_scope, make_sequence_group, sharded_forward, split_batch
 from hf_effi.parallel.layer_modes import LayerModes
@@ -162,11 +162,15 @@ def survives(arm: str, length: int, seed: int, cap_mib: int) -> bool:
     return not any(codes)
 
 
-def longest(arm: str, seed: int, cap_mib: int, start: int) -> int:
-    """Return the longest length, to 5 %, that survives; `start` should."""
-    low, high = 0, start
-    while survives(arm, high, seed, cap_mib):
-        low, high = high, 2 * high
+def longest(arm: str, seed: int, cap_mib: int, guess: int) -> int:
+    """Return the longest length, to 5 %, that survives: a galloping search from `guess`, then bisection."""
+    low, high, length, reach = 0, 0, guess, max(64, guess // 20)
+    while not (low and high) and length >= 32:
+        if survives(arm, length, seed, cap_mib):
+            low, length = length, length + reach
+        else:
+            high, length = length, length - reach
+        reach *= 2
     while high - low > max(64, low // 20):
         middle = (low + high) // 2 // 32 * 32
         low, high = (middle, high) if survives(arm, middle, seed, cap_mib) else (low, middle)
@@ -195,17 +199,16 @@ def seconds_per_token(seed: int, repeats: int) -> dict[str, float]:
 
 
 def main(seeds: range, cap_mib: int, repeats: int) -> None:
-    rows = []
+    rows, known = [], known_lengths()
     for seed in seeds:
         # In a process of its own: after a backward, autograd does not work in forked children.
         with ProcessPoolExecutor(1, FORK) as pool:
             times = pool.submit(seconds_per_token, seed, repeats).result()
-        before = 256
         for arm in ARMS:
-            before = longest(arm, seed, cap_mib, before)
+            known[arm] = longest(arm, seed, cap_mib, known.get(arm) or max(known.values(), default=256))
             relative = times[arm] / times["checkpoint"] if arm in times else None
-            rows.append({"seed": seed, "arm": arm, "longest": before, "time_over_checkpoint": relative})
-            print(f"seed {seed}  {arm:<36} {before:>7} tokens   time {relative or float('nan'):.3f}", flush=True)
+            rows.append({"seed": seed, "arm": arm, "longest": known[arm], "time_over_checkpoint": relative})
+            print(f"seed {seed}  {arm:<36} {known[arm]:>7} tokens   time {relative or float('nan'):.3f}", flush=True)
         # After each seed: a run that is cut short has its results.
         write_result(
             "long_sequence",
@@ -214,6 +217,12 @@ def main(seeds: range, cap_mib: int, repeats: int) -> None:
             headline=summarize(rows),
             rows=[*rows, {"cap_mib": cap_mib, "time_length": TIME_LENGTH, "repeats": repeats}],
         )
+
+
+def known_lengths() -> dict[str, int]:
+    """Return where the searches begin: at the lengths of the last result, if there is one."""
+    rows = load_results().get("long_sequence", {"rows": []})["rows"]
+    return {row["arm"]: row["longest"] for row in rows if "arm" in row}
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
