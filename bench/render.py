@@ -1,9 +1,11 @@
-"""Write the tables of README and docs from `bench/results/*.json`: `python -m bench.render [--check]`.
+"""Write the tables of README and docs from `bench/results/*.json` and the sources: `python -m bench.render [--check]`.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME is a result file without `.json`
 (its headline figures), `NAME.arms` for the comparison of the demo's arms, `NAME.parity` for a table of errors, or
 `NAME.ladder` for the longest sequences. With `--check` nothing is written, and the exit code is 1 if a table and its
 result differ.
+(its headline figures), `NAME.arms` for the comparison of the demo's arms, or `NAME.parity` for a table of errors. `<!-- table:NAME -->` and `<!-- /table -->` hold a table of
+`bench.tables`. With `--check` nothing is written, and the exit code is 1 if a table and its source differ.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import tables
 from bench._schema import RESULTS, ROOT, load_results
 from hf_effi.report.card import markdown_table
 
 _BLOCK = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table:([\w.-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
 def _number(value: Any) -> str:
@@ -140,6 +144,23 @@ def render_text(text: str, results: Mapping[str, Mapping[str, Any]], source: str
     return _BLOCK.sub(table, text)
 
 
+def render_tables(text: str, root: Path = ROOT, source: str = "text") -> str:
+    """
+    Return `text` with every table of `bench.tables` made from the sources below `root`.
+
+    Raises:
+        ValueError: a marker names a table that does not exist.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match.group(2)
+        if name not in tables.VIEWS:
+            raise ValueError(f"{source}: unknown table {name!r}. Known: {', '.join(tables.VIEWS)}.")
+        return f"{match.group(1)}\n{tables.VIEWS[name](root)}\n\n{match.group(4)}"
+
+    return _TABLE.sub(table, text)
+
+
 def documents(root: Path = ROOT) -> list[Path]:
     """Return the files that may hold tables."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
@@ -154,13 +175,13 @@ def main(arguments: list[str] | None = None, root: Path = ROOT, folder: Path = R
         if not path.exists():
             continue
         text = path.read_text(encoding="utf-8")
-        rendered = render_text(text, results, path.name)
+        rendered = render_tables(render_text(text, results, path.name), source=path.name)
         if rendered != text:
             stale.append(path.relative_to(root))
             if not args.check:
                 path.write_text(rendered, encoding="utf-8")
     for name in stale:
-        print(f"{name}: {'tables differ from bench/results, run `python -m bench.render`' * args.check or 'rendered'}")
+        print(f"{name}: {'tables are stale, run `python -m bench.render`' * args.check or 'rendered'}")
     return 1 if args.check and stale else 0
 
 

@@ -17,9 +17,9 @@ _BEGIN, _END = "<!-- hf_effi section -->", "<!-- end of hf_effi section -->"
 _PLOT_COLUMNS = 60
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
     """
-    Return a Markdown table; the first column is left-aligned, the others right.
+    Return a Markdown table; the first column is left-aligned, the others right where they are numbers, else left.
 
     Example:
     ```python
@@ -29,7 +29,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     | stock | 50 |
     ```
     """
-    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
+    lines = [header, [":---", *["---:" if numbers else ":---"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

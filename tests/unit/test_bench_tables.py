@@ -1,0 +1,77 @@
+"""The paper index and the table of versions come from the sources, and a stale page is found."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import render, tables
+from bench._schema import ROOT
+from hf_effi.methods import METHODS
+
+CONSTRAINTS = "# tested\ntorch==2.13.0\n\njinja2==3.1.6\n"
+SETUP = """[options]
+python_requires = >=3.11
+install_requires =
+    torch>=2.6
+    # why
+    trl>=1.16,<1.17
+
+[options.extras_require]
+report =
+    jinja2>=3.1
+kernels =
+    triton>=3.6; platform_system == "Linux"
+test =
+    pytest>=8
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "constraints.txt").write_text(CONSTRAINTS)
+    (tmp_path / "setup.cfg").write_text(SETUP)
+    return tmp_path
+
+
+def rows_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_versions_name_range_test_and_extra(root):
+    assert rows_of(tables.versions_table(root)) == [
+        ["Python", "`>=3.11`", "", "always"],
+        ["torch", "`>=2.6`", "2.13.0", "always"],
+        ["trl", "`>=1.16,<1.17`", "not in CI", "always"],
+        ["jinja2", "`>=3.1`", "3.1.6", "extra `report`"],
+        ["triton", "`>=3.6`", "not in CI", "extra `kernels`"],
+    ]
+
+
+def test_a_changed_pin_makes_the_page_stale(root):
+    page = render.render_tables("<!-- table:versions -->\n<!-- /table -->\n", root)
+    assert render.render_tables(page, root) == page
+    (root / "constraints.txt").write_text(CONSTRAINTS.replace("2.13.0", "2.14.0"))
+    assert render.render_tables(page, root) == page.replace("2.13.0", "2.14.0")
+
+
+def test_every_method_is_in_one_of_the_two_indexes():
+    papers, others = rows_of(tables.papers_table(ROOT)), rows_of(tables.other_sources_table(ROOT))
+    assert len(papers) + len(others) == len(METHODS)
+    assert [row[0] for row in papers] == sorted((row[0] for row in papers), reverse=True)
+    assert ["[CPPO completion pruning](methods/cppo.md)" in row for row in papers].count(True) == 1
+
+
+def test_a_new_method_makes_the_index_stale():
+    assert tables.papers_table(ROOT, METHODS[1:3]) != tables.papers_table(ROOT, METHODS[1:2])
+
+
+@pytest.mark.parametrize(("page", "names"), [("papers", ["papers", "other_sources"]), ("compatibility", ["versions"])])
+def test_the_committed_pages_are_up_to_date(page, names):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert all(f"<!-- table:{name} -->" in text for name in names)
+    assert render.render_tables(text) == text, "run `python -m bench.render`"
+
+
+def test_unknown_table_is_refused():
+    with pytest.raises(ValueError, match="page.md: unknown table 'foo'. Known: papers"):
+        render.render_tables("<!-- table:foo -->\n<!-- /table -->", source="page.md")
