@@ -20,6 +20,7 @@ TEXT = {
     ".yaml",
     ".yml",
     ".json",
+    ".ipynb",
     ".jinja",
     ".css",
     ".html",

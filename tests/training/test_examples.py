@@ -1,0 +1,152 @@
+"""Every example runs on the tiny model and does what it says; the notebooks are their scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_effi import cli, read_run, wsd
+from hf_effi.demo import toy
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "make_notebooks.py")
+MAKER = runpy.run_path(str(EXAMPLES / "make_notebooks.py"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run an example as its command does and return its variables."""
+
+    def start(name: str, *options: str) -> dict[str, Any]:
+        path = str(EXAMPLES / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, "--output-dir", str(tmp_path / "out"), *options])
+        return runpy.run_path(path, run_name="__main__")
+
+    return start
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
+
+
+def test_schedule(run, capsys):
+    done = run("schedule", "--max-steps", "10")
+    planned = [1e-3 * multiplier for multiplier in wsd(10, warmup_fraction=0.1, decay_fraction=0.2).trace()]
+    assert logged(done["trainer"], "learning_rate") == pytest.approx(planned[:10])
+    assert "learning rate 1.00e-03" in capsys.readouterr().out
+
+
+def test_grpo_filter_prune(run, capsys):
+    done = run("grpo_filter_prune")
+    generated = sum(logged(done["trainer"], "effi/rows_generated"))
+    assert sum(logged(done["trainer"], "effi/rows_trained")) <= generated / 2
+    assert sum(logged(done["trainer"], "effi/dropped/pruned")) > 0
+    easy, hard = (sum(logged(done["trainer"], f"effi/dropped/{reason}")) for reason in ("too_easy", "too_hard"))
+    assert easy + hard > 0
+    assert "'pruned'" in capsys.readouterr().out
+
+
+def test_curriculum(run, capsys):
+    done = run("curriculum")
+    assert done["seen"] == sorted(done["seen"]) and done["seen"][0] < done["seen"][-1]
+    assert "batch by batch: " in capsys.readouterr().out
+
+
+def test_kernels(run, capsys):
+    done = run("kernels")
+    stock, patched = logged(done["stock"], "loss"), logged(done["patched"], "loss")
+    assert patched == pytest.approx(stock, abs=1e-5) and stock[-1] < stock[0]
+    assert "FusedLoRALinear x3" in capsys.readouterr().out
+    assert "forward" not in vars(done["patched"].model.base_model.model.model.layers[0].self_attn.q_proj)
+
+
+def test_memory(run, capsys):
+    done = run("memory")
+    stock = run("schedule", "--max-steps", "3")["trainer"]
+    tiled = logged(done["trainer"], "loss")
+    assert tiled[0] == pytest.approx(logged(stock, "loss")[0], abs=1e-4)
+    stats = done["offload"].stats
+    assert 0 < stats["offloaded_bytes"] == stats["restored_bytes"]
+    assert done["plan"].chosen.activations == "selective"  # not all fits, and recomputing attention costs least
+    told = capsys.readouterr().out
+    assert "<- the fastest that fits" in told and "to switch on: gradient_checkpointing=True" in told
+
+
+def test_resume(run, capsys):
+    done = run("resume")
+    whole, resumed, start = (m.state_dict() for m in (done["whole"].model, done["resumed"].model, toy().model))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(whole[name], start[name]) for name in whole)
+    assert "resumed at step 3 of 4: largest difference of a weight 0.0e+00" in capsys.readouterr().out
+
+
+def test_push_to_hub_without_push(run, tmp_path, capsys):
+    done = run("push_to_hub")
+    assert logged(done["again"], "loss") == logged(done["trainer"], "loss")
+    assert done["recipe"].args.lr_schedule == "wsd"
+    assert "hf_effi recipe" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "The card of" in capsys.readouterr().out
+
+
+def test_push_needs_a_name(run):
+    with pytest.raises(SystemExit):
+        run("push_to_hub", "--push")
+
+
+def test_sft_packed_sequence_parallel(run, capsys):
+    done = run("sft_packed_sequence_parallel")
+    rows = done["trainer"].train_dataset
+    assert len(rows) < len(done["rows"]) and max(map(len, rows["input_ids"])) <= 64
+    assert "each row on 1 of 1 ranks" in capsys.readouterr().out
+
+
+def test_train_from_yaml(run, tmp_path, capsys):
+    run("train_from_yaml")
+    record = read_run(tmp_path / "out")
+    assert record["progress"]["step"] == 2
+    assert {"wsd", "cppo", "difficulty_filter"} <= set(record["methods"])
+    told = capsys.readouterr().out
+    assert "valid for `hf-effi grpo`" in told and "2 steps with the methods" in told
+
+
+def test_the_yaml_is_valid_as_it_stands(monkeypatch, tmp_path):
+    # Without a GPU, transformers refuses the default of bf16.
+    text = (EXAMPLES / "grpo.yaml").read_text(encoding="utf-8") + "use_cpu: true\nbf16: false\n"
+    (tmp_path / "grpo.yaml").write_text(text, encoding="utf-8")
+    assert cli.main(["validate", str(tmp_path / "grpo.yaml")]) == 0
+
+
+@pytest.mark.parametrize("name", MAKER["NOTEBOOKS"])
+def test_notebook_is_its_script_and_runs(name, monkeypatch, tmp_path):
+    committed = (EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert committed == MAKER["text_of"](MAKER["notebook_of"](EXAMPLES / f"{name}.py")), "run make_notebooks.py"
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    notebook = json.loads(committed)
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{name}.ipynb[{number}]", "exec"), scope)
+    assert scope["trainer"].state.global_step == scope["trainer"].state.max_steps
+
+
+def test_scripts_are_short_listed_and_tested():
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert len(SCRIPTS) >= 8 and len(MAKER["NOTEBOOKS"]) == 3
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 80, path.name
+        assert f"python examples/{path.name}" in text.split('"""')[1], f"{path.name} does not say how to run it"
+        assert f"[{path.name}]({path.name})" in table and f'run("{path.stem}"' in tests
+    for target in re.findall(r"\]\(([^)#]+)", table):
+        assert (EXAMPLES / target).exists(), target
+    notebooks = {path.stem for path in EXAMPLES.glob("*.ipynb")}
+    assert notebooks == set(MAKER["NOTEBOOKS"])
