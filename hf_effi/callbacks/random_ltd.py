@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..functional.random_ltd import check_range, kept_tokens, ramp_length
+from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..parallel.patch_handle import PatchHandle
 from ..parallel.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
 from .kernel_patch import refuse_data_parallel
@@ -58,6 +58,25 @@ class RandomLTDCallback(TrainerCallback):
         self.ramp_fraction = ramp_fraction
         self.dropping: TokenDropping | None = None
         self._handle = PatchHandle()
+        self._num_layers = 0
+        self._consumed: int | None = None
+
+    def progress(self) -> float:
+        """
+        Return the finished updates in units of full ones, by the layer-tokens of rows of `max_tokens`.
+
+        The `counter` of [`~hf_effi.LRScheduleCallback`] for a [`~hf_effi.token_indexed`] schedule: the paper's LayerToken
+        LR. A function of the schedule alone, so that all ranks and resumed runs agree.
+
+        Raises:
+            RuntimeError: training is not running, or this callback comes after the one that asks.
+        """
+        if self._consumed is None:
+            raise RuntimeError(
+                "RandomLTDCallback.progress was asked before its training began. Put it before LRScheduleCallback in "
+                "callbacks."
+            )
+        return self._consumed / (self.max_tokens * self._num_layers)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,20 +94,26 @@ class RandomLTDCallback(TrainerCallback):
         self.dropping.layer_tokens = stored.get("layer_tokens", 0)
         self.dropping.full_layer_tokens = stored.get("full_layer_tokens", 0)
         self._handle = drop_layer_tokens(kwargs["model"], self.dropping)
+        self._num_layers = len(self._handle.replaced) + 2
+        self._consumed = sum(self._layer_tokens(step, state.max_steps) for step in range(state.global_step))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        ramp_steps = ramp_length(state.max_steps, self.ramp_fraction)
         dropping = self.dropping
         dropping.step, dropping.micro_step = state.global_step, 0
-        kept = kept_tokens(dropping.step, ramp_steps, self.min_tokens, self.max_tokens, self.multiple)
+        kept = self._kept(dropping.step, state.max_steps)
         dropping.kept = kept if kept < self.max_tokens else None  # None: also for rows longer than max_tokens
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.dropping.micro_step += 1
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._consumed += self._layer_tokens(state.global_step, state.max_steps)  # before the LR is moved
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,6 +139,16 @@ class RandomLTDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._handle.revert()
+        self._consumed = None
+
+    # ---- helpers ----
+
+    def _kept(self, step: int, max_steps: int) -> int:
+        ramp_steps = ramp_length(max_steps, self.ramp_fraction)
+        return kept_tokens(step, ramp_steps, self.min_tokens, self.max_tokens, self.multiple)
+
+    def _layer_tokens(self, step: int, max_steps: int) -> int:
+        return layer_tokens(1, self.max_tokens, self._kept(step, max_steps), self._num_layers, self._num_layers - 2)
 
 
 def refuse_trainer(args: TrainingArguments) -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 from trl import DPOConfig, GRPOConfig, SFTConfig, SFTTrainer
 
-from hf_effi import RandomLTDCallback
+from hf_effi import LRScheduleCallback, RandomLTDCallback, linear, token_indexed
 from hf_effi.callbacks.random_ltd import refuse_trainer
 from hf_effi.parallel.random_ltd import RandomLTDError
 from hf_effi.trainers.sft import EffiSFTConfig
@@ -64,6 +64,33 @@ def test_resume(tmp_path, step):
         tmp_path, lambda folder, callbacks: make(folder, [*callbacks, ltd()]), step=step
     )
     compare_runs(whole, broken)
+
+
+def layer_token_lr(**over):
+    callback = ltd(**over)
+    return callback, LRScheduleCallback(token_indexed(schedule=linear(6)), counter=callback.progress)
+
+
+def test_layer_token_lr(tmp_path):
+    """Each update is worth its share of the layer-tokens; where nothing is dropped the plain schedule holds."""
+    shares = [(2 * kept + 2 * LENGTH) / (LENGTH * LAYERS) for kept in (2, 4, 6, 8, 8)]
+    logs = run(tmp_path, *layer_token_lr()).state.log_history
+    expected = [1e-2 * (1 - sum(shares[:step]) / 6) for step in range(6)]
+    assert [entry["learning_rate"] for entry in logs if "loss" in entry] == pytest.approx(expected)
+    plain = run(tmp_path, LRScheduleCallback(linear(6)))
+    assert_bitwise_equal(plain.model, run(tmp_path, *layer_token_lr(low=LENGTH)).model)
+
+
+def test_layer_token_lr_resumes(tmp_path):
+    whole, broken, _ = stop_and_resume(
+        tmp_path, lambda folder, callbacks: make(folder, [*callbacks, *layer_token_lr()]), step=2
+    )
+    compare_runs(whole, broken)
+
+
+def test_layer_token_lr_needs_the_callback_first(tmp_path):
+    with pytest.raises(RuntimeError, match="before LRScheduleCallback"):
+        run(tmp_path, *reversed(layer_token_lr()))
 
 
 @pytest.mark.parametrize("packing", [False, True])
