@@ -50,6 +50,7 @@ _PUBLIC = {
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
     "PatchCallback": "hf_effi.callbacks.patch",
     "PatchError": "hf_effi.kernels",
+    "RandomLTDCallback": "hf_effi.callbacks.random_ltd",
     "RunRecordCallback": "hf_effi.callbacks.run_record",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SamplerMixin": "hf_effi.trainers._sampler_mixin",
@@ -135,6 +136,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .callbacks.lr_schedule import LRScheduleCallback  # noqa: F401
     from .callbacks.multigrid import MultigridLRCallback  # noqa: F401
     from .callbacks.patch import PatchCallback  # noqa: F401
+    from .callbacks.random_ltd import RandomLTDCallback  # noqa: F401
     from .callbacks.run_record import RunRecordCallback  # noqa: F401
     from .callbacks.sampler import SamplerCallback  # noqa: F401
     from .callbacks.weight_averaging import WeightAveragingCallback  # noqa: F401

@@ -49,4 +49,20 @@ ROWS: tuple[Method, ...] = (
         tests=("tests/unit/test_lm_head.py", "tests/unit/test_triton_kernels.py", "tests/training/test_lm_head.py"),
         bench="bench/gpu/run_all.py",
     ),
+    Method(
+        key="random_ltd",
+        title="Random layerwise token dropping (random-LTD)",
+        kind="callback",
+        summary="Lets middle layers train on a random subset of the tokens, which grows until none is dropped.",
+        entry_points=(
+            "hf_effi.callbacks.random_ltd:RandomLTDCallback",
+            "hf_effi.parallel.random_ltd:drop_layer_tokens",
+            "hf_effi.functional.random_ltd:kept_tokens",
+        ),
+        paper="Random-LTD: Random and Layerwise Token Dropping Brings Efficient Training for Large-scale Transformers",
+        paper_id="2211.11586",
+        status="experimental",
+        tests=("tests/unit/test_random_ltd.py", "tests/training/test_random_ltd.py"),
+        bench="bench/random_ltd.py",
+    ),
 )
