@@ -2,10 +2,8 @@
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME is a result file without `.json`
 (its headline figures), `NAME.arms` for the comparison of the demo's arms, `NAME.parity` for a table of errors, or
-`NAME.ladder` for the longest sequences. With `--check` nothing is written, and the exit code is 1 if a table and its
-result differ.
-(its headline figures), `NAME.arms` for the comparison of the demo's arms, or `NAME.parity` for a table of errors. `<!-- table:NAME -->` and `<!-- /table -->` hold a table of
-`bench.tables`. With `--check` nothing is written, and the exit code is 1 if a table and its source differ.
+`NAME.ladder` for the longest sequences. `<!-- table:NAME -->` and `<!-- /table -->` hold a table of `bench.tables`. With
+`--check` nothing is written, and the exit code is 1 if a table and its source differ.
 """
 
 from __future__ import annotations
