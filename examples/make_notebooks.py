@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOTEBOOKS = ("schedule", "grpo_filter_prune", "memory")
+NOTEBOOKS = ("lr_schedule", "grpo_filter_prune", "memory")
 
 
 def cell(kind, number, source):

@@ -1,6 +1,7 @@
 """
 Exact resume of GRPO: a run that stops inside an epoch and goes on from its checkpoint ends with the weights of the run
-that was never stopped, to the bit: prompts, rollouts in the buffer, random states and pruning all continue.
+that was never stopped: prompts, rollouts in the buffer, random states and pruning all continue. On a CPU equal to the
+bit; on a GPU as far as its kernels repeat themselves.
 
     python examples/resume.py
     python examples/resume.py --model Qwen/Qwen3-0.6B --dataset trl-lib/DeepMath-103K

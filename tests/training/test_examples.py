@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import runpy
+import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trl
+import trl.rewards
 
+import hf_effi
 from hf_effi import cli, read_run, wsd
 from hf_effi.demo import toy
+from tests.helpers import save_tiny
+from tests.helpers.distributed import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "make_notebooks.py")
 MAKER = runpy.run_path(str(EXAMPLES / "make_notebooks.py"))
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture
@@ -37,8 +51,8 @@ def logged(trainer: Any, name: str) -> list[float]:
     return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
 
 
-def test_schedule(run, capsys):
-    done = run("schedule", "--max-steps", "10")
+def test_lr_schedule(run, capsys):
+    done = run("lr_schedule", "--max-steps", "10")
     planned = [1e-3 * multiplier for multiplier in wsd(10, warmup_fraction=0.1, decay_fraction=0.2).trace()]
     assert logged(done["trainer"], "learning_rate") == pytest.approx(planned[:10])
     assert "learning rate 1.00e-03" in capsys.readouterr().out
@@ -60,8 +74,8 @@ def test_curriculum(run, capsys):
     assert "batch by batch: " in capsys.readouterr().out
 
 
-def test_kernels(run, capsys):
-    done = run("kernels")
+def test_fused_lora(run, capsys):
+    done = run("fused_lora")
     stock, patched = logged(done["stock"], "loss"), logged(done["patched"], "loss")
     assert patched == pytest.approx(stock, abs=1e-5) and stock[-1] < stock[0]
     assert "FusedLoRALinear x3" in capsys.readouterr().out
@@ -70,7 +84,7 @@ def test_kernels(run, capsys):
 
 def test_memory(run, capsys):
     done = run("memory")
-    stock = run("schedule", "--max-steps", "3")["trainer"]
+    stock = run("lr_schedule", "--max-steps", "3")["trainer"]
     tiled = logged(done["trainer"], "loss")
     assert tiled[0] == pytest.approx(logged(stock, "loss")[0], abs=1e-4)
     stats = done["offload"].stats
@@ -124,6 +138,60 @@ def test_the_yaml_is_valid_as_it_stands(monkeypatch, tmp_path):
     assert cli.main(["validate", str(tmp_path / "grpo.yaml")]) == 0
 
 
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """Return the options for a model and data of one's own, and let the configs' defaults of a GPU stay out."""
+    demo = toy()
+    prompts = demo.prompts.add_column("solution", [str(answer) for answer in demo.prompts["answer"]])
+    for name, rows in (("texts", demo.texts), ("prompts", prompts)):
+        (tmp_path / name).mkdir()
+        rows.to_json(tmp_path / name / "train.jsonl")
+    cpu = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    grpo = partial(hf_effi.EffiGRPOConfig, **cpu, max_completion_length=8)
+    monkeypatch.setattr(hf_effi, "EffiGRPOConfig", grpo)
+    monkeypatch.setattr(hf_effi, "EffiSFTConfig", partial(hf_effi.EffiSFTConfig, **cpu))
+    monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, **cpu))
+    # The true one needs math_verify.
+    monkeypatch.setattr(trl.rewards, "accuracy_reward", lambda completions, **_: [len(c) % 2.0 for c in completions])
+    model = save_tiny(demo.model, demo.tokenizer, tmp_path / "model")
+    return {name: ["--model", model, "--dataset", str(tmp_path / name)] for name in ("texts", "prompts")}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SCRIPTS if path.stem != "train_from_yaml"])
+def test_a_model_and_data_of_ones_own(run, own_files, name):
+    options = own_files["prompts" if name in ("grpo_filter_prune", "resume") else "texts"]
+    done = run(name, *options, "--max-steps", "2", *(["--stop-at", "1"] if name == "resume" else []))
+    trainer = next(done[key] for key in ("trainer", "whole", "stock") if key in done)
+    assert trainer.state.global_step == 2
+    assert trainer.accelerator.unwrap_model(trainer.model).config.vocab_size == len(toy().tokenizer)
+
+
+def test_a_yaml_with_a_model_and_data_of_ones_own(run, own_files, tmp_path):
+    config = tmp_path / "own.yaml"
+    config.write_text("reward_funcs: [hf_effi.demo.task.exact_answer_reward]\nmax_completion_length: 8\n")
+    with config.open("a") as file:
+        file.write("use_cpu: true\nbf16: false\nreport_to: none\n")
+    run("train_from_yaml", *own_files["prompts"], "--config", str(config))
+    assert read_run(tmp_path / "out")["progress"]["step"] == 2
+
+
+def test_two_ranks_share_a_row(tmp_path):
+    """The command of the docstring: the loss of two ranks is that of one."""
+    script = [str(EXAMPLES / "sft_packed_sequence_parallel.py"), "--output-dir", str(tmp_path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    told = []
+    for size in ("1", "2"):
+        command = [*launch, size, *script, "--sequence-parallel-size", size]
+        done = subprocess.run(
+            command, env=child_environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        told.append(done.stdout)
+    assert "each row on 2 of 2 ranks" in told[1]
+    losses = [[float(x) for x in re.findall(r"^loss (.*)$", text, re.MULTILINE)[0].split()] for text in told]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4) and len(losses[0]) == 3
+
+
 @pytest.mark.parametrize("name", MAKER["NOTEBOOKS"])
 def test_notebook_is_its_script_and_runs(name, monkeypatch, tmp_path):
     committed = (EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8")
@@ -144,6 +212,8 @@ def test_scripts_are_short_listed_and_tested():
     for path in SCRIPTS:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 80, path.name
+        # Its folder comes first on the path of a script: examples/kernels.py would stand for the package that peft imports.
+        assert path.stem != "kernels" and importlib.util.find_spec(path.stem) is None, path.name
         assert f"python examples/{path.name}" in text.split('"""')[1], f"{path.name} does not say how to run it"
         assert f"[{path.name}]({path.name})" in table and f'run("{path.stem}"' in tests
     for target in re.findall(r"\]\(([^)#]+)", table):

@@ -1,8 +1,8 @@
 """
 A learning-rate schedule on a stock `transformers.Trainer`, as a callback: warmup, a plateau, a short decay.
 
-    python examples/schedule.py
-    python examples/schedule.py --model Qwen/Qwen3-0.6B --dataset roneneldan/TinyStories --max-steps 500
+    python examples/lr_schedule.py
+    python examples/lr_schedule.py --model Qwen/Qwen3-0.6B --dataset roneneldan/TinyStories --max-steps 500
 """
 
 # %%
