@@ -18,14 +18,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from bench._schema import command_line, headline, write_result
-from bench.schedules import BATCH, LENGTH, Data
+from bench.schedules import corpus
 from hf_effi import RandomLTDCallback
 
-LAYERS, UPDATES, LEARNING_RATE, SEEDS = 8, 100, 4e-3, (0, 1, 2)
-MIN_TOKENS, MULTIPLE = LENGTH // 4, 4
+LAYERS, LENGTH, BATCH, UPDATES, LEARNING_RATE, SEEDS = 8, 128, 8, 150, 4e-3, (0, 1, 2)
+MIN_TOKENS, MULTIPLE = LENGTH // 4, 16
 
 
-def run(data: Data, seed: int, dropping: bool) -> dict[str, Any]:
+def crops(text: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Return `count` random pieces of `LENGTH` bytes."""
+    starts = torch.randint(len(text) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return text[starts + torch.arange(LENGTH)]
+
+
+def run(train: torch.Tensor, held_out: torch.Tensor, seed: int, dropping: bool) -> dict[str, Any]:
     """Train one arm; return its held-out loss, CPU seconds and share of the layer-tokens."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -33,8 +39,8 @@ def run(data: Data, seed: int, dropping: bool) -> dict[str, Any]:
             vocab_size=128, hidden_size=48, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4
         )
     )
-    rows = [{"input_ids": row, "labels": row} for step in range(UPDATES) for row in data.batch(seed, step).unbind()]
-    callback = RandomLTDCallback(MIN_TOKENS, rows[0]["input_ids"].numel(), multiple=MULTIPLE)
+    rows = [{"input_ids": row, "labels": row} for row in crops(train, UPDATES * BATCH, seed)]
+    callback = RandomLTDCallback(MIN_TOKENS, LENGTH, multiple=MULTIPLE)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -59,7 +65,7 @@ def run(data: Data, seed: int, dropping: bool) -> dict[str, Any]:
     model.eval()
     share = callback.dropping.layer_tokens / callback.dropping.full_layer_tokens if dropping else 1.0
     with torch.no_grad():
-        loss = model(data.held_out, labels=data.held_out).loss.item()
+        loss = model(held_out, labels=held_out).loss.item()
     return {
         "arm": "random-LTD" if dropping else "stock",
         "seed": seed,
@@ -72,10 +78,11 @@ def run(data: Data, seed: int, dropping: bool) -> dict[str, Any]:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    data, rows = Data(), []
+    train, valid, _ = corpus()
+    held_out, rows = crops(valid, 128, 12345), []
     for seed in SEEDS:
         for dropping in (False, True) if seed % 2 == 0 else (True, False):
-            rows.append(run(data, seed, dropping))
+            rows.append(run(train, held_out, seed, dropping))
             print(rows[-1], flush=True)
     stock, ours = ([row for row in rows if row["arm"] == arm] for arm in ("stock", "random-LTD"))
 
