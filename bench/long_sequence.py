@@ -4,9 +4,9 @@
 
 Each probe is a fork: a Llama with 8 layers is built, one short step warms it up, then `RLIMIT_DATA` is set to
 what the process uses plus the cap, and one forward and backward of the language-model loss runs. The longest length that
-survives is found by a galloping search and bisection to 5 %. For `offload` the host is a file mapping, which the cap does not
-count: a CPU has no second memory. `2 ranks` are two processes with the cap each. Time is CPU seconds a token of the same
-step in one process without a cap, the arms in turn; the ratio is of medians, over plain checkpointing.
+survives is found by a galloping search and bisection, to 5 % or 64 tokens. For `offload` the host is a file mapping, which
+the cap does not count: a CPU has no second memory. `2 ranks` are two processes with the cap each. Time is CPU seconds a
+token of the same step in one process without a cap, the arms in turn; the ratio is of medians, over plain checkpointing.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def survives(arm: str, length: int, seed: int, cap_mib: int) -> bool:
 
 
 def longest(arm: str, seed: int, cap_mib: int, guess: int) -> int:
-    """Return the longest length, to 5 %, that survives: a galloping search from `guess`, then bisection."""
+    """Return the longest length, to 5 % or 64 tokens, that survives: a galloping search from `guess`, then bisection."""
     low, high, length, reach = 0, 0, guess, max(64, guess // 20)
     while not (low and high) and length >= 32:
         if survives(arm, length, seed, cap_mib):
