@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.schedules import LENGTH, Data, make_optimizer
 from hf_effi.functional import schedules as S
 
-HIDDEN, INTERMEDIATE, LAYERS, UPDATES = 64, 256, 2, 360
-LEARNING_RATES, SEEDS, TUNING_SEED = (2e-3, 4e-3, 8e-3), (0, 1, 2), 100
+HIDDEN, INTERMEDIATE, LAYERS, UPDATES = 64, 256, 2, 300
+LEARNING_RATES, SEEDS, TUNING_SEEDS = (2e-3, 4e-3, 8e-3), (0, 1, 2), (100, 101)
 
 #: (model, update) -> None, before the forward pass or between clipping and the optimizer
 Hook = Callable[[nn.Module, int], None]
@@ -60,7 +60,7 @@ def train(
 ) -> float:
     """Train for `until` of the `UPDATES` updates of a cosine schedule; return the held-out loss."""
     optimizer = make_optimizer(model, learning_rate)
-    schedule = S.to_lambda_lr(S.cosine(UPDATES, warmup_fraction=0.05), optimizer, on_mismatch="new")
+    schedule = S.to_lambda_lr(S.cosine(UPDATES, warmup_fraction=0.15), optimizer, on_mismatch="new")
     for update in range(until):
         if before is not None:
             before(model, update)
@@ -77,8 +77,8 @@ def train(
 
 
 def tuned(arm: str, run: Callable[[float, int], dict[str, Any]], seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
-    """Return one row a seed at the learning rate that is best on a seed that is not counted."""
-    tuning = {lr: run(lr, TUNING_SEED)["loss"] for lr in LEARNING_RATES}
+    """Return one row a seed at the learning rate that is best on average over two seeds that are not counted."""
+    tuning = {lr: statistics.fmean(run(lr, seed)["loss"] for seed in TUNING_SEEDS) for lr in LEARNING_RATES}
     best = min(tuning, key=tuning.__getitem__)
     rows = [{"arm": arm, "learning_rate": best, "seed": s, **run(best, s), "tuning": tuning} for s in seeds]
     print(f"{arm}: {[row['loss'] for row in rows]} at {best:g}, tuning {tuning}", flush=True)

@@ -25,7 +25,7 @@ from bench._ffn_study import (
     INTERMEDIATE,
     LEARNING_RATES,
     SEEDS,
-    TUNING_SEED,
+    TUNING_SEEDS,
     UPDATES,
     build,
     ffn_linears,
@@ -99,9 +99,9 @@ def dense_flips(data: Data, learning_rate: float, seed: int, until: int) -> list
 
 def chosen_decay(data: Data, learning_rate: float) -> tuple[float, dict[float, float]]:
     """Return the smallest decay whose flip rate over dense's lies in `FLIP_RATIO` early in the run, and all ratios."""
-    dense = statistics.fmean(dense_flips(data, learning_rate, TUNING_SEED, DECAY_UPDATES + 1))
+    dense = statistics.fmean(dense_flips(data, learning_rate, TUNING_SEEDS, DECAY_UPDATES + 1))
     ratios = {
-        decay: statistics.fmean(masked_run(data, learning_rate, decay, TUNING_SEED, DECAY_UPDATES + 1)["flip_rates"])
+        decay: statistics.fmean(masked_run(data, learning_rate, decay, TUNING_SEEDS, DECAY_UPDATES + 1)["flip_rates"])
         / dense
         for decay in DECAYS
     }
