@@ -99,9 +99,11 @@ def dense_flips(data: Data, learning_rate: float, seed: int, until: int) -> list
 
 def chosen_decay(data: Data, learning_rate: float) -> tuple[float, dict[float, float]]:
     """Return the smallest decay whose flip rate over dense's lies in `FLIP_RATIO` early in the run, and all ratios."""
-    dense = statistics.fmean(dense_flips(data, learning_rate, TUNING_SEEDS, DECAY_UPDATES + 1))
+    dense = statistics.fmean(dense_flips(data, learning_rate, TUNING_SEEDS[0], DECAY_UPDATES + 1))
     ratios = {
-        decay: statistics.fmean(masked_run(data, learning_rate, decay, TUNING_SEEDS, DECAY_UPDATES + 1)["flip_rates"])
+        decay: statistics.fmean(
+            masked_run(data, learning_rate, decay, TUNING_SEEDS[0], DECAY_UPDATES + 1)["flip_rates"]
+        )
         / dense
         for decay in DECAYS
     }
