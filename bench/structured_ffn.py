@@ -44,8 +44,8 @@ SHARE, BLOCKS = 0.3125, 4
 WIDTHS = (SHARE, 0.5, 0.75, 1.0)
 SIZES, TOKENS, ROUNDS = ((HIDDEN, INTERMEDIATE), (512, 2048)), 512, 9
 SHALLOW = "dense, one layer"
-#: how the guide is computed -> its mean share of the updates
-GUIDES = {"": 0.0, ", guided": 0.5, ", guided by chance": 0.25}
+#: with a guide or not -> share of the updates in which it is computed
+GUIDES = {"": 0.0, ", guided": 0.5}
 
 
 def dense_arm(width: float) -> str:
@@ -79,7 +79,7 @@ def structured_run(data: Data, structure: str, guide: str) -> Callable[[float, i
         model, layers = build(seed), []
         for parent, name, linear in ffn_linears(model):
             layers.append(STRUCTURES[structure](linear.in_features, linear.out_features))
-            setattr(parent, name, layers[-1].add_guide(guide == ", guided by chance") if guide else layers[-1])
+            setattr(parent, name, layers[-1].add_guide() if guide else layers[-1])
 
         def before(_: nn.Module, update: int) -> None:
             for layer in layers:
@@ -211,7 +211,7 @@ def main() -> None:
             headline("dense_seed_sd", round(statistics.stdev(full), 4)),
             headline("narrow_dense_loss_minus_dense", round(mean_difference(losses(rows, dense_arm(SHARE)), full), 4)),
             *(
-                headline(f"{name.lower()}{guide.replace(', ', '_').replace(' ', '_')}_loss_minus_dense", round(gap, 4))
+                headline(f"{name.lower()}{guide.replace(', ', '_')}_loss_minus_dense", round(gap, 4))
                 for name in STRUCTURES
                 for guide in GUIDES
                 for gap in [mean_difference(losses(rows, name + guide), full)]

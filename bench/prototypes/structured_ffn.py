@@ -36,18 +36,17 @@ class StructuredLinear(nn.Module):
 
     Attributes:
         alpha (`float`): Share of the guide in `[0, 1]`; the guide is not computed at 0.
-        by_chance (`bool`): Compute the guide with probability `alpha` only, which saves products.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.alpha, self.by_chance = 0.0, False
+        self.alpha = 0.0
         self.guide: nn.Parameter | None = None
 
-    def add_guide(self, by_chance: bool = False) -> StructuredLinear:
+    def add_guide(self) -> StructuredLinear:
         """Add a dense guide, equal to the product of the factors."""
-        self.guide, self.alpha, self.by_chance = nn.Parameter(self.dense_weight().detach().clone()), 1.0, by_chance
+        self.guide, self.alpha = nn.Parameter(self.dense_weight().detach().clone()), 1.0
         return self
 
     def product(self, x: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ class StructuredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         y = self.product(rows)
-        if self.alpha and not (self.by_chance and torch.rand(()) >= self.alpha):
+        if self.alpha:
             y = self.alpha * F.linear(rows, self.guide) + (1 - self.alpha) * y
         return y.view(*x.shape[:-1], self.out_features)
 

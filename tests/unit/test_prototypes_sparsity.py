@@ -263,19 +263,6 @@ def test_gradient_goes_to_the_guide_at_1_and_to_the_factors_at_0(structured):
     assert structured.guide.grad is None and all(p.grad.any() for p in factors)
 
 
-def test_guide_by_chance_is_computed_as_often_as_its_share():
-    torch.manual_seed(0)
-    made = LowRank(4, 4, 2).add_guide(by_chance=True)
-    with torch.no_grad():
-        made.guide.zero_()
-    x = torch.ones(1, 4)
-    assert not any(made(x).any() for _ in range(20))
-    made.alpha = 0.25
-    plain = made.product(x)
-    skipped = sum(torch.equal(made(x), plain) for _ in range(2000)) / 2000
-    assert skipped == pytest.approx(0.75, abs=0.05)
-
-
 @pytest.mark.parametrize(("step", "alpha"), [(0, 1.0), (25, 0.5), (50, 0.0), (51, 0.0), (100, 0.0)])
 def test_guide_alpha(step, alpha):
     assert guide_alpha(step, 100) == pytest.approx(alpha)
