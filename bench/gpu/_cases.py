@@ -326,13 +326,21 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        columns = dy.t().contiguous() if ctx.pack is None else ctx.pack(_two_of_four(dy.t()))
+        dy = dy.contiguous()
+        columns = dy.t() if ctx.pack is None else ctx.pack(_two_of_four(dy.t().contiguous()))
         return F.linear(dy, ctx.packed_t), columns @ x, None, None, None
 
 
 def _two_of_four(values: Tensor) -> Tensor:
     """Prune by a fixed pattern, one read and one write: the least that an unbiased choice can cost."""
     return (values.view(len(values), -1, 4) * values.new_tensor([2.0, 2.0, 0.0, 0.0])).flatten(1)
+
+
+def _unpacked(values: Tensor) -> Tensor:
+    """Take the place of torch's packing on the CPU, where there is none; it asks for the same layout."""
+    if not values.is_contiguous():
+        raise ValueError("what is packed must be contiguous.")
+    return values
 
 
 class _SparseMLP(nn.Module):
@@ -369,7 +377,7 @@ def sparse_24_ffn(bench: Bench) -> Figures:
     if not bench.is_dry and not torch.backends.cusparselt.is_available():
         bench.skip(case, "2:4", "this torch has no cuSPARSELt")
         return {}
-    pack = (lambda weight: weight) if bench.is_dry else torch.sparse.to_sparse_semi_structured
+    pack = _unpacked if bench.is_dry else torch.sparse.to_sparse_semi_structured
     sparse = {
         "2:4 weights": _SparseMLP(mlp, pack, repack=True, sparse_grad=False),
         "2:4 weights and gradients": _SparseMLP(mlp, pack, repack=True, sparse_grad=True),
