@@ -1,10 +1,10 @@
-"""FFNs of structured factors, with and without self-guided training, beside plain dense FFNs of four widths.
+"""FFNs of structured factors, with and without self-guided training, beside plain dense FFNs of three widths.
 
     python -m bench.structured_ffn
 
 The criterion, set before the first run: go if one structure has, on every seed, a lower held-out loss than a plain dense
 model both at equal training products and at equal measured CPU time. The dense model of the same cost is made narrower:
-its loss is read from the dense curve over four widths, by straight lines between them; at the products of the unguided
+its loss is read from the dense curve over three widths, by straight lines between them; at the products of the unguided
 structures a model of one layer instead of two counts as well, where it is the better one. Products are those of the FFN
 that is trained; CPU time is that of forward and backward at hidden size 512, where the structures are relatively faster. A
 guide counts for the share of the updates in which it is computed. Each arm tunes its own learning rate over the same values.
@@ -41,7 +41,7 @@ from bench.prototypes.structured_ffn import BlockDense, BlockShuffle, LowRank, S
 from bench.schedules import Data
 
 SHARE, BLOCKS = 0.3125, 4
-WIDTHS = (SHARE, 0.5, 0.75, 1.0)
+WIDTHS = (SHARE, 0.5, 1.0)
 SIZES, TOKENS, ROUNDS = ((HIDDEN, INTERMEDIATE), (512, 2048)), 512, 9
 SHALLOW = "dense, one layer"
 #: with a guide or not -> share of the updates in which it is computed
