@@ -116,7 +116,7 @@ def step(mlp: nn.Module, x: torch.Tensor) -> None:
 
 
 def costs() -> list[dict[str, Any]]:
-    """Return multiply-adds and CPU milliseconds of forward and backward, medians of alternated rounds."""
+    """Return multiply-adds and CPU time of forward and backward over dense; medians of alternated rounds."""
     rows = []
     for hidden, intermediate in SIZES:
         x = torch.randn(TOKENS, hidden, requires_grad=True)

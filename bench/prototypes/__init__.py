@@ -1,1 +1,1 @@
-"""Methods that were measured or counted before a feature was made of them. Nothing here is exported."""
+"""Prototypes of methods that were measured or counted before a decision; nothing here is exported."""
