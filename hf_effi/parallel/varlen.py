@@ -12,6 +12,8 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.modeling_utils import AttentionInterface
 
 from ..functional.segment_attention import AttentionPattern, segment_attention
+from ..functional.shared_prefix import PrefixSegments
+from .shared_prefix import Part, check_call, shared_prefix_attention
 
 #: what `attn_implementation=` takes
 VARLEN_ATTENTION = "hf_effi_varlen"
@@ -96,9 +98,10 @@ def varlen_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     Attention function of transformers' interface: `(batch, heads, length, head_dim)` in, `(batch, length, heads,
-    head_dim)` out.
+    head_dim)` out. With the arguments of [`PrefixSegments`], branches also attend to the prefix that they share.
 
     Raises:
+        SharedPrefixError: a shared prefix with a KV cache, several rows, a window that is too short, a sparse pattern.
         VarlenAttentionError: dropout, soft-capped logits, learned sinks, a 4-D mask, attention weights as an output; on
             CUDA fp32, or heads wider than 256.
     """
@@ -106,6 +109,9 @@ def varlen_attention_forward(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     pattern = _pattern_of(module, sliding_window)
     batch, _, length, _ = query.shape
+    prefix = PrefixSegments.from_kwargs(kwargs)
+    if prefix is not None:
+        check_call(type(module).__name__, query, key, causal, pattern, cu_seq_lens_q, prefix)
     if cu_seq_lens_q is not None:
         segments = _given_segments(batch * length, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     else:
@@ -113,7 +119,11 @@ def varlen_attention_forward(
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     if segments.index_q is not None:
         q, k, v = q[segments.index_q], k[segments.index_k], v[segments.index_k]
-    out = _attend(q, k, v, segments, scaling, causal, pattern)
+    if prefix is not None:
+        q, k, v = _kernel_inputs(q, k, v) if q.is_cuda else (q, k, v)
+        out = shared_prefix_attention(q, k, v, Part(*segments[:4], causal=True), prefix, scaling)
+    else:
+        out = _attend(q, k, v, segments, scaling, causal, pattern)
     if segments.index_q is not None:
         padded = out.new_zeros(batch * length, *out.shape[1:])
         out = padded.index_copy(0, segments.index_q, out)
@@ -254,6 +264,17 @@ def _kernel(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    q, k, v = _kernel_inputs(q, k, v)
+    kwargs = _kernel_arguments(inspect.signature(varlen_attn).parameters, window, q.shape[1] // k.shape[1])
+    if "enable_gqa" not in kwargs and q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    # int32 and on the device is what the kernel reads; collators make the bounds on the CPU.
+    bounds = (b.to(q.device, torch.int32) for b in (segments.bounds_q, segments.bounds_k))
+    return varlen_attn(q, k, v, *bounds, segments.max_q, segments.max_k, scale=scaling, **kwargs)
+
+
+def _kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors in the dtype of autocast, if torch's kernel takes them."""
     if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -266,12 +287,7 @@ def _kernel(
             f"torch's variable-length attention takes heads of one width up to {_MAX_HEAD_DIM}, got {q.shape[-1]} for "
             f"queries and {v.shape[-1]} for values. Use attn_implementation='sdpa'."
         )
-    kwargs = _kernel_arguments(inspect.signature(varlen_attn).parameters, window, q.shape[1] // k.shape[1])
-    if "enable_gqa" not in kwargs and q.shape[1] != k.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    # int32 and on the device is what the kernel reads; collators make the bounds on the CPU.
-    bounds = (b.to(q.device, torch.int32) for b in (segments.bounds_q, segments.bounds_k))
-    return varlen_attn(q, k, v, *bounds, segments.max_q, segments.max_k, scale=scaling, **kwargs)
+    return q, k, v
 
 
 def _kernel_arguments(known: Iterable[str], window: tuple[int, int], groups: int) -> dict[str, Any]:

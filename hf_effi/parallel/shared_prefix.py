@@ -1,0 +1,202 @@
+"""Attention of branches over their own tokens and over a prefix that they share: two partial attentions, merged."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._compat import import_module_or_none
+from ..functional.partial_attention import partial_attention, partial_attention_backward
+from ..functional.segment_attention import AttentionPattern
+from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
+from ..kernels.attention_merge import merge_attention
+
+
+class Part(NamedTuple):
+    """Queries and keys of one attention, in segments."""
+
+    bounds_q: Tensor
+    bounds_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
+
+
+def shared_prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Part, prefix: PrefixSegments, scale: float | None = None
+) -> Tensor:
+    """
+    Attend causally within each segment, and from the branches to all of their prefix.
+
+    With `A` the causal attention within the segments and `B` that of branches over their prefix, not causal:
+    `lse = log(e^lse_A + e^lse_B)`, `out = e^(lse_A - lse) out_A + e^(lse_B - lse) out_B`. The backward of each part is
+    run with the merged `(out, lse)`, which makes the sum exact.
+    Grouped attention of Prefix Grouper, https://arxiv.org/abs/2506.05433, without joining keys.
+
+    Args:
+        query (`Tensor`): `(tokens, heads, head_dim)`, in the order of [`plan_shared_prefix`].
+        key, value (`Tensor`): `(tokens, kv_heads, head_dim)`.
+        segments ([`Part`]): Prefixes, branches and rows on their own.
+        prefix ([`PrefixSegments`]): Which branches attend to which prefix.
+        scale (`float`, *optional*): Factor of the scores; `head_dim ** -0.5` by default.
+
+    Returns:
+        `Tensor`: `(tokens, heads, head_dim)`.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    shared = Part(*prefix[:4], causal=False)
+    return _SharedPrefixAttention.apply(query, key, value, segments, shared, prefix.num_keys, prefix.num_queries, scale)
+
+
+def check_call(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    pattern: AttentionPattern | None,
+    bounds: Tensor | None,
+    prefix: PrefixSegments,
+) -> None:
+    """
+    Refuse what would not be exact.
+
+    Args:
+        name (`str`): The layer's class.
+        query, key (`Tensor`): `(batch, heads, length, head_dim)`.
+        causal (`bool`): Whether the layer is.
+        pattern (`AttentionPattern`, *optional*): Its window or sparse pattern.
+        bounds (`Tensor`, *optional*): `cu_seq_lens_q`.
+        prefix ([`PrefixSegments`]): What the model was called with.
+    """
+    if query.shape[0] != 1:
+        raise SharedPrefixError(f"{name}: rows that share a prompt come as one flat row, got a batch of {query.shape[0]}.")
+    if query.shape[2] != key.shape[2]:
+        raise SharedPrefixError(
+            f"{name}: {query.shape[2]} queries and {key.shape[2]} keys. Shared prompts are for training and scoring: call "
+            "the model without past_key_values."
+        )
+    if bounds is None:
+        raise SharedPrefixError(f"{name}: a shared prefix without cu_seq_lens_q, which says where branches begin.")
+    if prefix.num_keys + prefix.num_queries > query.shape[2]:
+        raise SharedPrefixError(
+            f"{name}: {prefix.num_keys} tokens of prefixes and {prefix.num_queries} of branches in a row of "
+            f"{query.shape[2]} tokens. Was the row cut after it was laid out?"
+        )
+    if not causal:
+        raise SharedPrefixError(f"{name} attends in both directions, so a prompt depends on its completion.")
+    if pattern is not None and (pattern.sink or pattern.stride):
+        raise SharedPrefixError(f"{name} has a sparse pattern, which a shared prefix does not follow. Use full attention.")
+    if pattern is not None and pattern.window is not None and pattern.window < prefix.longest_context:
+        raise SharedPrefixError(
+            f"{name} sees a window of {pattern.window} tokens, and the longest prompt with its completion has "
+            f"{prefix.longest_context}. Leave out longer rows, or do not share prompts."
+        )
+
+
+class _SharedPrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Part,
+        shared: Part,
+        num_keys: int,
+        num_queries: int,
+        scale: float,
+    ) -> Tensor:
+        attend, _ = _operators(query)
+        prefixes, branches = slice(0, num_keys), slice(num_keys, num_keys + num_queries)
+        out, lse = attend(query, key, value, segments, scale)
+        of_prefix = attend(query[branches], key[prefixes], value[prefixes], shared, scale)
+        out[branches], lse[branches] = merge_attention(out[branches], lse[branches], *of_prefix)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.shared, ctx.slices, ctx.scale = segments, shared, (prefixes, branches), scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        _, attend_backward = _operators(query)
+        prefixes, branches = ctx.slices
+        grads = attend_backward(grad, query, key, value, out, lse, ctx.segments, ctx.scale)
+        of_branches = (t[branches] for t in (grad, query))
+        of_prefixes = (t[prefixes] for t in (key, value))
+        more = attend_backward(*of_branches, *of_prefixes, out[branches], lse[branches], ctx.shared, ctx.scale)
+        for total, part, where in zip(grads, more, (branches, prefixes, prefixes), strict=True):
+            total[where] += part
+        return *grads, None, None, None, None, None
+
+
+def _operators(query: Tensor) -> tuple[Any, Any]:
+    """Return the two directions of a part: torch's kernels on CUDA, plain torch elsewhere."""
+    return (_kernel, _kernel_backward) if query.is_cuda else (_torch, _torch_backward)
+
+
+def _torch(query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    bounds = part.bounds_q.tolist(), part.bounds_k.tolist()
+    return partial_attention(query, key, value, *bounds, scale=scale, causal=part.causal)
+
+
+def _torch_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    bounds = part.bounds_q.tolist(), part.bounds_k.tolist()
+    return partial_attention_backward(grad, query, key, value, out, lse, *bounds, scale=scale, causal=part.causal)
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """Torch's operator keeps `lse` as `(heads, tokens)`."""
+    forward, _ = varlen_operators()
+    options = {"enable_gqa": query.shape[1] != key.shape[1], **_options(part, scale)}
+    out, lse, _ = forward(query, key, value, *_kernel_bounds(part, query.device), part.causal, **options)
+    return out, lse.t().contiguous()
+
+
+def _kernel_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, backward = varlen_operators()
+    statistics = out, lse.t().contiguous()
+    bounds = _kernel_bounds(part, query.device)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    options = _options(part, scale)
+    return backward(grad.contiguous(), query, key, value, *statistics, *bounds, part.causal, no_dropout, **options)
+
+
+def _options(part: Part, scale: float) -> dict[str, Any]:
+    return {"scale": scale, "window_size": [-1, 0 if part.causal else -1]}
+
+
+def _kernel_bounds(part: Part, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    bounds = (bounds.to(device, torch.int32) for bounds in (part.bounds_q, part.bounds_k))
+    return *bounds, part.max_q, part.max_k
+
+
+@functools.cache
+def varlen_operators() -> tuple[Any, Any]:
+    """
+    Return torch's variable-length attention and its backward, which take and return the log-sum-exp.
+
+    Raises:
+        SharedPrefixError: this torch has none, or one without grouped queries or a scale.
+    """
+    import_module_or_none("torch.nn.attention.varlen")  # registers them
+    found = [getattr(torch.ops.torch_attn, name, None) for name in ("_varlen_attn", "_varlen_attn_backward")]
+    needed = {"scale", "window_size", "enable_gqa"}, {"scale", "window_size"}
+    if not all(op and names <= _argument_names(op) for op, names in zip(found, needed, strict=True)):
+        raise SharedPrefixError(
+            f"torch {torch.__version__} has no variable-length attention with scale, window and grouped queries, which "
+            "sharing prompts needs on a GPU. Update torch."
+        )
+    return tuple(found)
+
+
+def _argument_names(operator: Any) -> set[str]:
+    return {argument.name for argument in operator.default._schema.arguments}
