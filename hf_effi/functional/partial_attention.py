@@ -1,4 +1,4 @@
-"""Attention that also returns the log-sum-exp of its scores, and its backward from any `(out, lse)`, in plain torch."""
+"""Attention that also returns the log-sum-exp of its scores, and its backward from any `(out, lse)`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def partial_attention(
         key, value (`Tensor`): `(tokens_k, kv_heads, head_dim)`; `kv_heads` divides `heads`.
         bounds_q, bounds_k (`Sequence[int]`): Where each segment begins, and the end.
         scale (`float`, *optional*): Factor of the scores; `head_dim ** -0.5` by default.
-        causal (`bool`, *optional*, defaults to `True`): Whether queries see no later keys. A segment's queries are the
-            last of its tokens.
+        causal (`bool`, *optional*, defaults to `True`): Whether query `i` of a segment sees its keys up to `i` only.
 
     Returns:
         `tuple[Tensor, Tensor]`: `(tokens_q, heads, head_dim)` in the dtype of `query`, 0 without keys; and
@@ -45,15 +44,11 @@ def partial_attention(
     ```
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:2], value.shape[-1])
-    lse = query.new_full(query.shape[:2], -torch.inf, dtype=wide)
+    lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    attend = _flash if query.device.type == "cpu" else _attend
     for at_q, at_k in _segments(bounds_q, bounds_k):
-        scores = _scores(query[at_q], key[at_k], scale, causal)
-        statistic = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - statistic).exp()
-        out[at_q] = _flat(weights @ _by_head(value[at_k], key.shape[1]))
-        lse[at_q] = _flat(statistic).squeeze(-1)
+        out[at_q], lse[at_q] = attend(query[at_q], key[at_k], value[at_k], scale, causal)
     return out, lse
 
 
@@ -83,22 +78,66 @@ def partial_attention_backward(
         query, key, value, bounds_q, bounds_k, scale, causal: As in [`partial_attention`].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    grad_q, grad_k, grad_v = (torch.zeros_like(t) for t in (query, key, value))
-    heads = key.shape[1]
+    grads = tuple(torch.zeros_like(t) for t in (query, key, value))
+    attend = _flash_backward if query.device.type == "cpu" else _attend_backward
     for at_q, at_k in _segments(bounds_q, bounds_k):
-        weights = (_scores(query[at_q], key[at_k], scale, causal) - _by_head(lse[at_q].unsqueeze(-1), heads)).exp()
-        up = _by_head(grad[at_q], heads)
-        along = (up * _by_head(out[at_q], heads)).sum(-1, keepdim=True)
-        grad_scores = weights * (up @ _by_head(value[at_k], heads).mT - along) * scale
-        grad_q[at_q] = _flat(grad_scores @ _by_head(key[at_k], heads))
-        grad_k[at_k] = _flat((grad_scores.mT @ _by_head(query[at_q], heads)).sum(1, keepdim=True))
-        grad_v[at_k] = _flat((weights.mT @ up).sum(1, keepdim=True))
-    return grad_q, grad_k, grad_v
+        tensors = grad[at_q], query[at_q], key[at_k], value[at_k], out[at_q], lse[at_q]
+        found = attend(*tensors, scale, causal)
+        for total, part, where in zip(grads, found, (at_q, at_k, at_k), strict=True):
+            total[where] = part
+    return grads
 
 
 def _segments(bounds_q: Sequence[int], bounds_k: Sequence[int]) -> list[tuple[slice, slice]]:
     pairs = zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_k), strict=True)
     return [(slice(*of_q), slice(*of_k)) for of_q, of_k in pairs if of_q[0] < of_q[1] and of_k[0] < of_k[1]]
+
+
+# --- one segment, on the CPU: torch's own kernel ---------------------------------------------------------------------
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    tensors = _heads_first(query.shape[1], query, key, value)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, causal, scale=scale)
+    return out[0].transpose(0, 1), lse[0].T
+
+
+def _flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, ...]:
+    tensors = _heads_first(query.shape[1], grad, query, key, value, out)
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *tensors, lse.T[None], 0.0, causal, scale=scale
+    )
+    grad_q, *grads = (t[0].transpose(0, 1) for t in found)
+    return grad_q, *(t.unflatten(1, (key.shape[1], -1)).sum(2) for t in grads)
+
+
+def _heads_first(heads: int, *tensors: Tensor) -> list[Tensor]:
+    """Return `(1, heads, tokens, d)` of each; grouped heads are repeated, since not every torch's kernel knows them."""
+    return [t.repeat_interleave(heads // t.shape[1], dim=1).transpose(0, 1)[None] for t in tensors]
+
+
+# --- one segment, anywhere -------------------------------------------------------------------------------------------
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    scores = _scores(query, key, scale, causal)
+    lse = scores.logsumexp(-1, keepdim=True)
+    out = (scores - lse).exp() @ _by_head(value, key.shape[1])
+    return _flat(out).to(query.dtype), _flat(lse).squeeze(-1)
+
+
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, up, result, statistic = (
+        _by_head(t, key.shape[1]) for t in (query, key, value, grad, out, lse[..., None])
+    )
+    weights = (_scores(query, key, scale, causal) - statistic).exp()
+    grad_scores = weights * (up @ v.mT - (up * result).sum(-1, keepdim=True)) * scale
+    grad_k, grad_v = (part.sum(1, keepdim=True) for part in (grad_scores.mT @ q, weights.mT @ up))
+    return tuple(_flat(t).to(query.dtype) for t in (grad_scores @ k, grad_k, grad_v))
 
 
 def _by_head(tensor: Tensor, kv_heads: int) -> Tensor:
@@ -116,5 +155,5 @@ def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
     scores = _by_head(query, kv_heads) @ _by_head(key, kv_heads).mT * scale
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        scores = scores.masked_fill(later.triu(1 + key.shape[0] - query.shape[0]), -torch.inf)
+        scores = scores.masked_fill(later.triu(1), -torch.inf)
     return scores

@@ -125,7 +125,9 @@ class SharedPrefixLayout:
             fill (`float`, *optional*, defaults to 0): What stands past the end of a completion.
         """
         if values.numel() != self.num_tokens:
-            raise SharedPrefixError(f"values of shape {tuple(values.shape)} for {self.num_tokens} tokens: give one each.")
+            raise SharedPrefixError(
+                f"values of shape {tuple(values.shape)} for {self.num_tokens} tokens: give one each."
+            )
         index = self.completion_index(width).to(values.device)
         return values.flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
 

@@ -41,7 +41,9 @@ def group_by_prompt(rows: Dataset | Iterable[Mapping[str, Any]], max_completions
     ```
     """
     if isinstance(rows, IterableDataset):
-        raise SharedPrefixError("A stream cannot be grouped: the same prompt may come at any time. Load it as a Dataset.")
+        raise SharedPrefixError(
+            "A stream cannot be grouped: the same prompt may come at any time. Load it as a Dataset."
+        )
     if max_completions is not None and (not isinstance(max_completions, int) or max_completions < 1):
         raise SharedPrefixError(f"max_completions={max_completions!r} must be an integer of at least 1, or None.")
     if isinstance(rows, Dataset):

@@ -49,7 +49,9 @@ def shared_prefix_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shared = Part(*prefix[:4], causal=False)
-    return _SharedPrefixAttention.apply(query, key, value, segments, shared, prefix.num_keys, prefix.num_queries, scale)
+    return _SharedPrefixAttention.apply(
+        query, key, value, segments, shared, prefix.num_keys, prefix.num_queries, scale
+    )
 
 
 def check_call(
@@ -73,7 +75,9 @@ def check_call(
         prefix ([`PrefixSegments`]): What the model was called with.
     """
     if query.shape[0] != 1:
-        raise SharedPrefixError(f"{name}: rows that share a prompt come as one flat row, got a batch of {query.shape[0]}.")
+        raise SharedPrefixError(
+            f"{name}: rows that share a prompt come as one flat row, got a batch of {query.shape[0]}."
+        )
     if query.shape[2] != key.shape[2]:
         raise SharedPrefixError(
             f"{name}: {query.shape[2]} queries and {key.shape[2]} keys. Shared prompts are for training and scoring: call "
@@ -89,7 +93,9 @@ def check_call(
     if not causal:
         raise SharedPrefixError(f"{name} attends in both directions, so a prompt depends on its completion.")
     if pattern is not None and (pattern.sink or pattern.stride):
-        raise SharedPrefixError(f"{name} has a sparse pattern, which a shared prefix does not follow. Use full attention.")
+        raise SharedPrefixError(
+            f"{name} has a sparse pattern, which a shared prefix does not follow. Use full attention."
+        )
     if pattern is not None and pattern.window is not None and pattern.window < prefix.longest_context:
         raise SharedPrefixError(
             f"{name} sees a window of {pattern.window} tokens, and the longest prompt with its completion has "
@@ -112,9 +118,13 @@ class _SharedPrefixAttention(torch.autograd.Function):
     ) -> Tensor:
         attend, _ = _operators(query)
         prefixes, branches = slice(0, num_keys), slice(num_keys, num_keys + num_queries)
-        out, lse = attend(query, key, value, segments, scale)
+        own = attend(query, key, value, segments, scale)
         of_prefix = attend(query[branches], key[prefixes], value[prefixes], shared, scale)
-        out[branches], lse[branches] = merge_attention(out[branches], lse[branches], *of_prefix)
+        merged = merge_attention(*(part[branches] for part in own), *of_prefix)
+        # Not in place: selective checkpointing keeps what the operator returned.
+        out, lse = (
+            torch.cat([part[:num_keys], both, part[branches.stop :]]) for part, both in zip(own, merged, strict=True)
+        )
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.segments, ctx.shared, ctx.slices, ctx.scale = segments, shared, (prefixes, branches), scale
         return out
@@ -135,16 +145,16 @@ class _SharedPrefixAttention(torch.autograd.Function):
 
 
 def _operators(query: Tensor) -> tuple[Any, Any]:
-    """Return the two directions of a part: torch's kernels on CUDA, plain torch elsewhere."""
-    return (_kernel, _kernel_backward) if query.is_cuda else (_torch, _torch_backward)
+    """Return the two directions of a part: torch's packed kernels on CUDA, a call a segment elsewhere."""
+    return (_kernel, _kernel_backward) if query.is_cuda else (_by_segment, _by_segment_backward)
 
 
-def _torch(query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+def _by_segment(query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
     bounds = part.bounds_q.tolist(), part.bounds_k.tolist()
     return partial_attention(query, key, value, *bounds, scale=scale, causal=part.causal)
 
 
-def _torch_backward(
+def _by_segment_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = part.bounds_q.tolist(), part.bounds_k.tolist()

@@ -8,7 +8,13 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from hf_effi import EffiTrainer, EffiTrainingArguments, SharedPrefixCollator, group_by_prompt, register_varlen_attention
+from hf_effi import (
+    EffiTrainer,
+    EffiTrainingArguments,
+    SharedPrefixCollator,
+    group_by_prompt,
+    register_varlen_attention,
+)
 from hf_effi.functional.shared_prefix import SharedPrefixError
 from tests.helpers import assert_bitwise_equal, compare_runs, record_run, tiny_llama, tiny_qwen3, tiny_tokenizer
 from tests.helpers.prompts import answers, pad_answers
@@ -115,7 +121,9 @@ def test_grouped_rows_of_a_flat_dataset_train_alike(tmp_path):
     losses = []
     for most in (None, 2, 1):
         rows = group_by_prompt(Dataset.from_list(flat), max_completions=most)
-        trainer = make(tmp_path, True, per_device_train_batch_size=4, gradient_accumulation_steps=-(-len(rows) // 4), max_steps=1)
+        trainer = make(
+            tmp_path, True, per_device_train_batch_size=4, gradient_accumulation_steps=-(-len(rows) // 4), max_steps=1
+        )
         trainer.train_dataset = rows
         trainer.train()
         losses.append(series(trainer, "loss") + series(trainer, "grad_norm"))

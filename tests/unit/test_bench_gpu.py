@@ -30,7 +30,7 @@ def test_the_whole_script_runs(result):
     for name in ("lm_head_fwd_bwd_ms", "lm_head_trl_fwd_bwd_ms", "lora_layer_speedup", "tiled_mlp_vs_checkpoint"):
         assert by_name[name] > 0
     cases = {row["case"].split()[0].rstrip(",") for row in result["rows"]}
-    assert cases == {"roofline", "lm_head", "attention_merge", "lora_layer", "tiled_mlp"}
+    assert cases == {"roofline", "lm_head", "attention_merge", "shared_prefix", "lora_layer", "tiled_mlp"}
     assert all(row["peak_mib"] is None for row in result["rows"] if "milliseconds" in row)
 
 

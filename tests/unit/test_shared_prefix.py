@@ -9,15 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_effi.functional import partial_attention as partial
 from hf_effi.functional.partial_attention import partial_attention, partial_attention_backward
 from hf_effi.functional.segment_attention import AttentionPattern
 from hf_effi.functional.shared_prefix import PrefixSegments, SharedPrefixError, plan_shared_prefix
 from hf_effi.parallel import shared_prefix
 from hf_effi.parallel.chunk_flow import ChunkFlowError, make_groups
+from hf_effi.parallel.groups import SequenceParallelError
 from hf_effi.parallel.layer_modes import LayerModes
 from hf_effi.parallel.layout import split_batch
-from hf_effi.parallel.groups import SequenceParallelError
 from hf_effi.parallel.prefix_collator import SharedPrefixCollator, check_shared_prefix, group_by_prompt
 from hf_effi.parallel.shared_prefix import Part, shared_prefix_attention
 from hf_effi.parallel.stream_layer import stream_layers
@@ -137,10 +139,11 @@ def qkv(kv_heads, tokens=LAYOUT.num_tokens, dtype=torch.float64):
     return [torch.randn(tokens, heads, 8, dtype=dtype, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
 
 
+SEGMENTS = Part(LAYOUT.cu_seq_lens, LAYOUT.cu_seq_lens, *[int(LAYOUT.cu_seq_lens.diff().max())] * 2, causal=True)
+
+
 def attend(q, k, v, scale=None):
-    bounds = LAYOUT.cu_seq_lens
-    longest = int(bounds.diff().max())
-    return shared_prefix_attention(q, k, v, Part(bounds, bounds, longest, longest, True), LAYOUT.prefix, scale)
+    return shared_prefix_attention(q, k, v, SEGMENTS, LAYOUT.prefix, scale)
 
 
 def assert_attention_and_gradients(found, expected, tensors):
@@ -161,21 +164,28 @@ def test_attention_equals_a_dense_mask(kv_heads, scale):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_partial_attention_is_attention_with_its_log_sum_exp(causal):
+@pytest.mark.parametrize("device", ["cpu", "another"])
+def test_partial_attention_is_attention_with_its_log_sum_exp(monkeypatch, causal, device):
+    if device == "another":  # the code for devices without an operator
+        monkeypatch.setattr(partial, "_flash", partial._attend)
+        monkeypatch.setattr(partial, "_flash_backward", partial._attend_backward)
     q, k, v = qkv(2, tokens=9)
-    bounds_q, bounds_k = [0, 2, 2, 5], [0, 3, 4, 9]  # fewer queries than keys, and a segment without queries
-    segment = torch.bucketize(torch.arange(9), torch.tensor(bounds_k[1:]), right=True)
-    place = torch.cat([torch.arange(3), torch.arange(1), torch.arange(5)])
-    mine, at = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([1, 2, 2, 3, 4])
-    sees = (mine[:, None] == segment) & ((at[:, None] >= place) | (not causal))
-    out, lse = partial_attention(q[:5], k, v, bounds_q, bounds_k, causal=causal)
-    expected = dense_attention(q[:5], k, v, sees)
-    scores = torch.einsum("qhd,khd->hqk", q[:5], k.repeat_interleave(2, 1)) * 8**-0.5
-    assert torch.allclose(lse.T, scores.masked_fill(~sees, -torch.inf).logsumexp(-1))
+    bounds_q, bounds_k = ([0, 2, 2, 5], [0, 2, 2, 5]) if causal else ([0, 2, 2, 5], [0, 3, 4, 9])
+    tensors = q[:5], k[: bounds_k[-1]], v[: bounds_k[-1]]
+    rows, columns = (
+        torch.bucketize(torch.arange(b[-1]), torch.tensor(b[1:]), right=True) for b in (bounds_q, bounds_k)
+    )
+    sees = rows[:, None] == columns
+    sees = sees.tril() if causal else sees
+    out, lse = partial_attention(*tensors, bounds_q, bounds_k, causal=causal)
+    expected = dense_attention(*tensors, sees)
+    scores = torch.einsum("qhd,khd->hqk", tensors[0], tensors[1].repeat_interleave(2, 1)) * 8**-0.5
+    assert torch.allclose(out, expected, atol=1e-12)
+    assert torch.allclose(lse.T, scores.masked_fill(~sees, -torch.inf).logsumexp(-1), atol=1e-12)
     upstream = torch.randn_like(out)
-    wanted = torch.autograd.grad(expected, (q, k, v), upstream)
-    found = partial_attention_backward(upstream, q[:5], k, v, out, lse, bounds_q, bounds_k, causal=causal)
-    for left, right in zip((F.pad(found[0], (0, 0, 0, 0, 0, 4)), *found[1:]), wanted, strict=True):
+    wanted = torch.autograd.grad(expected, tensors, upstream)
+    found = partial_attention_backward(upstream, *tensors, out, lse, bounds_q, bounds_k, causal=causal)
+    for left, right in zip(found, wanted, strict=True):
         assert torch.allclose(left, right, atol=1e-12)
 
 
@@ -211,6 +221,7 @@ def stand_in_operators(calls: list[dict[str, Any]]) -> tuple[Any, Any]:
         assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
         bounds = cu_seq_q.tolist(), cu_seq_k.tolist()
         out, lse = partial_attention(query, key, value, *bounds, scale=scale, causal=is_causal)
+        calls[-1]["returned"] = out, out.clone()
         return out, lse.t().contiguous(), torch.zeros(2, dtype=torch.uint64)
 
     def backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, rng_state, scale=None, window_size=None):  # fmt: skip
@@ -235,14 +246,29 @@ def test_stand_ins_have_the_signatures_of_torchs_operators():
 def test_the_path_of_a_gpu_with_stand_ins(monkeypatch, kv_heads):
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(shared_prefix, "varlen_operators", lambda: stand_in_operators(calls))
-    monkeypatch.setattr(shared_prefix, "_operators", lambda query: (shared_prefix._kernel, shared_prefix._kernel_backward))
-    tensors = qkv(kv_heads)
-    assert_attention_and_gradients(
-        attend(*tensors, 0.3), dense_attention(*tensors, dense_mask(LAYOUT), 0.3), tensors
+    monkeypatch.setattr(
+        shared_prefix, "_operators", lambda query: (shared_prefix._kernel, shared_prefix._kernel_backward)
     )
+    tensors = qkv(kv_heads)
+    assert_attention_and_gradients(attend(*tensors, 0.3), dense_attention(*tensors, dense_mask(LAYOUT), 0.3), tensors)
+    for call in calls[:2]:  # selective checkpointing keeps these
+        assert torch.equal(*call.pop("returned"))
     own, shared = {"causal": True, "window": [-1, 0]}, {"causal": False, "window": [-1, -1]}
     gqa = {"gqa": kv_heads != 4}
     assert [{k: v for k, v in call.items() if k != "max"} for call in calls] == [own | gqa, shared | gqa, own, shared]
+
+
+def test_torchs_operators_take_the_arguments(monkeypatch):
+    """The real operators, without data: their schemas and shape functions."""
+    monkeypatch.setattr(
+        shared_prefix, "_operators", lambda query: (shared_prefix._kernel, shared_prefix._kernel_backward)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = qkv(2, dtype=torch.bfloat16)
+        out = attend(*tensors)
+        assert out.shape == tensors[0].shape
+        grads = torch.autograd.grad(out, tensors, torch.empty_like(out))
+        assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors]
 
 
 def test_a_torch_without_the_operators_is_refused(monkeypatch):
@@ -386,9 +412,18 @@ def test_calls_that_cannot_share_are_refused(model):
     with pytest.raises(SharedPrefixError, match="without past_key_values"):
         model(**batch, past_key_values=cache)
     with pytest.raises(SharedPrefixError, match="a batch of 2"):
-        model(**{name: torch.cat([t, t]) if name.endswith("_ids") else t for name, t in batch.items() if name != "labels"})
+        model(
+            **{
+                name: torch.cat([t, t]) if name.endswith("_ids") else t
+                for name, t in batch.items()
+                if name != "labels"
+            }
+        )
     with pytest.raises(SharedPrefixError, match="Was the row cut"):
-        model(input_ids=batch["input_ids"][:, :20], **{k: v for k, v in batch.items() if not k.endswith(("ids", "labels"))})
+        model(
+            input_ids=batch["input_ids"][:, :20],
+            **{k: v for k, v in batch.items() if not k.endswith(("ids", "labels"))},
+        )
     with pytest.raises(SharedPrefixError, match="without cu_seq_lens_q"):
         model(**{name: value for name, value in batch.items() if name not in ("cu_seq_lens_q", "cu_seq_lens_k")})
     set_attention_patterns(model, [None, AttentionPattern(window=4, sink=1)])
