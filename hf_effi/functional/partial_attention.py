@@ -115,7 +115,8 @@ def _flash_backward(
 
 def _heads_first(heads: int, *tensors: Tensor) -> list[Tensor]:
     """Return `(1, heads, tokens, d)` of each; grouped heads are repeated, since not every torch's kernel knows them."""
-    return [t.repeat_interleave(heads // t.shape[1], dim=1).transpose(0, 1)[None] for t in tensors]
+    whole = (t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1) for t in tensors)
+    return [t.transpose(0, 1)[None] for t in whole]
 
 
 # --- one segment, anywhere -------------------------------------------------------------------------------------------
