@@ -60,7 +60,7 @@ _PUBLIC = {
     "SequenceParallelArguments": "hf_effi.trainers._sequence_parallel",
     "SequenceParallelError": "hf_effi.parallel",
     "SequenceParallelMixin": "hf_effi.trainers._sequence_parallel",
-    "SharedPrefixCollator": "hf_effi.parallel.prefix_collator",
+    "SharedPrefixCollator": "hf_effi.trainers._prefix_collator",
     "TokenBudgetBatchSampler": "hf_effi.samplers",
     "TokenCounter": "hf_effi.functional.schedules",
     "TrainDoctor": "hf_effi.callbacks.doctor",
@@ -79,7 +79,7 @@ _PUBLIC = {
     "extend_rope": "hf_effi.recipes.long_context",
     "extend_to": "hf_effi.functional.schedules",
     "from_card": "hf_effi.hub.recipe",
-    "group_by_prompt": "hf_effi.parallel.prefix_collator",
+    "group_by_prompt": "hf_effi.trainers._prefix_collator",
     "infinite": "hf_effi.functional.schedules",
     "inverse_sqrt": "hf_effi.functional.schedules",
     "join": "hf_effi.functional.schedules",
@@ -190,7 +190,6 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .parallel import SequenceParallelError  # noqa: F401
     from .parallel.chunk_flow import ChunkFlow  # noqa: F401
     from .parallel.layer_modes import LayerModes  # noqa: F401
-    from .parallel.prefix_collator import SharedPrefixCollator, group_by_prompt  # noqa: F401
     from .parallel.stream_layer import stream_layers  # noqa: F401
     from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
     from .parallel.tiled_mlp import tile_mlp  # noqa: F401
@@ -208,6 +207,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401
+    from .trainers._prefix_collator import SharedPrefixCollator, group_by_prompt  # noqa: F401
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
     from .trainers._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401

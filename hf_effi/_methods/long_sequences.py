@@ -159,10 +159,10 @@ ROWS: tuple[Method, ...] = (
         kind="parallel",
         summary="Forwards a prompt once for all of its completions, with the loss and gradients of separate rows.",
         entry_points=(
-            "hf_effi.parallel.prefix_collator:SharedPrefixCollator",
-            "hf_effi.parallel.prefix_collator:group_by_prompt",
+            "hf_effi.trainers._prefix_collator:SharedPrefixCollator",
+            "hf_effi.trainers._prefix_collator:group_by_prompt",
             "hf_effi.functional.shared_prefix:plan_shared_prefix",
-            "hf_effi.parallel.shared_prefix:shared_prefix_attention",
+            "hf_effi.kernels.shared_prefix:shared_prefix_attention",
         ),
         paper="Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward",
         paper_id="2506.05433",

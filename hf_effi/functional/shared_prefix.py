@@ -170,7 +170,7 @@ def plan_shared_prefix(prompts: Sequence[Sequence[int]], completion_lengths: Seq
         raise SharedPrefixError(f"The prompt of row {empty[0]} is empty: begin it with a token, such as BOS.")
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt), []).append(row)
+        groups.setdefault(tuple(map(int, prompt)), []).append(row)
     lengths = [len(prompt) + length for prompt, length in zip(prompts, completion_lengths, strict=True)]
     # A prompt of one token has nothing in front of its branches.
     shared = [(len(prompt) - 1, rows) for prompt, rows in groups.items() if len(rows) > 1 and len(prompt) > 1]

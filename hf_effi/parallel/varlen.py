@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.modeling_utils import AttentionInterface
 
 from ..functional.segment_attention import AttentionPattern, segment_attention
-from ..functional.shared_prefix import PrefixSegments
-from .shared_prefix import Part, check_call, shared_prefix_attention
+from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
 
 #: what `attn_implementation=` takes
 VARLEN_ATTENTION = "hf_effi_varlen"
@@ -35,6 +34,19 @@ class _Segments(NamedTuple):
     max_k: int
     index_q: torch.Tensor | None = None
     index_k: torch.Tensor | None = None
+
+
+def _unknown_prefix(*call: Any) -> torch.Tensor:
+    raise SharedPrefixError("A shared prefix: call hf_effi.kernels.shared_prefix.check_shared_prefix(model) first.")
+
+
+_prefix_attention: Callable[..., torch.Tensor] = _unknown_prefix
+
+
+def set_prefix_attention(function: Callable[..., torch.Tensor]) -> None:
+    """Let `function` compute rows with a shared prefix: it merges by a kernel, and kernels import this module."""
+    global _prefix_attention
+    _prefix_attention = function
 
 
 def register_varlen_attention() -> str:
@@ -111,7 +123,12 @@ def varlen_attention_forward(
     batch, _, length, _ = query.shape
     prefix = PrefixSegments.from_kwargs(kwargs)
     if prefix is not None:
-        check_call(type(module).__name__, query, key, causal, pattern, cu_seq_lens_q, prefix)
+        name, segments = type(module).__name__, (cu_seq_lens_q, max_length_q)
+        if attention_mask is not None:
+            raise SharedPrefixError(
+                f"{name}: rows that share a prompt have no padding, got an attention mask with zeros."
+            )
+        return _prefix_attention(name, query, key, value, *segments, prefix, causal, pattern, scaling), None
     if cu_seq_lens_q is not None:
         segments = _given_segments(batch * length, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     else:
@@ -119,11 +136,7 @@ def varlen_attention_forward(
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     if segments.index_q is not None:
         q, k, v = q[segments.index_q], k[segments.index_k], v[segments.index_k]
-    if prefix is not None:
-        q, k, v = _kernel_inputs(q, k, v) if q.is_cuda else (q, k, v)
-        out = shared_prefix_attention(q, k, v, Part(*segments[:4], causal=True), prefix, scaling)
-    else:
-        out = _attend(q, k, v, segments, scaling, causal, pattern)
+    out = _attend(q, k, v, segments, scaling, causal, pattern)
     if segments.index_q is not None:
         padded = out.new_zeros(batch * length, *out.shape[1:])
         out = padded.index_copy(0, segments.index_q, out)
@@ -264,7 +277,7 @@ def _kernel(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = _kernel_inputs(q, k, v)
+    q, k, v = kernel_inputs(q, k, v)
     kwargs = _kernel_arguments(inspect.signature(varlen_attn).parameters, window, q.shape[1] // k.shape[1])
     if "enable_gqa" not in kwargs and q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
@@ -273,7 +286,7 @@ def _kernel(
     return varlen_attn(q, k, v, *bounds, segments.max_q, segments.max_k, scale=scaling, **kwargs)
 
 
-def _kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the tensors in the dtype of autocast, if torch's kernel takes them."""
     if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))

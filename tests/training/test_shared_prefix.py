@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -49,6 +51,12 @@ def run(*args, **kwargs):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def padded_run(tmp_path_factory):
+    """The run on padded rows, trained once for each kind of model and trainer."""
+    return functools.cache(lambda *args: run(tmp_path_factory.mktemp("padded"), False, *args))
+
+
 def series(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
@@ -63,9 +71,9 @@ def assert_same_run(padded, shared):
 
 @pytest.mark.parametrize("make_model", [tiny_qwen3, tiny_llama])
 @pytest.mark.parametrize("over", [{}, {"gradient_checkpointing": True}, {"dataloader_num_workers": 1}], ids=str)
-def test_a_stock_trainer_gives_the_run_of_padded_rows(tmp_path, make_model, over):
+def test_a_stock_trainer_gives_the_run_of_padded_rows(tmp_path, padded_run, make_model, over):
     """Two prompts a micro-batch, two micro-batches an update: the mean is over the completions' tokens of the update."""
-    padded = run(tmp_path, False, make_model)
+    padded = padded_run(make_model)
     shared = run(tmp_path, True, make_model, **over)
     assert_same_run(padded, shared)
     assert shared.state.num_input_tokens_seen < 0.75 * padded.state.num_input_tokens_seen
@@ -94,9 +102,8 @@ def test_sft_trainer(tmp_path):
     assert series(shared, "num_tokens") < series(padded, "num_tokens")
 
 
-def test_effi_trainer(tmp_path):
-    padded = run(tmp_path, False)
-    assert_same_run(padded, run(tmp_path, True, cls=EffiTrainer, arguments=EffiTrainingArguments))
+def test_effi_trainer(tmp_path, padded_run):
+    assert_same_run(padded_run(tiny_qwen3), run(tmp_path, True, cls=EffiTrainer, arguments=EffiTrainingArguments))
 
 
 def test_resume_is_exact(tmp_path):

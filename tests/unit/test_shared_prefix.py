@@ -9,21 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_effi.functional import partial_attention as partial
 from hf_effi.functional.partial_attention import partial_attention, partial_attention_backward
 from hf_effi.functional.segment_attention import AttentionPattern
 from hf_effi.functional.shared_prefix import PrefixSegments, SharedPrefixError, plan_shared_prefix
-from hf_effi.parallel import shared_prefix
+from hf_effi.kernels import shared_prefix
+from hf_effi.kernels.shared_prefix import check_shared_prefix, shared_prefix_attention
+from hf_effi.parallel import varlen
 from hf_effi.parallel.chunk_flow import ChunkFlowError, make_groups
 from hf_effi.parallel.groups import SequenceParallelError
 from hf_effi.parallel.layer_modes import LayerModes
 from hf_effi.parallel.layout import split_batch
-from hf_effi.parallel.prefix_collator import SharedPrefixCollator, check_shared_prefix, group_by_prompt
-from hf_effi.parallel.shared_prefix import Part, shared_prefix_attention
 from hf_effi.parallel.stream_layer import stream_layers
 from hf_effi.parallel.varlen import VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
+from hf_effi.trainers._prefix_collator import SharedPrefixCollator, group_by_prompt
 from tests.helpers import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, in_double
 from tests.helpers.prompts import answers, pad_answers
@@ -139,11 +141,11 @@ def qkv(kv_heads, tokens=LAYOUT.num_tokens, dtype=torch.float64):
     return [torch.randn(tokens, heads, 8, dtype=dtype, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
 
 
-SEGMENTS = Part(LAYOUT.cu_seq_lens, LAYOUT.cu_seq_lens, *[int(LAYOUT.cu_seq_lens.diff().max())] * 2, causal=True)
+LONGEST = int(LAYOUT.cu_seq_lens.diff().max())
 
 
 def attend(q, k, v, scale=None):
-    return shared_prefix_attention(q, k, v, SEGMENTS, LAYOUT.prefix, scale)
+    return shared_prefix_attention(q, k, v, LAYOUT.cu_seq_lens, LONGEST, LAYOUT.prefix, scale)
 
 
 def assert_attention_and_gradients(found, expected, tensors):
@@ -311,7 +313,7 @@ def step(model, batch):
     labels = batch.pop("labels")
     loss = total_loss(model(**batch, use_cache=False).logits, labels)
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gpt2, tiny_mistral])
@@ -357,6 +359,23 @@ def test_log_probs_go_back_to_their_rows():
     (expected * weights).sum().backward()
     grads = [{name: p.grad for name, p in model.named_parameters()} for model in (stock, ours)]
     assert_equal_gradients(*grads, 1e-12)
+
+
+def test_lora():
+    stock, ours = pair(tiny_qwen3)
+    adapters = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    models = []
+    for model in (stock, ours):
+        torch.manual_seed(0)
+        models.append(get_peft_model(model, adapters).double())
+    wanted, found = (
+        step(model, batch)
+        for model, batch in zip(
+            models, (pad_answers(answers()), SharedPrefixCollator(models[1])(answers())), strict=True
+        )
+    )
+    assert len(wanted[1]) == 28
+    assert_equal_gradients(wanted[1], found[1], 1e-12)
 
 
 def test_one_completion_does_not_see_another():
@@ -419,11 +438,13 @@ def test_calls_that_cannot_share_are_refused(model):
                 if name != "labels"
             }
         )
-    with pytest.raises(SharedPrefixError, match="Was the row cut"):
+    with pytest.raises(SharedPrefixError, match="laid out, and the row has 20. Was it cut"):
         model(
             input_ids=batch["input_ids"][:, :20],
             **{k: v for k, v in batch.items() if not k.endswith(("ids", "labels"))},
         )
+    with pytest.raises(SharedPrefixError, match="no padding, got an attention mask"):
+        model(**batch, attention_mask=torch.arange(batch["input_ids"].numel())[None].clamp(max=1))
     with pytest.raises(SharedPrefixError, match="without cu_seq_lens_q"):
         model(**{name: value for name, value in batch.items() if name not in ("cu_seq_lens_q", "cu_seq_lens_k")})
     set_attention_patterns(model, [None, AttentionPattern(window=4, sink=1)])
@@ -434,6 +455,13 @@ def test_calls_that_cannot_share_are_refused(model):
         layer.self_attn.is_causal = False
     with pytest.raises(SharedPrefixError, match="both directions"):
         tiny(**both_ways)
+
+
+def test_a_loop_that_never_checked_its_model_is_refused(model, monkeypatch):
+    """The attention comes with the check: the backend alone does not import its kernel."""
+    monkeypatch.setattr(varlen, "_prefix_attention", varlen._unknown_prefix)
+    with pytest.raises(SharedPrefixError, match=r"check_shared_prefix\(model\) first"):
+        model(**SharedPrefixCollator(model)(answers()))
 
 
 def test_a_window_shorter_than_a_row_is_refused():
@@ -486,13 +514,17 @@ def test_bad_datasets_are_named(model):
         group_by_prompt([])
     with pytest.raises(SharedPrefixError, match="no completion_ids"):
         group_by_prompt(Dataset.from_list([{"prompt_ids": [1], "text": "a"}]))
-    for bad in (0, 1.5):
+    for bad in (0, 1.5, True):
         with pytest.raises(SharedPrefixError, match=f"max_completions={bad}"):
             group_by_prompt(ROWS, max_completions=bad)
-    with pytest.raises(SharedPrefixError, match="grouped already"):
-        group_by_prompt(group_by_prompt(ROWS))
+    for bad in (group_by_prompt(ROWS), [{**ROWS[0], "completion_ids": "text"}], [{**ROWS[0], "completion_ids": None}]):
+        with pytest.raises(SharedPrefixError, match="list of token ids, got.*grouped already"):
+            group_by_prompt(bad)
+    for bad in ("text", [[1]], torch.tensor([1])):
+        with pytest.raises(SharedPrefixError, match=r"prompt_ids must be.*with_format\(None\)"):
+            group_by_prompt([{**ROWS[0], "prompt_ids": bad}])
     collate = SharedPrefixCollator(model)
-    for row in (ROWS[0], {"prompt_ids": [1], "completion_ids": []}):
+    for row in (ROWS[0], *({"prompt_ids": [1], "completion_ids": bad} for bad in ([], None, "ab", [[1], None]))):
         with pytest.raises(SharedPrefixError, match=r"list of completions.*group_by_prompt"):
             collate([row])
     with pytest.raises(SharedPrefixError, match=r"no prompt_ids.*\['input_ids'\].*remove_unused_columns=False"):

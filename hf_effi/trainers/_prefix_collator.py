@@ -9,10 +9,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 
 from ..functional.shared_prefix import SharedPrefixError, plan_shared_prefix
-from .varlen import PATTERNS_FIELD, VARLEN_ATTENTION
+from ..kernels.shared_prefix import check_config, check_shared_prefix
 
 PROMPT, COMPLETION = "prompt_ids", "completion_ids"
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def group_by_prompt(rows: Dataset | Iterable[Mapping[str, Any]], max_completions: int | None = None) -> Dataset:
@@ -44,15 +43,18 @@ def group_by_prompt(rows: Dataset | Iterable[Mapping[str, Any]], max_completions
         raise SharedPrefixError(
             "A stream cannot be grouped: the same prompt may come at any time. Load it as a Dataset."
         )
-    if max_completions is not None and (not isinstance(max_completions, int) or max_completions < 1):
+    if max_completions is not None and (type(max_completions) is not int or max_completions < 1):
         raise SharedPrefixError(f"max_completions={max_completions!r} must be an integer of at least 1, or None.")
     if isinstance(rows, Dataset):
         rows = rows.select_columns([name for name in (PROMPT, COMPLETION) if name in rows.column_names])
     groups: dict[tuple[int, ...], list[list[int]]] = {}
     for row in rows:
         prompt, completion = _columns(row)
-        if completion and not isinstance(completion[0], int):
-            raise SharedPrefixError(f"{COMPLETION} holds lists of lists: these rows are grouped already.")
+        if not _is_ids(completion):
+            raise SharedPrefixError(
+                f"{COMPLETION} must be a list of token ids, got {completion!r:.60}. Lists of such lists are grouped already; "
+                "a dataset of tensors needs with_format(None)."
+            )
         groups.setdefault(tuple(prompt), []).append(completion)
     if not groups:
         raise SharedPrefixError("There are no rows to group.")
@@ -91,11 +93,11 @@ class SharedPrefixCollator:
         self.config: PretrainedConfig = model.config
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        _check_config(self.config)  # the attention of a model can be changed after this was made
+        check_config(self.config)  # the attention of a model can be changed after this was made
         prompts, sequences = [], []
         for row in rows:
             prompt, completions = _columns(row)
-            if not completions or isinstance(completions[0], int):
+            if not isinstance(completions, list) or not completions or not all(map(_is_ids, completions)):
                 raise SharedPrefixError(
                     f"{COMPLETION} must be a list of completions, each a list of token ids; got {completions!r:.60}. Use "
                     "group_by_prompt(dataset)."
@@ -106,38 +108,6 @@ class SharedPrefixCollator:
         return plan_shared_prefix(prompts, lengths).model_inputs(sequences)
 
 
-def check_shared_prefix(model: Any) -> None:
-    """
-    Raise where a model would not give the results of separate rows.
-
-    Raises:
-        SharedPrefixError: another attention implementation, one that does not hand arguments to its attention, layers that
-            carry a state from token to token, sparse patterns, a router's loss.
-    """
-    if not getattr(model, "_supports_attention_backend", False):
-        raise SharedPrefixError(
-            f"{type(model).__name__} is not a transformers model that hands the arguments of a call to its attention."
-        )
-    _check_config(model.config)
-
-
-def _check_config(config: PretrainedConfig) -> None:
-    text = config.get_text_config()
-    if text._attn_implementation != VARLEN_ATTENTION:
-        raise SharedPrefixError(
-            f"attn_implementation={text._attn_implementation!r} would not see the shared prompt: call "
-            "model.set_attn_implementation(register_varlen_attention())."
-        )
-    if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
-        raise SharedPrefixError(
-            f"Layers of type {sorted(others)} carry a state along the row, which branches cannot share."
-        )
-    if any(getattr(text, PATTERNS_FIELD, None) or ()):
-        raise SharedPrefixError("The model has sparse attention patterns, which a shared prefix does not follow.")
-    if getattr(text, "output_router_logits", False):
-        raise SharedPrefixError("output_router_logits=True: a shared prompt would count once in the router's loss.")
-
-
 def _columns(row: Mapping[str, Any]) -> tuple[list[int], Any]:
     missing = [name for name in (PROMPT, COMPLETION) if name not in row]
     if missing:
@@ -145,4 +115,12 @@ def _columns(row: Mapping[str, Any]) -> tuple[list[int], Any]:
             f"The rows have no {' and no '.join(missing)}, only {sorted(row)}. In a Trainer, set "
             "remove_unused_columns=False."
         )
+    if not _is_ids(row[PROMPT]):
+        raise SharedPrefixError(
+            f"{PROMPT} must be a list of token ids, got {row[PROMPT]!r:.60}. A dataset of tensors needs with_format(None)."
+        )
     return row[PROMPT], row[COMPLETION]
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and (not value or isinstance(value[0], int))

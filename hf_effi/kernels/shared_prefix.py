@@ -8,15 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers import PretrainedConfig
 
 from .._compat import import_module_or_none
 from ..functional.partial_attention import partial_attention, partial_attention_backward
 from ..functional.segment_attention import AttentionPattern
 from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
-from ..kernels.attention_merge import merge_attention
+from ..parallel.varlen import PATTERNS_FIELD, VARLEN_ATTENTION, kernel_inputs, set_prefix_attention
+from .attention_merge import merge_attention
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-class Part(NamedTuple):
+class _Part(NamedTuple):
     """Queries and keys of one attention, in segments."""
 
     bounds_q: Tensor
@@ -27,7 +31,13 @@ class Part(NamedTuple):
 
 
 def shared_prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Part, prefix: PrefixSegments, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    max_length: int,
+    prefix: PrefixSegments,
+    scale: float | None = None,
 ) -> Tensor:
     """
     Attend causally within each segment, and from the branches to all of their prefix.
@@ -40,56 +50,100 @@ def shared_prefix_attention(
     Args:
         query (`Tensor`): `(tokens, heads, head_dim)`, in the order of [`plan_shared_prefix`].
         key, value (`Tensor`): `(tokens, kv_heads, head_dim)`.
-        segments ([`Part`]): Prefixes, branches and rows on their own.
+        cu_seq_lens (`Tensor`): Where prefixes, branches and rows on their own begin, and the end.
+        max_length (`int`): The longest of them.
         prefix ([`PrefixSegments`]): Which branches attend to which prefix.
         scale (`float`, *optional*): Factor of the scores; `head_dim ** -0.5` by default.
 
     Returns:
         `Tensor`: `(tokens, heads, head_dim)`.
     """
+    own = _Part(cu_seq_lens, cu_seq_lens, max_length, max_length, causal=True)
+    shared = _Part(*prefix[:4], causal=False)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    shared = Part(*prefix[:4], causal=False)
-    return _SharedPrefixAttention.apply(
-        query, key, value, segments, shared, prefix.num_keys, prefix.num_queries, scale
-    )
+    return _SharedPrefixAttention.apply(query, key, value, own, shared, prefix.num_keys, prefix.num_queries, scale)
 
 
-def check_call(
+def check_shared_prefix(model: Any) -> None:
+    """
+    Raise where a model would not give the results of separate rows.
+
+    Args:
+        model (`PreTrainedModel`): Or one that wraps it and has its attributes.
+
+    Raises:
+        SharedPrefixError: another attention implementation, one that does not hand arguments to its attention, layers that
+            carry a state from token to token, sparse patterns, a router's loss.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        raise SharedPrefixError(
+            f"{type(model).__name__} is not a transformers model that hands the arguments of a call to its attention."
+        )
+    check_config(model.config)
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Do what [`check_shared_prefix`] does, as far as the config says."""
+    text = config.get_text_config()
+    if text._attn_implementation != VARLEN_ATTENTION:
+        raise SharedPrefixError(
+            f"attn_implementation={text._attn_implementation!r} would not see the shared prompt: call "
+            "model.set_attn_implementation(register_varlen_attention())."
+        )
+    if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
+        raise SharedPrefixError(
+            f"Layers of type {sorted(others)} carry a state along the row, which branches cannot share."
+        )
+    if any(getattr(text, PATTERNS_FIELD, None) or ()):
+        raise SharedPrefixError("The model has sparse attention patterns, which a shared prefix does not follow.")
+    if getattr(text, "output_router_logits", False):
+        raise SharedPrefixError("output_router_logits=True: a shared prompt would count once in the router's loss.")
+
+
+def _forward(
     name: str,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor | None,
+    max_length: int | None,
+    prefix: PrefixSegments,
     causal: bool,
     pattern: AttentionPattern | None,
-    bounds: Tensor | None,
-    prefix: PrefixSegments,
-) -> None:
-    """
-    Refuse what would not be exact.
-
-    Args:
-        name (`str`): The layer's class.
-        query, key (`Tensor`): `(batch, heads, length, head_dim)`.
-        causal (`bool`): Whether the layer is.
-        pattern (`AttentionPattern`, *optional*): Its window or sparse pattern.
-        bounds (`Tensor`, *optional*): `cu_seq_lens_q`.
-        prefix ([`PrefixSegments`]): What the model was called with.
-    """
-    if query.shape[0] != 1:
-        raise SharedPrefixError(
-            f"{name}: rows that share a prompt come as one flat row, got a batch of {query.shape[0]}."
-        )
-    if query.shape[2] != key.shape[2]:
-        raise SharedPrefixError(
-            f"{name}: {query.shape[2]} queries and {key.shape[2]} keys. Shared prompts are for training and scoring: call "
-            "the model without past_key_values."
-        )
-    if bounds is None:
+    scale: float | None,
+) -> Tensor:
+    """Take `(1, heads, length, head_dim)` and return `(1, length, heads, head_dim)`; part of `hf_effi_varlen`."""
+    if cu_seq_lens is None:
         raise SharedPrefixError(f"{name}: a shared prefix without cu_seq_lens_q, which says where branches begin.")
-    if prefix.num_keys + prefix.num_queries > query.shape[2]:
+    _check_call(name, query, key, cu_seq_lens, prefix)
+    _check_layer(name, causal, pattern, prefix)
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    if query.is_cuda:
+        query, key, value = kernel_inputs(query, key, value)
+    longest = int(cu_seq_lens.diff().max()) if max_length is None else int(max_length)
+    return shared_prefix_attention(query, key, value, cu_seq_lens, longest, prefix, scale)[None]
+
+
+set_prefix_attention(_forward)
+
+
+def _check_call(name: str, query: Tensor, key: Tensor, cu_seq_lens: Tensor, prefix: PrefixSegments) -> None:
+    rows, _, tokens, _ = query.shape
+    if rows != 1:
+        raise SharedPrefixError(f"{name}: rows that share a prompt come as one flat row, got a batch of {rows}.")
+    if tokens != key.shape[2]:
         raise SharedPrefixError(
-            f"{name}: {prefix.num_keys} tokens of prefixes and {prefix.num_queries} of branches in a row of "
-            f"{query.shape[2]} tokens. Was the row cut after it was laid out?"
+            f"{name}: {tokens} queries and {key.shape[2]} keys. Shared prompts are for training and scoring: call the model "
+            "without past_key_values."
         )
+    laid_out = prefix.num_keys + prefix.num_queries
+    if cu_seq_lens.device.type == "cpu":
+        laid_out = max(laid_out, int(cu_seq_lens[-1]))
+    if laid_out > tokens:
+        raise SharedPrefixError(f"{name}: {laid_out} tokens were laid out, and the row has {tokens}. Was it cut?")
+
+
+def _check_layer(name: str, causal: bool, pattern: AttentionPattern | None, prefix: PrefixSegments) -> None:
     if not causal:
         raise SharedPrefixError(f"{name} attends in both directions, so a prompt depends on its completion.")
     if pattern is not None and (pattern.sink or pattern.stride):
@@ -110,8 +164,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        segments: Part,
-        shared: Part,
+        segments: _Part,
+        shared: _Part,
         num_keys: int,
         num_queries: int,
         scale: float,
@@ -149,19 +203,19 @@ def _operators(query: Tensor) -> tuple[Any, Any]:
     return (_kernel, _kernel_backward) if query.is_cuda else (_by_segment, _by_segment_backward)
 
 
-def _by_segment(query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+def _by_segment(query: Tensor, key: Tensor, value: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tensor]:
     bounds = part.bounds_q.tolist(), part.bounds_k.tolist()
     return partial_attention(query, key, value, *bounds, scale=scale, causal=part.causal)
 
 
 def _by_segment_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: _Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = part.bounds_q.tolist(), part.bounds_k.tolist()
     return partial_attention_backward(grad, query, key, value, out, lse, *bounds, scale=scale, causal=part.causal)
 
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+def _kernel(query: Tensor, key: Tensor, value: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tensor]:
     """Torch's operator keeps `lse` as `(heads, tokens)`."""
     forward, _ = varlen_operators()
     options = {"enable_gqa": query.shape[1] != key.shape[1], **_options(part, scale)}
@@ -170,7 +224,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float)
 
 
 def _kernel_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: _Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, backward = varlen_operators()
     statistics = out, lse.t().contiguous()
@@ -180,11 +234,11 @@ def _kernel_backward(
     return backward(grad.contiguous(), query, key, value, *statistics, *bounds, part.causal, no_dropout, **options)
 
 
-def _options(part: Part, scale: float) -> dict[str, Any]:
+def _options(part: _Part, scale: float) -> dict[str, Any]:
     return {"scale": scale, "window_size": [-1, 0 if part.causal else -1]}
 
 
-def _kernel_bounds(part: Part, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+def _kernel_bounds(part: _Part, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
     bounds = (bounds.to(device, torch.int32) for bounds in (part.bounds_q, part.bounds_k))
     return *bounds, part.max_q, part.max_k
 
