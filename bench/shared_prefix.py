@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench._schema import command_line, headline, write_result
 from hf_effi.functional.shared_prefix import IGNORED, plan_shared_prefix
+from hf_effi.kernels.shared_prefix import check_shared_prefix
 from hf_effi.parallel.varlen import register_varlen_attention
 
 PROMPTS, GROUP, ROUNDS, VOCABULARY = 2, 8, 5, 512
@@ -121,6 +122,7 @@ def measure(shape: Shape, seed: int) -> list[dict[str, Any]]:
     varlen = LlamaForCausalLM(LlamaConfig(**CONFIG)).train()
     varlen.load_state_dict(padded.state_dict())
     varlen.set_attn_implementation(register_varlen_attention())
+    check_shared_prefix(varlen)
     rows = draw_rows(shape, seed)
     models = {"padded": padded, "packed": varlen, "shared": varlen}
     batches = {"padded": padded_batch(rows), "packed": packed_batch(rows), "shared": shared_batch(rows)}

@@ -18,6 +18,7 @@ from bench.shared_prefix import Shape, draw_rows, packed_batch, padded_batch, sh
 from hf_effi.kernels import FusedLoRALinear, TiledMLP, patch
 from hf_effi.kernels.attention_merge import merge_attention, merge_attention_reference
 from hf_effi.kernels.lm_head import LMHeadCounters, lm_head_log_probs, lm_head_reference
+from hf_effi.kernels.shared_prefix import check_shared_prefix
 from hf_effi.parallel.varlen import register_varlen_attention
 
 Figures = dict[str, float]
@@ -232,6 +233,7 @@ def shared_prefix(bench: Bench) -> Figures:
     model = _llama_layer(bench)
     varlen = copy.deepcopy(model)
     varlen.set_attn_implementation(register_varlen_attention())
+    check_shared_prefix(varlen)
     contenders = {
         "padded": (model, padded_batch(rows)),
         "packed": (varlen, packed_batch(rows)),

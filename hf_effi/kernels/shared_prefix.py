@@ -124,9 +124,6 @@ def _forward(
     return shared_prefix_attention(query, key, value, cu_seq_lens, longest, prefix, scale)[None]
 
 
-set_prefix_attention(_forward)
-
-
 def _check_call(name: str, query: Tensor, key: Tensor, cu_seq_lens: Tensor, prefix: PrefixSegments) -> None:
     rows, _, tokens, _ = query.shape
     if rows != 1:
@@ -264,3 +261,6 @@ def varlen_operators() -> tuple[Any, Any]:
 
 def _argument_names(operator: Any) -> set[str]:
     return {argument.name for argument in operator.default._schema.arguments}
+
+
+set_prefix_attention(_forward)
