@@ -14,7 +14,13 @@ from .._compat import import_module_or_none
 from ..functional.partial_attention import partial_attention, partial_attention_backward
 from ..functional.segment_attention import AttentionPattern
 from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
-from ..parallel.varlen import PATTERNS_FIELD, VARLEN_ATTENTION, kernel_inputs, set_prefix_attention
+from ..parallel.varlen import (
+    PATTERNS_FIELD,
+    VARLEN_ATTENTION,
+    in_autocast_dtype,
+    kernel_inputs,
+    set_prefix_attention,
+)
 from .attention_merge import merge_attention
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -118,8 +124,7 @@ def _forward(
     _check_call(name, query, key, cu_seq_lens, prefix)
     _check_layer(name, causal, pattern, prefix)
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-    if query.is_cuda:
-        query, key, value = kernel_inputs(query, key, value)
+    query, key, value = (kernel_inputs if query.is_cuda else in_autocast_dtype)(query, key, value)
     longest = int(cu_seq_lens.diff().max()) if max_length is None else int(max_length)
     return shared_prefix_attention(query, key, value, cu_seq_lens, longest, prefix, scale)[None]
 

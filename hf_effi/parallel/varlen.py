@@ -288,8 +288,7 @@ def _kernel(
 
 def kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the tensors in the dtype of autocast, if torch's kernel takes them."""
-    if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    q, k, v = in_autocast_dtype(q, k, v)
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise VarlenAttentionError(
             f"torch's variable-length attention takes bf16 and fp16, got {q.dtype}. Train with bf16=True, or load the "
@@ -301,6 +300,15 @@ def kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[to
             f"queries and {v.shape[-1]} for values. Use attn_implementation='sdpa'."
         )
     return q, k, v
+
+
+def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors as autocast gives them to attention: all in its dtype, but for double precision."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _kernel_arguments(known: Iterable[str], window: tuple[int, int], groups: int) -> dict[str, Any]:

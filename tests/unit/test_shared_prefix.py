@@ -378,6 +378,22 @@ def test_lora():
     assert_equal_gradients(wanted[1], found[1], 1e-12)
 
 
+def test_autocast():
+    """The norms of Qwen3 give queries and keys in fp32, beside values in bf16."""
+    register_varlen_attention()
+    models = [tiny_qwen3().train() for _ in range(3)]
+    models[0].set_attn_implementation(VARLEN_ATTENTION)
+    batches = [SharedPrefixCollator(models[0])(answers()), pad_answers(answers()), pad_answers(answers())]
+    grads = []
+    for model, batch, enabled in zip(models, batches, (True, True, False), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    ours, stock = ((found - grads[2]).norm() / grads[2].norm() for found in grads[:2])
+    assert 0 < ours < 1.5 * stock < 0.1
+
+
 def test_one_completion_does_not_see_another():
     _, ours = pair(tiny_qwen3)
     prompt, first = [5, 6, 7, 8], [9, 10, 11]
