@@ -15,9 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.gpu._measure import Bench
 from bench.prototypes.sparse_24 import transposable_mask
+from bench.shared_prefix import Shape, draw_rows, packed_batch, padded_batch, shared_batch
 from hf_effi.kernels import FusedLoRALinear, TiledMLP, patch
 from hf_effi.kernels.attention_merge import merge_attention, merge_attention_reference
 from hf_effi.kernels.lm_head import LMHeadCounters, lm_head_log_probs, lm_head_reference
+from hf_effi.kernels.shared_prefix import check_shared_prefix
+from hf_effi.parallel.varlen import register_varlen_attention
 
 Figures = dict[str, float]
 PAPER_EPS = 2.0**-12
@@ -225,6 +228,29 @@ def attention_merge(bench: Bench) -> Figures:
     return {"attention_merge_terabytes_per_second": 8 * direction.nbytes / found["hf_effi"] / 1e9}
 
 
+def shared_prefix(bench: Bench) -> Figures:
+    """One layer of Llama 3 8B on 2 prompts of 1024 tokens with 8 completions each, of about 400 tokens."""
+    rows = draw_rows(Shape(bench.size(1024, 6), bench.size(400, 3), bench.size(1024, 5)), seed=0)
+    model = _llama_layer(bench)
+    varlen = copy.deepcopy(model)
+    varlen.set_attn_implementation(register_varlen_attention())
+    check_shared_prefix(varlen)
+    contenders = {
+        "padded": (model, padded_batch(rows)),
+        "packed": (varlen, packed_batch(rows)),
+        "shared": (varlen, shared_batch(rows)),
+    }
+
+    def step(model: nn.Module, batch: dict[str, Any]) -> Callable[[], Any]:
+        batch = {name: t.to(bench.device) if isinstance(t, Tensor) else t for name, t in batch.items()}
+        batch |= {"input_ids": batch["input_ids"] % model.config.vocab_size}
+        del batch["labels"]
+        return lambda: torch.autograd.grad(model(**batch).last_hidden_state.sum(), list(model.parameters()))
+
+    found = bench.time("shared_prefix", {name: step(*parts) for name, parts in contenders.items()})
+    return {f"shared_prefix_speedup_over_{name}": found[name] / found["shared"] for name in ("padded", "packed")}
+
+
 # --- LoRA layer and tiled MLP -----------------------------------------------------------------------------------------
 
 
@@ -424,5 +450,6 @@ CASES: tuple[Callable[[Bench], Figures], ...] = (
     tiled_mlp,
     attention_merge,
     sparse_24_ffn,
+    shared_prefix,
     other_heads,
 )

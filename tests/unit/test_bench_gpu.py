@@ -32,7 +32,15 @@ def test_the_whole_script_runs(result):
     assert by_name["sparse_24_ffn_speedup"] > 0
     assert all(row["ok"] for row in result["rows"] if "ok" in row)
     cases = {row["case"].split()[0].rstrip(",") for row in result["rows"]}
-    assert cases == {"roofline", "lm_head", "attention_merge", "lora_layer", "tiled_mlp", "sparse_24_ffn"}
+    assert cases == {
+        "attention_merge",
+        "lm_head",
+        "lora_layer",
+        "roofline",
+        "shared_prefix",
+        "sparse_24_ffn",
+        "tiled_mlp",
+    }
     assert all(row["peak_mib"] is None for row in result["rows"] if "milliseconds" in row)
 
 
