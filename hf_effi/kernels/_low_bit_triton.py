@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: a row stays in the registers of one block
-MOST_COLUMNS = 32_768
-ELEMENTS_A_WARP = 1024
+#: a row stays in the registers of one block, 1024 threads at most
+MOST_BYTES = 65_536
+ELEMENTS_A_WARP = 512
 #: adding and subtracting 1.5 * 2^23 rounds |q| < 2^22 to an integer, ties to even; libdevice is not in the interpreter
 ROUNDER = tl.constexpr(12_582_912.0)
 

@@ -148,7 +148,8 @@ class _FusedLoRA(torch.autograd.Function):
         linears = _quadruples(tensors)
         stacked = torch.cat([a for _, _, a, _ in linears]).to(adapter_dtype)
         inner = rows.to(adapter_dtype) @ stacked.t()
-        quantized = {f.low_bit.format: quantize_rows(rows, f.low_bit.format) for f in forms if f.low_bit is not None}
+        formats = {form.low_bit.format for form in forms if form.low_bit is not None}
+        quantized = {name: quantize_rows(rows, name) for name in formats}
         outputs = []
         for form, (weight, bias, _, b), u in zip(forms, linears, _split(inner, linears), strict=True):
             y = _base_output(rows, quantized, weight, bias, form).to(adapter_dtype)
@@ -219,7 +220,7 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torc
 
 
 def _reject(name: str, reason: str) -> PatchError:
-    return PatchError(f"LoRA layers of ours cannot compute {name}: {reason}")
+    return PatchError(f"LoRA kernels cannot compute {name}: {reason}")
 
 
 def _check_layer(name: str, module: Any) -> None:

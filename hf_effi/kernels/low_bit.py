@@ -95,7 +95,7 @@ def quantize_rows(x: Tensor, format: str, column_scale: Tensor | None = None) ->
     ```
     """
     ops = triton_ops("_low_bit_triton", x)
-    if ops and x.shape[-1] <= ops.MOST_COLUMNS:
+    if ops and x.shape[-1] * x.element_size() <= ops.MOST_BYTES:
         dtype, largest = FORMATS[format][:2]
         return QuantizedRows(*ops.quantize_rows(x, dtype, largest, FLOOR, column_scale))
     return quantize_rows_reference(x, format, column_scale)
@@ -176,10 +176,14 @@ class LowBitWeight:
         return _product(rows, self.rows.values.t().contiguous(), None, dtype)
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def _product(left: QuantizedRows, right: Tensor, right_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return `(left.values left.scale) (right^T right_scale)` for `right (columns, summed)`, `right_scale (1, columns)`."""
     count = len(left.values)
-    if left.values.is_cuda:
+    if _on_gpu(left.values):
         left = _padded(left)
         if right.dtype != torch.int8:
             ones = left.scale.new_ones(1, len(right))

@@ -167,12 +167,12 @@ class LowBitLoRALinear(FusedLoRALinear):
 
     def check(self, target: Target) -> None:
         """Refuse a layer that this cannot compute."""
-        name, module = target.name, target.module
-        _check_layer(name, module)
-        base, multiple = module.base_layer, FORMATS[self.format].multiple
-        weight = base.weight
-        if type(base) is not nn.Linear:
+        name, module, multiple = target.name, target.module, FORMATS[self.format].multiple
+        base = getattr(module, "base_layer", None)
+        if base is not None and type(base) is not nn.Linear:
             raise _reject(name, f"its base layer is a {type(base).__name__}; torch.nn.Linear works.")
+        _check_layer(name, module)
+        weight = base.weight
         if module.merged:
             raise _reject(name, "an adapter is merged into its base. Call unmerge_adapter() first.")
         if weight.requires_grad:

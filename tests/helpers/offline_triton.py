@@ -67,10 +67,11 @@ class _Driver:
         return True
 
 
-def launches() -> dict[str, Callable[[], Any]]:
+def launches(architecture: int) -> dict[str, Callable[[], Any]]:
     """Return one call of a wrapper for each variant of each kernel that we record."""
-    from hf_effi.kernels import _attention_merge_triton, _lm_head_triton
+    from hf_effi.kernels import _attention_merge_triton, _lm_head_triton, _low_bit_triton
     from hf_effi.kernels.lm_head import OUTPUTS, _new_statistics, _Rows, _Shape
+    from hf_effi.kernels.low_bit import FLOOR, FORMATS
 
     rows, columns = 64, 32_768
     targets, vector = torch.zeros(rows, dtype=torch.long), torch.zeros(rows)
@@ -93,6 +94,14 @@ def launches() -> dict[str, Callable[[], Any]]:
             found[f"attention_merge_bwd {size} {name}"] = partial(
                 merge.merge_rows_backward, out, vector, vector, out, vector, out, vector
             )
+        for format, (value_dtype, largest, *_) in FORMATS.items():
+            if format == "fp8" and architecture < 89:
+                continue
+            for columns in (4096, 14_336, _low_bit_triton.MOST_BYTES // dtype.itemsize):
+                x, weights = torch.zeros(rows, columns, dtype=dtype), torch.zeros(columns)
+                quantize = partial(_low_bit_triton.quantize_rows, x, value_dtype, largest, FLOOR)
+                found[f"quantize_rows {format} {columns} {name}"] = partial(quantize, None)
+                found[f"quantize_rows {format} {columns} scaled {name}"] = partial(quantize, weights)
     return found
 
 
@@ -111,7 +120,7 @@ def compile_all(architecture: int) -> dict[str, dict[str, int]]:
 
     JITFunction.run = compile_only
     found = {}
-    for name, launch in launches().items():
+    for name, launch in launches(architecture).items():
         compiled.clear()
         launch()
         (kernel,) = compiled
