@@ -23,6 +23,9 @@ GOALS = {
     "all_results_correct": "= 1",
     "lm_head_fwd_bwd_ms": "<= 35",
     "lora_layer_speedup": ">= 1.10",
+    "low_bit_lora_fp8_cosine_of_dx_4096": ">= 0.998",
+    "low_bit_lora_fp8_speedup_4096": ">= 1.3",
+    "low_bit_lora_fp8_speedup_16384": ">= 1.3",
     "tiled_mlp_vs_checkpoint": "<= 1.03",
     "tiled_mlp_speedup_over_liger": ">= 1.15",
 }
