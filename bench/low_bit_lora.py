@@ -190,29 +190,25 @@ def main() -> None:
     rows += [{"seed": s, "cpu_step_over_fp32": r, "tokens": TOKENS} for s, r in zip(SEEDS, ratios, strict=True)]
     rows.append({"bench_cpu_seconds": round(time.process_time() - started, 1)})
 
-    def of(arm: str, key: str) -> list[float]:
-        return [row[key] for row in rows if row.get("arm") == arm and key in row]
+    def of(arm: str, key: str) -> float:
+        """Return a figure's mean over seeds, with three significant digits."""
+        return float(f"{statistics.fmean(row[key] for row in rows if row.get('arm') == arm and key in row):.3g}") + 0.0
 
     figures = []
     for name in FORMATS:
+        largest = max(errors[name]["forward"], errors[name]["backward"])
         figures += [
-            headline(f"{name}_loss_minus_fp32", round(statistics.fmean(of(name, "loss_minus_fp32")), 5), "<= 0.01"),
-            headline(
-                f"{name}_largest_product_error",
-                round(max(errors[name]["forward"], errors[name]["backward"]), 4),
-                "<= 0.04",
-            ),
+            headline(f"{name}_loss_minus_fp32", of(name, "loss_minus_fp32"), "<= 0.01"),
+            headline(f"{name}_largest_product_error", round(largest, 4), "<= 0.04"),
             headline(f"{name}_smallest_cosine_of_dx", round(errors[name]["cosine"], 6), ">= 0.998"),
-            headline(f"{name}_base_kl", float(f"{statistics.fmean(of(name, 'base_kl_to_fp32')):.3g}")),
-            headline(f"{name}_bytes_per_base_parameter", of(name, "bytes_per_base_parameter")[0]),
+            headline(
+                f"{name}_saved_bytes_over_fp32", of(name, "saved_bytes_per_token") / of(WIDE, "saved_bytes_per_token")
+            ),
             headline(f"{name}_cpu_step_over_fp32", statistics.median(r[name] for r in ratios)),
         ]
-    for name in ("bf16", "nf4"):
-        figures += [
-            headline(f"{name}_loss_minus_fp32", round(statistics.fmean(of(name, "loss_minus_fp32")), 5)),
-            headline(f"{name}_base_kl", float(f"{statistics.fmean(of(name, 'base_kl_to_fp32')):.3g}")),
-            headline(f"{name}_bytes_per_base_parameter", of(name, "bytes_per_base_parameter")[0]),
-        ]
+    figures += [headline(f"{name}_loss_minus_fp32", of(name, "loss_minus_fp32")) for name in ("bf16", "nf4")]
+    for key in ("base_kl_to_fp32", "bytes_per_base_parameter"):
+        figures += [headline(f"{name}_{key}", of(name, key)) for name in ARMS[1:]]
     path = write_result(
         "low_bit_lora", command=command_line("bench.low_bit_lora"), seeds=SEEDS, headline=figures, rows=rows
     )

@@ -244,8 +244,8 @@ class _Checker:
             # DTensor: FSDP2. Empty: ZeRO-3. Meta: offloaded by accelerate.
             if parameter.device.type == "meta" or not parameter.numel() or hasattr(parameter, "device_mesh"):
                 raise PatchError(
-                    "its weights are sharded or offloaded, so the self-check cannot run. Patch before the model is "
-                    "wrapped, or pass verify=False."
+                    "its weights are sharded or offloaded, or in 8 bits by another patch, so the self-check cannot run. "
+                    "Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."
                 )
         deviations = compare(
             unit.modules,

@@ -197,7 +197,9 @@ def _product(left: QuantizedRows, right: Tensor, right_scale: Tensor | None, dty
     else:
         total = left.values.float() @ right.float().t()
     total = total * left.scale[:count]
-    return (total if right_scale is None else total.mul_(right_scale)).to(dtype)
+    if right_scale is None:
+        return total.to(dtype)
+    return torch.mul(total, right_scale, out=total.new_empty(total.shape, dtype=dtype))  # one pass for scale and cast
 
 
 def _padded(rows: QuantizedRows) -> QuantizedRows:

@@ -415,6 +415,22 @@ def test_the_name_of_the_format_is_a_source(format):
         assert {row.layer for row in handle} == {f"LowBitLoRALinear {format} x{n}" for n in (1, 2, 3)}
 
 
+def test_beside_other_patches():
+    class SwiGLU(nn.Module):
+        def forward(self, x):
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    model = lora_model()
+    state, expected = state_of(model), outputs_of(model)
+    with patch(model, {"SwiGLUMLP": SwiGLU, "LoRALinear": LowBitLoRALinear("int8")}) as handle:
+        assert len(handle) == 2 + 14
+        assert_bitwise_equal(outputs_of(model), int8_outputs := outputs_of(model))
+        assert relative(int8_outputs["loss"], expected["loss"]) < 0.01
+    with pytest.raises(PatchError, match="in 8 bits by another patch.* put 8-bit bases last"):
+        patch(model, {"LoRALinear": LowBitLoRALinear("int8"), "SwiGLUMLP": SwiGLU})
+    assert state_of(model) == state
+
+
 # --- wrong kernels are seen -------------------------------------------------------------------------------------------
 
 
