@@ -75,9 +75,9 @@ class _Replacement:
         entries = self.target.module.__dict__
         if not self.in_place:
             return None
-        del entries[_CLAIM]
         if self.undo is not None:
-            self.undo()
+            self.undo()  # first: where it fails, as without room on the device, the claim stays for another try
+        del entries[_CLAIM]
         if entries.get(self.target.attribute) is self.value:
             if self.existed:
                 entries[self.target.attribute] = self.before

@@ -79,7 +79,8 @@ def quantize_rows(x: Tensor, format: str, column_scale: Tensor | None = None) ->
     Round a matrix to 8 bits with one scale a row: `scale_i = max_j |x_ij c_j| / largest`, `values = round(x c / scale)`.
 
     Rounds to the nearest value, ties to even; `largest` is 448 for e4m3 (https://arxiv.org/abs/2209.05433) and 127 for int8
-    (vector-wise quantization, https://arxiv.org/abs/2208.07339). A row with NaN or infinities gives no finite product.
+    (vector-wise quantization, https://arxiv.org/abs/2208.07339). A row with NaN or infinities gives no finite product. No gradient
+    passes here: [`~hf_effi.kernels.fused_lora.fused_lora`] has the backward.
 
     Args:
         x (`Tensor`): `(rows, columns)`.
@@ -94,7 +95,7 @@ def quantize_rows(x: Tensor, format: str, column_scale: Tensor | None = None) ->
     (tensor([[ 32, -64, 127]], dtype=torch.int8), tensor([[0.0315]]))
     ```
     """
-    ops = triton_ops("_low_bit_triton", x)
+    x, ops = x.detach(), triton_ops("_low_bit_triton", x)
     if ops and x.shape[-1] * x.element_size() <= ops.MOST_BYTES:
         dtype, largest = FORMATS[format][:2]
         return QuantizedRows(*ops.quantize_rows(x, dtype, largest, FLOOR, column_scale))

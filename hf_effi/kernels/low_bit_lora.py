@@ -20,6 +20,9 @@ from .fused_lora import SIBLINGS, FusedLoRALinear, LoRAWeights, _check_layer, _r
 from .low_bit import FORMATS, LowBitWeight, check_device
 
 _HEAD = "lm_head"
+_TRAINED = (
+    "its base weight is trained, and 8 bits take no updates. Freeze it (requires_grad=False), or use FusedLoRALinear."
+)
 
 
 def _reject(name: str, reason: str) -> PatchError:
@@ -72,11 +75,6 @@ class _Base:
         for hook in self._hooks:
             hook.remove()
         del self.module.__dict__["merge"]
-
-
-_TRAINED = (
-    "its base weight is trained, and 8 bits take no updates. Freeze it (requires_grad=False), or use FusedLoRALinear."
-)
 
 
 def _put_wide(base: _Base, layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

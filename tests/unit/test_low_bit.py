@@ -76,6 +76,13 @@ def test_no_rows(format):
     assert weight.grad_input(torch.zeros(0, 16), torch.float32).shape == (0, 32)
 
 
+def test_no_gradient_passes():
+    x = normal(3, 16).requires_grad_()
+    rows = quantize_rows(x, "int8")
+    assert not rows.scale.requires_grad
+    assert not LowBitWeight.of(normal(16, 16), "int8").product(rows, torch.float32).requires_grad
+
+
 # --- products ---------------------------------------------------------------------------------------------------------
 
 

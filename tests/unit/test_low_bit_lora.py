@@ -302,6 +302,26 @@ def test_an_error_while_patched_brings_everything_back():
     assert_bitwise_equal(outputs_of(model), expected)
 
 
+def test_a_revert_without_room_can_be_tried_again():
+    model = lora_model()
+    state, expected = state_of(model), outputs_of(model)
+    handle = patch(model, key("int8"))
+    base = attention_of(model).k_proj.forward.func.__self__.bases[1]
+
+    class Wide:
+        def to(self, *args):
+            raise torch.OutOfMemoryError("no room")
+
+    wide, base.wide = base.wide, Wide()
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        handle.revert()
+    assert handle.active and model(input_ids=IDS).logits.isfinite().all()
+    base.wide = wide
+    handle.revert()
+    assert state_of(model) == state
+    assert_bitwise_equal(outputs_of(model), expected)
+
+
 # --- refused by name --------------------------------------------------------------------------------------------------
 
 
