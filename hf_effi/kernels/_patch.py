@@ -260,7 +260,7 @@ class _Checker:
         if failed:
             d = failed[0]
             raise KernelMismatchError(
-                f"{d.what} is off by {d.error:.2e} of its {'norm' if unit.error_budget else 'largest entry'}, the original by {d.own_error:.2e}, and "
+                f"{d.what} is off by {d.error:.2e} of its {d.measure}, the original by {d.own_error:.2e}, and "
                 f"{d.allowed:.2e} is allowed."
             )
         return "no results" if worst is None else f"{worst.what} {worst.error:.1e} of {worst.allowed:.1e}"

@@ -25,20 +25,21 @@ _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.flo
 @dataclass(frozen=True)
 class Deviation:
     """
-    How far one result of the replacement and of the original are from the truth, relative to its largest entry, or, with an
-    error budget, to its norm.
+    How far one result of the replacement and of the original are from the truth, relative to the latter.
 
     Args:
         what (`str`): `"output 0"`, `"gradient of input 0"`, `"gradient of weight"`, ...
         error (`float`): Of the replacement.
         own_error (`float`): Of the original in the same dtype.
         allowed (`float`): `2 * own_error` plus rounding, plus the budget.
+        measure (`str`): Of what `error` is a part: `"largest entry"`, or `"norm"` where there is a budget.
     """
 
     what: str
     error: float
     own_error: float
     allowed: float
+    measure: str
 
     @property
     def ok(self) -> bool:
@@ -137,7 +138,7 @@ def _gradients(outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor])
 
 
 def _distance(value: torch.Tensor, truth: torch.Tensor, order: float) -> float:
-    """Return `|value - truth| / |truth|`, norms of an order; of activations the worst over the batch, whose rows differ in size."""
+    """Return `|value - truth| / |truth|` by a norm; of activations the worst over the batch, whose rows differ in size."""
     if truth.dim() > 2:
         return max(
             (_distance(v, t, order) for v, t in zip(value.flatten(1, -1), truth.flatten(1, -1), strict=True)),
@@ -207,11 +208,11 @@ def compare(
             continue
         truth = wide[what]
         extra = budget if what.startswith(("output", "gradient of input")) else 0.0
-        order = 2.0 if extra else math.inf
+        order, measure = (2.0, "norm") if extra else (math.inf, "largest entry")
         own_error = _distance(expected, truth, order)
         rounding = ROUNDINGS * torch.finfo(expected.dtype).eps + FP32_ROUNDINGS * torch.finfo(torch.float32).eps
         allowed = FACTOR * own_error + rounding + extra
-        deviations.append(Deviation(what, _distance(actual, truth, order), own_error, allowed))
+        deviations.append(Deviation(what, _distance(actual, truth, order), own_error, allowed, measure))
     return deviations
 
 

@@ -1158,7 +1158,9 @@ def test_lora_layers_have_these_parts():
     )
     for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "lora_variant", "active_adapters"):
         assert hasattr(layer, name), name
-    assert layer.merged is False and layer.disable_adapters is False and callable(layer.unmerge)
+    assert (
+        layer.merged is False and layer.disable_adapters is False and callable(layer.unmerge) and callable(layer.merge)
+    )
     assert isinstance(layer.scaling["default"], (int, float)) and layer.active_adapters == ["default"]
 
 

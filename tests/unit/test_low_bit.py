@@ -199,6 +199,14 @@ def test_other_devices():
         check_device("int8", torch.device("mps"))
 
 
+def test_a_weight_goes_to_another_device_after_a_look_at_it(monkeypatch):
+    asked, weight = [], LowBitWeight.of(normal(16, 16), "fp8")
+    monkeypatch.setattr(low_bit, "check_device", lambda format, device: asked.append((format, device.type)))
+    assert weight.to(torch.device("cpu")) is weight and not asked
+    moved = weight.to(torch.device("meta"))
+    assert asked == [("fp8", "meta")] and moved.rows.values.is_meta and moved.rows.scale.is_meta
+
+
 # --- under an adapter -------------------------------------------------------------------------------------------------
 
 
