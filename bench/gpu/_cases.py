@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from bench.gpu._measure import Bench
 from bench.prototypes.sparse_24 import transposable_mask
 from bench.shared_prefix import Shape, draw_rows, packed_batch, padded_batch, shared_batch
-from hf_effi.kernels import FusedLoRALinear, TiledMLP, patch
+from hf_effi.kernels import FusedLoRALinear, LowBitLoRALinear, PatchError, TiledMLP, patch
 from hf_effi.kernels.attention_merge import merge_attention, merge_attention_reference
 from hf_effi.kernels.lm_head import LMHeadCounters, lm_head_log_probs, lm_head_reference
 from hf_effi.kernels.shared_prefix import check_shared_prefix
@@ -278,6 +278,64 @@ def lora_layer(bench: Bench) -> Figures:
     return figures
 
 
+def low_bit_lora(bench: Bench) -> Figures:
+    """One layer of Llama 3 8B, rank 16 on all linears: bf16 against FP8, INT8, and NF4 that is unpacked for a product."""
+    peft = optional(bench, "low_bit_lora", "all", "peft")
+    if peft is None:
+        return {}
+    models = _low_bit_models(bench, peft)
+    figures: Figures = {}
+    for tokens in (4096, 16_384):
+        x = bench.draw(1, bench.size(tokens, tokens // 512), models["bf16"].config.hidden_size).requires_grad_()
+        direction = torch.randn_like(x)
+
+        def step(model: nn.Module, x: Tensor = x, direction: Tensor = direction) -> Callable[[], tuple[Tensor, ...]]:
+            leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+            return lambda: torch.autograd.grad(model(inputs_embeds=x).last_hidden_state, leaves, direction)
+
+        steps = {name: step(model) for name, model in models.items()}
+        exact = steps["bf16"]()[0].flatten().double()
+        found = bench.time(f"low_bit_lora {tokens} tokens", steps)
+        for name in found.keys() - {"bf16"}:
+            cosine = F.cosine_similarity(steps[name]()[0].flatten().double(), exact, dim=0).item()
+            figures[f"low_bit_lora_{name}_cosine_of_dx_{tokens}"] = cosine
+            figures[f"low_bit_lora_{name}_speedup_{tokens}"] = found["bf16"] / found[name]
+    return figures
+
+
+def _low_bit_models(bench: Bench, peft: Any) -> dict[str, nn.Module]:
+    """Return the same adapted layer on each kind of base that the card and the installation have."""
+    found = {}
+    for name in ("bf16", "fp8", "int8", "nf4"):
+        bnb = optional(bench, "low_bit_lora", name, "bitsandbytes") if name == "nf4" else None
+        if name == "nf4" and bnb is None:
+            continue
+        torch.manual_seed(0)
+        base = _llama_layer(bench)
+        if bnb is not None:
+            _pack(bnb, base)
+        config = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)  # a random B
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+        try:
+            patch(model, {"LoRALinear": LowBitLoRALinear(name) if name in ("fp8", "int8") else FusedLoRALinear()})
+        except PatchError as error:
+            bench.skip("low_bit_lora", name, str(error))
+            continue
+        found[name] = model
+    return found
+
+
+def _pack(bnb: Any, model: nn.Module) -> None:
+    """Put bitsandbytes' NF4 layers in the place of the linear layers."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            packed = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, False, compute_dtype=linear.weight.dtype, quant_type="nf4"
+            )
+            packed.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+            model.set_submodule(name, packed.to(linear.weight.device))
+
+
 def _llama_layer(bench: Bench) -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
@@ -447,6 +505,7 @@ CASES: tuple[Callable[[Bench], Figures], ...] = (
     correctness,
     lm_head,
     lora_layer,
+    low_bit_lora,
     tiled_mlp,
     attention_merge,
     sparse_24_ffn,

@@ -38,6 +38,28 @@ ROWS: tuple[Method, ...] = (
         bench="bench/model_patches.py",
     ),
     Method(
+        key="low_bit_lora",
+        title="LoRA on an FP8 or INT8 base",
+        kind="kernel",
+        summary="Keeps the frozen base in one byte a parameter while it trains, and multiplies in 8 bits.",
+        entry_points=(
+            "hf_effi.kernels.low_bit_lora:LowBitLoRALinear",
+            "hf_effi.kernels.low_bit:quantize_rows",
+            "hf_effi.kernels.low_bit:LowBitWeight",
+        ),
+        paper="FP8 Formats for Deep Learning",
+        paper_id="2209.05433",
+        status="experimental",
+        tests=(
+            "tests/unit/test_low_bit.py",
+            "tests/unit/test_low_bit_lora.py",
+            "tests/unit/test_triton_kernels.py",
+            "tests/training/test_low_bit_lora.py",
+            "tests/distributed/test_low_bit_lora_ranks.py",
+        ),
+        bench="bench/low_bit_lora.py",
+    ),
+    Method(
         key="lm_head",
         title="LM head on live rows",
         kind="kernel",

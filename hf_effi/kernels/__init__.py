@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._errors import KernelMismatchError, PatchError
 from ._patch import KernelPatchHandle, patch, unpatch
 from .fused_lora import FusedLoRALinear
+from .low_bit_lora import LowBitLoRALinear
 from .tiled_mlp import TiledMLP
 from .trl_head import FusedLMHead
 
@@ -13,6 +14,7 @@ __all__ = [
     "FusedLoRALinear",
     "KernelMismatchError",
     "KernelPatchHandle",
+    "LowBitLoRALinear",
     "PatchError",
     "TiledMLP",
     "patch",

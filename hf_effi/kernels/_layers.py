@@ -32,6 +32,9 @@ class Unit:
         input_of (`nn.Module`, *optional*): Whose input the self-check draws; `None`: the first target's.
         switch_off (`Callable`, *optional*): Makes the replacement compute the original. For one that others may wrap
             after the patch, as accelerate wraps a model's forward for mixed precision.
+        install (`Callable`, *optional*): Called for each target once the self-check has passed; returns what undoes it.
+        error_budget (`float`): Relative error, by the Frobenius norm, that outputs and gradients of inputs may have beyond
+            rounding, for a replacement that approximates. Gradients of weights get none.
     """
 
     targets: Sequence[Target]
@@ -43,6 +46,8 @@ class Unit:
     has_backward: bool = True
     input_of: nn.Module | None = None
     switch_off: Callable[[], None] | None = None
+    install: Callable[[Target], Callable[[], None]] | None = None
+    error_budget: float = 0.0
 
 
 @runtime_checkable

@@ -52,9 +52,14 @@ class _Replacement:
     """One entry of a module's `__dict__`, written and restored."""
 
     def __init__(
-        self, target: Target, value: Callable[..., Any], key: str, switch_off: Callable[[], None] | None = None
+        self,
+        target: Target,
+        value: Callable[..., Any],
+        key: str,
+        switch_off: Callable[[], None] | None = None,
+        undo: Callable[[], None] | None = None,
     ) -> None:
-        self.target, self.value, self.key, self.switch_off = target, value, key, switch_off
+        self.target, self.value, self.key, self.switch_off, self.undo = target, value, key, switch_off, undo
         entries = target.module.__dict__
         self.existed, self.before = target.attribute in entries, entries.get(target.attribute)
         # Not setattr: a module given as a value must not become a submodule.
@@ -70,6 +75,8 @@ class _Replacement:
         entries = self.target.module.__dict__
         if not self.in_place:
             return None
+        if self.undo is not None:
+            self.undo()  # first: where it fails, as without room on the device, the claim stays for another try
         del entries[_CLAIM]
         if entries.get(self.target.attribute) is self.value:
             if self.existed:
@@ -237,18 +244,23 @@ class _Checker:
             # DTensor: FSDP2. Empty: ZeRO-3. Meta: offloaded by accelerate.
             if parameter.device.type == "meta" or not parameter.numel() or hasattr(parameter, "device_mesh"):
                 raise PatchError(
-                    "its weights are sharded or offloaded, so the self-check cannot run. Patch before the model is "
-                    "wrapped, or pass verify=False."
+                    "its weights are sharded or offloaded, or in 8 bits by another patch, so the self-check cannot run. "
+                    "Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."
                 )
         deviations = compare(
-            unit.modules, unit.original, unit.replacement, self._arguments(key, unit), backward=unit.has_backward
+            unit.modules,
+            unit.original,
+            unit.replacement,
+            self._arguments(key, unit),
+            backward=unit.has_backward,
+            budget=unit.error_budget,
         )
         worst = max(deviations, key=lambda d: d.error / d.allowed, default=None)
         failed = [d for d in deviations if not d.ok]
         if failed:
             d = failed[0]
             raise KernelMismatchError(
-                f"{d.what} is off by {d.error:.2e} of its largest entry, the original by {d.own_error:.2e}, and "
+                f"{d.what} is off by {d.error:.2e} of its {d.measure}, the original by {d.own_error:.2e}, and "
                 f"{d.allowed:.2e} is allowed."
             )
         return "no results" if worst is None else f"{worst.what} {worst.error:.1e} of {worst.allowed:.1e}"
@@ -311,7 +323,7 @@ def patch(
             `"LoRALinear"`, `"LMHead"`), a module's name, a glob on names (`"*.mlp"`) or a compiled regex. Values: a stateless
             `nn.Module` class (Hugging Face's contract: `forward`, `has_backward`, `can_torch_compile`), one of Liger's
             classes, `"liger"`, `"organisation/repository:Layer"` or a `kernels` repository object, `FusedLoRALinear()`,
-            `FusedLMHead()`; or a list of these, of which the first that passes is taken.
+            `LowBitLoRALinear("fp8")`, `FusedLMHead()`; or a list of these, of which the first that passes is taken.
         on_mismatch (`str`, *optional*, defaults to `"error"`): What a failed self-check does. `"eager"` leaves the
             module as it is and logs one line a kind of module.
         verify (`bool`, *optional*, defaults to `True`): Whether to compare forward and backward on random input, once
@@ -349,7 +361,8 @@ def patch(
                 rows += _rows(key, alternatives[0].targets, unit, note)
                 if unit is not None:
                     for target, replacement in zip(unit.targets, unit.replacements, strict=True):
-                        replacements.append(_Replacement(target, replacement, _shown(key), unit.switch_off))
+                        undo = None if unit.install is None else unit.install(target)
+                        replacements.append(_Replacement(target, replacement, _shown(key), unit.switch_off, undo))
     except BaseException:
         KernelPatchHandle(replacements, rows).revert()
         raise

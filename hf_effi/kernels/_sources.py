@@ -13,6 +13,8 @@ from ._errors import PatchError
 from ._layers import LayerGroup, check_contract
 from ._targets import GATED_NAMES, LM_HEAD_NAME, LORA_NAME, Key, kernel_name
 from .fused_lora import FusedLoRALinear
+from .low_bit import FORMATS
+from .low_bit_lora import LowBitLoRALinear
 from .tiled_mlp import TiledMLP
 from .trl_head import FusedLMHead
 
@@ -47,11 +49,13 @@ def _named(key: Key, name: str) -> list[Candidate]:
         return _from_liger(key)
     if name == "hf_effi" and key in _OURS:
         return [_OURS[key]()]
+    if name in FORMATS:
+        return [LowBitLoRALinear(name)]
     if "/" in name and ":" in name:
         return [check_contract(_from_hub(name))]
     raise PatchError(
         f"{name!r} is no source of layers for {key!r}. Give 'liger', 'hf_effi' (for {', '.join(_OURS)}), "
-        "'organisation/repository:Layer', or a layer class."
+        "'fp8' or 'int8' (LoRA layers), 'organisation/repository:Layer', or a layer class."
     )
 
 

@@ -25,19 +25,21 @@ _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.flo
 @dataclass(frozen=True)
 class Deviation:
     """
-    How far one result of the replacement and of the original are from the truth, relative to its largest entry.
+    How far one result of the replacement and of the original are from the truth, relative to the latter.
 
     Args:
         what (`str`): `"output 0"`, `"gradient of input 0"`, `"gradient of weight"`, ...
         error (`float`): Of the replacement.
         own_error (`float`): Of the original in the same dtype.
-        allowed (`float`): `2 * own_error` plus rounding.
+        allowed (`float`): `2 * own_error` plus rounding, plus the budget.
+        measure (`str`): Of what `error` is a part: `"largest entry"`, or `"norm"` where there is a budget.
     """
 
     what: str
     error: float
     own_error: float
     allowed: float
+    measure: str
 
     @property
     def ok(self) -> bool:
@@ -135,14 +137,17 @@ def _gradients(outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor])
     return dict(zip(leaves, found, strict=True))
 
 
-def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return `max|value - truth| / max|truth|`; of activations the worst over the batch, whose rows differ in size."""
+def _distance(value: torch.Tensor, truth: torch.Tensor, order: float) -> float:
+    """Return `|value - truth| / |truth|` by a norm; of activations the worst over the batch, whose rows differ in size."""
     if truth.dim() > 2:
-        return max(map(_distance, value.flatten(1, -1), truth.flatten(1, -1)), default=0.0)
+        return max(
+            (_distance(v, t, order) for v, t in zip(value.flatten(1, -1), truth.flatten(1, -1), strict=True)),
+            default=0.0,
+        )
     if not truth.numel():
         return 0.0
-    gap = (value.double() - truth.double()).abs().max().item()
-    scale = truth.double().abs().max().item()
+    gap = torch.linalg.vector_norm(value.double() - truth.double(), order).item()
+    scale = torch.linalg.vector_norm(truth.double(), order).item()
     if scale == 0.0:
         return 0.0 if gap == 0.0 else math.inf
     return gap / scale
@@ -155,6 +160,7 @@ def compare(
     arguments: Arguments,
     *,
     backward: bool = True,
+    budget: float = 0.0,
 ) -> list[Deviation]:
     """
     Measure a replacement against the original and both against the original in a wider dtype.
@@ -168,6 +174,8 @@ def compare(
         original, replacement (`Callable`): Called with `arguments`.
         arguments (`tuple`): `(args, kwargs)`; floats that require a gradient get one.
         backward (`bool`, *optional*, defaults to `True`): Whether to compare gradients.
+        budget (`float`, *optional*, defaults to 0.0): What outputs and gradients of inputs are allowed beyond that, by the
+            Frobenius norm: single entries of an approximation scatter.
 
     Raises:
         PatchError: the original does not run on these arguments.
@@ -199,9 +207,12 @@ def compare(
         if expected is None or actual is None:
             continue
         truth = wide[what]
-        own_error = _distance(expected, truth)
+        extra = budget if what.startswith(("output", "gradient of input")) else 0.0
+        order, measure = (2.0, "norm") if extra else (math.inf, "largest entry")
+        own_error = _distance(expected, truth, order)
         rounding = ROUNDINGS * torch.finfo(expected.dtype).eps + FP32_ROUNDINGS * torch.finfo(torch.float32).eps
-        deviations.append(Deviation(what, _distance(actual, truth), own_error, FACTOR * own_error + rounding))
+        allowed = FACTOR * own_error + rounding + extra
+        deviations.append(Deviation(what, _distance(actual, truth, order), own_error, allowed, measure))
     return deviations
 
 

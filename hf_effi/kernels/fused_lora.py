@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ._errors import PatchError
 from ._layers import Unit
 from ._targets import Target
+from .low_bit import LowBitWeight, QuantizedRows, quantize_rows
 
 #: names of projections that are given the same input by the modules of transformers
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -30,29 +31,32 @@ class LoRAWeights(NamedTuple):
     One linear layer with one adapter.
 
     Args:
-        weight (`Tensor`): `(out, in)`, or packed 4-bit weights.
+        weight (`Tensor`, *optional*): `(out, in)`, or packed 4-bit weights; `None` with `low_bit`.
         bias (`Tensor`, *optional*): `(out,)`.
         a (`Tensor`): `(r, in)`.
         b (`Tensor`): `(out, r)`.
         scale (`float`): `s`: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
         quant_state (*optional*): bitsandbytes' description of packed weights.
         compute_dtype (`torch.dtype`, *optional*): Dtype of the product with packed weights; `None`: that of `x`.
+        low_bit ([`~hf_effi.kernels.low_bit.LowBitWeight`], *optional*): The weight in 8 bits: `x` and `dy` are rounded too.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     a: Tensor
     b: Tensor
     scale: float
     quant_state: Any = None
     compute_dtype: torch.dtype | None = None
+    low_bit: LowBitWeight | None = None
 
 
 class _Form(NamedTuple):
-    """What of [`LoRAWeights`] is no tensor, with the dtypes of this call."""
+    """What of [`LoRAWeights`] autograd does not save, with the dtypes of this call."""
 
     scale: float
     quant_state: Any
+    low_bit: LowBitWeight | None
     dtype: torch.dtype  # of the product with W
     out_dtype: torch.dtype
 
@@ -75,7 +79,7 @@ def fused_lora(x: Tensor, linears: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
 
     Args:
         x (`Tensor`): `(..., in)`.
-        linears (`Sequence[LoRAWeights]`): At least one, all with the same `in` and one dtype of adapters.
+        linears (`Sequence[LoRAWeights]`): At least one, all with the same `in`; adapters of several dtypes are promoted.
 
     Returns:
         `tuple[Tensor, ...]`: `(..., out_i)`, in the dtypes that PEFT returns.
@@ -91,11 +95,12 @@ def fused_lora(x: Tensor, linears: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
     """
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which autocast leaves alone
     autocast_dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
-    adapter_dtype = autocast_dtype or linears[0].a.dtype
+    adapter_dtype = autocast_dtype or functools.reduce(torch.promote_types, (w.a.dtype for w in linears))
     forms = tuple(
         _Form(
             w.scale,
             w.quant_state,
+            w.low_bit,
             autocast_dtype or w.compute_dtype or x.dtype,
             # bitsandbytes returns the dtype of its input, a plain linear layer what autocast makes of it.
             x.dtype if w.quant_state is not None else autocast_dtype or x.dtype,
@@ -107,6 +112,16 @@ def fused_lora(x: Tensor, linears: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
         if len(dtypes := {adapter_dtype, *(form.dtype for form in forms)}) == 1:
             x = x.to(dtypes.pop())  # outside of the Function: what is saved is the narrow copy
         return _FusedLoRA.apply(x, forms, adapter_dtype, *tensors)
+
+
+def _base_output(
+    rows: Tensor, quantized: dict[str, QuantizedRows], weight: Tensor | None, bias: Tensor | None, form: _Form
+) -> Tensor:
+    bias = None if bias is None else bias.to(form.dtype)
+    if form.low_bit is None:
+        return F.linear(rows.to(form.dtype), _dense(weight, form), bias)
+    y = form.low_bit.product(quantized[form.low_bit.format], form.dtype)
+    return y if bias is None else y.add_(bias)
 
 
 def _dense(weight: Tensor, form: _Form) -> Tensor:
@@ -133,10 +148,11 @@ class _FusedLoRA(torch.autograd.Function):
         linears = _quadruples(tensors)
         stacked = torch.cat([a for _, _, a, _ in linears]).to(adapter_dtype)
         inner = rows.to(adapter_dtype) @ stacked.t()
+        formats = {form.low_bit.format for form in forms if form.low_bit is not None}
+        quantized = {name: quantize_rows(rows, name) for name in formats}
         outputs = []
         for form, (weight, bias, _, b), u in zip(forms, linears, _split(inner, linears), strict=True):
-            bias = None if bias is None else bias.to(form.dtype)
-            y = F.linear(rows.to(form.dtype), _dense(weight, form), bias).to(adapter_dtype)
+            y = _base_output(rows, quantized, weight, bias, form).to(adapter_dtype)
             y = y.addmm_(u, b.to(adapter_dtype).t(), alpha=form.scale).to(form.out_dtype)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
         ctx.save_for_backward(x, inner, *tensors)
@@ -167,7 +183,10 @@ def _backward(
         grad = grad.reshape(-1, grad.shape[-1])
         low, dense = grad.to(dtype), grad.to(form.dtype)
         torch.mm(low, b.to(dtype), out=grad_u).mul_(form.scale)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and form.low_bit is not None:
+            part = form.low_bit.grad_input(grad, rows.dtype)
+            grad_x = part if grad_x is None else grad_x.add_(part)
+        elif ctx.needs_input_grad[0]:
             grad_x = _plus_product(grad_x, dense, _dense(weight, form), rows.dtype)
         found += [
             (dense.t() @ rows.to(form.dtype)).to(weight.dtype) if wants_weight else None,
@@ -201,7 +220,7 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torc
 
 
 def _reject(name: str, reason: str) -> PatchError:
-    return PatchError(f"FusedLoRALinear cannot compute {name}: {reason}")
+    return PatchError(f"LoRA kernels cannot compute {name}: {reason}")
 
 
 def _check_layer(name: str, module: Any) -> None:
@@ -271,15 +290,23 @@ class _Siblings:
         self.waiting: dict[int, Tensor] = {}
 
     def run(self, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mine = _read(self.names[index], self.modules[index])
+        mine = self.read(index, x)
         if mine is None or args or kwargs or torch.compiler.is_compiling():
             return self.originals[index](x, *args, **kwargs)
+        return self.share(index, x, mine)
+
+    def read(self, index: int, x: Tensor) -> LoRAWeights | None:
+        """Return what is to be computed for `x`, or `None` where PEFT is to do it."""
+        return _read(self.names[index], self.modules[index])
+
+    def share(self, index: int, x: Tensor, mine: LoRAWeights) -> Tensor:
+        """Return the output of one projection: the one that waits, or one that is computed with its siblings'."""
         if index in self.waiting:
             y = self.waiting.pop(index)
             shared = self.input is x
             self.input = self.input if self.waiting else None
             return y if shared else fused_lora(x, [mine])[0]
-        read = {i: _read(name, module) for i, (name, module) in enumerate(zip(self.names, self.modules, strict=True))}
+        read = {i: self.read(i, x) for i in range(len(self.modules))}
         present = {i: weights for i, weights in read.items() if weights is not None}
         self.waiting = dict(zip(present, fused_lora(x, list(present.values())), strict=True))
         y = self.waiting.pop(index)
@@ -319,24 +346,25 @@ class FusedLoRALinear:
         """Return one unit for each group of siblings among the targets."""
         groups: dict[tuple[str, Any], list[Target]] = {}
         for target in targets:
-            _check_layer(target.name, target.module)
+            self.check(target)
             parent, _, child = target.name.rpartition(".")
             group = next((group for group in self.siblings if child in group), child)
             groups.setdefault((parent, group), []).append(target)
-        return [self._unit(group) for group in groups.values()]
+        return [self.unit(group) for group in groups.values()]
 
-    @staticmethod
-    def _unit(targets: Sequence[Target]) -> Unit:
-        siblings = _Siblings(targets)
-        runs = [functools.partial(siblings.run, index) for index in range(len(targets))]
-        return Unit(
-            targets,
-            runs,
-            _together(siblings.originals),
-            _together(runs),
-            siblings.modules,
-            f"FusedLoRALinear x{len(targets)}",
-        )
+    def check(self, target: Target) -> None:
+        """Refuse a layer that this cannot compute."""
+        _check_layer(target.name, target.module)
+
+    def unit(self, targets: Sequence[Target]) -> Unit:
+        """Return the unit of one group of siblings."""
+        return _unit(targets, _Siblings(targets), "FusedLoRALinear")
+
+
+def _unit(targets: Sequence[Target], siblings: _Siblings, label: str, **options: Any) -> Unit:
+    runs = [functools.partial(siblings.run, index) for index in range(len(targets))]
+    originals, ours = _together(siblings.originals), _together(runs)
+    return Unit(targets, runs, originals, ours, siblings.modules, f"{label} x{len(targets)}", **options)
 
 
 def _together(functions: Sequence[Callable[..., Tensor]]) -> Callable[..., tuple[Tensor, ...]]:

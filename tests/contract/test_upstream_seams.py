@@ -1183,8 +1183,17 @@ def test_lora_layers_have_these_parts():
     )
     for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "lora_variant", "active_adapters"):
         assert hasattr(layer, name), name
-    assert layer.merged is False and layer.disable_adapters is False and callable(layer.unmerge)
+    assert (
+        layer.merged is False and layer.disable_adapters is False and callable(layer.unmerge) and callable(layer.merge)
+    )
     assert isinstance(layer.scaling["default"], (int, float)) and layer.active_adapters == ["default"]
+
+
+def test_torch_multiplies_rows_of_eight_bits():
+    names = [argument.name for argument in torch.ops.aten._scaled_mm.default._schema.arguments]
+    assert names[:4] == ["self", "mat2", "scale_a", "scale_b"] and {"out_dtype", "use_fast_accum"} <= set(names)
+    ones = torch.ones(8, 8, dtype=torch.int8)
+    assert torch.equal(torch._int_mm(ones, ones.t()), torch.full((8, 8), 8, dtype=torch.int32))
 
 
 def test_peft_keeps_adaloras_state_where_the_callback_finds_it():

@@ -67,7 +67,7 @@ class _Driver:
         return True
 
 
-def launches() -> dict[str, Callable[[], Any]]:
+def launches(architecture: int) -> dict[str, Callable[[], Any]]:
     """Return one call of a wrapper for each variant of each kernel that we record."""
     from hf_effi.kernels import _attention_merge_triton, _lm_head_triton
     from hf_effi.kernels._lm_head_tiles import Rows, Shape, new_statistics
@@ -94,6 +94,24 @@ def launches() -> dict[str, Callable[[], Any]]:
             found[f"attention_merge_bwd {size} {name}"] = partial(
                 merge.merge_rows_backward, out, vector, vector, out, vector, out, vector
             )
+        found |= _row_launches(architecture, dtype)
+    return found
+
+
+def _row_launches(architecture: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    from hf_effi.kernels import _low_bit_triton
+    from hf_effi.kernels.low_bit import FLOOR, FORMATS
+
+    found: dict[str, Callable[[], Any]] = {}
+    for columns in (4096, 14_336, _low_bit_triton.MOST_BYTES // dtype.itemsize):
+        x, weights = torch.zeros(64, columns, dtype=dtype), torch.zeros(columns)
+        for format, (value_dtype, largest, *_) in FORMATS.items():
+            if format == "fp8" and architecture < 89:
+                continue  # no conversion to e4m3
+            name = f"{format} {columns} {str(dtype).removeprefix('torch.')}"
+            quantize = partial(_low_bit_triton.quantize_rows, x, value_dtype, largest, FLOOR)
+            found[f"quantize_rows {name}"] = partial(quantize, None)
+            found[f"quantize_rows scaled {name}"] = partial(quantize, weights)
     return found
 
 
@@ -112,7 +130,7 @@ def compile_all(architecture: int) -> dict[str, dict[str, int]]:
 
     JITFunction.run = compile_only
     found = {}
-    for name, launch in launches().items():
+    for name, launch in launches(architecture).items():
         compiled.clear()
         launch()
         (kernel,) = compiled

@@ -89,7 +89,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
 
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_dropout": 0.1}])
 def test_what_is_refused_stops_before_training(tmp_path, config):
-    with pytest.raises(ValueError, match="FusedLoRALinear cannot compute"):
+    with pytest.raises(ValueError, match="LoRA kernels cannot compute"):
         run(tmp_path, adapted(**config), fused())
 
 

@@ -9,6 +9,7 @@ import torch
 
 from bench._schema import RESULTS
 from bench.gpu import _cases, run_all
+from hf_effi import PatchError
 from hf_effi.report.record import check_record
 
 
@@ -36,11 +37,16 @@ def test_the_whole_script_runs(result):
         "attention_merge",
         "lm_head",
         "lora_layer",
+        "low_bit_lora",
         "roofline",
         "shared_prefix",
         "sparse_24_ffn",
         "tiled_mlp",
     }
+    for name in ("fp8", "int8", "nf4"):
+        assert by_name[f"low_bit_lora_{name}_speedup_16384"] > 0
+        assert by_name[f"low_bit_lora_{name}_cosine_of_dx_4096"] > 0.95
+    cases = {row["case"].split()[0].rstrip(",") for row in result["rows"]}
     assert all(row["peak_mib"] is None for row in result["rows"] if "milliseconds" in row)
 
 
@@ -48,8 +54,19 @@ def test_what_is_not_installed_is_left_out_with_the_reason(monkeypatch, capsys):
     monkeypatch.setattr(_cases.importlib.util, "find_spec", lambda name: None)
     bench = run_all.Bench(torch.device("cpu"), 0, 1)
     assert "lm_head_trl_fwd_bwd_ms" not in _cases.lm_head(bench)
-    assert _cases.lora_layer(bench) == {}
+    assert _cases.lora_layer(bench) == {} == _cases.low_bit_lora(bench)
     assert "trl is not installed" in (shown := capsys.readouterr().out) and "peft is not installed" in shown
+
+
+def test_a_card_without_fp8_is_left_out_with_the_reason(monkeypatch, capsys):
+    def refuse(format, device):
+        if format == "fp8":
+            raise PatchError("compute capability 8.0")
+
+    monkeypatch.setattr("hf_effi.kernels.low_bit_lora.check_device", refuse)
+    figures = _cases.low_bit_lora(run_all.Bench(torch.device("cpu"), 0, 1))
+    assert "low_bit_lora_int8_speedup_4096" in figures and "low_bit_lora_fp8_speedup_4096" not in figures
+    assert "fp8 skipped: compute capability 8.0" in capsys.readouterr().out
 
 
 def test_cases_that_start_too_late_are_left_out():

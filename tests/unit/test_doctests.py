@@ -20,6 +20,7 @@ EXTRA_MODULES = (
     "hf_effi.samplers.multistage",
     "hf_effi.samplers.scores",
     "hf_effi.kernels.fused_lora",
+    "hf_effi.kernels.low_bit",
     "hf_effi.methods",
     "hf_effi.parallel.offload",
     "hf_effi.recipes.long_context",
