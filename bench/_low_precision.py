@@ -25,7 +25,7 @@ from hf_effi.functional import schedules as S
 
 HIDDEN, INTERMEDIATE = 128, 384
 STEPS, SEEDS, TUNING_SEED = 200, (0, 1, 2), 100
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 LOSS_GOAL, RATIO_GOAL = "<= 1", "<= 0.9"
 
 #: `quantize(tensor, role, contracted)`: role is "input", "weight" or "grad", contracted the summed dimension of the product.
