@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class Arm:
     learning_rates: Sequence[float] = LEARNING_RATES
     loss_scale: float = 1.0
     after_step: Callable[[LlamaForCausalLM], None] = lambda model: None
-    report: Callable[[LlamaForCausalLM, torch.optim.Optimizer], dict[str, Any]] = field(default=lambda *_: {})
+    report: Callable[[LlamaForCausalLM, torch.optim.Optimizer], dict[str, Any]] = lambda *_: {}
 
 
 def train(data: Data, arm: Arm, lr: float, seed: int) -> dict[str, Any]:

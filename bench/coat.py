@@ -16,6 +16,7 @@ from typing import Any
 import bitsandbytes
 import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from bench import _low_precision as low
@@ -34,10 +35,10 @@ def state_bytes(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> di
     """Return the bytes of the moments a parameter, in matrices that bitsandbytes quantises (4096 elements and more)."""
     found = elements = 0
     for p in (p for p in model.parameters() if p.numel() >= 4096):
-        tensors = [v for v in torch.utils._pytree.tree_leaves(dict(optimizer.state[p])) if isinstance(v, torch.Tensor)]
-        # bitsandbytes' code books are shared by all parameters
-        found += sum(t.nbytes for t in tensors if t.numel() not in (1, 256))
         elements += p.numel()
+        # code books, which all parameters share, and the step count are no moments
+        moments = {k: v for k, v in optimizer.state[p].items() if k != "step" and not k.startswith("qmap")}
+        found += sum(leaf.nbytes for leaf in tree_leaves(moments) if isinstance(leaf, torch.Tensor))
     return {"state_bytes_per_parameter": round(found / elements, 4)}
 
 
@@ -62,7 +63,7 @@ def moment_errors(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> 
 
 def gradient_error(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return how far the gradients of a trained model move when activations are saved in fp8, and the bytes saved."""
-    tokens, grads = Data().batch(TUNING, 0), []
+    tokens, grads = Data().batch(low.TUNING_SEED, 0), []
     for prepare in (lambda model: None, SavedInFp8):
         saved = prepare(model)
         model.zero_grad()
@@ -72,9 +73,6 @@ def gradient_error(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) ->
         "gradient_error": round(low.relative_error(grads[1], grads[0]), 5),
         "saved_bytes_over_bf16": round(saved.stored / saved.bf16, 4),
     }
-
-
-TUNING = low.TUNING_SEED
 
 
 def saved_model(seed: int) -> LlamaForCausalLM:
