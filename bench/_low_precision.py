@@ -5,7 +5,8 @@ matrix products of one Llama-8B layer over a card's rate plus the bytes of the q
 
 The criterion, fixed before any run: *go* on a card if the held-out loss is within one standard deviation over seeds of
 the bf16 run's (`LOSS_GOAL`) and the counted time, or bytes, are at most 0.9 of the best alternative that a user already has
-(`RATIO_GOAL`): bf16, fp8 by row (accelerate's torchao back-end), int8 by row (torchao), provided its own loss passes as well.
+(`RATIO_GOAL`): bf16, fp8 by row (accelerate's torchao back-end), int8 by row (torchao, with or without `down_proj`), provided its own loss
+passes as well.
 """
 
 from __future__ import annotations
@@ -99,12 +100,18 @@ def build(seed: int) -> LlamaForCausalLM:
     )
 
 
-def quantize_layers(model: LlamaForCausalLM, make: Callable[[], Quantizer]) -> LlamaForCausalLM:
-    """Give every linear of the decoder layers the quantizer that `make` returns; embeddings and head stay as they are."""
-    for module in model.model.layers.modules():
+def quantize_layers(
+    model: LlamaForCausalLM, make: Callable[[], Quantizer], in_bf16: tuple[str, ...] = ()
+) -> LlamaForCausalLM:
+    """
+    Give every linear of the decoder layers the quantizer that `make` returns, and those named in `in_bf16` bf16.
+
+    Embeddings and head stay as they are.
+    """
+    for name, module in model.model.layers.named_modules():
         if type(module) is nn.Linear:
             module.__class__ = QuantizedLinear
-            module.quantize = make()
+            module.quantize = to_bf16 if name.endswith(in_bf16) else make()
     return model
 
 
@@ -182,7 +189,7 @@ def gap_in_seed_sd(rows: Sequence[Mapping[str, Any]], arm: str, base: str) -> fl
 
 def usable_alternatives(rows: Sequence[Mapping[str, Any]], base: str = "bf16") -> list[str]:
     """Return bf16 and the formats by row whose loss is within one standard deviation of the base's."""
-    by_row = [arm for arm in ("int8 by row", "fp8 by row") if losses(rows, arm)]
+    by_row = [arm for arm in ("int8 by row", "int8 by row but down_proj", "fp8 by row") if losses(rows, arm)]
     return [base, *(arm for arm in by_row if gap_in_seed_sd(rows, arm, base) <= 1)]
 
 
@@ -258,6 +265,10 @@ ROW_PASS, BLOCK_PASS, TENSOR_AMAX_PASS = 2 * (2 + 1), 2 + 1 + 1, 2 + 2 + 1 + 1
 def alternatives(card: Card) -> dict[str, float]:
     """Return the counted times of what a user already has on this card."""
     times = {"bf16": step_seconds(card, card.bf16, 0), "int8 by row": step_seconds(card, card.int8, ROW_PASS)}
+    down = WIDTH * MLP
+    products = 6 * TOKENS * ((WEIGHTS - down) / card.int8 + down / card.bf16)
+    quantised = OPERANDS - TOKENS * (MLP + WIDTH) - down
+    times["int8 by row but down_proj"] = products + ROW_PASS * quantised / card.bandwidth
     if card.fp8 is not None:
         times["fp8 by row"] = step_seconds(card, card.fp8, ROW_PASS)
     return times

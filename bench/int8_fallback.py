@@ -77,10 +77,11 @@ def error_rows(seed: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    def model(make: Any) -> Any:
-        return lambda seed: low.quantize_layers(with_outliers(low.build(seed)), make)
+    def model(make: Any, in_bf16: tuple[str, ...] = ()) -> Any:
+        return lambda seed: low.quantize_layers(with_outliers(low.build(seed)), make, in_bf16)
 
     arms = {name: low.Arm(model=model(lambda quantizer=quantizer: quantizer)) for name, quantizer in FORMATS.items()}
+    arms["int8 by row but down_proj"] = low.Arm(model=model(lambda: low.int8_by_row, ("down_proj",)))
     arms["fallback"] = low.Arm(model=model(FallbackQuantizer), after_step=adapt, report=rates)
     rows = low.study(arms)
     rate = statistics.fmean(row["fallback_rate"] for row in rows if row.get("arm") == "fallback")
@@ -105,6 +106,7 @@ def main() -> None:
             headline("fallback_error_over_int8_by_row", round(error("fallback") / error("int8 by row"), 3)),
             headline("fallback_error_over_jetfire", round(error("fallback") / error("Jetfire"), 3)),
             headline("int8_by_row_loss_gap_in_seed_sd", low.gap_in_seed_sd(rows, "int8 by row", "bf16")),
+            headline("fp8_by_row_loss_gap_in_seed_sd", low.gap_in_seed_sd(rows, "fp8 by row", "bf16")),
         ],
         rows=[*rows, *counted],
     )

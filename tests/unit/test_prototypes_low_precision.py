@@ -58,6 +58,9 @@ def test_only_linears_of_the_layers_are_replaced():
     model = low.quantize_layers(low.build(0), lambda: low.to_bf16)
     replaced = [name for name, module in model.named_modules() if isinstance(module, low.QuantizedLinear)]
     assert len(replaced) == 14 and all(name.startswith("model.layers.") for name in replaced)
+    model = low.quantize_layers(low.build(0), lambda: low.int8_by_row, in_bf16=("down_proj",))
+    kept = [name for name, m in model.named_modules() if getattr(m, "quantize", None) is low.to_bf16]
+    assert kept == [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
 
 
 def test_formats_by_row():
@@ -302,6 +305,16 @@ def test_counted_time_by_hand():
     assert low.step_seconds(SLOW, rate=2.0, pass_bytes=0, block=32) == macs
     assert low.step_seconds(SLOW, rate=200.0, pass_bytes=0, block=32) == pytest.approx(macs / 32 * 0.5)
     assert low.step_seconds(SLOW, 2.0, 0, products=6) == 2 * macs
+
+
+def test_all_but_one_linear_in_int8():
+    """The down projection takes its share of the products at the rate of bf16, and no pass."""
+    card = low.Card(bf16=1.0, int8=math.inf, fp8=None, fma=1.0, convert=1.0, bandwidth=math.inf)
+    share = 4096 * 14336 / low.WEIGHTS
+    assert low.alternatives(card)["int8 by row but down_proj"] == pytest.approx(share * low.alternatives(card)["bf16"])
+    card = low.Card(bf16=math.inf, int8=math.inf, fp8=None, fma=1.0, convert=1.0, bandwidth=1.0)
+    elements = 8192 * (3 * 4096) + low.WEIGHTS - 4096 * 14336 + 8192 * (2 * 4096 + 2 * 1024 + 2 * 14336)
+    assert low.alternatives(card)["int8 by row but down_proj"] == 6 * elements
 
 
 def test_shape_is_llama_8b():
