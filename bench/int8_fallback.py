@@ -25,7 +25,6 @@ FORMATS = {
     "bf16": low.to_bf16,
     "int8 by row": low.int8_by_row,
     "fp8 by row": low.fp8_by_row,
-    "int8 by block": quantize_by_block,
 }
 
 
@@ -68,7 +67,7 @@ def error_rows(seed: int) -> list[dict[str, Any]]:
     x, weight, grad = glu_operands(seed)
     fallback, maxima = FallbackQuantizer(), jetfire.block_int8(x, BLOCK)[1] * 127
     fallback.threshold = float(maxima.flatten().quantile(0.8))
-    formats = {**FORMATS, "Jetfire": jetfire.quantize, "fallback": fallback}
+    formats = {**FORMATS, "int8 by block": quantize_by_block, "Jetfire": jetfire.quantize, "fallback": fallback}
     return [
         {"product errors": name, "seed": seed}
         | {k: round(v, 5) for k, v in low.product_errors(x, weight, grad, quantizer).items()}
