@@ -317,6 +317,15 @@ def test_all_but_one_linear_in_int8():
     assert low.alternatives(card)["int8 by row but down_proj"] == 6 * elements
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.424, (1.205, 1.003, 0.731)), (0.2, (1.074, 0.894, 0.656))])
+def test_counts_that_the_card_of_fallback_quotes(share, expected):
+    rows = low.counted_rows(
+        lambda c: low.step_seconds(c, c.int8, low.BLOCK_PASS, products=3 + 2 * share, block=128),
+        ["bf16", "fp8 by row", "int8 by row but down_proj"],
+    )
+    assert [row["ratio"] for row in rows] == pytest.approx(expected, abs=2e-3)
+
+
 def test_shape_is_llama_8b():
     assert low.WEIGHTS == 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
     assert low.step_seconds(low.CARDS["h200"], 790e12, 0) == pytest.approx(13.57e-3, rel=1e-3)
