@@ -43,4 +43,16 @@ ROWS: tuple[Method, ...] = (
         tests=_LOW_PRECISION_TESTS,
         bench="bench/int8_fallback.py",
     ),
+    Method(
+        key="unit_scaling",
+        title="Unit scaling: fp8 with static casts",
+        kind="recipe",
+        summary="Builds the model so that tensors begin with unit variance and are cast to fp8 without any scale.",
+        entry_points=(),
+        paper="µnit Scaling: Simple and Scalable FP8 LLM Training",
+        paper_id="2502.05967",
+        status="rejected",
+        tests=_LOW_PRECISION_TESTS,
+        bench="bench/unit_scaling.py",
+    ),
 )
