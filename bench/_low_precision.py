@@ -223,7 +223,7 @@ class Card:
 
     The H200's are ceilings measured on one (bf16, bytes) and the practical rate assumed for 8 bits; the other two cards'
     are data-sheet peaks (dense, fp32 accumulation). `fma` and `convert`: fp32 multiply-adds and int32-to-fp32 conversions
-    outside of the tensor cores, 64 conversions a clock and multiprocessor.
+    outside of the tensor cores, 64 conversions a clock and multiprocessor. None of the data-sheet figures was checked on a card.
     """
 
     bf16: float
