@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .row import Method
 
+_LOW_PRECISION_TESTS = ("tests/unit/test_prototypes_low_precision.py",)
+
 ROWS: tuple[Method, ...] = (
     Method(
         key="sparse_24",
@@ -28,5 +30,53 @@ ROWS: tuple[Method, ...] = (
         status="rejected",
         tests=("tests/unit/test_prototypes_sparsity.py",),
         bench="bench/structured_ffn.py",
+    ),
+    Method(
+        key="jetfire",
+        title="Jetfire: int8 in square blocks",
+        kind="kernel",
+        summary="Multiplies in int8, with one scale for each block of 32 x 32 of inputs, weights and gradients.",
+        entry_points=(),
+        paper="Jetfire: Efficient and Accurate Transformer Pretraining with INT8 Data Flow and Per-Block Quantization",
+        paper_id="2403.12422",
+        status="rejected",
+        tests=_LOW_PRECISION_TESTS,
+        bench="bench/jetfire.py",
+    ),
+    Method(
+        key="coat",
+        title="COAT: moments and activations in fp8",
+        kind="callback",
+        summary="Keeps Adam's moments in fp8 with their range expanded, and what the backward needs in fp8 by group.",
+        entry_points=(),
+        paper="COAT: Compressing Optimizer states and Activation for Memory-Efficient FP8 Training",
+        paper_id="2410.19313",
+        status="rejected",
+        tests=_LOW_PRECISION_TESTS,
+        bench="bench/coat.py",
+    ),
+    Method(
+        key="int8_fallback",
+        title="Int8 with block fallback",
+        kind="kernel",
+        summary="Multiplies int8 blocks, and gives those with outliers a second int8 term.",
+        entry_points=(),
+        paper="Accurate INT8 Training Through Dynamic Block-Level Fallback",
+        paper_id="2503.08040",
+        status="rejected",
+        tests=_LOW_PRECISION_TESTS,
+        bench="bench/int8_fallback.py",
+    ),
+    Method(
+        key="unit_scaling",
+        title="Unit scaling: fp8 with static casts",
+        kind="recipe",
+        summary="Builds the model so that tensors begin with unit variance and are cast to fp8 without any scale.",
+        entry_points=(),
+        paper="µnit Scaling: Simple and Scalable FP8 LLM Training",
+        paper_id="2502.05967",
+        status="rejected",
+        tests=_LOW_PRECISION_TESTS,
+        bench="bench/unit_scaling.py",
     ),
 )

@@ -40,8 +40,16 @@ def test_list_names_every_method(capsys):
 def test_describe(method, capsys):
     assert cli.main(["describe", method.key]) == 0
     text = capsys.readouterr().out
-    code = method.entry_points[0] if method.entry_points else "none: the card says why"
-    assert method.summary in text and method.bench in text and code in text
+    assert method.summary in text and method.bench in text
+    assert all(entry in text for entry in method.entry_points)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.status == "rejected"], ids=lambda method: method.key)
+def test_describe_a_rejected_method_says_there_is_nothing_to_import(method, capsys):
+    assert cli.main(["describe", method.key]) == 0
+    text = capsys.readouterr().out
+    assert f"[{method.kind}, rejected]" in text and method.card in text
+    assert "no code to import" in text and "hf_effi." not in text
 
 
 def test_describe_as_json(capsys):
