@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from ..functional.doctor import Finding
 from .page import environment
-from .plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from .run_data import NoRunError, load_group, mean_and_band, memory_series, names_of, phases_of, series
 
 TEMPLATE = "run.html.jinja"

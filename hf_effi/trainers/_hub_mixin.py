@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import CommitInfo
 
 from ..hub.publish import NOT_UPLOADED, push_checkpoint, uploader_for, write_section
 from ..hub.uploads import HubUploader
@@ -60,7 +63,7 @@ class HubMixin:
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> str | None:
+    ) -> CommitInfo | Future[CommitInfo | None] | None:
         """
         Save the model, write card, record and recipe, and upload them with all retries.
 
@@ -69,8 +72,8 @@ class HubMixin:
             kwargs: Of `create_model_card`, such as `dataset_name`. The rest is as in [`~transformers.Trainer.push_to_hub`].
 
         Returns:
-            `str` or `None`: Address of the commit. `None` where the upload failed, which is logged as an error with
-            its reason, where it goes on (`blocking=False`), and on all processes but the first.
+            `CommitInfo`: The commit; with `blocking=False` a `Future` of it. In the place of the commit `None` where the
+            upload failed, which is logged as an error with its reason, and on all processes but the first.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -86,11 +89,12 @@ class HubMixin:
         tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self.model, "model_tags", None) or [])]
         self.create_model_card(**{"model_name": uploader.repo_id.split("/")[-1], "tags": tags, **kwargs})
         uploader.wait()  # those of the checkpoints come first
-        uploader.submit(self.args.output_dir, commit_message, ignore=NOT_UPLOADED)
-        if blocking and uploader.wait():
-            self.hub_model_id = uploader.repo_id
-            return uploader.url
-        return None
+        upload = uploader.submit(self.args.output_dir, commit_message, ignore=NOT_UPLOADED)
+        if not blocking:
+            return upload
+        uploader.wait()
+        self.hub_model_id = uploader.repo_id
+        return upload.result() if upload.done() else None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy = self.args.hub_strategy

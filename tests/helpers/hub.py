@@ -171,8 +171,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.answer({} if good else {"error": "sha256 differs"}, 200 if good else 400)
         elif path == "/lfs-verify":
             self.answer({}, 200 if json.loads(body)["oid"] in hub.lfs else 404)
-        elif found := re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)$", path):
-            self._file(found[1], found[2])
+        elif found := re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", path):
+            self._file(found[1], found[2], found[3])
         else:
             self.answer({"error": f"no route {self.command} {path}"}, 404)
 
@@ -248,11 +248,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
         self.answer({"transfer": "basic", "objects": [entry(wanted) for wanted in asked["objects"]]})
 
-    def _file(self, repo: str, path: str) -> None:
+    def _file(self, repo: str, revision: str, path: str) -> None:
         if repo not in self.hub.repos:
             self.not_found("RepoNotFound")
             return
-        commit, _, files = self.hub.repos[repo][-1]
+        commits = {"main": self.hub.repos[repo][-1], **{commit[0]: commit for commit in self.hub.repos[repo]}}
+        if revision not in commits:
+            self.not_found("RevisionNotFound")
+            return
+        commit, _, files = commits[revision]
         if path not in files:
             self.not_found("EntryNotFound")
             return

@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import CommitInfo, constants
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
@@ -31,7 +33,7 @@ from hf_effi import (
     wsd,
 )
 from hf_effi.hub import publish
-from hf_effi.hub.model_card import json_block
+from hf_effi.hub.model_card import PICTURE, json_block
 from hf_effi.hub.objects import from_plain
 from hf_effi.hub.recipe import RecipeError
 from hf_effi.hub.uploads import HubRefusedError, HubUploader
@@ -99,9 +101,14 @@ def arguments(folder, cls=TrainingArguments, **over):
 
 def test_a_folder_arrives_whole_in_one_commit(hub, folder):
     upload = uploader()
-    upload.submit(folder, "first")
+    done = upload.submit(folder, "first")
+    assert not done.cancel(), "an upload that runs cannot be taken back"
     assert upload.wait()
-    assert hub.messages("tester/run") == ["first"] and upload.url.startswith(f"{hub.url}/tester/run/commit/")
+    commit = done.result(timeout=0)
+    assert isinstance(commit, CommitInfo) and commit.commit_url.startswith(f"{hub.url}/tester/run/commit/")
+    assert commit.oid == hub.repos["tester/run"][-1][0] and commit.commit_message == "first"
+    assert commit.repo_url.repo_id == "tester/run"
+    assert hub.messages("tester/run") == ["first"]
     assert hub.files("tester/run") == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -155,9 +162,9 @@ def test_a_wrong_token_is_told_before_training(hub):
 def test_tries_end(hub, folder):
     hub.faults.append(Fault("/commit/", status=500, times=99))
     upload = uploader(tries=2)
-    upload.submit(folder, "never")
+    done = upload.submit(folder, "never")
     assert not upload.wait()
-    assert "500" in upload.failure
+    assert "500" in upload.failure and done.result(timeout=0) is None
     assert hub.messages("tester/run") == []
 
 
@@ -181,14 +188,15 @@ def test_python_ends_though_the_server_never_answers(hub, folder):
 
 def test_the_newest_waiting_folder_wins_and_temporary_ones_go(hub, folder, tmp_path):
     hub.faults.append(Fault("/api/repos/create", delay=2.0))
-    upload, copies = uploader(), []
+    upload, copies, done = uploader(), [], []
     for number in range(3):
         copies.append(tmp_path / f"copy-{number}")
         shutil.copytree(folder, copies[-1])
         (copies[-1] / "step.txt").write_text(str(number))
-        upload.submit(copies[-1], f"step {number}", temporary=True)
+        done.append(upload.submit(copies[-1], f"step {number}", temporary=True))
         time.sleep(0.3)
     assert upload.wait()
+    assert [future.result(timeout=0) is None for future in done] == [False, True, False]
     assert hub.messages("tester/run") == ["step 0", "step 2"]
     assert hub.files("tester/run")["step.txt"] == b"2"
     assert not any(copy.exists() for copy in copies)
@@ -239,13 +247,23 @@ def test_full_circle_of_an_effi_trainer(hub, tmp_path, caplog):
     with caplog.at_level(logging.DEBUG):
         trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=rows, processing_class=tiny_tokenizer())
         trainer.train()
-        url = trainer.push_to_hub()
-    assert url and TOKEN not in caplog.text
+        commit = trainer.push_to_hub()
+        later = trainer.push_to_hub("Once more", blocking=False)
+    assert isinstance(commit, CommitInfo) and commit.commit_message == "End of training"  # as upstream
+    assert isinstance(later, Future) and later.result(timeout=60).commit_url.startswith(
+        f"{hub.url}/tester/run/commit/"
+    )
+    assert TOKEN not in caplog.text
     assert hub.messages("tester/run") == [
         "Training in progress, checkpoint-2",
         "Training in progress, checkpoint-4",
         "End of training",
+        "Once more",
     ]
+    for _, _, entries in hub.repos["tester/run"][1:]:
+        card, picture = hub.content(entries["README.md"]).decode(), hub.content(entries[PICTURE])
+        assert f"]({PICTURE})" in card and "Schedule: `wsd(total_steps=4, warmup_steps=1" in card
+        assert picture.startswith(b"\x89PNG") and len(picture) < 30_000
     files = hub.files("tester/run")
     assert {"README.md", "effi_recipe.json", "effi_run.json", "effi_events.jsonl", "model.safetensors"} <= set(files)
     assert "last-checkpoint/optimizer.pt" in files and not any("training_args.bin" in path for path in files)
@@ -348,6 +366,71 @@ def test_a_card_cannot_name_other_code(tmp_path, part, value):
 def test_objects_of_other_code_are_not_made(plain):
     with pytest.raises(ValueError):
         from_plain(plain)
+
+
+# ---- a card on the Hub ----
+
+
+@pytest.fixture
+def online(hub, monkeypatch, tmp_path):
+    """Let this process download from the local Hub, into a cache of its own; `hub` has the card of a run."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its own tries
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    trainer = EffiTrainer(
+        tiny_qwen3(),
+        arguments(tmp_path / "run", EffiTrainingArguments, learning_rate=3e-4),
+        train_dataset=lm_dataset(8),
+    )
+    trainer.create_model_card(model_name="run")
+    first = {"README.md": ("regular", (tmp_path / "run" / "README.md").read_bytes())}
+    changed = {
+        "README.md": ("regular", first["README.md"][1].replace(b'"learning_rate": 0.0003', b'"learning_rate": 0.5'))
+    }
+    hub.repos["tester/run"] = [("0" * 40, "", {}), ("1" * 40, "first", first), ("2" * 40, "second", changed)]
+    hub.repos["tester/plain"] = [("3" * 40, "", {"README.md": ("regular", b"# Nothing of ours")})]
+    hub.repos["tester/empty"] = [("4" * 40, "", {})]
+    return hub
+
+
+def test_a_recipe_is_read_from_the_hub(online, tmp_path):
+    recipe = from_card("tester/run", token=TOKEN, output_dir=str(tmp_path / "again"), save_strategy="no")
+    assert recipe.trainer_class is EffiTrainer and recipe.args.learning_rate == 0.5
+    older = from_card("tester/run", token=TOKEN, revision="1" * 40, output_dir=str(tmp_path / "again"), max_steps=1)
+    assert older.args.learning_rate == 3e-4
+    older.make_trainer(tiny_qwen3(), train_dataset=lm_dataset(8)).train()
+    assert ("GET", f"/tester/run/resolve/{'1' * 40}/README.md") in online.requests
+
+
+@pytest.mark.parametrize(
+    "repo, over, words",
+    [
+        ("tester/none", {"token": TOKEN}, ["'tester/none'", "no such repository", "hf auth login"]),
+        ("tester/run", {"token": "a-wrong-one"}, ["'tester/run'", "private", "hf auth login"]),
+        ("tester/run", {}, ["'tester/run'", "private", "pass token=..."]),
+        ("tester/run", {"token": TOKEN, "revision": "v9"}, ["has no revision 'v9'"]),
+        ("tester/empty", {"token": TOKEN}, ["has no README.md"]),
+        ("tester/plain", {"token": TOKEN}, ["has no hf_effi recipe", "HubCallback"]),
+        ("not a name", {"token": TOKEN}, ["'not a name'", "no folder here"]),
+    ],
+)
+def test_what_keeps_a_card_away_is_told(online, repo, over, words):
+    with pytest.raises(RecipeError) as caught:
+        from_card(repo, **over)
+    told = str(caught.value)
+    assert all(word in told for word in words), told
+    assert "\n" not in told and TOKEN not in told
+
+
+@pytest.mark.parametrize("fault", [{"status": 429}, {"status": 500}, {"cut": True}], ids=str)
+def test_a_hub_in_trouble_gives_one_sentence(online, fault):
+    online.faults.append(Fault("/resolve/", times=99, echo=True, **fault))
+    with pytest.raises(RecipeError, match="the Hub gave none") as caught:
+        from_card("tester/run", token=TOKEN)
+    assert "\n" not in str(caught.value) and TOKEN not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("text", ["# No recipe here", "<!-- hf_effi recipe -->\n```json\n{torn\n```"])
