@@ -24,8 +24,24 @@ NOT_UPLOADED = ("_*", "checkpoint-*", "**/training_args.bin", "training_args.bin
 _TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args", "effi_sampler")
 
 
-def uploader_for(args: Any, repo_id: str, seconds: float) -> HubUploader:
-    """Return an uploader that follows the `hub_*` arguments of a trainer."""
+#: Of `ddp_timeout`, after which the other processes give up on the first one, what it may wait for the Hub.
+_SHARE_OF_TIMEOUT = 0.8
+
+
+def uploader_for(args: Any, repo_id: str, seconds: float | None) -> HubUploader:
+    """
+    Return an uploader that follows the `hub_*` arguments of a trainer.
+
+    Raises:
+        ValueError: while one process waited for `seconds`, the others would run into `ddp_timeout`.
+    """
+    if seconds is None:
+        seconds = _SHARE_OF_TIMEOUT * args.ddp_timeout
+    elif args.world_size > 1 and seconds >= args.ddp_timeout:
+        raise ValueError(
+            f"Waiting {seconds:g} s for the Hub must be shorter than ddp_timeout={args.ddp_timeout}, as the other "
+            "processes wait too. Lower it, or raise ddp_timeout."
+        )
     return HubUploader(
         repo_id,
         token=args.hub_token,

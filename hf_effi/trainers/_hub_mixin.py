@@ -19,13 +19,16 @@ class HubArguments:
     Field that a config class gains.
 
     Args:
-        hub_wait_seconds (`float`, *optional*, defaults to 1800): How long one upload to the Hub may take, and how long
-            the end of a run waits for it.
+        hub_wait_seconds (`float`, *optional*): How long one upload to the Hub may take, and how long the end of a run
+            waits for it; 0.8 of `ddp_timeout` (24 minutes, unless it was changed) without it.
     """
 
-    hub_wait_seconds: float = field(
-        default=1800.0,
-        metadata={"help": "Seconds that one upload to the Hub may take, and that the end of the run waits for it."},
+    hub_wait_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one upload to the Hub may take, and that the end of the run waits for it. "
+            "0.8 of ddp_timeout without it."
+        },
     )
 
 
@@ -114,7 +117,7 @@ class HubMixin:
 
     def _make_uploader(self, token: str | None, private: bool | None) -> HubUploader:
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        self._uploader = uploader_for(self.args, name, getattr(self.args, "hub_wait_seconds", 1800.0))
+        self._uploader = uploader_for(self.args, name, getattr(self.args, "hub_wait_seconds", None))
         self._uploader.token = token or self._uploader.token
         self._uploader.private = self._uploader.private if private is None else private
         return self._uploader
