@@ -28,7 +28,13 @@ def test_a_good_file_is_valid(tmp_path, capsys):
     assert cli.main(["validate", path]) == 0
     assert "valid for `hf-effi grpo`" in capsys.readouterr().out
     assert cli.main(["validate", path, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"config": path, "kind": "grpo", "valid": True, "problems": []}
+    assert json.loads(capsys.readouterr().out) == {
+        "config": path,
+        "kind": "grpo",
+        "valid": True,
+        "problems": [],
+        "notes": [],
+    }
     assert cli.main(["validate", write(tmp_path, packing=True)]) == 0
 
 
