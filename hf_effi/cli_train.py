@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._run_record import redact
 from .cli import EXIT_CODES
 from .hub.uploads import HubRefusedError
 
@@ -112,7 +113,7 @@ def problems_of_keys(parser: Any, config: Any) -> list[str]:
         cls, _ = fields[key]
         if not _fits(value, hints[cls][key]):
             wanted = str(hints[cls][key]).removeprefix("<class '").removesuffix("'>").replace("typing.", "")
-            found.append(f"{key}: {value!r} is {type(value).__name__}, but must be {wanted}.")
+            found.append(f"{key}: {redact(value, key)!r} is {type(value).__name__}, but must be {wanted}.")
         elif key in _LEAST and value is not None and float(value) < _LEAST[key]:
             found.append(f"{key}: {value!r} must be at least {_LEAST[key]}.")
     return found

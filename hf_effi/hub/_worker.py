@@ -55,7 +55,8 @@ def describe_failure(error: Exception, token: str | None = None) -> dict[str, An
     # Signed addresses carry their key behind the question mark.
     text = re.sub(r"\?[^\s'\")]+", "", f"{type(error).__name__}: {error}")
     for secret in filter(None, (token, get_token())):  # a server may repeat what it was sent
-        text = text.replace(secret, REDACTED)
+        for form in (secret, repr(secret)[1:-1]):  # an error of the HTTP client shows a line break as two characters
+            text = text.replace(form, REDACTED)
     return {
         "error": redact(" ".join(text.split())),
         "status": status,

@@ -198,7 +198,7 @@ class HubUploader:
         text = json.dumps(
             {
                 "repo_id": self.repo_id,
-                "token": self.token,
+                "token": self.token.strip() if self.token else None,  # a file with a token ends in a line break
                 "private": self.private,
                 "revision": self.revision,
                 "folder": None if job.folder is None else str(job.folder),

@@ -29,9 +29,11 @@ from hf_effi import (
     HubCallback,
     LRScheduleCallback,
     RunRecordCallback,
+    cli,
     from_card,
     wsd,
 )
+from hf_effi._run_record import REDACTED
 from hf_effi.hub import publish
 from hf_effi.hub.model_card import PICTURE, json_block
 from hf_effi.hub.objects import from_plain
@@ -284,6 +286,59 @@ def test_full_circle_of_an_effi_trainer(hub, tmp_path, caplog):
     repeated.train()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, repeated.model.state_dict()[name]), f"{name} differs in the run from the card"
+
+
+def test_no_token_reaches_a_card_a_log_a_record_a_report_or_a_message(tmp_path, monkeypatch, caplog, capsys):
+    """Tokens of no known form, by all four ways in, and a server that repeats them in what it refuses."""
+    of_environment, of_arguments, of_push = (f"{name}-own-write-key" for name in ("my", "your", "his"))
+    broken = "her-own-\nwrite-key"  # no header can hold it, and the client's error shows it in another form
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", of_arguments, f"--hub-token={of_arguments}"])
+    told = []
+    with LocalHub() as hub:
+        for name, value in (("HF_ENDPOINT", hub.url), ("HF_HUB_OFFLINE", "0"), ("HF_HUB_DISABLE_XET", "1")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_TOKEN", of_environment)
+        hub.faults += [Fault("/api/repos/create", status=503, echo=True), Fault("/preupload/", status=500, echo=True)]
+        with caplog.at_level(logging.DEBUG):
+            args = arguments(
+                tmp_path / "out",
+                EffiTrainingArguments,
+                push_to_hub=True,
+                hub_model_id="tester/run",
+                hub_token=of_arguments,
+                hub_strategy="every_save",
+            )
+            trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), processing_class=tiny_tokenizer())
+            trainer.train()
+            assert trainer.push_to_hub(token=of_push) is not None
+            hub.faults.append(Fault("/commit/", status=403, echo=True, times=99))
+            (tmp_path / "out" / "new.txt").write_text("changed")
+            assert trainer.push_to_hub("Refused", token=of_push) is None
+            told.append(caplog.text)
+            told.append(trainer._uploader.failure)
+            hub.faults.append(Fault("/api/repos/create", status=401, echo=True, times=2))
+            for token in (None, f"{of_arguments}\n"):  # that of the environment; and one as a file has it
+                with pytest.raises(HubRefusedError) as refused:
+                    HubUploader("tester/new", token=token).create_repo()
+                told.append(str(refused.value))
+            caplog.clear()
+            uploader(token=broken, tries=1).create_repo()
+            told.append(caplog.text)
+    assert all(REDACTED in text for text in told), told
+    assert "try 2 of 5" in told[0] and "write access" in told[0]
+    assert cli.main(["report", str(tmp_path / "out")]) == cli.main(["report", str(tmp_path / "out"), "--json"]) == 0
+    assert cli.main(["env", "--json"]) == 0
+    (tmp_path / "run.yaml").write_text(f"use_cpu: true\nhub_token: [{of_arguments}]\n")
+    assert cli.main(["validate", str(tmp_path / "run.yaml"), "--json"]) == 1
+    shown = capsys.readouterr()
+    for token in (of_environment, of_arguments, of_push, "her-own-", broken):
+        assert token not in "\n".join([*told, caplog.text, shown.out, shown.err])
+        for path, content in hub.files("tester/run").items():
+            assert token.encode() not in content, f"a token is in {path} on the Hub"
+        for path in (tmp_path / "out").rglob("*"):
+            # The Trainer's own pickle of its arguments stays on this machine.
+            if path.is_file() and path.name != "training_args.bin":
+                assert token.encode() not in path.read_bytes(), f"a token is in {path}"
 
 
 def test_the_card_tells_the_run(tmp_path):
