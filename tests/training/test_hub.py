@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import CommitInfo, constants
+from huggingface_hub import CommitInfo, ModelCard, constants
 from peft import LoraConfig
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from hf_effi import (
     EffiGRPOConfig,
@@ -31,6 +32,7 @@ from hf_effi import (
     RunRecordCallback,
     cli,
     from_card,
+    read_run,
     wsd,
 )
 from hf_effi._run_record import REDACTED
@@ -123,8 +125,19 @@ def test_a_folder_arrives_whole_in_one_commit(hub, folder):
         Fault("/preupload/", status=500, times=2),
         Fault("/commit/", cut=True),
         Fault("/api/repos/create", cut=True),
+        Fault("/objects/batch", status=500),
+        Fault("/lfs-up/", cut=True),
     ],
-    ids=["commit 503", "commit 409", "commit 429", "preupload 500 twice", "commit cut", "create cut"],
+    ids=[
+        "commit 503",
+        "commit 409",
+        "commit 429",
+        "preupload 500 twice",
+        "commit cut",
+        "create cut",
+        "LFS batch 500",
+        "LFS file cut",
+    ],
 )
 def test_what_passes_is_tried_again(hub, folder, fault):
     hub.faults.append(fault)
@@ -133,6 +146,15 @@ def test_what_passes_is_tried_again(hub, folder, fault):
     assert upload.wait(), upload.failure
     assert hub.messages("tester/run") == ["again"]
     assert fault.times == 0, "the fault was never met"
+
+
+def test_the_pauses_between_tries_grow(folder, monkeypatch):
+    upload, pauses = uploader(pause=2.0, seconds=600.0), []
+    busy = {"error": "busy", "status": 503, "retry": True, "retry_after": None}
+    monkeypatch.setattr(upload, "_run", lambda job, seconds: busy)
+    monkeypatch.setattr(upload._stopped, "wait", pauses.append)
+    upload.submit(folder, "again")
+    assert not upload.wait() and pauses == [2.0, 4.0, 8.0, 16.0]
 
 
 def test_the_pause_that_the_server_asks_for_is_kept(hub, folder):
@@ -357,8 +379,6 @@ def test_the_card_tells_the_run(tmp_path):
         "reward_funcs=rewards",
     ):
         assert part in card, part
-    from huggingface_hub import ModelCard
-
     assert {"hf_effi", "grpo", "cppo", "difficulty_filter"} <= set(ModelCard(card).data.tags)
     assert "hf_effi section" in card and card.count("## Training recipe (hf_effi)") == 1
     trainer.create_model_card(model_name="demo")
@@ -535,6 +555,55 @@ def test_a_stock_trainer_pushes_beside_training(hub, tmp_path):
         assert torch.equal(value, repeated.model.state_dict()[name]), name
 
 
+class SeesUploads(TrainerCallback):
+    """At each step, whether an upload is under way."""
+
+    def __init__(self, trainer: EffiTrainer) -> None:
+        self.trainer, self.busy = trainer, {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.busy[state.global_step] = not self.trainer._uploader.idle
+
+
+def test_training_goes_on_while_an_upload_is_slow(hub, tmp_path):
+    hub.faults.append(Fault("/preupload/", delay=3.0))
+    over = {"push_to_hub": True, "hub_model_id": "tester/run", "hub_token": TOKEN, "hub_strategy": "every_save"}
+    args = arguments(tmp_path / "out", EffiTrainingArguments, save_steps=2, max_steps=4, hub_always_push=True, **over)
+    trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), processing_class=tiny_tokenizer())
+    seen = SeesUploads(trainer)
+    trainer.add_callback(seen)
+    trainer.train()
+    assert seen.busy == {1: False, 2: False, 3: True, 4: True}
+    assert hub.messages("tester/run") == [f"Training in progress, checkpoint-{step}" for step in (2, 4)]
+
+
+@pytest.mark.parametrize("kind", ["EffiSFTTrainer", "EffiGRPOTrainer", "SFTTrainer without a record"])
+def test_the_trainers_of_trl_push_the_whole_card(hub, tmp_path, kind):
+    over = {"max_steps": 2, "hub_token": TOKEN, "gradient_checkpointing": False}
+    pushing = {"push_to_hub": True, "hub_model_id": "tester/run"}
+    if kind == "EffiGRPOTrainer":
+        trainer = run_grpo(EffiGRPOTrainer, grpo_args(tmp_path / "out", EffiGRPOConfig, hub_token=TOKEN, **pushing))
+    elif kind == "EffiSFTTrainer":
+        args = arguments(tmp_path / "out", EffiSFTConfig, **over, **pushing)
+        trainer = EffiSFTTrainer(tiny_qwen3(), args, train_dataset=sft_dataset(), processing_class=tiny_tokenizer())
+        trainer.train()
+    else:
+        args = arguments(tmp_path / "out", SFTConfig, save_steps=1, **over)
+        trainer = SFTTrainer(tiny_qwen3(), args, train_dataset=sft_dataset(), processing_class=tiny_tokenizer())
+        trainer.add_callback(HubCallback(trainer, "tester/run", seconds=60))
+        trainer.train()
+    if "Effi" in kind:
+        assert trainer.push_to_hub(dataset_name="rows").commit_url.startswith(hub.url)
+    files = hub.files("tester/run")
+    card = ModelCard(files["README.md"].decode())
+    assert {"hf_effi", "trl"} <= set(card.data.tags) and card.text.count("## Training recipe (hf_effi)") == 1
+    for part in (f"]({PICTURE})", "Hardware: cpu ", "Versions: hf_effi ", "### Run it again", "The exact recipe"):
+        assert part in card.text, part
+    assert PICTURE in files and "effi_recipe.json" in files
+    (tmp_path / "README.md").write_bytes(files["README.md"])
+    assert from_card(tmp_path, output_dir=str(tmp_path / "again")).trainer_class.__name__ == kind.split()[0]
+
+
 def test_a_hub_that_is_down_does_not_end_the_run(hub, tmp_path, caplog):
     hub.faults.append(Fault("/api/", status=503, times=10_000))
     args = arguments(
@@ -547,6 +616,9 @@ def test_a_hub_that_is_down_does_not_end_the_run(hub, tmp_path, caplog):
     assert trainer.state.global_step == 4 and "Not on the Hub (tester/run)" in caplog.text
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "## Training recipe" in (tmp_path / "out" / "README.md").read_text()
+    # Recipe and record do not wait for an upload.
+    assert from_card(tmp_path / "out" / "effi_recipe.json", output_dir=str(tmp_path / "again")).args.max_steps == 4
+    assert read_run(tmp_path / "out")["status"] == "finished" and hub.repos == {}
 
 
 def test_a_full_disk_does_not_end_the_run(hub, tmp_path, monkeypatch, caplog):
