@@ -21,6 +21,7 @@ from typing import Any
 
 from ._compat import MissingPackageError
 from ._version import __version__
+from .cli_train import EXIT_CODES, run_validate, train
 
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`, help, example. A new planner is one
 #: line here.
@@ -51,7 +52,6 @@ MODULES: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-EXIT_CODES = "exit codes: 0 done, 1 it failed (the reason is on stderr), 2 it was called wrongly"
 _EXAMPLES = f"""examples:
   hf-effi describe wsd                          formula, paper and defaults of a method
   hf-effi validate run.yaml                     wrong keys, types and ranges, before a model is loaded
@@ -277,13 +277,7 @@ def _add_training(commands: Any) -> None:
     )
     validate.add_argument("config", metavar="CONFIG.yaml", help="the file that `--config` would read")
     validate.add_argument("--kind", choices=["grpo", "sft"], help="what it is for; told by its keys without")
-    validate.set_defaults(run=_validate)
-
-
-def _validate(args: argparse.Namespace) -> int:
-    from .cli_train import run_validate
-
-    return run_validate(args)
+    validate.set_defaults(run=run_validate)
 
 
 def _completion(args: argparse.Namespace) -> int:
@@ -347,8 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = " ".join(["hf-effi", *arguments[:1]])
     try:
         if arguments[:1] in (["grpo"], ["sft"]):
-            from .cli_train import train  # the options are TRL's and ours together, which its own parser reads
-
+            # The options are TRL's and ours together, which its own parser reads.
             return train(arguments[0], arguments[1:])
         args = build_parser(arguments).parse_args(arguments)
         return args.run(args)

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ._run_record import redact
-from .cli import EXIT_CODES
-from .hub.uploads import HubRefusedError
 
+EXIT_CODES = "exit codes: 0 done, 1 it failed (the reason is on stderr), 2 it was called wrongly"
 #: command -> TRL's script, our config, our trainer, the trainer it stands for
 TRAININGS = {
     "grpo": (
@@ -34,8 +33,6 @@ TRAININGS = {
 }
 #: keys that only this kind of training has
 _TELLS_GRPO = ("reward_funcs", "reward_model_name_or_path", "num_generations", "max_completion_length", "prune_rate")
-
-
 #: key -> smallest value that means anything, of those that upstream takes without a look
 _LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
@@ -242,6 +239,8 @@ def train(kind: str, arguments: Sequence[str]) -> int:
     if problems:
         print("\n".join(f"hf-effi {kind}: {problem}" for problem in problems), file=sys.stderr)
         return 2
+    from .hub.uploads import HubRefusedError
+
     try:
         with _trainer_in_place(kind):
             importlib.import_module(TRAININGS[kind][0]).main(*parsed)
