@@ -343,7 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[:1] in (["grpo"], ["sft"]):
             # The options are TRL's and ours together, which its own parser reads.
             return train(arguments[0], arguments[1:])
-        args = build_parser(arguments).parse_args(arguments)
+        args, unknown = build_parser(arguments).parse_known_args(arguments)
+        if unknown:
+            raise UsageError(f"unknown argument {unknown[0]}. `{name} --help` lists what it takes.")
         return args.run(args)
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)

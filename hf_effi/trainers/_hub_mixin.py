@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,11 +92,12 @@ class HubMixin:
         tags = kwargs.pop("tags", None) or []
         tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self.model, "model_tags", None) or [])]
         self.create_model_card(**{"model_name": uploader.repo_id.split("/")[-1], "tags": tags, **kwargs})
+        end = time.monotonic() + uploader.seconds
         uploader.wait()  # those of the checkpoints come first
         upload = uploader.submit(self.args.output_dir, commit_message, ignore=NOT_UPLOADED)
         if not blocking:
             return upload
-        uploader.wait()
+        uploader.wait(max(1.0, end - time.monotonic()))  # both waits together stay below `ddp_timeout`
         self.hub_model_id = uploader.repo_id
         return upload.result() if upload.done() else None
 

@@ -7,25 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import Fault, LocalHub, lm_dataset, run_distributed, tiny_qwen3, tiny_tokenizer
+from tests.helpers import Fault, LocalHub, lm_dataset, push_args, run_distributed, tiny_qwen3, tiny_tokenizer
 
 TOKEN = "my-very-own-write-key"
-
-
-def arguments(folder: Path, cls: type, **over):
-    return cls(
-        str(folder),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-        max_steps=2,
-        save_steps=1,
-        logging_steps=1,
-        per_device_train_batch_size=2,
-        hub_token=TOKEN,
-        **over,
-    )
 
 
 def train_and_push(folder: str):
@@ -34,15 +18,15 @@ def train_and_push(folder: str):
 
     from hf_effi import EffiTrainer, EffiTrainingArguments, HubCallback
 
-    told = {}
+    told, short = {}, {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "hub_token": TOKEN}
     for name, seconds in (("good", 60.0), ("slow", 2.0), ("down", 2.0)):
         over = {"push_to_hub": True, "hub_model_id": f"tester/{name}", "hub_strategy": "every_save"}
-        args = arguments(Path(folder) / name, EffiTrainingArguments, hub_wait_seconds=seconds, **over)
+        args = push_args(Path(folder) / name, EffiTrainingArguments, hub_wait_seconds=seconds, **over, **short)
         trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), processing_class=tiny_tokenizer())
         trainer.train()
         commit = trainer.push_to_hub()
         told[name] = None if commit is None else commit.repo_url.repo_id
-    args = arguments(Path(folder) / "stock", TrainingArguments)
+    args = push_args(Path(folder) / "stock", TrainingArguments, **short)
     trainer = Trainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), processing_class=tiny_tokenizer())
     trainer.add_callback(HubCallback(trainer, "tester/stock", seconds=60.0))
     trainer.train()

@@ -11,10 +11,29 @@ import threading
 import time
 import urllib.parse
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 LFS_THRESHOLD = 10 * 1024
 _STARTED = "2026-01-01T00:00:00.000Z"
+
+
+def push_args(folder: str | Path, cls: type | None = None, **over: Any) -> Any:
+    """Return arguments of a tiny CPU run of 4 steps that saves twice; of class `TrainingArguments` without `cls`."""
+    from transformers import TrainingArguments
+
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+    }
+    return (cls or TrainingArguments)(str(folder), **{**settings, **over})
 
 
 @dataclass
@@ -73,6 +92,13 @@ class LocalHub:
     def __exit__(self, *exception: Any) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def use(self, monkeypatch: Any, **environment: str) -> None:
+        """Send the uploads of this process here."""
+        here = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name, value in {**here, **environment}.items():
+            monkeypatch.setenv(name, value)
 
     def files(self, repo: str) -> dict[str, bytes]:
         """Return path -> content of the newest commit."""

@@ -55,8 +55,8 @@ JSON = {
 
 #: command line -> exit code, and words of the sentence on stderr
 WRONG = {
-    "env --what": (2, ["--what"]),
-    "list extra": (2, ["extra"]),
+    "env --what": (2, ["hf-effi env", "--what", "`hf-effi env --help`"]),
+    "list extra": (2, ["hf-effi list", "extra"]),
     "describe cpo": (2, ["'cpo'", "cppo"]),
     "describe": (2, ["METHOD"]),
     "plan": (2, ["WHAT"]),
