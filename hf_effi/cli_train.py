@@ -190,7 +190,7 @@ def _read(path: str) -> tuple[Any, str | None]:
         mark = error.problem_mark
         advice = " Indent with spaces." if "\\t" in error.problem else ""
         return None, f"{path} is not YAML: line {mark.line + 1}, column {mark.column + 1}: {error.problem}.{advice}"
-    except ValueError as error:  # not UTF-8; YAML's own complaint about control characters
+    except (ValueError, yaml.YAMLError) as error:  # not UTF-8, or control characters
         return None, f"{path} is not a YAML file: {' '.join(str(error).split())}."
 
 
