@@ -187,16 +187,29 @@ def _environment(run: Mapping[str, Any]) -> str:
 
 
 def _snippet(recipe: Mapping[str, Any], repo_id: str) -> str:
-    rewards = "reward_funcs" in recipe["not_carried"]
-    needed = "train_dataset=dataset" + (", reward_funcs=rewards" if rewards else "")
-    model = recipe["model"]["name"] or "model"
-    code = (
-        "from hf_effi import from_card\n\n"
-        f'recipe = from_card("{repo_id}", output_dir="again")\n'
-        "print(recipe.missing)  # what has to be passed by hand, and why\n"
-        f"recipe.make_trainer({json.dumps(model) if recipe['model']['name'] else model}, {needed}).train()"
-    )
-    return f"```python\n{code}\n```"
+    name, cls = recipe["model"]["name"], recipe["model"]["class"]
+    needed = ["train_dataset=dataset"]
+    if "reward_funcs" in recipe["not_carried"]:
+        needed.append("reward_funcs=rewards")
+    lines = ["from hf_effi import from_card"]
+    if name and not _loads_models(recipe["trainer"]):
+        cls = "AutoModelForCausalLM" if cls.startswith("Peft") else cls
+        lines += [f"from transformers import {cls}", "", f"model = {cls}.from_pretrained({json.dumps(name)})"]
+    if not name:
+        needed.append("processing_class=tokenizer")
+    model = json.dumps(name) if name and _loads_models(recipe["trainer"]) else "model"
+    lines += [
+        "",
+        f'recipe = from_card("{repo_id}", output_dir="again")',
+        "print(recipe.missing)  # what has to be passed by hand, and why",
+        f"recipe.make_trainer({model}, {', '.join(needed)}).train()",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _loads_models(trainer: str) -> bool:
+    """Whether a trainer takes the name of a model: TRL's do, and load its tokenizer too."""
+    return trainer.startswith("trl.") or trainer.endswith((":EffiGRPOTrainer", ":EffiSFTTrainer"))
 
 
 def _is_number(value: Any) -> bool:

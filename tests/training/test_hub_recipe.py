@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig
+from transformers import Qwen3ForCausalLM
 
 from hf_effi import (
     EffiGRPOConfig,
@@ -17,6 +19,7 @@ from hf_effi import (
     EffiTrainer,
     EffiTrainingArguments,
     from_card,
+    read_run,
 )
 from hf_effi.hub.model_card import json_block
 from hf_effi.hub.objects import from_plain
@@ -31,6 +34,7 @@ from tests.helpers import (
     prompt_dataset,
     push_args,
     run_grpo,
+    save_tiny,
     sft_dataset,
     tiny_qwen3,
     tiny_tokenizer,
@@ -77,6 +81,33 @@ def test_the_card_tells_the_run(tmp_path):
     repeated.train()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, repeated.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["a model with a name", "a model of one's own"])
+@pytest.mark.parametrize("kind", ["EffiTrainer", "EffiSFTTrainer", "EffiGRPOTrainer"])
+def test_the_snippet_of_the_card_runs(tmp_path, monkeypatch, kind, named):
+    monkeypatch.chdir(tmp_path)  # names of models and cards are folders here
+    save_tiny(tiny_qwen3(end_tokens=10), tiny_tokenizer(), tmp_path / "model")
+    model = Qwen3ForCausalLM.from_pretrained("model") if named else tiny_qwen3(end_tokens=10)
+    over = {"max_steps": 1, "save_strategy": "no"}
+    if kind == "EffiGRPOTrainer":
+        rows = prompt_dataset(16)
+        trainer = run_grpo(EffiGRPOTrainer, grpo_args("run", EffiGRPOConfig, **over), model=model)
+    else:
+        cls, config, rows = {
+            "EffiTrainer": (EffiTrainer, EffiTrainingArguments, lm_dataset(8)),
+            "EffiSFTTrainer": (EffiSFTTrainer, EffiSFTConfig, sft_dataset()),
+        }[kind]
+        args = push_args("run", config, **over)
+        trainer = cls(model, args, train_dataset=rows, processing_class=tiny_tokenizer())
+        trainer.train()
+    trainer.create_model_card(model_name="run")
+    card = (tmp_path / "run" / "README.md").read_text()
+    code = re.search(r"### Run it again\n\n```python\n(.*?)\n```", card, re.DOTALL)[1]
+    assert ("from_pretrained" in code) is (named and kind == "EffiTrainer")
+    passed = {"dataset": rows, "rewards": binary_hash_reward, "tokenizer": tiny_tokenizer()}
+    exec(code, passed if named else {**passed, "model": tiny_qwen3(end_tokens=10)})
+    assert read_run("again")["status"] == "finished"
 
 
 def test_what_a_card_cannot_hold_is_named(tmp_path):

@@ -15,7 +15,13 @@ from hf_effi.methods import METHODS, find_method
 
 RATES = [0.0, 5e-5, 1e-4, 1e-4, 5e-5, 0.0]
 SPEC = {"kind": "wsd", "params": {"total_steps": 6, "warmup_steps": 2, "floor": None, "values": [1, 2]}}
-RECIPE = {"methods": ["wsd"], "schedule": SPEC, "not_carried": {}, "model": {"name": None}}
+RECIPE = {
+    "methods": ["wsd"],
+    "schedule": SPEC,
+    "not_carried": {},
+    "model": {"name": None, "class": "Qwen3ForCausalLM"},
+    "trainer": "transformers.trainer:Trainer",
+}
 
 
 def run_of(rates):
