@@ -15,29 +15,51 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from ._compat import MissingPackageError
 from ._version import __version__
+from .cli_train import EXIT_CODES, run_validate, train
 
-#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`. A new planner is one line here.
-PLANNERS: dict[str, str] = {"lr": "hf_effi.report.plan_lr", "memory": "hf_effi.report.plan_memory"}
-
-#: Commands of their own module, with the same two functions and their line of help.
-MODULES: dict[str, tuple[str, str]] = {
-    "preview-order": ("hf_effi.report.preview_order", "what a curriculum would serve, without training"),
-    "report": ("hf_effi.report.run_page", "one page that tells a run, or compares runs"),
+#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`, help, example. A new planner is one
+#: line here.
+PLANNERS: dict[str, tuple[str, str, str]] = {
+    "lr": (
+        "hf_effi.report.plan_lr",
+        "draw, transfer, extend or predict a learning-rate schedule without training",
+        "hf-effi plan lr show --steps 1000 --schedule wsd --schedule 'cosine {\"warmup_steps\": 50}'",
+    ),
+    "memory": (
+        "hf_effi.report.plan_memory",
+        "what a training step needs, for each set of memory switches, from the model's config alone",
+        "hf-effi plan memory Qwen/Qwen3-0.6B --seq-len 8192 --gpu-gib 24",
+    ),
 }
 
-_EXAMPLES = """examples:
+#: Commands of their own module, with the same two functions, help and example.
+MODULES: dict[str, tuple[str, str, str]] = {
+    "preview-order": (
+        "hf_effi.report.preview_order",
+        "what a curriculum would serve, without training",
+        "hf-effi preview-order quality-ascending rows.jsonl --column quality",
+    ),
+    "report": (
+        "hf_effi.report.run_page",
+        "one page that tells a run, or compares runs",
+        "hf-effi report out/        hf-effi report --compare stock/ ours/ --output both.html",
+    ),
+}
+
+_EXAMPLES = f"""examples:
   hf-effi describe wsd                          formula, paper and defaults of a method
   hf-effi validate run.yaml                     wrong keys, types and ranges, before a model is loaded
   hf-effi grpo --config run.yaml --max_steps 9  train as `trl grpo` would; options win over the file
   hf-effi report out/                           one page that tells the run
   source <(hf-effi completion bash)             complete commands, options and methods
 
-exit codes: 0 done, 1 it failed (the reason is on stderr), 2 it was called wrongly"""
+{EXIT_CODES}"""
 
 #: Set before the first heavy import, unless the user has set them: one thread, offline, no telemetry.
 _DEMO_ENVIRONMENT = {
@@ -129,10 +151,6 @@ def _draw_schedule(schedule_class: type) -> None:
         print("\n" + text_curve((moving or examples)[-1], 60))
 
 
-def _plan(args: argparse.Namespace) -> int:
-    return args.planner(args)
-
-
 def _demo(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {args.seeds}.")
@@ -157,28 +175,61 @@ def _demo(args: argparse.Namespace) -> int:
         require(package, "the demo's report page")
     from .demo.command import main as run
 
-    return run(args.output_dir, range(args.seed, args.seed + args.seeds), args.steps, arms, args.quick)
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+    except OSError as error:
+        print(f"hf-effi demo: cannot write to {args.output_dir}: {error.strerror}.", file=sys.stderr)
+        return 1
+    return run(args.output_dir, range(args.seed, args.seed + args.seeds), args.steps, arms, args.quick, args.json)
 
 
 def _accelerate_config(args: argparse.Namespace) -> int:
     from .recipes.launch import accelerate_config
 
     try:
-        print(accelerate_config(args.kind, args.num_gpus))
+        path = accelerate_config(args.kind, args.num_gpus)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    print(json.dumps({"kind": args.kind, "num_gpus": args.num_gpus, "path": path}) if args.json else path)
     return 0
 
 
+def _command(commands: Any, name: str, text: str, example: str, more: str = "", has_json: bool = False) -> Any:
+    """Return the parser of one command, whose help says what it does, shows an example and tells the exit codes."""
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=textwrap.fill(f"{text[0].upper()}{text[1:]}. {more}", 100),
+        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if has_json:
+        parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    return parser
+
+
 def _add_accelerate_config(commands: Any) -> None:
-    parser = commands.add_parser("accelerate-config", help="path of a launch file for `accelerate launch`")
+    parser = _command(
+        commands,
+        "accelerate-config",
+        "path of a launch file for `accelerate launch`",
+        'accelerate launch --config_file "$(hf-effi accelerate-config fsdp2 4)" train.py',
+        has_json=True,
+    )
     parser.add_argument("kind", metavar="KIND", help="ddp, fsdp2 or deepspeed")
     parser.add_argument("num_gpus", type=int, metavar="GPUS", help="1, 2, 4 or 8")
     parser.set_defaults(run=_accelerate_config)
 
 
 def _add_demo(commands: Any) -> None:
-    parser = commands.add_parser("demo", help="train with TRL's GRPOTrainer and with ours on the same work, compare")
+    parser = _command(
+        commands,
+        "demo",
+        "train with TRL's GRPOTrainer and with ours on the same work, compare",
+        "hf-effi demo --quick",
+        "Runs on a CPU without a download, and leaves a model, a report page and results.json.",
+        has_json=True,
+    )
     parser.add_argument("--output-dir", default="demo-output", help="model, report and results go here")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds to run")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed")
@@ -189,45 +240,44 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_plan(commands: Any, chosen: str | None) -> None:
-    parser = commands.add_parser("plan", help="plan a run before it starts")
+    parser = _command(commands, "plan", "plan a run before it starts", PLANNERS["memory"][2])
     planners = parser.add_subparsers(dest="planner_name", required=True, metavar="WHAT")
-    for name, module_name in PLANNERS.items():
-        planner = planners.add_parser(name)
+    for name, (module, text, example) in PLANNERS.items():
+        planner = _command(planners, name, text, example)
         if name == chosen:
-            # Imported only when it is called for: planners may import torch.
-            module = importlib.import_module(module_name)
-            module.add_arguments(planner)
-            planner.set_defaults(planner=module.run)
-    parser.set_defaults(run=_plan)
+            _fill(planner, "planner", module)
+    parser.set_defaults(run=lambda args: args.planner(args))
 
 
 def _add_modules(commands: Any, chosen: str | None) -> None:
-    for name, (module_name, text) in MODULES.items():
-        parser = commands.add_parser(name, help=text)
+    for name, (module, text, example) in MODULES.items():
+        parser = _command(commands, name, text, example)
         if name == chosen:
-            module = importlib.import_module(module_name)
-            module.add_arguments(parser)
-            parser.set_defaults(run=module.run)
+            _fill(parser, "run", module)
+
+
+def _fill(parser: Any, attribute: str, module_name: str) -> None:
+    """Add the options of a command that has a module, which may import torch: only when it is called for."""
+    module = importlib.import_module(module_name)
+    module.add_arguments(parser)
+    parser.set_defaults(**{attribute: module.run})
 
 
 def _add_training(commands: Any) -> None:
     for name in ("grpo", "sft"):
         commands.add_parser(name, help=f"train as `trl {name}` does, with our trainer; `hf-effi {name} --help`")
-    validate = commands.add_parser(
+    validate = _command(
+        commands,
         "validate",
-        help="check a YAML before a model is loaded",
-        description="Check the keys, types and ranges of a YAML for `hf-effi grpo` or `sft`. Exit code 0: valid.",
+        "check a YAML before a model is loaded",
+        "hf-effi validate run.yaml --kind grpo",
+        "Keys, types, ranges and combinations, as `hf-effi grpo` or `sft` will read them. Exit code 0: valid; what only "
+        "this machine would refuse is a note.",
+        has_json=True,
     )
     validate.add_argument("config", metavar="CONFIG.yaml", help="the file that `--config` would read")
     validate.add_argument("--kind", choices=["grpo", "sft"], help="what it is for; told by its keys without")
-    validate.add_argument("--json", action="store_true", help="print JSON")
-    validate.set_defaults(run=_validate)
-
-
-def _validate(args: argparse.Namespace) -> int:
-    from .cli_train import run_validate
-
-    return run_validate(args)
+    validate.set_defaults(run=run_validate)
 
 
 def _completion(args: argparse.Namespace) -> int:
@@ -263,13 +313,13 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_effi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run, text in (("env", _env, "machine and versions"), ("list", _list, "the methods and their status")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--json", action="store_true", help="print JSON")
-        command.set_defaults(run=run)
-    describe = commands.add_parser("describe", help="one method: paper, code, card, tests, bench")
-    describe.add_argument("method", metavar="METHOD")
-    describe.add_argument("--json", action="store_true", help="print JSON")
+    env = _command(commands, "env", "machine and versions, for a bug report", "hf-effi env --json", has_json=True)
+    env.set_defaults(run=_env)
+    listing = _command(commands, "list", "the methods and their status", "hf-effi list", has_json=True)
+    listing.set_defaults(run=_list)
+    text = "one method: formula, paper, code, card, tests, bench"
+    describe = _command(commands, "describe", text, "hf-effi describe wsd", has_json=True)
+    describe.add_argument("method", metavar="METHOD", help="a key that `hf-effi list` prints")
     describe.set_defaults(run=_describe)
     words = [word for word in arguments if not word.startswith("-")]
     _add_plan(commands, words[1] if words[:1] == ["plan"] and len(words) > 1 else None)
@@ -277,8 +327,10 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_accelerate_config(commands)
     _add_demo(commands)
     _add_training(commands)
-    completion = commands.add_parser("completion", help="completion for your shell: source <(hf-effi completion bash)")
-    completion.add_argument("shell", choices=["bash", "zsh"])
+    completion = _command(
+        commands, "completion", "completion of commands, options and methods", "source <(hf-effi completion bash)"
+    )
+    completion.add_argument("shell", choices=["bash", "zsh"], help="the shell to print the script for")
     completion.set_defaults(run=_completion, parser=parser)
     return parser
 
@@ -289,10 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = " ".join(["hf-effi", *arguments[:1]])
     try:
         if arguments[:1] in (["grpo"], ["sft"]):
-            from .cli_train import train  # the options are TRL's and ours together, which its own parser reads
-
+            # The options are TRL's and ours together, which its own parser reads.
             return train(arguments[0], arguments[1:])
-        args = build_parser(arguments).parse_args(arguments)
+        args, unknown = build_parser(arguments).parse_known_args(arguments)
+        if unknown:
+            raise UsageError(f"unknown argument {unknown[0]}. `{name} --help` lists what it takes.")
         return args.run(args)
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)

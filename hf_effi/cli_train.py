@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import sys
+import traceback
 import types
 import typing
 import warnings
@@ -18,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .hub.uploads import HubRefusedError
+from ._run_record import redact
 
+EXIT_CODES = "exit codes: 0 done, 1 it failed (the reason is on stderr), 2 it was called wrongly"
 #: command -> TRL's script, our config, our trainer, the trainer it stands for
 TRAININGS = {
     "grpo": (
@@ -31,6 +33,18 @@ TRAININGS = {
 }
 #: keys that only this kind of training has
 _TELLS_GRPO = ("reward_funcs", "reward_model_name_or_path", "num_generations", "max_completion_length", "prune_rate")
+#: key -> smallest value that means anything, of those that upstream takes without a look
+_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps"), 0),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), 0),
+    **dict.fromkeys(("max_length", "max_completion_length", "num_generations"), 1),
+    "max_steps": -1,  # no limit
+}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the options, and the lines of the example as they are."""
 
 
 def load(path: str) -> Any:
@@ -40,27 +54,48 @@ def load(path: str) -> Any:
 
 
 def make_parser(kind: str) -> Any:
-    """Return TRL's parser of this command, with our config in the place of its own."""
+    """Return TRL's parser of this command, with our config in the place of its own, and a help that fits."""
     from trl import TrlParser
 
     script, config, _ = TRAININGS[kind]
     stock = importlib.import_module(script).make_parser(prog=f"hf-effi {kind}")
     ours = load(config)
     types_ = [ours if issubclass(ours, cls) else cls for cls in stock.dataclass_types]
-    return TrlParser(types_, prog=f"hf-effi {kind}")
+    return TrlParser(
+        types_,
+        prog=f"hf-effi {kind}",
+        usage=f"hf-effi {kind} [--config FILE.yaml] [--option VALUE ...]",
+        description=f"Train as `trl {kind}` does, with our trainer. Options and keys of the YAML are TRL's and ours;\n"
+        "an option on the command line wins over the file.",
+        epilog=f"example:\n  hf-effi {kind} --config run.yaml --max_steps 100\n"
+        f"  accelerate launch -m hf_effi.cli {kind} --config run.yaml\n\n{EXIT_CODES}",
+        formatter_class=_Help,
+    )
 
 
-def problems_of(config: Any, kind: str) -> list[str]:
+def problems_of(config: Any, kind: str) -> tuple[list[str], list[str]]:
     """
-    Return what is wrong with a configuration, one sentence each; empty if nothing is.
+    Check a configuration without a model.
 
     Args:
         config: What the YAML holds.
         kind (`str`): `"grpo"` or `"sft"`.
+
+    Returns:
+        `tuple[list[str], list[str]]`: What is wrong, one sentence each, and what only this machine would refuse.
     """
-    if not isinstance(config, dict):
-        return [f"the file must be a mapping of `key: value` lines, not {type(config).__name__}."]
     parser = make_parser(kind)
+    problems = problems_of_keys(parser, config)
+    if problems:
+        return problems, []
+    return _problems_of_values(parser, {key: value for key, value in config.items() if key != "env"}, kind)
+
+
+def problems_of_keys(parser: Any, config: Any) -> list[str]:
+    """Return one sentence for each unknown key and each value of a wrong type."""
+    if not isinstance(config, dict):
+        held = "is empty" if config is None else f"holds {type(config).__name__}"
+        return [f"the file {held}, but must be a mapping: lines of `key: value`."]
     fields = {
         field.name: (cls, field) for cls in parser.dataclass_types for field in dataclasses.fields(cls) if field.init
     }
@@ -75,8 +110,28 @@ def problems_of(config: Any, kind: str) -> list[str]:
         cls, _ = fields[key]
         if not _fits(value, hints[cls][key]):
             wanted = str(hints[cls][key]).removeprefix("<class '").removesuffix("'>").replace("typing.", "")
-            found.append(f"{key}: {value!r} is {type(value).__name__}, but must be {wanted}.")
-    return found or _parse(parser, known)
+            found.append(f"{key}: {redact(value, key)!r} is {type(value).__name__}, but must be {wanted}.")
+        elif key in _LEAST and value is not None and float(value) < _LEAST[key]:
+            found.append(f"{key}: {value!r} must be at least {_LEAST[key]}.")
+    return found
+
+
+def _problems_of_values(parser: Any, known: dict[str, Any], kind: str) -> tuple[list[str], list[str]]:
+    """Tell what the configs refuse from what they accept on another machine."""
+    problems = _parse(parser, known)
+    if not problems or known.get("use_cpu"):
+        return problems, []
+    without_device = _parse(parser, {**known, "use_cpu": True})
+    if without_device == problems:
+        return problems, []
+    return without_device, [_no_gpu(kind, problems[0])]
+
+
+def _no_gpu(kind: str, reason: str) -> str:
+    return (
+        f"this machine has no GPU for these settings, so `hf-effi {kind}` would fail here: set use_cpu: true and "
+        f"bf16: false to train on its CPU. (Its reason: {reason})"
+    )
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -131,25 +186,34 @@ def _read(path: str) -> tuple[Any, str | None]:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8")), None
     except OSError as error:
         return None, f"{path}: {error.strerror}."
-    except yaml.YAMLError as error:
-        return None, f"{path} is not YAML: {' '.join(str(error).split())}"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        advice = " Indent with spaces." if "\\t" in error.problem else ""
+        return None, f"{path} is not YAML: line {mark.line + 1}, column {mark.column + 1}: {error.problem}.{advice}"
+    except (ValueError, yaml.YAMLError) as error:  # not UTF-8, or control characters
+        return None, f"{path} is not a YAML file: {' '.join(str(error).split())}."
 
 
 def run_validate(args: argparse.Namespace) -> int:
     """Print what is wrong, one line each; exit code 1 if anything is."""
     config, failure = _read(args.config)
-    kind = args.kind or ("grpo" if any(key in (config or {}) for key in _TELLS_GRPO) else "sft")
+    keys = config if isinstance(config, dict) else ()
+    kind = args.kind or ("grpo" if any(key in keys for key in _TELLS_GRPO) else "sft")
     logging.disable(logging.WARNING)  # what the libraries warn about while a config is made is not about the file
     try:
-        problems = [failure] if failure else problems_of(config, kind)
+        problems, notes = ([failure], []) if failure else problems_of(config, kind)
     finally:
         logging.disable(logging.NOTSET)
     if args.json:
-        print(json.dumps({"config": args.config, "kind": kind, "valid": not problems, "problems": problems}, indent=2))
-    elif problems:
-        print("\n".join(problems), file=sys.stderr)
-    else:
+        found = {"config": args.config, "kind": kind, "valid": not problems, "problems": problems, "notes": notes}
+        print(json.dumps(found, indent=2))
+        return 1 if problems else 0
+    for problem in problems:
+        print(f"hf-effi validate: {problem}", file=sys.stderr)
+    if not problems:
         print(f"{args.config}: valid for `hf-effi {kind}`.")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr if problems else sys.stdout)
     return 1 if problems else 0
 
 
@@ -170,18 +234,59 @@ def _trainer_in_place(kind: str) -> Iterator[None]:
 
 def train(kind: str, arguments: Sequence[str]) -> int:
     """Run TRL's training script with our config and trainer. `arguments` are those after `hf-effi grpo`."""
-    arguments = list(arguments)
-    if "--config" in arguments[:-1]:
-        config, failure = _read(arguments[arguments.index("--config") + 1])
-        problems = [failure] if failure else [line for line in problems_of(config, kind) if "unknown key" in line]
-        if problems:
-            print("\n".join(f"hf-effi {kind}: {problem}" for problem in problems), file=sys.stderr)
-            return 2
-    parsed = make_parser(kind).parse_args_and_config(arguments)
+    arguments = [part for word in arguments for part in _split_config(word)]
+    parsed, problems = _parse_command(kind, arguments)
+    if problems:
+        print("\n".join(f"hf-effi {kind}: {problem}" for problem in problems), file=sys.stderr)
+        return 2
+    from .hub.uploads import HubRefusedError
+
     try:
         with _trainer_in_place(kind):
             importlib.import_module(TRAININGS[kind][0]).main(*parsed)
-    except HubRefusedError as error:
-        print(f"hf-effi {kind}: {error}", file=sys.stderr)
+    except (OSError, HubRefusedError) as error:
+        if _while_training(error):
+            raise
+        asked = f"model {parsed[2].model_name_or_path!r}, data {parsed[0].dataset_name!r}"
+        print(f"hf-effi {kind}: {' '.join(str(error).split())} (Asked for: {asked}.)", file=sys.stderr)
         return 1
     return 0
+
+
+def _split_config(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--config=") else [word]  # TRL reads the two-word form only
+
+
+def _parse_command(kind: str, arguments: list[str]) -> tuple[Any, list[str]]:
+    """Return the configs, and what is wrong with options and file, one sentence each."""
+    if not arguments:
+        return None, [f"nothing to train: give --config FILE.yaml or options; `hf-effi {kind} --help` lists them."]
+    if "--config" in arguments:
+        path = arguments[arguments.index("--config") + 1 :][:1]
+        if not path:
+            return None, ["--config needs a file, such as --config run.yaml."]
+        config, failure = _read(path[0])
+        problems = [failure] if failure else problems_of_keys(make_parser(kind), config)
+        if problems:
+            return None, problems
+    try:
+        parsed = make_parser(kind).parse_args_and_config(arguments)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        with contextlib.suppress(ValueError):
+            make_parser(kind).parse_args_and_config([*arguments, "--use_cpu", "true"])
+            reason = _no_gpu(kind, reason)
+        return None, [reason]
+    script, model, data = parsed[0], parsed[2], parsed[3]
+    missing = []
+    if not model.model_name_or_path:
+        missing.append("no model: give model_name_or_path in the file or on the command line.")
+    if not script.dataset_name and not data.datasets:
+        missing.append("no data: give dataset_name (or datasets) in the file or on the command line.")
+    return parsed, missing
+
+
+def _while_training(error: BaseException) -> bool:
+    """Whether it was raised inside `Trainer.train`: then its place matters, before only its reason does."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(f.f_code.co_name == "train" and f.f_globals["__name__"] == "transformers.trainer" for f in frames)

@@ -13,6 +13,7 @@ ROWS: tuple[Method, ...] = (
         entry_points=("hf_effi.parallel.tiled_mlp:tile_mlp", "hf_effi.callbacks.patch:PatchCallback"),
         paper="Arctic Long Sequence Training: Scalable And Efficient Training For Multi-Million Token Sequences",
         paper_id="2506.13996",
+        authors="Bekman, Stas and others",
         status="experimental",
         tests=(
             "tests/unit/test_tiled_mlp.py",
@@ -29,6 +30,7 @@ ROWS: tuple[Method, ...] = (
         entry_points=("hf_effi.parallel.tiled_loss:tile_loss", "hf_effi.parallel.tiled_loss:tiled_cross_entropy"),
         paper="Arctic Long Sequence Training: Scalable And Efficient Training For Multi-Million Token Sequences",
         paper_id="2506.13996",
+        authors="Bekman, Stas and others",
         status="experimental",
         tests=(
             "tests/unit/test_tiled_loss.py",
@@ -45,6 +47,7 @@ ROWS: tuple[Method, ...] = (
         entry_points=("hf_effi.parallel.stream_layer:stream_layers",),
         paper="StreamBP: Memory-Efficient Exact Backpropagation for Long Sequence Training of LLMs",
         paper_id="2506.03077",
+        authors="Luo, Qijun and others",
         status="experimental",
         tests=(
             "tests/unit/test_stream_layer.py",
@@ -67,6 +70,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer Models",
         paper_id="2309.14509",
+        authors="Jacobs, Sam Ade and others",
         status="experimental",
         tests=(
             "tests/unit/test_sequence_parallel.py",
@@ -87,6 +91,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="Arctic Long Sequence Training: Scalable And Efficient Training For Multi-Million Token Sequences",
         paper_id="2506.13996",
+        authors="Bekman, Stas and others",
         status="experimental",
         tests=(
             "tests/unit/test_layer_modes.py",
@@ -107,6 +112,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="Reducing Activation Recomputation in Large Transformer Models",
         paper_id="2205.05198",
+        authors="Korthikanti, Vijay Anand and others",
         status="experimental",
         tests=("tests/unit/test_layer_modes.py", "tests/training/test_layer_modes.py"),
         bench="bench/activation_memory.py",
@@ -124,6 +130,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="ProTrain: Efficient LLM Training via Memory-Aware Techniques",
         paper_id="2406.08334",
+        authors="Yang, Hanmei and others",
         status="experimental",
         tests=(
             "tests/unit/test_memory.py",
@@ -187,6 +194,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="A Little Goes a Long Way: Efficient Long Context Training and Inference with Partial Contexts",
         paper_id="2410.01485",
+        authors="Ge, Suyu and others",
         status="experimental",
         tests=(
             "tests/unit/test_segment_attention.py",
@@ -207,6 +215,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="How to Train Long-Context Language Models (Effectively)",
         paper_id="2410.02660",
+        authors="Gao, Tianyu and others",
         status="experimental",
         tests=("tests/unit/test_long_context.py", "tests/training/test_long_context.py"),
         bench="bench/activation_memory.py",
@@ -224,6 +233,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="Efficient Long Context Fine-tuning with Chunk Flow",
         paper_id="2503.02356",
+        authors="Yuan, Xiulong and others",
         status="experimental",
         tests=(
             "tests/unit/test_chunk_flow.py",

@@ -13,6 +13,7 @@ ROWS: tuple[Method, ...] = (
         entry_points=("hf_effi.callbacks.adalora:AdaLoRACallback",),
         paper="AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
         paper_id="2303.10512",
+        authors="Zhang, Qingru and others",
         status="experimental",
         tests=("tests/unit/test_adalora.py", "tests/training/test_adalora.py"),
         bench="bench/adalora.py",

@@ -29,6 +29,7 @@ class Method:
             its figures, and no entry point.
         tests (`tuple[str, ...]`): Test files that prove it: the pure function and the run through `trainer.train()`.
         bench (`str`): The script in `bench/` whose committed JSON carries its figures.
+        authors (`str`): Of the paper, as BibTeX writes them: `"Hu, Shengding and others"`.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Method:
     status: Status
     tests: tuple[str, ...]
     bench: str
+    authors: str = ""
 
     @property
     def card(self) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import shlex
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -213,8 +214,15 @@ def write_model_card(result: dict[str, Any], settings: DemoSettings, arms: Seque
     )
 
 
-def main(output_dir: str, seeds: Sequence[int], steps: int | None, arms: Sequence[str] | None, quick: bool) -> int:
-    """Run the demo from the command line and print its table; returns the exit code."""
+def main(
+    output_dir: str,
+    seeds: Sequence[int],
+    steps: int | None,
+    arms: Sequence[str] | None,
+    quick: bool,
+    as_json: bool = False,
+) -> int:
+    """Run the demo from the command line and print its table, or its result as JSON; returns the exit code."""
     chosen = choose_arms(arms)
     settings = DemoSettings().quick() if quick else DemoSettings()
     if steps is not None:
@@ -224,6 +232,11 @@ def main(output_dir: str, seeds: Sequence[int], steps: int | None, arms: Sequenc
     command += ["--arms", ",".join(arm.key for arm in chosen)] if arms is not None else []
     command += ["--quick"] if quick else []
     began, folder = time.perf_counter(), Path(output_dir)
+    if as_json:
+        with contextlib.redirect_stdout(sys.stderr):  # what it is doing now
+            result = run_demo(folder, settings, seeds, chosen, shlex.join(command))
+        print(json.dumps(result))
+        return 0
     result = run_demo(folder, settings, seeds, chosen, shlex.join(command))
     print("\n" + render_table(summarize(result["rows"])))
     start = result["rows"][0]["curve"][0]

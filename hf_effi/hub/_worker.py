@@ -18,15 +18,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     Create the repository if it is missing and, where the job has a folder, upload that in one commit.
 
     Returns:
-        `dict`: `repo_id` and `url` of the commit, or what [`describe_failure`] tells.
+        `dict`: `repo_id` and `commit` (the arguments of `CommitInfo`), or what [`describe_failure`] tells.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
     api = HfApi(library_name="hf_effi", token=job["token"])
     try:
         repo = api.create_repo(job["repo_id"], private=job["private"], exist_ok=True)
         if job["folder"] is None:
-            return {"repo_id": repo.repo_id, "url": str(repo)}
+            return {"repo_id": repo.repo_id}
         commit = api.upload_folder(
             repo_id=repo.repo_id,
             folder_path=job["folder"],
@@ -34,16 +34,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             revision=job["revision"],
             ignore_patterns=job["ignore"],
         )
-        return {"repo_id": repo.repo_id, "url": commit.commit_url}
+        told = {name: getattr(commit, name) for name in ("commit_url", "commit_message", "commit_description", "oid")}
+        return {"repo_id": repo.repo_id, "commit": {**told, "_endpoint": api.endpoint}}
     except Exception as error:
-        failure = describe_failure(error)
-        for secret in filter(None, (job["token"], get_token())):  # a server may repeat what it was sent
-            failure["error"] = failure["error"].replace(secret, REDACTED)
-        return failure
+        return describe_failure(error, job["token"])
 
 
-def describe_failure(error: Exception) -> dict[str, Any]:
-    """Return `error` (without secrets), `status` of the HTTP answer, `retry` and `retry_after` in seconds."""
+def describe_failure(error: Exception, token: str | None = None) -> dict[str, Any]:
+    """Return `error` (one line, without secrets), `status` of the HTTP answer, `retry` and `retry_after` in seconds."""
+    from huggingface_hub import get_token
+
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status is None:
@@ -54,6 +54,9 @@ def describe_failure(error: Exception) -> dict[str, Any]:
     header = str(getattr(response, "headers", {}).get("Retry-After", ""))
     # Signed addresses carry their key behind the question mark.
     text = re.sub(r"\?[^\s'\")]+", "", f"{type(error).__name__}: {error}")
+    for secret in filter(None, (token, get_token())):  # a server may repeat what it was sent
+        for form in (secret, repr(secret)[1:-1]):  # an error of the HTTP client shows a line break as two characters
+            text = text.replace(form, REDACTED)
     return {
         "error": redact(" ".join(text.split())),
         "status": status,

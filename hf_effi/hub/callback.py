@@ -24,10 +24,12 @@ class HubCallback(TrainerCallback):
         trainer (`Trainer`): The trainer it is added to. `args.push_to_hub` must be off, as two would push.
         repo_id (`str`): `user/name`. `args.hub_token`, `hub_private_repo`, `hub_revision` and `hub_always_push` act as
             usual.
-        seconds (`float`, *optional*, defaults to 1800): How long one upload may take, and the wait at the end.
+        seconds (`float`, *optional*): How long one upload may take, and the wait at the end; 0.8 of `args.ddp_timeout`
+            (24 minutes, unless it was changed) without it.
 
     Raises:
-        ValueError: `push_to_hub` is on, or the run saves no checkpoints.
+        ValueError: `push_to_hub` is on, the run saves no checkpoints, or `seconds` is no less than `ddp_timeout` with
+            several processes.
         HubRefusedError: at the beginning of training, where the Hub refuses the token or the name.
 
     Example:
@@ -38,7 +40,7 @@ class HubCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer: Trainer, repo_id: str, seconds: float = 1800.0) -> None:
+    def __init__(self, trainer: Trainer, repo_id: str, seconds: float | None = None) -> None:
         if trainer.args.push_to_hub:
             raise ValueError("HubCallback and push_to_hub=True would both push. Set push_to_hub=False.")
         if trainer.args.save_strategy == "no":

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._compat import MissingPackageError
+from .._plots import draw_picture
 from .._run_record import REDACTED, redact
 from ..functional.text_plot import text_plot
 from ..methods import METHODS, Method
@@ -15,6 +20,9 @@ from .recipe import RECIPE_FILE, RECIPE_MARK
 
 _BEGIN, _END = "<!-- hf_effi section -->", "<!-- end of hf_effi section -->"
 _PLOT_COLUMNS = 60
+#: The plot of the learning rate, beside the card.
+PICTURE = "effi_learning_rate.png"
+logger = logging.getLogger(__name__)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
@@ -39,32 +47,64 @@ def json_block(data: Any) -> str:
 
 
 def bibtex(methods: Sequence[Method]) -> str:
-    """Return one BibTeX entry for each method that has an arXiv paper; methods of one paper share it."""
-    entries = {}
-    for method in methods:
-        if method.paper_id:
-            entries[method.paper_id] = (
-                f"@misc{{{method.key},\n  title = {{{method.paper}}},\n  year = {{20{method.paper_id[:2]}}},\n"
-                f"  eprint = {{{method.paper_id}}},\n  archivePrefix = {{arXiv}},\n"
-                f"  url = {{https://arxiv.org/abs/{method.paper_id}}}\n}}"
-            )
-    return "\n\n".join(entries.values())
+    """
+    Return one BibTeX entry for each arXiv paper of the methods; methods of one paper share it.
+
+    Example:
+    ```python
+    >>> from hf_effi.methods import find_method
+    >>> print(bibtex([find_method("weight_averaging")]))
+    @misc{kaddour2022stop,
+      title = {{Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging}},
+      author = {Kaddour, Jean},
+      year = {2022},
+      eprint = {2209.14981},
+      archivePrefix = {arXiv},
+      url = {https://arxiv.org/abs/2209.14981}
+    }
+    ```
+    """
+    papers = {method.paper_id: method for method in methods if method.paper_id}
+    return "\n\n".join(_entry(method) for method in papers.values())
 
 
-def training_section(recipe: Mapping[str, Any], run: Mapping[str, Any] | None, repo_id: str) -> str:
+def _entry(method: Method) -> str:
+    year = f"20{method.paper_id[:2]}"
+    surname = method.authors.partition(",")[0] or method.key
+    first_word = re.split(r"[\s:,-]", method.paper)[0]
+    key = unicodedata.normalize("NFKD", f"{surname}{year}{first_word}").encode("ascii", "ignore").decode().lower()
+    fields = {
+        "title": f"{{{method.paper}}}",  # the inner braces keep its capitals
+        "author": method.authors,
+        "year": year,
+        "eprint": method.paper_id,
+        "archivePrefix": "arXiv",
+        "url": f"https://arxiv.org/abs/{method.paper_id}",
+    }
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+    return f"@misc{{{re.sub('[^a-z0-9]', '', key)},\n{lines}\n}}"
+
+
+def training_section(
+    recipe: Mapping[str, Any], run: Mapping[str, Any], repo_id: str, picture: str | None = None
+) -> str:
     """
     Return the section as Markdown.
 
     Args:
         recipe (`dict`): From [`~hf_effi.hub.recipe.recipe_of`].
-        run (`dict`, *optional*): The record of the run, from [`read_run`]; what it tells is left out without it.
+        run (`dict`): The record of the run, from [`read_run`], or as much of one as there is.
         repo_id (`str`): Where the card will be; for the snippet that runs it again.
+        picture (`str`, *optional*): File beside the card with the plot of the learning rate; drawn with characters
+            without it.
     """
     methods = [method for method in METHODS if method.key in recipe["methods"]]
     parts = [
         "## Training recipe (hf_effi)",
         _method_list(methods),
-        *(_of_the_run(run) if run else []),
+        _learning_rate(recipe["schedule"], run, picture),
+        _statistics(run.get("totals", {})),
+        _environment(run),
         "### Run it again",
         _snippet(recipe, repo_id),
         f"{RECIPE_MARK}\n<details><summary>The exact recipe: trainer, arguments, method objects</summary>",
@@ -82,14 +122,29 @@ def _method_list(methods: Sequence[Method]) -> str:
     return "\n".join(f"- **{method.title}**: {method.summary}" for method in methods)
 
 
-def _of_the_run(run: Mapping[str, Any]) -> list[str]:
-    return [_learning_rate(run), _statistics(run["totals"]), _environment(run)]
-
-
-def _learning_rate(run: Mapping[str, Any]) -> str:
-    points = [(e["step"], e["learning_rate"]) for e in run["log_history"] if _is_number(e.get("learning_rate"))]
+def _learning_rate(schedule: Mapping[str, Any], run: Mapping[str, Any], picture: str | None) -> str:
+    points = learning_rates(run)
     if len(points) < 2:
         return ""
+    first, last = points[0][0], points[-1][0]
+    plot = f"![Learning rate, step {first} to {last}]({picture})" if picture else _text_curve(points)
+    return f"### Learning rate\n\n{_schedule_words(schedule)}\n\n{plot}"
+
+
+def learning_rates(run: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """Return (step, learning rate) of each log entry that has both."""
+    return [(e["step"], e["learning_rate"]) for e in run["log_history"] if _is_number(e.get("learning_rate"))]
+
+
+def _schedule_words(schedule: Mapping[str, Any]) -> str:
+    """Name the schedule with its plain arguments; tables and schedules inside of it are in the recipe."""
+    name = schedule.get("kind") or schedule.get("lr_scheduler_type")
+    arguments = schedule.get("params") or {k: v for k, v in schedule.items() if k not in ("kind", "lr_scheduler_type")}
+    words = [f"{key}={value}" for key, value in arguments.items() if isinstance(value, (bool, int, float, str))]
+    return f"Schedule: `{name}({', '.join(words)})`."
+
+
+def _text_curve(points: Sequence[tuple[int, float]]) -> str:
     first, last = points[0][0], points[-1][0]
     columns, values, index = min(_PLOT_COLUMNS, last - first + 1), [], 0
     for column in range(columns):
@@ -98,7 +153,7 @@ def _learning_rate(run: Mapping[str, Any]) -> str:
             index += 1
         values.append(points[index][1])
     plot = text_plot(values, 6, top=max(max(values), 1e-30), label="{:8.1e}")
-    return f"### Learning rate\n\n```text\n{plot}\n          step {first} to {last}\n```"
+    return f"```text\n{plot}\n          step {first} to {last}\n```"
 
 
 def _statistics(totals: Mapping[str, Any]) -> str:
@@ -132,16 +187,29 @@ def _environment(run: Mapping[str, Any]) -> str:
 
 
 def _snippet(recipe: Mapping[str, Any], repo_id: str) -> str:
-    rewards = "reward_funcs" in recipe["not_carried"]
-    needed = "train_dataset=dataset" + (", reward_funcs=rewards" if rewards else "")
-    model = recipe["model"]["name"] or "model"
-    code = (
-        "from hf_effi import from_card\n\n"
-        f'recipe = from_card("{repo_id}", output_dir="again")\n'
-        "print(recipe.missing)  # what has to be passed by hand, and why\n"
-        f"recipe.make_trainer({json.dumps(model) if recipe['model']['name'] else model}, {needed}).train()"
-    )
-    return f"```python\n{code}\n```"
+    name, cls = recipe["model"]["name"], recipe["model"]["class"]
+    needed = ["train_dataset=dataset"]
+    if "reward_funcs" in recipe["not_carried"]:
+        needed.append("reward_funcs=rewards")
+    lines = ["from hf_effi import from_card"]
+    if name and not _loads_models(recipe["trainer"]):
+        cls = "AutoModelForCausalLM" if cls.startswith("Peft") else cls
+        lines += [f"from transformers import {cls}", "", f"model = {cls}.from_pretrained({json.dumps(name)})"]
+    if not name:
+        needed.append("processing_class=tokenizer")
+    model = json.dumps(name) if name and _loads_models(recipe["trainer"]) else "model"
+    lines += [
+        "",
+        f'recipe = from_card("{repo_id}", output_dir="again")',
+        "print(recipe.missing)  # what has to be passed by hand, and why",
+        f"recipe.make_trainer({model}, {', '.join(needed)}).train()",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _loads_models(trainer: str) -> bool:
+    """Whether a trainer takes the name of a model: TRL's do, and load its tokenizer too."""
+    return trainer.startswith("trl.") or trainer.endswith((":EffiGRPOTrainer", ":EffiSFTTrainer"))
 
 
 def _is_number(value: Any) -> bool:
@@ -151,12 +219,12 @@ def _is_number(value: Any) -> bool:
 def add_section(
     card_path: Path,
     recipe: Mapping[str, Any],
-    run: Mapping[str, Any] | None,
+    run: Mapping[str, Any],
     repo_id: str,
     secrets: Sequence[str] = (),
 ) -> None:
     """
-    Put tags and section into the card, in place of an older section, and the recipe beside it as `effi_recipe.json`.
+    Put tags and section into the card, in place of an older section, and recipe and plot beside it.
 
     Args:
         secrets (`Sequence[str]`, *optional*): Values that must not be in it, on top of what looks like a secret.
@@ -166,13 +234,35 @@ def add_section(
     card = ModelCard.load(card_path) if card_path.exists() else ModelCard("---\nlibrary_name: transformers\n---\n")
     tags = card.data.tags or []
     card.data.tags = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "hf_effi", *recipe["methods"]]))
-    section = f"{_BEGIN}\n{_hide(training_section(recipe, run, repo_id), secrets)}\n{_END}"
+    picture = _write_picture(card_path.parent / PICTURE, run)
+    section = f"{_BEGIN}\n{_hide(training_section(recipe, run, repo_id, picture), secrets)}\n{_END}"
     old = re.search(re.escape(_BEGIN) + ".*?" + re.escape(_END), card.text, re.DOTALL)
     text = card.text.replace(old.group(0), section) if old else f"{card.text.rstrip()}\n\n{section}\n"
     # `card.text = ...` would drop the front matter of a card that has an unusual one; the content keeps it.
     card_path.write_text(_hide(f"---\n{card.data}\n---\n{text}", secrets), encoding="utf-8")
     recipe_text = _hide(json.dumps(recipe, indent=2), secrets)
     (card_path.parent / RECIPE_FILE).write_text(recipe_text + "\n", encoding="utf-8")
+
+
+def _write_picture(path: Path, run: Mapping[str, Any]) -> str | None:
+    """Write the plot of the learning rate and return its file name; `None`, with a line in the log, without one."""
+    points = learning_rates(run)
+    if len(points) < 2:
+        return None
+    try:
+        path.write_bytes(draw_picture(*zip(*points, strict=True), "optimizer steps", "learning rate"))
+    except MissingPackageError as error:
+        _warn_once(f"The model card shows the learning rate as text. {error}")
+        return None
+    except Exception as error:  # a picture is no reason to be without a card
+        _warn_once(f"The model card shows the learning rate as text, as its plot failed: {error}.")
+        return None
+    return path.name
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _hide(text: str, secrets: Sequence[str]) -> str:

@@ -9,8 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .._compat import installed_versions
+from .._environment import describe_machine
 from .._run_record import EVENTS, SUMMARY, read_run
-from .model_card import add_section
+from .model_card import PICTURE, add_section
 from .recipe import RECIPE_FILE, recipe_of
 from .uploads import HubUploader
 
@@ -22,8 +24,24 @@ NOT_UPLOADED = ("_*", "checkpoint-*", "**/training_args.bin", "training_args.bin
 _TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args", "effi_sampler")
 
 
-def uploader_for(args: Any, repo_id: str, seconds: float) -> HubUploader:
-    """Return an uploader that follows the `hub_*` arguments of a trainer."""
+#: Of `ddp_timeout`, after which the other processes give up on the first one, what it may wait for the Hub.
+_SHARE_OF_TIMEOUT = 0.8
+
+
+def uploader_for(args: Any, repo_id: str, seconds: float | None) -> HubUploader:
+    """
+    Return an uploader that follows the `hub_*` arguments of a trainer.
+
+    Raises:
+        ValueError: while one process waited for `seconds`, the others would run into `ddp_timeout`.
+    """
+    if seconds is None:
+        seconds = _SHARE_OF_TIMEOUT * args.ddp_timeout
+    elif args.world_size > 1 and seconds >= args.ddp_timeout:
+        raise ValueError(
+            f"Waiting {seconds:g} s for the Hub must be shorter than ddp_timeout={args.ddp_timeout}, as the other "
+            "processes wait too. Lower it, or raise ddp_timeout."
+        )
     return HubUploader(
         repo_id,
         token=args.hub_token,
@@ -38,11 +56,20 @@ def write_section(trainer: Any, repo_id: str) -> None:
     """Add the section to the card in `output_dir`. A full disk is no reason to end a run: it becomes a warning."""
     folder = Path(trainer.args.output_dir)
     try:
-        run = read_run(folder) if (folder / SUMMARY).exists() else None
+        run = read_run(folder) if (folder / SUMMARY).exists() else _run_without_a_record(trainer)
         secrets = [trainer.args.hub_token] if trainer.args.hub_token else []
         add_section(folder / CARD, recipe_of(trainer), run, repo_id, secrets)
     except OSError as error:
         logger.warning("The model card is without its recipe: %s.", error)
+
+
+def _run_without_a_record(trainer: Any) -> dict[str, Any]:
+    return {
+        "log_history": trainer.state.log_history,
+        "machine": describe_machine(),
+        "versions": installed_versions(),
+        "processes": trainer.args.world_size,
+    }
 
 
 def snapshot(output_dir: str | Path, checkpoint: str | Path, path_in_repo: str | None = None) -> Path:
@@ -65,7 +92,7 @@ def snapshot(output_dir: str | Path, checkpoint: str | Path, path_in_repo: str |
                 _link(source, folder / path_in_repo / relative)
             if len(relative.parts) == 1 and not source.name.startswith(_TRAINING_STATE):
                 _link(source, folder / relative)
-        for name in (CARD, RECIPE_FILE, SUMMARY, EVENTS):
+        for name in (CARD, PICTURE, RECIPE_FILE, SUMMARY, EVENTS):
             if (output_dir / name).exists():
                 shutil.copy2(output_dir / name, folder / name)
     except OSError:

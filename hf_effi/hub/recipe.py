@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .._run_record import REDACTED, redact
 from ..callbacks.run_record import describe_data, describe_model, methods_by_name, methods_of, schedule_of
+from ._worker import describe_failure
 from .objects import TRAINER_PACKAGES, NotPlainError, find, from_plain, path_of, to_plain
 
 RECIPE_FILE = "effi_recipe.json"
@@ -236,17 +237,30 @@ def read_recipe(source: str | Path, *, token: str | None = None, revision: str |
             raise RecipeError(
                 f"{source} does not exist. Pass a card, its folder, or a repository such as 'me/my-run'."
             )
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            path = Path(hf_hub_download(str(source), "README.md", token=token, revision=revision))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise RecipeError(f"No card at {str(source)!r}, neither as a folder nor on the Hub: {error}") from error
+        path = _download_card(str(source), token, revision)
     found = _recipe_in(path)
     if found is None:
         raise RecipeError(f"{source} has no hf_effi recipe. Effi trainers and HubCallback write one.")
     return found
+
+
+def _download_card(repo_id: str, token: str | None, revision: str | None) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, "README.md", token=token, revision=revision))
+    except errors.RevisionNotFoundError:
+        raise RecipeError(f"{repo_id!r} has no revision {revision!r}.") from None
+    except errors.RemoteEntryNotFoundError:
+        raise RecipeError(f"{repo_id!r} has no README.md, and so no recipe.") from None
+    except Exception as error:  # no connection, no right to read, no such repository, no valid name
+        failure = describe_failure(error, token)
+        if failure["status"] in (401, 403, 404):
+            reason = "there is no such repository on the Hub, or it is private: pass token=..., or `hf auth login`."
+        else:
+            reason = f"the Hub gave none. {failure['error']}"
+        # A chain would show what the server said, unredacted.
+        raise RecipeError(f"No card at {repo_id!r}: it is no folder here, and {reason}") from None
 
 
 def _recipe_in(path: Path) -> dict[str, Any] | None:

@@ -13,9 +13,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import CommitInfo
 
 from .._run_record import redact
 
@@ -34,6 +37,7 @@ class _Job:
     message: str = ""
     ignore: tuple[str, ...] = ()
     temporary: bool = False
+    done: Future[Any] = field(default_factory=Future)
 
 
 class HubUploader:
@@ -77,7 +81,6 @@ class HubUploader:
         self.repo_id = repo_id
         self.token, self.private, self.revision = token, private, revision
         self.seconds, self.tries, self.pause, self.keep_all = seconds, tries, pause, keep_all
-        self.url: str | None = None
         self.failure: str | None = None
         self._jobs: deque[_Job] = deque()
         self._lock = threading.Condition()
@@ -101,25 +104,33 @@ class HubUploader:
         else:
             raise HubRefusedError(f"Cannot push to {self.repo_id!r}: {answer['error']}{_advice(answer)}")
 
-    def submit(self, folder: str | Path, message: str, *, ignore: Sequence[str] = (), temporary: bool = False) -> None:
+    def submit(
+        self, folder: str | Path, message: str, *, ignore: Sequence[str] = (), temporary: bool = False
+    ) -> Future[Any]:
         """
         Upload a folder in one commit, in the background.
 
         Args:
             ignore (`Sequence[str]`, *optional*): Patterns of files to leave out.
             temporary (`bool`, *optional*): Remove the folder afterwards.
+
+        Returns:
+            `Future`: Its result is the `CommitInfo`, or `None` where the upload failed, was given up or gave way.
         """
+        job = _Job(Path(folder), message, tuple(ignore), temporary)
+        job.done.set_running_or_notify_cancel()  # from here on nobody can cancel it, so that its result can be set
         with self._lock:
             while self._jobs and not self.keep_all:
                 waiting = self._jobs.popleft()
                 logger.info("Not uploaded, as a newer one is ready: %s.", waiting.message)
                 _discard(waiting)
-            self._jobs.append(_Job(Path(folder), message, tuple(ignore), temporary))
+            self._jobs.append(job)
             if not self._busy:
                 self._busy = True
                 self._stopped.clear()
                 atexit.register(self.stop)
                 threading.Thread(target=self._work, name="hf_effi upload", daemon=True).start()
+        return job.done
 
     @property
     def idle(self) -> bool:
@@ -156,12 +167,13 @@ class HubUploader:
                     break
                 job = self._jobs.popleft()
             answer = self._try(job, self.seconds)
-            if not self._stopped.is_set():
-                if "error" in answer:
-                    self._fail(f"{answer['error']}{_advice(answer)}")
-                else:
-                    self.repo_id, self.url, self.failure = answer["repo_id"], answer["url"], None
-            _discard(job)
+            commit = None
+            if "error" not in answer:
+                self.repo_id, self.failure = answer["repo_id"], None
+                commit = CommitInfo(**answer["commit"])
+            elif not self._stopped.is_set():
+                self._fail(f"{answer['error']}{_advice(answer)}")
+            _discard(job, commit)
         atexit.unregister(self.stop)
 
     def _try(self, job: _Job, seconds: float) -> dict[str, Any]:
@@ -186,7 +198,7 @@ class HubUploader:
         text = json.dumps(
             {
                 "repo_id": self.repo_id,
-                "token": self.token,
+                "token": self.token.strip() if self.token else None,  # a file with a token ends in a line break
                 "private": self.private,
                 "revision": self.revision,
                 "folder": None if job.folder is None else str(job.folder),
@@ -233,6 +245,7 @@ def _advice(answer: dict[str, Any]) -> str:
     }.get(answer["status"], "")
 
 
-def _discard(job: _Job) -> None:
+def _discard(job: _Job, commit: CommitInfo | None = None) -> None:
     if job.temporary and job.folder is not None:
         shutil.rmtree(job.folder, ignore_errors=True)
+    job.done.set_result(commit)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .._compat import require
+from .._plots import draw_curves, draw_stacked_bars
 from .comparison import mean_curve, summarize
-from .plots import draw_curves, draw_stacked_bars
 
 TEMPLATE = "report.html.jinja"
 

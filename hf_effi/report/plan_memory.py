@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +153,8 @@ def plan_memory(
     _check(seq_len=seq_len, batch=batch, ranks=ranks, sequence_parallel_size=sequence_parallel_size)
     if generate is not None:
         _check(generate_sequences=generate[0], generate_tokens=generate[1])
+    if gpu_gib is not None and not 0 < gpu_gib < math.inf:
+        raise ValueError(f"gpu_gib={gpu_gib!r} must be a number above 0.")
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom={headroom!r} must lie in [0, 1).")
     if sharding not in SHARDINGS:
@@ -200,7 +204,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="config.json, a folder with one, or a model on the Hub")
     parser.add_argument("--seq-len", type=int, required=True, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=1, help="rows of a micro-batch on one device (default 1)")
-    parser.add_argument("--gpu-gib", type=float, help="memory of a device; without it nothing is chosen")
+    parser.add_argument(
+        "--gpu-gib",
+        type=float,
+        help="memory of a device; nothing is chosen without it; exit code 1 where nothing fits",
+    )
     parser.add_argument("--headroom", type=float, default=0.1, help="fraction for what is not counted (default 0.1)")
     parser.add_argument("--dtype", default="float32", help="dtype of the weights (default float32)")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast, as bf16=True of the training arguments")
@@ -220,7 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("SEQUENCES", "TOKENS"),
         help="what GRPO generates at once on a device",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -245,7 +253,7 @@ def run(args: argparse.Namespace) -> int:
             generate=tuple(args.generate) if args.generate else None,
         )
     except ValueError as error:
-        print(f"error: {error}")
+        print(f"hf-effi plan memory: {error}", file=sys.stderr)
         return 2
     print(json.dumps(plan.as_dict(), indent=2) if args.json else format_plan(plan))
     return 1 if plan.budget_bytes is not None and plan.chosen is None else 0

@@ -139,23 +139,41 @@ def read_column(path: Path, column: str) -> list[Any]:
     Return one column of a `.jsonl`, `.json` (list of objects) or `.csv` file.
 
     Raises:
-        CurriculumError: another kind of file, no row, or a row without the column.
+        CurriculumError: another kind of file, no row, a row that is no object, or one without the column.
     """
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    elif path.suffix == ".json":
-        rows = json.loads(text)
-    elif path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
-    else:
+    if path.suffix not in (".jsonl", ".json", ".csv"):
         raise CurriculumError(f"{path.name}: {path.suffix or 'no suffix'} is not known. Use .jsonl, .json or .csv.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+        elif path.suffix == ".json":
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise CurriculumError(f"{path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise CurriculumError(f"{path.name} cannot be read as {path.suffix}: {error}.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CurriculumError(f'{path.name} must hold one object a row, such as {{"{column}": 0.5}}.')
     if not rows:
         raise CurriculumError(f"{path.name} has no rows.")
     for number, row in enumerate(rows):
         if column not in row:
             raise CurriculumError(f"{path.name}, row {number}: no column {column!r}. It has {sorted(row)}.")
     return [row[column] for row in rows]
+
+
+def read_numbers(path: Path, column: str) -> list[float]:
+    """Return [`read_column`] as numbers; a value that is none raises `CurriculumError` with its row."""
+    numbers = []
+    for row, value in enumerate(read_column(path, column)):
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            raise CurriculumError(f"{path.name}, row {row}: {column}={value!r} is not a number.") from None
+    return numbers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,23 +186,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--descending", action="store_true", help="quality-ascending: highest first")
     parser.add_argument("--samples", type=int, help="competence: samples of the run")
     parser.add_argument("--epochs", type=float, help="cyclical: passes of the plan (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffles (default 0)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch (default 8)")
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the preview; 0, or 1 with one line on stderr where the input cannot be ordered."""
+    """Print the preview; 0, or with one line on stderr 1 where the rows cannot be ordered and 2 for a wrong option."""
+    for name in ("buckets", "descending", "samples", "epochs"):
+        if getattr(args, name) and name not in _ACTS[args.order]:
+            print(f"hf-effi preview-order: --{name} does not act on {args.order}. Remove it.", file=sys.stderr)
+            return 2
+    if args.batch_size < 1:
+        print(f"hf-effi preview-order: --batch-size must be at least 1, got {args.batch_size}.", file=sys.stderr)
+        return 2
     try:
-        for name in ("buckets", "descending", "samples", "epochs"):
-            if getattr(args, name) and name not in _ACTS[args.order]:
-                raise CurriculumError(f"--{name} does not act on {args.order}. Remove it.")
         args.epochs = args.epochs or 4.0
-        values = [float(value) for value in read_column(args.file, args.column)]
+        values = read_numbers(args.file, args.column)
         groups = [str(group) for group in read_column(args.file, args.group)] if args.group else None
         by = groups if "group" in _ACTS[args.order] else None
         shown = preview(_ORDERS[args.order](values, by, args), values, groups, batch_size=args.batch_size)
-    except (ValueError, OSError) as error:  # CurriculumError and bad JSON are ValueErrors
+    except CurriculumError as error:
         print(f"hf-effi preview-order: {error}", file=sys.stderr)
         return 1
     print(json.dumps(shown, indent=1) if args.json else render(shown))

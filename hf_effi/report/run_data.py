@@ -27,11 +27,18 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     Return the run in a folder: its record, or the log history of a stock `trainer_state.json` (newest checkpoint).
 
     Raises:
-        NoRunError: neither is there.
+        NoRunError: neither is there, or it is damaged.
     """
     folder = Path(folder)
+    try:
+        return {"title": folder.name, **_load(folder)}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise NoRunError(f"The run in {folder} cannot be read, a file of it is damaged: {error!r}.") from error
+
+
+def _load(folder: Path) -> dict[str, Any]:
     if (folder / SUMMARY).exists():
-        return {"title": folder.name, **read_run(folder)}
+        return read_run(folder)
     states = [folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")]
     states = [path for path in states if path.exists()]
     if not states:
@@ -41,7 +48,6 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in states]
     state = max(found, key=lambda one: one["global_step"])
     return {
-        "title": folder.name,
         "log_history": state["log_history"],
         "events": [],
         "totals": {},

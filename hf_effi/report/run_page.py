@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from ..functional.doctor import Finding
 from .page import environment
-from .plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from .run_data import NoRunError, load_group, mean_and_band, memory_series, names_of, phases_of, series
 
 TEMPLATE = "run.html.jinja"
@@ -133,12 +134,14 @@ def _seconds_of(totals: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in seconds.items() if value >= 0.005}
 
 
-def facts(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return what stands in the first table: name -> text, means over the runs."""
+def facts(runs: Sequence[dict[str, Any]], as_text: bool = True) -> dict[str, Any]:
+    """Return what stands in the first table: name -> text, or number, as a mean over the runs."""
 
-    def mean(read: Callable[[dict[str, Any]], float | None], form: str) -> str | None:
+    def mean(read: Callable[[dict[str, Any]], float | None], form: str) -> Any:
         values = [value for run in runs if (value := read(run)) is not None]
-        return form.format(statistics.fmean(values)) if values else None
+        if not values:
+            return None
+        return form.format(statistics.fmean(values)) if as_text else statistics.fmean(values)
 
     def last(run: dict[str, Any], name: str) -> float | None:
         values = list(series(run, name).values())
@@ -154,7 +157,7 @@ def facts(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
         return value / 2**30 if value else None
 
     found = {
-        "runs": str(len(runs)),
+        "runs": str(len(runs)) if as_text else len(runs),
         "steps": mean(lambda run: run.get("progress", {}).get("step"), "{:,.0f}"),
         "loss at the end": mean(lambda run: last(run, "loss"), "{:.4g}"),
         "reward at the end": mean(lambda run: last(run, "reward"), "{:.4g}"),
@@ -211,10 +214,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", help="output_dir of a run, or a folder with the seeds of one setting")
     parser.add_argument("--compare", nargs="+", metavar="FOLDER", help="two or more of them, overlaid with bands")
     parser.add_argument("--output", metavar="FILE", help="page to write; default: report.html in the (first) folder")
+    parser.add_argument(
+        "--json", action="store_true", help="print the numbers as JSON; the page is then written only with --output"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and say where it is."""
+    """Write the page and say where it is, or print the numbers."""
     folders = [*([args.folder] if args.folder else []), *(args.compare or [])]
     if not folders or (args.compare and len(folders) < 2):
         print("hf-effi report: give a folder, or --compare with at least two.", file=sys.stderr)
@@ -224,11 +230,27 @@ def run(args: argparse.Namespace) -> int:
     except NoRunError as error:
         print(f"hf-effi report: {error}", file=sys.stderr)
         return 1
-    path = Path(args.output) if args.output else Path(folders[0]) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_run_page(groups), encoding="utf-8")
-    print(path)
+    path = Path(args.output or Path(folders[0]) / "report.html")
+    if args.output or not args.json:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(render_run_page(groups), encoding="utf-8")
+        except OSError as error:
+            print(f"hf-effi report: cannot write {path}: {error.strerror}.", file=sys.stderr)
+            return 1
+    print(json.dumps(numbers(groups), indent=2) if args.json else path)
     return 0
+
+
+def numbers(groups: Groups) -> dict[str, Any]:
+    """Return the numbers of the page for JSON: the first table, and what the doctor found."""
+    return {
+        title: {
+            "facts": facts(runs, as_text=False),
+            "findings": [finding for run in runs for finding in run.get("findings", [])],
+        }
+        for title, runs in groups.items()
+    }
 
 
 def _titles(folders: Sequence[str]) -> list[str]:

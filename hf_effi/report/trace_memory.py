@@ -35,6 +35,8 @@ def load_config(source: str) -> PreTrainedConfig:
         ValueError: there is none, or it is no config of a causal language model.
     """
     path = Path(source)
+    if path.name.endswith(".json") and (path.name != "config.json" or not path.exists()):
+        raise ValueError(f"{source!r} is no model config: give a config.json that exists, its folder, or a Hub name.")
     try:
         config = AutoConfig.from_pretrained(str(path.parent if path.name.endswith(".json") else source))
     except (OSError, ValueError, KeyError) as error:

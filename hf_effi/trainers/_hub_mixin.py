@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import CommitInfo
 
 from ..hub.publish import NOT_UPLOADED, push_checkpoint, uploader_for, write_section
 from ..hub.uploads import HubUploader
@@ -16,13 +20,16 @@ class HubArguments:
     Field that a config class gains.
 
     Args:
-        hub_wait_seconds (`float`, *optional*, defaults to 1800): How long one upload to the Hub may take, and how long
-            the end of a run waits for it.
+        hub_wait_seconds (`float`, *optional*): How long one upload to the Hub may take, and how long the end of a run
+            waits for it; 0.8 of `ddp_timeout` (24 minutes, unless it was changed) without it.
     """
 
-    hub_wait_seconds: float = field(
-        default=1800.0,
-        metadata={"help": "Seconds that one upload to the Hub may take, and that the end of the run waits for it."},
+    hub_wait_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one upload to the Hub may take, and that the end of the run waits for it. "
+            "0.8 of ddp_timeout without it."
+        },
     )
 
 
@@ -60,7 +67,7 @@ class HubMixin:
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> str | None:
+    ) -> CommitInfo | Future[CommitInfo | None] | None:
         """
         Save the model, write card, record and recipe, and upload them with all retries.
 
@@ -69,8 +76,8 @@ class HubMixin:
             kwargs: Of `create_model_card`, such as `dataset_name`. The rest is as in [`~transformers.Trainer.push_to_hub`].
 
         Returns:
-            `str` or `None`: Address of the commit. `None` where the upload failed, which is logged as an error with
-            its reason, where it goes on (`blocking=False`), and on all processes but the first.
+            `CommitInfo`: The commit; with `blocking=False` a `Future` of it. In the place of the commit `None` where the
+            upload failed, which is logged as an error with its reason, and on all processes but the first.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -85,12 +92,14 @@ class HubMixin:
         tags = kwargs.pop("tags", None) or []
         tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self.model, "model_tags", None) or [])]
         self.create_model_card(**{"model_name": uploader.repo_id.split("/")[-1], "tags": tags, **kwargs})
+        end = time.monotonic() + uploader.seconds
         uploader.wait()  # those of the checkpoints come first
-        uploader.submit(self.args.output_dir, commit_message, ignore=NOT_UPLOADED)
-        if blocking and uploader.wait():
-            self.hub_model_id = uploader.repo_id
-            return uploader.url
-        return None
+        upload = uploader.submit(self.args.output_dir, commit_message, ignore=NOT_UPLOADED)
+        if not blocking:
+            return upload
+        uploader.wait(max(1.0, end - time.monotonic()))  # both waits together stay below `ddp_timeout`
+        self.hub_model_id = uploader.repo_id
+        return upload.result() if upload.done() else None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy = self.args.hub_strategy
@@ -110,7 +119,7 @@ class HubMixin:
 
     def _make_uploader(self, token: str | None, private: bool | None) -> HubUploader:
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        self._uploader = uploader_for(self.args, name, getattr(self.args, "hub_wait_seconds", 1800.0))
+        self._uploader = uploader_for(self.args, name, getattr(self.args, "hub_wait_seconds", None))
         self._uploader.token = token or self._uploader.token
         self._uploader.private = self._uploader.private if private is None else private
         return self._uploader

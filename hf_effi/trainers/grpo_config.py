@@ -86,8 +86,9 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
 
         > Parameters of the uploads
 
-        hub_wait_seconds (`float`, *optional*, defaults to `1800`):
-            How long one upload to the Hub may take, and how long the end of the run waits for it.
+        hub_wait_seconds (`float`, *optional*):
+            How long one upload to the Hub may take, and how long the end of the run waits for it; 0.8 of `ddp_timeout`
+            without it.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]

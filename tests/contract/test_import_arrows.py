@@ -19,6 +19,7 @@ FLOORS = {
     "_methods": 0,
     "_environment": 0,
     "_run_record": 0,
+    "_plots": 0,
     "methods": 0,
     "functional": 0,
     "protocols": 1,

@@ -84,6 +84,8 @@ SIGNATURES = {
     f"{UTILS}:_use_triton": "device",
     f"{UTILS}:add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
     "trl.models.utils:disable_gradient_checkpointing": "model gradient_checkpointing_kwargs",
+    # Made again in the trainer's process from what the upload's process tells.
+    "huggingface_hub:CommitInfo.__init__": "self commit_url commit_message commit_description oid _endpoint pr_url",
     "trl.scripts.grpo:main": "script_args training_args model_args dataset_args",
     "trl.scripts.grpo:make_parser": "subparsers prog",
     "trl.scripts.sft:main": "script_args training_args model_args dataset_args",

@@ -21,7 +21,7 @@ _WHERE = {
     "compare": ("Run", "assert_bitwise_equal", "compare_runs", "record_run", "weights_of"),
     "grpo": ("grpo_args", "run_grpo"),
     "distributed": ("ChildFailure", "run_distributed"),
-    "hub": ("Fault", "LocalHub"),
+    "hub": ("Fault", "LocalHub", "push_args"),
     "resume": ("kill_and_resume", "run_in_child", "weights_in"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

@@ -11,10 +11,29 @@ import threading
 import time
 import urllib.parse
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 LFS_THRESHOLD = 10 * 1024
 _STARTED = "2026-01-01T00:00:00.000Z"
+
+
+def push_args(folder: str | Path, cls: type | None = None, **over: Any) -> Any:
+    """Return arguments of a tiny CPU run of 4 steps that saves twice; of class `TrainingArguments` without `cls`."""
+    from transformers import TrainingArguments
+
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+    }
+    return (cls or TrainingArguments)(str(folder), **{**settings, **over})
 
 
 @dataclass
@@ -73,6 +92,13 @@ class LocalHub:
     def __exit__(self, *exception: Any) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def use(self, monkeypatch: Any, **environment: str) -> None:
+        """Send the uploads of this process here."""
+        here = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name, value in {**here, **environment}.items():
+            monkeypatch.setenv(name, value)
 
     def files(self, repo: str) -> dict[str, bytes]:
         """Return path -> content of the newest commit."""
@@ -171,8 +197,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.answer({} if good else {"error": "sha256 differs"}, 200 if good else 400)
         elif path == "/lfs-verify":
             self.answer({}, 200 if json.loads(body)["oid"] in hub.lfs else 404)
-        elif found := re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)$", path):
-            self._file(found[1], found[2])
+        elif found := re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", path):
+            self._file(found[1], found[2], found[3])
         else:
             self.answer({"error": f"no route {self.command} {path}"}, 404)
 
@@ -248,11 +274,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
         self.answer({"transfer": "basic", "objects": [entry(wanted) for wanted in asked["objects"]]})
 
-    def _file(self, repo: str, path: str) -> None:
+    def _file(self, repo: str, revision: str, path: str) -> None:
         if repo not in self.hub.repos:
             self.not_found("RepoNotFound")
             return
-        commit, _, files = self.hub.repos[repo][-1]
+        commits = {"main": self.hub.repos[repo][-1], **{commit[0]: commit for commit in self.hub.repos[repo]}}
+        if revision not in commits:
+            self.not_found("RevisionNotFound")
+            return
+        commit, _, files = commits[revision]
         if path not in files:
             self.not_found("EntryNotFound")
             return

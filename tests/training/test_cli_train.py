@@ -28,7 +28,13 @@ def test_a_good_file_is_valid(tmp_path, capsys):
     assert cli.main(["validate", path]) == 0
     assert "valid for `hf-effi grpo`" in capsys.readouterr().out
     assert cli.main(["validate", path, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"config": path, "kind": "grpo", "valid": True, "problems": []}
+    assert json.loads(capsys.readouterr().out) == {
+        "config": path,
+        "kind": "grpo",
+        "valid": True,
+        "problems": [],
+        "notes": [],
+    }
     assert cli.main(["validate", write(tmp_path, packing=True)]) == 0
 
 
@@ -102,7 +108,15 @@ def test_a_yaml_trains(tmp_path, kind, capsys):
     assert any(not torch.equal(trained[name], start[name]) for name in start)
 
 
+def test_the_conventions_of_trl_hold(tmp_path, capsys):
+    path = write(tmp_path, env={"EXAMPLE": "1"}, max_steps="3", gradient_accumulation_steps="2")
+    assert cli.main(["validate", path]) == 0, "`env` and numbers as text are TRL's conventions"
+    assert cli.main(["validate", write(tmp_path, model_name_or_path="no/such-model")]) == 0, "no model is loaded"
+
+
 def test_completion_completes(capsys):
+    assert cli.main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit && bashcompinit\n")
     assert cli.main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
 

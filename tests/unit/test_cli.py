@@ -113,7 +113,7 @@ def test_a_planner_is_one_line(monkeypatch, capsys):
             return 3
 
     monkeypatch.setitem(sys.modules, "fake_planner", Planner)
-    monkeypatch.setitem(cli.PLANNERS, "fake", "fake_planner")
+    monkeypatch.setitem(cli.PLANNERS, "fake", ("fake_planner", "what it plans", "hf-effi plan fake"))
     assert cli.main(["plan", "fake", "--steps", "7"]) == 3
     assert capsys.readouterr().out == "7\n"
 

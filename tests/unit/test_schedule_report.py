@@ -59,7 +59,7 @@ def test_predict(tmp_path, capsys):
 @pytest.mark.parametrize("text", ["wds", "wsd {", "wsd [1]", 'wsd {"x": 1}'])
 def test_bad_words_are_explained(text, capsys):
     assert command("show", "--steps", "100", "--schedule", text) == 2
-    assert "error: " in capsys.readouterr().out
+    assert "hf-effi plan lr: " in capsys.readouterr().err
 
 
 def test_the_whole_gallery_is_drawn(tmp_path):

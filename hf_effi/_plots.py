@@ -1,4 +1,4 @@
-"""Figures of the report page as inline SVG whose colours follow the page: light, dark, any width."""
+"""Figures: inline SVG whose colours follow the page (light, dark, any width), and PNG on paper of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .._compat import require
+from ._compat import require
 
 #: Colour name -> stand-in that matplotlib draws with; the SVG then refers to the page's CSS variable `--<name>`.
 _STAND_INS = {
@@ -21,26 +21,27 @@ _STAND_INS = {
     "series-4": "#161718",
     "series-5": "#191a1b",
 }
+#: The same names for a picture that stands alone: opaque paper is readable on a light and on a dark page.
+_ON_PAPER = {"paper": "#ffffff", "ink": "#1b2330", "muted": "#5a6575", "line": "#c9d0da", "series-1": "#1769c2"}
 MAX_SERIES = 6
 #: Lines are told apart without colour too.
 _DASHES = ("solid", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (9, 3)))
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    require("matplotlib", "drawing the report")
+def _figure(width: float, height: float, colours: Mapping[str, str] = _STAND_INS) -> tuple[Any, Any]:
+    require("matplotlib", "Drawing a plot")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0.0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0.0)
+    paper = colours.get("paper", "none")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=paper)
+    axes = figure.add_subplot(facecolor=paper)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(_STAND_INS["line"])
-    axes.tick_params(colors=_STAND_INS["muted"], labelsize=9, length=3)
-    axes.xaxis.label.set_color(_STAND_INS["muted"])
-    axes.yaxis.label.set_color(_STAND_INS["muted"])
+        axes.spines[side].set_color(colours["line"])
+    axes.tick_params(colors=colours["muted"], labelsize=9, length=3)
+    axes.xaxis.label.set_color(colours["muted"])
+    axes.yaxis.label.set_color(colours["muted"])
     return figure, axes
 
 
@@ -63,6 +64,21 @@ def _to_svg(figure: Any, description: str, salt: str) -> str:
     for name, colour in _STAND_INS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+
+
+def draw_picture(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> bytes:
+    """Return one line from zero upwards as a small PNG on white paper; equal values give equal bytes."""
+    figure, axes = _figure(6.0, 2.2, _ON_PAPER)
+    axes.plot(x, y, color=_ON_PAPER["series-1"], linewidth=1.8)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.set_xlim(x[0], x[-1])
+    axes.set_ylim(0, 1.08 * max(y) or 1.0)
+    axes.grid(axis="y", color=_ON_PAPER["line"], linewidth=0.5, alpha=0.5)
+    axes.yaxis.offsetText.set_color(_ON_PAPER["muted"])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def draw_curves(
