@@ -51,6 +51,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="FP8 Formats for Deep Learning",
         paper_id="2209.05433",
+        authors="Micikevicius, Paulius and others",
         status="experimental",
         tests=(
             "tests/unit/test_low_bit.py",

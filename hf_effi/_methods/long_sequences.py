@@ -173,6 +173,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward",
         paper_id="2506.05433",
+        authors="Liu, Zikang and others",
         status="experimental",
         tests=(
             "tests/unit/test_shared_prefix.py",

@@ -48,6 +48,7 @@ def test_keys_are_unique_and_rows_are_complete():
         assert row.status in {"experimental", "stable", "rejected"}, f"{row.key}: status {row.status!r}"
         assert row.summary.endswith("."), f"{row.key}: the summary is one sentence"
         assert row.paper_id == "" or re.fullmatch(r"\d{4}\.\d{4,5}", row.paper_id), f"{row.key}: {row.paper_id!r}"
+        assert bool(row.authors) == bool(row.paper_id), f"{row.key}: the BibTeX entry of a paper needs its authors"
         if row.status == "rejected":
             assert not row.entry_points, f"{row.key} is rejected: its code stays in bench/"
         else:
