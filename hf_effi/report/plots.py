@@ -20,10 +20,27 @@ _STAND_INS = {
     "series-3": "#131415",
     "series-4": "#161718",
     "series-5": "#191a1b",
+    "series-6": "#1c1d1e",
+    "series-7": "#1f2021",
 }
-MAX_SERIES = 6
+MAX_SERIES = 8
 #: Lines are told apart without colour too.
 _DASHES = ("solid", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (9, 3)))
+_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short_number(value: float, position: int | None = None) -> str:
+    """
+    Return a number for an axis: no common factor above the plot, thousands as a letter.
+
+    Example:
+    ```python
+    >>> short_number(8e-05), short_number(0.25), short_number(2500), short_number(-3e6)
+    ('8e-05', '0.25', '2.5k', '-3M')
+    ```
+    """
+    size, unit = next(((size, unit) for size, unit in _UNITS if abs(value) >= size), (1, ""))
+    return f"{value / size:g}{unit}"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -38,6 +55,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(_STAND_INS["line"])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(short_number)
     axes.tick_params(colors=_STAND_INS["muted"], labelsize=9, length=3)
     axes.xaxis.label.set_color(_STAND_INS["muted"])
     axes.yaxis.label.set_color(_STAND_INS["muted"])
@@ -126,7 +145,7 @@ def draw_lines(
             high = [a + b for a, b in zip(y, half, strict=True)]
             axes.fill_between(x, low, high, color=colour, alpha=0.09, linewidth=0)
         marker = {"marker": "o", "markersize": 4} if len(points) == 1 else {}
-        style = _DASHES[index % MAX_SERIES]
+        style = _DASHES[index % len(_DASHES)]
         axes.plot(x, y, color=colour, linewidth=1.8, linestyle=style, label=title, **marker)
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
@@ -193,7 +212,7 @@ def draw_stacked_bars(
         text = " " + number_format.format(total)
         axes.text(total, row, text, va="center", fontsize=8.5, color=_STAND_INS["ink"])
     # Titles sit above their bars: beside them they would take half of a phone's width.
-    for row, title in enumerate(titles):
+    for row, title in enumerate(titles if len(titles) > 1 else []):
         axes.text(0, row - 0.34, title, va="bottom", ha="left", fontsize=8.5, color=_STAND_INS["ink"])
     axes.set_yticks([])
     axes.set_ylim(len(titles) - 0.5, -0.75)

@@ -91,7 +91,7 @@ def test_memory(run, capsys):
     assert 0 < stats["offloaded_bytes"] == stats["restored_bytes"]
     assert done["plan"].chosen.activations == "selective"  # not all fits, and recomputing attention costs least
     told = capsys.readouterr().out
-    assert "<- the fastest that fits" in told and "to switch on: gradient_checkpointing=True" in told
+    assert "<- the fastest that fits" in told and "to switch on: activation_checkpointing=True" in told
 
 
 def test_resume(run, capsys):

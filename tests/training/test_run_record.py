@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -99,6 +100,7 @@ def test_what_a_record_holds(tmp_path):
 
 def test_no_secret_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "very-private-value")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", SECRET, "--key=very-private-value"])
     record = RunRecordCallback()
     trainer = make(tmp_path, record, hub_token=SECRET, run_name="run of very-private-value")
