@@ -139,6 +139,8 @@ class RunRecordCallback(TrainerCallback):
     ) -> None:
         self._charge("evaluate")
         self._event("evaluate", state)
+        if self._store is not None:
+            self._add_evaluation_data(getattr(kwargs.get("eval_dataloader"), "dataset", None))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._charge("save")
@@ -182,6 +184,12 @@ class RunRecordCallback(TrainerCallback):
                 self._counts["rows"][last.removeprefix("rows_")] += value * generations
             elif name.startswith("effi/time_"):
                 self._counts["phases"][last.removeprefix("time_")] += value * updates
+
+    def _add_evaluation_data(self, dataset: Any) -> None:
+        found, data = describe_data(dataset), self._store.summary["data"]
+        known = data.get("evaluation", [])
+        if found is not None and found not in known:
+            self._write(lambda: self._store.save(data={**data, "evaluation": [*known, found]}))
 
     def _totals(self) -> dict[str, Any]:
         parts = {name: {key: round(n) for key, n in part.items()} for name, part in self._counts.items() if part}

@@ -92,7 +92,8 @@ def test_yaml_is_valid(page: str, line: int, code: str, tmp_path: Path, capsys: 
 def test_no_block_escapes() -> None:
     for page in PAGES:
         languages = re.findall(r"^```(.*)\n(?:.*\n)*?^```$", page.read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(languages) <= CHECKED, f"{page.name}: {set(languages) - CHECKED} is run by nothing"
+        others = {"text"} if page.name == "migrating.md" else set()  # code of the tools that one comes from
+        assert set(languages) <= CHECKED | others, f"{page.name}: {set(languages) - CHECKED} is run by nothing"
 
 
 def test_readme_snippets_are_short_and_there_are_three() -> None:

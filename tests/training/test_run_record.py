@@ -84,6 +84,8 @@ def test_what_a_record_holds(tmp_path):
     assert found["arguments"]["per_device_train_batch_size"] == 4
     assert found["schedule"]["kind"] == "wsd" and found["methods"] == ["reptile", "wsd"]
     assert found["data"]["train"]["rows"] == 32 and len(found["data"]["train"]["fingerprint"]) == 16
+    (evaluation,) = found["data"]["evaluation"]  # evaluated twice on the same four rows
+    assert evaluation["rows"] == 4 and evaluation["fingerprint"] != found["data"]["train"]["fingerprint"]
     assert found["model"]["class"] == "Qwen3ForCausalLM"
     assert found["model"]["parameters"] == sum(p.numel() for p in trainer.model.parameters())
     assert {"torch", "transformers"} <= set(found["versions"]) and found["machine"]["cores"] >= 1
@@ -220,6 +222,7 @@ def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_
     assert {"gen", "reward", "train"} <= set(found["totals"]["phases"])
     assert {"difficulty_filter", "exact_savings"} <= set(found["methods"])
     assert found["totals"]["tokens_forwarded_per_real_token"] >= 1
+    assert found["totals"]["tokens"]["saved"] >= 0
 
 
 def test_sft(tmp_path):
