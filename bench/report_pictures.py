@@ -1,8 +1,9 @@
 """
-Pictures of the report for the docs: `python -m bench.report_pictures` (about five minutes on a CPU, needs chromium).
+Pictures of the report for the docs: `python -m bench.report_pictures` (minutes on a CPU, needs chromium and mkdocs).
 
 Trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact savings and WSD, writes the pages
-of `hf-effi report`, and photographs them into `docs/images`. Runs that are there already are not repeated.
+of `hf-effi report`, and photographs them and the front page of the docs into `docs/images`. Runs that are there already are
+not repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ for _name, _value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "fals
 
 from bench._schema import ROOT  # noqa: E402  (the threads are set before torch is loaded)
 
+IMAGES = ROOT / "docs" / "images"
 WIDTH = 1120
 TITLE = "filter + CPPO + WSD"
 #: What the run of the picture adds to the demo's settings.
@@ -67,17 +69,27 @@ def train(folder: Path, methods: dict[str, Any] | None, seed: int, steps: int) -
     ).train()
 
 
-def photograph(page: Path, picture: Path, browser: str) -> None:
+def photograph(page: Path, name: str, browser: str) -> None:
     """Take a picture of the whole page at a laptop's width."""
     measured = page.with_suffix(".height.html")
     measured.write_text(page.read_text(encoding="utf-8").replace("</body>", _HEIGHT), encoding="utf-8")
-    options = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    size = f"--window-size={WIDTH},1000"
-    document = subprocess.run([*options, size, "--dump-dom", measured.as_uri()], capture_output=True, check=True)
-    height = re.search(rb"<title>height (\d+)", document.stdout).group(1).decode()
+    document = browse(browser, f"--window-size={WIDTH},1000", "--dump-dom", measured.as_uri())
+    height = re.search(rb"<title>height (\d+)", document).group(1).decode()
     measured.unlink()
-    shot = [*options, f"--window-size={WIDTH},{height}", f"--screenshot={picture}", page.as_uri()]
-    subprocess.run(shot, capture_output=True, check=True)
+    browse(browser, f"--window-size={WIDTH},{height}", f"--screenshot={IMAGES / name}.png", page.as_uri())
+
+
+def photograph_docs(folder: Path, browser: str) -> None:
+    """Build the site and take a picture of the first screen of its front page."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    page = (folder / "index.html").as_uri()
+    browse(browser, "--window-size=1360,1000", f"--screenshot={IMAGES / 'docs_front'}.png", page)
+
+
+def browse(browser: str, *arguments: str) -> bytes:
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    return subprocess.run([browser, *options, *arguments], capture_output=True, check=True).stdout
 
 
 def main() -> int:
@@ -109,7 +121,8 @@ def main() -> int:
     for name, groups in pages.items():
         page = Path(f"{name}.html").resolve()
         page.write_text(render_run_page(groups), encoding="utf-8")
-        photograph(page, ROOT / "docs" / "images" / f"{name}.png", browser)
+        photograph(page, name, browser)
+    photograph_docs(Path("site").resolve(), browser)
     return 0
 
 

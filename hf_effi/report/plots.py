@@ -112,6 +112,7 @@ def draw_lines(
     legend: str = "best",
     phases: Sequence[tuple[float, float, str]] = (),
     from_zero: bool = False,
+    name_one: bool = False,
 ) -> str:
     """
     Draw one line a title, with its band where there is one.
@@ -120,6 +121,7 @@ def draw_lines(
         lines (`Mapping`): Title -> (x, y, half width of the band).
         phases (`Sequence`, *optional*): (from, to, name) along x, written above alternating ground.
         from_zero (`bool`, *optional*): Begin the vertical axis at 0, for what is compared by its size.
+        name_one (`bool`, *optional*): Name a single line too.
 
     Returns:
         `str`: An `<svg>` element.
@@ -154,7 +156,7 @@ def draw_lines(
         top = max(value + half for points in lines.values() for _, value, half in points)
         axes.set_ylim(0, 1.08 * top or 1.0)
     axes.grid(axis="y", color=_STAND_INS["line"], linewidth=0.5, alpha=0.5)
-    if len(lines) > 1:
+    if len(lines) > 1 or name_one:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=_STAND_INS["ink"], loc=legend, handlelength=2.6)
     return _to_svg(figure, f"{y_label} against {x_label}", salt)
 
@@ -190,13 +192,19 @@ def _legend_above(figure: Any) -> None:
 
 
 def draw_stacked_bars(
-    bars: Mapping[str, Mapping[str, float]], axis_label: str, salt: str, number_format: str = "{:.0f}"
+    bars: Mapping[str, Mapping[str, float]],
+    axis_label: str,
+    salt: str,
+    number_format: str = "{:.0f}",
+    *,
+    name_one: bool = False,
 ) -> str:
     """
     Draw one horizontal bar a row, split into parts, with the parts named in a legend and the totals at the ends.
 
     Args:
         bars (`Mapping`): Row title -> part name -> size. All rows are drawn in the order of the first.
+        name_one (`bool`, *optional*): Name a single row too.
     """
     figure, axes = _figure(5.0, 0.62 + 0.52 * len(bars) + 0.35)
     parts = list(dict.fromkeys(name for row in bars.values() for name in row))
@@ -212,7 +220,7 @@ def draw_stacked_bars(
         text = " " + number_format.format(total)
         axes.text(total, row, text, va="center", fontsize=8.5, color=_STAND_INS["ink"])
     # Titles sit above their bars: beside them they would take half of a phone's width.
-    for row, title in enumerate(titles if len(titles) > 1 else []):
+    for row, title in enumerate(titles if len(titles) > 1 or name_one else []):
         axes.text(0, row - 0.34, title, va="bottom", ha="left", fontsize=8.5, color=_STAND_INS["ink"])
     axes.set_yticks([])
     axes.set_ylim(len(titles) - 0.5, -0.75)

@@ -54,7 +54,8 @@ def curves(groups: Groups) -> dict[str, str]:
         found["Completions dropped, by reason"] = _drops_over_time(next(iter(groups.values())))
     else:
         drops = _lines_of(groups, lambda run: {"dropped": dropped_series(run)})
-        found["Completions dropped"] = _draw(drops, "completions dropped a generation", "drops", from_zero=True)
+        options = {"from_zero": True, "name_one": True}
+        found["Completions dropped"] = _draw(drops, "completions dropped a generation", "drops", **options)
     tokens = _lines_of(groups, token_series)
     found["Tokens so far, forwarded and real"] = _draw(tokens, "tokens", "tokens", from_zero=True)
     memory = _lines_of(groups, memory_series)
@@ -126,14 +127,15 @@ def _drops_over_time(runs: Sequence[dict[str, Any]]) -> str:
 def _bars(
     groups: Groups, parts_of: Callable[[Mapping[str, Any]], dict[str, float]], unit: str, salt: str, form: str
 ) -> str:
-    found = {}
-    for title, runs in groups.items():
-        parts = [parts_of(run["totals"]) for run in runs]
-        names = dict.fromkeys(name for part in parts for name in part)
-        mean = {name: statistics.fmean(part.get(name, 0) for part in parts) for name in names}
-        if mean:
-            found[title] = mean
-    return draw_stacked_bars(found, unit, salt, form) if found else ""
+    parts = {title: [parts_of(run["totals"]) for run in runs] for title, runs in groups.items()}
+    parts = {title: own for title, own in parts.items() if any(own)}
+    names = dict.fromkeys(name for own in parts.values() for part in own for name in part)
+    names = sorted(names, key=lambda name: name == "other")  # what is left over goes last
+    found = {
+        title: {name: statistics.fmean(part.get(name, 0) for part in own) for name in names}
+        for title, own in parts.items()
+    }
+    return draw_stacked_bars(found, unit, salt, form, name_one=len(groups) > 1) if found else ""
 
 
 def _rows_of(totals: Mapping[str, Any]) -> dict[str, float]:
@@ -150,7 +152,8 @@ def _tokens_of(totals: Mapping[str, Any]) -> dict[str, float]:
     tokens = totals.get("tokens", {})
     if not tokens.get("forwarded"):
         return {}
-    parts = {"real": tokens["real"], "padding": tokens["forwarded"] - tokens["real"], "saved": tokens.get("saved", 0)}
+    parts = {"real": tokens["real"], "padding": tokens["forwarded"] - tokens["real"]}
+    parts["saved: not forwarded"] = tokens.get("saved", 0)
     return {name: value for name, value in parts.items() if value or name == "real"}
 
 
