@@ -97,12 +97,14 @@ def _describe(args: argparse.Namespace) -> int:
     print(f"{method.title} [{method.kind}, {method.status}]\n{method.summary}\n")
     for label, value in (
         ("source", source),
-        ("code", ", ".join(method.entry_points)),
+        ("code", ", ".join(method.entry_points) or "none: the card says why"),
         ("card", method.card),
         ("tests", ", ".join(method.tests)),
         ("bench", method.bench),
     ):
         print(f"  {label:<7} {value}")
+    if not method.entry_points:
+        return 0
     module, _, attribute = method.entry_points[0].partition(":")
     entry = getattr(importlib.import_module(module), attribute)
     print("\n" + (inspect.getdoc(entry) or "").split("\nArgs:")[0].split("\nExample:")[0].rstrip())

@@ -5,7 +5,7 @@ Docs, `hf-effi list` and the contract tests read it. Nothing dispatches on it.
 
 from __future__ import annotations
 
-from ._methods import data, kernels, long_sequences, observers, rollouts, schedules
+from ._methods import data, kernels, long_sequences, observers, rejected, rollouts, schedules
 from ._methods.row import Kind, Method, Status
 
 __all__ = ["METHODS", "Kind", "Method", "Status", "find_method"]
@@ -17,6 +17,7 @@ METHODS: tuple[Method, ...] = (
     *long_sequences.ROWS,
     *kernels.ROWS,
     *observers.ROWS,
+    *rejected.ROWS,
 )
 
 

@@ -25,7 +25,8 @@ class Method:
         entry_points (`tuple[str, ...]`): Dotted paths of the public objects, `module:attribute`.
         paper (`str`): Title of the source.
         paper_id (`str`): arXiv id, or `""` where there is no paper.
-        status (`str`): `experimental`, then `stable` once our own bench confirms it; `rejected` keeps the card only.
+        status (`str`): `experimental`, then `stable` once our own bench confirms it; `rejected` has a card, a bench and
+            its figures, and no entry point.
         tests (`tuple[str, ...]`): Test files that prove it: the pure function and the run through `trainer.train()`.
         bench (`str`): The script in `bench/` whose committed JSON carries its figures.
     """

@@ -137,7 +137,7 @@ def _lm_head_bwd_kernel(
 
 
 def fold_tile(tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, start: int, shape, outputs) -> None:
-    """Fold one tile of logits into the running statistics: [`hf_effi.kernels.lm_head.fold_tile`] in one launch."""
+    """Fold one tile of logits into the running statistics: [`hf_effi.kernels._lm_head_tiles.fold_tile`] in one launch."""
     _lm_head_fwd_kernel[(tile.shape[0],)](
         tile,
         tile.stride(0),
@@ -160,7 +160,7 @@ def fold_tile(tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, start: 
 
 
 def gradient_tile(tile: Tensor, rows, start: int, shape, *, columns: bool) -> tuple[Tensor, Tensor] | None:
-    """Turn one tile of logits into their gradient: [`hf_effi.kernels.lm_head.gradient_tile`] in one launch."""
+    """Turn one tile of logits into their gradient: [`hf_effi.kernels._lm_head_tiles.gradient_tile`] in one launch."""
     num_rows, num_columns = tile.shape
     grid = (triton.cdiv(num_rows, GRAD_ROWS), triton.cdiv(num_columns, GRAD_COLUMNS))
     partial = torch.empty((2, grid[0], num_columns) if columns else (2, 0), dtype=torch.float32, device=tile.device)

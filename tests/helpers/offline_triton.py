@@ -70,20 +70,21 @@ class _Driver:
 def launches() -> dict[str, Callable[[], Any]]:
     """Return one call of a wrapper for each variant of each kernel that we record."""
     from hf_effi.kernels import _attention_merge_triton, _lm_head_triton
-    from hf_effi.kernels.lm_head import OUTPUTS, _new_statistics, _Rows, _Shape
+    from hf_effi.kernels._lm_head_tiles import Rows, Shape, new_statistics
+    from hf_effi.kernels.lm_head import OUTPUTS
 
     rows, columns = 64, 32_768
     targets, vector = torch.zeros(rows, dtype=torch.long), torch.zeros(rows)
-    plain, capped = _Shape(1.0, None, 1.0), _Shape(0.7, 30.0, 0.5)
+    plain, capped = Shape(1.0, None, 1.0), Shape(0.7, 30.0, 0.5)
     found: dict[str, Callable[[], Any]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         tile = torch.zeros(rows, columns, dtype=dtype)
-        fold = partial(_lm_head_triton.fold_tile, tile, *_new_statistics(tile), targets, 0)
+        fold = partial(_lm_head_triton.fold_tile, tile, *new_statistics(tile), targets, 0)
         found[f"lm_head_fwd log_probs {name}"] = partial(fold, plain, ())
         found[f"lm_head_fwd all {name}"] = partial(fold, capped, OUTPUTS)
         gradient = partial(_lm_head_triton.gradient_tile, tile)
-        one, both = (_Rows(tile, targets, vector, entropy, vector, entropy) for entropy in (None, vector))
+        one, both = (Rows(tile, targets, vector, entropy, vector, entropy) for entropy in (None, vector))
         found[f"lm_head_bwd log_probs {name}"] = partial(gradient, one, 0, plain, columns=False)
         found[f"lm_head_bwd all {name}"] = partial(gradient, both, 0, capped, columns=True)
         for size in (64, 128):

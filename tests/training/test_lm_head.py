@@ -15,6 +15,7 @@ from hf_effi import (
     PatchError,
     patch,
 )
+from hf_effi.kernels import _lm_head_tiles
 from tests.helpers import grpo_args, run_grpo, sft_dataset, tiny_gemma, tiny_llama, tiny_tokenizer, weights_of
 from tests.unit.test_kernel_patch import state_of
 
@@ -143,7 +144,7 @@ def test_bad_settings_are_named(bad):
 def test_a_wrong_head_is_refused_at_apply(tmp_path, monkeypatch):
     trainer = sft(tmp_path)
     before = state_of(trainer.model)
-    monkeypatch.setattr(lm_head, "_add_product", lambda total, left, right: None)
+    monkeypatch.setattr(_lm_head_tiles, "_add_product", lambda total, left, right: None)
     with pytest.raises(PatchError, match="gradient"):
         patch(trainer.model, {"LMHead": FusedLMHead()})
     assert state_of(trainer.model) == before

@@ -124,8 +124,8 @@ def test_rows_without_upstream_gradient_are_not_computed(monkeypatch):
     on_log_probs[[0, 3, 4]] = 0.0
     on_entropy[[0, 3, 7]] = 0.0
     seen = []
-    compute = lm_head._product
-    monkeypatch.setattr(lm_head, "_product", lambda h, *rest: (seen.append(h.shape[0]), compute(h, *rest))[1])
+    compute = lm_head.product
+    monkeypatch.setattr(lm_head, "product", lambda h, *rest: (seen.append(h.shape[0]), compute(h, *rest))[1])
     counters = LMHeadCounters()
     found = lm_head_log_probs(hidden, weight, targets, offset, outputs=ALL, counters=counters)
     ours = gradients(found, (hidden, weight, offset), on_log_probs, on_entropy)

@@ -132,7 +132,7 @@ def test_only_the_kept_tokens_change_in_a_middle_layer(make, checkpointing):
 
 
 def dense_forward(model, dropping, mask, positions):
-    """A Llama whose middle layers loop over rows: each row's kept tokens with their own positions and mask."""
+    """A Llama or Mistral whose middle layers loop over rows: each row's kept tokens with their own positions and mask."""
     decoder = model.model
     hidden = decoder.embed_tokens(IDS)
     for index, layer in enumerate(decoder.layers):
@@ -158,10 +158,11 @@ PADDING = torch.tensor([[1] * 12, [1] * 3 + [0] * 9])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+@pytest.mark.parametrize("kind", ["plain", "packed", "padded", "sliding"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_a_dense_reference_of_the_same_subset(attention, kind, checkpointing):
-    model, reference = (model_of(attn_implementation=attention) for _ in range(2))
+    make, over = (tiny_mistral, {"sliding_window": 4}) if kind == "sliding" else (tiny_llama, {})
+    model, reference = (model_of(make, attn_implementation=attention, **over) for _ in range(2))
     positions, mask, inputs = torch.arange(12).expand(2, -1), CAUSAL.expand(2, -1, -1), {}
     if kind == "packed":
         documents = (PACKED == 0).cumsum(-1)
@@ -170,6 +171,8 @@ def test_gradients_equal_a_dense_reference_of_the_same_subset(attention, kind, c
     if kind == "padded":
         inputs = {"attention_mask": PADDING}
         mask = mask & PADDING.bool()[:, None, :]
+    if kind == "sliding":  # the window counts tokens of the sequence, not kept ones
+        mask = mask & CAUSAL.triu(-3)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     dropping = dropping_of(5)
