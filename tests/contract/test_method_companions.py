@@ -117,10 +117,10 @@ def test_changelog_mentions_it(method):
 
 
 def test_which_method_places_it(method):
-    """Whoever looks for a method by the bottleneck finds it; a rejected one is no advice."""
+    """Whoever looks for a method by the bottleneck finds it."""
     page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
     placed = f"(methods/{method.key}.md)" in page
-    assert placed is (method.status != "rejected"), f"docs/which-method.md: {method.key} is {method.status}"
+    assert placed or method.status == "rejected", f"docs/which-method.md does not place {method.key}"
 
 
 def test_every_card_has_a_row():
