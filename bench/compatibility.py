@@ -20,8 +20,8 @@ from bench._schema import ROOT, command_line, headline, write_result
 from bench.tables import packages
 
 
-#: It compares the tables with their results, of which this one is only being made.
-_LEFT_OUT = "tests/contract/test_bench_schema.py::test_tables_equal_their_json"
+#: Judges result files and their tables, of which this one is only being made.
+_LEFT_OUT = "tests/contract/test_bench_schema.py"
 
 
 def installed(name: str) -> str | None:
@@ -37,7 +37,7 @@ def run_contract_tests() -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "contract.xml"
         command = [sys.executable, "-m", "pytest", "-q", "tests/contract", f"--junitxml={report}"]
-        command += ["--deselect", _LEFT_OUT]
+        command += ["--ignore", _LEFT_OUT]
         subprocess.run(command, cwd=ROOT, check=False)
         suite = ElementTree.parse(report).getroot().find("testsuite")
     count = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
