@@ -19,7 +19,6 @@ from xml.etree import ElementTree
 from bench._schema import ROOT, command_line, headline, write_result
 from bench.tables import packages
 
-
 #: Judges result files and their tables, of which this one is only being made.
 _LEFT_OUT = "tests/contract/test_bench_schema.py"
 
