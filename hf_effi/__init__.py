@@ -60,6 +60,7 @@ _PUBLIC = {
     "SequenceParallelArguments": "hf_effi.trainers._sequence_parallel",
     "SequenceParallelError": "hf_effi.parallel",
     "SequenceParallelMixin": "hf_effi.trainers._sequence_parallel",
+    "SharedPrefixCollator": "hf_effi.trainers._prefix_collator",
     "TokenBudgetBatchSampler": "hf_effi.samplers",
     "TokenCounter": "hf_effi.functional.schedules",
     "TrainDoctor": "hf_effi.callbacks.doctor",
@@ -78,6 +79,7 @@ _PUBLIC = {
     "extend_rope": "hf_effi.recipes.long_context",
     "extend_to": "hf_effi.functional.schedules",
     "from_card": "hf_effi.hub.recipe",
+    "group_by_prompt": "hf_effi.trainers._prefix_collator",
     "infinite": "hf_effi.functional.schedules",
     "inverse_sqrt": "hf_effi.functional.schedules",
     "join": "hf_effi.functional.schedules",
@@ -89,6 +91,7 @@ _PUBLIC = {
     "one_cycle": "hf_effi.functional.schedules",
     "patch": "hf_effi.kernels",
     "plan_memory": "hf_effi.report.plan_memory",
+    "plan_shared_prefix": "hf_effi.functional.shared_prefix",
     "plot_schedules": "hf_effi.report.schedule_plot",
     "power": "hf_effi.functional.schedules",
     "prolong_stages": "hf_effi.recipes.long_context",
@@ -172,6 +175,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         wsdc,
     )
     from .functional.segment_attention import AttentionPattern  # noqa: F401
+    from .functional.shared_prefix import plan_shared_prefix  # noqa: F401
     from .hub.callback import HubCallback  # noqa: F401
     from .hub.recipe import from_card  # noqa: F401
     from .kernels import (  # noqa: F401  # noqa: F401
@@ -203,6 +207,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .trainers._length_mixin import SequenceLengthMixin  # noqa: F401
     from .trainers._masking import MaskingRatioCurriculum  # noqa: F401
     from .trainers._metadata import MetadataCollator, MetadataConditioning  # noqa: F401
+    from .trainers._prefix_collator import SharedPrefixCollator, group_by_prompt  # noqa: F401
     from .trainers._sampler_mixin import SamplerMixin  # noqa: F401
     from .trainers._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin  # noqa: F401
     from .trainers.grpo import EffiGRPOTrainer  # noqa: F401

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.gpu._measure import Bench
+from bench.prototypes.sparse_24 import transposable_mask
+from bench.shared_prefix import Shape, draw_rows, packed_batch, padded_batch, shared_batch
 from hf_effi.kernels import FusedLoRALinear, TiledMLP, patch
 from hf_effi.kernels.attention_merge import merge_attention, merge_attention_reference
 from hf_effi.kernels.lm_head import LMHeadCounters, lm_head_log_probs, lm_head_reference
+from hf_effi.kernels.shared_prefix import check_shared_prefix
+from hf_effi.parallel.varlen import register_varlen_attention
 
 Figures = dict[str, float]
 PAPER_EPS = 2.0**-12
@@ -224,6 +228,29 @@ def attention_merge(bench: Bench) -> Figures:
     return {"attention_merge_terabytes_per_second": 8 * direction.nbytes / found["hf_effi"] / 1e9}
 
 
+def shared_prefix(bench: Bench) -> Figures:
+    """One layer of Llama 3 8B on 2 prompts of 1024 tokens with 8 completions each, of about 400 tokens."""
+    rows = draw_rows(Shape(bench.size(1024, 6), bench.size(400, 3), bench.size(1024, 5)), seed=0)
+    model = _llama_layer(bench)
+    varlen = copy.deepcopy(model)
+    varlen.set_attn_implementation(register_varlen_attention())
+    check_shared_prefix(varlen)
+    contenders = {
+        "padded": (model, padded_batch(rows)),
+        "packed": (varlen, packed_batch(rows)),
+        "shared": (varlen, shared_batch(rows)),
+    }
+
+    def step(model: nn.Module, batch: dict[str, Any]) -> Callable[[], Any]:
+        batch = {name: t.to(bench.device) if isinstance(t, Tensor) else t for name, t in batch.items()}
+        batch |= {"input_ids": batch["input_ids"] % model.config.vocab_size}
+        del batch["labels"]
+        return lambda: torch.autograd.grad(model(**batch).last_hidden_state.sum(), list(model.parameters()))
+
+    found = bench.time("shared_prefix", {name: step(*parts) for name, parts in contenders.items()})
+    return {f"shared_prefix_speedup_over_{name}": found[name] / found["shared"] for name in ("padded", "packed")}
+
+
 # --- LoRA layer and tiled MLP -----------------------------------------------------------------------------------------
 
 
@@ -310,6 +337,111 @@ def tiled_mlp(bench: Bench) -> Figures:
     return figures
 
 
+# --- 2:4 sparse FFN ----------------------------------------------------------------------------------------------------
+
+
+class _SparseLinear(torch.autograd.Function):
+    """`x W^T` and `dy W` from packed 2:4 weights; `dy^T x` from a packed `dy^T`, or dense where `pack` is `None`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, packed: Tensor, packed_t: Tensor, pack: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.packed_t, ctx.pack = packed_t, pack
+        return F.linear(x, packed)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        dy = dy.contiguous()
+        columns = dy.t() if ctx.pack is None else ctx.pack(_two_of_four(dy.t().contiguous()))
+        return F.linear(dy, ctx.packed_t), columns @ x, None, None, None
+
+
+def _two_of_four(values: Tensor) -> Tensor:
+    """Prune by a fixed pattern, one read and one write: the least that an unbiased choice can cost."""
+    return (values.view(len(values), -1, 4) * values.new_tensor([2.0, 2.0, 0.0, 0.0])).flatten(1)
+
+
+def _unpacked(values: Tensor) -> Tensor:
+    """Take the place of torch's packing on the CPU, where there is none; it asks for the same layout."""
+    if not values.is_contiguous():
+        raise ValueError("what is packed must be contiguous.")
+    return values
+
+
+class _SparseMLP(nn.Module):
+    """The SwiGLU of `mlp` with 2:4 weights, which are packed, and packed transposed, in every call if `repack`."""
+
+    def __init__(self, mlp: nn.Module, pack: Callable[[Tensor], Tensor], repack: bool, sparse_grad: bool) -> None:
+        super().__init__()
+        self.mlp, self.pack, self.repack, self.sparse_grad = mlp, pack, repack, sparse_grad
+        self.masks = {linear: transposable_mask(linear.weight) for linear in self._linears()}
+        self.packed = {linear: self._both(linear) for linear in self.masks}
+
+    def _linears(self) -> list[nn.Linear]:
+        return [self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj]
+
+    def _both(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        pruned = linear.weight.detach() * self.masks[linear]
+        return self.pack(pruned), self.pack(pruned.t().contiguous())
+
+    def _linear(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        packed = self._both(linear) if self.repack else self.packed[linear]
+        return _SparseLinear.apply(x, linear.weight, *packed, self.pack if self.sparse_grad else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self._linears()
+        return self._linear(down, F.silu(self._linear(gate, x)) * self._linear(up, x))
+
+
+def sparse_24_ffn(bench: Bench) -> Figures:
+    """Forward and backward of the MLP of Llama 3 8B at 16384 tokens: dense against torch's 2:4 products."""
+    tokens = bench.size(16_384, 32)
+    mlp = _llama_layer(bench).layers[0].mlp
+    hidden, inner = mlp.gate_proj.in_features, mlp.gate_proj.out_features
+    case = f"sparse_24_ffn {tokens}x{hidden}x{inner}"
+    if not bench.is_dry and not torch.backends.cusparselt.is_available():
+        bench.skip(case, "2:4", "this torch has no cuSPARSELt")
+        return {}
+    pack = _unpacked if bench.is_dry else torch.sparse.to_sparse_semi_structured
+    sparse = {
+        "2:4 weights": _SparseMLP(mlp, pack, repack=True, sparse_grad=False),
+        "2:4 weights and gradients": _SparseMLP(mlp, pack, repack=True, sparse_grad=True),
+        "2:4 weights and gradients, packed before": _SparseMLP(mlp, pack, repack=False, sparse_grad=True),
+    }
+    x = bench.draw(tokens, hidden).requires_grad_()
+
+    def step(model: nn.Module, parameters: list[Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(model(x).sum(), [x, *parameters])
+
+    _check_sparse_product(bench, case, sparse["2:4 weights"], x[: bench.size(512, 32)])
+    found = bench.time(
+        case, {name: step(model, list(mlp.parameters())) for name, model in {"dense": mlp, **sparse}.items()}
+    )
+    return {"sparse_24_ffn_speedup": found["dense"] / min(found["2:4 weights"], found["2:4 weights and gradients"])}
+
+
+def _check_sparse_product(bench: Bench, case: str, sparse: _SparseMLP, x: Tensor) -> None:
+    linear = sparse.mlp.gate_proj
+    pruned = linear.weight.detach() * sparse.masks[linear]
+    rows, direction = x.detach(), bench.draw(len(x), linear.out_features)
+
+    def run(product: Callable[[Tensor], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        leaf = rows.to(dtype).requires_grad_()
+        y = product(leaf)
+        return {"y": y.detach(), "dx": torch.autograd.grad(y, leaf, direction.to(dtype))[0]}
+
+    def dense(leaf: Tensor) -> Tensor:
+        return F.linear(leaf, pruned.to(leaf.dtype))
+
+    bench.check(
+        case,
+        run(lambda leaf: sparse._linear(linear, leaf), bench.dtype),
+        run(dense, bench.dtype),
+        run(dense, torch.float64),
+    )
+
+
 CASES: tuple[Callable[[Bench], Figures], ...] = (
     rooflines,
     correctness,
@@ -317,5 +449,7 @@ CASES: tuple[Callable[[Bench], Figures], ...] = (
     lora_layer,
     tiled_mlp,
     attention_merge,
+    sparse_24_ffn,
+    shared_prefix,
     other_heads,
 )

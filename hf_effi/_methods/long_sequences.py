@@ -154,6 +154,27 @@ ROWS: tuple[Method, ...] = (
         bench="bench/activation_memory.py",
     ),
     Method(
+        key="shared_prefix",
+        title="Shared prompts (Prefix Grouper)",
+        kind="parallel",
+        summary="Forwards a prompt once for all of its completions, with the loss and gradients of separate rows.",
+        entry_points=(
+            "hf_effi.trainers._prefix_collator:SharedPrefixCollator",
+            "hf_effi.trainers._prefix_collator:group_by_prompt",
+            "hf_effi.functional.shared_prefix:plan_shared_prefix",
+            "hf_effi.kernels.shared_prefix:shared_prefix_attention",
+        ),
+        paper="Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward",
+        paper_id="2506.05433",
+        status="experimental",
+        tests=(
+            "tests/unit/test_shared_prefix.py",
+            "tests/training/test_shared_prefix.py",
+            "tests/distributed/test_shared_prefix_ranks.py",
+        ),
+        bench="bench/shared_prefix.py",
+    ),
+    Method(
         key="sparse_long_attention",
         title="Hybrid sparse attention (LongGen)",
         kind="parallel",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.modeling_utils import AttentionInterface
 
 from ..functional.segment_attention import AttentionPattern, segment_attention
+from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
 
 #: what `attn_implementation=` takes
 VARLEN_ATTENTION = "hf_effi_varlen"
@@ -33,6 +34,19 @@ class _Segments(NamedTuple):
     max_k: int
     index_q: torch.Tensor | None = None
     index_k: torch.Tensor | None = None
+
+
+def _unknown_prefix(*call: Any) -> torch.Tensor:
+    raise SharedPrefixError("A shared prefix: call hf_effi.kernels.shared_prefix.check_shared_prefix(model) first.")
+
+
+_prefix_attention: Callable[..., torch.Tensor] = _unknown_prefix
+
+
+def set_prefix_attention(function: Callable[..., torch.Tensor]) -> None:
+    """Let `function` compute rows with a shared prefix: it merges by a kernel, and kernels import this module."""
+    global _prefix_attention
+    _prefix_attention = function
 
 
 def register_varlen_attention() -> str:
@@ -96,9 +110,10 @@ def varlen_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     Attention function of transformers' interface: `(batch, heads, length, head_dim)` in, `(batch, length, heads,
-    head_dim)` out.
+    head_dim)` out. With the arguments of [`PrefixSegments`], branches also attend to the prefix that they share.
 
     Raises:
+        SharedPrefixError: a shared prefix with a KV cache, several rows, a window that is too short, a sparse pattern.
         VarlenAttentionError: dropout, soft-capped logits, learned sinks, a 4-D mask, attention weights as an output; on
             CUDA fp32, or heads wider than 256.
     """
@@ -106,6 +121,14 @@ def varlen_attention_forward(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     pattern = _pattern_of(module, sliding_window)
     batch, _, length, _ = query.shape
+    prefix = PrefixSegments.from_kwargs(kwargs)
+    if prefix is not None:
+        name, segments = type(module).__name__, (cu_seq_lens_q, max_length_q)
+        if attention_mask is not None:
+            raise SharedPrefixError(
+                f"{name}: rows that share a prompt have no padding, got an attention mask with zeros."
+            )
+        return _prefix_attention(name, query, key, value, *segments, prefix, causal, pattern, scaling), None
     if cu_seq_lens_q is not None:
         segments = _given_segments(batch * length, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     else:
@@ -254,8 +277,18 @@ def _kernel(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    q, k, v = kernel_inputs(q, k, v)
+    kwargs = _kernel_arguments(inspect.signature(varlen_attn).parameters, window, q.shape[1] // k.shape[1])
+    if "enable_gqa" not in kwargs and q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    # int32 and on the device is what the kernel reads; collators make the bounds on the CPU.
+    bounds = (b.to(q.device, torch.int32) for b in (segments.bounds_q, segments.bounds_k))
+    return varlen_attn(q, k, v, *bounds, segments.max_q, segments.max_k, scale=scaling, **kwargs)
+
+
+def kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors in the dtype of autocast, if torch's kernel takes them."""
+    q, k, v = in_autocast_dtype(q, k, v)
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise VarlenAttentionError(
             f"torch's variable-length attention takes bf16 and fp16, got {q.dtype}. Train with bf16=True, or load the "
@@ -266,12 +299,16 @@ def _kernel(
             f"torch's variable-length attention takes heads of one width up to {_MAX_HEAD_DIM}, got {q.shape[-1]} for "
             f"queries and {v.shape[-1]} for values. Use attn_implementation='sdpa'."
         )
-    kwargs = _kernel_arguments(inspect.signature(varlen_attn).parameters, window, q.shape[1] // k.shape[1])
-    if "enable_gqa" not in kwargs and q.shape[1] != k.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    # int32 and on the device is what the kernel reads; collators make the bounds on the CPU.
-    bounds = (b.to(q.device, torch.int32) for b in (segments.bounds_q, segments.bounds_k))
-    return varlen_attn(q, k, v, *bounds, segments.max_q, segments.max_k, scale=scaling, **kwargs)
+    return q, k, v
+
+
+def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors as autocast gives them to attention: all in its dtype, but for double precision."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _kernel_arguments(known: Iterable[str], window: tuple[int, int], groups: int) -> dict[str, Any]:

@@ -171,6 +171,17 @@ SIGNATURES = {
     "accelerate.data_loader:DataLoaderDispatcher.set_epoch": "self epoch",
 }
 
+#: operator of torch -> the names of its arguments: what shared prompts call with a log-sum-exp of their own
+OPERATORS = {
+    "torch_attn._varlen_attn": "query key value cu_seq_q cu_seq_k max_q max_k is_causal scale window_size enable_gqa"
+    " seqused_k block_table num_splits",
+    "torch_attn._varlen_attn_backward": "grad_out query key value out lse cu_seq_q cu_seq_k max_q max_k is_causal"
+    " rng_state scale window_size",
+    "aten._scaled_dot_product_flash_attention_for_cpu": "query key value dropout_p is_causal attn_mask scale",
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": "grad_out query key value out logsumexp dropout_p"
+    " is_causal attn_mask scale",
+}
+
 #: constant -> value
 CONSTANTS = {
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "checkpoint",
@@ -501,6 +512,20 @@ def listed(owner: str = "") -> set[str]:
     """Return the last names of the paths in the tables above."""
     paths = [path for path in (*SIGNATURES, *CONSTANTS) if path.startswith(owner)]
     return {path.replace(":", ".").rsplit(".", 1)[-1] for path in paths}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_of_torch(operator):
+    importlib.import_module("torch.nn.attention.varlen")
+    namespace, _, name = operator.partition(".")
+    schema = getattr(getattr(torch.ops, namespace), name).default._schema
+    assert " ".join(argument.name for argument in schema.arguments) == OPERATORS[operator]
+
+
+def test_models_say_whether_they_hand_arguments_to_their_attention():
+    assert resolve("transformers:PreTrainedModel")._supports_attention_backend is False
+    assert tiny_qwen3()._supports_attention_backend is True
+    assert tiny_qwen3(attn_implementation="eager").config._attn_implementation == "eager"
 
 
 def test_every_override_is_listed():

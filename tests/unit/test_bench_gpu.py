@@ -29,8 +29,18 @@ def test_the_whole_script_runs(result):
     assert by_name["all_results_correct"] == 1.0
     for name in ("lm_head_fwd_bwd_ms", "lm_head_trl_fwd_bwd_ms", "lora_layer_speedup", "tiled_mlp_vs_checkpoint"):
         assert by_name[name] > 0
+    assert by_name["sparse_24_ffn_speedup"] > 0
+    assert all(row["ok"] for row in result["rows"] if "ok" in row)
     cases = {row["case"].split()[0].rstrip(",") for row in result["rows"]}
-    assert cases == {"roofline", "lm_head", "attention_merge", "lora_layer", "tiled_mlp"}
+    assert cases == {
+        "attention_merge",
+        "lm_head",
+        "lora_layer",
+        "roofline",
+        "shared_prefix",
+        "sparse_24_ffn",
+        "tiled_mlp",
+    }
     assert all(row["peak_mib"] is None for row in result["rows"] if "milliseconds" in row)
 
 

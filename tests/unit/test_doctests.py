@@ -25,6 +25,7 @@ EXTRA_MODULES = (
     "hf_effi.recipes.long_context",
     "hf_effi.report.plan_memory",
     "hf_effi.trainers._metadata",
+    "hf_effi.trainers._prefix_collator",
     "hf_effi.trainers._rewards",
     "hf_effi.trainers.grpo_config",
 )
