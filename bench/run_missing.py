@@ -10,7 +10,7 @@ from pathlib import Path
 from bench._schema import RESULTS, ROOT
 
 #: Modules of this folder that are no benchmarks.
-_NOT_BENCHES = {"render", "run_missing"}
+_NOT_BENCHES = {"render", "report_pictures", "run_missing", "tables"}
 
 
 def benches(folder: Path = ROOT / "bench") -> list[str]:

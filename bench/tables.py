@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import configparser
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from hf_effi.methods import METHODS, Method
 from hf_effi.report.card import markdown_table
@@ -34,24 +36,48 @@ def other_sources_table(root: Path, methods: Sequence[Method] = METHODS) -> str:
     return markdown_table(["card", "source", "status"], rows, numbers=False)
 
 
-def versions_table(root: Path) -> str:
-    """Return one row a package: the range that `setup.cfg` accepts and the version of `constraints.txt`."""
+class Package(NamedTuple):
+    """A requirement of `setup.cfg`; `extra` is empty for one that is always needed."""
+
+    name: str
+    accepted: str
+    extra: str
+
+
+def packages(root: Path) -> list[Package]:
+    """Return what `setup.cfg` asks for, without the extras of people who work on hf_effi itself."""
     config = configparser.ConfigParser()
     config.read(root / "setup.cfg", encoding="utf-8")
-    tested = dict(
-        line.split("==") for line in (root / "constraints.txt").read_text(encoding="utf-8").split() if "==" in line
-    )
     wanted = {"": config["options"]["install_requires"]}
     wanted |= {name: text for name, text in config["options.extras_require"].items() if name not in _DEVELOPMENT}
-    rows = [["Python", f"`{config['options']['python_requires']}`", "", "always"]]
-    for extra, text in wanted.items():
-        for line in text.splitlines():
-            if not (found := _REQUIREMENT.match(line.strip())):
-                continue
-            name, version = found.group(1), found.group(3).strip()
-            use = f"extra `{extra}`" if extra else "always"
-            rows.append([name, f"`{version}`", tested.get(name, "not in CI"), use])
-    return markdown_table(["package", "accepted", "tested", "needed"], rows, numbers=False)
+    lines = [(extra, line.strip()) for extra, text in wanted.items() for line in text.splitlines()]
+    found = [(extra, _REQUIREMENT.match(line)) for extra, line in lines]
+    return [Package(match.group(1), match.group(3).strip(), extra) for extra, match in found if match]
+
+
+def pins(root: Path) -> dict[str, str]:
+    """Return package -> version of `constraints.txt`."""
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").split()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def versions_table(root: Path) -> str:
+    """Return one row a package: the range that `setup.cfg` accepts, and the version that the contract tests passed with."""
+    path = root / "bench" / "results" / "compatibility.json"
+    if not path.exists():
+        return "*Not tested yet: `python -m bench.compatibility` writes `bench/results/compatibility.json`.*"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    tested = {row["package"]: row["installed"] for row in result["rows"]}
+    count = {item["name"].removeprefix("contract_tests_"): item["value"] for item in result["headline"]}
+    config = configparser.ConfigParser()
+    config.read(root / "setup.cfg", encoding="utf-8")
+    rows = [["Python", f"`{config['options']['python_requires']}`", tested.get("Python") or "", "always"]]
+    for name, accepted, extra in packages(root):
+        use = f"extra `{extra}`" if extra else "always"
+        rows.append([name, f"`{accepted}`", tested.get(name) or "not in CI", use])
+    table = markdown_table(["package", "accepted", "tested", "needed"], rows, numbers=False)
+    outcome = ", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped"))
+    return f"{table}\n\n<sub>{result['date']}, commit {result['commit']}; contract tests: {outcome}; `{result['command']}`</sub>"
 
 
 VIEWS = {"papers": papers_table, "other_sources": other_sources_table, "versions": versions_table}

@@ -1,10 +1,13 @@
 """
-Write the notebooks from the scripts. A line `# %%` begins a cell; the docstring becomes the first, in Markdown.
+Write the notebooks from the scripts, with what they print. A line `# %%` begins a cell; the docstring becomes the first,
+in Markdown.
 
     python examples/make_notebooks.py
 """
 
 import ast
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -36,6 +39,21 @@ def notebook_of(script):
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
+def run(notebook):
+    """Run the cells, keep what each prints without the Trainer's progress, and return the variables."""
+    scope, count = {"__name__": "__main__"}, 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        count, printed = count + 1, io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("".join(cell["source"]), f"cell {count}", "exec"), scope)
+        lines = [line for line in printed.getvalue().splitlines(keepends=True) if "'epoch':" not in line]
+        cell["execution_count"] = count
+        cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": lines}] if lines else []
+    return scope
+
+
 def text_of(notebook):
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
@@ -43,5 +61,7 @@ def text_of(notebook):
 if __name__ == "__main__":
     for name in NOTEBOOKS:
         target = HERE / f"{name}.ipynb"
-        target.write_text(text_of(notebook_of(HERE / f"{name}.py")), encoding="utf-8")
+        notebook = notebook_of(HERE / f"{name}.py")
+        run(notebook)
+        target.write_text(text_of(notebook), encoding="utf-8")
         print(target.name)

@@ -57,7 +57,7 @@ print("to switch on:", how_to_switch_on(plan.chosen) if plan.chosen else "nothin
 
 # %% The switches, as callbacks
 patches, offload = PatchCallback(tile_loss, tile_mlp), ActivationOffloadCallback()
-settings = {**settings, "max_steps": args.max_steps, "gradient_checkpointing": True}
+settings = {**settings, "max_steps": args.max_steps, "activation_checkpointing": True}
 trainer = Trainer(
     model,
     TrainingArguments(output_dir, **settings),

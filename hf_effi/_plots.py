@@ -20,12 +20,29 @@ _STAND_INS = {
     "series-3": "#131415",
     "series-4": "#161718",
     "series-5": "#191a1b",
+    "series-6": "#1c1d1e",
+    "series-7": "#1f2021",
 }
 #: The same names for a picture that stands alone: opaque paper is readable on a light and on a dark page.
 _ON_PAPER = {"paper": "#ffffff", "ink": "#1b2330", "muted": "#5a6575", "line": "#c9d0da", "series-1": "#1769c2"}
-MAX_SERIES = 6
+MAX_SERIES = 8
 #: Lines are told apart without colour too.
 _DASHES = ("solid", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (9, 3)))
+_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short_number(value: float, position: int | None = None) -> str:
+    """
+    Return a number for an axis: no common factor above the plot, thousands as a letter.
+
+    Example:
+    ```python
+    >>> short_number(8e-05), short_number(0.25), short_number(2500), short_number(-3e6)
+    ('8e-05', '0.25', '2.5k', '-3M')
+    ```
+    """
+    size, unit = next(((size, unit) for size, unit in _UNITS if abs(value) >= size), (1, ""))
+    return f"{value / size:g}{unit}"
 
 
 def _figure(width: float, height: float, colours: Mapping[str, str] = _STAND_INS) -> tuple[Any, Any]:
@@ -39,6 +56,8 @@ def _figure(width: float, height: float, colours: Mapping[str, str] = _STAND_INS
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(colours["line"])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(short_number)
     axes.tick_params(colors=colours["muted"], labelsize=9, length=3)
     axes.xaxis.label.set_color(colours["muted"])
     axes.yaxis.label.set_color(colours["muted"])
@@ -109,6 +128,7 @@ def draw_lines(
     legend: str = "best",
     phases: Sequence[tuple[float, float, str]] = (),
     from_zero: bool = False,
+    name_one: bool = False,
 ) -> str:
     """
     Draw one line a title, with its band where there is one.
@@ -117,6 +137,7 @@ def draw_lines(
         lines (`Mapping`): Title -> (x, y, half width of the band).
         phases (`Sequence`, *optional*): (from, to, name) along x, written above alternating ground.
         from_zero (`bool`, *optional*): Begin the vertical axis at 0, for what is compared by its size.
+        name_one (`bool`, *optional*): Name a single line too.
 
     Returns:
         `str`: An `<svg>` element.
@@ -142,7 +163,7 @@ def draw_lines(
             high = [a + b for a, b in zip(y, half, strict=True)]
             axes.fill_between(x, low, high, color=colour, alpha=0.09, linewidth=0)
         marker = {"marker": "o", "markersize": 4} if len(points) == 1 else {}
-        style = _DASHES[index % MAX_SERIES]
+        style = _DASHES[index % len(_DASHES)]
         axes.plot(x, y, color=colour, linewidth=1.8, linestyle=style, label=title, **marker)
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
@@ -151,7 +172,7 @@ def draw_lines(
         top = max(value + half for points in lines.values() for _, value, half in points)
         axes.set_ylim(0, 1.08 * top or 1.0)
     axes.grid(axis="y", color=_STAND_INS["line"], linewidth=0.5, alpha=0.5)
-    if len(lines) > 1:
+    if len(lines) > 1 or name_one:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=_STAND_INS["ink"], loc=legend, handlelength=2.6)
     return _to_svg(figure, f"{y_label} against {x_label}", salt)
 
@@ -187,13 +208,19 @@ def _legend_above(figure: Any) -> None:
 
 
 def draw_stacked_bars(
-    bars: Mapping[str, Mapping[str, float]], axis_label: str, salt: str, number_format: str = "{:.0f}"
+    bars: Mapping[str, Mapping[str, float]],
+    axis_label: str,
+    salt: str,
+    number_format: str = "{:.0f}",
+    *,
+    name_one: bool = False,
 ) -> str:
     """
     Draw one horizontal bar a row, split into parts, with the parts named in a legend and the totals at the ends.
 
     Args:
         bars (`Mapping`): Row title -> part name -> size. All rows are drawn in the order of the first.
+        name_one (`bool`, *optional*): Name a single row too.
     """
     figure, axes = _figure(5.0, 0.62 + 0.52 * len(bars) + 0.35)
     parts = list(dict.fromkeys(name for row in bars.values() for name in row))
@@ -209,7 +236,7 @@ def draw_stacked_bars(
         text = " " + number_format.format(total)
         axes.text(total, row, text, va="center", fontsize=8.5, color=_STAND_INS["ink"])
     # Titles sit above their bars: beside them they would take half of a phone's width.
-    for row, title in enumerate(titles):
+    for row, title in enumerate(titles if len(titles) > 1 or name_one else []):
         axes.text(0, row - 0.34, title, va="bottom", ha="left", fontsize=8.5, color=_STAND_INS["ink"])
     axes.set_yticks([])
     axes.set_ylim(len(titles) - 0.5, -0.75)

@@ -70,7 +70,7 @@ class ActivationOffloadCallback(_LayerModesCallback):
 
     Example:
     ```python
-    args = TrainingArguments("out", gradient_checkpointing=True)
+    args = TrainingArguments("out", activation_checkpointing=True)
     Trainer(model, args, train_dataset=rows, callbacks=[ActivationOffloadCallback()]).train()
     ```
     """
@@ -114,7 +114,7 @@ class SelectiveCheckpointCallback(_LayerModesCallback):
 
     Example:
     ```python
-    args = GRPOConfig("out", gradient_checkpointing=True)
+    args = GRPOConfig("out", activation_checkpointing=True)
     GRPOTrainer(model, reward, args, train_dataset=rows, callbacks=[SelectiveCheckpointCallback()]).train()
     ```
     """
@@ -150,7 +150,7 @@ class MemoryBudgetCallback(_LayerModesCallback):
 
     Example:
     ```python
-    args = TrainingArguments("out", gradient_checkpointing=True)
+    args = TrainingArguments("out", activation_checkpointing=True)
     callback = MemoryBudgetCallback(budget_gib=40)
     Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
     print(callback.modes)

@@ -98,7 +98,7 @@ class RunRecordCallback(TrainerCallback):
             "data": {"train": describe_data(getattr(loader, "dataset", None))},
             "max_steps": state.max_steps,
             "processes": args.world_size,
-            "command": shlex.join(sys.argv),
+            "command": command_line(),
             "machine": describe_machine(),
             "versions": installed_versions(),
             "commit": {"hf_effi": current_commit(), "project": commit_of(Path.cwd())},
@@ -139,6 +139,8 @@ class RunRecordCallback(TrainerCallback):
     ) -> None:
         self._charge("evaluate")
         self._event("evaluate", state)
+        if self._store is not None:
+            self._add_evaluation_data(getattr(kwargs.get("eval_dataloader"), "dataset", None))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._charge("save")
@@ -170,6 +172,8 @@ class RunRecordCallback(TrainerCallback):
         # The trainer's own count also has the passes without a gradient, on all processes.
         self._counts["tokens"]["forwarded"] += logs.get("effi/tokens_forward", 0) * updates or forwarded
         self._counts["tokens"]["real"] += logs.get("effi/tokens_real", 0) * updates or real
+        if "effi/tokens_saved" in logs:
+            self._counts["tokens"]["saved"] += logs["effi/tokens_saved"] * updates
         for name, value in logs.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 continue
@@ -180,6 +184,12 @@ class RunRecordCallback(TrainerCallback):
                 self._counts["rows"][last.removeprefix("rows_")] += value * generations
             elif name.startswith("effi/time_"):
                 self._counts["phases"][last.removeprefix("time_")] += value * updates
+
+    def _add_evaluation_data(self, dataset: Any) -> None:
+        found, data = describe_data(dataset), self._store.summary["data"]
+        known = data.get("evaluation", [])
+        if found is not None and found not in known:
+            self._write(lambda: self._store.save(data={**data, "evaluation": [*known, found]}))
 
     def _totals(self) -> dict[str, Any]:
         parts = {name: {key: round(n) for key, n in part.items()} for name, part in self._counts.items() if part}
@@ -218,6 +228,13 @@ class RunRecordCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.close()
         self._store = self._watch = None
+
+
+def command_line() -> str:
+    """Return the command of this process; a module that `python -m` runs is told by its name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = [sys.argv[0]] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """The main job: a small policy, a verifiable task, and TRL's trainer beside ours on the same work."""
 
-from .toy import Toy, toy
+from .toy import Toy, logged, toy
 
-__all__ = ["Toy", "toy"]
+__all__ = ["Toy", "logged", "toy"]

@@ -116,7 +116,7 @@ def grpo_arguments(settings: DemoSettings, seed: int, output_dir: str) -> dict[s
         # bf16 is 60 to 500 times slower than fp32 on CPUs without bf16 instructions, and TRL turns it on by default.
         "bf16": False,
         "use_cpu": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "logging_steps": 1,
         "report_to": "none",
         "save_strategy": "no",

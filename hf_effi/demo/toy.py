@@ -66,7 +66,7 @@ def toy(size: int = 64, seed: int = 0) -> Toy:
         cpu_args={
             "use_cpu": True,
             "bf16": False,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "report_to": "none",
             "save_strategy": "no",
             "max_steps": 3,
@@ -74,3 +74,18 @@ def toy(size: int = 64, seed: int = 0) -> Toy:
             "logging_steps": 1,
         },
     )
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    """
+    Return what a trainer logged under a name, in order.
+
+    Example:
+    ```python
+    >>> from types import SimpleNamespace
+    >>> trainer = SimpleNamespace(state=SimpleNamespace(log_history=[{"loss": 2.0}, {"eval_loss": 3.0}, {"loss": 1.5}]))
+    >>> logged(trainer, "loss")
+    [2.0, 1.5]
+    ```
+    """
+    return [float(entry[name]) for entry in trainer.state.log_history if name in entry]

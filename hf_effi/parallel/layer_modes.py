@@ -76,7 +76,7 @@ def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     if off:
         raise LayerModeError(
             f"gradient checkpointing is off in {off} of the {len(layers)} layers of {type(model).__name__}. Set "
-            "gradient_checkpointing=True in the training arguments, without every_n_layers; without a Trainer, call "
+            "activation_checkpointing=True in the training arguments, without every_n_layers; without a Trainer, call "
             "model.activation_checkpointing_enable() first."
         )
     return layers

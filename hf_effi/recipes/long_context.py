@@ -122,7 +122,7 @@ class LongContextStage:
             "adam_beta1": 0.9,
             "adam_beta2": 0.95,
             "max_grad_norm": 1.0,
-            "gradient_checkpointing": True,
+            "activation_checkpointing": True,
         }
 
 

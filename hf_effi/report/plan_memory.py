@@ -26,9 +26,9 @@ SHARDINGS = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
 COLUMNS = ("parameters", "gradients", "optimizer", "weight_copies", "activations", "working", "logits", "kv_cache")
 #: what turns on each way to keep activations
 _ACTIVATION_SWITCHES = {
-    "selective": "gradient_checkpointing=True with SelectiveCheckpointCallback()",
-    "checkpoint": "gradient_checkpointing=True",
-    "offload": "gradient_checkpointing=True with ActivationOffloadCallback()",
+    "selective": "activation_checkpointing=True with SelectiveCheckpointCallback()",
+    "checkpoint": "activation_checkpointing=True",
+    "offload": "activation_checkpointing=True with ActivationOffloadCallback()",
     "stream": "PatchCallback(stream_layers)",
 }
 ESTIMATES = (
@@ -88,7 +88,7 @@ def how_to_switch_on(switches: Switches) -> str:
     Example:
     ```python
     >>> how_to_switch_on(Switches(activations="checkpoint", tiled_loss=True))
-    'gradient_checkpointing=True; PatchCallback(tile_loss), which TRL trainers do not need'
+    'activation_checkpointing=True; PatchCallback(tile_loss), which TRL trainers do not need'
 
     ```
     """

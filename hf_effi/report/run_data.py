@@ -95,6 +95,27 @@ def memory_series(run: dict[str, Any]) -> dict[str, dict[float, float]]:
     return found
 
 
+def token_series(run: dict[str, Any]) -> dict[str, dict[float, float]]:
+    """Return "forwarded" and "real" -> step -> tokens so far, of all segments: also work that was done twice."""
+    found: dict[str, dict[float, float]] = {}
+    last: dict[int, dict[str, float]] = {}
+    for event in run["events"]:
+        if tokens := event.get("totals", {}).get("tokens"):
+            last[event["segment"]] = tokens
+            for name in ("forwarded", "real"):
+                found.setdefault(name, {})[event["step"]] = sum(segment.get(name, 0) for segment in last.values())
+    return found
+
+
+def dropped_series(run: dict[str, Any]) -> dict[float, float]:
+    """Return step -> completions dropped a generation, for any reason."""
+    total: dict[float, float] = {}
+    for name in names_of([run], "effi/dropped/"):
+        for step, value in series(run, name).items():
+            total[step] = total.get(step, 0.0) + value
+    return total
+
+
 def names_of(runs: Iterable[dict[str, Any]], prefix: str) -> list[str]:
     """Return the names of logged metrics with this prefix, in the order they first appear."""
     return list(

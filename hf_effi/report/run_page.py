@@ -13,72 +13,98 @@ from typing import Any
 from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from ..functional.doctor import Finding
 from .page import environment
-from .run_data import NoRunError, load_group, mean_and_band, memory_series, names_of, phases_of, series
+from .run_data import (
+    NoRunError,
+    Point,
+    dropped_series,
+    load_group,
+    mean_and_band,
+    memory_series,
+    names_of,
+    phases_of,
+    series,
+    token_series,
+)
 
 TEMPLATE = "run.html.jinja"
 #: More phases than this are the wiggles of a learning rate, not phases.
 _MOST_PHASES = 6
+#: the trainer's name of a phase -> what the page calls it
+_PHASES = {"gen": "generation", "reward": "reward", "logp": "log-probs", "train": "training"}
 #: A stacked plot stays readable with this many steps.
 _MOST_COLUMNS = 200
 
 Groups = Mapping[str, Sequence[dict[str, Any]]]
 
 
-def figures(groups: Groups) -> dict[str, str]:
+def curves(groups: Groups) -> dict[str, str]:
     """
-    Return caption -> inline SVG, of what the runs recorded.
+    Return caption -> inline SVG, over the steps, of what the runs recorded.
 
     Args:
         groups (`Mapping`): Title -> runs of one setting; several are seeds, and get a mean with its 95 % band.
     """
-    steps, found = "optimizer steps", {}
-    loss = _lines(groups, {"training": "loss", "evaluation": "eval_loss"})
-    found["Loss"] = loss and draw_lines(loss, steps, "loss", "loss")
+    found = {"Loss": _draw(_lines(groups, {"training": "loss", "evaluation": "eval_loss"}), "loss", "loss")}
     rates = _lines(groups, {"learning rate": "learning_rate"})
-    if rates:
-        phases = phases_of(next(iter(rates.values()))) if len(rates) == 1 else []
-        phases = phases if len(phases) <= _MOST_PHASES else []
-        found["Learning rate and its phases"] = draw_lines(
-            rates, steps, "learning rate", "lr", phases=phases, from_zero=True
-        )
-    rewards = _lines(groups, {"generated": "effi/reward_generated", "kept": "effi/reward_kept"})
-    rewards = rewards or _lines(groups, {"reward": "reward"})
-    found["Reward before and after filters"] = rewards and draw_lines(rewards, steps, "mean reward", "reward")
+    phases = phases_of(next(iter(rates.values()))) if len(rates) == 1 else []
+    phases = phases if len(phases) <= _MOST_PHASES else []
+    found["Learning rate and its phases"] = _draw(rates, "learning rate", "lr", phases=phases, from_zero=True)
+    rewards = _lines(groups, {"generated": "effi/reward_generated", "kept": "effi/reward_kept"}, {"reward": "reward"})
+    found["Reward before and after filters"] = _draw(rewards, "mean reward", "reward")
     if len(groups) == 1:
         found["Completions dropped, by reason"] = _drops_over_time(next(iter(groups.values())))
-    found["Completions of the run"] = _bars(groups, _rows_of, "completions", "rows", "{:,.0f}")
-    tokens = {"forwarded": "effi/tokens_forward", "real": "effi/tokens_real"}
-    per_step = _lines(groups, tokens)
-    found["Tokens forwarded and real tokens"] = per_step and draw_lines(
-        per_step, steps, "tokens a step", "tokens", from_zero=True
-    )
-    found["Time of the run"] = _bars(groups, _seconds_of, "seconds", "time", "{:,.1f}")
-    memory = _memory_lines(groups)
-    found["Peak memory so far"] = memory and draw_lines(memory, steps, "GiB", "memory", from_zero=True)
+    else:
+        drops = _lines_of(groups, lambda run: {"dropped": dropped_series(run)})
+        options = {"from_zero": True, "name_one": True}
+        found["Completions dropped"] = _draw(drops, "completions dropped a generation", "drops", **options)
+    tokens = _lines_of(groups, token_series)
+    found["Tokens so far, forwarded and real"] = _draw(tokens, "tokens", "tokens", from_zero=True)
+    memory = _lines_of(groups, memory_series)
+    found["Peak memory so far"] = _draw(memory, "GiB", "memory", from_zero=True)
     return {caption: svg for caption, svg in found.items() if svg}
 
 
-def _lines(groups: Groups, measures: Mapping[str, str]) -> dict[str, list[tuple[float, float, float]]]:
+def bars(groups: Groups) -> dict[str, str]:
+    """Return caption -> inline SVG of whole runs: completions, tokens and time, means over the runs of a setting."""
+    found = {
+        "Completions of the run": _bars(groups, _rows_of, "completions", "rows", "{:,.0f}"),
+        "Tokens of the run": _bars(groups, _tokens_of, "tokens", "tokensum", "{:,.0f}"),
+        "Time of the run": _bars(groups, _seconds_of, "seconds", "time", "{:,.1f}"),
+    }
+    return {caption: svg for caption, svg in found.items() if svg}
+
+
+def _draw(lines: Mapping[str, Sequence[Point]], y_label: str, salt: str, **options: Any) -> str:
+    return draw_lines(lines, "optimizer steps", y_label, salt, **options) if lines else ""
+
+
+def _lines(
+    groups: Groups, measures: Mapping[str, str], otherwise: Mapping[str, str] | None = None
+) -> dict[str, list[Point]]:
+    """Return label -> curve of logged metrics; `otherwise` stands in for a group that has none of `measures`."""
+
+    def read(run: dict[str, Any]) -> dict[str, dict[float, float]]:
+        found = {label: series(run, name) for label, name in measures.items()}
+        return (
+            found if any(found.values()) else {label: series(run, name) for label, name in (otherwise or {}).items()}
+        )
+
+    return _lines_of(groups, read)
+
+
+def _lines_of(
+    groups: Groups, read: Callable[[dict[str, Any]], Mapping[str, dict[float, float]]]
+) -> dict[str, list[Point]]:
     """Name lines by what differs: the group, the measure, or both."""
     found = {}
-    runs_of_all = [run for runs in groups.values() for run in runs]
-    measures = {label: name for label, name in measures.items() if any(series(run, name) for run in runs_of_all)}
     for title, runs in groups.items():
-        for label, name in measures.items():
-            curve = mean_and_band([series(run, name) for run in runs])
-            if curve:
-                found[label if len(groups) == 1 else f"{title}, {label}" if len(measures) > 1 else title] = curve
+        parts = [read(run) for run in runs]
+        labels = dict.fromkeys(label for part in parts for label in part)
+        own = {label: mean_and_band([part.get(label, {}) for part in parts]) for label in labels}
+        own = {label: curve for label, curve in own.items() if curve}
+        for label, curve in own.items():
+            found[label if len(groups) == 1 else title if len(own) == 1 else f"{title}, {label}"] = curve
     return dict(list(found.items())[: 2 * MAX_SERIES])
-
-
-def _memory_lines(groups: Groups) -> dict[str, list[tuple[float, float, float]]]:
-    found = {}
-    for title, runs in groups.items():
-        peaks = [memory_series(run) for run in runs]
-        for where in dict.fromkeys(name for peak in peaks for name in peak):
-            label = where if len(groups) == 1 else f"{title}, {where}"
-            found[label] = mean_and_band([peak.get(where, {}) for peak in peaks])
-    return {label: points for label, points in found.items() if points}
 
 
 def _drops_over_time(runs: Sequence[dict[str, Any]]) -> str:
@@ -102,14 +128,15 @@ def _drops_over_time(runs: Sequence[dict[str, Any]]) -> str:
 def _bars(
     groups: Groups, parts_of: Callable[[Mapping[str, Any]], dict[str, float]], unit: str, salt: str, form: str
 ) -> str:
-    bars = {}
-    for title, runs in groups.items():
-        parts = [parts_of(run["totals"]) for run in runs]
-        names = dict.fromkeys(name for part in parts for name in part)
-        mean = {name: statistics.fmean(part.get(name, 0) for part in parts) for name in names}
-        if mean:
-            bars[title] = mean
-    return draw_stacked_bars(bars, unit, salt, form) if bars else ""
+    parts = {title: [parts_of(run["totals"]) for run in runs] for title, runs in groups.items()}
+    parts = {title: own for title, own in parts.items() if any(own)}
+    names = dict.fromkeys(name for own in parts.values() for part in own for name in part)
+    names = sorted(names, key=lambda name: name == "other")  # what is left over goes last
+    found = {
+        title: {name: statistics.fmean(part.get(name, 0) for part in own) for name in names}
+        for title, own in parts.items()
+    }
+    return draw_stacked_bars(found, unit, salt, form, name_one=len(groups) > 1) if found else ""
 
 
 def _rows_of(totals: Mapping[str, Any]) -> dict[str, float]:
@@ -122,16 +149,27 @@ def _rows_of(totals: Mapping[str, Any]) -> dict[str, float]:
     return {"trained": rows.get("trained", 0), **drops, **({"no gradient": rest} if rest > 0 else {})}
 
 
+def _tokens_of(totals: Mapping[str, Any]) -> dict[str, float]:
+    tokens = totals.get("tokens", {})
+    if not tokens.get("forwarded"):
+        return {}
+    parts = {"real": tokens["real"], "padding": tokens["forwarded"] - tokens["real"]}
+    parts["saved: not forwarded"] = tokens.get("saved", 0)
+    return {name: value for name, value in parts.items() if value or name == "real"}
+
+
 def _seconds_of(totals: Mapping[str, Any]) -> dict[str, float]:
-    """Split the training time into the trainer's own phases where it tells them."""
+    """Split the time of the steps into the trainer's own phases where it tells them; less than 1 % is no part."""
     seconds = dict(totals.get("seconds", {}))
-    phases = {name: value for name, value in totals.get("phases", {}).items() if value}
-    words = {"gen": "generation", "logp": "log-probs", "train": "training"}
-    if phases and "train" in seconds:
-        rest = seconds.pop("train") - sum(phases.values())
-        seconds = {**{words.get(name, name): value for name, value in phases.items()}, **seconds}
-        seconds["other"] = seconds.get("other", 0.0) + max(0.0, rest)
-    return {name: value for name, value in seconds.items() if value >= 0.005}
+    phases, step = totals.get("phases", {}), seconds.pop("train", 0.0)
+    parts = {word: phases.get(name, 0.0) for name, word in _PHASES.items()}
+    parts["whole step" if not phases else "other"] = max(0.0, step - sum(parts.values()))
+    for name, value in seconds.items():
+        parts[name] = parts.get(name, 0.0) + value
+    whole = sum(parts.values())
+    small = [name for name, value in parts.items() if name != "other" and value < 0.01 * whole]
+    parts["other"] = parts.pop("other", 0.0) + sum(parts.pop(name) for name in small)
+    return {name: value for name, value in parts.items() if value >= 0.005}
 
 
 def facts(runs: Sequence[dict[str, Any]], as_text: bool = True) -> dict[str, Any]:
@@ -152,6 +190,10 @@ def facts(runs: Sequence[dict[str, Any]], as_text: bool = True) -> dict[str, Any
         generated = totals.get("rows", {}).get("generated")
         return 100 * sum(totals.get("drops", {}).values()) / generated if generated else None
 
+    def saved(run: dict[str, Any]) -> float | None:
+        tokens = run["totals"].get("tokens", {})
+        return 100 * tokens["saved"] / (tokens["saved"] + tokens["forwarded"]) if tokens.get("saved") else None
+
     def peak(run: dict[str, Any], where: str) -> float | None:
         value = run["totals"].get("peak_memory_bytes", {}).get(where)
         return value / 2**30 if value else None
@@ -159,12 +201,13 @@ def facts(runs: Sequence[dict[str, Any]], as_text: bool = True) -> dict[str, Any
     found = {
         "runs": str(len(runs)) if as_text else len(runs),
         "steps": mean(lambda run: run.get("progress", {}).get("step"), "{:,.0f}"),
-        "loss at the end": mean(lambda run: last(run, "loss"), "{:.4g}"),
-        "reward at the end": mean(lambda run: last(run, "reward"), "{:.4g}"),
+        "loss at the end": mean(lambda run: last(run, "loss"), "{:.3g}"),
+        "reward at the end": mean(lambda run: last(run, "reward"), "{:.3g}"),
         "wall-clock": mean(lambda run: sum(run["totals"].get("seconds", {}).values()) or None, "{:,.1f} s"),
         "tokens forwarded per real token": mean(
             lambda run: run["totals"].get("tokens_forwarded_per_real_token"), "{:.2f}"
         ),
+        "tokens saved": mean(saved, "{:.1f} %"),
         "completions dropped": mean(dropped, "{:.1f} %"),
         "peak memory, host": mean(lambda run: peak(run, "host"), "{:.2f} GiB"),
         "peak memory, accelerator": mean(lambda run: peak(run, "accelerator"), "{:.2f} GiB"),
@@ -192,7 +235,8 @@ def render_run_page(groups: Groups) -> str:
             title=" beside ".join(groups),
             groups=tables,
             names=list(names),
-            svg=figures(groups),
+            curves=curves(groups),
+            bars=bars(groups),
             findings=list(findings),
             first=first,
             seeds=max(len(runs) for runs in groups.values()),

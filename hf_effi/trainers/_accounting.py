@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 PHASES = ("gen", "reward", "logp", "train")
-COUNTERS = ("tokens_forward", "tokens_real", "rows_generated", "rows_trained")
+COUNTERS = ("tokens_forward", "tokens_real", "tokens_saved", "rows_generated", "rows_trained")
 
 
 class AccountingMixin:
@@ -73,7 +73,7 @@ class AccountingMixin:
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         values = dict(zip(COUNTERS, counts.tolist(), strict=True))
-        for name in ("tokens_forward", "tokens_real"):
+        for name in ("tokens_forward", "tokens_real", "tokens_saved"):
             metrics[f"effi/{name}"].append(values[name])
         if values["tokens_real"]:
             metrics["effi/pad_ratio"].append(1 - values["tokens_real"] / max(values["tokens_forward"], 1))

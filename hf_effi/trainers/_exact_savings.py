@@ -129,7 +129,7 @@ class ExactSavingsMixin:
         active = self._active_rows if self._active_rows is not None and len(self._active_rows) == rows else None
         plain = compute_aux_loss or any(value is not None for value in multimodal.values())
         if plain or not self.model.training or ("trim" not in self.exact_savings and active is None):
-            self._count_forward(int(attention_mask.sum()), input_ids.numel())
+            self._count_forward(int(attention_mask.sum()), input_ids.numel(), saved=0)
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -143,7 +143,8 @@ class ExactSavingsMixin:
         columns = (input_ids.size(1) - logits_to_keep, logits_to_keep)
         plan = self._plan_forward(attention_mask, columns, active, batch_size)
         order = [row for bucket in plan for row in bucket.rows]
-        self._count_forward(int(attention_mask[order].sum()), sum(bucket.tokens for bucket in plan))
+        forwarded = sum(bucket.tokens for bucket in plan)
+        self._count_forward(int(attention_mask[order].sum()), forwarded, saved=input_ids.numel() - forwarded)
         logps, entropies = [], []
         for bucket in plan:
             part = self._forward_bucket(model, input_ids, attention_mask, columns, bucket, compute_entropy)
@@ -210,11 +211,12 @@ class ExactSavingsMixin:
         logps = scatter_completion(logps, offsets, completions, columns[1])
         return logps, scatter_completion(entropies, offsets, completions, columns[1]) if compute_entropy else None
 
-    def _count_forward(self, real: int, forwarded: int) -> None:
+    def _count_forward(self, real: int, forwarded: int, saved: int) -> None:
         # The other ranks of a sequence-parallel group count their own rows.
         if self.model.training and self._works_on_own_batch:
             self._effi_counters["tokens_real"] += real
             self._effi_counters["tokens_forward"] += forwarded
+            self._effi_counters["tokens_saved"] += saved
 
 
 def _has_gradient(rows: dict[str, Any]) -> Tensor:

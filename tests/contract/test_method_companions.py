@@ -117,6 +117,13 @@ def test_changelog_mentions_it(method):
     assert method.title in text, f"CHANGELOG.md does not mention {method.title!r}"
 
 
+def test_which_method_places_it(method):
+    """Whoever looks for a method by the bottleneck finds it."""
+    page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    placed = f"(methods/{method.key}.md)" in page
+    assert placed or method.status == "rejected", f"docs/which-method.md does not place {method.key}"
+
+
 def test_every_card_has_a_row():
     cards = {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")} - {"index"}
     assert cards <= set(KEYS), f"cards without a row in methods.py: {sorted(cards - set(KEYS))}"

@@ -1,33 +1,101 @@
-"""Every Python block of README and of the method cards runs as it stands, from an empty folder."""
+"""Every block of code in README and docs runs, or is checked as far as it goes: Python asserts, commands parse, YAML is valid."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
+
+from hf_effi import cli
+from hf_effi.cli_train import make_parser
 
 from hf_effi import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Languages of blocks, each with a test below.
+CHECKED = {"python", "bash", "yaml"}
 
 
-def blocks() -> list[tuple[str, int, str]]:
+def blocks(language: str = "python") -> list[tuple[str, int, str]]:
+    """Return page, first line and code of each block."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             line = text[: match.start()].count("\n") + 2
             found.append((page.relative_to(ROOT).as_posix(), line, match.group(1)))
     return found
 
 
-@pytest.mark.parametrize(("page", "line", "code"), [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in blocks()])
+def each(language: str) -> pytest.MarkDecorator:
+    params = [pytest.param(*block, id=f"{block[0]}:{block[1]}") for block in blocks(language)]
+    return pytest.mark.parametrize(("page", "line", "code"), params)
+
+
+@each("python")
 def test_block_runs(page: str, line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # Blank lines in front, so that a traceback names the line of the page.
     exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), {"__name__": "__docs__"})
+
+
+def test_every_block_asserts_its_effect() -> None:
+    for page, line, code in blocks():
+        assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code))), (
+            f"{page}:{line} asserts nothing"
+        )
+
+
+@each("bash")
+def test_commands_exist(page: str, line: int, code: str) -> None:
+    for command in code.replace("\\\n", " ").splitlines():
+        for part in command.partition(" #")[0].split("&&"):
+            if words := shlex.split(part):
+                check_command(words)
+
+
+def check_command(words: list[str]) -> None:
+    """Fail where a command of ours has a name or an option that does not exist. Nothing is run."""
+    if words[:3] == ["accelerate", "launch", "-m"]:
+        assert words[3] == "hf_effi.cli"
+        words = ["hf-effi", *words[4:]]
+    program, *arguments = words
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(arguments) <= set(targets), words
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / (words[2].replace(".", "/") + ".py")).exists(), words
+    elif program == "python":
+        assert (ROOT / words[1]).exists(), words
+    elif program == "hf-effi" and arguments[0] in ("grpo", "sft"):
+        known = {f.name for cls in make_parser(arguments[0]).dataclass_types for f in dataclasses.fields(cls)}
+        given = {word.removeprefix("--") for word in arguments if word.startswith("--")}
+        assert given <= known | {"config"}, words
+    elif program == "hf-effi":
+        cli.build_parser(arguments).parse_args(arguments)  # exits where it does not understand
+    else:
+        assert program in ("pip", "git", "cd", "torchrun"), f"{program}: a command that nothing here checks"
+
+
+@each("yaml")
+def test_yaml_is_valid(page: str, line: int, code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Without a GPU, transformers refuses the default of bf16.
+    config = {"use_cpu": True, "bf16": False, "output_dir": "out", **yaml.safe_load(code)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert cli.main(["validate", str(tmp_path / "run.yaml")]) == 0, capsys.readouterr().err
+
+
+def test_no_block_escapes() -> None:
+    for page in PAGES:
+        languages = re.findall(r"^```(.*)\n(?:.*\n)*?^```$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        others = {"text"} if page.name == "migrating.md" else set()  # code of the tools that one comes from
+        assert set(languages) <= CHECKED | others, f"{page.name}: {set(languages) - CHECKED} is run by nothing"
 
 
 def test_readme_snippets_are_short_and_there_are_three() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import runpy
 import subprocess
@@ -91,7 +90,7 @@ def test_memory(run, capsys):
     assert 0 < stats["offloaded_bytes"] == stats["restored_bytes"]
     assert done["plan"].chosen.activations == "selective"  # not all fits, and recomputing attention costs least
     told = capsys.readouterr().out
-    assert "<- the fastest that fits" in told and "to switch on: gradient_checkpointing=True" in told
+    assert "<- the fastest that fits" in told and "to switch on: activation_checkpointing=True" in told
 
 
 def test_resume(run, capsys):
@@ -193,16 +192,17 @@ def test_two_ranks_share_a_row(tmp_path):
 
 
 @pytest.mark.parametrize("name", MAKER["NOTEBOOKS"])
-def test_notebook_is_its_script_and_runs(name, monkeypatch, tmp_path):
+def test_notebook_is_its_script_and_shows_what_it_prints(name, monkeypatch, tmp_path):
     committed = (EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8")
-    assert committed == MAKER["text_of"](MAKER["notebook_of"](EXAMPLES / f"{name}.py")), "run make_notebooks.py"
+    notebook = MAKER["notebook_of"](EXAMPLES / f"{name}.py")
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {"__name__": "__main__"}
-    notebook = json.loads(committed)
-    for number, cell in enumerate(notebook["cells"]):
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"{name}.ipynb[{number}]", "exec"), scope)
+    scope = MAKER["run"](notebook)
     assert scope["trainer"].state.global_step == scope["trainer"].state.max_steps
+    assert notebook["cells"][-1]["outputs"], "the last cell says what the run did"
+    # Another processor takes another time and may round otherwise: numbers are left out, with the spaces that pad them.
+    times_or_numbers = re.compile(r'^ *"\*{5}.*\n|[\s+-]*\d[\d.e+-]*', re.MULTILINE)
+    shape = [times_or_numbers.sub(" #", text) for text in (committed, MAKER["text_of"](notebook))]
+    assert shape[0] == shape[1], "run `python examples/make_notebooks.py`"
 
 
 def test_scripts_are_short_listed_and_tested():

@@ -160,6 +160,16 @@ def test_log_probs_only_for_rows_with_a_gradient(tmp_path: Any) -> None:
     assert first["effi/tokens_real"] == 2 * second["effi/tokens_real"]
 
 
+def test_forwarded_and_saved_tokens_are_those_of_the_stock_trainer(tmp_path: Any) -> None:
+    off, on = (
+        train(EffiGRPOTrainer, tmp_path, exact_savings=names, max_steps=1, gradient_accumulation_steps=2)
+        for names in ("off", "trim,skip")
+    )
+    off, on = off.state.log_history[0], on.state.log_history[0]
+    assert off["effi/tokens_saved"] == 0 < on["effi/tokens_saved"]
+    assert on["effi/tokens_forward"] + on["effi/tokens_saved"] == off["effi/tokens_forward"]
+
+
 def test_peft_and_reference_model(tmp_path: Any) -> None:
     from peft import LoraConfig
 

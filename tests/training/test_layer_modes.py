@@ -95,7 +95,7 @@ def test_train_again_after_a_failure(tmp_path):
 
 def test_off_is_an_error_by_name(tmp_path):
     for callback in make_callbacks():
-        with pytest.raises(LayerModeError, match="Set gradient_checkpointing=True"):
+        with pytest.raises(LayerModeError, match="Set activation_checkpointing=True"):
             plain(tmp_path, callback, checkpointing=False)
     with pytest.raises(LayerModeError, match="use_reentrant=True"):
         plain(tmp_path, ActivationOffloadCallback(), gradient_checkpointing_kwargs={"use_reentrant": True})

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -83,6 +84,8 @@ def test_what_a_record_holds(tmp_path):
     assert found["arguments"]["per_device_train_batch_size"] == 4
     assert found["schedule"]["kind"] == "wsd" and found["methods"] == ["reptile", "wsd"]
     assert found["data"]["train"]["rows"] == 32 and len(found["data"]["train"]["fingerprint"]) == 16
+    (evaluation,) = found["data"]["evaluation"]  # evaluated twice on the same four rows
+    assert evaluation["rows"] == 4 and evaluation["fingerprint"] != found["data"]["train"]["fingerprint"]
     assert found["model"]["class"] == "Qwen3ForCausalLM"
     assert found["model"]["parameters"] == sum(p.numel() for p in trainer.model.parameters())
     assert {"torch", "transformers"} <= set(found["versions"]) and found["machine"]["cores"] >= 1
@@ -99,6 +102,7 @@ def test_what_a_record_holds(tmp_path):
 
 def test_no_secret_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "very-private-value")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", SECRET, "--key=very-private-value"])
     record = RunRecordCallback()
     trainer = make(tmp_path, record, hub_token=SECRET, run_name="run of very-private-value")
@@ -218,6 +222,7 @@ def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_
     assert {"gen", "reward", "train"} <= set(found["totals"]["phases"])
     assert {"difficulty_filter", "exact_savings"} <= set(found["methods"])
     assert found["totals"]["tokens_forwarded_per_real_token"] >= 1
+    assert found["totals"]["tokens"]["saved"] >= 0
 
 
 def test_sft(tmp_path):

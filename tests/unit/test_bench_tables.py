@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib import metadata
+
 import pytest
 
 from bench import render, tables
@@ -30,28 +33,58 @@ test =
 def root(tmp_path):
     (tmp_path / "constraints.txt").write_text(CONSTRAINTS)
     (tmp_path / "setup.cfg").write_text(SETUP)
+    record(tmp_path)
     return tmp_path
 
 
+def record(root, failed=0, **versions):
+    """Write what `bench.compatibility` would."""
+    versions = {"Python": "3.11.9", "torch": "2.13.0+cpu", "jinja2": "3.1.6", "trl": None, **versions}
+    headline = [
+        {"name": f"contract_tests_{name}", "value": n}
+        for name, n in (("passed", 7), ("failed", failed), ("skipped", 0))
+    ]
+    rows = [{"package": name, "installed": version} for name, version in versions.items()]
+    (root / "bench" / "results").mkdir(parents=True, exist_ok=True)
+    result = {"date": "2030-01-31", "commit": "a8c915a", "command": "python -m x", "headline": headline, "rows": rows}
+    (root / "bench" / "results" / "compatibility.json").write_text(json.dumps(result))
+
+
 def rows_of(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    lines = [line for line in table.splitlines()[2:] if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_versions_name_range_test_and_extra(root):
     assert rows_of(tables.versions_table(root)) == [
-        ["Python", "`>=3.11`", "", "always"],
-        ["torch", "`>=2.6`", "2.13.0", "always"],
+        ["Python", "`>=3.11`", "3.11.9", "always"],
+        ["torch", "`>=2.6`", "2.13.0+cpu", "always"],
         ["trl", "`>=1.16,<1.17`", "not in CI", "always"],
         ["jinja2", "`>=3.1`", "3.1.6", "extra `report`"],
         ["triton", "`>=3.6`", "not in CI", "extra `kernels`"],
     ]
 
 
-def test_a_changed_pin_makes_the_page_stale(root):
+def test_another_version_or_outcome_makes_the_page_stale(root):
     page = render.render_tables("<!-- table:versions -->\n<!-- /table -->\n", root)
-    assert render.render_tables(page, root) == page
-    (root / "constraints.txt").write_text(CONSTRAINTS.replace("2.13.0", "2.14.0"))
-    assert render.render_tables(page, root) == page.replace("2.13.0", "2.14.0")
+    assert render.render_tables(page, root) == page and "7 passed, 0 failed" in page
+    record(root, failed=1, torch="2.14.0")
+    assert render.render_tables(page, root) == page.replace("2.13.0+cpu", "2.14.0").replace("0 failed", "1 failed")
+
+
+def test_the_versions_on_the_page_are_the_pinned_ones_and_these():
+    """CI runs on the pins: what the page calls tested is what this very run has installed."""
+    result = render.load_results()["compatibility"]
+    recorded = {row["package"]: row["installed"] for row in result["rows"] if row["installed"]}
+    for name, pin in tables.pins(ROOT).items():
+        if name in recorded:
+            assert recorded[name].split("+")[0] == pin, (
+                f"{name} is pinned to {pin}: run `python -m bench.compatibility`"
+            )
+            assert metadata.version(name).split("+")[0] == pin, f"{name}: `pip install -c constraints.txt`"
+    assert {package.name for package in tables.packages(ROOT)} <= {row["package"] for row in result["rows"]}
+    (failed,) = (item["value"] for item in result["headline"] if item["name"] == "contract_tests_failed")
+    assert failed == 0
 
 
 def test_every_method_is_in_one_of_the_two_indexes():

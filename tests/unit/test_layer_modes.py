@@ -230,7 +230,7 @@ def test_switching_checkpointing_off_and_on_keeps_the_modes():
 
 def test_errors_name_the_fix():
     model = tiny_qwen3().train()
-    with pytest.raises(LayerModeError, match="gradient_checkpointing=True"):
+    with pytest.raises(LayerModeError, match="activation_checkpointing=True"):
         LayerModes(model, "keep")
     with pytest.raises(LayerModeError, match="no GradientCheckpointingLayer"):
         LayerModes(torch.nn.Linear(2, 2), "keep")

@@ -11,8 +11,8 @@ import pytest
 
 from hf_effi import cli
 from hf_effi._run_record import RunStore
-from hf_effi.report.run_data import NoRunError, load_group, load_run, mean_and_band, phases_of, series
-from hf_effi.report.run_page import facts, figures, render_run_page
+from hf_effi.report.run_data import NoRunError, load_group, load_run, mean_and_band, phases_of, series, token_series
+from hf_effi.report.run_page import _seconds_of, bars, curves, facts, render_run_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CAPTIONS = [
@@ -20,11 +20,10 @@ CAPTIONS = [
     "Learning rate and its phases",
     "Reward before and after filters",
     "Completions dropped, by reason",
-    "Completions of the run",
-    "Tokens forwarded and real tokens",
-    "Time of the run",
+    "Tokens so far, forwarded and real",
     "Peak memory so far",
 ]
+BARS = ["Completions of the run", "Tokens of the run", "Time of the run"]
 
 
 def write_run(folder, shift=0.0, steps=8):
@@ -50,7 +49,7 @@ def write_run(folder, shift=0.0, steps=8):
         totals = {
             "seconds": {"train": 1.0 * step, "data": 0.25 * step},
             "phases": {"gen": 0.5 * step, "train": 0.4 * step},
-            "tokens": {"forwarded": 120 * step, "real": 100 * step},
+            "tokens": {"forwarded": 120 * step, "real": 100 * step, "saved": 80 * step},
             "rows": {"generated": 8 * step, "trained": 8 * step - dropped},
             "drops": {"pruned": dropped},
             "peak_memory_bytes": {"host": 2**30 + step},
@@ -85,13 +84,14 @@ def test_what_is_no_number_is_left_out(tmp_path):
 
 def test_a_record_fills_every_figure(tmp_path):
     group = {"a": load_group(write_run(tmp_path / "a"))}
-    found = figures(group)
-    assert list(found) == CAPTIONS
+    found = curves(group)
+    assert list(found) == CAPTIONS and list(bars(group)) == BARS
     assert "rises" in found["Learning rate and its phases"] and "constant" in found["Learning rate and its phases"]
     assert "too hard" not in found["Completions dropped, by reason"]  # never dropped any
     table = facts(group["a"])
     assert table["completions dropped"] == "12.5 %" and table["tokens forwarded per real token"] == "1.20"
     assert table["wall-clock"] == "10.0 s" and table["loss at the end"] == "0.25"
+    assert table["tokens saved"] == "40.0 %"  # 80 of 200 a step
 
 
 def test_a_stock_state_gives_what_it_has(tmp_path):
@@ -99,8 +99,37 @@ def test_a_stock_state_gives_what_it_has(tmp_path):
     write_state(tmp_path / "out" / "checkpoint-10", 10)
     run = load_run(tmp_path / "out")
     assert run["progress"]["step"] == 10  # the newest by step, not by name
-    assert list(figures({"out": [run]})) == ["Loss", "Learning rate and its phases"]
+    assert list(curves({"out": [run]})) == ["Loss", "Learning rate and its phases"] and bars({"out": [run]}) == {}
     assert "no record was written" in render_run_page({"out": [run]})
+
+
+def test_tokens_add_up_over_the_segments_of_a_resumed_run(tmp_path):
+    for start, values in ((0, (100, 200)), (1, (50,))):
+        store = RunStore(tmp_path)
+        store.begin({}, start)
+        for step, forwarded in enumerate(values, start + 1):
+            store.event("log", step=step, values={}, totals={"tokens": {"forwarded": forwarded, "real": 40 * step}})
+    store.save(progress={"step": 2})
+    assert token_series(load_run(tmp_path))["forwarded"] == {1: 100, 2: 250}  # step 2 was done twice
+
+
+def test_parts_of_the_time_by_hand():
+    phases = {"gen": 60.0, "train": 30.0, "reward": 0.1}
+    seconds = {"train": 95.0, "data": 4.0, "log": 0.5, "other": 0.5}
+    # 4.9 s of the steps are in no phase; reward, log and all that is less than 1 % join them.
+    parts = _seconds_of({"seconds": seconds, "phases": phases})
+    assert parts == pytest.approx({"generation": 60.0, "training": 30.0, "data": 4.0, "other": 6.0})
+    assert _seconds_of({"seconds": {"train": 9.0, "data": 1.0}}) == {"whole step": 9.0, "data": 1.0}
+    assert _seconds_of({}) == {}
+
+
+def test_a_stock_run_beside_ours_shows_its_reward(tmp_path):
+    ours = load_group(write_run(tmp_path / "ours"))
+    write_state(tmp_path / "stock")
+    (stock,) = load_group(tmp_path / "stock")
+    stock["log_history"] = [{"step": step, "reward": 0.1 * step} for step in range(1, 5)]
+    picture = curves({"stock": [stock], "ours": ours})["Reward before and after filters"]
+    assert all(f">{label}<" in picture for label in ("stock", "ours, generated", "ours, kept"))
 
 
 def test_seeds_in_sub_folders_are_one_group(tmp_path):
@@ -195,7 +224,7 @@ def test_nothing_overflows(pages, page, width, dark, tmp_path):
         re.search(r"\{.*\}", in_chromium(scheme, "--window-size=1400,1000", "--dump-dom", path.as_uri()))[0]
     )
     assert found["overflow"] <= 0 and found["right"] <= 0.5
-    assert found["pictures"] == (8 if page == "one" else 7) and found["smallest"] > 40
+    assert found["pictures"] == 9 and found["smallest"] > 40
     light = sum(map(int, re.findall(r"\d+", found["paper"]))) > sum(map(int, re.findall(r"\d+", found["ink"])))
     assert light is not dark
 
