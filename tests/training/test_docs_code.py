@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_effi import cli
+from hf_effi import METHODS, cli
 from hf_effi.cli_train import make_parser
-
-from hf_effi import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
