@@ -233,14 +233,21 @@ def draw_stacked_bars(
         axes.barh(range(len(titles)), sizes, left=left, height=0.55, color=colour, label=part)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for row, total in enumerate(left):
-        text = " " + number_format.format(total)
-        axes.text(total, row, text, va="center", fontsize=8.5, color=_STAND_INS["ink"])
+        axes.annotate(
+            number_format.format(total),
+            (total, row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=_STAND_INS["ink"],
+        )
     # Titles sit above their bars: beside them they would take half of a phone's width.
     for row, title in enumerate(titles if len(titles) > 1 or name_one else []):
         axes.text(0, row - 0.34, title, va="bottom", ha="left", fontsize=8.5, color=_STAND_INS["ink"])
     axes.set_yticks([])
     axes.set_ylim(len(titles) - 0.5, -0.75)
-    axes.set_xlim(0, 1.1 * max([*left, 1e-9]))
+    axes.set_xlim(0, 1.15 * max([*left, 1e-9]))
     axes.set_xlabel(axis_label, fontsize=9)
     _legend_above(figure)
     return _to_svg(figure, f"stacked bars: {axis_label}", salt)
