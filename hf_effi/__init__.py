@@ -108,7 +108,7 @@ _PUBLIC = {
     "stream_layers": "hf_effi.parallel.stream_layer",
     "table": "hf_effi.functional.schedules",
     "tile_loss": "hf_effi.parallel.tiled_loss",
-    "tile_mlp": "hf_effi.parallel.tiled_mlp",
+    "tile_mlp": "hf_effi.kernels.tiled_mlp",
     "tiled_cross_entropy": "hf_effi.parallel.tiled_loss",
     "to_lambda_lr": "hf_effi.functional.schedules",
     "token_indexed": "hf_effi.functional.schedules",
@@ -188,13 +188,13 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
         patch,
         unpatch,
     )
+    from .kernels.tiled_mlp import tile_mlp  # noqa: F401
     from .methods import METHODS, Method  # noqa: F401
     from .parallel import SequenceParallelError  # noqa: F401
     from .parallel.chunk_flow import ChunkFlow  # noqa: F401
     from .parallel.layer_modes import LayerModes  # noqa: F401
     from .parallel.stream_layer import stream_layers  # noqa: F401
     from .parallel.tiled_loss import tile_loss, tiled_cross_entropy  # noqa: F401
-    from .parallel.tiled_mlp import tile_mlp  # noqa: F401
     from .parallel.varlen import register_varlen_attention, set_attention_patterns  # noqa: F401
     from .recipes import cdma, cma, stability_gap  # noqa: F401
     from .recipes.launch import accelerate_config  # noqa: F401

@@ -26,7 +26,9 @@ def summary_lines(run: Mapping[str, Any]) -> list[str]:
     lines = [f"***** hf_effi: {run['progress']['step']} steps in {whole:,.1f} s ({split}) *****"]
     rows = totals.get("rows", {})
     if rows.get("generated"):
-        drops = ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in totals.get("drops", {}).items() if n)
+        drops = ", ".join(
+            f"{reason.replace('_', ' ')} {n:,}" for reason, n in sorted(totals.get("drops", {}).items()) if n
+        )
         line = f"  completions: {rows['generated']:,} generated, {rows.get('trained', 0):,} trained on"
         lines.append(line + (f"; dropped: {drops}" if drops else ""))
     if ratio := totals.get("tokens_forwarded_per_real_token"):

@@ -8,7 +8,6 @@ projection makes and keeps an fp32 copy of `x` outside autocast.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ._errors import PatchError
 from ._layers import Unit
+from ._peft_layers import active_adapters, dense_weight, is_repacked
 from ._targets import Target
 from .low_bit import LowBitWeight, QuantizedRows, quantize_rows
 
@@ -119,20 +119,9 @@ def _base_output(
 ) -> Tensor:
     bias = None if bias is None else bias.to(form.dtype)
     if form.low_bit is None:
-        return F.linear(rows.to(form.dtype), _dense(weight, form), bias)
+        return F.linear(rows.to(form.dtype), dense_weight(weight, form.quant_state, form.dtype), bias)
     y = form.low_bit.product(quantized[form.low_bit.format], form.dtype)
     return y if bias is None else y.add_(bias)
-
-
-def _dense(weight: Tensor, form: _Form) -> Tensor:
-    if form.quant_state is not None:
-        weight = _bitsandbytes().dequantize_4bit(weight, form.quant_state)
-    return weight.to(form.dtype)
-
-
-@functools.cache
-def _bitsandbytes() -> Any:
-    return importlib.import_module("bitsandbytes.functional")
 
 
 def _quadruples(tensors: Sequence[Any]) -> list[tuple[Any, Any, Any, Any]]:
@@ -187,7 +176,7 @@ def _backward(
             part = form.low_bit.grad_input(grad, rows.dtype)
             grad_x = part if grad_x is None else grad_x.add_(part)
         elif ctx.needs_input_grad[0]:
-            grad_x = _plus_product(grad_x, dense, _dense(weight, form), rows.dtype)
+            grad_x = _plus_product(grad_x, dense, dense_weight(weight, form.quant_state, form.dtype), rows.dtype)
         found += [
             (dense.t() @ rows.to(form.dtype)).to(weight.dtype) if wants_weight else None,
             dense.sum(0).to(bias.dtype) if wants_bias else None,
@@ -246,32 +235,19 @@ def _read(name: str, module: Any) -> LoRAWeights | None:
     Raises:
         PatchError: several active adapters, a variant such as DoRA, dropout while training, or a bias in the adapter.
     """
-    if module.disable_adapters or module.merged:
+    adapters = active_adapters(module, functools.partial(_reject, name))
+    if not adapters:
         return None
-    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-    if not active:
-        return None
-    if len(active) > 1:
+    if len(adapters) > 1:
         raise _reject(
-            name, f"{len(active)} adapters are active ({', '.join(active)}). Activate one: set_adapter(name)."
+            name, f"{len(adapters)} adapters are active ({', '.join(adapters)}). Activate one: set_adapter(name)."
         )
-    (adapter,) = active
-    if adapter in module.lora_variant:
-        variant = type(module.lora_variant[adapter]).__name__
-        raise _reject(name, f"adapter {adapter!r} is a {variant}. Plain LoRA and rsLoRA work; set use_dora=False.")
-    dropout = getattr(module.lora_dropout[adapter], "p", 0.0)
-    if dropout and module.training:
-        raise _reject(name, f"lora_dropout={dropout} of adapter {adapter!r}. Set lora_dropout=0.")
-    a, b = module.lora_A[adapter], module.lora_B[adapter]
-    if b.bias is not None:
-        raise _reject(name, f"adapter {adapter!r} has a bias. Set lora_bias=False.")
-    base, scale = module.base_layer, module.scaling[adapter]
+    (adapter,) = adapters.values()
+    base = module.base_layer
     if type(base) is nn.Linear:
-        return LoRAWeights(base.weight, base.bias, a.weight, b.weight, scale)
+        return LoRAWeights(base.weight, base.bias, *adapter)
     state = base.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        return None  # repacked for inference on a CPU: only bitsandbytes' own kernel reads that
-    return LoRAWeights(base.weight, base.bias, a.weight, b.weight, scale, state, base.compute_dtype)
+    return None if is_repacked(state) else LoRAWeights(base.weight, base.bias, *adapter, state, base.compute_dtype)
 
 
 class _Siblings:

@@ -1,14 +1,78 @@
-"""TiledMLP as a value of `patch`: checked like every other replacement, and under the same handle."""
+"""TiledMLP: a gated MLP computed in tiles of tokens, so that its wide activations exist for one tile at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import MethodType
+from typing import Any
 
-from ..parallel.tiled_mlp import check_num_shards, tiled_forward
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..functional.sequence import tile_rows
+from ..parallel.patch_handle import PatchHandle
 from ._errors import PatchError
+from ._gated_mlp import GatedMLP, Keep, Linear, TiledFunction
 from ._layers import Unit
+from ._peft_layers import active_adapters, is_repacked
 from ._targets import GATED_NAMES, Target, kernel_name
+from .gated_product import ACTIVATIONS
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_CAST_BY_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
+    """
+    Compute every gated MLP of a model in tiles of tokens: the same output and gradients, for a fraction of the memory.
+
+    `down(act(gate(x)) * up(x))` acts on each token alone, so that it may run over `num_shards` tiles one after another;
+    the backward does a tile's forward again instead of keeping `8 I` bytes a token (bf16, `I` the intermediate size).
+    Under non-reentrant activation checkpointing this costs no further matrix product.
+    ALST, https://arxiv.org/abs/2506.13996.
+
+    Args:
+        model (`torch.nn.Module`): Model whose MLPs have `gate_proj`, `up_proj`, `down_proj` and `act_fn` (Llama, Mistral,
+            Qwen, Gemma, ...); plain or wrapped by PEFT, before or after. Only instances are changed.
+        num_shards (`int`, *optional*): Tiles of a call, at least 1. Default: `ceil(tokens / hidden_size)`, so that a
+            tile is about square.
+
+    Returns:
+        [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
+
+    Raises:
+        ValueError: no such MLP, an MLP with another formula or activation, a bad `num_shards`; at the call, a projection
+            that is no plain, 4-bit or LoRA linear layer (DoRA, LoRA dropout, 8-bit), or whose weights only its own hooks
+            bring together (ZeRO-3, FSDP around single linear layers).
+
+    Example:
+    ```python
+    handle = tile_mlp(model)
+    Trainer(model, args, train_dataset=rows).train()
+    handle.revert()
+    ```
+    """
+    check_num_shards(num_shards)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if all(isinstance(getattr(module, part, None), nn.Module) for part in _PROJECTIONS)
+        and hasattr(module, "act_fn")
+    }
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no gated MLP: none of its modules has {', '.join(_PROJECTIONS)} and act_fn."
+        )
+    forwards = {name: tiled_forward(name, module, num_shards) for name, module in found.items()}
+    for name, module in found.items():
+        _check_formula(name, module, forwards[name])
+    handle = PatchHandle()
+    for name, module in found.items():
+        handle.replace(name, module, "forward", MethodType(forwards[name], module))
+    return handle
 
 
 class TiledMLP:
@@ -45,3 +109,103 @@ class TiledMLP:
             )
         forward = MethodType(tiled_forward(target.name, target.module, self.num_shards), target.module)
         return Unit((target,), (forward,), target.original, forward, (target.module,), "TiledMLP")
+
+
+def check_num_shards(num_shards: int | None) -> None:
+    """Raise `ValueError` unless `num_shards` is `None` or an integer of at least 1."""
+    if num_shards is not None and (not isinstance(num_shards, int) or isinstance(num_shards, bool) or num_shards < 1):
+        raise ValueError(
+            f"num_shards={num_shards!r} must be an integer of at least 1, or None for tokens / hidden_size."
+        )
+
+
+def tiled_forward(name: str, module: nn.Module, num_shards: int | None = None) -> Callable[..., Tensor]:
+    """Return a function of a gated MLP and its input that computes it in tiles; `name` is for the errors."""
+    return functools.partial(_tiled_forward, activation=_activation_of(name, module), num_shards=num_shards)
+
+
+def _tiled_forward(module: nn.Module, x: Tensor, *, activation: str, num_shards: int | None) -> Tensor:
+    parts = [_read_projection(getattr(module, name), name) for name in _PROJECTIONS]
+    linears, tensors = [linear for linear, _ in parts], [tensor for _, own in parts for tensor in own]
+    # bitsandbytes returns the dtype of its input, a plain linear layer what autocast makes of it.
+    out_dtype = None if linears[-1].quant_state is None else x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        # As `F.linear` would cast them; inside the Function each tile would cast the weights again.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, *tensors = (t.to(dtype) if t.dtype in _CAST_BY_AUTOCAST else t for t in (x, *tensors))
+    else:
+        x = x.to(next((linear.compute_dtype for linear in linears if linear.compute_dtype), x.dtype))
+    tokens = x.reshape(-1, x.shape[-1])
+    mlp = GatedMLP(*linears, activation, tile_rows(tokens.shape[0], tokens.shape[1], num_shards))
+    kept = Keep.apply(tokens, *tensors) if torch.is_grad_enabled() else tokens
+    if kept.grad_fn is None:
+        out = mlp.forward(tokens, tensors)
+    else:
+        out = TiledFunction.apply(kept, kept.grad_fn, mlp, *tensors)
+    return out.view(*x.shape[:-1], out.shape[-1]).to(out_dtype or out.dtype)
+
+
+def _read_projection(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
+    """Return a projection's form and tensors as they are at this moment: adapters may be switched at any time."""
+    if not hasattr(module, "lora_A"):
+        return _read_linear(module, name)
+    _check_bare(module, name)
+    if module.merged and module.disable_adapters:
+        module.unmerge()  # as PEFT's own forward does
+    base, tensors = _read_linear(module.base_layer, name)
+    adapters = active_adapters(module, lambda reason: ValueError(f"TiledMLP: {name}: {reason}")).values()
+    pairs = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
+    return replace(base, scales=tuple(adapter.scale for adapter in adapters)), tensors + pairs
+
+
+def _read_linear(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
+    _check_bare(module, name)
+    bias = [] if module.bias is None else [module.bias]
+    if type(module) is nn.Linear:
+        return Linear(bool(bias)), [module.weight, *bias]
+    if type(module).__name__ != "Linear4bit":
+        raise ValueError(
+            f"TiledMLP: {name} is a {type(module).__name__}, not a torch.nn.Linear or bitsandbytes' Linear4bit. "
+            "stream_layers can run it."
+        )
+    state, dtype = module.weight.quant_state, module.compute_dtype
+    if is_repacked(state):
+        raise ValueError(
+            f"TiledMLP: {name} was repacked for inference on a CPU, which only bitsandbytes itself can read. "
+            "model.state_dict() packs it as before."
+        )
+    return Linear(bool(bias), (), state, dtype), [module.weight, *(b.to(dtype or b.dtype) for b in bias)]
+
+
+def _check_bare(module: nn.Module, name: str) -> None:
+    """The tiles read the weights and never call the projection: hooks on it would be lost."""
+    if module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__:
+        raise ValueError(
+            f"TiledMLP: {name} has hooks of its own (ZeRO-3, FSDP around a single layer, an accelerate hook or a patch), "
+            "which the tiles would pass by. Shard whole decoder layers, or leave tile_mlp out."
+        )
+
+
+def _activation_of(name: str, module: Any) -> str:
+    grid = torch.linspace(-6, 6, 49)
+    for key, activation in ACTIVATIONS.items():
+        if torch.allclose(module.act_fn(grid), activation.forward(grid), rtol=0, atol=1e-5):
+            return key
+    raise ValueError(
+        f"TiledMLP: the activation of {name} ({type(module.act_fn).__name__}) is none of {', '.join(ACTIVATIONS)}."
+    )
+
+
+@torch.no_grad()
+def _check_formula(name: str, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    """Compare on a few tokens: a class may have the names of a gated MLP and scale or clip on top."""
+    base = getattr(module.gate_proj, "base_layer", module.gate_proj)
+    weight = base.weight
+    if isinstance(weight, DTensor):
+        return  # sharded already: only FSDP's hooks around the layer could run it
+    dtype = weight.dtype if weight.is_floating_point() else getattr(base, "compute_dtype", None) or torch.float32
+    size = getattr(base, "in_features", weight.shape[-1])
+    x = torch.linspace(-1, 1, 3 * size, device=weight.device).view(3, size).to(dtype)
+    expected, ours = module(x), forward(module, x)
+    if not torch.allclose(expected, ours, rtol=0.02, atol=0.02 * float(expected.abs().max())):
+        raise ValueError(f"TiledMLP: {name} ({type(module).__name__}) does not compute down(act(gate(x)) * up(x)).")

@@ -225,7 +225,7 @@ class RolloutMixin:
             chosen = self.group_filter.fill_order(groups)[:1]
             counts[decision.reasons[chosen[0]]] -= 1
         self._metrics["train"]["effi/underfilled"].append(float(missing > 0))
-        for reason in {"too_hard", "too_easy", "zero_variance", "unscorable", "surplus", *counts}:
+        for reason in dict.fromkeys(("too_hard", "too_easy", "zero_variance", "unscorable", "surplus", *counts)):
             dropped = counts.get(reason, 0) * self.num_generations
             self._metrics["train"][f"effi/dropped/{reason}"].append(float(dropped))
         return chosen

@@ -12,9 +12,9 @@ from tests.helpers.long_sequence import assert_equal_gradients
 def patch_named(name: str):
     from functools import partial
 
+    from hf_effi.kernels.tiled_mlp import tile_mlp
     from hf_effi.parallel.stream_layer import stream_layers
     from hf_effi.parallel.tiled_loss import tile_loss
-    from hf_effi.parallel.tiled_mlp import tile_mlp
 
     return {
         "mlp": partial(tile_mlp, num_shards=3),

@@ -94,7 +94,21 @@ def launches(architecture: int) -> dict[str, Callable[[], Any]]:
             found[f"attention_merge_bwd {size} {name}"] = partial(
                 merge.merge_rows_backward, out, vector, vector, out, vector, out, vector
             )
-        found |= _row_launches(architecture, dtype)
+        found |= _row_launches(architecture, dtype) | _gate_launches(dtype)
+    return found
+
+
+def _gate_launches(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    from hf_effi.kernels import _gated_product_triton
+    from hf_effi.kernels.gated_product import ACTIVATIONS
+
+    grad, g, u = torch.zeros(3, 64, 14_336, dtype=dtype)
+    found: dict[str, Callable[[], Any]] = {}
+    for activation in ACTIVATIONS:
+        name = f"{activation} {str(dtype).removeprefix('torch.')}"
+        found[f"gated_product_fwd {name}"] = partial(_gated_product_triton.gated_product_, g, u, activation)
+        backward = partial(_gated_product_triton.gated_product_backward_, grad, g, u, activation)
+        found[f"gated_product_bwd {name}"] = backward
     return found
 
 

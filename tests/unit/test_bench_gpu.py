@@ -35,6 +35,7 @@ def test_the_whole_script_runs(result):
     cases = {row["case"].split()[0].rstrip(",") for row in result["rows"]}
     assert cases == {
         "attention_merge",
+        "gated_product",
         "lm_head",
         "lora_layer",
         "low_bit_lora",

@@ -253,7 +253,7 @@ def test_the_text_says_what_to_do_when_nothing_fits():
 def test_bad_values_are_named(tmp_path, capsys, arguments, word):
     CONFIG.save_pretrained(tmp_path)
     assert cli.main(["plan", "memory", str(tmp_path), *arguments]) == 2
-    assert word in capsys.readouterr().out
+    assert word in capsys.readouterr().err
 
 
 def test_only_causal_language_models_are_planned():
@@ -263,4 +263,4 @@ def test_only_causal_language_models_are_planned():
 
 def test_no_config_is_named(tmp_path, capsys):
     assert cli.main(["plan", "memory", str(tmp_path), "--seq-len", "64"]) == 2
-    assert f"error: '{tmp_path}' is no model config" in capsys.readouterr().out
+    assert f"'{tmp_path}' is no model config" in capsys.readouterr().err

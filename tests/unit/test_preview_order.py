@@ -56,16 +56,16 @@ def test_command_shows_strata(table, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "message"),
     [
-        (["--column", "quality"], "no column 'quality'"),
-        (["--column", "source"], "could not convert"),
-        (["--column", "score", "--samples", "3"], "--samples does not act on quality-ascending"),
-        (["--column", "score", "--buckets", "99"], "buckets=99 exceeds the 20 rows"),
+        (["--column", "quality"], 1, "no column 'quality'"),
+        (["--column", "source"], 1, "source='a' is not a number"),
+        (["--column", "score", "--samples", "3"], 2, "--samples does not act on quality-ascending"),
+        (["--column", "score", "--buckets", "99"], 1, "buckets=99 exceeds the 20 rows"),
     ],
 )
-def test_bad_input_is_one_line(table, capsys, words, message):
-    assert call("quality-ascending", table, *words) == 1
+def test_bad_input_is_one_line(table, capsys, words, code, message):
+    assert call("quality-ascending", table, *words) == code
     assert message in capsys.readouterr().err
 
 

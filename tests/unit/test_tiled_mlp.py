@@ -1,5 +1,6 @@
 import copy
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,7 +8,7 @@ from torch import nn
 
 from bench._counters import GemmCounter, LiveBytes
 from hf_effi.functional.sequence import tile_rows
-from hf_effi.parallel.tiled_mlp import tile_mlp
+from hf_effi.kernels.tiled_mlp import tile_mlp
 from tests.helpers import tiny_gemma, tiny_llama, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, gradients, in_double
 
@@ -321,10 +322,65 @@ def test_hooks_on_a_projection_are_not_passed_by():
 
 
 def test_a_quantized_projection_is_named():
-    class Linear4bit(nn.Linear):
+    class Linear8bitLt(nn.Linear):
         pass
 
     mlp = MLP()
-    mlp.down_proj = Linear4bit(INNER, HIDDEN)
-    with pytest.raises(ValueError, match="down_proj is a Linear4bit"):
+    mlp.down_proj = Linear8bitLt(INNER, HIDDEN)
+    with pytest.raises(ValueError, match="down_proj is a Linear8bitLt"):
         tile_mlp(mlp)
+
+
+# --- 4-bit weights ---------------------------------------------------------------------------------------------------
+
+
+def four_bit(compute_dtype=torch.float32, bias=False, lora_rank=3):
+    """An MLP of width 64 whose projections bitsandbytes packed, in training mode, where it does not repack."""
+    mlp = MLP(bias=bias)
+    for name, sizes in {"gate_proj": (64, 128), "up_proj": (64, 128), "down_proj": (128, 64)}.items():
+        linear = bnb.nn.Linear4bit(*sizes, bias=bias, compute_dtype=compute_dtype, quant_type="nf4")
+        setattr(mlp, name, linear.to("cpu"))
+    return (lora(mlp, r=lora_rank) if lora_rank else mlp.requires_grad_(False)).train()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_four_bit_weights(bias, lora_rank):
+    assert_same(four_bit(bias=bias, lora_rank=lora_rank), torch.randn(2, 9, 64), 4, tolerance=1e-5)
+
+
+def test_four_bit_weights_are_unpacked_once_a_call(monkeypatch):
+    import bitsandbytes.functional as functional
+
+    mlp, calls, unpack = four_bit(), [], functional.dequantize_4bit
+    with tile_mlp(mlp, 8) as handle:
+        monkeypatch.setattr(
+            functional, "dequantize_4bit", lambda *args, **kwargs: calls.append(1) or unpack(*args, **kwargs)
+        )
+        out = mlp(torch.randn(16, 64, requires_grad=True))
+        assert len(calls) == 3
+        out.sum().backward()
+        assert len(calls) == 6
+        assert handle.replaced
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_four_bit_weights_compute_in_their_dtype(autocast):
+    mlp, x = four_bit(torch.bfloat16, bias=True), torch.randn(6, 64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, wanted = run(mlp, x)
+        with tile_mlp(mlp, 2):
+            found, ours = run(mlp, x)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+    for name, grad in wanted.items():
+        assert grad.dtype == ours[name].dtype
+        assert (ours[name] - grad).norm() < 0.02 * grad.norm(), name
+
+
+def test_repacked_weights_are_named():
+    mlp = four_bit(lora_rank=0)
+    tile_mlp(mlp)
+    mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="up_proj was repacked for inference on a CPU"):
+        mlp(torch.randn(2, 64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ DTYPES = (torch.float32, torch.float16)
 HEADS = {"one": (1, 3, 1), "odd": (11, 6, 29), "blocks": (8, 4, 32)}
 SCALINGS = {"plain": {}, "all": {"temperature": 1.3, "softcap": 5.0, "logit_scale": -0.6}}
 ROWS = {"one": (1, 1), "odd": (3, 5), "wide": (7, 33), "blocks": (4, 64), "none": (0, 4)}
+GATES = {"one": (1,), "odd": (3, 43), "blocks": (4, 64), "none": (0, 4)}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 MERGES = {"one": (1, 1), "odd": (3, 5, 7), "wide": (2, 33), "none": (0, 4)}
 
 
@@ -36,7 +39,7 @@ def in_interpreter():
 
     os.environ["TRITON_INTERPRET"] = "1"
     import hf_effi.kernels.lm_head as lm_head
-    from hf_effi.kernels import _attention_merge_triton, _lm_head_triton
+    from hf_effi.kernels import _attention_merge_triton, _gated_product_triton, _lm_head_triton
     from hf_effi.kernels.attention_merge import merge_attention, merge_attention_reference
     from tests.unit.test_attention_merge import gradients as merge_gradients
     from tests.unit.test_attention_merge import partials
@@ -44,7 +47,7 @@ def in_interpreter():
 
     lm_head.ROW_CHUNK, lm_head.VOCABULARY_TILE = 8, 24
     _lm_head_triton.FOLD_COLUMNS, _lm_head_triton.GRAD_ROWS, _lm_head_triton.GRAD_COLUMNS = 16, 4, 16
-    _attention_merge_triton.ELEMENTS = 64
+    _attention_merge_triton.ELEMENTS = _gated_product_triton.BLOCK = 64
     launches = count_launches()
 
     def head(dtype, size, scaling, wide=False, **options):
@@ -101,8 +104,39 @@ def in_interpreter():
         lse_a[0], out_a[0], lse_a[2], lse_b[2] = -math.inf, math.nan, -math.inf, -math.inf
     merged = merge_attention(out_a, lse_a, out_b, lse_b)
     found["rows"] = quantized_rows(by_torch)
+    found |= {("gate", *case): gated_products(by_torch, *case) for case in product(DTYPES, GATES, ACTIVATIONS)}
+    found["tiles"] = tiled_mlp(), by_torch(tiled_mlp)
     found["empty"] = [t.detach() for t in (*merged, out_b, *merge_gradients(merged, (out_a, lse_a, out_b, lse_b)))]
     return found, launches
+
+
+def gated_products(by_torch, dtype, shape, activation):
+    """Return `(error, error of torch)` of the product and of what its backward returns; with zeros and huge entries."""
+    from hf_effi.kernels.gated_product import gated_product, gated_product_backward
+
+    generator = torch.Generator().manual_seed(3)
+    grad, g, u = (4 * torch.randn(GATES[shape], generator=generator).to(dtype) for _ in range(3))
+    if g.numel() > 2:
+        g.view(-1)[:3] = torch.tensor([0.0, 100.0, -100.0])
+
+    def run(wide=False):
+        parts = [t.double() if wide else t.clone() for t in (grad, g, u)]  # fp64 stays with torch
+        forward = gated_product(parts[1].clone(), parts[2], activation)
+        return [forward, *gated_product_backward(*parts, activation)]
+
+    return errors(run(), by_torch(run), run(wide=True))
+
+
+def tiled_mlp():
+    """Return the output of a tiled MLP and the gradients of its input and weights."""
+    from hf_effi import tile_mlp
+    from tests.unit.test_tiled_mlp import MLP, run
+
+    torch.manual_seed(0)
+    mlp, x = MLP(bias=True), torch.randn(13, 7)
+    with tile_mlp(mlp, 3):
+        out, grads = run(mlp, x)
+    return [out, *grads.values()]
 
 
 def quantized_rows(by_torch):
@@ -174,6 +208,8 @@ def test_every_kernel_was_launched(interpreted):
         "_attention_merge_fwd_kernel",
         "_attention_merge_bwd_kernel",
         "_quantize_rows_fwd_kernel",
+        "_gated_product_fwd_kernel",
+        "_gated_product_bwd_kernel",
     }
 
 
@@ -194,6 +230,20 @@ def test_lm_head(found, dtype, size, scaling):
 @pytest.mark.parametrize("shape", MERGES)
 def test_attention_merge(found, dtype, shape):
     assert_as_good_as_torch(found["merge", dtype, shape], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", GATES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_product(found, dtype, shape, activation):
+    assert_as_good_as_torch([found["gate", dtype, shape, activation]], dtype)
+
+
+def test_tiles_are_those_of_torch(found):
+    ours, by_torch = found["tiles"]
+    assert len(ours) == 8 and ours[0].shape == (13, 7)
+    for one, other in zip(ours, by_torch, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_columns_are_dropped(found):

@@ -1,0 +1,69 @@
+"""Reads PEFT's linear layers as they are at this moment: adapters may be switched, merged or trained at any time."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Adapter(NamedTuple):
+    """
+    What LoRA adds to a linear layer: `s B A x`.
+
+    Args:
+        a (`Tensor`): `(r, in)`.
+        b (`Tensor`): `(out, r)`.
+        scale (`float`): `s`: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def active_adapters(module: Any, reject: Callable[[str], Exception]) -> dict[str, Adapter]:
+    """
+    Return the adapters that a LoRA layer adds to its base layer now: none where they are merged or switched off.
+
+    Raises:
+        What `reject` makes of a reason: a variant such as DoRA, dropout while training, a bias in the adapter.
+    """
+    if module.disable_adapters or module.merged:
+        return {}
+    found = {}
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        if name in module.lora_variant:
+            variant = type(module.lora_variant[name]).__name__
+            raise reject(f"adapter {name!r} is a {variant}. Plain LoRA and rsLoRA work; set use_dora=False.")
+        dropout = getattr(module.lora_dropout[name], "p", 0.0)
+        if dropout and module.training:
+            raise reject(f"lora_dropout={dropout} of adapter {name!r}. Set lora_dropout=0.")
+        a, b = module.lora_A[name], module.lora_B[name]
+        if b.bias is not None:
+            raise reject(f"adapter {name!r} has a bias. Set lora_bias=False.")
+        found[name] = Adapter(a.weight, b.weight, float(module.scaling[name]))
+    return found
+
+
+def is_repacked(quant_state: Any) -> bool:
+    """Whether bitsandbytes repacked 4-bit weights for inference on a CPU: only its own kernel reads those."""
+    return getattr(quant_state, "packing_format_for_cpu", False)
+
+
+def dense_weight(weight: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:
+    """Return a weight in `dtype`, unpacked by bitsandbytes where it has a `quant_state`."""
+    if quant_state is not None:
+        weight = _bitsandbytes().dequantize_4bit(weight, quant_state)
+    return weight.to(dtype)
+
+
+@functools.cache
+def _bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
