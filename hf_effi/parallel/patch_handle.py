@@ -91,7 +91,7 @@ class PatchHandle:
     ```
     """
 
-    def __init__(self, key: str = "a patch of hf_effi") -> None:
+    def __init__(self, key: str) -> None:
         self.key = key
         self._claims: list[Claim] = []
 
