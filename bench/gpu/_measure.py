@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
+Figures = dict[str, float]
 
 
 @dataclass
@@ -109,6 +112,10 @@ class Bench:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
 
+    def peak(self, case: str, contender: str) -> float:
+        """Return the peak memory in MiB that `time` kept."""
+        return next(r["peak_mib"] for r in self.rows if (r["case"], r["contender"]) == (case, contender))
+
     def check(
         self, case: str, found: Mapping[str, Tensor], own: Mapping[str, Tensor], truth: Mapping[str, Tensor]
     ) -> bool:
@@ -124,6 +131,15 @@ class Bench:
             row = {"case": case, "contender": "hf_effi", "result": name}
             self.rows.append({**row, "max_relative_error": error, "torch_error": own_error, "ok": ok})
         return good
+
+
+def optional(bench: Bench, case: str, contender: str, module: str) -> Any:
+    """Import what a contender needs, or keep the reason why it is left out and return `None`."""
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        bench.skip(case, contender, f"{top} is not installed")
+        return None
+    return importlib.import_module(module)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

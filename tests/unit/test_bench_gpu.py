@@ -30,7 +30,15 @@ def test_the_whole_script_runs(result):
     assert by_name["all_results_correct"] == 1.0
     for name in ("lm_head_fwd_bwd_ms", "lm_head_trl_fwd_bwd_ms", "lora_layer_speedup", "tiled_mlp_vs_checkpoint"):
         assert by_name[name] > 0
+    for name in (
+        "lora_layer_speedup_autocast",
+        "lora_layer_speedup_nf4",
+        "shared_prefix_speedup_over_packed_256x2048x4096",
+    ):
+        assert by_name[name] > 0
     assert by_name["sparse_24_ffn_speedup"] > 0
+    lengths = {row["case"].split(", ")[-1] for row in result["rows"] if row["case"].startswith("tiled_mlp, 4 layers")}
+    assert lengths == {"8192 tokens", "32768 tokens", "131072 tokens"}
     assert all(row["ok"] for row in result["rows"] if "ok" in row)
     cases = {row["case"].split()[0].rstrip(",") for row in result["rows"]}
     assert cases == {
@@ -51,7 +59,7 @@ def test_the_whole_script_runs(result):
 
 
 def test_what_is_not_installed_is_left_out_with_the_reason(monkeypatch, capsys):
-    monkeypatch.setattr(_cases.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     bench = run_all.Bench(torch.device("cpu"), 0, 1)
     assert "lm_head_trl_fwd_bwd_ms" not in _cases.lm_head(bench)
     assert _cases.lora_layer(bench) == {} == _cases.low_bit_lora(bench)
