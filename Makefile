@@ -38,7 +38,6 @@ bench: $(STAMP) ## run the benchmarks whose result file is missing, then render 
 	$(BIN)/python -m bench.render
 
 docs: $(STAMP) ## build the documentation site into site/
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove what the targets above made

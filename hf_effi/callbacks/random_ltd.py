@@ -57,7 +57,7 @@ class RandomLTDCallback(TrainerCallback):
         self.min_tokens, self.max_tokens, self.multiple = min_tokens, max_tokens, multiple
         self.ramp_fraction = ramp_fraction
         self.dropping: TokenDropping | None = None
-        self._handle = PatchHandle()
+        self._handle: PatchHandle | None = None
         self._num_layers = 0
         self._consumed: int | None = None
 
@@ -88,7 +88,7 @@ class RandomLTDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.on_init_end(args, state, control)  # a callback may be added after the Trainer was built
-        self._handle.revert()  # left by a run that failed
+        self._revert()  # left by a run that failed
         self.dropping = TokenDropping(args.seed, args.process_index)
         stored = state.stateful_callbacks.get(STATE_KEY, {}) if state.global_step else {}
         self.dropping.layer_tokens = stored.get("layer_tokens", 0)
@@ -138,10 +138,14 @@ class RandomLTDCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._handle.revert()
+        self._revert()
         self._consumed = None
 
     # ---- helpers ----
+
+    def _revert(self) -> None:
+        if self._handle is not None:
+            self._handle.revert()
 
     def _kept(self, step: int, max_steps: int) -> int:
         ramp_steps = ramp_length(max_steps, self.ramp_fraction)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..parallel.patch_handle import CLAIM, Claim
 from ._errors import KernelMismatchError, PatchError
 from ._layers import LayerGroup, Unit, layer_unit
 from ._sources import candidates, liger_layers
@@ -23,9 +24,6 @@ logger = logging.get_logger(__name__)
 
 OnMismatch = Literal["error", "eager"]
 InputMaker = Callable[[nn.Module, torch.Generator], tuple[Any, ...]]
-
-#: entry of a patched module's `__dict__` that says who patched it; gone with the patch
-_CLAIM = "_hf_effi_patch"
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class PatchedModule:
     note: str
 
 
-class _Replacement:
-    """One entry of a module's `__dict__`, written and restored."""
+class _Replacement(Claim):
+    """A claim that comes off also under an accelerate hook, and that may have taken the place of another function."""
 
     def __init__(
         self,
@@ -59,40 +57,34 @@ class _Replacement:
         switch_off: Callable[[], None] | None = None,
         undo: Callable[[], None] | None = None,
     ) -> None:
-        self.target, self.value, self.key, self.switch_off, self.undo = target, value, key, switch_off, undo
+        self.original, self.switch_off, self.undo = target.original, switch_off, undo
         entries = target.module.__dict__
         self.existed, self.before = target.attribute in entries, entries.get(target.attribute)
-        # Not setattr: a module given as a value must not become a submodule.
-        entries[target.attribute] = value
-        entries[_CLAIM] = self
-
-    @property
-    def in_place(self) -> bool:
-        return self.target.module.__dict__.get(_CLAIM) is self
+        path = f"{target.name}.{target.attribute}" if target.name else target.attribute
+        super().__init__(path, target.module, target.attribute, value, key)
 
     def restore(self) -> str | None:
-        """Put the entry back, unless that was done before; return what is in the way, if anything."""
-        entries = self.target.module.__dict__
+        entries = self.module.__dict__
         if not self.in_place:
             return None
         if self.undo is not None:
             self.undo()  # first: where it fails, as without room on the device, the claim stays for another try
-        del entries[_CLAIM]
-        if entries.get(self.target.attribute) is self.value:
+        del entries[CLAIM]
+        if entries.get(self.attribute) is self.value:
             if self.existed:
-                entries[self.target.attribute] = self.before
+                entries[self.attribute] = self.before
             else:
-                del entries[self.target.attribute]
+                del entries[self.attribute]
             return None
         # An accelerate hook was added or removed since: it moves the function between these two entries.
         for attribute in ("forward", "_old_forward"):
             if entries.get(attribute) is self.value:
-                entries[attribute] = self.target.original
+                entries[attribute] = self.original
                 return None
         if self.switch_off is not None:
             self.switch_off()
             return None
-        return f"{self.target.name}.{self.target.attribute} was replaced by something else after the patch"
+        return f"{self.path} was replaced by something else after the patch"
 
 
 class KernelPatchHandle:
@@ -106,7 +98,7 @@ class KernelPatchHandle:
         rows (`list[PatchedModule]`): One a module, in the order of the model.
     """
 
-    def __init__(self, replacements: Sequence[_Replacement], rows: Sequence[PatchedModule]) -> None:
+    def __init__(self, replacements: Sequence[Claim], rows: Sequence[PatchedModule]) -> None:
         self._replacements = list(replacements)
         self.rows = list(rows)
 
@@ -179,10 +171,10 @@ def _check_model(model: nn.Module) -> None:
 def _free_targets(model: nn.Module, key: Key) -> list[Target]:
     targets = find_targets(model, key)
     for target in targets:
-        if _CLAIM in target.module.__dict__:
+        if CLAIM in target.module.__dict__:
             raise PatchError(
                 f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by "
-                f"{target.module.__dict__[_CLAIM].key!r}. Revert the other patch first (`unpatch(model)` where its "
+                f"{target.module.__dict__[CLAIM].key!r}. Revert the other patch first (`unpatch(model)` where its "
                 "handle is lost), or narrow one of the two keys."
             )
     return targets
@@ -239,6 +231,7 @@ class _Checker:
         weights = [(p.shape, p.dtype, p.device, p.requires_grad) for m in unit.modules for p in m.parameters()]
         return unit.label, str(source), str(weights)
 
+    @torch.inference_mode(False)  # where there would be no gradients to compare
     def _compare(self, key: Key, unit: Unit) -> str:
         for parameter in (p for module in unit.modules for p in module.parameters()):
             # DTensor: FSDP2. Empty: ZeRO-3. Meta: offloaded by accelerate.
@@ -266,19 +259,23 @@ class _Checker:
         return "no results" if worst is None else f"{worst.what} {worst.error:.1e} of {worst.allowed:.1e}"
 
     def _arguments(self, key: Key, unit: Unit) -> Arguments:
-        target, generator = unit.targets[0], torch.Generator().manual_seed(0)
-        differentiable = 2 if target.kind == "rotary" else 1
-        if key in self.inputs:
-            arguments: Arguments = (tuple(self.inputs[key](target.module, generator)), {})
-            differentiable = len(arguments[0])
-        elif target.kind == "rotary":
-            arguments = rotary_arguments(target.module, generator)
-        elif target.kind == "loss":
-            arguments = loss_arguments(target.module.config.get_text_config().vocab_size, generator)
-        else:
-            arguments = hidden_states(target.name, unit.input_of or target.module, generator)
+        target = unit.targets[0]
+        with torch.device("cpu"):  # where the generator is, whatever the default device
+            arguments, differentiable = self._drawn(key, unit, target)
         device = next((p.device for p in target.module.parameters()), torch.device("cpu"))
         return placed(arguments, self.dtype, device, differentiable)
+
+    def _drawn(self, key: Key, unit: Unit, target: Target) -> tuple[Arguments, int]:
+        """Return random arguments, and how many of them get a gradient."""
+        generator = torch.Generator().manual_seed(0)
+        if key in self.inputs:
+            own = tuple(self.inputs[key](target.module, generator))
+            return (own, {}), len(own)
+        if target.kind == "rotary":
+            return rotary_arguments(target.module, generator), 2
+        if target.kind == "loss":
+            return loss_arguments(target.module.config.get_text_config().vocab_size, generator), 1
+        return hidden_states(target.name, unit.input_of or target.module, generator), 1
 
 
 def _try_alternatives(
@@ -373,7 +370,8 @@ def patch(
 
 def unpatch(model: nn.Module) -> None:
     """
-    Revert every patch on a model, for example after an interrupted run whose handles are lost. Without patches: nothing.
+    Revert every patch on a model, those of `tile_mlp`, `tile_loss`, `stream_layers` and `drop_layer_tokens` too, for
+    example after an interrupted run whose handles are lost. Without patches: nothing.
 
     Raises:
         PatchError: something else replaced a patched function since. All other modules are restored.
@@ -383,7 +381,7 @@ def unpatch(model: nn.Module) -> None:
     unpatch(trainer.model)
     ```
     """
-    claims = [module.__dict__[_CLAIM] for module in model.modules() if _CLAIM in module.__dict__]
+    claims = [module.__dict__[CLAIM] for module in model.modules() if CLAIM in module.__dict__]
     KernelPatchHandle(claims, []).revert()
 
 

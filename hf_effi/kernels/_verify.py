@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,40 +82,105 @@ def _floats(value: Any) -> Iterator[torch.Tensor]:
             yield from _floats(item)
 
 
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to(_WIDER.get(tensor.dtype, tensor.dtype)).requires_grad_(tensor.requires_grad)
+def _copied(tensor: torch.Tensor, *, wide: bool) -> torch.Tensor:
+    dtype = _WIDER.get(tensor.dtype, tensor.dtype) if wide else tensor.dtype
+    return tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
+
+
+def _form(value: Any) -> str:
+    """Return how a result is built, such as `tuple(Tensor, NoneType)`."""
+    if isinstance(value, torch.Tensor):
+        return "Tensor"
+    if isinstance(value, (tuple, list, dict)):
+        inner = value.values() if isinstance(value, dict) else value
+        return f"{type(value).__name__}({', '.join(map(_form, inner))})"
+    return type(value).__name__
+
+
+class _Trace:
+    """What the modules hold before a call: their `__dict__` and the containers in it."""
+
+    def __init__(self, call: nn.Module) -> None:
+        self._before = [
+            (
+                name,
+                module,
+                dict(module.__dict__),
+                {k: v.copy() for k, v in module.__dict__.items() if _is_container(v)},
+            )
+            for name, module in call.named_modules()
+        ]
+
+    def undo(self) -> list[str]:
+        """Put everything back; return the names of what was changed."""
+        changed = []
+        for name, module, entries, contents in self._before:
+            now = module.__dict__
+            replaced = [key for key in {**entries, **now} if key not in now or now[key] is not entries.get(key, now)]
+            written = [key for key, was in contents.items() if _identities(entries[key]) != _identities(was)]
+            changed += [_short(f"{name}.{key}") for key in (*replaced, *written)]
+            for key in written:
+                entries[key].clear()
+                (entries[key].extend if isinstance(entries[key], list) else entries[key].update)(contents[key])
+            if replaced:
+                now.clear()
+                now.update(entries)
+        return changed
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (dict, list, set))
+
+
+def _identities(container: Any) -> list[Any]:
+    items = container.items() if isinstance(container, dict) else ((None, item) for item in container)
+    return [(key, id(item)) for key, item in items]
+
+
+def _short(name: str) -> str:
+    """Leave out what [`_Call`] puts before the names of a single module."""
+    return name.removeprefix("modules_used.").removeprefix("0.")
+
+
+#: ends the name of an entry that a call leaves in a module
+_LEFT = " set by the call"
 
 
 def _results(
     modules: Sequence[nn.Module], function: Callable[..., Any], arguments: Arguments, *, wide: bool, backward: bool
 ) -> dict[str, torch.Tensor | None]:
-    """Return outputs and gradients by name; with `wide`, of the same function with everything in a wider dtype."""
-    call = _Call(modules, function)
+    """
+    Return outputs and gradients by name; with `wide`, of the same function with everything in a wider dtype.
+
+    Weights and arguments are copies, and what else a call changes in its modules is put back. Each such change, and the
+    form of the output, is among the names.
+    """
+    call, copied = _Call(modules, function), functools.partial(_copied, wide=wide)
+    args, kwargs = _map_floats(arguments, copied)
     parameters = {name: _not_zero(p) for name, p in call.named_parameters() if _is_float(p)}
-    args, kwargs = _map_floats(arguments, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
-    if wide:
-        parameters = {name: _widened(p) for name, p in parameters.items()}
-        args, kwargs = _map_floats((args, kwargs), _widened)
-    given = list(_floats((args, kwargs)))
-    before = [tensor.detach().clone() for tensor in given]
-    # A seed of its own: dropout draws the same mask each time, and the global generators stay where they are.
-    device = given[0].device if given else torch.device("cpu")
-    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with forked, torch.set_grad_enabled(backward), torch.autocast(device.type, enabled=False):
-        torch.manual_seed(0)
-        outputs = list(_floats(torch.func.functional_call(call, parameters, args, kwargs)))
-    found: dict[str, torch.Tensor | None] = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
-    found |= {
-        f"input {i} after the call": now.detach()
-        for i, (was, now) in enumerate(zip(before, given, strict=True))
-        if not torch.equal(was, now)
+    weights = {name: copied(p) for name, p in parameters.items()}
+    buffers = {name: copied(b) for name, b in call.named_buffers() if _is_float(b)}
+    given = {
+        f"input {i}": pair for i, pair in enumerate(zip(_floats(arguments), _floats((args, kwargs)), strict=True))
     }
-    if backward:
-        leaves = {f"gradient of input {i}": t for i, t in enumerate(given) if t.requires_grad}
-        prefix = "modules_used.0." if len(modules) == 1 else "modules_used."
-        leaves |= {f"gradient of {name.removeprefix(prefix)}": p for name, p in parameters.items() if p.requires_grad}
-        found |= _gradients(outputs, leaves)
-    return found
+    given |= {_short(name): (parameters[name], weight) for name, weight in weights.items()}
+    leaves = {name: tensor for name, (_, tensor) in given.items() if backward and tensor.requires_grad}
+    device = next((tensor.device for tensor in _floats((args, kwargs))), torch.device("cpu"))
+    # A seed of its own: dropout draws the same mask each time, and the global generators stay where they are.
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    trace = _Trace(call)
+    try:
+        with forked, torch.set_grad_enabled(backward), torch.autocast(device.type, enabled=False):
+            torch.manual_seed(0)
+            result = torch.func.functional_call(call, weights | buffers, args, kwargs)
+            outputs = list(_floats(result))
+            found: dict[str, torch.Tensor | None] = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+            found |= {f"returns {_form(result)}": None, **_gradients(outputs, leaves)}
+    finally:
+        changed = trace.undo()
+    found |= dict.fromkeys(f"{entry}{_LEFT}" for entry in changed)
+    written = {name: now for name, (was, now) in given.items() if not torch.equal(was.to(now.dtype), now)}
+    return found | {f"{name} after the call": now.detach() for name, now in written.items()}
 
 
 def _not_zero(parameter: torch.Tensor) -> torch.Tensor:
@@ -122,19 +188,29 @@ def _not_zero(parameter: torch.Tensor) -> torch.Tensor:
     if parameter.detach().any():
         return parameter
     generator = torch.Generator().manual_seed(2)
-    stand_in = torch.randn(parameter.shape, generator=generator).to(parameter) / max(parameter.shape[-1], 1) ** 0.5
+    drawn = torch.randn(parameter.shape, generator=generator, device="cpu")
+    stand_in = drawn.to(parameter) / max(parameter.shape[-1], 1) ** 0.5
     return stand_in.requires_grad_(parameter.requires_grad)
 
 
 def _gradients(outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
     attached = [out for out in outputs if out.requires_grad]
     if not attached or not leaves:
-        return dict.fromkeys(leaves)
+        return {f"gradient of {name}": None for name in leaves}
     generator = torch.Generator().manual_seed(1)
     # Multiples of 1/64 in [-1, 1]: the same numbers in every dtype.
-    directions = [(torch.randint(-64, 65, out.shape, generator=generator) / 64).to(out) for out in attached]
+    directions = [
+        (torch.randint(-64, 65, out.shape, generator=generator, device="cpu") / 64).to(out) for out in attached
+    ]
+    before = [direction.clone() for direction in directions]
     found = torch.autograd.grad(attached, list(leaves.values()), directions, allow_unused=True)
-    return dict(zip(leaves, found, strict=True))
+    named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+    # Other branches of a model may share the very tensor.
+    return named | {
+        f"upstream gradient {i} after the backward": now
+        for i, (was, now) in enumerate(zip(before, directions, strict=True))
+        if not torch.equal(was, now)
+    }
 
 
 def _distance(value: torch.Tensor, truth: torch.Tensor, order: float) -> float:
@@ -196,12 +272,12 @@ def compare(
         raise
     except Exception as error:  # whatever a kernel raises where it does not work: no driver, an unknown shape or dtype
         raise KernelMismatchError(f"it does not run: {type(error).__name__}: {error}") from error
-    if own.keys() != new.keys():
-        only = sorted(own.keys() ^ new.keys())
+    only = sorted(name for name in own.keys() ^ new.keys() if name in new or not name.endswith(_LEFT))
+    if only:
         raise KernelMismatchError(f"replacement and original do not return or change the same things: {only}")
     deviations = []
     for what, expected in own.items():
-        actual = new[what]
+        actual = new.get(what)
         if _signature(expected) != _signature(actual):
             raise KernelMismatchError(f"{what} is {_signature(actual)} and the original's is {_signature(expected)}")
         if expected is None or actual is None:

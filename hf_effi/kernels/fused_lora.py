@@ -220,11 +220,6 @@ def _check_layer(name: str, module: Any) -> None:
     base = type(module.base_layer)
     if base is not nn.Linear and base.__name__ != "Linear4bit":
         raise _reject(name, f"its base layer is a {base.__name__}; torch.nn.Linear and bitsandbytes' Linear4bit work.")
-    for part in (module.base_layer, *module.lora_A.values(), *module.lora_B.values()):
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-            raise _reject(
-                name, f"its {type(part).__name__} has hooks or a forward of its own, which would be skipped."
-            )
     _read(name, module)
 
 
@@ -233,7 +228,8 @@ def _read(name: str, module: Any) -> LoRAWeights | None:
     Return the weights as they are at this moment, or `None` where PEFT would compute the base layer only.
 
     Raises:
-        PatchError: several active adapters, a variant such as DoRA, dropout while training, or a bias in the adapter.
+        PatchError: several active adapters, a variant such as DoRA, dropout while training, a bias in the adapter, or hooks
+            inside the layer.
     """
     adapters = active_adapters(module, functools.partial(_reject, name))
     if not adapters:
@@ -242,6 +238,11 @@ def _read(name: str, module: Any) -> LoRAWeights | None:
         raise _reject(
             name, f"{len(adapters)} adapters are active ({', '.join(adapters)}). Activate one: set_adapter(name)."
         )
+    for part in (module.base_layer, *module.lora_A.values(), *module.lora_B.values()):
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+            raise _reject(
+                name, f"its {type(part).__name__} has hooks or a forward of its own, which would be skipped."
+            )
     (adapter,) = adapters.values()
     base = module.base_layer
     if type(base) is nn.Linear:
@@ -250,11 +251,18 @@ def _read(name: str, module: Any) -> LoRAWeights | None:
     return None if is_repacked(state) else LoRAWeights(base.weight, base.bias, *adapter, state, base.compute_dtype)
 
 
+def _moment(x: Tensor) -> tuple[int | None, bool, torch.dtype | None]:
+    """Return what a result depends on beside the tensor `x` itself: its version, the grad mode, and autocast."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return None if x.is_inference() else x._version, torch.is_grad_enabled(), autocast
+
+
 class _Siblings:
     """
     Projections that share an input. The first one that is called computes all, the others take their result.
 
-    A result is handed out for the very tensor that it was computed from. What is left over when a recompute stops early
+    A result is handed out for the very tensor that it was computed from, unchanged and in the same mode. What is left over when a recompute stops early
     is dropped at the next call.
     """
 
@@ -263,6 +271,7 @@ class _Siblings:
         self.modules = [target.module for target in targets]
         self.originals = [target.original for target in targets]
         self.input: Tensor | None = None
+        self.moment: Any = None
         self.waiting: dict[int, Tensor] = {}
 
     def run(self, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -279,14 +288,14 @@ class _Siblings:
         """Return the output of one projection: the one that waits, or one that is computed with its siblings'."""
         if index in self.waiting:
             y = self.waiting.pop(index)
-            shared = self.input is x
+            shared = self.input is x and self.moment == _moment(x)
             self.input = self.input if self.waiting else None
             return y if shared else fused_lora(x, [mine])[0]
         read = {i: self.read(i, x) for i in range(len(self.modules))}
         present = {i: weights for i, weights in read.items() if weights is not None}
         self.waiting = dict(zip(present, fused_lora(x, list(present.values())), strict=True))
         y = self.waiting.pop(index)
-        self.input = x if self.waiting else None
+        self.input, self.moment = x if self.waiting else None, _moment(x)
         return y
 
 

@@ -69,7 +69,7 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
     forwards = {name: tiled_forward(name, module, num_shards) for name, module in found.items()}
     for name, module in found.items():
         _check_formula(name, module, forwards[name])
-    handle = PatchHandle()
+    handle = PatchHandle("tile_mlp")
     for name, module in found.items():
         handle.replace(name, module, "forward", MethodType(forwards[name], module))
     return handle

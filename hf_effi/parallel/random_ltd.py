@@ -89,7 +89,7 @@ def drop_layer_tokens(model: nn.Module, dropping: TokenDropping) -> PatchHandle:
     """
     name, layers = _layer_stack(model)
     _check_config(model)
-    handle = PatchHandle()
+    handle = PatchHandle("drop_layer_tokens")
     for index in range(1, len(layers) - 1):
         forward = functools.partial(_forward, layers[index], index, len(layers), dropping)
         handle.replace(f"{name}.{index}", layers[index], "forward", forward)

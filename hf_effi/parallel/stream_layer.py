@@ -228,7 +228,7 @@ def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
             f"{type(model).__name__} has no decoder layer that can be streamed: none of its modules has a causal "
             "`self_attn` with a config."
         )
-    handle = PatchHandle()
+    handle = PatchHandle("stream_layers")
     for name, layer in found.items():
         handle.replace(
             name, layer, "forward", MethodType(functools.partial(_streamed_forward, num_chunks=num_chunks), layer)

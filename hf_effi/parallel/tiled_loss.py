@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .._compat import chunked_linear_cross_entropy
 from ..functional.sequence import logit_rows
-from .patch_handle import PatchHandle
+from .patch_handle import PatchHandle, check_free
 
 IGNORED = -100
 Step = Callable[[Any], Any]
@@ -229,6 +229,8 @@ def tile_loss(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
     """
     _check_shards(num_shards)
     name, causal, head = _find_head(model)
+    prefix = f"{name}." if name else ""
+    check_free(f"{prefix}_loss_function", causal)
     original = causal.loss_function
     if getattr(original, "__name__", "") != "ForCausalLMLoss":
         raise ValueError(
@@ -236,9 +238,8 @@ def tile_loss(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
         )
     if "fused_lm_head" in getattr(getattr(causal.__dict__.get("forward"), "__code__", None), "co_varnames", ()):
         raise ValueError("TRL has fused this model's head already, which does the same. Leave tile_loss out.")
-    prefix = f"{name}." if name else ""
     head_name = next(path for path, module in causal.named_modules() if module is head)
-    handle = PatchHandle()
+    handle = PatchHandle("tile_loss")
     handle.replace(prefix + head_name, head, "forward", MethodType(_defer, head))
     loss = functools.partial(_causal_loss, original=original, head=head, num_shards=num_shards)
     handle.replace(name, causal, "_loss_function", loss)

@@ -152,3 +152,9 @@ def test_changelog_and_citation_know_the_version():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {hf_effi.__version__}" in citation.replace('"', "").replace("'", "")
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_only_the_first_set_up_needs_a_network():
+    """`[test]` brings what every target needs, so that `make test`, `make demo` and `make docs` then work offline."""
+    targets = (ROOT / "Makefile").read_text(encoding="utf-8").split("\n\n")
+    assert [text.split(":")[0] for text in targets if " pip install " in text] == ["$(STAMP)"]

@@ -83,6 +83,20 @@ def test_cases_that_start_too_late_are_left_out():
     assert {row["case"] for row in bench.rows} == {case.__name__ for case in _cases.CASES}
 
 
+def test_a_case_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, capsys):
+    def broken(bench):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(run_all, "CASES", (_cases.rooflines, broken, _cases.correctness))
+    assert run_all.main(["--dry-run-cpu", "--output", str(tmp_path)]) == 1
+    result = json.loads((tmp_path / "kernels_gpu_dry_run.json").read_text())
+    by_name = {item["name"]: item["value"] for item in result["headline"]}
+    assert by_name["gemm_teraflops"] > 0 and by_name["all_results_correct"] == 1.0 and by_name["failed_cases"] == 1.0
+    (row,) = (row for row in result["rows"] if row["case"] == "broken")
+    assert row["skipped"] == "RuntimeError: an illegal memory access was encountered"
+    assert "Traceback" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

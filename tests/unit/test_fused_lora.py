@@ -287,6 +287,31 @@ def test_another_input_is_never_served_a_waiting_result():
             torch.testing.assert_close(getattr(attention, f"{name}_proj")(x), y)
 
 
+@torch.no_grad()
+def test_an_input_that_was_written_to_in_between():
+    model = lora_model(dtype=torch.float64)
+    attention, x = attention_of(model), torch.randn(2, 3, 32, dtype=torch.float64)
+    expected = attention.k_proj(2 * x)
+    with patch(model, KEY):
+        attention.q_proj(x)
+        torch.testing.assert_close(attention.k_proj(x.mul_(2)), expected)
+
+
+def test_another_mode_is_never_served_a_waiting_result():
+    model = lora_model()
+    attention, x = attention_of(model), torch.randn(2, 3, 32)
+    with patch(model, KEY):
+        with torch.no_grad():
+            attention.q_proj(x)
+        assert attention.k_proj(x).requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            attention.q_proj(x)
+        assert attention.k_proj(x).dtype == torch.float32
+        with torch.inference_mode():
+            y = torch.randn(2, 3, 32)
+            assert torch.equal(attention.k_proj(y), (attention.q_proj(y), attention.k_proj(y))[1])
+
+
 def test_nothing_waits_after_a_forward():
     model = lora_model()
     with patch(model, KEY):
@@ -423,6 +448,11 @@ def test_other_layers_are_refused():
     attention_of(model).q_proj.base_layer.register_forward_hook(lambda *_: None)
     with pytest.raises(PatchError, match="q_proj: its Linear has hooks"):
         patch(model, KEY)
+    model = lora_model()
+    with patch(model, KEY):
+        attention_of(model).k_proj.lora_A["default"].register_forward_pre_hook(lambda *_: None)
+        with pytest.raises(PatchError, match="k_proj: its Linear has hooks"):
+            model(input_ids=IDS)
 
 
 def test_siblings_argument():

@@ -19,7 +19,7 @@ from hf_effi._compat import MissingPackageError
 from hf_effi.kernels import KernelMismatchError, PatchError, TiledMLP, patch, unpatch
 from hf_effi.kernels._targets import kernel_name
 from hf_effi.kernels._verify import compare
-from tests.helpers import assert_bitwise_equal, save_tiny, tiny_gemma, tiny_llama, tiny_mistral, tiny_qwen3
+from tests.helpers import assert_bitwise_equal, save_tiny, tiny_gemma, tiny_llama, tiny_mistral, tiny_qwen3, weights_of
 
 # --- layers in plain torch, right and wrong -------------------------------------------------------------------------
 
@@ -118,6 +118,55 @@ class NormThatWritesItsInput(nn.Module):
         with torch.no_grad():
             x.data.mul_(2)
         return out
+
+
+class NormThatWritesItsWeight(nn.Module):
+    def forward(self, x):
+        out = F.rms_norm(x, self.weight.shape, self.weight.clone(), self.variance_epsilon)
+        self.weight.data.mul_(2)
+        return out
+
+
+class _WritesTheUpstreamGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.clone()
+        grad.mul_(2)
+        return out
+
+
+class NormThatWritesTheUpstreamGradient(nn.Module):
+    """As Liger's with `in_place=True`: wrong where a residual branch has the same gradient."""
+
+    def forward(self, x):
+        norm = F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+        return _WritesTheUpstreamGradient.apply(norm)
+
+
+class NormOfNoWeightGradient(nn.Module):
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.detach(), self.variance_epsilon)
+
+
+class NormThatLeavesTrainingMode(nn.Module):
+    def forward(self, x):
+        self.eval()
+        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class NormWithACache(nn.Module):
+    def forward(self, x):
+        self._buffers["cache"] = x
+        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class NormInATuple(nn.Module):
+    def forward(self, x):
+        return (F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon),)
 
 
 class NormWithoutDriver(nn.Module):
@@ -573,6 +622,12 @@ WRONG = {
     NormInDouble: "output 0 is .* float64 and the original's is .* float32",
     NormOfNaN: "output 0 is off by nan",
     NormThatWritesItsInput: "input 0 after the call",
+    NormThatWritesItsWeight: "weight after the call",
+    NormThatWritesTheUpstreamGradient: "upstream gradient 0 after the backward",
+    NormOfNoWeightGradient: "gradient of weight is absent",
+    NormThatLeavesTrainingMode: "training set by the call",
+    NormWithACache: "_buffers set by the call",
+    NormInATuple: r"\['returns Tensor', 'returns tuple\(Tensor\)'\]",
     NormWithoutDriver: "it does not run: RuntimeError: 0 active drivers",
 }
 
@@ -580,12 +635,64 @@ WRONG = {
 @pytest.mark.parametrize("layer", WRONG)
 def test_a_wrong_kernel_is_refused_by_name(layer):
     model = tiny_llama()
-    state = state_of(model)
+    state, weights, random_state = state_of(model), weights_of(model), torch.get_rng_state()
     with pytest.raises(
         KernelMismatchError, match=rf"{layer.__name__} on model.layers.0.input_layernorm: .*{WRONG[layer]}"
     ):
         patch(model, {"RMSNorm": layer})
     assert state_of(model) == state
+    assert_bitwise_equal(model, weights)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_what_the_original_leaves_in_its_module_is_taken_back():
+    """As bitsandbytes' compute dtype, which is set by the first call, here that of the check in a wider dtype."""
+
+    class Counting(nn.Linear):
+        calls, dtypes = 0, ()
+
+        def forward(self, x):
+            self.calls, self.dtypes = self.calls + 1, (*self.dtypes, x.dtype)
+            return super().forward(x)
+
+    class Plain(nn.Module):
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias)
+
+    model = nn.Sequential(Counting(3, 5))
+    state = state_of(model)
+    with patch(model, {"0": Plain}):
+        assert "dtypes" not in model[0].__dict__
+    assert state_of(model) == state
+
+
+def test_a_kernel_that_draws_in_its_backward_leaves_the_random_state_alone():
+    class Draws(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            torch.rand(3)
+            return grad
+
+    class Norm(nn.Module):
+        def forward(self, x):
+            return Draws.apply(F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon))
+
+    before = torch.get_rng_state()
+    patch(tiny_llama(), {"RMSNorm": Norm}).revert()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
+def test_surroundings_do_not_matter(context):
+    model, other = tiny_llama(hidden_size=36, intermediate_size=37, head_dim=12), tiny_llama()
+    with context():
+        patch(model, {**SWIGLU, "ForCausalLMLoss": TorchLoss}).revert()
+        with pytest.raises(KernelMismatchError, match="gradient of input 0 is off by"):
+            patch(other, {"RMSNorm": NormWithWrongGradient})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

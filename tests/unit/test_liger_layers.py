@@ -187,3 +187,47 @@ def test_fifty_steps_give_the_same_curve_within_the_noise_of_the_dtype(found):
     stock, nudged, patched = (torch.tensor(found["curves"][name]) for name in ("stock", "nudged", "patched"))
     assert stock[-1] < 0.5 * stock[0]
     assert 0 < (patched - stock).abs().max() < 4 * (nudged - stock).abs().max() < 1e-3
+
+
+def layer_contract():
+    """Hold our layer classes to the rules of Hugging Face's kernel layers, and against what each replaces."""
+    import inspect
+
+    from torch import nn
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+
+    from hf_effi.kernels import liger
+
+    def kinds(function, skip):
+        return [(p.kind, p.default) for p in list(inspect.signature(function).parameters.values())[skip:]]
+
+    replaced = {
+        liger.LigerRMSNorm: LlamaRMSNorm.forward,
+        liger.LigerGemmaRMSNorm: Gemma2RMSNorm.forward,
+        liger.LigerSwiGLUMLP: LlamaMLP.forward,
+        liger.LigerGeGLUMLP: Gemma2MLP.forward,
+        liger.LigerRotary: apply_rotary_pos_emb,
+    }
+    found = {}
+    for layer in (layer for layers in liger.LAYERS.values() for layer in layers):
+        added = {name for name, _ in inspect.getmembers(layer)} - {name for name, _ in inspect.getmembers(nn.Module)}
+        original = replaced.get(layer)
+        found[layer.__name__] = {
+            "constructor": layer.__init__ is not nn.Module.__init__,
+            "members": added - {"has_backward", "can_torch_compile"},
+            "flags": (layer.has_backward, layer.can_torch_compile),
+            "state": list(layer().state_dict()),
+            "signature": original is None
+            or kinds(layer.forward, 1) == kinds(original, 0 if original is apply_rotary_pos_emb else 1),
+        }
+    return found
+
+
+def test_layers_satisfy_the_contract_of_hub_kernels():
+    pytest.importorskip("liger_kernel", reason="Liger is an optional package")
+    (found,) = run_distributed(layer_contract, 1)
+    assert len(found) == 6
+    for name, layer in found.items():
+        assert not layer["constructor"] and not layer["members"] and not layer["state"], name
+        assert layer["flags"] == (True, False) and layer["signature"], name

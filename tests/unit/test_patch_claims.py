@@ -1,0 +1,125 @@
+"""One module belongs to one patch, whichever of the two kinds of handle came first; the loser changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+import re
+
+import pytest
+import torch
+
+from hf_effi import FusedLoRALinear, patch, stream_layers, tile_loss, tile_mlp, unpatch
+from hf_effi.kernels import TiledMLP
+from hf_effi.parallel.random_ltd import TokenDropping, drop_layer_tokens
+from tests.helpers import assert_bitwise_equal, tiny_llama
+from tests.unit.test_kernel_patch import IDS, SWIGLU, TorchLoss, TorchRMSNorm, TorchSwiGLU, outputs_of, state_of
+
+MLP = {
+    "tile_mlp": lambda model: tile_mlp(model, 2),
+    "SwiGLUMLP": lambda model: patch(model, {"SwiGLUMLP": TorchSwiGLU}),
+    "*.mlp": lambda model: patch(model, {"*.mlp": TiledMLP(2)}),
+}
+LOSS = {
+    "tile_loss": tile_loss,
+    "ForCausalLMLoss": lambda model: patch(model, {"ForCausalLMLoss": TorchLoss}),
+}
+LAYER = {
+    "stream_layers": stream_layers,
+    "drop_layer_tokens": lambda model: drop_layer_tokens(model, TokenDropping(seed=0)),
+}
+PLACES = {"model.layers.0.mlp": MLP, "_loss_function|the model": LOSS, "model.layers.1": LAYER}
+CASES = [
+    pytest.param(place, first, second, id=f"{first}, then {second}")
+    for place, patches in PLACES.items()
+    for first, second in itertools.permutations(patches, 2)
+]
+
+
+def model_of():
+    return tiny_llama(num_hidden_layers=3)
+
+
+@pytest.mark.parametrize(("place", "first", "second"), CASES)
+def test_the_second_claim_names_the_module_and_the_first(place, first, second):
+    model, patches = model_of(), PLACES[place]
+    untouched = state_of(model)
+    handle = patches[first](model)
+    patched = state_of(model)
+    with pytest.raises(ValueError, match=rf"({place}).* by '{re.escape(first)}'"):
+        patches[second](model)
+    assert state_of(model) == patched, "the first patch is as it was"
+    handle.revert()
+    assert state_of(model) == untouched
+    patches[second](model).revert()
+    assert state_of(model) == untouched
+
+
+def test_a_second_claim_puts_back_what_its_own_call_had_done():
+    """Three of four layers are free: they must not stay patched."""
+    model = tiny_llama(num_hidden_layers=4)
+    inner = tile_mlp(model.model.layers[2])
+    state = state_of(model)
+    for second in (lambda: tile_mlp(model), lambda: patch(model, {"RMSNorm": TorchRMSNorm, "SwiGLUMLP": TorchSwiGLU})):
+        with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp"):
+            second()
+        assert state_of(model) == state
+    inner.revert()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_handles_of_both_kinds_on_one_model_revert_in_any_order(order):
+    model = model_of().train()
+    state, expected = state_of(model), outputs_of(model)
+    handles = [
+        stream_layers(model, num_chunks=2),
+        patch(model, {"RMSNorm": TorchRMSNorm, "rotary_pos_emb": SWIGLU["rotary_pos_emb"]}),
+        tile_mlp(model, 2),
+        tile_loss(model),
+    ]
+    for index in order:
+        handles[index].revert()
+    assert state_of(model) == state
+    assert_bitwise_equal(outputs_of(model), expected)
+
+
+def test_unpatch_takes_patches_of_both_kinds_off():
+    model = model_of()
+    state = state_of(model)
+    lost = [tile_mlp(model), tile_loss(model), patch(model, {"RMSNorm": TorchRMSNorm})]
+    unpatch(model)
+    assert state_of(model) == state
+    for handle in lost:
+        handle.revert()
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("apply", [MLP["tile_mlp"], MLP["SwiGLUMLP"], stream_layers, tile_loss])
+def test_a_patched_model_is_not_pickled_without_its_patch(apply):
+    """A pickle calls the class's forward again: the copy would be unpatched, and claimed."""
+    model = model_of().eval()
+    with apply(model):
+        with pytest.raises(ValueError, match="cannot be pickled. Revert the patch first"):
+            pickle.dumps(model)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        unpatch(twin)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert_bitwise_equal(outputs_of(again), outputs_of(model))
+
+
+def test_a_claim_inside_a_tiled_mlp_is_named_at_the_first_call():
+    from tests.unit.test_fused_lora import lora_model
+
+    model = lora_model()
+    with (
+        tile_mlp(model),
+        patch(model, {"LoRALinear": FusedLoRALinear()}),
+        pytest.raises(ValueError, match="gate_proj has hooks of its own .* or a patch"),
+    ):
+        model(input_ids=IDS)
