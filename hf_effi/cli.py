@@ -242,7 +242,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each arm")
     parser.add_argument("--arms", metavar="A,B", help="arms to run beside the baseline, comma-separated; default: all")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a minute that learns nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns nothing")
     parser.set_defaults(run=_demo)
 
 
