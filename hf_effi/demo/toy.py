@@ -86,7 +86,7 @@ def even_ending_reward(completions: list[str], **kwargs: Any) -> list[float]:
     [1.0, 0.0, 0.0]
     ```
     """
-    return [float(text[-1:] in tuple("02468")) for text in completions]
+    return [float(text.endswith(tuple("02468"))) for text in completions]
 
 
 def logged(trainer: Any, name: str) -> list[float]:

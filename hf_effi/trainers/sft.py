@@ -36,7 +36,7 @@ class EffiSFTTrainer(EffiMixin, SFTTrainer):
         *rest: Any,
         **kwargs: Any,
     ):
-        if kwargs.get("formatting_func") is None:
+        if data_collator is None and kwargs.get("formatting_func") is None:
             _check_columns(train_dataset, args)
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
 
