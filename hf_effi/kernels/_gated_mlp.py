@@ -15,19 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._peft_layers import dense_weight
+from ._products import add_product
 from .gated_product import gated_product, gated_product_backward
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, where there is a total."""
-    if total is None:
-        return
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class Linear:
         inners = []
         for a, b, scale in self._adapters(tensors):
             inners.append((grad_y.to(b.dtype) @ b).mul_(scale))
-            _add_product(into, inners[-1], a)
+            add_product(into, inners[-1], a)
         return inners
 
     def add_grads(
@@ -82,15 +74,17 @@ class Linear:
         sums: Sequence[Tensor | None],
     ) -> None:
         """Add the gradients of the tensors to `sums`, where `None` marks a frozen one."""
-        _add_product(sums[0], grad_y.t(), x)
+        if sums[0] is not None:
+            add_product(sums[0], grad_y.t(), x)
         if self.has_bias and sums[1] is not None:
             sums[1].add_(grad_y.sum(0, dtype=sums[1].dtype))
         parts = zip(inners, self._adapters(tensors), self._adapters(sums), strict=True)
         for inner, (a, b, scale), (sum_a, sum_b, _) in parts:
             rows = x.to(a.dtype)
-            _add_product(sum_a, inner.t(), rows)
+            if sum_a is not None:
+                add_product(sum_a, inner.t(), rows)
             if sum_b is not None:
-                _add_product(sum_b, grad_y.to(b.dtype).t(), F.linear(rows, a).mul_(scale))
+                add_product(sum_b, grad_y.to(b.dtype).t(), F.linear(rows, a).mul_(scale))
 
     def _adapters(self, tensors: Sequence[Any]) -> list[tuple[Any, Any, float]]:
         rest = tensors[1 + self.has_bias :]
@@ -179,6 +173,7 @@ class TiledFunction(torch.autograd.Function):
         return mlp.forward(x, tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.keeper.saved_tensors
         trained = ctx.needs_input_grad[3:]

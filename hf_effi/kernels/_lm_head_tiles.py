@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._compat import HAS_MM_OUT_DTYPE
 from ._dispatch import triton_ops
+from ._products import add_product
 
 #: Above this share of active columns the dense product is faster than a gathered one.
 COMPACT_BELOW = 0.5
@@ -221,14 +221,6 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     return out if bias is None else out.add_(bias)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right` in `total`'s precision: rounding each tile's product to bf16 would add up to a bias."""
-    if HAS_MM_OUT_DTYPE and total.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
-
-
 class Gradients(NamedTuple):
     """Where the gradients of some rows and one tile are summed; `None` where nobody wants them."""
 
@@ -247,13 +239,13 @@ def add_gradients(
     kept = None if measured is None else _active_columns(*measured, rows, start, shape, options)
     narrow, w = (tile, weight) if kept is None else (tile[:, kept], weight[kept])
     if into.hidden is not None:
-        _add_product(into.hidden, narrow, w)
+        add_product(into.hidden, narrow, w)
     if into.weight is not None:
         if kept is None or not options.filter_weight:
-            _add_product(into.weight, tile.t(), rows.hidden)
+            add_product(into.weight, tile.t(), rows.hidden)
         else:
             total = into.weight[kept]
-            _add_product(total, narrow.t(), rows.hidden)
+            add_product(total, narrow.t(), rows.hidden)
             into.weight[kept] = total
     if into.bias is not None:
         into.bias.add_(tile.sum(0, dtype=into.bias.dtype))

@@ -262,8 +262,8 @@ class _Siblings:
     """
     Projections that share an input. The first one that is called computes all, the others take their result.
 
-    A result is handed out for the very tensor that it was computed from, unchanged and in the same mode. What is left over when a recompute stops early
-    is dropped at the next call.
+    A result is handed out for the very tensor that it was computed from, unchanged and in the same mode. What is left over
+    when a recompute stops early is dropped at the next call.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:

@@ -144,7 +144,7 @@ def test_bad_settings_are_named(bad):
 def test_a_wrong_head_is_refused_at_apply(tmp_path, monkeypatch):
     trainer = sft(tmp_path)
     before = state_of(trainer.model)
-    monkeypatch.setattr(_lm_head_tiles, "_add_product", lambda total, left, right: None)
+    monkeypatch.setattr(_lm_head_tiles, "add_product", lambda total, left, right: None)
     with pytest.raises(PatchError, match="gradient"):
         patch(trainer.model, {"LMHead": FusedLMHead()})
     assert state_of(trainer.model) == before

@@ -8,6 +8,7 @@ from torch import nn
 
 from bench._counters import GemmCounter, LiveBytes
 from hf_effi.functional.sequence import tile_rows
+from hf_effi.kernels._products import add_product
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from tests.helpers import tiny_gemma, tiny_llama, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, gradients, in_double
@@ -40,6 +41,15 @@ def assert_same(mlp, x, num_shards=None, tolerance=1e-12):
         found, ours = run(mlp, x)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert_equal_gradients(wanted, ours, tolerance)
+
+
+@pytest.mark.parametrize("total_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_summed_in_the_wider_precision(total_dtype, dtype):
+    left, right = torch.tensor([[1.0, 2.0**-10]], dtype=dtype), torch.ones(2, 1, dtype=dtype)
+    total = torch.ones(1, 1, dtype=total_dtype)
+    add_product(total, left, right)
+    assert total.item() == (2.0 if total_dtype == torch.bfloat16 else 2.0 + 2.0**-10)
 
 
 def test_rows_of_a_tile():
@@ -86,6 +96,15 @@ def test_a_second_backward_through_the_same_graph():
         once = {name: grad.clone() for name, grad in gradients(mlp).items()}
         out.backward()
         assert_equal_gradients(once, gradients(mlp), 0)
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    mlp = MLP()
+    with tile_mlp(mlp):
+        x = torch.randn(3, HIDDEN, requires_grad=True)
+        (grad,) = torch.autograd.grad(mlp(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_weights_that_changed_after_the_forward_are_noticed():
