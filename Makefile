@@ -22,7 +22,7 @@ $(STAMP): setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $(STAMP)
 
-setup: $(STAMP) ## create .venv and install hf_effi with the tested versions (CPU build of torch)
+setup: $(STAMP) ## create .venv and install hf_effi with the tested versions
 
 demo: $(STAMP) ## the main job: EffiGRPOTrainer against TRL's GRPOTrainer on the same work (CPU, offline, < 12 min)
 	$(BIN)/hf-effi demo --output-dir demo-output

@@ -17,7 +17,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ._compat import MissingPackageError
 from ._version import __version__
@@ -72,6 +72,13 @@ _DEMO_ENVIRONMENT = {
 
 class UsageError(Exception):
     """The command was called wrongly: printed as one line, exit code 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, which the usage in front of it would hide."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. `{self.prog} --help` lists what it takes.\n")
 
 
 def _env(args: argparse.Namespace) -> int:
@@ -157,6 +164,11 @@ def _demo(args: argparse.Namespace) -> int:
     if args.steps is not None and (args.steps < 4 or args.steps % 4):
         # Arms are compared at an evaluation, which comes every 4 steps (DemoSettings.eval_every_steps).
         raise UsageError(f"--steps must be a positive multiple of 4, got {args.steps}.")
+    from ._compat import require
+
+    # Asked for now, not after ten minutes of training.
+    for package in ("matplotlib", "jinja2"):
+        require(package, "the demo's report page")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Where it is installed, it warns at import that a kernel is missing that nothing here uses.
@@ -168,11 +180,6 @@ def _demo(args: argparse.Namespace) -> int:
         choose_arms(arms)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    from ._compat import require
-
-    # Asked for now, not after ten minutes of training.
-    for package in ("matplotlib", "jinja2"):
-        require(package, "the demo's report page")
     from .demo.command import main as run
 
     try:
@@ -235,13 +242,13 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each arm")
     parser.add_argument("--arms", metavar="A,B", help="arms to run beside the baseline, comma-separated; default: all")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a minute that learns nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns nothing")
     parser.set_defaults(run=_demo)
 
 
 def _add_plan(commands: Any, chosen: str | None) -> None:
     parser = _command(commands, "plan", "plan a run before it starts", PLANNERS["memory"][2])
-    planners = parser.add_subparsers(dest="planner_name", required=True, metavar="WHAT")
+    planners = parser.add_subparsers(dest="planner_name", required=True, metavar="|".join(PLANNERS))
     for name, (module, text, example) in PLANNERS.items():
         planner = _command(planners, name, text, example)
         if name == chosen:
@@ -305,7 +312,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser; `arguments` tells which planner's options have to be loaded."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-effi",
         description="Train for less with the Trainer you have.",
         epilog=_EXAMPLES,

@@ -250,16 +250,16 @@ def train(kind: str, arguments: Sequence[str]) -> int:
     if problems:
         print("\n".join(f"hf-effi {kind}: {problem}" for problem in problems), file=sys.stderr)
         return 2
-    from .hub.uploads import HubRefusedError
-
+    script = TRAININGS[kind][0]
     try:
         with _trainer_in_place(kind):
-            importlib.import_module(TRAININGS[kind][0]).main(*parsed)
-    except (OSError, HubRefusedError) as error:
-        if _while_training(error):
-            raise
+            importlib.import_module(script).main(*parsed)
+    except Exception as error:
         asked = f"model {parsed[2].model_name_or_path!r}, data {parsed[0].dataset_name!r}"
-        print(f"hf-effi {kind}: {' '.join(str(error).split())} (Asked for: {asked}.)", file=sys.stderr)
+        reason = None if _while_training(error) else _reason(error, script, asked)
+        if reason is None:
+            raise
+        print(f"hf-effi {kind}: {reason}", file=sys.stderr)
         return 1
     return 0
 
@@ -298,6 +298,10 @@ def _parse_command(kind: str, arguments: list[str]) -> tuple[Any, list[str]]:
         missing.append("no model: give model_name_or_path in the file or on the command line.")
     if not script.dataset_name and not data.datasets:
         missing.append("no data: give dataset_name (or datasets) in the file or on the command line.")
+    if kind == "grpo" and not script.reward_funcs and not script.reward_model_name_or_path:
+        missing.append(
+            "no reward: give reward_funcs (or reward_model_name_or_path) in the file or on the command line."
+        )
     return parsed, missing
 
 
@@ -305,3 +309,20 @@ def _while_training(error: BaseException) -> bool:
     """Whether it was raised inside `Trainer.train`: then its place matters, before only its reason does."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(f.f_code.co_name == "train" and f.f_globals["__name__"] == "transformers.trainer" for f in frames)
+
+
+def _reason(error: Exception, script: str, asked: str) -> str | None:
+    """Return in one sentence why training did not begin, or `None` where the traceback says more."""
+    from .hub.uploads import HubRefusedError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, (OSError, HubRefusedError)):
+        return f"{text} (Asked for: {asked}.)"
+    names = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # An import that finds nothing ends in the frames of importlib.
+    raised_by = [name for name in names if not name.startswith(("importlib", "_frozen_importlib"))][-1]
+    if isinstance(error, ValueError) and raised_by.startswith((script, "hf_effi.")):
+        return text
+    if isinstance(error, (AttributeError, ModuleNotFoundError)) and raised_by == script:
+        return f"reward_funcs: {text}. Give module.function of a module that is installed, or in this folder."
+    return None

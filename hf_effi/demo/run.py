@@ -76,7 +76,7 @@ class DemoSettings:
         return self.steps + (self.extra_steps if goes_on else self.eval_every_steps)
 
     def quick(self) -> DemoSettings:
-        """Return the smoke-test variant: every part runs, nothing is learned, a minute in all."""
+        """Return the smoke-test variant: every part runs, nothing is learned, seconds in all."""
         policy = replace(
             self.policy, hidden_size=48, num_layers=2, intermediate_size=96, sft_max_terms=3, sft_steps=150
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .policy import PolicySettings, build_policy
-from .task import build_tokenizer, exact_answer_reward, sample_problem
+from .task import build_tokenizer, sample_problem
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Toy:
         prompts (`datasets.Dataset`): Columns `prompt` (e.g. `"7-3+9="`) and `answer`.
         texts (`datasets.Dataset`): Column `text`, for language modelling.
         tokens (`list[dict]`): The same, tokenized, with `input_ids` and `labels` of one length, for a plain `Trainer`.
-        reward: 1.0 where the completion ends in the right number.
+        reward: [`even_ending_reward`], which a random model often meets: groups differ, and there is a gradient.
         cpu_args (`dict`): Arguments that any trainer config needs for a few quiet steps on a CPU.
     """
 
@@ -62,7 +62,7 @@ def toy(size: int = 64, seed: int = 0) -> Toy:
         ),
         texts=Dataset.from_dict({"text": texts}),
         tokens=[{"input_ids": row, "labels": row} for row in ids],
-        reward=exact_answer_reward,
+        reward=even_ending_reward,
         cpu_args={
             "use_cpu": True,
             "bf16": False,
@@ -74,6 +74,19 @@ def toy(size: int = 64, seed: int = 0) -> Toy:
             "logging_steps": 1,
         },
     )
+
+
+def even_ending_reward(completions: list[str], **kwargs: Any) -> list[float]:
+    """
+    Reward function for `GRPOTrainer`: 1.0 where a completion ends in an even digit, else 0.0.
+
+    Example:
+    ```python
+    >>> even_ending_reward(["7+9=16", "3+4=7", ""])
+    [1.0, 0.0, 0.0]
+    ```
+    """
+    return [float(text.endswith(tuple("02468"))) for text in completions]
 
 
 def logged(trainer: Any, name: str) -> list[float]:

@@ -47,7 +47,7 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands of `hf-effi plan lr` to `parser`; the one chosen lands in `args.plan_lr`."""
-    commands = parser.add_subparsers(dest="plan_lr", required=True, metavar="WHAT")
+    commands = parser.add_subparsers(dest="plan_lr", required=True, metavar="|".join(_HELP))
     show, transfer, cooldown, extend, predict = (
         commands.add_parser(
             name,

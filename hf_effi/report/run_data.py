@@ -65,7 +65,7 @@ def load_group(folder: str | Path) -> list[dict[str, Any]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NoRunError(f"{folder} is not a folder.")
+        raise NoRunError(f"{folder} is not a folder. Give the output_dir of a run.")
     try:
         return [load_run(folder)]
     except NoRunError as error:

@@ -35,6 +35,10 @@ class ScheduleArguments:
         default="error", metadata={"help": "On resume with another schedule: 'error', 'stored' or 'new'."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # of TrainingArguments
+        schedule_from_config(self)  # raises on what cannot act, before a model is loaded
+
 
 def schedule_from_config(args: Any) -> Schedule | None:
     """
@@ -85,7 +89,6 @@ class ScheduleMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Raise on a bad config now, not after the first batch has been prepared.
         schedule = schedule_from_config(self.args)
         if schedule is not None and self.lr_scheduler is not None:
             raise ScheduleError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import warnings
@@ -147,7 +148,9 @@ class Schedule:
         """
         kind = spec.get("kind")
         if kind not in _KINDS:
-            raise ScheduleError(f"kind={kind!r} is not a schedule. Known: {', '.join(sorted(_KINDS))}.")
+            near = difflib.get_close_matches(str(kind), _KINDS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ScheduleError(f"kind={kind!r} is not a schedule. Known: {', '.join(sorted(_KINDS))}.{hint}")
         cls = _KINDS[kind]
         known = {field.name for field in dataclasses.fields(cls)}
         params = spec.get("params", {})
