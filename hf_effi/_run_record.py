@@ -21,7 +21,8 @@ SUMMARY, EVENTS = "effi_run.json", "effi_events.jsonl"
 SCHEMA = 1
 
 _SECRET_NAME = re.compile(
-    r"(?:^|_)(?:token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?|auth|authorization)$", re.I
+    r"(?:^|_)(?:token|secret|password|passwd|(?:api|access|private|secret)_?key|credentials?|auth|authorization)$",
+    re.I,
 )
 #: fields of trainers that end in `_token` and hold a piece of the vocabulary
 _VOCABULARY = re.compile(r"^(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio)_token$")

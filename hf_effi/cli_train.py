@@ -31,6 +31,7 @@ TRAININGS = {
     ),
     "sft": ("trl.scripts.sft", "hf_effi.trainers.sft:EffiSFTConfig", "hf_effi.trainers.sft:EffiSFTTrainer"),
 }
+_CHECK = "hf_effi.trainers._common:check_config"
 #: keys that only this kind of training has
 _TELLS_GRPO = ("reward_funcs", "reward_model_name_or_path", "num_generations", "max_completion_length", "prune_rate")
 #: key -> smallest value that means anything, of those that upstream takes without a look
@@ -171,7 +172,8 @@ def _parse(parser: Any, values: dict[str, Any]) -> list[str]:
     with warnings.catch_warnings(), contextlib.redirect_stderr(complaint):
         warnings.simplefilter("ignore")
         try:
-            parser.parse_args_into_dataclasses(args=[])
+            _, training, *_ = parser.parse_args_into_dataclasses(args=[])
+            load(_CHECK)(training)
         except SystemExit:
             return [complaint.getvalue().strip().splitlines()[-1].partition("error: ")[2]]
         except Exception as error:  # whatever a config raises is what is wrong with it
@@ -183,7 +185,14 @@ def _read(path: str) -> tuple[Any, str | None]:
     import yaml
 
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8")), None
+        text = Path(path).read_text(encoding="utf-8")
+        lines: dict[str, int] = {}
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+            first = lines.setdefault(str(key.value), key.start_mark.line + 1)
+            if first != key.start_mark.line + 1:
+                return None, f"{path}: {key.value} is set in line {first} and again in line {key.start_mark.line + 1}."
+        return yaml.safe_load(text), None
     except OSError as error:
         return None, f"{path}: {error.strerror}."
     except yaml.MarkedYAMLError as error:
@@ -198,7 +207,9 @@ def run_validate(args: argparse.Namespace) -> int:
     """Print what is wrong, one line each; exit code 1 if anything is."""
     config, failure = _read(args.config)
     keys = config if isinstance(config, dict) else ()
-    kind = args.kind or ("grpo" if any(key in keys for key in _TELLS_GRPO) else "sft")
+    kind = args.kind or (
+        "grpo" if any(difflib.get_close_matches(str(key), _TELLS_GRPO, 1, 0.9) for key in keys) else "sft"
+    )
     logging.disable(logging.WARNING)  # what the libraries warn about while a config is made is not about the file
     try:
         problems, notes = ([failure], []) if failure else problems_of(config, kind)
@@ -277,6 +288,10 @@ def _parse_command(kind: str, arguments: list[str]) -> tuple[Any, list[str]]:
             make_parser(kind).parse_args_and_config([*arguments, "--use_cpu", "true"])
             reason = _no_gpu(kind, reason)
         return None, [reason]
+    try:
+        load(_CHECK)(parsed[1])
+    except ValueError as error:
+        return None, [" ".join(str(error).split())]
     script, model, data = parsed[0], parsed[2], parsed[3]
     missing = []
     if not model.model_name_or_path:

@@ -230,9 +230,11 @@ def read_recipe(source: str | Path, *, token: str | None = None, revision: str |
     """Return the recipe in a card, a folder, a recipe file or a repository, as data."""
     path = Path(source)
     if path.is_dir():
-        files = [path / "README.md", path / RECIPE_FILE]
-        path = next((file for file in files if file.exists() and _recipe_in(file) is not None), files[0])
-    if not path.exists():
+        files = [file for name in ("README.md", RECIPE_FILE) if (file := path / name).exists()]
+        if not files:  # never the Hub's: a folder of this machine was meant
+            raise RecipeError(f"{source} has neither a README.md nor an {RECIPE_FILE}. Is it the run's output_dir?")
+        path = next((file for file in files if _recipe_in(file) is not None), files[0])
+    elif not path.exists():
         if path.is_absolute() or str(source).count("/") > 1 or path.suffix in (".md", ".json"):
             raise RecipeError(
                 f"{source} does not exist. Pass a card, its folder, or a repository such as 'me/my-run'."

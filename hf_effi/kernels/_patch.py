@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,14 +241,17 @@ class _Checker:
                     "its weights are sharded or offloaded, or in 8 bits by another patch, so the self-check cannot run. "
                     "Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."
                 )
-        deviations = compare(
-            unit.modules,
-            unit.original,
-            unit.replacement,
-            self._arguments(key, unit),
-            backward=unit.has_backward,
-            budget=unit.error_budget,
-        )
+        deviations = []
+        for training in (False, True) if unit.each_mode else (None,):
+            with _mode(unit.modules, training):
+                deviations += compare(
+                    unit.modules,
+                    unit.original,
+                    unit.replacement,
+                    self._arguments(key, unit),
+                    backward=unit.has_backward,
+                    budget=unit.error_budget,
+                )
         worst = max(deviations, key=lambda d: d.error / d.allowed, default=None)
         failed = [d for d in deviations if not d.ok]
         if failed:
@@ -276,6 +280,19 @@ class _Checker:
         if target.kind == "loss":
             return loss_arguments(target.module.config.get_text_config().vocab_size, generator), 1
         return hidden_states(target.name, unit.input_of or target.module, generator), 1
+
+
+@contextlib.contextmanager
+def _mode(modules: Sequence[nn.Module], training: bool | None) -> Iterator[None]:
+    """Put modules into training or evaluation mode; `None`: leave them. A model is loaded in the latter, without dropout."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, was in before:
+            part.training = was if training is None else training
+        yield
+    finally:
+        for part, was in before:
+            part.training = was
 
 
 def _try_alternatives(

@@ -159,7 +159,7 @@ def _results(
     args, kwargs = _map_floats(arguments, copied)
     parameters = {name: _not_zero(p) for name, p in call.named_parameters() if _is_float(p)}
     weights = {name: copied(p) for name, p in parameters.items()}
-    buffers = {name: copied(b) for name, b in call.named_buffers() if _is_float(b)}
+    buffers = {name: copied(b) for name, b in call.named_buffers()}
     given = {
         f"input {i}": pair for i, pair in enumerate(zip(_floats(arguments), _floats((args, kwargs)), strict=True))
     }

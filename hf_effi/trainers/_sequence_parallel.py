@@ -96,7 +96,7 @@ class SequenceParallelMixin:
 
     def __init__(self, *args: Any, sequence_parallel_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        size = _resolve_size(sequence_parallel_size, getattr(self.args, "sequence_parallel_size", None))
+        size = resolve_size(sequence_parallel_size, getattr(self.args, "sequence_parallel_size", None))
         packed = any(getattr(self.args, name, False) for name in ("packing", "padding_free"))
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if warning := check_deepspeed(self.accelerator.parallelism_config, plugin, packed):
@@ -323,7 +323,7 @@ class SequenceParallelMixin:
         return self._round is None or self._round == self._sequence_group.rank
 
 
-def _resolve_size(argument: int | None, from_config: int | None) -> int:
+def resolve_size(argument: int | None, from_config: int | None) -> int:
     if argument is not None and from_config not in (None, 1, argument):
         raise SequenceParallelError(
             f"sequence_parallel_size is {argument} in the constructor and {from_config} in args. Set it once."

@@ -50,6 +50,12 @@ def test_a_good_file_is_valid(tmp_path, capsys):
         ({"prune_metric": "biggest"}, ["prune_metric", "'smallest'"]),
         ({"eval_strategy": "sometimes"}, ["sometimes"]),
         ({"lr_scheduler_type": "nonsense"}, ["nonsense"]),
+        ({"lr_schedule": "wds"}, ["'wds'", "wsd"]),
+        ({"lr_schedule": "wsd", "lr_schedule_kwargs": {"warm_steps": 3}}, ["warm_steps"]),
+        ({"lr_schedule": "wsd", "lr_scheduler_type": "cosine"}, ["lr_scheduler_type"]),
+        ({"lr_schedule_kwargs": {"warmup_steps": 3}}, ["needs lr_schedule"]),
+        ({"kernel_patch": "ligr"}, ["kernel_patch='ligr'", "'liger'"]),
+        ({"sequence_parallel_size": 0}, ["sequence_parallel_size=0", "at least 1"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -73,6 +79,14 @@ def test_training_refuses_an_unknown_key_before_anything_is_loaded(tmp_path, cap
     path = write(tmp_path, model_name_or_path="no/such-model", prune_rat=0.5)
     assert cli.main(["grpo", "--config", path]) == 2
     assert "Did you mean prune_rate?" in capsys.readouterr().err
+    path = write(tmp_path, model_name_or_path="no/such-model", dataset_name="data", lr_schedule="wds")
+    assert cli.main(["sft", "--config", path]) == 2
+    assert "'wds'" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_tells_the_kind_too(tmp_path, capsys):
+    assert cli.main(["validate", write(tmp_path, num_generation=4)]) == 1
+    assert "num_generation: unknown key. Did you mean num_generations?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["grpo", "sft"])

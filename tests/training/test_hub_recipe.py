@@ -229,6 +229,14 @@ def test_a_card_without_a_recipe_says_so(tmp_path, text):
         from_card(tmp_path)
 
 
+def test_a_folder_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
+    """A relative `out/run` has the form of a repository's name."""
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="out/run has neither a README.md nor an effi_recipe.json"):
+        from_card("out/run")
+
+
 def test_a_value_cannot_end_the_block_of_json():
     assert json_block({"x": "```\n# Fake"}).count("```") == 2
 

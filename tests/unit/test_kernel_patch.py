@@ -19,7 +19,16 @@ from hf_effi._compat import MissingPackageError
 from hf_effi.kernels import KernelMismatchError, PatchError, TiledMLP, patch, unpatch
 from hf_effi.kernels._targets import kernel_name
 from hf_effi.kernels._verify import compare
-from tests.helpers import assert_bitwise_equal, save_tiny, tiny_gemma, tiny_llama, tiny_mistral, tiny_qwen3, weights_of
+from tests.helpers import (
+    assert_bitwise_equal,
+    save_tiny,
+    tiny_gemma,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen3,
+    weights_of,
+)
 
 # --- layers in plain torch, right and wrong -------------------------------------------------------------------------
 
@@ -663,6 +672,28 @@ def test_what_the_original_leaves_in_its_module_is_taken_back():
     state = state_of(model)
     with patch(model, {"0": Plain}):
         assert "dtypes" not in model[0].__dict__
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("always", [False, True])
+def test_dropout_is_checked_in_both_modes(training, always):
+    """A model is loaded in evaluation mode, where a kernel that knows no dropout looks right."""
+
+    class MLP(nn.Module):
+        def forward(self, x):
+            return F.dropout(self.c_proj(self.act(self.c_fc(x))), self.dropout.p, self.training)
+
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return F.dropout(self.c_proj(self.act(self.c_fc(x))), self.dropout.p, always)
+
+    model = tiny_gpt2(resid_pdrop=0.3).train(training)
+    state = state_of(model)
+    with pytest.raises(KernelMismatchError, match="Wrong on transformer.h.0.mlp: output 0 is off by"):
+        patch(model, {"*.mlp": Wrong})
+    assert state_of(model) == state
+    patch(model, {"*.mlp": MLP}).revert()
     assert state_of(model) == state
 
 

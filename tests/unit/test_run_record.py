@@ -25,7 +25,7 @@ def test_the_value_of_an_option_that_names_a_secret_goes():
     assert found == f"train.py --hub_token {REDACTED} --eos_token <end> --api-key={REDACTED} --lr 1"
 
 
-@pytest.mark.parametrize("name", ["hub_token", "token", "API_KEY", "wandb_api_key", "aws_secret", "password", "auth"])
+@pytest.mark.parametrize("name", ["hub_token", "token", "API_KEY", "secret_key", "aws_secret", "password", "auth"])
 def test_a_value_under_a_secret_name_is_left_out(name):
     assert redact({name: "anything"}) == {name: REDACTED}
     assert redact({"outer": [{name: "anything"}]}) == {"outer": [{name: REDACTED}]}
