@@ -69,7 +69,7 @@ def make_parser(kind: str) -> Any:
         description=f"Train as `trl {kind}` does, with our trainer. Options and keys of the YAML are TRL's and ours;\n"
         "an option on the command line wins over the file.",
         epilog=f"example:\n  hf-effi {kind} --config run.yaml --max_steps 100\n"
-        f"  accelerate launch -m hf_effi.cli {kind} --config run.yaml\n\n{EXIT_CODES}",
+        f"  accelerate launch -m hf_effi {kind} --config run.yaml\n\n{EXIT_CODES}",
         formatter_class=_Help,
     )
 

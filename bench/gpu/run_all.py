@@ -22,7 +22,7 @@ from bench.gpu._measure import Bench, Figures, table
 
 GOALS = {
     "all_results_correct": "= 1",
-    "lm_head_fwd_bwd_ms": "<= 35",
+    "lm_head_fwd_bwd_ms": "<= 35",  # columns filtered, a tenth of them active; below the bare products, as exact cannot be
     "lora_layer_speedup": ">= 1.10",
     "low_bit_lora_fp8_cosine_of_dx_4096": ">= 0.998",
     "low_bit_lora_fp8_speedup_4096": ">= 1.3",

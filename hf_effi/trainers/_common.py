@@ -9,7 +9,7 @@ from ._hub_mixin import HubArguments, HubMixin
 from ._kernel_mixin import KernelArguments, KernelPatchMixin, layers_from_config
 from ._record_mixin import RunRecordArguments, RunRecordMixin
 from ._sampler_mixin import SamplerMixin
-from ._schedule_mixin import ScheduleArguments, ScheduleMixin, schedule_from_config
+from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin, resolve_size
 
 
@@ -30,8 +30,7 @@ def check_config(args: Any) -> None:
     Check the fields that the mixins read when a trainer is built, which is after its model was loaded.
 
     Raises:
-        ValueError: a schedule, its arguments, a kernel patch or a sequence parallel size that no trainer would take.
+        ValueError: a kernel patch or a sequence parallel size that no trainer would take.
     """
-    schedule_from_config(args)
     layers_from_config(args)
     resolve_size(None, args.sequence_parallel_size)

@@ -61,7 +61,7 @@ def test_commands_exist(page: str, line: int, code: str) -> None:
 def check_command(words: list[str]) -> None:
     """Fail where a command of ours has a name or an option that does not exist. Nothing is run."""
     if words[:3] == ["accelerate", "launch", "-m"]:
-        assert words[3] == "hf_effi.cli"
+        assert words[3] == "hf_effi"
         words = ["hf-effi", *words[4:]]
     program, *arguments = words
     if program == "make":

@@ -127,9 +127,7 @@ def test_module_runs_and_help_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_effi.cli", "--version"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "hf_effi", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("hf_effi ")
 
 
