@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from hf_effi import FusedLoRALinear, KernelPatchCallback
 from hf_effi.callbacks.patch import PatchCallback
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from tests.helpers import compare_runs, lm_dataset, sft_dataset, tiny_qwen3, tiny_tokenizer
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
+from tests.unit.test_kernel_patch import four_bit_llama
 
 TILES = partial(tile_mlp, num_shards=3)
 
@@ -116,3 +118,19 @@ def test_what_is_no_patch_is_named(tmp_path):
         PatchCallback(handle)
     with pytest.raises(ValueError, match="num_shards=0"):
         run(tmp_path, PatchCallback(tile_mlp, partial(tile_mlp, num_shards=0)))
+
+
+def test_qlora_beside_fused_attention_projections(tmp_path):
+    def train(*callbacks):
+        torch.manual_seed(0)  # the adapters' first values
+        model = four_bit_llama(tmp_path)
+        trainer = sampler_trainer(
+            tmp_path, Trainer, callbacks=callbacks, model=model, max_steps=4, learning_rate=1e-2, bf16=False
+        )
+        trainer.train()
+        return losses(trainer)
+
+    fused = KernelPatchCallback({"*.self_attn.*_proj": FusedLoRALinear()})
+    plain, tiled = train(), train(PatchCallback(TILES), fused)
+    assert len(plain) == 4 and plain.std() > 0.01
+    torch.testing.assert_close(tiled, plain, rtol=0, atol=1e-4)
