@@ -73,7 +73,7 @@ ROWS: tuple[Method, ...] = (
         authors="Wijmans, Erik and others",
         status="experimental",
         tests=("tests/unit/test_lm_head.py", "tests/unit/test_triton_kernels.py", "tests/training/test_lm_head.py"),
-        bench="bench/gpu/run_all.py",
+        bench="bench/lm_head.py",
     ),
     Method(
         key="random_ltd",
