@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Adapter(NamedTuple):
@@ -31,7 +31,7 @@ def active_adapters(module: Any, reject: Callable[[str], Exception]) -> dict[str
     Return the adapters that a LoRA layer adds to its base layer now: none where they are merged or switched off.
 
     Raises:
-        What `reject` makes of a reason: a variant such as DoRA, dropout while training, a bias in the adapter.
+        What `reject` makes of a reason: a variant such as DoRA, dropout while training, a bias or a hook in the adapter.
     """
     if module.disable_adapters or module.merged:
         return {}
@@ -48,8 +48,15 @@ def active_adapters(module: Any, reject: Callable[[str], Exception]) -> dict[str
         a, b = module.lora_A[name], module.lora_B[name]
         if b.bias is not None:
             raise reject(f"adapter {name!r} has a bias. Set lora_bias=False.")
+        if has_own_call(a) or has_own_call(b):
+            raise reject(f"adapter {name!r} has hooks or a forward of its own, which would be skipped.")
         found[name] = Adapter(a.weight, b.weight, float(module.scaling[name]))
     return found
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: who only reads its weights would pass that by."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 def is_repacked(quant_state: Any) -> bool:

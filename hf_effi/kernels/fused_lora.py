@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ._errors import PatchError
 from ._layers import Unit
-from ._peft_layers import active_adapters, dense_weight, is_repacked
+from ._peft_layers import active_adapters, dense_weight, has_own_call, is_repacked
 from ._targets import Target
 from .low_bit import LowBitWeight, QuantizedRows, quantize_rows
 
@@ -238,11 +238,8 @@ def _read(name: str, module: Any) -> LoRAWeights | None:
         raise _reject(
             name, f"{len(adapters)} adapters are active ({', '.join(adapters)}). Activate one: set_adapter(name)."
         )
-    for part in (module.base_layer, *module.lora_A.values(), *module.lora_B.values()):
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-            raise _reject(
-                name, f"its {type(part).__name__} has hooks or a forward of its own, which would be skipped."
-            )
+    if has_own_call(module.base_layer):
+        raise _reject(name, "its base layer has hooks or a forward of its own, which would be skipped.")
     (adapter,) = adapters.values()
     base = module.base_layer
     if type(base) is nn.Linear:

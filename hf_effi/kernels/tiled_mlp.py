@@ -17,7 +17,7 @@ from ..parallel.patch_handle import PatchHandle
 from ._errors import PatchError
 from ._gated_mlp import GatedMLP, Keep, Linear, TiledFunction
 from ._layers import Unit
-from ._peft_layers import active_adapters, is_repacked
+from ._peft_layers import active_adapters, has_own_call, is_repacked
 from ._targets import GATED_NAMES, Target, kernel_name
 from .gated_product import ACTIVATIONS
 
@@ -179,7 +179,7 @@ def _read_linear(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
 
 def _check_bare(module: nn.Module, name: str) -> None:
     """The tiles read the weights and never call the projection: hooks on it would be lost."""
-    if module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__:
+    if has_own_call(module):
         raise ValueError(
             f"TiledMLP: {name} has hooks of its own (ZeRO-3, FSDP around a single layer, an accelerate hook or a patch), "
             "which the tiles would pass by. Shard whole decoder layers, or leave tile_mlp out."

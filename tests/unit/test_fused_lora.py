@@ -446,12 +446,12 @@ def test_other_layers_are_refused():
         patch(lora_model(), {"*.mlp": FusedLoRALinear()})
     model = lora_model()
     attention_of(model).q_proj.base_layer.register_forward_hook(lambda *_: None)
-    with pytest.raises(PatchError, match="q_proj: its Linear has hooks"):
+    with pytest.raises(PatchError, match="q_proj: its base layer has hooks"):
         patch(model, KEY)
     model = lora_model()
     with patch(model, KEY):
         attention_of(model).k_proj.lora_A["default"].register_forward_pre_hook(lambda *_: None)
-        with pytest.raises(PatchError, match="k_proj: its Linear has hooks"):
+        with pytest.raises(PatchError, match="k_proj: adapter 'default' has hooks"):
             model(input_ids=IDS)
 
 

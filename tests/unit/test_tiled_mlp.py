@@ -340,6 +340,14 @@ def test_hooks_on_a_projection_are_not_passed_by():
         mlp(torch.randn(2, HIDDEN))
 
 
+def test_hooks_inside_an_adapter_are_not_passed_by():
+    wrapped = lora(MLP())
+    tile_mlp(wrapped)
+    wrapped.base_model.model.up_proj.lora_A["default"].register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="up_proj: adapter 'default' has hooks"):
+        wrapped(torch.randn(2, HIDDEN))
+
+
 def test_a_quantized_projection_is_named():
     class Linear8bitLt(nn.Linear):
         pass
