@@ -70,6 +70,10 @@ class ChunkFlowMixin:
                 self.label_smoother is not None or self.compute_loss_func is not None
             ),
             f"layers of type {sorted(set(hybrid))} carry a state that is not keys and values": hybrid,
+            # Of two caches in one call, the model ignores one.
+            "PEFT's prompt learning puts tokens of its own in front of every call": (
+                getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
+            ),
             "output_router_logits=True takes a mean over the tokens of a call": (
                 getattr(config, "output_router_logits", False)
             ),

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from bench._counters import LiveBytes
@@ -193,11 +194,17 @@ def test_sft(tmp_path, packing):
     assert torch.equal(our_tokens, tokens)
 
 
+def with_prompt(config):
+    return get_peft_model(tiny_qwen3(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 @pytest.mark.parametrize(
     ("over", "message"),
     [
         ({"activation_checkpointing": True}, "gradient checkpointing empties the cache"),
         ({"model": lambda: tiny_qwen3(attention_dropout=0.1)}, r"dropout \{'attention_dropout': 0.1\}"),
+        ({"model": lambda: with_prompt(PrefixTuningConfig)}, "PEFT's prompt learning"),
+        ({"model": lambda: with_prompt(PromptTuningConfig)}, "PEFT's prompt learning"),
         ({"label_smoothing_factor": 0.1}, "the loss has to be the model's"),
         ({"chunk_flow": 512}, r"chunk_flow=512 must be a ChunkFlow\(chunk_size"),
     ],

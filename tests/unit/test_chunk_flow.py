@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hf_effi._compat import CACHE_ARGUMENTS
 from hf_effi.functional.sequence import chunk_schedule, plan_chunks
 from hf_effi.parallel.chunk_flow import ChunkFlow, ChunkFlowError, make_groups
 
@@ -69,7 +70,7 @@ def test_padding_and_rows_without_labels_go():
     assert group.tokens["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert group.tokens["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert group.tokens["shift_labels"].tolist() == [[6, 7, -100, 9, -100]]
-    assert "past_key_values" not in group.inputs(0) and group.inputs(0)["use_cache"] is False
+    assert not {*CACHE_ARGUMENTS} & {*group.inputs(0)} and group.inputs(0)["use_cache"] is False
 
 
 def test_packed_rows_fall_into_their_segments():
