@@ -24,6 +24,7 @@ from ..parallel import (
     gathered_forward,
     implementation_of,
     make_sequence_group,
+    prove_split,
     sharded_forward,
     split_batch,
 )
@@ -93,6 +94,7 @@ class SequenceParallelMixin:
     _sequence_group: SequenceGroup | None = None
     _round: int | None = None  # whose batch the group works on
     _wants_logits = True
+    _split_is_proven = False
 
     def __init__(self, *args: Any, sequence_parallel_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,6 +110,8 @@ class SequenceParallelMixin:
             self._sequence_group = make_sequence_group(size, self.args.device.type)
             if self.sequence_parallel_mode == "replicated" and hasattr(self, "_tp_size"):
                 self._tp_size = size  # TRL's divisor of its token count: ranks with the same batch
+            if not self.is_fsdp_enabled:
+                self._prove_split(self.model)
             self.accelerator.print(self._description())
 
     def _check_settings(self, size: int) -> None:
@@ -207,14 +211,23 @@ class SequenceParallelMixin:
 
     # --- forward and backward ------------------------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _prove_split(self, model: nn.Module) -> None:
+        """Once; under FSDP at the first step, when every rank has the weights."""
+        if self._sequence_group is None or self._split_is_proven:
+            return
+        prove_split(self._split_models(model), self._sequence_group, self.sequence_parallel_mode == "token")
+        self._split_is_proven = True
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        self._prove_split(model)
         with self._attention():
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
         self._wants_logits = not prediction_loss_only
+        self._prove_split(model)
         with self._attention():
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
@@ -225,7 +238,9 @@ class SequenceParallelMixin:
 
     def _split_models(self, model: nn.Module) -> list[nn.Module]:
         models = [model, getattr(self, "ref_model", None)]
-        return [self.accelerator.unwrap_model(found) for found in models if found is not None]
+        found = [self.accelerator.unwrap_model(each) for each in models if each is not None]
+        # The log-probs of the reference are asked of it by name: it is one model all the same.
+        return list({id(each): each for each in found}.values())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
