@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import CACHE_ARGUMENTS, cache_argument, given_cache
 from ..functional.sequence import chunk_bounds, chunk_segments
 from .attention import LAYOUT
 from .patch_handle import PatchHandle
@@ -72,7 +73,7 @@ class _Call:
     def __init__(self, layer: Any, arguments: dict[str, Any], x: Tensor, num_chunks: int) -> None:
         self.layer, self.device = layer, x.device.type
         self.parameters = [weight for weight in layer.parameters() if weight.requires_grad]
-        self.mask = arguments.get("attention_mask")
+        self.mask, self.cache_name = arguments.get("attention_mask"), cache_argument(type(layer).forward)
         self.implementation = layer.self_attn.config._attn_implementation
         if self.implementation in ("sdpa", "eager"):  # these read a mask, and no boundaries
             arguments = {name: value for name, value in arguments.items() if name not in _PACKING}
@@ -98,7 +99,8 @@ class _Call:
     def run(self, x: Tensor, chunk: _Chunk, prefix: _Prefix) -> Tensor:
         # Made for the moment: a mask of every chunk, kept, would be half of the square that there is to avoid.
         mask = _cut_mask(self.mask, chunk, self.implementation, x.device)
-        out = type(self.layer).forward(self.layer, x, attention_mask=mask, past_key_values=prefix, **chunk.arguments)
+        earlier = {self.cache_name: prefix}
+        out = type(self.layer).forward(self.layer, x, attention_mask=mask, **earlier, **chunk.arguments)
         if not isinstance(out, Tensor) or prefix.new is None:
             raise ValueError(
                 f"StreamLayer: {type(self.layer).__name__} returns a {type(out).__name__} or keeps no keys and values in "
@@ -250,9 +252,9 @@ def _streamed_forward(layer: nn.Module, hidden_states: Tensor, *, num_chunks: in
 
 
 def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
-    cache = arguments.get("past_key_values")
+    name, cache = given_cache(arguments)
     if cache is not None and cache.get_seq_length(layer.self_attn.layer_idx):
-        raise ValueError("StreamLayer: the cache holds keys already. In training pass no past_key_values.")
+        raise ValueError(f"StreamLayer: the cache holds keys already. In training pass no {name}.")
     if arguments.get(LAYOUT) is not None:
         raise ValueError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
     if arguments.get("output_attentions"):
@@ -290,7 +292,7 @@ def _cut(arguments: dict[str, Any], start: int, end: int) -> _Chunk:
     if arguments.get("cu_seq_lens_q") is not None:
         mine, first_key = _cut_packing(arguments["cu_seq_lens_q"], start, end)
     for name, value in arguments.items():
-        if name in (*_PACKING, "attention_mask", "past_key_values"):
+        if name in (*_PACKING, *CACHE_ARGUMENTS, "attention_mask"):
             continue
         if name in _PER_TOKEN and value is not None:
             mine[name] = value[:, start:end] if isinstance(value, Tensor) else tuple(t[:, start:end] for t in value)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import cache_argument
 from ..functional.sequence import chunk_schedule
 from ..parallel.chunk_flow import ChunkFlow, ChunkFlowError, ChunkGroup, make_groups
 
@@ -85,7 +86,7 @@ class ChunkFlowMixin:
         if num_items_in_batch is None:
             raise ChunkFlowError("The Trainer gave no num_items_in_batch, so that means over chunks would not add up.")
         model.train()
-        groups = make_groups(self._prepare_inputs(inputs), self.chunk_flow.chunk_size)
+        groups = make_groups(self._prepare_inputs(inputs), self.chunk_flow.chunk_size, _cache_name(self.model))
         count = sum(len(group) for group in groups)
         if self.accelerator.num_processes > 1:
             # The forward of DDP, and TRL's metrics, communicate: every rank makes as many calls.
@@ -129,7 +130,7 @@ class ChunkFlowMixin:
             inputs = group.inputs(index)
             del inputs["labels"], inputs["shift_labels"]
             self.model(**inputs, logits_to_keep=1)
-        group.ran(index, inputs["past_key_values"])
+        group.ran(index, inputs[group.cache_name])
 
     def _keep(self, model: nn.Module, group: ChunkGroup, index: int, num_items: Any) -> Tensor:
         self._loss_now = None
@@ -138,7 +139,7 @@ class ChunkFlowMixin:
 
     def _chunk_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         group, index = self._now
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(group.cache_name)
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items)
         group.ran(index, cache)
         return loss
@@ -151,6 +152,11 @@ class ChunkFlowMixin:
         if loss is None:
             loss = self._chunk_loss(model, inputs, kwargs["num_items_in_batch"])
         return group.with_gradients(index, loss)
+
+
+def _cache_name(model: Any) -> str:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cache_argument(base.forward)
 
 
 def _idle(group: ChunkGroup) -> ChunkGroup:
