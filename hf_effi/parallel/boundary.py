@@ -51,7 +51,9 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
         gradient (`str`): `"sum"` for replicated batches, `"slice"` for rounds; see [`gather_sequence`].
     """
     points = [(model, split_point(model)) for model in {id(model): model for model in models}.values()]
-    rules = {point: position_rule(point) for _, point in points}  # before the hooks, which these forwards must not meet
+    rules = {
+        point: position_rule(point) for _, point in points
+    }  # before the hooks, which these forwards must not meet
     if gradient == "slice" and torch.is_grad_enabled() and any(point is not model for model, point in points):
         raise SequenceParallelError(
             "A sequence classifier cannot be trained in rounds: its head runs on whole hidden states, so that every rank "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..patching.probe import ALLOWED, looking, out_of_reach, output_of, tiny_tokens
 from .groups import SequenceParallelError
 
 PositionRule = Callable[[Tensor], Tensor]
@@ -54,7 +54,7 @@ def position_rule(model: nn.Module) -> PositionRule:
     Return the rule by which `model` numbers its tokens when no `position_ids` are given.
 
     A left-padded row is forwarded as it is, then with the positions of each rule; the rule with equal outputs is the
-    model's. Measured once for each model instance: three forwards of 2 x 8 tokens, without gradients.
+    model's. Measured once for each model instance: at most three forwards of 2 x 8 tokens, without gradients.
 
     Args:
         model (`nn.Module`): What is called with `input_ids` and `attention_mask`, whole (every rank calls it alike).
@@ -68,49 +68,49 @@ def position_rule(model: nn.Module) -> PositionRule:
 
 
 def _measure(model: nn.Module) -> PositionRule:
-    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-    size = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(2 * _LENGTH, device=device) % max(size - 4, 1) + min(3, size - 1)).view(2, _LENGTH)
+    ids = tiny_tokens(model, 2, _LENGTH)
     mask = torch.ones_like(ids)
     mask[1, :_PADDING] = 0
-    with quiet(model):
+    differences = []
+    with as_it_is_or_wide(model) as allowed:
         own = _output(model, ids, mask)
-        differences = [_difference(own, _output(model, ids, mask, rule(mask)), mask) for rule in _RULES]
-    best = min(range(len(_RULES)), key=lambda index: differences[index])
-    if differences[best] > (1e-4 if own.dtype in (torch.float32, torch.float64) else 2e-2):
-        raise SequenceParallelError(
-            f"{type(model).__name__} numbers its tokens in a way of its own, which a rank with a part of the sequence "
-            f"cannot do: on a left-padded row its outputs differ by {differences[0]:.1e} (relative) from those with "
-            f"positions counted by column, and by {differences[1]:.1e} from those counted by token."
-        )
-    return _RULES[best]
+        for rule in _RULES:
+            differences.append(difference(own, _output(model, ids, mask, rule(mask)), mask))
+            if differences[-1] <= allowed:
+                return rule
+    raise SequenceParallelError(
+        f"{type(model).__name__} numbers its tokens in a way of its own, which a rank with a part of the sequence cannot "
+        f"do: on a left-padded row its outputs differ by {differences[0]:.1e} (relative) from those with positions counted "
+        f"by column, and by {differences[1]:.1e} from those counted by token."
+    )
 
 
 def _output(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
     told = {} if positions is None else {"position_ids": positions}
-    return first_output(model(input_ids=ids, attention_mask=mask, use_cache=False, **told))
-
-
-def first_output(outputs: Any) -> Tensor:
-    """Return the logits, or whatever comes first: the hidden states of a backbone."""
-    logits = getattr(outputs, "logits", None)
-    return outputs[0] if logits is None else logits
-
-
-def _difference(own: Tensor, other: Tensor, mask: Tensor) -> float:
-    real = mask != 0
-    return float((own - other)[real].abs().max() / own[real].abs().max().clamp(min=1e-30))
+    return output_of(model(input_ids=ids, attention_mask=mask, use_cache=False, **told))
 
 
 @contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without gradients and without random numbers of the run; modes are put back."""
-    training = {module: module.training for module in model.modules()}
-    devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+def as_it_is_or_wide(model: nn.Module) -> Iterator[float]:
+    """
+    The conditions of a probe, without gradients: in double precision; single where weights are packed; as they are, sharded.
+
+    Yields:
+        `float`: The largest relative difference that is rounding.
+    """
+    dtypes = {weight.dtype for weight in model.parameters()}
+    if out_of_reach(model) is not None:  # whole only inside the forward, in whatever dtype they have
+        dtype, allowed = None, 5e-2 if dtypes & {torch.float16, torch.bfloat16} else 1e-4
+    else:
+        # Kernels for packed weights know single precision at most.
+        dtype = torch.float64 if all(each.is_floating_point for each in dtypes) else torch.float32
+        allowed = ALLOWED[dtype]
+    with looking(model, dtype), torch.no_grad():
+        yield allowed
+
+
+def difference(own: Tensor, other: Tensor, mask: Tensor) -> float:
+    """Return the largest difference on real tokens, relative to the largest output; infinity where one is not finite."""
+    real = mask != 0
+    gap = (own - other)[real].abs().max() / own[real].abs().max().clamp(min=1e-30)
+    return float(gap.nan_to_num(nan=torch.inf))

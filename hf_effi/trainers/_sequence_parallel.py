@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,10 +143,21 @@ class SequenceParallelMixin:
                 ),
             }
         else:
-            refused["a loss_is_scaled_for_ga of None"] = (
-                mode == "rounds" and self.loss_is_scaled_for_ga is None,
-                "set the class attribute to whether compute_loss divides by the accumulation steps",
-            )
+            rounds = mode == "rounds"
+            refused |= {
+                "a loss_is_scaled_for_ga of None": (
+                    rounds and self.loss_is_scaled_for_ga is None,
+                    "set the class attribute to whether compute_loss divides by the accumulation steps",
+                ),
+                "top_entropy_quantile": (
+                    rounds and getattr(self, "top_entropy_quantile", 1.0) < 1.0,
+                    "its threshold is one of the batches of all ranks at once; set it to 1.0",
+                ),
+                "use_adaptive_entropy": (
+                    rounds and getattr(self, "use_adaptive_entropy", False),
+                    "its coefficient would move in every round; set it to False",
+                ),
+            }
         if mode != "rounds":
             data = self.train_dataset
             streams = isinstance(data, IterableDataset) or (data is not None and not hasattr(data, "__len__"))
@@ -270,30 +281,32 @@ class SequenceParallelMixin:
         """
         group = self._sequence_group
         scale = 1.0 if self.loss_is_scaled_for_ga else 1.0 / self.current_gradient_accumulation_steps
-        for owner, batch in self._rounds(inputs):
-            last = owner == group.size - 1
-            # Without synchronization FSDP2 would keep whole gradients.
-            wait = contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
-            with wait:
-                with gathered_forward(self._split_models(model), group, "slice"):
-                    loss = super().compute_loss(model, batch, num_items_in_batch=num_items)
-                if owner == group.rank:
-                    own = loss.detach()
-                if not last:
-                    self.accelerator.backward(loss * scale)
+        with self._pool() as pool:
+            for owner, batch in self._rounds(inputs):
+                last = owner == group.size - 1
+                # Without synchronization FSDP2 would keep whole gradients.
+                wait = contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
+                with wait:
+                    with gathered_forward(self._split_models(model), group, "slice"), pool.round():
+                        loss = super().compute_loss(model, batch, num_items_in_batch=num_items)
+                    if owner == group.rank:
+                        own = loss.detach()
+                    if not last:
+                        self.accelerator.backward(loss * scale)
         return loss + (own - loss.detach())
 
     def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
         """Evaluation always runs in rounds, so that every rank returns what it would without splitting."""
         group = self._sequence_group
-        for owner, batch in self._rounds(inputs):
-            if self.sequence_parallel_mode == "token":
-                result = self._evaluate_tokens(model, batch, return_outputs, num_items)
-            else:
-                with gathered_forward(self._split_models(model), group, "slice"):
-                    result = super().compute_loss(model, batch, return_outputs)
-            if owner == group.rank:
-                own = result
+        with self._pool() as pool:
+            for owner, batch in self._rounds(inputs):
+                if self.sequence_parallel_mode == "token":
+                    result = self._evaluate_tokens(model, batch, return_outputs, num_items)
+                else:
+                    with gathered_forward(self._split_models(model), group, "slice"), pool.round():
+                        result = super().compute_loss(model, batch, return_outputs)
+                if owner == group.rank:
+                    own = result
         return own
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -333,9 +346,69 @@ class SequenceParallelMixin:
         finally:
             self._round = None
 
+    def _pool(self) -> contextlib.AbstractContextManager[_Pool]:
+        """What a micro-batch logs is pooled over its rounds, in the trainers whose loss logs for the ranks together."""
+        if self.sequence_parallel_mode != "rounds":
+            return contextlib.nullcontext(_Pool(None, {}, 0))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        return _Pool(self.accelerator, metrics, self._sequence_group.size)
+
     @property
     def _works_on_own_batch(self) -> bool:
         return self._round is None or self._round == self._sequence_group.rank
+
+
+class _Pool:
+    """
+    Pools what TRL's loss logs over the rounds, as it is pooled over the ranks without splitting.
+
+    That loss reduces and gathers for its metrics only. Inside, round `k` gets the sum, or the values, of rounds 1 to `k`,
+    and what the rounds before the last have logged is taken back.
+
+    Args:
+        accelerator (`Accelerator`): Whose `reduce` and `gather` are replaced; `None` leaves everything as it is.
+        metrics (`dict[str, list[float]]`): Where the loss logs.
+        rounds (`int`): How many there are.
+    """
+
+    def __init__(self, accelerator: Any, metrics: dict[str, list[float]], rounds: int) -> None:
+        self.accelerator, self.metrics, self.rounds = accelerator, metrics, rounds
+        self._results: list[Tensor] = []
+        self._calls = self._round = 0
+
+    def __enter__(self) -> _Pool:
+        if (stock := self.accelerator) is not None:
+            stock.reduce, stock.gather = self._reduce, self._gather
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.accelerator is not None:
+            del self.accelerator.reduce, self.accelerator.gather
+
+    @contextlib.contextmanager
+    def round(self) -> Iterator[None]:
+        self._calls, self._round = 0, self._round + 1
+        before = {name: len(values) for name, values in self.metrics.items()}
+        yield
+        if self._round < self.rounds:
+            for name, values in self.metrics.items():
+                del values[before.get(name, 0) :]
+
+    def _reduce(self, tensor: Tensor, reduction: str = "mean", scale: float = 1.0) -> Tensor:
+        if reduction != "sum":
+            raise SequenceParallelError(f"The loss reduces by {reduction!r}, which rounds cannot pool: use 'sum'.")
+        return self._join(type(self.accelerator).reduce(self.accelerator, tensor, reduction, scale), torch.add)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        return self._join(type(self.accelerator).gather(self.accelerator, tensor), lambda *both: torch.cat(both))
+
+    def _join(self, value: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        if self._calls == len(self._results):
+            self._results.append(value)
+        else:
+            self._results[self._calls] = join(self._results[self._calls], value)
+        self._calls += 1
+        return self._results[self._calls - 1]
 
 
 def resolve_size(argument: int | None, from_config: int | None) -> int:

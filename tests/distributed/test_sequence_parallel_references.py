@@ -233,6 +233,21 @@ def positions_on_two_ranks() -> tuple[list[list[float]], list[str]]:
         with pytest.raises(SequenceParallelError) as error:
             run_padded(model_class(tiny_opt().config))
         refused.append(str(error.value))
+    for over, message in (
+        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
+    ):
+        with pytest.raises(SequenceParallelError, match=message):
+            args = grpo_args(tempfile.mkdtemp(), EffiGRPOConfig, sequence_parallel_size=2, **over)
+            run_grpo(EffiGRPOTrainer, args, model=tiny_qwen3(attn_implementation="sdpa"), train=False)
+    # RoPE whose frequencies follow the length, under a name that no list has.
+    model = tiny_qwen3(
+        attn_implementation="sdpa", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    )
+    model.config.rope_parameters["rope_type"] = "default"
+    with pytest.raises(SequenceParallelError) as error:
+        run_padded(model)
+    refused.append(str(error.value))
     return [run_padded(tiny_opt()), run_padded(tiny_gpt2())], refused
 
 
@@ -247,6 +262,7 @@ def test_left_padded_rows_have_the_models_own_positions(positions) -> None:
 
 
 def test_what_passes_along_the_sequence_is_found_by_measuring(positions) -> None:
-    by_ids, looks_back = positions[0][1]
+    by_ids, looks_back, by_length = positions[0][1]
     assert by_ids.startswith("CountsByIds numbers its tokens in a way of its own")
     assert looks_back.startswith("LooksBack split over 2 ranks is not the whole model")
+    assert "between a short and a long call" in by_length
