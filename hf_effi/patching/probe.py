@@ -1,0 +1,356 @@
+"""
+Small measured questions about a loaded model: what a feature that promises equality asks once, when it is switched on.
+
+A list of class names knows the models of its day. A probe runs the model itself on a few made-up tokens, twice, in two ways
+that ought to be equal, and measures how far apart the results are. How it looks is chosen so that neither rounding nor chance
+can be taken for an answer:
+
+- In training mode, because that is the mode the promise is about: batch norm and capacity limits show themselves, and
+  bitsandbytes does not repack its weights. Random operations have one fixed outcome (dropout keeps everything), so that the
+  two runs can be compared at all. [`draws_random_numbers`] asks about the draws themselves.
+- In double precision, operation by operation, whatever dtype the weights have: half precision rounds away an effect of one
+  percent and makes equal things differ by as much. What does not run in double precision runs in single precision; a model
+  that runs in half precision only is reported as one that could not be looked at.
+- Without a trace: generators, buffers, attributes, gradients, flags and hooks are afterwards as they were (`untouched`).
+
+Every question returns a [`Finding`]. A model that cannot be looked at is never called equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ._draws import Level, PinnedDraws, pin_other_generators
+from ._state import untouched
+from ._wide import Wide
+
+#: largest relative difference that is rounding, by the dtype that the model could be run in
+ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-3}
+#: parameters whose gradients are compared: all of a small model, of a large one the small ones of every layer
+_GRADIENT_ELEMENTS = 2**25
+
+Results = Tensor | Mapping[str, Tensor]
+Run = Callable[[nn.Module], Results]
+
+_active = False
+
+
+class CannotLook(Exception):
+    """Raised by a run that finds out that its question cannot be asked of this model; the message says why."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    The answer to a question.
+
+    Args:
+        gap (`float`, *optional*): Largest relative difference of the two runs; `None` where it could not be measured.
+        what (`str`): Which result that is, such as `"the logits"`.
+        allowed (`float`): What rounding may be responsible for.
+        reason (`str`): Why it could not be measured.
+    """
+
+    gap: float | None
+    what: str = ""
+    allowed: float = 0.0
+    reason: str = ""
+
+    @property
+    def looked(self) -> bool:
+        """Whether there is a measurement."""
+        return self.gap is not None
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two runs agree up to rounding; never true where nothing could be measured."""
+        return self.gap is not None and self.gap <= self.allowed
+
+    def __str__(self) -> str:
+        if self.gap is None:
+            return f"this could not be measured: {self.reason}"
+        return f"{self.what} {'agree to' if self.equal else 'differ by'} {self.gap:.1e} (relative)"
+
+    def worst(self, other: Finding) -> Finding:
+        """Return the one that speaks more against equality."""
+        if not (self.equal and other.equal):
+            return self if not self.equal else other
+        return max(self, other, key=lambda finding: finding.gap)
+
+
+def probing() -> bool:
+    """Whether a probe is running: code that has a kernel for half precision only takes its reference then."""
+    return _active
+
+
+@contextlib.contextmanager
+def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle") -> Iterator[PinnedDraws]:
+    """
+    The conditions of a probe: training mode, draws at `level`, operations in `dtype` (`None`: as they are), no autocast.
+
+    Args:
+        model (`nn.Module`): The loaded model.
+        dtype (`torch.dtype`, *optional*): Of all floating-point operations.
+        level (`str`, *optional*, defaults to `"middle"`): What random operations give.
+
+    Yields:
+        `PinnedDraws`: whose `drawn` names the random operations that were met.
+    """
+    global _active
+    device = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")
+    wide = contextlib.nullcontext() if dtype is None else Wide(dtype)
+    saving = contextlib.nullcontext() if dtype is None else wide.saving()
+    outer = _active
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        for module in model.modules():
+            module.training = True
+        pin_other_generators(level)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(saving)
+        draws = stack.enter_context(PinnedDraws(level))
+        stack.enter_context(wide)
+        _active = True
+        try:
+            yield draws
+        finally:
+            _active = outer
+
+
+def compare(model: nn.Module, one: Run, other: Run) -> Finding:
+    """
+    Measure how far two ways of running a model are apart.
+
+    The gap of a result is `max |a - b| / max |a|`; names of results that only one of the two gives are a difference.
+
+    Args:
+        model (`nn.Module`): The loaded model.
+        one, other (`Callable`): Called with `model`; each returns a tensor or tensors by name. Gradients are results, from
+            [`gradients`]. [`CannotLook`] ends the question with a reason.
+
+    Returns:
+        [`Finding`]: of the result that differs most.
+
+    Example:
+    ```python
+    tokens = tiny_tokens(model, rows=2, length=12)
+    found = compare(model, lambda m: m(input_ids=tokens).logits, lambda m: m(input_ids=tokens.flip(0)).logits.flip(0))
+    if not found.equal:
+        raise ValueError(f"Rows see each other: {found}.")
+    ```
+    """
+    if reason := out_of_reach(model):
+        return Finding(None, reason=reason)
+    failures = []
+    for dtype in _dtypes(model):
+        try:
+            with looking(model, dtype):
+                first = _named(one(model))
+            with looking(model, dtype):
+                second = _named(other(model))
+            return _gap(first, second, _precision(dtype, first))
+        except CannotLook as error:
+            return Finding(None, reason=str(error))
+        except Exception as error:  # whatever a model raises on input that it was not made for
+            failures.append(f"{type(error).__name__}: {error}")
+    return Finding(None, reason=f"the model does not run on a few tokens: {failures[0]:.300}")
+
+
+def _dtypes(model: nn.Module) -> list[torch.dtype | None]:
+    """Return the dtypes to try: double precision where the device has it, then single precision, then as it is."""
+    devices = {p.device.type for p in model.parameters()}
+    return [*([] if "mps" in devices else [torch.float64]), torch.float32, None]
+
+
+def _precision(dtype: torch.dtype | None, results: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype that results were really computed in."""
+    found = {t.dtype for t in results.values()}
+    narrow = found & {torch.float16, torch.bfloat16}
+    return narrow.pop() if narrow else torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def out_of_reach(model: nn.Module) -> str | None:
+    """Say why a model cannot be run here and now, or return `None`: sharded weights are whole only in a training step."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            return f"the weights are sharded by DeepSpeed ZeRO-3 ({name})"
+        if hasattr(parameter, "device_mesh"):
+            return f"the weights are sharded by FSDP2 or tensor parallelism ({name})"
+        if parameter.device.type == "meta" and not _is_loaded_by_hook(model):
+            return f"the weights are on the meta device ({name})"
+    return None
+
+
+def _is_loaded_by_hook(model: nn.Module) -> bool:
+    """Weights that accelerate keeps elsewhere come in when a module is called."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def _named(results: Results) -> dict[str, Tensor]:
+    named = {"the results": results} if isinstance(results, Tensor) else dict(results)
+    with torch._C.DisableTorchFunction():
+        return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def _gap(one: Mapping[str, Tensor], other: Mapping[str, Tensor], precision: torch.dtype) -> Finding:
+    if one.keys() != other.keys():
+        return Finding(math.inf, f"the results {sorted(one.keys() ^ other.keys())}", 0.0)
+    if precision not in ALLOWED:
+        return Finding(None, reason=f"the model runs in {precision} only, whose rounding hides small differences")
+    # A gradient that is zero by symmetry is all rounding: it is measured against the largest of them.
+    floor = 1e-6 * max((_largest(t) for name, t in one.items() if name.startswith("the gradient")), default=0.0)
+    worst = Finding(0.0, next(iter(one), "nothing"), ALLOWED[precision])
+    for name, a in one.items():
+        gap = _relative(a, other[name], floor)
+        if math.isnan(gap):
+            return Finding(None, reason=f"{name} are not finite")
+        if gap > worst.gap:
+            worst = Finding(gap, name, ALLOWED[precision])
+    return worst
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def _relative(a: Tensor, b: Tensor, floor: float) -> float:
+    if a.shape != b.shape:
+        return math.inf
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.to(wide), b.to(wide)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan
+    scale = max(_largest(a), floor)
+    gap = _largest(a - b)
+    return 0.0 if gap == 0.0 else gap / scale if scale else math.inf
+
+
+def agreed(finding: Finding) -> Finding:
+    """
+    Return one finding for all ranks: the worst of those that looked, else the first rank's reason. One collective.
+
+    A rank may hold weights that are not loaded yet (FSDP with `cpu_ram_efficient_loading`); all ranks have to decide alike.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return finding
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, finding)
+    looked = [f for f in found if f.looked]
+    return functools.reduce(Finding.worst, looked) if looked else found[0]
+
+
+# --- what the runs are made of ----------------------------------------------------------------------------------------
+
+
+def tiny_tokens(model: nn.Module, rows: int, length: int, seed: int = 0) -> Tensor:
+    """
+    Return token ids `(rows, length)` for a probe: any of the vocabulary but the special ones, on the model's device.
+
+    Args:
+        model (`nn.Module`): Gives the vocabulary by its input embeddings, else by its config.
+        rows, length (`int`): Shape.
+        seed (`int`, *optional*, defaults to 0): Of a generator of its own.
+
+    Raises:
+        CannotLook: the model has no vocabulary.
+    """
+    size = vocabulary_of(model)
+    special = _special_ids(model)
+    usable = [i for i in range(min(size, 4096)) if i not in special] or list(range(size))
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(len(usable), (rows, length), generator=generator)
+    return torch.tensor(usable)[picked].to(device_of(model))
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Return the number of token ids that a model takes."""
+    with contextlib.suppress(Exception):  # some models raise NotImplementedError, wrappers have no such method
+        embeddings = model.get_input_embeddings()
+        size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+        if isinstance(size, int) and size > 0:
+            return size
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    if not isinstance(size, int):
+        raise CannotLook(f"{type(model).__name__} has no vocabulary to make tokens from")
+    return size
+
+
+def _special_ids(model: nn.Module) -> set[int]:
+    """Return ids with a meaning of their own, such as padding or the place of an image."""
+    found: set[int] = set()
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    for owner in (config, text, getattr(model, "generation_config", None)):
+        for name, value in (vars(owner) if owner is not None else {}).items():
+            if name.endswith(("token_id", "token_index", "token_ids")):
+                found |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)}
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the tokens of a model belong: on the device of its first weights that are not on the meta device."""
+    with contextlib.suppress(Exception):
+        weight = model.get_input_embeddings().weight
+        if weight.device.type != "meta":
+            return weight.device
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def output_of(outputs: Any) -> Tensor:
+    """Return the main result of a model's forward: logits, else the last hidden states, else the first floats."""
+    for name in ("logits", "last_hidden_state", "log_probs", "prediction_logits"):
+        if isinstance(found := getattr(outputs, name, None), Tensor):
+            return found
+    if isinstance(outputs, Tensor):
+        return outputs
+    values = (
+        outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (tuple, list)) else ()
+    )
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise CannotLook(f"the forward returns a {type(outputs).__name__} without logits or hidden states")
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """
+    Return the gradients of a loss by parameter, as results for [`compare`]; nothing is written to `.grad`.
+
+    Of a large model only the smaller parameters of each layer take part (norms, biases, routers, adapters), at most 32
+    million numbers: through them runs the gradient of everything else.
+
+    Args:
+        model (`nn.Module`): Whose parameters.
+        loss (`Tensor`): A scalar of the forward, or a tensor, which is contracted with fixed directions.
+    """
+    trained = sorted((p.numel(), i, n, p) for i, (n, p) in enumerate(model.named_parameters()) if p.requires_grad)
+    chosen, total = {}, 0
+    for size, _, name, parameter in trained:
+        total += size
+        if total > _GRADIENT_ELEMENTS and chosen:
+            break
+        chosen[name] = parameter
+    if not chosen or not loss.requires_grad:
+        return {}
+    found = torch.autograd.grad(contract(loss), list(chosen.values()), allow_unused=True)
+    pairs = zip(chosen.items(), found, strict=True)
+    return {f"the gradient of {n}": torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
+
+
+def contract(tensor: Tensor) -> Tensor:
+    """Return a scalar: the sum of a tensor's entries times fixed numbers in [-1, 1], so that every entry counts."""
+    flat = tensor.reshape(-1)
+    weights = torch.sin(torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float32) * 12.9898)
+    return (flat * weights.to(flat.dtype)).sum()
