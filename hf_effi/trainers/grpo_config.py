@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
+from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES, GenerationLayout
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
 from ._common import EffiArguments
 
@@ -196,10 +196,10 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
 
     def _check_shrunk_rows(self) -> None:
         """Without allocation fewer rows are trained, and each micro-batch of each rank must get the same number."""
-        rows = self.generation_batch_size
-        pool = {"group": self.num_generations, "rank": rows // self.world_size, "global": rows}[self.prune_scope]
+        layout = GenerationLayout.of(self)
+        rows, chunks = layout.generated_rows, layout.micro_batches
+        pool = {"group": layout.num_generations, "rank": layout.loader_rows, "global": rows}[self.prune_scope]
         kept = pruned_count(pool, self.prune_rate) * (rows // pool)
-        chunks = self.steps_per_generation * self.world_size
         if kept < chunks or kept % chunks:
             raise ValueError(
                 f"prune_rate={self.prune_rate} with prune_allocation=False keeps {kept} of {rows} completions, which "
