@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._compat import require
 from ..functional.schedules import ScheduleError, apply_multiplier
@@ -16,6 +15,7 @@ from ..functional.schedules._checks import check_number, check_steps
 from .adaptive_lr import refuse_sharded
 from .lr_schedule import check_scheduler
 from .lr_search import BROKEN, mean_over_ranks, predict_loss, propose_lr, same_on_ranks, validation_loss
+from .side_file import SideFileCallback
 from .snapshot import restore_snapshot, take_snapshot
 
 STATE_KEY = "hf_effi.auto_lrs"
@@ -23,7 +23,7 @@ STATE_KEY = "hf_effi.auto_lrs"
 _EVALUATIONS = 16
 
 
-class AutoLRSCallback(TrainerCallback):
+class AutoLRSCallback(SideFileCallback):
     """
     AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
     their losses extrapolated to the end of the stage, and the stage then runs at the best one.
@@ -134,15 +134,11 @@ class AutoLRSCallback(TrainerCallback):
         self._source = trainer
         return self
 
-    @staticmethod
-    def _file(args: TrainingArguments, state: TrainerState) -> Path:
-        name = f"hf_effi_auto_lrs_{args.process_index}.pt"
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         refuse_sharded(args, "AutoLRSCallback")
+        self.side_file, self._written_at = f"hf_effi_auto_lrs_{args.process_index}.pt", None
         check_scheduler(kwargs["lr_scheduler"])
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
@@ -173,7 +169,7 @@ class AutoLRSCallback(TrainerCallback):
         self.progress = state.stateful_callbacks[STATE_KEY]
         if self.progress["phase"] == "probe":
             # In the middle of a search the weights to go back to are not those of the checkpoint.
-            trained, file = self.progress["world_size"], self._file(args, state)
+            trained, file = self.progress["world_size"], self.side_path(args, state)
             if trained != args.world_size:
                 raise ScheduleError(
                     f"The checkpoint at step {state.global_step} lies inside a search on {trained} processes, each with "
@@ -218,6 +214,9 @@ class AutoLRSCallback(TrainerCallback):
                 self._begin_stage(args, state, **kwargs)
         self._micro = []
         state.stateful_callbacks[STATE_KEY] = progress
+        if control.should_save and args.process_index > 0:
+            # Only the first process learns when a push begins; before its save it has to find the others' files.
+            self.write_side_file(args, state)
 
     def _measure(self, args: TrainingArguments, model: torch.nn.Module) -> None:
         """Note the loss of a probe's update, the same on every process."""
@@ -294,10 +293,8 @@ class AutoLRSCallback(TrainerCallback):
         progress["history"].append(entry)
         self._snapshot = None
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Every process: each has its own random numbers and buffers.
-        if self._snapshot is not None:
-            torch.save(self._snapshot, self._file(args, state))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+        return self._snapshot  # of every process: each has its own random numbers and buffers
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

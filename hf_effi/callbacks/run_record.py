@@ -79,6 +79,7 @@ class RunRecordCallback(TrainerCallback):
         self._clock = self._saved_at = 0.0
         self._logged_step = self._begun_at = 0
         self._steps_per_pass: int | None = None  # of a loader that knows its length
+        self._noted_checkpoint: int | None = None
 
     # ---- events ----
 
@@ -145,10 +146,23 @@ class RunRecordCallback(TrainerCallback):
         if self._store is not None:
             self._add_evaluation_data(getattr(kwargs.get("eval_dataloader"), "dataset", None))
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:  # inside a save, so that what is pushed knows of this checkpoint
+            self._charge("save")
+            self._note_checkpoint(state)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._charge("save")
-        self._event("checkpoint", state, path=f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self._note_checkpoint(state)
+        self._noted_checkpoint = None
+
+    def _note_checkpoint(self, state: TrainerState) -> None:
+        if self._noted_checkpoint != state.global_step:
+            self._event("checkpoint", state, path=f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         self._summarize(state, force=True)
+        self._noted_checkpoint = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

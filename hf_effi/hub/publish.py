@@ -11,6 +11,7 @@ from typing import Any
 
 from .._compat import installed_versions
 from .._environment import describe_machine
+from .._files import CHECKPOINT_PREFIXES
 from .._run_record import EVENTS, SUMMARY, read_run
 from .model_card import PICTURE, add_section
 from .recipe import RECIPE_FILE, recipe_of
@@ -21,7 +22,15 @@ CARD = "README.md"
 #: `training_args.bin` is a pickle with the write token in it; the recipe has the same arguments without.
 NOT_UPLOADED = ("_*", "checkpoint-*", "**/training_args.bin", "training_args.bin")
 #: Of a checkpoint, what continues the training and is no part of the model.
-_TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args", "effi_sampler")
+_TRAINING_STATE = (
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "trainer_state",
+    "training_args",
+    *CHECKPOINT_PREFIXES,
+)
 
 
 #: Of `ddp_timeout`, after which the other processes give up on the first one, what it may wait for the Hub.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from .._files import save_aside, save_json
 from ..functional.curriculum import (
     CurriculumError,
     check_count,
@@ -221,7 +222,7 @@ class SelfImprovement:
         if len(self.history) != self.finished + 1:
             raise CurriculumError("There is no round to finish. Call extend(...) and train on its rows first.")
         if model is not None and _rank() == 0:
-            model.save_pretrained(self.folder / f"model-{self.finished + 1}")
+            save_aside(self.folder / f"model-{self.finished + 1}", model.save_pretrained)
         self.finished += 1
         self._save()
 
@@ -324,10 +325,7 @@ class SelfImprovement:
             self._write("state.json", state)
 
     def _write(self, name: str, content: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{name}.part"
-        part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, self.folder / name)
+        save_json(self.folder / name, content)
 
     def _read(self, number: int) -> dict[str, Any] | None:
         path = self.folder / f"round-{number}.json"
