@@ -85,15 +85,15 @@ class RolloutMixin:
     ) -> None:
         args = self.args
         band, rate = own_setting(args, "difficulty_range"), own_setting(args, "prune_rate")
-        if group_filter is not None and band is not None:
-            raise ValueError("pass either `group_filter=` or `difficulty_range`, not both.")
-        if rollout_pruner is not None and rate:
-            raise ValueError("pass either `rollout_pruner=` or `prune_rate`, not both.")
         self.group_filter = group_filter or (PassRateBand(*band) if band is not None else None)
         self.rollout_pruner = rollout_pruner
         if rate:
             self.rollout_pruner = AdvantagePruner(
-                rate, args.prune_metric, args.prune_scope, args.prune_balance_signs, seed=args.seed
+                rate,
+                args.prune_metric,
+                args.prune_scope,
+                args.prune_balance_signs,
+                seed=args.seed if args.prune_metric == "random" else 0,
             )
         self.prompt_selector = prompt_selector
         self._refill_prompts: PromptSelector | None = prompt_selector

@@ -86,11 +86,17 @@ class AdvantagePruner:
             raise ValueError(f"prune_metric must be one of {PRUNE_METRICS}, got {self.metric!r}.")
         if self.scope not in PRUNE_SCOPES:
             raise ValueError(f"prune_scope must be one of {PRUNE_SCOPES}, got {self.scope!r}.")
+        if self.metric == "random" and self.balance_signs:
+            raise ValueError("balance_signs has no meaning with metric='random'. Turn one of them off.")
+        if self.metric != "random" and self.seed:
+            raise ValueError(f"seed={self.seed!r} acts only with metric='random', got {self.metric!r}. Drop it.")
 
     def keep(self, advantages: Tensor, group_size: int, num_pools: int, step: int) -> Tensor:
         pool_size = {"group": group_size, "rank": advantages.numel() // num_pools, "global": advantages.numel()}
         size = pool_size[self.scope]
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        generator = None
+        if self.metric == "random":
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         masks = [
             keep_by_advantage(pool, pruned_count(size, self.prune_rate), self.metric, self.balance_signs, generator)
             for pool in advantages.split(size)

@@ -248,7 +248,7 @@ def keep_by_advantage(
         `torch.Tensor`: Boolean, shape `(rows,)`, exactly `keep` true.
 
     Raises:
-        ValueError: `keep` or `metric` is outside its range.
+        ValueError: `keep` or `metric` is outside its range, or `balance_signs` or `generator` would do nothing.
 
     Example:
     ```python
@@ -261,6 +261,10 @@ def keep_by_advantage(
     rows = advantages.numel()
     if not 1 <= keep <= rows:
         raise ValueError(f"keep must be in [1, {rows}] (the rows of the pool), got {keep}. Lower `prune_rate`.")
+    if metric == "random" and balance_signs:
+        raise ValueError("balance_signs has no meaning with metric='random'. Turn one of them off.")
+    if metric != "random" and generator is not None:
+        raise ValueError(f"generator acts only with metric='random', got metric={metric!r}. Drop it.")
     if metric == "random":
         score = torch.rand(rows, generator=generator)
     elif metric in ("smallest", "largest"):
@@ -269,7 +273,7 @@ def keep_by_advantage(
         raise ValueError(f"prune_metric must be 'smallest', 'largest' or 'random', got {metric!r}.")
     # A stable sort keeps the lower index first among equal scores, whatever the backend.
     order = torch.sort(score, descending=True, stable=True).indices.tolist()
-    if balance_signs and metric != "random":
+    if balance_signs:
         sign = torch.sign(advantages.detach()).tolist()
         half = keep // 2
         chosen = [i for i in order if sign[i] > 0][:half] + [i for i in order if sign[i] < 0][:half]
