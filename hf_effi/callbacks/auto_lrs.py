@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._compat import require
+from ..functional.options import refuse_idle
 from ..functional.schedules import ScheduleError, apply_multiplier
 from ..functional.schedules._checks import check_number, check_steps
 from .adaptive_lr import refuse_sharded
@@ -80,6 +81,9 @@ class AutoLRSCallback(SideFileCallback):
             )
         if evaluate is not None and not validation:
             raise ScheduleError("evaluate= would never be called with validation=False. Drop one of the two.")
+        needs = "with two or more probes"
+        refuse_idle("kappa", kappa, 2.0, probes > 1, needs, ScheduleError)
+        refuse_idle("evaluate", evaluate, None, probes > 1, needs, ScheduleError)
         for package in ("sklearn.gaussian_process", "scipy.interpolate"):
             require(package, "AutoLRS")
         self.low, self.high, self.probes, self.kappa, self.seed = low, high, probes, kappa, seed
@@ -111,6 +115,10 @@ class AutoLRSCallback(SideFileCallback):
         return self.progress["stage_steps"] // self.probes
 
     @property
+    def _validates(self) -> bool:
+        return self.validation and self.probes > 1
+
+    @property
     def _search_steps(self) -> int:
         return self.probes * self.probe_steps if self.probes > 1 else 0
 
@@ -121,9 +129,9 @@ class AutoLRSCallback(SideFileCallback):
         Raises:
             ScheduleError: the Trainer has no eval dataset or a dictionary of several, or `evaluate` was given as well.
         """
-        if self._source is not None or not self.validation:
+        if self._source is not None or not self._validates:
             raise ScheduleError(
-                "use_eval_dataset would be ignored beside evaluate= or validation=False. Drop one of the two."
+                "use_eval_dataset would be ignored beside evaluate=, validation=False or probes=1. Drop one of the two."
             )
         dataset = getattr(trainer, "eval_dataset", None)
         if dataset is None or isinstance(dataset, dict):
@@ -146,7 +154,7 @@ class AutoLRSCallback(SideFileCallback):
                 f"AutoLRSCallback sets the LR, but lr_scheduler_type={kind!r} and warmup_steps={args.warmup_steps}. Use "
                 "lr_scheduler_type='constant' and warmup_steps=0."
             )
-        if self.validation and self._source is None:
+        if self._validates and self._source is None:
             raise ScheduleError(
                 "AutoLRSCallback judges probes by the validation loss once stages have max_stage_steps="
                 f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call use_eval_dataset(trainer), "

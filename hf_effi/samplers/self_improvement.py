@@ -22,6 +22,7 @@ from ..functional.curriculum import (
     keep_by_length,
     majority_answers,
 )
+from ..functional.options import refuse_idle
 
 #: `answer(prompts)` returns one completion a prompt, `None` where there is none.
 Answerer = Callable[[list[str]], Sequence[str | None]]
@@ -163,6 +164,9 @@ class SelfImprovement:
         self.min_agreement = check_number("min_agreement", min_agreement, 0, 1, open_low=True)
         self.length_slack = None if length_slack is None else check_count("length_slack", length_slack, 0)
         self.length_quantile = check_number("length_quantile", length_quantile, 0, 1, open_low=True)
+        refuse_idle(
+            "length_quantile", length_quantile, 1.0, length_slack is not None, "with length_slack=", CurriculumError
+        )
         self.seed = check_count("seed", seed, 0)
         self.finished = 0
         self.history: list[dict[str, Any]] = []
@@ -251,6 +255,8 @@ class SelfImprovement:
     def _answer(self, answerers: Sequence[Answerer]) -> dict[str, Any]:
         if not answerers:
             raise CurriculumError("extend() needs somebody who answers: extend(GreedyAnswers(model, tokenizer, ...)).")
+        needs = "where two or more answerers vote"
+        refuse_idle("min_agreement", self.min_agreement, 0.5, len(answerers) > 1, needs, CurriculumError)
         problems = self.prompts(self.finished + 1)
         texts = [prompt for _, prompt in problems]
         answers = [_answers_of(answerer, texts) for answerer in answerers]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import refuse_idle
 from .selection import (
     GroupDecision,
     check_difficulty_range,
@@ -86,10 +87,8 @@ class AdvantagePruner:
             raise ValueError(f"prune_metric must be one of {PRUNE_METRICS}, got {self.metric!r}.")
         if self.scope not in PRUNE_SCOPES:
             raise ValueError(f"prune_scope must be one of {PRUNE_SCOPES}, got {self.scope!r}.")
-        if self.metric == "random" and self.balance_signs:
-            raise ValueError("balance_signs has no meaning with metric='random'. Turn one of them off.")
-        if self.metric != "random" and self.seed:
-            raise ValueError(f"seed={self.seed!r} acts only with metric='random', got {self.metric!r}. Drop it.")
+        refuse_idle("balance_signs", self.balance_signs, False, self.metric != "random", "without metric='random'")
+        refuse_idle("seed", self.seed, 0, self.metric == "random", "with metric='random'")
 
     def keep(self, advantages: Tensor, group_size: int, num_pools: int, step: int) -> Tensor:
         pool_size = {"group": group_size, "rank": advantages.numel() // num_pools, "global": advantages.numel()}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..options import refuse_idle
+
 #: Pass rates are small-denominator fractions; this absorbs the rounding of `k / G` and nothing else.
 _RATE_TOLERANCE = 1e-9
 
@@ -261,10 +263,8 @@ def keep_by_advantage(
     rows = advantages.numel()
     if not 1 <= keep <= rows:
         raise ValueError(f"keep must be in [1, {rows}] (the rows of the pool), got {keep}. Lower `prune_rate`.")
-    if metric == "random" and balance_signs:
-        raise ValueError("balance_signs has no meaning with metric='random'. Turn one of them off.")
-    if metric != "random" and generator is not None:
-        raise ValueError(f"generator acts only with metric='random', got metric={metric!r}. Drop it.")
+    refuse_idle("balance_signs", balance_signs, False, metric != "random", "without metric='random'")
+    refuse_idle("generator", generator, None, metric == "random", "with metric='random'")
     if metric == "random":
         score = torch.rand(rows, generator=generator)
     elif metric in ("smallest", "largest"):
