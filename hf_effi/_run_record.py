@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ._files import save_json
+
 SUMMARY, EVENTS = "effi_run.json", "effi_events.jsonl"
 SCHEMA = 1
 
@@ -139,13 +141,7 @@ class RunStore:
     def save(self, **fields: Any) -> None:
         """Put new values into the summary and replace the file, so that a reader sees the old or the new one whole."""
         self.summary |= redact(fields) | {"updated": now()}
-        path = self.folder / SUMMARY
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self.summary, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        save_json(self.folder / SUMMARY, self.summary, indent=1)
 
     def _put_aside(self) -> None:
         """Number the record of an earlier run in the same folder."""

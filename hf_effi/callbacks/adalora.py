@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.adalora import AdaLoraModel
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from .._files import load_state
+from .side_file import SideFileCallback
 
 STATE_FILE = "effi_adalora.pt"
 #: what `RankAllocator` accumulates over the budgeting phase
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
-class AdaLoRACallback(TrainerCallback):
+class AdaLoRACallback(SideFileCallback):
     """
     Call PEFT's `update_and_allocate` after every update, so that AdaLoRA reaches its rank budget.
 
@@ -45,6 +47,8 @@ class AdaLoRACallback(TrainerCallback):
     Trainer(get_peft_model(model, config), args, train_dataset=rows, callbacks=[AdaLoRACallback()]).train()
     ```
     """
+
+    side_file = STATE_FILE
 
     def __init__(self, set_total_step: bool = False) -> None:
         if not isinstance(set_total_step, bool):
@@ -79,7 +83,7 @@ class AdaLoRACallback(TrainerCallback):
         self._config.rank_pattern = self._pattern = None
         self._allocator.reset_ipt()
         if state.global_step > 0:
-            self._restore(os.path.join(_checkpoint(args, state), STATE_FILE))
+            self._restore(self.side_path(args, state))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,10 +102,10 @@ class AdaLoRACallback(TrainerCallback):
             total = sum(self.ranks().values())
             kwargs["logs"]["effi/adalora_rank"] = state.log_history[-1]["effi/adalora_rank"] = total
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            content = {name: getattr(self._allocator, name) for name in _AVERAGES}
-            torch.save({**content, "pattern": self._pattern}, os.path.join(_checkpoint(args, state), STATE_FILE))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+        if not args.should_save:
+            return None
+        return {**{name: getattr(self._allocator, name) for name in _AVERAGES}, "pattern": self._pattern}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,14 +129,14 @@ class AdaLoRACallback(TrainerCallback):
         mark = f".lora_E.{self._adapter.trainable_adapter_name}"
         return {name: values for name, values in self._adapter.model.named_parameters() if name.endswith(mark)}
 
-    def _restore(self, path: str) -> None:
-        if not os.path.exists(path):
+    def _restore(self, path: Path) -> None:
+        if not path.exists():
             raise ValueError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without AdaLoRACallback. Resume from a "
                 "folder in output_dir, or start a new run."
             )
         device = next(self._adapter.model.parameters()).device
-        stored = torch.load(path, map_location=device, weights_only=True)
+        stored = load_state(path, device)
         self._pattern = stored.pop("pattern")
         for name, averages in stored.items():
             setattr(self._allocator, name, averages)
@@ -197,7 +201,3 @@ def check_gradients(adapter: AdaLoraModel) -> None:
                 f"{name} has {state} after the update, so AdaLoRA cannot score it. With DeepSpeed or FSDP use DDP "
                 "instead; otherwise leave modules that the forward pass does not use out of target_modules."
             )
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
-    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .._files import load_state
 from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
 from .lr_schedule import check_scheduler
+from .side_file import SideFileCallback
+
+logger = logging.getLogger(__name__)
 
 
 class _MultiplierCallback(TrainerCallback):
@@ -58,7 +62,7 @@ class _MultiplierCallback(TrainerCallback):
         state.stateful_callbacks[self.key] = self.rule.state_dict()
 
 
-class HypergradientCallback(_MultiplierCallback):
+class HypergradientCallback(SideFileCallback, _MultiplierCallback):
     """
     [`Hypergradient`] on a stock Trainer: one more copy of the parameters and of their last update.
 
@@ -70,15 +74,12 @@ class HypergradientCallback(_MultiplierCallback):
     """
 
     key = "hf_effi.hypergradient"
+    side_file = "hf_effi_hypergradient.pt"
 
     def __init__(self, kappa: float = 0.1, limit: float = 10.0, step_limit: float = 1.1) -> None:
         super().__init__(Hypergradient(kappa, limit, step_limit))
         self._before: list[torch.Tensor] = []
         self._update: list[torch.Tensor] | None = None
-
-    @staticmethod
-    def _file(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "hf_effi_hypergradient.pt"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,9 +88,8 @@ class HypergradientCallback(_MultiplierCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self._parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
         self._update = None
-        # Without the file (another output_dir) the first update after a resume changes nothing.
-        if state.global_step > 0 and self._file(args, state).is_file():
-            self._update = torch.load(self._file(args, state), map_location=args.device, weights_only=True)
+        if state.global_step > 0 and self.key in state.stateful_callbacks:
+            self._restore(args, state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,9 +110,19 @@ class HypergradientCallback(_MultiplierCallback):
         if size > 0:
             self._update = update
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save and self._update is not None:
-            torch.save(self._update, self._file(args, state))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> list[torch.Tensor] | None:
+        return self._update if args.should_save else None
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        path = self.side_path(args, state)
+        if path.is_file():
+            self._update = load_state(path, args.device)
+        elif args.process_index == 0:
+            logger.warning(
+                "%s is missing: the checkpoint lies elsewhere, was copied in part, or nothing had moved the weights before "
+                "it. The first update after the resume does not change the learning rate.",
+                path,
+            )
 
 
 class AccuracyGradientCallback(_MultiplierCallback):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._compat import require
+from ..functional.options import refuse_idle
 from ..functional.schedules import ScheduleError, apply_multiplier
 from ..functional.schedules._checks import check_number, check_steps
 from .adaptive_lr import refuse_sharded
 from .lr_schedule import check_scheduler
 from .lr_search import BROKEN, mean_over_ranks, predict_loss, propose_lr, same_on_ranks, validation_loss
+from .side_file import SideFileCallback
 from .snapshot import restore_snapshot, take_snapshot
 
 STATE_KEY = "hf_effi.auto_lrs"
@@ -23,7 +24,7 @@ STATE_KEY = "hf_effi.auto_lrs"
 _EVALUATIONS = 16
 
 
-class AutoLRSCallback(TrainerCallback):
+class AutoLRSCallback(SideFileCallback):
     """
     AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
     their losses extrapolated to the end of the stage, and the stage then runs at the best one.
@@ -80,6 +81,9 @@ class AutoLRSCallback(TrainerCallback):
             )
         if evaluate is not None and not validation:
             raise ScheduleError("evaluate= would never be called with validation=False. Drop one of the two.")
+        needs = "with two or more probes"
+        refuse_idle("kappa", kappa, 2.0, probes > 1, needs, ScheduleError)
+        refuse_idle("evaluate", evaluate, None, probes > 1, needs, ScheduleError)
         for package in ("sklearn.gaussian_process", "scipy.interpolate"):
             require(package, "AutoLRS")
         self.low, self.high, self.probes, self.kappa, self.seed = low, high, probes, kappa, seed
@@ -111,6 +115,10 @@ class AutoLRSCallback(TrainerCallback):
         return self.progress["stage_steps"] // self.probes
 
     @property
+    def _validates(self) -> bool:
+        return self.validation and self.probes > 1
+
+    @property
     def _search_steps(self) -> int:
         return self.probes * self.probe_steps if self.probes > 1 else 0
 
@@ -121,9 +129,9 @@ class AutoLRSCallback(TrainerCallback):
         Raises:
             ScheduleError: the Trainer has no eval dataset or a dictionary of several, or `evaluate` was given as well.
         """
-        if self._source is not None or not self.validation:
+        if self._source is not None or not self._validates:
             raise ScheduleError(
-                "use_eval_dataset would be ignored beside evaluate= or validation=False. Drop one of the two."
+                "use_eval_dataset would be ignored beside evaluate=, validation=False or probes=1. Drop one of the two."
             )
         dataset = getattr(trainer, "eval_dataset", None)
         if dataset is None or isinstance(dataset, dict):
@@ -134,15 +142,11 @@ class AutoLRSCallback(TrainerCallback):
         self._source = trainer
         return self
 
-    @staticmethod
-    def _file(args: TrainingArguments, state: TrainerState) -> Path:
-        name = f"hf_effi_auto_lrs_{args.process_index}.pt"
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         refuse_sharded(args, "AutoLRSCallback")
+        self.side_file, self._written_at = f"hf_effi_auto_lrs_{args.process_index}.pt", None
         check_scheduler(kwargs["lr_scheduler"])
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
@@ -150,7 +154,7 @@ class AutoLRSCallback(TrainerCallback):
                 f"AutoLRSCallback sets the LR, but lr_scheduler_type={kind!r} and warmup_steps={args.warmup_steps}. Use "
                 "lr_scheduler_type='constant' and warmup_steps=0."
             )
-        if self.validation and self._source is None:
+        if self._validates and self._source is None:
             raise ScheduleError(
                 "AutoLRSCallback judges probes by the validation loss once stages have max_stage_steps="
                 f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call use_eval_dataset(trainer), "
@@ -173,7 +177,7 @@ class AutoLRSCallback(TrainerCallback):
         self.progress = state.stateful_callbacks[STATE_KEY]
         if self.progress["phase"] == "probe":
             # In the middle of a search the weights to go back to are not those of the checkpoint.
-            trained, file = self.progress["world_size"], self._file(args, state)
+            trained, file = self.progress["world_size"], self.side_path(args, state)
             if trained != args.world_size:
                 raise ScheduleError(
                     f"The checkpoint at step {state.global_step} lies inside a search on {trained} processes, each with "
@@ -218,6 +222,9 @@ class AutoLRSCallback(TrainerCallback):
                 self._begin_stage(args, state, **kwargs)
         self._micro = []
         state.stateful_callbacks[STATE_KEY] = progress
+        if control.should_save and args.process_index > 0:
+            # Only the first process learns when a push begins; before its save it has to find the others' files.
+            self.write_side_file(args, state)
 
     def _measure(self, args: TrainingArguments, model: torch.nn.Module) -> None:
         """Note the loss of a probe's update, the same on every process."""
@@ -294,10 +301,8 @@ class AutoLRSCallback(TrainerCallback):
         progress["history"].append(entry)
         self._snapshot = None
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Every process: each has its own random numbers and buffers.
-        if self._snapshot is not None:
-            torch.save(self._snapshot, self._file(args, state))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+        return self._snapshot  # of every process: each has its own random numbers and buffers
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .._files import save_aside
 from ..functional.averaging import AverageKind, averaging_weights, weighted_average
 
 #: files of a checkpoint that belong to the run and not to the model
@@ -64,16 +64,13 @@ def average_checkpoints(
             f"The checkpoints {steps} in {str(run_dir)!r} hold the weight files {files}. All must hold the same "
             "*.safetensors files: save whole weights, of one model, in every checkpoint."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # what fails half-way leaves nothing behind
-        made = Path(folder) / target.name
-        made.mkdir()
-        _write(folders, files[-1], averaging_weights(len(steps), kind, alpha), made)
-        made.rename(target)
+    weights = averaging_weights(len(steps), kind, alpha)
+    save_aside(target, lambda made: _write(folders, files[-1], weights, made))
     return steps
 
 
 def _write(folders: list[Path], files: list[str], weights: list[float], made: Path) -> None:
+    made.mkdir()
     for name in files:
         mean = weighted_average((load_file(folder / name) for folder in folders), weights)
         dtypes = {key: value.dtype for key, value in load_file(folders[-1] / name).items()}

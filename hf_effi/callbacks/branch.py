@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._files import save_aside, save_json
 from ..functional.schedules import Schedule, ScheduleError
 from ..functional.schedules._checks import check_steps
 from .lr_schedule import STATE_KEY, LRScheduleCallback
@@ -84,13 +85,16 @@ def branch_cooldown(
     decaying = decaying.replace(total_steps=total, **_frozen_lengths(schedule))
     if target.exists():
         raise ScheduleError(f"{target} exists already. Choose another output_dir for this branch.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, target)
     learning_rate = stored["learning_rate"] if stored else _learning_rate(state, schedule)
     entry = {"built": decaying.spec(), "current": decaying.spec(), "decay_asked_at": None, "counter": None}
     state["stateful_callbacks"][STATE_KEY] = {**entry, "learning_rate": learning_rate}
     state["max_steps"] = total
-    (target / "trainer_state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+    def copy(part: Path) -> None:
+        shutil.copytree(source, part)
+        save_json(part / "trainer_state.json", state, indent=2, sort_keys=True)
+
+    save_aside(target, copy)
     return Branch(str(target), str(output_dir), total, decaying)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..functional.options import refuse_idle
 from ..functional.schedules import (
     Schedule,
     ScheduleError,
@@ -80,6 +81,11 @@ class LRScheduleCallback(TrainerCallback):
                 f"schedule={schedule!r} is not a Schedule. Pass one of hf_effi.functional.schedules, e.g. wsd()."
             )
         check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
+        needs = "with on_mismatch='new'"
+        refuse_idle("allow_lr_jump", allow_lr_jump, False, on_mismatch == "new", needs, ScheduleError)
+        needs = "with a schedule whose decay can be started, such as wsd or infinite"
+        can_start = hasattr(schedule, "start_decay")
+        refuse_idle("stop_when_decayed", stop_when_decayed, True, can_start, needs, ScheduleError)
         if schedule.needs_counter and counter is None:
             raise ScheduleError(
                 f"{type(schedule).__name__} is indexed by tokens and needs counter=..., a function that returns the "

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from .._files import load_state
 from ..functional.reptile import reptile_step
+from .side_file import SideFileCallback
 
 REFERENCE_FILE = "effi_reptile.pt"
 
 
-class ReptileCallback(TrainerCallback):
+class ReptileCallback(SideFileCallback):
     """
     Every `every_steps` updates, go back most of the way: `theta <- theta_ref + beta (theta - theta_ref)`.
 
@@ -38,6 +38,8 @@ class ReptileCallback(TrainerCallback):
     ```
     """
 
+    side_file = REFERENCE_FILE
+
     def __init__(self, every_steps: int, beta: float, *, last_partial: bool = False) -> None:
         if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
             raise ValueError(f"every_steps={every_steps!r} must be an integer of at least 1.")
@@ -57,13 +59,13 @@ class ReptileCallback(TrainerCallback):
         self._references = {name: weight.detach().clone() for name, weight in weights.items()}
         if state.global_step % self.every_steps == 0:
             return  # the reference of this moment is the weights themselves
-        path = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", REFERENCE_FILE)
-        if not os.path.exists(path):
+        path = self.side_path(args, state)
+        if not path.exists():
             raise ValueError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without ReptileCallback. Resume from "
                 f"a folder in output_dir={args.output_dir!r}, or from a step that is a multiple of {self.every_steps}."
             )
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = load_state(path)
         if stored.keys() != weights.keys():
             raise ValueError(f"{path} holds other parameters than the model trains. Train the same ones.")
         for name, value in stored.items():
@@ -75,10 +77,9 @@ class ReptileCallback(TrainerCallback):
         if state.global_step % self.every_steps == 0:
             self._step(kwargs["model"])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save and state.global_step % self.every_steps:
-            folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            torch.save(self._references, os.path.join(folder, REFERENCE_FILE))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, torch.Tensor] | None:
+        # After a Reptile step the reference is the weights themselves.
+        return self._references if args.should_save and state.global_step % self.every_steps else None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

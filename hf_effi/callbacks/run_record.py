@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
 from .._run_record import RunStore
+from ..functional.rollouts import GenerationLayout
 from ..methods import METHODS, find_method
 from .forward_watch import ForwardWatch
 from .snapshot import restore_rng, take_rng
@@ -77,6 +78,8 @@ class RunRecordCallback(TrainerCallback):
         self._counts: dict[str, dict[str, float]] = {}
         self._clock = self._saved_at = 0.0
         self._logged_step = self._begun_at = 0
+        self._steps_per_pass: int | None = None  # of a loader that knows its length
+        self._noted_checkpoint: int | None = None
 
     # ---- events ----
 
@@ -91,6 +94,7 @@ class RunRecordCallback(TrainerCallback):
         self._logged_step = self._begun_at = state.global_step
         self._store = RunStore(args.output_dir)
         loader = kwargs.get("train_dataloader")
+        self._steps_per_pass = len(loader) if has_length(loader) else None
         header = {
             "arguments_class": type(args).__name__,
             "arguments": args.to_dict(),
@@ -142,10 +146,23 @@ class RunRecordCallback(TrainerCallback):
         if self._store is not None:
             self._add_evaluation_data(getattr(kwargs.get("eval_dataloader"), "dataset", None))
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:  # inside a save, so that what is pushed knows of this checkpoint
+            self._charge("save")
+            self._note_checkpoint(state)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._charge("save")
-        self._event("checkpoint", state, path=f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self._note_checkpoint(state)
+        self._noted_checkpoint = None
+
+    def _note_checkpoint(self, state: TrainerState) -> None:
+        if self._noted_checkpoint != state.global_step:
+            self._event("checkpoint", state, path=f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         self._summarize(state, force=True)
+        self._noted_checkpoint = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,7 +183,7 @@ class RunRecordCallback(TrainerCallback):
     def _count(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
         """Add what happened since the last log entry. Trainers log means; the counts of what was averaged undo them."""
         updates = state.global_step - self._logged_step
-        generations = generations_between(args, self._logged_step, state.global_step)
+        made = self._generations(args, self._logged_step, state.global_step)
         self._logged_step = state.global_step
         forwarded, real = self._watch.take()
         # The trainer's own count also has the passes without a gradient, on all processes.
@@ -179,11 +196,20 @@ class RunRecordCallback(TrainerCallback):
                 continue
             prefix, _, last = name.rpartition("/")
             if prefix == "effi/dropped":
-                self._counts["drops"][last] += value * generations
+                self._counts["drops"][last] += value * sum(made)
             elif name.startswith("effi/rows_") and last in ("rows_generated", "rows_trained"):
-                self._counts["rows"][last.removeprefix("rows_")] += value * generations
+                # Logged once for each update that generates, with the sum of its generations.
+                self._counts["rows"][last.removeprefix("rows_")] += value * sum(map(bool, made))
             elif name.startswith("effi/time_"):
                 self._counts["phases"][last.removeprefix("time_")] += value * updates
+
+    def _generations(self, args: Any, first: int, last: int) -> list[int]:
+        """How many generations each update from `first` to `last - 1` made; nothing where the trainer makes none."""
+        try:
+            layout = GenerationLayout.of(args)
+        except (AttributeError, ValueError):
+            return []  # no trainer that generates, or one whose rows are laid out in another way
+        return layout.generations_of(first, last, self._steps_per_pass)
 
     def _add_evaluation_data(self, dataset: Any) -> None:
         found, data = describe_data(dataset), self._store.summary["data"]
@@ -309,19 +335,6 @@ def methods_by_name(names: Collection[str | None]) -> list[str]:
     return [
         method.key for method in METHODS if any(entry.rpartition(":")[2] in names for entry in method.entry_points)
     ]
-
-
-def generations_between(args: Any, start: int, end: int) -> float:
-    """
-    Return how often a GRPO trainer generated in the updates `start + 1` to `end`.
-
-    It generates at every micro-step that is a multiple of `steps_per_generation * num_iterations`.
-    """
-    if not hasattr(args, "steps_per_generation"):
-        return 0
-    every = (args.steps_per_generation or args.gradient_accumulation_steps) * args.num_iterations
-    first, last = start * args.gradient_accumulation_steps, end * args.gradient_accumulation_steps
-    return math.ceil(last / every) - math.ceil(first / every)
 
 
 def peak_memory() -> dict[str, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._compat import MissingPackageError
+from .._files import save_bytes, save_text
 from .._plots import draw_picture
 from .._run_record import REDACTED, redact
 from ..functional.text_plot import text_plot
@@ -239,9 +240,9 @@ def add_section(
     old = re.search(re.escape(_BEGIN) + ".*?" + re.escape(_END), card.text, re.DOTALL)
     text = card.text.replace(old.group(0), section) if old else f"{card.text.rstrip()}\n\n{section}\n"
     # `card.text = ...` would drop the front matter of a card that has an unusual one; the content keeps it.
-    card_path.write_text(_hide(f"---\n{card.data}\n---\n{text}", secrets), encoding="utf-8")
+    save_text(card_path, _hide(f"---\n{card.data}\n---\n{text}", secrets))
     recipe_text = _hide(json.dumps(recipe, indent=2), secrets)
-    (card_path.parent / RECIPE_FILE).write_text(recipe_text + "\n", encoding="utf-8")
+    save_text(card_path.parent / RECIPE_FILE, recipe_text + "\n")
 
 
 def _write_picture(path: Path, run: Mapping[str, Any]) -> str | None:
@@ -250,7 +251,7 @@ def _write_picture(path: Path, run: Mapping[str, Any]) -> str | None:
     if len(points) < 2:
         return None
     try:
-        path.write_bytes(draw_picture(*zip(*points, strict=True), "optimizer steps", "learning rate"))
+        save_bytes(path, draw_picture(*zip(*points, strict=True), "optimizer steps", "learning rate"))
     except MissingPackageError as error:
         _warn_once(f"The model card shows the learning rate as text. {error}")
         return None

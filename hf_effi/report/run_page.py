@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import save_text
 from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from ..functional.doctor import Finding
 from .page import environment
@@ -277,8 +278,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.output or Path(folders[0]) / "report.html")
     if args.output or not args.json:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(render_run_page(groups), encoding="utf-8")
+            save_text(path, render_run_page(groups))
         except OSError as error:
             print(f"hf-effi report: cannot write {path}: {error.strerror}.", file=sys.stderr)
             return 1

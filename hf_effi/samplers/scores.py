@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import save_json
 from ..functional.curriculum import CurriculumError, check_count, perplexity, word_rarity
 from .measure import RowLoss
 
@@ -239,11 +240,7 @@ class _Shards:
         return scores
 
     def write(self, marks: list[int], scores: list[float]) -> None:
-        path = self.path(marks)
-        # Renamed into place, so that a shard is there in full or not at all, also when two processes write it.
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(scores), encoding="utf-8")
-        os.replace(part, path)
+        save_json(self.path(marks), scores)  # in full or not at all, also when two processes write it
 
 
 def _identify(score_fn: Any, fingerprint: str | None, columns: Sequence[str] | None, names: list[str]) -> tuple:

@@ -62,19 +62,12 @@ class ExactSavingsMixin:
             reasons["sort"] = (
                 "loss_type='bnpo' divides by the tokens of each micro-batch, so rows cannot change places."
             )
-        elif self._chunks_per_window() is None:
+        elif self._layout.micro_batches_per_update is None:
             reasons["sort"] = (
                 f"steps_per_generation={self.args.steps_per_generation} and gradient_accumulation_steps="
                 f"{self.args.gradient_accumulation_steps} are not multiples, so optimizer steps straddle generations."
             )
         return reasons
-
-    def _chunks_per_window(self) -> int | None:
-        """How many micro-batches of one generation belong to one optimizer step; `None` if that shifts."""
-        chunks, window = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if chunks % window == 0:
-            return window
-        return chunks if window % chunks == 0 else None
 
     # --- sort: rows change places only among the micro-batches of one optimizer step -------------------------------
 
@@ -85,10 +78,10 @@ class ExactSavingsMixin:
             return inputs
         if "sort" in self.exact_savings:
             self._buffered_inputs = self._sort_windows(self._buffered_inputs)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self._buffered_inputs[self._layout.micro_batch(self._step)]
 
     def _sort_windows(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        window = self._chunks_per_window()
+        window = self._layout.micro_batches_per_update
         if window == 1 or any(chunk.get("num_images") is not None for chunk in chunks):
             return chunks
         out = []

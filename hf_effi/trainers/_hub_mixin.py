@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from ..hub.publish import NOT_UPLOADED, push_checkpoint, uploader_for, write_section
+from ..hub.publish import NOT_UPLOADED, check_seconds, push_checkpoint, uploader_for, write_section
 from ..hub.uploads import HubUploader
 
 
@@ -31,6 +31,12 @@ class HubArguments:
             "0.8 of ddp_timeout without it."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # of TrainingArguments
+        # Also without push_to_hub: `trainer.push_to_hub()` waits as long.
+        if self.hub_wait_seconds is not None:
+            check_seconds(self, self.hub_wait_seconds)
 
 
 class HubMixin:

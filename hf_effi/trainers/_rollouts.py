@@ -10,7 +10,6 @@ rows per rank and of collectives is the same on every rank.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,15 +85,15 @@ class RolloutMixin:
     ) -> None:
         args = self.args
         band, rate = own_setting(args, "difficulty_range"), own_setting(args, "prune_rate")
-        if group_filter is not None and band is not None:
-            raise ValueError("pass either `group_filter=` or `difficulty_range`, not both.")
-        if rollout_pruner is not None and rate:
-            raise ValueError("pass either `rollout_pruner=` or `prune_rate`, not both.")
         self.group_filter = group_filter or (PassRateBand(*band) if band is not None else None)
         self.rollout_pruner = rollout_pruner
         if rate:
             self.rollout_pruner = AdvantagePruner(
-                rate, args.prune_metric, args.prune_scope, args.prune_balance_signs, seed=args.seed
+                rate,
+                args.prune_metric,
+                args.prune_scope,
+                args.prune_balance_signs,
+                seed=args.seed if args.prune_metric == "random" else 0,
             )
         self.prompt_selector = prompt_selector
         self._refill_prompts: PromptSelector | None = prompt_selector
@@ -145,7 +144,7 @@ class RolloutMixin:
         if not self._selects:
             self._metrics["train"]["effi/gen_rounds"].append(1.0)
             return self._finish_batch(self._generate_round(inputs))
-        target = self._target_groups(len(inputs))
+        target = self._whole_generation(inputs)
         generation = self._generate_rounds(inputs, target)
         groups = generation.groups(self.num_generations, self.state.global_step)
         kept = self._choose_groups(groups, target)
@@ -153,9 +152,6 @@ class RolloutMixin:
         batch = self._redistribute(generation, rows)
         self._log_selection(generation, rows)
         return self._finish_batch(batch)
-
-    def _target_groups(self, local_rows: int) -> int:
-        return local_rows * self.accelerator.num_processes // self.num_generations
 
     def _generate_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """One call of TRL's generation, with its log-prob forwards put off where dropped rows would pay for them."""
@@ -172,7 +168,7 @@ class RolloutMixin:
         return batch
 
     def _generate_rounds(self, inputs: list[dict[str, Any]], target: int) -> Generation:
-        generation, world = Generation(), self.accelerator.num_processes
+        generation = Generation()
         rounds = own_setting(self.args, "difficulty_max_rounds") if self.group_filter is not None else 1
         rows = self._select_rows(target) if self.prompt_selector is not None else None
         kept = 0
@@ -196,9 +192,7 @@ class RolloutMixin:
             if kept >= target or number == rounds - 1:
                 break
             size = next_refill_size(target - kept, kept, len(groups.rewards), cap=target)
-            # A round must deal out evenly: its groups times their size is a multiple of the ranks.
-            unit = world // math.gcd(world, self.num_generations)
-            rows = self._select_rows(-(-size // unit) * unit)
+            rows = self._select_rows(self._layout.even_groups(size))
         self._metrics["train"]["effi/gen_rounds"].append(float(len(generation.batches)))
         return generation
 
@@ -235,7 +229,7 @@ class RolloutMixin:
         size, world = self.num_generations, self.accelerator.num_processes
         rows = [group * size + i for group in chosen for i in range(size)]
         advantages = groups.advantages.reshape(-1)
-        chunks = world * self.args.steps_per_generation
+        chunks = self._layout.micro_batches
         if self.rollout_pruner is not None:
             # The pool of a rank is a contiguous slice; rows that do not divide are competed for by all.
             pools = world if len(rows) % world == 0 else 1
@@ -316,8 +310,7 @@ class RolloutMixin:
         ):
             return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
         attention_mask, columns = args[0], args[1]
-        window = self.args.steps_per_generation * self.num_iterations
-        is_old = not self._deferred and self.args.gradient_accumulation_steps % window != 0
+        is_old = not self._deferred and self._layout.policy_moves
         self._deferred.append({"key": "old_per_token_logps" if is_old else "ref_per_token_logps"})
         return attention_mask.new_zeros(input_ids.size(0), columns, dtype=torch.float32), None, None
 
@@ -375,9 +368,8 @@ class RolloutMixin:
         used = self._selects or "skip" in self.exact_savings
         if self.multi_objective_aggregation != "sum_then_normalize" or not used:
             return
-        rows = batch["advantages"].size(0)
-        first = self.accelerator.process_index * rows
-        batch["advantages"] = batch["advantages"].masked_fill(equal[first : first + rows], 0.0)
+        mine = self._layout.rows_of(self.accelerator.process_index, len(equal))
+        batch["advantages"] = batch["advantages"].masked_fill(equal[mine.start : mine.stop], 0.0)
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
@@ -388,9 +380,8 @@ class RolloutMixin:
 
     def _rows_of_this_rank(self, rows: list[int]) -> list[dict[str, Any]]:
         repeated = [row for row in rows for _ in range(self.num_generations)]
-        share = len(repeated) // self.accelerator.num_processes
-        first = self.accelerator.process_index * share
-        return [dict(self.train_dataset[row]) for row in repeated[first : first + share]]
+        mine = self._layout.rows_of(self.accelerator.process_index, len(repeated))
+        return [dict(self.train_dataset[repeated[position]]) for position in mine]
 
     @staticmethod
     def _check_movable(batch: dict[str, Any]) -> None:

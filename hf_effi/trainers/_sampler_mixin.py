@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import Sampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .._files import load_state, save_bytes, state_bytes
 from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
     check_plan,
@@ -134,21 +134,21 @@ class SamplerMixin:
             values[part::world] = found
         sampler.observe(epoch, values)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._served_sampler is not None and self.args.should_save and not self.args.save_only_model:
-            folder = os.path.join(
-                self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Before `trainer_state.json` is written and the checkpoint is pushed: whatever has the one also has the other.
+        if self._served_sampler is not None:
+            content = state_bytes(
+                self._served_sampler.state_dict(), f"train_sampler ({type(self.train_sampler).__name__})"
             )
-            os.makedirs(folder, exist_ok=True)
-            # Before the rest: whatever has a trainer_state.json then also has this file, and the hub upload includes it.
-            torch.save(self._served_sampler.state_dict(), os.path.join(folder, SAMPLER_FILE))
-        super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                save_bytes(os.path.join(output_dir, SAMPLER_FILE), content)
+        super()._save_rng_state(output_dir)
 
     def _load_sampler(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, SAMPLER_FILE)
         if not os.path.exists(path):
             raise SamplerMismatchError(
-                f"{checkpoint} has no {SAMPLER_FILE}: it was trained without train_sampler, in another order. Resume "
-                "without train_sampler, or start a new run from the weights."
+                f"{checkpoint} has no {SAMPLER_FILE}: it was trained without train_sampler, in another order, saved with "
+                "save_only_model, or copied in part. Resume without train_sampler, or start a new run from the weights."
             )
-        self._served_sampler.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self._served_sampler.load_state_dict(load_state(path))

@@ -55,6 +55,10 @@ def schedule_from_config(args: Any) -> Schedule | None:
     if name is None:
         if kwargs:
             raise ScheduleError(f"lr_schedule_kwargs={kwargs!r} needs lr_schedule, e.g. lr_schedule='wsd'.")
+        if args.lr_schedule_on_mismatch != "error":
+            raise ScheduleError(
+                f"lr_schedule_on_mismatch={args.lr_schedule_on_mismatch!r} needs lr_schedule, e.g. lr_schedule='wsd'."
+            )
         return None
     if isinstance(kwargs, str):
         try:

@@ -21,7 +21,7 @@ from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
 from ._sequence_parallel import SequenceParallelMixin
-from .grpo_config import EffiGRPOConfig
+from .grpo_config import EffiGRPOConfig, check_methods, refuse_unused
 
 
 class EffiGRPOTrainer(
@@ -95,10 +95,15 @@ class EffiGRPOTrainer(
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = EffiGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
         _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
+        check_methods(args, prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
         self._init_accounting()
         self._init_prompt_length()
         self._init_exact_savings()
+        if "trim" not in self.exact_savings:  # auto has left it out for this model or this loss
+            refuse_unused(
+                self.args, ("forward_buckets",), f"acts only with 'trim': {self._inexact_reasons()['trim']} Drop it"
+            )
         self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
         self._route_checkpointing_options()
 

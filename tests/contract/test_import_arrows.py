@@ -18,6 +18,7 @@ FLOORS = {
     "_compat": 0,
     "_methods": 0,
     "_environment": 0,
+    "_files": 0,
     "_run_record": 0,
     "_plots": 0,
     "methods": 0,

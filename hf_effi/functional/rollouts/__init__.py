@@ -10,6 +10,7 @@ from .batching import (
     take_rows,
     trim_rows,
 )
+from .layout import GenerationLayout
 from .policies import PRUNE_METRICS, PRUNE_SCOPES, AdvantagePruner, PassRateBand
 from .prompts import ShuffledPrompts
 from .selection import (
@@ -26,6 +27,7 @@ from .selection import (
 __all__ = [
     "AdvantagePruner",
     "Bucket",
+    "GenerationLayout",
     "GroupDecision",
     "PRUNE_METRICS",
     "PRUNE_SCOPES",

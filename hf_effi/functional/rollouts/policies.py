@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import refuse_idle
 from .selection import (
     GroupDecision,
     check_difficulty_range,
@@ -86,11 +87,15 @@ class AdvantagePruner:
             raise ValueError(f"prune_metric must be one of {PRUNE_METRICS}, got {self.metric!r}.")
         if self.scope not in PRUNE_SCOPES:
             raise ValueError(f"prune_scope must be one of {PRUNE_SCOPES}, got {self.scope!r}.")
+        refuse_idle("balance_signs", self.balance_signs, False, self.metric != "random", "without metric='random'")
+        refuse_idle("seed", self.seed, 0, self.metric == "random", "with metric='random'")
 
     def keep(self, advantages: Tensor, group_size: int, num_pools: int, step: int) -> Tensor:
         pool_size = {"group": group_size, "rank": advantages.numel() // num_pools, "global": advantages.numel()}
         size = pool_size[self.scope]
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        generator = None
+        if self.metric == "random":
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         masks = [
             keep_by_advantage(pool, pruned_count(size, self.prune_rate), self.metric, self.balance_signs, generator)
             for pool in advantages.split(size)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..options import refuse_idle
+
 #: Pass rates are small-denominator fractions; this absorbs the rounding of `k / G` and nothing else.
 _RATE_TOLERANCE = 1e-9
 
@@ -248,7 +250,7 @@ def keep_by_advantage(
         `torch.Tensor`: Boolean, shape `(rows,)`, exactly `keep` true.
 
     Raises:
-        ValueError: `keep` or `metric` is outside its range.
+        ValueError: `keep` or `metric` is outside its range, or `balance_signs` or `generator` would do nothing.
 
     Example:
     ```python
@@ -261,6 +263,8 @@ def keep_by_advantage(
     rows = advantages.numel()
     if not 1 <= keep <= rows:
         raise ValueError(f"keep must be in [1, {rows}] (the rows of the pool), got {keep}. Lower `prune_rate`.")
+    refuse_idle("balance_signs", balance_signs, False, metric != "random", "without metric='random'")
+    refuse_idle("generator", generator, None, metric == "random", "with metric='random'")
     if metric == "random":
         score = torch.rand(rows, generator=generator)
     elif metric in ("smallest", "largest"):
@@ -269,7 +273,7 @@ def keep_by_advantage(
         raise ValueError(f"prune_metric must be 'smallest', 'largest' or 'random', got {metric!r}.")
     # A stable sort keeps the lower index first among equal scores, whatever the backend.
     order = torch.sort(score, descending=True, stable=True).indices.tolist()
-    if balance_signs and metric != "random":
+    if balance_signs:
         sign = torch.sign(advantages.detach()).tolist()
         half = keep // 2
         chosen = [i for i in order if sign[i] > 0][:half] + [i for i in order if sign[i] < 0][:half]

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from ..options import refuse_idle
 from ._checks import (
     PastEndWarning,
     ScheduleError,
@@ -293,6 +294,7 @@ class _Warm(Schedule):
         if self.warmup_start is not None:
             check_number("warmup_start", self.warmup_start, 0.0, 1.0)
         check_choice("warmup_offset", self.warmup_offset, (0, 1))
+        self._check_idle()
         if self.total_steps is not None and self.warmup > self.total_steps:
             warnings.warn(
                 f"{type(self).__name__}: the warm-up of {self.warmup} steps is longer than the run of "
@@ -300,6 +302,16 @@ class _Warm(Schedule):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _check_idle(self) -> None:
+        """Refuse settings of a warm-up where none is asked for; one of 0 updates, which a sweep may have, is."""
+        asked, needs = self._asks_for_warmup, "with a warm-up: pass warmup_steps or warmup_fraction"
+        refuse_idle("warmup_start", self.warmup_start, None, asked, needs, ScheduleError)
+        refuse_idle("warmup_offset", self.warmup_offset, 1, asked, needs, ScheduleError)
+
+    @property
+    def _asks_for_warmup(self) -> bool:
+        return self.warmup_steps is not None or self.warmup_fraction is not None
 
     @property
     def warmup(self) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from ..options import refuse_idle
 from ._checks import ScheduleError, check_choice, check_number, check_one_of, check_steps
 from .base import DecayOffset, _Warm, decay_position, round_share
 from .shapes import check_shape, decay
@@ -64,6 +65,8 @@ class infinite(_Warm):
         check_one_of("anneal_steps", self.anneal_steps, "anneal_fraction", self.anneal_fraction)
         check_choice("cooldown", self.cooldown, ("cosine", "inverse-sqrt", "linear"))
         check_number("alpha", self.alpha, 0.0, math.inf, low_open=True)
+        needs = "with cooldown='inverse-sqrt'"
+        refuse_idle("alpha", self.alpha, 10.0, self.cooldown == "inverse-sqrt", needs, ScheduleError)
         check_number("constant_ratio", self.constant_ratio, 0.0, 1.0, low_open=True)
         check_number("floor", self.floor, 0.0, self.constant_ratio, low_open=True, fix="The anneal is exponential.")
         if self.anneal_start is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..options import refuse_idle
 from ._checks import DecayToZeroWarning, ScheduleError, check_choice
 from .base import OnMismatch, Schedule, reconcile, same_schedule
 
@@ -36,6 +37,8 @@ class ScheduleLR(LambdaLR):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ScheduleError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer. Pass the run's optimizer.")
         check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
+        needs = "with on_mismatch='new'"
+        refuse_idle("allow_lr_jump", allow_lr_jump, False, on_mismatch == "new", needs, ScheduleError)
         self.built = self.schedule = schedule
         self.on_mismatch = on_mismatch
         self.allow_lr_jump = allow_lr_jump
