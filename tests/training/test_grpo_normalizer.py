@@ -57,8 +57,10 @@ def one_step(cls: type, folder: Any, reward: Any = binary_hash_reward, **over: A
     settings = {"per_device_train_batch_size": 8, "num_generations": GROUP, "max_steps": 1, "optim": "sgd"}
     settings |= {"learning_rate": 1.0, "max_grad_norm": 0.0}
     config = EffiGRPOConfig if issubclass(cls, EffiGRPOTrainer) else GRPOConfig
-    model = save_tiny(tiny_qwen3(end_tokens=10), tiny_tokenizer(), folder / "model")
-    return run_grpo(cls, grpo_args(folder, config, **{**settings, **over}), model=model, reward_funcs=reward)
+    if not (folder / "model").exists():
+        save_tiny(tiny_qwen3(end_tokens=10), tiny_tokenizer(), folder / "model")
+    args = grpo_args(folder, config, **{**settings, **over})
+    return run_grpo(cls, args, model=str(folder / "model"), reward_funcs=reward)
 
 
 def update(trainer: Any) -> torch.Tensor:
