@@ -175,6 +175,7 @@ class GRPODoctor(TrainDoctor):
             max_completion_length=args.max_completion_length,
             beta=args.beta,
             num_iterations=args.num_iterations,
+            mask_truncated=getattr(args, "mask_truncated_completions", False),
         )
 
 

@@ -131,6 +131,7 @@ class RunFacts:
         factors: Whole numbers by which a plan is often too long: gradient accumulation, processes, both.
         leak: Measured relative change of a packed document when its neighbour changes; `None` if not packed.
         max_completion_length, beta, num_iterations: Of GRPO.
+        mask_truncated: Whether GRPO takes completions that were cut off out of the loss.
     """
 
     max_steps: int
@@ -144,6 +145,7 @@ class RunFacts:
     max_completion_length: int = 0
     beta: float = 0.0
     num_iterations: int = 1
+    mask_truncated: bool = False
 
 
 Rule = Callable[[Trace, RunFacts, Any], Finding | None]
@@ -305,11 +307,14 @@ def all_truncated(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding 
     values = _latest(trace, "completions/clipped_ratio", limits.group_logs)
     if not values or min(values) < limits.truncated:
         return None
+    effect = "answers are scored unfinished"
+    if facts.mask_truncated:
+        effect = "mask_truncated_completions leaves next to nothing in the loss"
     return Finding(
         "all_truncated",
         _step(trace, facts),
         f"{statistics.fmean(values):.0%} of the completions are cut at max_completion_length="
-        f"{facts.max_completion_length}, so answers are scored unfinished",
+        f"{facts.max_completion_length}, so {effect}",
         "raise max_completion_length, or check that the chat template and the EOS token let the model stop",
     )
 
@@ -344,6 +349,21 @@ def zero_variance(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding 
         f"In {statistics.fmean(values):.0%} of the groups all rewards are equal, so they carry no gradient",
         "choose prompts that the model solves sometimes (difficulty_range of EffiGRPOConfig), raise num_generations or "
         "the temperature, or give partial rewards",
+    )
+
+
+def no_loss_tokens(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding | None:
+    """Rewards differ within groups, but not where a token is in the loss. (Only `EffiGRPOTrainer` logs it.)"""
+    dead = _latest(trace, "effi/frac_zero_var_groups", limits.group_logs)
+    equal = _latest(trace, "frac_reward_zero_std", limits.group_logs)
+    if not dead or not equal or min(dead) < limits.zero_std or min(equal) >= limits.zero_std:
+        return None
+    return Finding(
+        "no_loss_tokens",
+        _step(trace, facts),
+        f"In {statistics.fmean(dead):.0%} of the groups no completion has both an advantage and a token in the loss, so "
+        "they carry no gradient",
+        "raise max_completion_length, or turn off mask_truncated_completions",
     )
 
 
@@ -418,6 +438,7 @@ GRPO_RULES: tuple[Rule, ...] = (
     all_truncated,
     reward_never_varies,
     zero_variance,
+    no_loss_tokens,
     entropy_collapse,
     length_without_reward,
     loss_zero_is_fine,

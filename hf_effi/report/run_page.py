@@ -51,7 +51,10 @@ def curves(groups: Groups) -> dict[str, str]:
     phases = phases if len(phases) <= _MOST_PHASES else []
     found["Learning rate and its phases"] = _draw(rates, "learning rate", "lr", phases=phases, from_zero=True)
     rewards = _lines(groups, {"generated": "effi/reward_generated", "kept": "effi/reward_kept"}, {"reward": "reward"})
-    found["Reward before and after filters"] = _draw(rewards, "mean reward", "reward")
+    found["Reward before and after filters"] = _draw(rewards, "mean weighted reward", "reward")
+    decides = _lines(groups, {"generated": "effi/filter_reward_generated", "kept": "effi/filter_reward_kept"})
+    if decides != rewards:  # with one reward function of weight 1 they are the same
+        found["The reward that the filter looks at"] = _draw(decides, "mean of one function, unweighted", "decides")
     if len(groups) == 1:
         found["Completions dropped, by reason"] = _drops_over_time(next(iter(groups.values())))
     else:

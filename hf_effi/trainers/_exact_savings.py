@@ -6,13 +6,22 @@ the loss code downstream, with its eight normalisers, is TRL's own and needs no 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..functional.rollouts import Bucket, concat_rows, contiguous_rows, plan_buckets, scatter_completion, take_rows
+from ..functional.rollouts import (
+    Bucket,
+    concat_rows,
+    contiguous_rows,
+    plan_buckets,
+    rows_with_gradient,
+    scatter_completion,
+    take_rows,
+)
 from .grpo_config import EXACT_SAVINGS, own_setting, parse_exact_savings
 
 logger = logging.get_logger(__name__)
@@ -69,6 +78,23 @@ class ExactSavingsMixin:
             )
         return reasons
 
+    # --- importance ratios of vLLM: what they do to the loss, and how they are laid out ------------------------------
+
+    @property
+    def _ratio_multiplies(self) -> bool:
+        """Whether a ratio of exactly 0 takes a token out of the policy term; VESPO takes its logarithm instead."""
+        return self.loss_type != "vespo"
+
+    @property
+    def _ratio_layout(self) -> dict[str, Any]:
+        """How [`concat_rows`] must treat `importance_sampling_ratio`: by the mode, which the shape does not tell."""
+        mode = self.vllm_importance_sampling_mode
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        clipped = min(max(1.0, low), high)
+        padding = clipped if mode.endswith("truncate") else float(clipped == 1.0)
+        return {"sequence_ratio": mode.startswith("sequence"), "ratio_padding": padding}
+
     # --- sort: rows change places only among the micro-batches of one optimizer step -------------------------------
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -86,10 +112,11 @@ class ExactSavingsMixin:
             return chunks
         out = []
         for start in range(0, len(chunks), window):
-            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id)
+            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id, **self._ratio_layout)
             lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
             # Rows without a gradient go first: whole micro-batches of them then cost one dummy row.
-            order = torch.argsort(torch.where(_has_gradient(rows), lengths, lengths - lengths.max() - 1), stable=True)
+            active = rows_with_gradient(rows, self._ratio_multiplies)
+            order = torch.argsort(torch.where(active, lengths, lengths - lengths.max() - 1), stable=True)
             size = len(order) // window
             out += [take_rows(rows, order[i * size : (i + 1) * size]) for i in range(window)]
         return out
@@ -99,7 +126,7 @@ class ExactSavingsMixin:
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if not self.model.training or "skip" not in self.exact_savings:
             return super()._compute_loss(model, inputs)
-        self._active_rows = _has_gradient(inputs)
+        self._active_rows = rows_with_gradient(inputs, self._ratio_multiplies)
         try:
             return super()._compute_loss(model, inputs)
         finally:
@@ -210,15 +237,6 @@ class ExactSavingsMixin:
             self._effi_counters["tokens_real"] += real
             self._effi_counters["tokens_forward"] += forwarded
             self._effi_counters["tokens_saved"] += saved
-
-
-def _has_gradient(rows: dict[str, Any]) -> Tensor:
-    """Rows with a non-zero advantage and at least one token in the loss."""
-    advantages, mask = rows["advantages"], rows["completion_mask"]
-    if "tool_mask" in rows:
-        mask = mask * rows["tool_mask"]
-    nonzero = advantages != 0 if advantages.ndim == 1 else ((advantages != 0) & (mask != 0)).any(1)
-    return nonzero & (mask.sum(1) > 0)
 
 
 def _missing(order: list[int], rows: int) -> list[int]:

@@ -78,6 +78,7 @@ BROKEN = {
         {},
     ),
     "zero_variance": ({"frac_reward_zero_std": constant(1.0)}, {}),
+    "no_loss_tokens": ({"effi/frac_zero_var_groups": constant(1.0)}, {}),
     "entropy_collapse": ({"entropy": lambda s: 1.2 * 0.9**s}, {}),
     "length_without_reward": (
         {"completions/mean_length": lambda s: 100.0 + 5 * s, "reward": lambda s: 1 - 0.01 * s},
@@ -106,6 +107,13 @@ def test_a_healthy_trace_has_no_finding():
     assert found(trace(200)) == {}
     assert found([]) == {}
     assert found(trace(1)) == {}
+
+
+def test_cut_completions_are_unfinished_answers_or_no_longer_in_the_loss():
+    entries = trace(**{"completions/clipped_ratio": constant(1.0)})
+    assert "answers are scored unfinished" in found(entries)["all_truncated"].problem
+    masked = dataclasses.replace(FACTS, mask_truncated=True)
+    assert "mask_truncated_completions leaves next to nothing" in found(entries, masked)["all_truncated"].problem
 
 
 def test_what_has_been_said_is_not_said_again():
