@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from hf_effi._compat import CACHE_ARGUMENTS
 from tests.contract._sources import ROOT, python_files, shown, tree_of
 from tests.helpers import grpo_args, lm_dataset, run_grpo, save_tiny, tiny_qwen3, tiny_tokenizer
 
@@ -155,6 +156,22 @@ def test_the_test_that_shows_it_exists(callee):
         return
     file, _, name = where.partition("::")
     assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{callee}: there is no {where}"
+
+
+def test_only_compat_knows_what_differs_between_releases():
+    """No other file names an argument by the name that some release has for it, or asks for a version."""
+    wrong = []
+    for path in python_files("hf_effi"):
+        if path.name == "_compat.py":
+            continue
+        for node in ast.walk(tree_of(path)):
+            named = isinstance(node, ast.Constant) and node.value in CACHE_ARGUMENTS
+            named |= isinstance(node, ast.keyword) and node.arg in CACHE_ARGUMENTS
+            asked = isinstance(node, (ast.Import, ast.ImportFrom)) and "packaging" in ast.unparse(node)
+            asked |= isinstance(node, ast.Name) and node.id == "release_of"
+            if (named and ast.unparse(node) != "'cache'") or asked:
+                wrong.append(f"{shown(path)}:{getattr(node, 'lineno', '?')}: {ast.unparse(node)}")
+    assert not wrong, "move this into _compat.py:\n" + "\n".join(wrong)
 
 
 # --- models and tokenizers -------------------------------------------------------------------------------------------
