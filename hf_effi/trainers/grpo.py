@@ -21,7 +21,7 @@ from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
 from ._sequence_parallel import SequenceParallelMixin
-from .grpo_config import EffiGRPOConfig, check_methods, refuse_unused
+from .grpo_config import EffiGRPOConfig, check_methods, own_setting, refuse_unused
 
 
 class EffiGRPOTrainer(
@@ -100,12 +100,15 @@ class EffiGRPOTrainer(
         self._init_accounting()
         self._init_prompt_length()
         self._init_exact_savings()
-        if "trim" not in self.exact_savings:  # auto has left it out for this model or this loss
-            refuse_unused(
-                self.args, ("forward_buckets",), f"acts only with 'trim': {self._inexact_reasons()['trim']} Drop it"
-            )
+        self._check_buckets()
         self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
         self._route_checkpointing_options()
+
+    def _check_buckets(self) -> None:
+        """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
+        if own_setting(self.args, "forward_buckets") and "trim" not in self.exact_savings:
+            reason = self._inexact_reasons().get("trim", "it is off.")
+            refuse_unused(self.args, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
 
     def _route_checkpointing_options(self) -> None:
         """

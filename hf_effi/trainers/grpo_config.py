@@ -253,7 +253,13 @@ def refuse_unused(args: Any, names: tuple[str, ...], why: str) -> None:
             raise ValueError(f"{name}={value!r} {why}, or leave {name} at its default {default!r}.")
 
 
-def check_methods(args: Any, prompt_selector: Any, group_filter: Any, rollout_pruner: Any, train_sampler: Any) -> None:
+def check_methods(
+    args: Any,
+    prompt_selector: Any = None,
+    group_filter: Any = None,
+    rollout_pruner: Any = None,
+    train_sampler: Any = None,
+) -> None:
     """
     Check the config and the objects of a trainer against each other, before a model is loaded.
 

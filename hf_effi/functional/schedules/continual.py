@@ -204,6 +204,10 @@ class rewarm_redecay(_Warm):
             for peak in self.peaks:
                 check_number("peaks", peak, self.floor, 1.0)
 
+    def _check_idle(self) -> None:
+        needs = "in other schedules: here every ramp starts from floor"
+        refuse_idle("warmup_start", self.warmup_start, None, False, needs, ScheduleError)
+
     def _ends(self) -> list[int]:
         if self.data_steps is not None:
             ends = [sum(self.data_steps[: i + 1]) for i in range(len(self.data_steps))]
