@@ -62,20 +62,9 @@ def claim(state: TrainerState, role: Role, owner: Any, name: str | None = None, 
     claims[at, role.key] = (owner, name)
 
 
-def announce(state: TrainerState, owner: Any) -> None:
-    """Say that `owner` takes part in the training that begins, beside others of its kind; read by [`members`]."""
-    _claims(state)["train", id(owner)] = (owner, type(owner).__name__)
-
-
 def owner_of(state: TrainerState, role: Role) -> Any | None:
     """Return the object that has claimed the role for the training that runs, or `None`."""
     return _claims(state).get(("train", role.key), (None, ""))[0]
-
-
-def members(state: TrainerState) -> list[Any]:
-    """Return every object that has claimed a role for the training that runs, or was announced, each once."""
-    found = [owner for (moment, _), (owner, _) in _claims(state).items() if moment == "train"]
-    return list({id(owner): owner for owner in found}.values())
 
 
 def _claims(state: TrainerState) -> dict[Hashable, tuple[Any, str]]:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from peft.tuners.adalora import AdaLoraModel
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ._owners import OwningCallback, Role
 
 STATE_FILE = "effi_adalora.pt"
 #: what `RankAllocator` accumulates over the budgeting phase
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
-class AdaLoRACallback(TrainerCallback):
+class AdaLoRACallback(OwningCallback):
     """
     Call PEFT's `update_and_allocate` after every update, so that AdaLoRA reaches its rank budget.
 
@@ -46,6 +48,8 @@ class AdaLoRACallback(TrainerCallback):
     ```
     """
 
+    role = Role("AdaLoRA ranks", "Two callbacks want to move the ranks of AdaLoRA", "Keep one.")
+
     def __init__(self, set_total_step: bool = False) -> None:
         if not isinstance(set_total_step, bool):
             raise ValueError(
@@ -74,6 +78,7 @@ class AdaLoRACallback(TrainerCallback):
                 "AdaLoRACallback reads gradients after the update, and DeepSpeed and FSDP have freed or sharded them by "
                 "then. Train with DDP or on one device."
             )
+        super().on_train_begin(args, state, control, **kwargs)
         self._adapter = adalora_of(kwargs["model"])
         check_plan(self._adapter, state.max_steps, self.set_total_step)
         self._config.rank_pattern = self._pattern = None

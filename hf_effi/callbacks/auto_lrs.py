@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._compat import require
 from ..functional.schedules import ScheduleError, apply_multiplier
 from ..functional.schedules._checks import check_number, check_steps
+from ._owners import OwningCallback
 from .adaptive_lr import refuse_sharded
-from .lr_schedule import check_scheduler
+from .lr_schedule import LEARNING_RATE, check_scheduler
 from .lr_search import BROKEN, mean_over_ranks, predict_loss, propose_lr, same_on_ranks, validation_loss
 from .snapshot import restore_snapshot, take_snapshot
 
@@ -23,7 +24,7 @@ STATE_KEY = "hf_effi.auto_lrs"
 _EVALUATIONS = 16
 
 
-class AutoLRSCallback(TrainerCallback):
+class AutoLRSCallback(OwningCallback):
     """
     AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
     their losses extrapolated to the end of the stage, and the stage then runs at the best one.
@@ -54,6 +55,8 @@ class AutoLRSCallback(TrainerCallback):
             one search, every probe of a search broke, a resume inside a search on another number of processes, a bad
             value.
     """
+
+    role = LEARNING_RATE
 
     def __init__(
         self,
@@ -144,6 +147,7 @@ class AutoLRSCallback(TrainerCallback):
     ) -> None:
         refuse_sharded(args, "AutoLRSCallback")
         check_scheduler(kwargs["lr_scheduler"])
+        super().on_train_begin(args, state, control, **kwargs)
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
             raise ScheduleError(

@@ -232,9 +232,7 @@ class LRScheduleCallback(OwningCallback):
         stored = Followed.from_state(
             entry, classes_in(asked.built), base_lrs=scheduler.base_lrs, learning_rate=rate, optimizer_lrs=None
         )
-        return settle(
-            stored, asked, self.on_mismatch, step=scheduler.last_epoch, allow_lr_jump=self.allow_lr_jump
-        )
+        return settle(stored, asked, self.on_mismatch, step=scheduler.last_epoch, allow_lr_jump=self.allow_lr_jump)
 
     def _apply(self) -> None:
         """Write the LR of the next update into the optimizer, and what is followed into the state that gets saved."""

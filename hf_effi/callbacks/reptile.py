@@ -6,15 +6,16 @@ import os
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..functional.reptile import reptile_step
+from ._owners import OwningCallback, Role
 
 REFERENCE_FILE = "effi_reptile.pt"
 
 
-class ReptileCallback(TrainerCallback):
+class ReptileCallback(OwningCallback):
     """
     Every `every_steps` updates, go back most of the way: `theta <- theta_ref + beta (theta - theta_ref)`.
 
@@ -38,6 +39,8 @@ class ReptileCallback(TrainerCallback):
     ```
     """
 
+    role = Role("Reptile", "Two Reptile steps want the same place in a checkpoint", "Keep one.")
+
     def __init__(self, every_steps: int, beta: float, *, last_partial: bool = False) -> None:
         if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
             raise ValueError(f"every_steps={every_steps!r} must be an integer of at least 1.")
@@ -53,6 +56,7 @@ class ReptileCallback(TrainerCallback):
                 "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own that "
                 "would overwrite them. Train with DDP or on one device."
             )
+        super().on_train_begin(args, state, control, **kwargs)
         weights = self._trainable(kwargs["model"])
         self._references = {name: weight.detach().clone() for name, weight in weights.items()}
         if state.global_step % self.every_steps == 0:

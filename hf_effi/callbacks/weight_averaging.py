@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.schedules import warn_decay_to_zero
+from ._owners import OwningCallback, Role
 
 logger = logging.getLogger(__name__)
 
 AVERAGE_FILE = "effi_average.pt"
 
 
-class WeightAveragingCallback(TrainerCallback):
+class WeightAveragingCallback(OwningCallback):
     """
     Average the weights at the last update, and at `last - 1` earlier ones, `every_steps` apart.
 
@@ -48,6 +49,12 @@ class WeightAveragingCallback(TrainerCallback):
     ```
     """
 
+    role = Role(
+        "weight average",
+        "Two averages of the weights want the same place in a checkpoint",
+        "Keep one; average_checkpoints makes others from the checkpoints of the run.",
+    )
+
     def __init__(
         self,
         last: int = 6,
@@ -73,6 +80,7 @@ class WeightAveragingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check(args)
+        super().on_train_begin(args, state, control, **kwargs)
         every = self.every_steps or max(1, state.max_steps // 100)
         steps = [state.max_steps - every * back for back in range(self.last)]
         steps = [step for step in reversed(steps) if step > 0]

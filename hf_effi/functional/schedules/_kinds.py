@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..class_paths import class_path, same_class_path
 from ._checks import ScheduleError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def built_in(name: str) -> type[Schedule] | None:
 
 def kind_of(cls: type[Schedule]) -> str:
     """Return what a spec calls the class: `"cosine"` for ours, `"my_module:MySchedule"` for a user's own."""
-    return cls.__name__ if built_in(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"
+    return cls.__name__ if built_in(cls.__name__) is cls else class_path(cls)
 
 
 def class_of(kind: object, base: type[Schedule], prefer: Sequence[type[Schedule]], own: bool) -> type[Schedule]:
@@ -68,9 +69,9 @@ def class_of(kind: object, base: type[Schedule], prefer: Sequence[type[Schedule]
         return found
     # The preferred classes first. The bare name is how checkpoints of earlier versions call a user's class.
     for classes in (prefer, tuple(_subclasses(base))) if own else ():
-        matching = {cls for cls in classes if name in (kind_of(cls), cls.__name__)}
+        matching = {cls for cls in classes if name == cls.__name__ or same_class_path(name, class_path(cls))}
         if len(matching) > 1:
-            paths = ", ".join(sorted(f"{cls.__module__}:{cls.__qualname__}" for cls in matching))
+            paths = ", ".join(sorted(class_path(cls) for cls in matching))
             raise ScheduleError(
                 f"kind={kind!r} is the name of {len(matching)} schedule classes of yours: {paths}. Give each a name of its "
                 "own, or train with the one that is meant."
