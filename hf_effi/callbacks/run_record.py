@@ -315,6 +315,7 @@ def methods_of(args: Any, state: TrainerState, schedule: dict[str, Any]) -> set[
     # A class of a user may have the name of one of ours; checkpoints of earlier versions hold the name alone.
     ours = sampler.get("class", "hf_effi.").split("(")[-1].startswith("hf_effi.")
     found = set(methods_by_name({schedule.get("kind"), sampler.get("sampler") if ours else None}))
+    found |= {"exact_sampler_resume"} if sampler else set()
     for argument, (key, off) in _METHOD_OF_ARGUMENT.items():
         if getattr(args, argument, None) not in off:
             found.add(key)
