@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
+from ._owners import OwningCallback, Role
 from .side_file import SideFileCallback
 
 STATE_FILE = "effi_adalora.pt"
@@ -18,7 +19,7 @@ STATE_FILE = "effi_adalora.pt"
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
-class AdaLoRACallback(SideFileCallback):
+class AdaLoRACallback(OwningCallback, SideFileCallback):
     """
     Call PEFT's `update_and_allocate` after every update, so that AdaLoRA reaches its rank budget.
 
@@ -48,6 +49,7 @@ class AdaLoRACallback(SideFileCallback):
     ```
     """
 
+    role = Role("AdaLoRA ranks", "Two callbacks want to move the ranks of AdaLoRA", "Keep one.")
     side_file = STATE_FILE
 
     def __init__(self, set_total_step: bool = False) -> None:
@@ -78,6 +80,7 @@ class AdaLoRACallback(SideFileCallback):
                 "AdaLoRACallback reads gradients after the update, and DeepSpeed and FSDP have freed or sharded them by "
                 "then. Train with DDP or on one device."
             )
+        super().on_train_begin(args, state, control, **kwargs)
         self._adapter = adalora_of(kwargs["model"])
         check_plan(self._adapter, state.max_steps, self.set_total_step)
         self._config.rank_pattern = self._pattern = None

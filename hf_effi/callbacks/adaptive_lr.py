@@ -7,22 +7,28 @@ import math
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
+from ._owners import OwningCallback, Role
 from .lr_schedule import check_scheduler
 from .side_file import SideFileCallback
 
 logger = logging.getLogger(__name__)
 
 
-class _MultiplierCallback(TrainerCallback):
+class _MultiplierCallback(OwningCallback):
     """Writes scheduled LR x multiplier before each update and keeps the rule's state in the checkpoint."""
 
     key = ""
+
+    @property
+    def role(self) -> Role:
+        """One multiplier of each kind: a second one would share its entry in the checkpoint."""
+        return Role(self.key, f"Two multipliers of the LR share the state {self.key!r}", "Keep one.", ScheduleError)
 
     def __init__(self, rule: Any, min_lr: float = 0.0) -> None:
         self.rule = rule
@@ -36,6 +42,7 @@ class _MultiplierCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_scheduler(kwargs.get("lr_scheduler"))
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0 and self.key in state.stateful_callbacks:
             self.rule.load_state_dict(state.stateful_callbacks[self.key])
 

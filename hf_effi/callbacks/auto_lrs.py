@@ -13,8 +13,9 @@ from .._compat import require
 from ..functional.options import refuse_idle
 from ..functional.schedules import ScheduleError, apply_multiplier
 from ..functional.schedules._checks import check_number, check_steps
+from ._owners import OwningCallback
 from .adaptive_lr import refuse_sharded
-from .lr_schedule import check_scheduler
+from .lr_schedule import LEARNING_RATE, check_scheduler
 from .lr_search import BROKEN, mean_over_ranks, predict_loss, propose_lr, same_on_ranks, validation_loss
 from .side_file import SideFileCallback
 from .snapshot import restore_snapshot, take_snapshot
@@ -24,7 +25,7 @@ STATE_KEY = "hf_effi.auto_lrs"
 _EVALUATIONS = 16
 
 
-class AutoLRSCallback(SideFileCallback):
+class AutoLRSCallback(OwningCallback, SideFileCallback):
     """
     AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
     their losses extrapolated to the end of the stage, and the stage then runs at the best one.
@@ -55,6 +56,8 @@ class AutoLRSCallback(SideFileCallback):
             one search, every probe of a search broke, a resume inside a search on another number of processes, a bad
             value.
     """
+
+    role = LEARNING_RATE
 
     def __init__(
         self,
@@ -148,6 +151,7 @@ class AutoLRSCallback(SideFileCallback):
         refuse_sharded(args, "AutoLRSCallback")
         self.side_file, self._written_at = f"hf_effi_auto_lrs_{args.process_index}.pt", None
         check_scheduler(kwargs["lr_scheduler"])
+        super().on_train_begin(args, state, control, **kwargs)
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
             raise ScheduleError(

@@ -7,8 +7,11 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.curriculum import CurriculumError, Multigrid, check_number
+from ._owners import Role, owner_of
 from .adaptive_lr import _MultiplierCallback
-from .lr_schedule import check_scheduler
+
+#: who cuts the rows of a run
+SEQUENCE_LENGTH = Role("sequence length", "Two objects want to set the sequence length", "Keep one.", CurriculumError)
 
 
 class MultigridLRCallback(_MultiplierCallback):
@@ -23,7 +26,7 @@ class MultigridLRCallback(_MultiplierCallback):
         exponent (`float`, *optional*, defaults to 1.0): `p` in `[0, 1]`; 0.5 is the square-root rule.
 
     Raises:
-        CurriculumError: another kind of object, or `exponent` out of range.
+        CurriculumError: another kind of object, `exponent` out of range, or a Trainer whose `sequence_length` is another.
         ScheduleError: the scheduler is driven by a metric or owned by DeepSpeed.
 
     Example:
@@ -32,6 +35,8 @@ class MultigridLRCallback(_MultiplierCallback):
     GrowingTrainer(model, args, train_dataset=rows, sequence_length=shapes, callbacks=[MultigridLRCallback(shapes)])
     ```
     """
+
+    key = "hf_effi.multigrid"
 
     def __init__(self, shapes: Multigrid, exponent: float = 1.0) -> None:
         if not isinstance(shapes, Multigrid):
@@ -45,7 +50,14 @@ class MultigridLRCallback(_MultiplierCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_scheduler(kwargs.get("lr_scheduler"))
+        super().on_train_begin(args, state, control, **kwargs)
+        cutter = owner_of(state, SEQUENCE_LENGTH)
+        if cutter != self.shapes:
+            raise CurriculumError(
+                f"MultigridLRCallback has {self.shapes!r}, but the Trainer has sequence_length={cutter!r}: the LR would "
+                "follow shapes that the batches do not have. Use a Trainer with SequenceLengthMixin and pass one Multigrid "
+                "to both."
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

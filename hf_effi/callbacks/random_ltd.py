@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..parallel.patch_handle import PatchHandle
 from ..parallel.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
+from ._owners import OwningCallback, Role
 from .kernel_patch import refuse_data_parallel
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.random_ltd"
 
 
-class RandomLTDCallback(TrainerCallback):
+class RandomLTDCallback(OwningCallback):
     """
     Train middle layers on a random subset of the tokens, which grows linearly until none is dropped.
 
@@ -45,6 +46,8 @@ class RandomLTDCallback(TrainerCallback):
     Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
     ```
     """
+
+    role = Role("layer tokens", "Two callbacks want to drop tokens of the layers", "Keep one.", RandomLTDError)
 
     def __init__(self, min_tokens: int, max_tokens: int, *, ramp_fraction: float = 0.7, multiple: int = 16) -> None:
         check_range(min_tokens, max_tokens, multiple)
@@ -81,13 +84,14 @@ class RandomLTDCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        refuse_data_parallel(args)
-        refuse_trainer(args)
+        _refuse(args)
+        super().on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.on_init_end(args, state, control)  # a callback may be added after the Trainer was built
+        _refuse(args)  # a callback may be added after the Trainer was built
+        super().on_train_begin(args, state, control, **kwargs)
         self._revert()  # left by a run that failed
         self.dropping = TokenDropping(args.seed, args.process_index)
         stored = state.stateful_callbacks.get(STATE_KEY, {}) if state.global_step else {}
@@ -153,6 +157,11 @@ class RandomLTDCallback(TrainerCallback):
 
     def _layer_tokens(self, step: int, max_steps: int) -> int:
         return layer_tokens(1, self.max_tokens, self._kept(step, max_steps), self._num_layers, self._num_layers - 2)
+
+
+def _refuse(args: TrainingArguments) -> None:
+    refuse_data_parallel(args)
+    refuse_trainer(args)
 
 
 def refuse_trainer(args: TrainingArguments) -> None:

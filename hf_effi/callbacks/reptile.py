@@ -9,12 +9,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ..functional.reptile import reptile_step
+from ._owners import OwningCallback, Role
 from .side_file import SideFileCallback
 
 REFERENCE_FILE = "effi_reptile.pt"
 
 
-class ReptileCallback(SideFileCallback):
+class ReptileCallback(OwningCallback, SideFileCallback):
     """
     Every `every_steps` updates, go back most of the way: `theta <- theta_ref + beta (theta - theta_ref)`.
 
@@ -38,6 +39,7 @@ class ReptileCallback(SideFileCallback):
     ```
     """
 
+    role = Role("Reptile", "Two Reptile steps want the same place in a checkpoint", "Keep one.")
     side_file = REFERENCE_FILE
 
     def __init__(self, every_steps: int, beta: float, *, last_partial: bool = False) -> None:
@@ -55,6 +57,7 @@ class ReptileCallback(SideFileCallback):
                 "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own that "
                 "would overwrite them. Train with DDP or on one device."
             )
+        super().on_train_begin(args, state, control, **kwargs)
         weights = self._trainable(kwargs["model"])
         self._references = {name: weight.detach().clone() for name, weight in weights.items()}
         if state.global_step % self.every_steps == 0:

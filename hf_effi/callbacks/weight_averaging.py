@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._files import load_state, save_aside, save_json
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.schedules import warn_decay_to_zero
+from ._owners import OwningCallback, Role
 from .side_file import SideFileCallback
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ AVERAGE_FILE = "effi_average.pt"
 _DESCRIPTION = "average.json"
 
 
-class WeightAveragingCallback(SideFileCallback):
+class WeightAveragingCallback(OwningCallback, SideFileCallback):
     """
     Average the weights at the last update, and at `last - 1` earlier ones, `every_steps` apart.
 
@@ -49,6 +50,11 @@ class WeightAveragingCallback(SideFileCallback):
     ```
     """
 
+    role = Role(
+        "weight average",
+        "Two averages of the weights want the same place in a checkpoint",
+        "Keep one; average_checkpoints makes others from the checkpoints of the run.",
+    )
     side_file = AVERAGE_FILE
 
     def __init__(
@@ -76,6 +82,7 @@ class WeightAveragingCallback(SideFileCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check(args)
+        super().on_train_begin(args, state, control, **kwargs)
         every = self.every_steps or max(1, state.max_steps // 100)
         steps = [state.max_steps - every * back for back in range(self.last)]
         steps = [step for step in reversed(steps) if step > 0]
