@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from peft.tuners.adalora import AdaLoraModel
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ._turns import LAST, WRITE, TurnCallback, in_turn
+from .probing import outside_probes, trained_steps, trained_total
 
 STATE_FILE = "effi_adalora.pt"
 #: what `RankAllocator` accumulates over the budgeting phase
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
-class AdaLoRACallback(TrainerCallback):
+class AdaLoRACallback(TurnCallback):
     """
     Call PEFT's `update_and_allocate` after every update, so that AdaLoRA reaches its rank budget.
 
@@ -54,6 +57,7 @@ class AdaLoRACallback(TrainerCallback):
         self.set_total_step = set_total_step
         self._adapter: AdaLoraModel | None = None
         self._pattern: dict[str, list[bool]] | None = None
+        self._plan_is_checked = False
 
     def ranks(self) -> dict[str, int]:
         """Return the rank that each adapted matrix has been given, by module name; empty before training."""
@@ -74,17 +78,26 @@ class AdaLoRACallback(TrainerCallback):
                 "AdaLoRACallback reads gradients after the update, and DeepSpeed and FSDP have freed or sharded them by "
                 "then. Train with DDP or on one device."
             )
-        self._adapter = adalora_of(kwargs["model"])
-        check_plan(self._adapter, state.max_steps, self.set_total_step)
+        super().on_train_begin(args, state, control, **kwargs)
+        self._adapter, self._plan_is_checked = adalora_of(kwargs["model"]), False
         self._config.rank_pattern = self._pattern = None
         self._allocator.reset_ipt()
         if state.global_step > 0:
             self._restore(os.path.join(_checkpoint(args, state), STATE_FILE))
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._plan_is_checked:  # and not in on_train_begin, where another callback may still announce probes
+            check_plan(self._adapter, trained_total(state), self.set_total_step)
+            self._plan_is_checked = True
+
+    @in_turn(WRITE)
+    @outside_probes
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step + 1  # the Trainer counts this update only after the event
+        step = trained_steps(state) + 1  # the Trainer counts this update only after the event
         if step < self._config.total_step - self._config.tfinal:
             if getattr(kwargs["optimizer"], "step_was_skipped", False):
                 return  # an fp16 overflow: its gradients would stay in the averages for good
@@ -93,6 +106,7 @@ class AdaLoRACallback(TrainerCallback):
         self._adapter.update_and_allocate(step)
         self._pattern, self._config.rank_pattern = self._config.rank_pattern, None
 
+    @in_turn(WRITE)
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
             total = sum(self.ranks().values())
@@ -103,6 +117,7 @@ class AdaLoRACallback(TrainerCallback):
             content = {name: getattr(self._allocator, name) for name in _AVERAGES}
             torch.save({**content, "pattern": self._pattern}, os.path.join(_checkpoint(args, state), STATE_FILE))
 
+    @in_turn(LAST)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -177,7 +192,7 @@ def check_plan(adapter: AdaLoraModel, max_steps: int, set_total_step: bool) -> N
         config.total_step = max_steps
     if config.total_step != max_steps:
         raise ValueError(
-            f"AdaLoraConfig has total_step={config.total_step} and the run has {max_steps} updates. Set "
+            f"AdaLoraConfig has total_step={config.total_step} and the run has {max_steps} updates of training. Set "
             f"total_step={max_steps}, or pass AdaLoRACallback(set_total_step=True)."
         )
     if config.tinit >= config.total_step - config.tfinal:

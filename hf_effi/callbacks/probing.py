@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -30,7 +32,7 @@ class _Search:
     owner: Any
     plan: ProbePlan
     lend: Callable[[], AbstractContextManager[None]] | None = None
-    save_is_due: bool = field(default=False)
+    save_is_due: bool = False
 
 
 def plan_of(state: TrainerState) -> ProbePlan:
@@ -64,6 +66,15 @@ def trained_total(state: TrainerState) -> int:
 def holds_training_weights(state: TrainerState) -> bool:
     """Return whether the model holds the weights of training between two updates, and not those of a probe."""
     return plan_of(state).undone(state.global_step)
+
+
+def written_in_probe(checkpoint: str | Path) -> bool:
+    """Return whether a checkpoint holds weights in the middle of a probe."""
+    path = Path(checkpoint) / "trainer_state.json"
+    if not path.is_file():
+        return False
+    state = json.loads(path.read_text(encoding="utf-8"))
+    return not stored_plan(state.get("stateful_callbacks") or {}).undone(state["global_step"])
 
 
 def outside_probes(event: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +154,7 @@ def hold_back(args: TrainingArguments, state: TrainerState, control: TrainerCont
 
 
 def mark_log(state: TrainerState, logs: dict[str, Any]) -> None:
-    """Mark a log entry of probes with `effi/probe`. Call it in `on_log`."""
+    """Mark a log entry of probes with `effi/probe`. Call it in `on_log`; a summary of the run is of no update."""
     if in_probe(state) and any(name == "loss" or name.startswith("eval_") for name in logs):
         logs[PROBE_METRIC] = state.log_history[-1][PROBE_METRIC] = 1.0
 

@@ -21,7 +21,9 @@ from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
 from .._run_record import RunStore
 from ..methods import METHODS, find_method
+from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
+from .probing import mark_log, plan_of
 from .snapshot import restore_rng, take_rng
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class RunRecordCallback(TrainerCallback):
         self._seconds: dict[str, float] = defaultdict(float)
         self._counts: dict[str, dict[str, float]] = {}
         self._clock = self._saved_at = 0.0
-        self._logged_step = self._begun_at = 0
+        self._logged_step = self._begun_at = self._probes = 0
 
     # ---- events ----
 
@@ -89,6 +91,7 @@ class RunRecordCallback(TrainerCallback):
         self._seconds.clear()
         self._counts = {part: defaultdict(float) for part in ("tokens", "drops", "rows", "phases")}
         self._logged_step = self._begun_at = state.global_step
+        self._probes = 0
         self._store = RunStore(args.output_dir)
         loader = kwargs.get("train_dataloader")
         header = {
@@ -122,8 +125,10 @@ class RunRecordCallback(TrainerCallback):
             methods = sorted({*self.methods, *methods_of(args, state, spec)})
             self._write(lambda: self._store.save(schedule=spec, methods=methods))
 
+    @in_turn(READ)
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = dict(kwargs.get("logs") or {})
+        mark_log(state, logs)
         # An evaluation logs its metrics before it reports that it is over.
         evaluated = any(name.startswith("eval_") for name in logs)
         self._charge("evaluate" if evaluated else "log")
@@ -166,6 +171,7 @@ class RunRecordCallback(TrainerCallback):
     def _count(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
         """Add what happened since the last log entry. Trainers log means; the counts of what was averaged undo them."""
         updates = state.global_step - self._logged_step
+        self._probes += plan_of(state).probes(state.global_step) - plan_of(state).probes(self._logged_step)
         generations = generations_between(args, self._logged_step, state.global_step)
         self._logged_step = state.global_step
         forwarded, real = self._watch.take()
@@ -197,6 +203,7 @@ class RunRecordCallback(TrainerCallback):
             parts["phases"] = {key: round(n, 4) for key, n in self._counts["phases"].items()}
         return {
             "updates": self._logged_step - self._begun_at,
+            **({"probe_updates": self._probes} if self._probes else {}),
             "seconds": {key: round(value, 4) for key, value in self._seconds.items()},
             "peak_memory_bytes": peak_memory(),
             **parts,

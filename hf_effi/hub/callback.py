@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..callbacks.probing import holds_training_weights
 from .publish import push_checkpoint, uploader_for, write_section
 
 
@@ -58,6 +59,8 @@ class HubCallback(TrainerCallback):
             self.uploader.create_repo()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not holds_training_weights(state):
+            return  # a checkpoint that somebody asked for inside of a probe can be resumed, and is no model to publish
         self._push(args, state, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "Training in progress")
 
     def on_train_end(

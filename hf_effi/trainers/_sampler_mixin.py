@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..callbacks.probing import training_weights
 from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
     check_plan,
@@ -119,8 +120,9 @@ class SamplerMixin:
         if rows:
             was_training = self.model.training
             self.model.eval()
-            # What a measure draws at random must not shift the random numbers of the training that follows.
-            with torch.no_grad(), torch.random.fork_rng():
+            # What a measure draws at random must not shift the random numbers of the training that follows; an epoch that
+            # begins inside of a probe looks at the weights of training.
+            with torch.no_grad(), torch.random.fork_rng(), training_weights(self.state):
                 mine = [float(value) for value in sampler.measure(self.model, rows[rank::world])]
             self.model.train(was_training)
         parts = gather_object([mine]) if world > 1 else [mine]
