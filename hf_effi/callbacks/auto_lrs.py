@@ -179,6 +179,11 @@ class AutoLRSCallback(LRFactorCallback):
                 f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call use_eval_dataset(trainer), "
                 "or stay with the training loss: validation=False."
             )
+        if not args.logging_nan_inf_filter and self.probes > 1:
+            raise ScheduleError(
+                "logging_nan_inf_filter=False: a probe may break, and the Trainer would log NaN for every later update, since "
+                "it resets its sum of losses by subtraction. Leave it at True."
+            )
         model = kwargs["model"]
         self._forget_last_run(args, model, kwargs["optimizer"])
         if state.global_step > 0:
