@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import save_json
+from .functional.probes import without_probes
 
 SUMMARY, EVENTS = "effi_run.json", "effi_events.jsonl"
 SCHEMA = 1
@@ -173,7 +174,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     Returns:
         `dict`: The summary, brought up to date from the events, and these under `events`. `totals` are sums over the
         segments: work that was done, also where a resumed run did it again. `log_history` is the run's, without log
-        entries that a resume went back behind.
+        entries that a resume went back behind, and without those of probes, which were undone.
 
     Raises:
         FileNotFoundError: there is no record; the message says who writes one.
@@ -218,7 +219,7 @@ def _effective_logs(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             logs = [entry for entry in logs if entry["step"] <= event["step"]]
         elif event["event"] == "log":
             logs.append({"step": event["step"], **event["values"]})
-    return logs
+    return without_probes(logs)
 
 
 def _sum_totals(parts: list[dict[str, Any]]) -> dict[str, Any]:

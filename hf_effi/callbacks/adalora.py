@@ -12,6 +12,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ._owners import OwningCallback, Role
+from ._turns import LAST, WRITE, TurnCallback, in_turn
+from .probing import outside_probes, trained_steps, trained_total
 from .side_file import SideFileCallback
 
 STATE_FILE = "effi_adalora.pt"
@@ -19,7 +21,7 @@ STATE_FILE = "effi_adalora.pt"
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
-class AdaLoRACallback(OwningCallback, SideFileCallback):
+class AdaLoRACallback(OwningCallback, TurnCallback, SideFileCallback):
     """
     Call PEFT's `update_and_allocate` after every update, so that AdaLoRA reaches its rank budget.
 
@@ -60,6 +62,7 @@ class AdaLoRACallback(OwningCallback, SideFileCallback):
         self.set_total_step = set_total_step
         self._adapter: AdaLoraModel | None = None
         self._pattern: dict[str, list[bool]] | None = None
+        self._plan_is_checked = False
 
     def ranks(self) -> dict[str, int]:
         """Return the rank that each adapted matrix has been given, by module name; empty before training."""
@@ -81,17 +84,25 @@ class AdaLoRACallback(OwningCallback, SideFileCallback):
                 "then. Train with DDP or on one device."
             )
         super().on_train_begin(args, state, control, **kwargs)
-        self._adapter = adalora_of(kwargs["model"])
-        check_plan(self._adapter, state.max_steps, self.set_total_step)
+        self._adapter, self._plan_is_checked = adalora_of(kwargs["model"]), False
         self._config.rank_pattern = self._pattern = None
         self._allocator.reset_ipt()
         if state.global_step > 0:
             self._restore(self.side_path(args, state))
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._plan_is_checked:  # and not in on_train_begin, where another callback may still announce probes
+            check_plan(self._adapter, trained_total(state), self.set_total_step)
+            self._plan_is_checked = True
+
+    @in_turn(WRITE)
+    @outside_probes
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step + 1  # the Trainer counts this update only after the event
+        step = trained_steps(state) + 1  # the Trainer counts this update only after the event
         if step < self._config.total_step - self._config.tfinal:
             if getattr(kwargs["optimizer"], "step_was_skipped", False):
                 return  # an fp16 overflow: its gradients would stay in the averages for good
@@ -100,6 +111,7 @@ class AdaLoRACallback(OwningCallback, SideFileCallback):
         self._adapter.update_and_allocate(step)
         self._pattern, self._config.rank_pattern = self._config.rank_pattern, None
 
+    @in_turn(WRITE)
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
             total = sum(self.ranks().values())
@@ -110,6 +122,7 @@ class AdaLoRACallback(OwningCallback, SideFileCallback):
             return None
         return {**{name: getattr(self._allocator, name) for name in _AVERAGES}, "pattern": self._pattern}
 
+    @in_turn(LAST)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -184,7 +197,7 @@ def check_plan(adapter: AdaLoraModel, max_steps: int, set_total_step: bool) -> N
         config.total_step = max_steps
     if config.total_step != max_steps:
         raise ValueError(
-            f"AdaLoraConfig has total_step={config.total_step} and the run has {max_steps} updates. Set "
+            f"AdaLoraConfig has total_step={config.total_step} and the run has {max_steps} updates of training. Set "
             f"total_step={max_steps}, or pass AdaLoRACallback(set_total_step=True)."
         )
     if config.tinit >= config.total_step - config.tfinal:

@@ -7,69 +7,58 @@ import math
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
+from ._lr_factors import LRFactorCallback
 from ._owners import OwningCallback, Role
+from ._turns import MEASURE, in_turn
 from .lr_schedule import check_scheduler
+from .probing import in_probe, outside_probes
 from .side_file import SideFileCallback
 
 logger = logging.getLogger(__name__)
 
 
-class _MultiplierCallback(OwningCallback):
-    """Writes scheduled LR x multiplier before each update and keeps the rule's state in the checkpoint."""
-
-    key = ""
+class _RuleCallback(OwningCallback, LRFactorCallback):
+    """Multiplies the scheduled LR by what a rule says, whose state is in the checkpoint. Probes are not shown to the rule."""
 
     @property
     def role(self) -> Role:
-        """One multiplier of each kind: a second one would share its entry in the checkpoint."""
+        """One rule of each kind: a second one would share its entry in the checkpoint."""
         return Role(self.key, f"Two multipliers of the LR share the state {self.key!r}", "Keep one.", ScheduleError)
 
-    def __init__(self, rule: Any, min_lr: float = 0.0) -> None:
+    def __init__(self, rule: Any) -> None:
         self.rule = rule
-        self.min_lr = min_lr
 
-    def multiplier(self, state: TrainerState) -> float:
-        """Return what the scheduled LR of this update is multiplied by."""
+    @property
+    def key(self) -> str:
+        """Key of the rule's state in `TrainerState.stateful_callbacks`."""
+        return f"hf_effi.{self.factor}"
+
+    def multiplier(self, state: TrainerState, scheduler: LambdaLR) -> float:
         return self.rule.multiplier
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_scheduler(kwargs.get("lr_scheduler"))
         super().on_train_begin(args, state, control, **kwargs)
+        check_scheduler(kwargs.get("lr_scheduler"))
         if state.global_step > 0 and self.key in state.stateful_callbacks:
             self.rule.load_state_dict(state.stateful_callbacks[self.key])
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        scheduler = kwargs["lr_scheduler"]
-        multiplier = self.multiplier(state)
-        lambdas, step = scheduler.lr_lambdas, scheduler.last_epoch
-        lrs = [
-            max(self.min_lr, base * f(step) * multiplier) for base, f in zip(scheduler.base_lrs, lambdas, strict=True)
-        ]
-        for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-        # What the Trainer logs as the LR of this update.
-        scheduler._last_lr = lrs
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_step_end(args, state, control, **kwargs)
         state.stateful_callbacks[self.key] = self.rule.state_dict()
 
 
-class HypergradientCallback(SideFileCallback, _MultiplierCallback):
+class HypergradientCallback(SideFileCallback, _RuleCallback):
     """
     [`Hypergradient`] on a stock Trainer: one more copy of the parameters and of their last update.
 
@@ -80,7 +69,7 @@ class HypergradientCallback(SideFileCallback, _MultiplierCallback):
         ScheduleError: parameters are sharded (FSDP, DeepSpeed), where a rank sees only a part of the update.
     """
 
-    key = "hf_effi.hypergradient"
+    factor = "hypergradient"
     side_file = "hf_effi_hypergradient.pt"
 
     def __init__(self, kappa: float = 0.1, limit: float = 10.0, step_limit: float = 1.1) -> None:
@@ -102,8 +91,10 @@ class HypergradientCallback(SideFileCallback, _MultiplierCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_pre_optimizer_step(args, state, control, **kwargs)
-        self._before = [p.detach().clone() for p in self._parameters]
+        self._before = [] if in_probe(state, 1) else [p.detach().clone() for p in self._parameters]
 
+    @in_turn(MEASURE)
+    @outside_probes
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -132,7 +123,7 @@ class HypergradientCallback(SideFileCallback, _MultiplierCallback):
             )
 
 
-class AccuracyGradientCallback(_MultiplierCallback):
+class AccuracyGradientCallback(_RuleCallback):
     """
     [`AccuracyGradient`] on a stock Trainer: acts after each evaluation.
 
@@ -145,7 +136,7 @@ class AccuracyGradientCallback(_MultiplierCallback):
         ScheduleError: no evaluation is set up, or an evaluation has no such metric.
     """
 
-    key = "hf_effi.accuracy_gradient"
+    factor = "accuracy_gradient"
 
     def __init__(self, metric: str = "eval_accuracy", min_lr: float = 1e-6, **kwargs: Any) -> None:
         check_number("min_lr", min_lr, 0.0, math.inf)
@@ -153,8 +144,12 @@ class AccuracyGradientCallback(_MultiplierCallback):
             raise ScheduleError(
                 f"metric={metric!r} is not a name. Pass that of an evaluation's output: 'eval_accuracy'."
             )
-        super().__init__(AccuracyGradient(**kwargs), min_lr)
-        self.metric = metric
+        super().__init__(AccuracyGradient(**kwargs))
+        self.metric, self.min_lr = metric, min_lr
+
+    @property
+    def lowest_lr(self) -> float:
+        return self.min_lr
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,6 +158,7 @@ class AccuracyGradientCallback(_MultiplierCallback):
             raise ScheduleError("AccuracyGradientCallback acts on evaluations. Set eval_strategy='steps' or 'epoch'.")
         super().on_train_begin(args, state, control, **kwargs)
 
+    @outside_probes
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
@@ -172,7 +168,7 @@ class AccuracyGradientCallback(_MultiplierCallback):
         state.stateful_callbacks[self.key] = self.rule.state_dict()
 
 
-class GradientSNRCallback(_MultiplierCallback):
+class GradientSNRCallback(_RuleCallback):
     """
     [`GradientSNR`] on a stock Trainer, from the micro-batches of gradient accumulation.
 
@@ -186,7 +182,7 @@ class GradientSNRCallback(_MultiplierCallback):
         ScheduleError: `gradient_accumulation_steps` below 3; sharded gradients (FSDP, DeepSpeed).
     """
 
-    key = "hf_effi.gradient_snr"
+    factor = "gradient_snr"
 
     def __init__(self, memory: float = 0.95, lowest: float = 0.1) -> None:
         super().__init__(GradientSNR(memory, lowest))
@@ -206,6 +202,7 @@ class GradientSNRCallback(_MultiplierCallback):
         self._parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
         self._seen, self._first = 0, []
 
+    @outside_probes
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

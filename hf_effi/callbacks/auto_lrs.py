@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._compat import require
 from ..functional.options import refuse_idle
-from ..functional.schedules import ScheduleError, apply_multiplier
+from ..functional.probes import is_probed
+from ..functional.schedules import ScheduleError, ScheduleLR
 from ..functional.schedules._checks import check_number, check_steps
-from ._owners import OwningCallback
+from ._lr_factors import LRFactorCallback
+from ._owners import OwningCallback, Role
+from ._turns import MEASURE, WRITE, in_turn
 from .adaptive_lr import refuse_sharded
-from .lr_schedule import LEARNING_RATE, check_scheduler
-from .lr_search import BROKEN, mean_over_ranks, predict_loss, propose_lr, same_on_ranks, validation_loss
+from .lr_schedule import STATE_KEY as SCHEDULE_KEY
+from .lr_schedule import check_scheduler
+from .lr_search import (
+    BROKEN,
+    mean_over_ranks,
+    predict_loss,
+    probe_blocks,
+    propose_lr,
+    same_on_ranks,
+    share_stage,
+    validation_loss,
+)
+from .probing import announce_probes, hold_back, mark_log, store_probes
 from .side_file import SideFileCallback
-from .snapshot import restore_snapshot, take_snapshot
+from .snapshot import copy_weights, restore_snapshot, take_snapshot
 
 STATE_KEY = "hf_effi.auto_lrs"
 #: validation losses of one probe
 _EVALUATIONS = 16
 
 
-class AutoLRSCallback(OwningCallback, SideFileCallback):
+class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
     """
     AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
     their losses extrapolated to the end of the stage, and the stage then runs at the best one.
@@ -57,7 +73,8 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
             value.
     """
 
-    role = LEARNING_RATE
+    role = Role("AutoLRS", "Two searches want to try learning rates", "Keep one.", ScheduleError)
+    factor = "auto_lrs"
 
     def __init__(
         self,
@@ -92,10 +109,18 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
         self.low, self.high, self.probes, self.kappa, self.seed = low, high, probes, kappa, seed
         self.max_stage_steps, self.validation = max_stage_steps, validation
         self._source: Any = evaluate
-        self.progress: dict[str, Any] = {
+        self.stage_steps = stage_steps
+        self.progress = self._at_the_start()
+        self._snapshot: dict[str, Any] | None = None
+        self._micro: list[float] = []
+        self._handle: Any = None
+        self._schedule_is_checked = False
+
+    def _at_the_start(self) -> dict[str, Any]:
+        return {
             "stage": 0,
-            "stage_steps": stage_steps,
-            "run_steps": stage_steps,
+            "stage_steps": self.stage_steps,
+            "run_steps": self.stage_steps,
             "phase": "probe",
             "signal": "train",
             "done": 0,
@@ -108,9 +133,6 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
             "history": [],
             "world_size": 1,
         }
-        self._snapshot: dict[str, Any] | None = None
-        self._micro: list[float] = []
-        self._handle: Any = None
 
     @property
     def probe_steps(self) -> int:
@@ -120,10 +142,6 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
     @property
     def _validates(self) -> bool:
         return self.validation and self.probes > 1
-
-    @property
-    def _search_steps(self) -> int:
-        return self.probes * self.probe_steps if self.probes > 1 else 0
 
     def use_eval_dataset(self, trainer: Any) -> AutoLRSCallback:
         """
@@ -145,6 +163,9 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
         self._source = trainer
         return self
 
+    def multiplier(self, state: TrainerState, scheduler: LambdaLR) -> float:
+        return self.progress["lr"] / scheduler.base_lrs[0]
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -164,13 +185,48 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
                 f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call use_eval_dataset(trainer), "
                 "or stay with the training loss: validation=False."
             )
+        if not args.logging_nan_inf_filter and self.probes > 1:
+            raise ScheduleError(
+                "logging_nan_inf_filter=False: a probe may break, and the Trainer would log NaN for every later update, since "
+                "it resets its sum of losses by subtraction. Leave it at True."
+            )
+        model = kwargs["model"]
+        self._forget_last_run(args, model, kwargs["optimizer"])
         if state.global_step > 0:
             self._resume(args, state)
-        self._micro = []
-        self._handle = kwargs["model"].register_forward_hook(self._note_loss)
-        if state.global_step == 0:
+        else:
+            self.progress = self._at_the_start()
             self.progress["world_size"] = args.world_size
-            self._begin_stage(args, state, **kwargs)
+            self._begin_stage(args, state)
+        blocks = probe_blocks(self.progress, state.global_step, state.max_steps, self.probes, self.max_stage_steps)
+        announce_probes(state, self, blocks, lambda: self._lend_weights(model))
+        self._handle = model.register_forward_hook(self._note_loss)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if (
+            not self._schedule_is_checked
+        ):  # and not in on_train_begin, where another callback may still set the schedule
+            refuse_schedule(state, kwargs["lr_scheduler"])
+            self._schedule_is_checked = True
+
+    def _forget_last_run(self, args: TrainingArguments, model: torch.nn.Module, optimizer: Any) -> None:
+        """A run that failed has left its hook, and perhaps the weights of a probe."""
+        if self._snapshot is not None and args.auto_find_batch_size:
+            restore_snapshot(self._snapshot, model, optimizer)  # the Trainer begins again with the weights it has
+        if self._handle is not None:
+            self._handle.remove()
+        self._snapshot, self._micro, self._schedule_is_checked = None, [], False
+
+    @contextlib.contextmanager
+    def _lend_weights(self, model: torch.nn.Module) -> Iterator[None]:
+        now = copy_weights(model)
+        model.load_state_dict(self._snapshot["model"])
+        try:
+            yield
+        finally:
+            model.load_state_dict(now)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if STATE_KEY not in state.stateful_callbacks:
@@ -179,7 +235,7 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
                 "on. Start from its weights in a new run."
             )
         self.progress = state.stateful_callbacks[STATE_KEY]
-        if self.progress["phase"] == "probe":
+        if self.progress["phase"] == "probe" and (self.progress["tried"] or self.progress["done"]):
             # In the middle of a search the weights to go back to are not those of the checkpoint.
             trained, file = self.progress["world_size"], self.side_path(args, state)
             if trained != args.world_size:
@@ -199,18 +255,23 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
 
     def _note_loss(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
-        if module.training and loss is not None:
+        if module.training and loss is not None and not is_probed(module):
             self._micro.append(loss.detach().mean().item())
 
-    def on_pre_optimizer_step(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scheduler = kwargs["lr_scheduler"]
-        apply_multiplier(scheduler, self.progress["lr"] / scheduler.base_lrs[0])
+        super().on_step_begin(args, state, control, **kwargs)
+        # Only now has every other callback done what it does after the last update of training.
+        if self.progress["phase"] == "probe" and self._snapshot is None:
+            if self.progress["signal"] == "validation":
+                self.progress["before"] = validation_loss(self._source, kwargs["model"], args.device)
+            self._snapshot = take_snapshot(kwargs["model"], kwargs["optimizer"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_step_end(args, state, control, **kwargs)
         if not self._micro:
             raise ScheduleError("The model returns no loss, which AutoLRS needs. Pass labels in the batch.")
         progress = self.progress
@@ -223,12 +284,24 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
             progress["useful_steps"] += 1
             if progress["done"] >= progress["run_steps"]:
                 self._lengthen()
-                self._begin_stage(args, state, **kwargs)
+                self._begin_stage(args, state)
         self._micro = []
         state.stateful_callbacks[STATE_KEY] = progress
+        store_probes(state)
+        hold_back(args, state, control)
         if control.should_save and args.process_index > 0:
             # Only the first process learns when a push begins; before its save it has to find the others' files.
             self.write_side_file(args, state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        hold_back(args, state, control)
+
+    @in_turn(WRITE)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_log(args, state, control, **kwargs)
+        mark_log(state, kwargs["logs"])
 
     def _measure(self, args: TrainingArguments, model: torch.nn.Module) -> None:
         """Note the loss of a probe's update, the same on every process."""
@@ -258,28 +331,24 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
         lr = propose_lr(tried, self.low, self.high, self.kappa, seed) if args.process_index == 0 else 0.0
         return same_on_ranks(lr, args.device)
 
-    def _begin_stage(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+    def _begin_stage(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Decide how long search and stage are, and the first LR; weights are only copied when the search begins."""
         progress = self.progress
-        progress.update(done=0, losses=[], steps=[], tried=[])
-        left, search, stage = state.max_steps - state.global_step, self._search_steps, progress["stage_steps"]
-        if progress["lr"] is None and left <= search:
+        progress.update(done=0, losses=[], steps=[], tried=[], before=None)
+        stage, first = progress["stage_steps"], progress["lr"] is None
+        search, run_steps, keeps = share_stage(state.max_steps - state.global_step, stage, self.probes, first)
+        if first and run_steps <= 0:
             raise ScheduleError(
                 f"max_steps={state.max_steps} is not enough for one search of {search} updates and a stage after it. "
                 f"Train longer, or lower stage_steps={stage}, of which a search takes as much."
             )
-        progress["run_steps"] = min(stage, left - search)
-        if progress["lr"] is not None and left < search + stage:
-            progress.update(phase="run", run_steps=min(stage, left))
+        progress["run_steps"] = run_steps
+        progress["phase"] = "probe" if search else "run"
+        if keeps:
             return
         progress["lr"] = self._propose(args)
-        if self.probes == 1:
-            progress["phase"] = "run"
+        if not search:
             progress["history"].append({"step": state.global_step, "lr": progress["lr"], "tried": []})
-            return
-        progress["phase"] = "probe"
-        if progress["signal"] == "validation":
-            progress["before"] = validation_loss(self._source, kwargs["model"], args.device)
-        self._snapshot = take_snapshot(kwargs["model"], kwargs["optimizer"])
 
     def _end_probe(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         progress = self.progress
@@ -308,7 +377,31 @@ class AutoLRSCallback(OwningCallback, SideFileCallback):
     def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
         return self._snapshot  # of every process: each has its own random numbers and buffers
 
+    @in_turn(MEASURE)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._handle.remove()
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if self._snapshot is not None and self.progress["done"] and not best:
+            # The run was stopped in the middle of a probe, which is no model to keep.
+            restore_snapshot(self._snapshot, kwargs["model"], kwargs["optimizer"])
+
+
+def refuse_schedule(state: TrainerState, scheduler: LambdaLR) -> None:
+    """
+    Refuse a schedule that moves the LR beside the search.
+
+    Raises:
+        ScheduleError: its multiplier is not 1 at one of about a hundred updates, up to the end of the run.
+    """
+    steps = range(state.global_step, state.max_steps, max(1, (state.max_steps - state.global_step) // 100))
+    if all(multiplier(step) == 1 for multiplier in scheduler.lr_lambdas for step in steps):
+        return
+    spec = (state.stateful_callbacks.get(SCHEDULE_KEY) or {}).get("current")
+    spec = spec or (scheduler.schedule.spec() if isinstance(scheduler, ScheduleLR) else {})
+    name = spec.get("kind", "the one that was passed in `optimizers`")
+    raise ScheduleError(
+        f"AutoLRSCallback searches the LR of each stage, and a schedule ({name}) moves it as well, in probes too. Drop the "
+        "schedule or use constant(), or drop AutoLRSCallback."
+    )

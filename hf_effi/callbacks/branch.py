@@ -11,6 +11,7 @@ from .._files import save_aside, save_json
 from ..functional.schedules import Schedule, ScheduleError
 from ..functional.schedules._checks import check_steps
 from .lr_schedule import STATE_KEY, LRScheduleCallback
+from .probing import written_in_probe
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def branch_cooldown(
         schedule (`Schedule`, *optional*): The trunk's schedule, for a checkpoint that has none stored.
 
     Raises:
-        ScheduleError: no stored schedule, one without a plateau, a decay that has begun, or a taken folder.
+        ScheduleError: no stored schedule, one without a plateau, a decay that has begun, a checkpoint inside of a probe, or
+            a taken folder.
 
     Example:
     ```python
@@ -71,6 +73,8 @@ def branch_cooldown(
     state_file = source / "trainer_state.json"
     if not state_file.is_file():
         raise ScheduleError(f"{source} has no trainer_state.json. Pass the folder of a Trainer checkpoint.")
+    if written_in_probe(source):
+        raise ScheduleError(f"{source} holds the weights of a probe, which was undone later. Branch from another one.")
     state = json.loads(state_file.read_text())
     stored = state.get("stateful_callbacks", {}).get(STATE_KEY)
     if stored is not None and stored.get("step", state["global_step"]) != state["global_step"]:

@@ -21,7 +21,9 @@ from ..functional.doctor import (
     diagnose,
 )
 from ._owners import OwningCallback, Role
+from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
+from .probing import in_probe, plan_of
 
 logger = logging.getLogger(__name__)
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
@@ -66,6 +68,7 @@ class TrainDoctor(OwningCallback):
         self._trace: list[dict[str, Any]] = []
         self._facts = RunFacts(max_steps=0)
         self._watch: ForwardWatch | None = None
+        self._used_lr: float | None = None
 
     @property
     def role(self) -> Role:
@@ -78,6 +81,7 @@ class TrainDoctor(OwningCallback):
         return RunFacts(
             max_steps=state.max_steps,
             start_step=state.global_step,
+            start_probes=plan_of(state).probes(state.global_step),
             max_grad_norm=args.max_grad_norm or 0.0,
             scheduler_start=scheduler_steps(scheduler),
             optimizer_steps=optimizer_steps(optimizer),
@@ -113,13 +117,22 @@ class TrainDoctor(OwningCallback):
         self._facts = dataclasses.replace(self._facts, plan=plan, leak=leak)
         self._look(state)
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Of the update that was made: when it is logged, the scheduler has written the next one.
+        self._used_lr = float(kwargs["optimizer"].param_groups[0]["lr"])
+
+    @in_turn(READ)
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         if self._watch is None or "loss" not in logs:
             return
         entry = {**logs, "step": state.global_step, "scheduler_steps": scheduler_steps(kwargs["lr_scheduler"])}
-        entry["optimizer_lr"] = float(kwargs["optimizer"].param_groups[0]["lr"])
+        entry["optimizer_lr"] = self._used_lr
         entry["pad_ratio"] = self._watch.take_pad_ratio()
+        if in_probe(state):
+            return  # an LR that is only tried, and the losses that it gives, are no symptoms
         self._trace.append(entry)
         self._look(state)
 

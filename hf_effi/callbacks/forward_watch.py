@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..functional.probes import is_probed
+
 
 class ForwardWatch:
     """
@@ -38,8 +40,13 @@ class ForwardWatch:
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
-        # Generation and evaluation do not train; images and embeddings are no tokens.
-        if not torch.is_grad_enabled() or not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
+        # Generation, evaluation and a range test do not train; images and embeddings are no tokens.
+        if (
+            is_probed(module)
+            or not torch.is_grad_enabled()
+            or not isinstance(tokens, torch.Tensor)
+            or tokens.is_floating_point()
+        ):
             return
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         self._forwarded += tokens.numel()

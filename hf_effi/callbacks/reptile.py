@@ -10,17 +10,20 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._files import load_state
 from ..functional.reptile import reptile_step
 from ._owners import OwningCallback, Role
+from ._turns import WRITE, TurnCallback, in_turn
+from .probing import holds_training_weights, outside_probes, trained_steps, trained_total
 from .side_file import SideFileCallback
 
 REFERENCE_FILE = "effi_reptile.pt"
 
 
-class ReptileCallback(OwningCallback, SideFileCallback):
+class ReptileCallback(OwningCallback, TurnCallback, SideFileCallback):
     """
     Every `every_steps` updates, go back most of the way: `theta <- theta_ref + beta (theta - theta_ref)`.
 
     With replayed data in the batches this is meta-experience replay. The optimizer's moments stay as they are. The
-    reference is saved with each checkpoint, so a resumed run equals the uninterrupted one.
+    reference is saved with each checkpoint, so a resumed run equals the uninterrupted one. Updates that a search tries and
+    undoes ([`AutoLRSCallback`]) are not counted.
 
     Args:
         every_steps (`int`): Updates between two Reptile steps. Released code: 500; IBM's port: 100.
@@ -60,13 +63,14 @@ class ReptileCallback(OwningCallback, SideFileCallback):
         super().on_train_begin(args, state, control, **kwargs)
         weights = self._trainable(kwargs["model"])
         self._references = {name: weight.detach().clone() for name, weight in weights.items()}
-        if state.global_step % self.every_steps == 0:
+        if self._is_the_model(state):
             return  # the reference of this moment is the weights themselves
         path = self.side_path(args, state)
         if not path.exists():
             raise ValueError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without ReptileCallback. Resume from "
-                f"a folder in output_dir={args.output_dir!r}, or from a step that is a multiple of {self.every_steps}."
+                f"a folder in output_dir={args.output_dir!r}, or from an update of training that is a multiple of "
+                f"{self.every_steps}."
             )
         stored = load_state(path)
         if stored.keys() != weights.keys():
@@ -74,22 +78,30 @@ class ReptileCallback(OwningCallback, SideFileCallback):
         for name, value in stored.items():
             self._references[name].copy_(value)
 
+    @in_turn(WRITE)
+    @outside_probes
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.every_steps == 0:
+        if trained_steps(state) % self.every_steps == 0:
             self._step(kwargs["model"])
 
     def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, torch.Tensor] | None:
-        # After a Reptile step the reference is the weights themselves.
-        return self._references if args.should_save and state.global_step % self.every_steps else None
+        return self._references if args.should_save and not self._is_the_model(state) else None
 
+    @in_turn(WRITE)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.last_partial and state.global_step >= state.max_steps and state.global_step % self.every_steps:
+        done = trained_steps(state)
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None  # other weights than these
+        if self.last_partial and not best and done >= trained_total(state) and done % self.every_steps:
             self._step(kwargs["model"])
         self._references = {}
+
+    def _is_the_model(self, state: TrainerState) -> bool:
+        """Whether the reference of this moment is the model: right after a Reptile step, and not inside of a probe."""
+        return trained_steps(state) % self.every_steps == 0 and holds_training_weights(state)
 
     def _step(self, model: Any) -> None:
         reptile_step(self._trainable(model).values(), self._references.values(), self.beta)

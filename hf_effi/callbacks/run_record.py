@@ -23,8 +23,10 @@ from .._run_record import RunStore
 from ..functional.rollouts import GenerationLayout
 from ..methods import METHODS, find_method
 from ._owners import OwningCallback, Role
+from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
 from .patch import PatchCallback
+from .probing import mark_log, plan_of
 from .snapshot import restore_rng, take_rng
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class RunRecordCallback(OwningCallback):
         self._seconds: dict[str, float] = defaultdict(float)
         self._counts: dict[str, dict[str, float]] = {}
         self._clock = self._saved_at = 0.0
-        self._logged_step = self._begun_at = 0
+        self._logged_step = self._begun_at = self._probes = 0
         self._steps_per_pass: int | None = None  # of a loader that knows its length
         self._noted_checkpoint: int | None = None
 
@@ -107,6 +109,7 @@ class RunRecordCallback(OwningCallback):
         self._seconds.clear()
         self._counts = {part: defaultdict(float) for part in ("tokens", "drops", "rows", "phases")}
         self._logged_step = self._begun_at = state.global_step
+        self._probes = 0
         self._store = RunStore(args.output_dir)
         loader = kwargs.get("train_dataloader")
         self._steps_per_pass = len(loader) if has_length(loader) else None
@@ -141,8 +144,10 @@ class RunRecordCallback(OwningCallback):
             methods = sorted({*self.methods, *methods_of(args, state, spec)})
             self._write(lambda: self._store.save(schedule=spec, methods=methods))
 
+    @in_turn(READ)
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = dict(kwargs.get("logs") or {})
+        mark_log(state, logs)
         # An evaluation logs its metrics before it reports that it is over.
         evaluated = any(name.startswith("eval_") for name in logs)
         self._charge("evaluate" if evaluated else "log")
@@ -199,6 +204,7 @@ class RunRecordCallback(OwningCallback):
         """Add what happened since the last log entry. Trainers log means; the counts of what was averaged undo them."""
         updates = state.global_step - self._logged_step
         made = self._generations(args, self._logged_step, state.global_step)
+        self._probes += plan_of(state).probes(state.global_step) - plan_of(state).probes(self._logged_step)
         self._logged_step = state.global_step
         forwarded, real = self._watch.take()
         # The trainer's own count also has the passes without a gradient, on all processes.
@@ -238,6 +244,7 @@ class RunRecordCallback(OwningCallback):
             parts["phases"] = {key: round(n, 4) for key, n in self._counts["phases"].items()}
         return {
             "updates": self._logged_step - self._begun_at,
+            **({"probe_updates": self._probes} if self._probes else {}),
             "seconds": {key: round(value, 4) for key, value in self._seconds.items()},
             "peak_memory_bytes": peak_memory(),
             **parts,

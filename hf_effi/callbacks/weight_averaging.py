@@ -13,6 +13,8 @@ from .._files import load_state, save_aside, save_json
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.schedules import warn_decay_to_zero
 from ._owners import OwningCallback, Role
+from ._turns import READ, TurnCallback, in_turn
+from .probing import plan_of, trained_total
 from .side_file import SideFileCallback
 
 logger = logging.getLogger(__name__)
@@ -21,13 +23,14 @@ AVERAGE_FILE = "effi_average.pt"
 _DESCRIPTION = "average.json"
 
 
-class WeightAveragingCallback(OwningCallback, SideFileCallback):
+class WeightAveragingCallback(OwningCallback, TurnCallback, SideFileCallback):
     """
     Average the weights at the last update, and at `last - 1` earlier ones, `every_steps` apart.
 
     Training itself is not changed. The average is held in fp32 on the CPU, and saved at the end in `output_dir/folder`,
     with a file `average.json` that says of which updates it is. A checkpoint inside the window carries the average so
-    far, so that a resumed run equals the uninterrupted one.
+    far, so that a resumed run equals the uninterrupted one. Updates that a search tries and undoes ([`AutoLRSCallback`])
+    are neither counted nor averaged; what another callback does to the weights after an update ([`ReptileCallback`]) is.
 
     Args:
         last (`int`, *optional*, defaults to 6): Snapshots, at least 1. Where the run is too short, as many as it has.
@@ -81,19 +84,26 @@ class WeightAveragingCallback(OwningCallback, SideFileCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._check(args)
         super().on_train_begin(args, state, control, **kwargs)
-        every = self.every_steps or max(1, state.max_steps // 100)
-        steps = [state.max_steps - every * back for back in range(self.last)]
-        steps = [step for step in reversed(steps) if step > 0]
+        self._check(args)
+        self._plan, self._average = {}, RunningAverage()
+
+    def _make_plan(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Choose the updates to average, once every callback has said at the beginning which ones are probes."""
+        if self._plan:
+            return
+        total = trained_total(state)
+        every = self.every_steps or max(1, total // 100)
+        counts = [total - every * back for back in range(self.last)]
+        steps = [plan_of(state).update_of(count) for count in reversed(counts) if count > 0]
         self._plan = dict(zip(steps, averaging_weights(len(steps), self.kind, self.alpha), strict=True))
-        self._average = RunningAverage()
         if any(step <= state.global_step for step in steps):
             self._restore(args, state)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._make_plan(args, state)
         if state.global_step == 0 and args.process_index == 0:
             warn_decay_to_zero(
                 kwargs["lr_scheduler"],
@@ -102,6 +112,7 @@ class WeightAveragingCallback(OwningCallback, SideFileCallback):
                 "third of its peak, or drop WeightAveragingCallback.",
             )
 
+    @in_turn(READ)
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -113,9 +124,11 @@ class WeightAveragingCallback(OwningCallback, SideFileCallback):
             return None
         return {"steps": self._done(state), "average": self._average.state_dict()}
 
+    @in_turn(READ)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._make_plan(args, state)  # a run that was resumed at its end has no epoch
         steps = self._done(state)
         if not steps:
             logger.warning(

@@ -124,6 +124,7 @@ class RunFacts:
     Args:
         max_steps: Updates of the whole run.
         start_step: Finished updates at the beginning of this `train()`; above 0 after a resume.
+        start_probes: How many of them a search has tried and undone, in the optimizer's memory too.
         max_grad_norm: Where gradients are clipped; 0 is off.
         scheduler_start: The scheduler's own count at the beginning; `None` if it has none.
         optimizer_steps: Updates that the optimizer had counted at the beginning; `None` if it counts none.
@@ -136,6 +137,7 @@ class RunFacts:
 
     max_steps: int
     start_step: int = 0
+    start_probes: int = 0
     max_grad_norm: float = 0.0
     scheduler_start: int | None = None
     optimizer_steps: int | None = None
@@ -261,7 +263,7 @@ def optimizer_restarted(trace: Trace, facts: RunFacts, limits: TrainLimits) -> F
     """A resumed run whose optimizer does not remember the updates before."""
     if facts.start_step == 0 or facts.optimizer_steps is None:
         return None
-    if facts.optimizer_steps >= limits.resume_fraction * facts.start_step:
+    if facts.optimizer_steps >= limits.resume_fraction * (facts.start_step - facts.start_probes):
         return None
     schedule = " and the LR schedule starts over" if facts.scheduler_start == 0 else ""
     return Finding(

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..callbacks._owners import OwningCallback, Role
+from ..callbacks.probing import holds_training_weights
 from .publish import push_checkpoint, uploader_for, write_section
 
 
@@ -66,6 +67,8 @@ class HubCallback(OwningCallback):
             self.uploader.create_repo()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not holds_training_weights(state):
+            return  # a checkpoint that somebody asked for inside of a probe can be resumed, and is no model to publish
         self._push(args, state, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "Training in progress")
 
     def on_train_end(

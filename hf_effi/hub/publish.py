@@ -13,6 +13,7 @@ from .._compat import installed_versions
 from .._environment import describe_machine
 from .._files import CHECKPOINT_PREFIXES
 from .._run_record import EVENTS, SUMMARY, read_run
+from ..functional.probes import without_probes
 from .model_card import PICTURE, add_section
 from .recipe import RECIPE_FILE, recipe_of
 from .uploads import HubUploader
@@ -87,7 +88,7 @@ def write_section(trainer: Any, repo_id: str) -> None:
 
 def _run_without_a_record(trainer: Any) -> dict[str, Any]:
     return {
-        "log_history": trainer.state.log_history,
+        "log_history": without_probes(trainer.state.log_history),
         "machine": describe_machine(),
         "versions": installed_versions(),
         "processes": trainer.args.world_size,

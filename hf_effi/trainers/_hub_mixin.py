@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
+from ..callbacks.probing import holds_training_weights
 from ..hub.publish import NOT_UPLOADED, check_seconds, push_checkpoint, uploader_for, write_section
 from ..hub.uploads import HubUploader
 
@@ -111,6 +112,8 @@ class HubMixin:
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == "end":
             return
+        if not holds_training_weights(self.state):
+            return  # inside of a probe: no model to publish
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         name = Path(checkpoint_folder).name

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from .._files import load_state, save_bytes, state_bytes
 from ..callbacks._owners import claim
+from ..callbacks.probing import training_weights
 from ..callbacks.sampler import ROW_ORDER
 from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
@@ -127,8 +128,9 @@ class SamplerMixin:
         if rows:
             was_training = self.model.training
             self.model.eval()
-            # What a measure draws at random must not shift the random numbers of the training that follows.
-            with torch.no_grad(), torch.random.fork_rng():
+            # What a measure draws at random must not shift the random numbers of the training that follows; an epoch that
+            # begins inside of a probe looks at the weights of training.
+            with torch.no_grad(), torch.random.fork_rng(), training_weights(self.state):
                 mine = [float(value) for value in sampler.measure(self.model, rows[rank::world])]
             self.model.train(was_training)
         parts = gather_object([mine]) if world > 1 else [mine]

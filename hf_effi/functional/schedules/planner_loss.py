@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..probes import stored_plan, without_probes
 from ._checks import ScheduleError, check_steps
 from .base import Schedule
 
@@ -54,7 +55,9 @@ def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> Los
     """
     path = Path(path)
     state = json.loads((path / "trainer_state.json" if path.is_dir() else path).read_text())
-    history = state["log_history"]
+    probes = stored_plan(state.get("stateful_callbacks") or {})
+    # Updates of training count on; what was only tried has no part in the curve.
+    history = [{**row, "step": probes.trained(row["step"])} for row in without_probes(state["log_history"])]
     if metric is None:
         metric = "eval_loss" if sum("eval_loss" in row for row in history) >= 4 else "loss"
     points = {row["step"]: row[metric] for row in history if metric in row and row["step"] > 0}
