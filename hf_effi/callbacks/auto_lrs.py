@@ -18,6 +18,7 @@ from ..functional.schedules import ScheduleError, ScheduleLR
 from ..functional.schedules._checks import check_number, check_steps
 from ._lr_factors import LRFactorCallback
 from ._owners import OwningCallback, Role
+from ._side_file import SideFileCallback
 from ._turns import MEASURE, WRITE, in_turn
 from .adaptive_lr import refuse_sharded
 from .lr_schedule import STATE_KEY as SCHEDULE_KEY
@@ -33,7 +34,6 @@ from .lr_search import (
     validation_loss,
 )
 from .probing import announce_probes, hold_back, mark_log, store_probes
-from .side_file import SideFileCallback
 from .snapshot import copy_weights, restore_snapshot, take_snapshot
 
 STATE_KEY = "hf_effi.auto_lrs"
