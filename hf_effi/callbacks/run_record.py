@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
@@ -112,7 +112,7 @@ class RunRecordCallback(OwningCallback):
         self._probes = 0
         self._store = RunStore(args.output_dir)
         loader = kwargs.get("train_dataloader")
-        self._steps_per_pass = len(loader) if has_length(loader) else None
+        self._steps_per_pass = length_of(loader)
         header = {
             "arguments_class": type(args).__name__,
             "arguments": args.to_dict(),
@@ -276,6 +276,14 @@ class RunRecordCallback(OwningCallback):
         if self._watch is not None:
             self._watch.close()
         self._store = self._watch = None
+
+
+def length_of(loader: Any) -> int | None:
+    """Return the batches of a pass, or `None` for a loader of a stream."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 def command_line() -> str:

@@ -100,6 +100,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{TRAINER}._run_epoch": "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial"
     " ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
     f"{TRAINER}._prepare_for_training": "self max_steps train_dataloader resume_from_checkpoint",
+    f"{TRAINER}._init_training_state": "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint"
+    " trial",
     f"{TRAINER}._maybe_log_save_evaluate": "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time"
     " learning_rate",
     f"{TRAINER}.get_batch_samples": "self epoch_iterator num_batches device",
@@ -318,7 +320,8 @@ CALLS = {
     f"{TRAINER}._prepare_for_training": "create_optimizer create_scheduler _load_optimizer_and_scheduler",
     f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state",
     f"{TRAINER}._maybe_log_save_evaluate": "log _save_checkpoint",
-    f"{TRAINER}._save_checkpoint": "_get_output_dir save_model",
+    f"{TRAINER}._save_checkpoint": "_get_output_dir save_model _save_rng_state _push_from_checkpoint",
+    f"{TRAINER}._inner_training_loop": "get_train_dataloader _init_training_state _prepare_for_training _run_epoch",
     f"{TRAINER}.prediction_step": "compute_loss",
     f"{TRAINER}._get_num_items_in_batch": "get_cp_size",
     f"{TRAINER}.get_total_train_batch_size": "get_cp_size",
@@ -329,13 +332,15 @@ CALLS = {
 HELPERS_CALLED = {
     f"{GRPO}._prepare_inputs": "shuffle_sequence_dict split_tensor_dict",
     f"{GRPO}._get_train_sampler": "RepeatSampler",
+    f"{GRPO}.get_train_dataloader": "repeat_iterable_dataset",
     f"{GRPO}._generate_and_score_completions": "use_adapter disable_gradient_checkpointing gather_object",
 }
 
 #: method -> attributes of `self` (dotted) that its result depends on, and that we change or rely on
 READS = {
     f"{GRPO}._prepare_inputs": "_step _buffered_inputs num_iterations args.steps_per_generation model.training",
-    f"{GRPO}.get_train_dataloader": "_train_batch_size args.steps_per_generation train_dataset",
+    f"{GRPO}.get_train_dataloader": "_train_batch_size args.steps_per_generation args.generation_batch_size"
+    " num_generations num_iterations train_dataset",
     f"{GRPO}._get_train_sampler": "num_generations num_iterations args.generation_batch_size"
     " args.steps_per_generation shuffle_dataset args.seed",
     f"{GRPO}._compute_loss": "current_gradient_accumulation_steps args.steps_per_generation accelerator.num_processes"
@@ -656,6 +661,23 @@ def test_log_probs_come_before_rewards_in_stock():
 def test_scheduler_is_made_before_the_checkpoint_is_loaded():
     calls = calls_in_order(f"{TRAINER}._prepare_for_training")
     assert calls.index("create_scheduler") < calls.index("_load_optimizer_and_scheduler")
+
+
+def test_a_checkpoint_is_pushed_after_the_random_states_and_before_on_save():
+    """Why resume files are written with the random states, and those of callbacks when a push begins."""
+    saved = calls_in_order(f"{TRAINER}._save_checkpoint")
+    order = [saved.index(name) for name in ("save_model", "_save_rng_state", "_push_from_checkpoint")]
+    assert order == sorted(order)
+    calls = calls_in_order(f"{TRAINER}._maybe_log_save_evaluate")
+    assert calls.index("_save_checkpoint") < calls.index("callback_handler.on_save")
+    source = inspect.getsource(resolve(f"{TRAINER}._save_checkpoint"))
+    assert source.index("save_to_json") < source.index("_push_from_checkpoint")
+    source = inspect.getsource(resolve(f"{TRAINER}._push_from_checkpoint"))
+    assert source.index("callback_handler.on_push_begin") < source.index("upload_folder")
+    source = inspect.getsource(resolve(f"{EVENTS}:CallbackHandler.on_save"))
+    assert "control.should_save = False" in source, (
+        "`should_save` tells a push inside a save from one of a finished model"
+    )
 
 
 def test_callback_events():
