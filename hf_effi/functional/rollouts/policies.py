@@ -94,7 +94,9 @@ class AdvantagePruner:
     ) -> Tensor:
         pool_size = {"group": group_size, "rank": advantages.numel() // num_pools, "global": advantages.numel()}
         size = pool_size[self.scope]
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        generator = None
+        if self.metric == "random":
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         advantages = advantages.detach().cpu()
         live = torch.ones_like(advantages, dtype=torch.bool) if live is None else live.cpu()
         masks = [
