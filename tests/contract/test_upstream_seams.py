@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,9 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "use_transformers_continuous_batching": bool,
     "use_vllm": bool,
     "vllm_importance_sampling_correction": bool,
+    "vllm_importance_sampling_mode": str,
+    "vllm_importance_sampling_clip_min": type(None),
+    "vllm_importance_sampling_clip_max": float,
     "accelerator": None,
     "args": None,
     "callback_handler": None,
@@ -348,6 +352,7 @@ READS = {
     " aux_loss_enabled importance_sampling_level",
     f"{GRPO}._generate_and_score_completions": "num_generations num_generations_eval reward_weights scale_rewards"
     " multi_objective_aggregation reward_func_names beta ref_model use_vllm vllm_importance_sampling_correction"
+    " vllm_importance_sampling_mode vllm_importance_sampling_clip_min vllm_importance_sampling_clip_max"
     " num_iterations args.steps_per_generation args.gradient_accumulation_steps accelerator.process_index"
     " mask_truncated_completions args.per_device_train_batch_size",
     f"{GRPO}.training_step": "_step current_gradient_accumulation_steps",
@@ -759,6 +764,32 @@ def test_normaliser_divides_by(loss_type):
     (source,) = [source for types, source in normaliser_chain() if loss_type in types]
     missing = {term for term in NORMALISER_TERMS[loss_type] if term not in source.replace('"', "'")}
     assert not missing, f"loss_type={loss_type!r} no longer divides by {sorted(missing)}:\n{source}"
+
+
+def test_losses_that_divide_by_tokens_are_those_that_we_count_tokens_for():
+    from hf_effi.trainers._rollouts import TOKEN_LOSSES
+
+    assert set(TOKEN_LOSSES) == {"bnpo"} | NORMALISERS[3]
+
+
+def test_the_ratio_has_these_modes_and_multiplies_every_loss_but_one():
+    source = textwrap.dedent(inspect.getsource(resolve(f"{GRPO}._generate_and_score_completions")))
+    modes = {
+        text for text in re.findall(r'"(\w+_(?:mask|truncate))"', source) if text.startswith(("token", "sequence"))
+    }
+    assert modes == {"token_mask", "token_truncate", "sequence_mask", "sequence_truncate"}
+    # A difference of 0, on padding, is a ratio of 1 before it is clipped.
+    assert "(old_per_token_logps - sampling_per_token_logps) * mask" in source and "torch.exp(logps_diff)" in source
+    loss = textwrap.dedent(inspect.getsource(resolve(f"{GRPO}._compute_loss")))
+    assert (
+        'and self.loss_type != "vespo":\n        per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]'
+        in (loss)
+    )
+
+
+def test_generation_returns_completions_second():
+    returned = [node.value for node in ast.walk(tree_of(f"{GRPO}._generate")) if isinstance(node, ast.Return)][-1]
+    assert [element.id for element in returned.elts[:3]] == ["prompt_ids", "completion_ids", "tool_mask"]
 
 
 # --- a real run ----------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def draw_fresh(
         is_fresh (`Callable[[int], bool]`): Asked once for each row that was drawn, in order. It must say `False` for a
             row that it has accepted before.
         most (`int`): Rows drawn before the search is given up; what is missing is then taken from those passed over, in
-            the order in which they were drawn.
+            the order in which they were first drawn.
 
     Returns:
         `list[int]`: `count` row numbers.
@@ -65,7 +65,8 @@ def draw_fresh(
         draws.append(select(count - len(fresh)))
         for row in draws[-1]:
             (fresh if is_fresh(row) else passed).append(row)
-    return fresh + passed[: count - len(fresh)]
+    spare = list(dict.fromkeys(passed))  # each of them once before any of them twice
+    return (fresh + spare * count)[:count]
 
 
 def _repeats(draws: list[list[int]]) -> bool:
