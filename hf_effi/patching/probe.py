@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ._draws import Level, PinnedDraws, pin_other_generators
 from ._state import untouched
@@ -40,8 +42,6 @@ _GRADIENT_ELEMENTS = 2**25
 
 Results = Tensor | Mapping[str, Tensor]
 Run = Callable[[nn.Module], Results]
-
-_active = False
 
 
 class CannotLook(Exception):
@@ -87,44 +87,86 @@ class Finding:
         return max(self, other, key=lambda finding: finding.gap)
 
 
+@dataclass
+class Look:
+    """
+    The probe that is running.
+
+    Args:
+        dtype (`torch.dtype`, *optional*): Of all operations; `None`: as they are.
+        draws ([`PinnedDraws`]): The random operations that were met are in its `drawn`.
+        watched (`dict[str, nn.Parameter]`): Parameters whose gradients are results.
+        embedded (`list[tuple[Tensor, Tensor]]`): Ids and embeddings of each call so far.
+    """
+
+    dtype: torch.dtype | None
+    draws: PinnedDraws
+    watched: dict[str, nn.Parameter]
+    embedded: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+_now: Look | None = None
+
+
 def probing() -> bool:
     """Whether a probe is running: code that has a kernel for half precision only takes its reference then."""
-    return _active
+    return _now is not None
 
 
 @contextlib.contextmanager
-def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle") -> Iterator[PinnedDraws]:
+def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle") -> Iterator[Look]:
     """
-    The conditions of a probe: training mode, draws at `level`, operations in `dtype` (`None`: as they are), no autocast.
+    The conditions of a probe: training mode, draws at `level`, operations in `dtype`, no autocast; afterwards no trace.
 
     Args:
         model (`nn.Module`): The loaded model.
-        dtype (`torch.dtype`, *optional*): Of all floating-point operations.
+        dtype (`torch.dtype`, *optional*): Of all floating-point operations; `None`: as they are.
         level (`str`, *optional*, defaults to `"middle"`): What random operations give.
-
-    Yields:
-        `PinnedDraws`: whose `drawn` names the random operations that were met.
     """
-    global _active
+    global _now
+    outer, look = _now, Look(dtype, PinnedDraws(level), _watched(model))
     device = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")
-    wide = contextlib.nullcontext() if dtype is None else Wide(dtype)
-    saving = contextlib.nullcontext() if dtype is None else wide.saving()
-    outer = _active
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(model))
+        stack.enter_context(torch.inference_mode(False))
         for module in model.modules():
             module.training = True
+        with contextlib.suppress(Exception):  # no embeddings, or none to be found: their gradient is left out
+            model.get_input_embeddings().register_forward_hook(functools.partial(_keep_embedded, look))
         pin_other_generators(level)
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(saving)
-        draws = stack.enter_context(PinnedDraws(level))
-        stack.enter_context(wide)
-        _active = True
+        if dtype is not None:
+            for parameter in look.watched.values():
+                # A leaf in half precision would round its gradient at each of its uses.
+                parameter.data = parameter.data.to(dtype)
+            wide = Wide(dtype)
+            stack.enter_context(wide.saving())
+        stack.enter_context(look.draws)
+        if dtype is not None:
+            stack.enter_context(wide)
+        _now = look
         try:
-            yield draws
+            yield look
         finally:
-            _active = outer
+            _now = outer
+
+
+def _watched(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters from the smallest on, as many as are cheap to have in double precision."""
+    found = [(p.numel(), i, n, p) for i, (n, p) in enumerate(model.named_parameters()) if p.requires_grad]
+    sizes = itertools.accumulate(size for size, *_ in sorted(found))
+    chosen = [entry for entry, total in zip(sorted(found), sizes, strict=True) if total <= _GRADIENT_ELEMENTS]
+    return {n: p for _, _, n, p in chosen if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta}
+
+
+def _keep_embedded(look: Look, module: nn.Module, args: Any, output: Any) -> Any:
+    """Note what the tokens were embedded as: its gradient has run through the whole model, also where that is frozen."""
+    if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and torch.is_grad_enabled()):
+        return None
+    if not output.requires_grad:
+        output = output.detach().requires_grad_()
+    look.embedded.append((args[0], output))
+    return output
 
 
 def compare(model: nn.Module, one: Run, other: Run) -> Finding:
@@ -168,6 +210,8 @@ def compare(model: nn.Module, one: Run, other: Run) -> Finding:
 
 def _dtypes(model: nn.Module) -> list[torch.dtype | None]:
     """Return the dtypes to try: double precision where the device has it, then single precision, then as it is."""
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        return [None]  # what brings the shards together has dtypes of its own
     devices = {p.device.type for p in model.parameters()}
     return [*([] if "mps" in devices else [torch.float64]), torch.float32, None]
 
@@ -184,8 +228,8 @@ def out_of_reach(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             return f"the weights are sharded by DeepSpeed ZeRO-3 ({name})"
-        if hasattr(parameter, "device_mesh"):
-            return f"the weights are sharded by FSDP2 or tensor parallelism ({name})"
+        if not parameter.numel():
+            return f"the weights are not here: {name} is empty, as in a shard of FSDP"
         if parameter.device.type == "meta" and not _is_loaded_by_hook(model):
             return f"the weights are on the meta device ({name})"
     return None
@@ -206,7 +250,8 @@ def _gap(one: Mapping[str, Tensor], other: Mapping[str, Tensor], precision: torc
     if one.keys() != other.keys():
         return Finding(math.inf, f"the results {sorted(one.keys() ^ other.keys())}", 0.0)
     if precision not in ALLOWED:
-        return Finding(None, reason=f"the model runs in {precision} only, whose rounding hides small differences")
+        reason = f"the model runs in {str(precision).removeprefix('torch.')} only here, whose rounding hides an effect"
+        return Finding(None, reason=reason)
     # A gradient that is zero by symmetry is all rounding: it is measured against the largest of them.
     floor = 1e-6 * max((_largest(t) for name, t in one.items() if name.startswith("the gradient")), default=0.0)
     worst = Finding(0.0, next(iter(one), "nothing"), ALLOWED[precision])
@@ -326,27 +371,36 @@ def output_of(outputs: Any) -> Tensor:
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """
-    Return the gradients of a loss by parameter, as results for [`compare`]; nothing is written to `.grad`.
+    Return gradients as results for [`compare`], inside of one of its runs; nothing is written to `.grad`.
 
-    Of a large model only the smaller parameters of each layer take part (norms, biases, routers, adapters), at most 32
-    million numbers: through them runs the gradient of everything else.
+    Those of the parameters (of a large model the smaller ones: norms, biases, routers, adapters, up to 32 million numbers)
+    and that of the embedded tokens, added up for each token id, which does not depend on how rows are laid out.
 
     Args:
         model (`nn.Module`): Whose parameters.
-        loss (`Tensor`): A scalar of the forward, or a tensor, which is contracted with fixed directions.
+        loss (`Tensor`): A scalar of the forward, or a tensor, which is contracted with fixed numbers.
     """
-    trained = sorted((p.numel(), i, n, p) for i, (n, p) in enumerate(model.named_parameters()) if p.requires_grad)
-    chosen, total = {}, 0
-    for size, _, name, parameter in trained:
-        total += size
-        if total > _GRADIENT_ELEMENTS and chosen:
-            break
-        chosen[name] = parameter
-    if not chosen or not loss.requires_grad:
+    look = _now
+    if look is None:
+        raise RuntimeError("gradients() belongs into a run of compare().")
+    if not loss.requires_grad:
         return {}
-    found = torch.autograd.grad(contract(loss), list(chosen.values()), allow_unused=True)
-    pairs = zip(chosen.items(), found, strict=True)
-    return {f"the gradient of {n}": torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
+    embedded = [(ids, values) for ids, values in look.embedded if values.requires_grad]
+    inputs = [*look.watched.values(), *(values for _, values in embedded)]
+    found = torch.autograd.grad(contract(loss), inputs, allow_unused=True) if inputs else ()
+    of_weights, of_tokens = found[: len(look.watched)], found[len(look.watched) :]
+    results = {
+        f"the gradient of {name}": torch.zeros_like(parameter) if grad is None else grad
+        for (name, parameter), grad in zip(look.watched.items(), of_weights, strict=True)
+    }
+    parts = [(ids, grad) for (ids, _), grad in zip(embedded, of_tokens, strict=True) if grad is not None]
+    if parts:
+        ids = torch.cat([ids.reshape(-1) for ids, _ in parts])
+        rows = torch.cat([grad.reshape(-1, grad.shape[-1]) for _, grad in parts])
+        distinct, index = ids.unique(return_inverse=True)
+        sums = torch.zeros(len(distinct), rows.shape[-1], dtype=rows.dtype, device=rows.device)
+        results["the gradient of the embedded tokens"] = sums.index_add(0, index, rows)
+    return results
 
 
 def contract(tensor: Tensor) -> Tensor:

@@ -229,9 +229,9 @@ def draws_random_numbers(model: nn.Module, forward: Callable[[nn.Module], Tensor
     try:
         results, drawn = [], {}
         for level in ("low", "high"):
-            with looking(model, None, level) as draws, torch.no_grad():
+            with looking(model, None, level) as look, torch.no_grad():
                 results.append(forward(model).double())
-            drawn |= draws.drawn
+            drawn |= look.draws.drawn
     except CannotLook as error:
         return Finding(None, reason=str(error))
     except Exception as error:  # whatever a model raises on input that it was not made for
