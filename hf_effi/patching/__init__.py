@@ -1,7 +1,13 @@
 """What is asked and kept of a model before it is changed: measured questions about it, and its state put back."""
 
 from .probe import CannotLook, Finding, agreed, compare, gradients, probing, tiny_tokens
-from .questions import draws_random_numbers, length_dependent_positions, moved_in_padding, short_reach
+from .questions import (
+    draws_random_numbers,
+    length_dependent_positions,
+    moved_in_padding,
+    rows_see_each_other,
+    short_reach,
+)
 
 __all__ = [
     "CannotLook",
@@ -13,6 +19,7 @@ __all__ = [
     "length_dependent_positions",
     "moved_in_padding",
     "probing",
+    "rows_see_each_other",
     "short_reach",
     "tiny_tokens",
 ]

@@ -265,7 +265,8 @@ def _gap(one: Mapping[str, Tensor], other: Mapping[str, Tensor], precision: torc
 
 
 def _largest(tensor: Tensor) -> float:
-    return tensor.abs().max().item() if tensor.numel() else 0.0
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return values.abs().max().item() if values.numel() else 0.0
 
 
 def _relative(a: Tensor, b: Tensor, floor: float) -> float:
@@ -273,10 +274,17 @@ def _relative(a: Tensor, b: Tensor, floor: float) -> float:
         return math.inf
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.to(wide), b.to(wide)
+    if a.is_sparse:  # numbers by token id
+        difference, a, b = (t.coalesce().values() for t in (a - b, a, b))
+        return _ratio(a, b, difference, floor)
+    return _ratio(a, b, a - b, floor)
+
+
+def _ratio(a: Tensor, b: Tensor, difference: Tensor, floor: float) -> float:
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan
     scale = max(_largest(a), floor)
-    gap = _largest(a - b)
+    gap = _largest(difference)
     return 0.0 if gap == 0.0 else gap / scale if scale else math.inf
 
 
@@ -304,7 +312,7 @@ def tiny_tokens(model: nn.Module, rows: int, length: int, seed: int = 0) -> Tens
     Args:
         model (`nn.Module`): Gives the vocabulary by its input embeddings, else by its config.
         rows, length (`int`): Shape.
-        seed (`int`, *optional*, defaults to 0): Of a generator of its own.
+        seed (`int`, *optional*, defaults to 0): Other tokens for another seed.
 
     Raises:
         CannotLook: the model has no vocabulary.
@@ -312,8 +320,9 @@ def tiny_tokens(model: nn.Module, rows: int, length: int, seed: int = 0) -> Tens
     size = vocabulary_of(model)
     special = _special_ids(model)
     usable = [i for i in range(min(size, 4096)) if i not in special] or list(range(size))
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(len(usable), (rows, length), generator=generator)
+    # Scattered by a multiplication: a generator's numbers would be pinned inside of a run.
+    places = torch.arange(1, rows * length + 1).view(rows, length) + 7919 * seed
+    picked = places * 2654435761 % 2**32 // 2**12 % len(usable)
     return torch.tensor(usable)[picked].to(device_of(model))
 
 
@@ -397,9 +406,9 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     if parts:
         ids = torch.cat([ids.reshape(-1) for ids, _ in parts])
         rows = torch.cat([grad.reshape(-1, grad.shape[-1]) for _, grad in parts])
-        distinct, index = ids.unique(return_inverse=True)
-        sums = torch.zeros(len(distinct), rows.shape[-1], dtype=rows.dtype, device=rows.device)
-        results["the gradient of the embedded tokens"] = sums.index_add(0, index, rows)
+        with torch._C.DisableTorchFunction():
+            sums = torch.sparse_coo_tensor(ids[None], rows, (2**32, rows.shape[-1]), check_invariants=False).coalesce()
+        results["the gradient of the embedded tokens"] = sums
     return results
 
 

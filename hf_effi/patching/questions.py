@@ -14,7 +14,9 @@ from .probe import (
     ALLOWED,
     CannotLook,
     Finding,
+    Results,
     compare,
+    gradients,
     looking,
     out_of_reach,
     output_of,
@@ -24,7 +26,7 @@ from .probe import (
 #: `(prompt tokens, completion tokens)` of the rows of a probe: all offsets differ, and so do all lengths
 _ROWS = ((3, 9), (8, 4), (5, 12))
 #: settings that limit how far a token sees; on the tokens of a probe they would never show
-_REACH = re.compile(r"(^|_)(window|chunk)(_|$)")
+_REACH = re.compile(r"(^|_)(window|chunk|capacity|topk)(_|$)")
 #: how far beyond a model's own limit a call is tried, where the run sets none
 _BEYOND = 4
 
@@ -50,7 +52,9 @@ def moved_in_padding(model: nn.Module, forward: Forward = plain_forward, pad_tok
     """
     prompts, completions = (max(part) for part in zip(*_ROWS, strict=True))
     lengths = [sum(row) for row in _ROWS]
-    tokens = tiny_tokens(model, len(_ROWS), max(lengths))
+    tokens = tiny_tokens_or_none(model, len(_ROWS), max(lengths))
+    if isinstance(tokens, Finding):
+        return tokens
     ids = torch.full((len(_ROWS), prompts + completions), pad_token_id, device=tokens.device)
     mask = torch.zeros_like(ids)
     places = []
@@ -59,25 +63,64 @@ def moved_in_padding(model: nn.Module, forward: Forward = plain_forward, pad_tok
         ids[row, place], mask[row, place] = tokens[row, :length], 1
         places.append(place)
 
-    def together(model: nn.Module) -> Tensor:
+    def together(model: nn.Module) -> Results:
         with short_reach(model, max(lengths) // 2):
             out = forward(model, ids, mask)
-        return torch.cat([out[row, place] for row, place in enumerate(places)])
+        return _with_gradients(model, torch.cat([out[row, place] for row, place in enumerate(places)]))
 
-    def alone(model: nn.Module) -> Tensor:
+    def alone(model: nn.Module) -> Results:
         with short_reach(model, max(lengths) // 2):
             rows = [tokens[row : row + 1, :length] for row, length in enumerate(lengths)]
-            return torch.cat([forward(model, row, torch.ones_like(row))[0] for row in rows])
+            out = [forward(model, row, torch.ones_like(row))[0] for row in rows]
+        return _with_gradients(model, torch.cat(out))
 
     return compare(model, together, alone)
+
+
+def rows_see_each_other(model: nn.Module, forward: Forward = plain_forward) -> Finding:
+    """
+    Ask whether a row gives the same alone and among other rows (batch norm, the capacity of experts, outlier columns).
+
+    Rows are of one length and without padding, so that nothing else is different.
+
+    Args:
+        model (`nn.Module`): The loaded model.
+        forward (`Callable`, *optional*): As in [`moved_in_padding`].
+    """
+    tokens = tiny_tokens_or_none(model, 3, 10)
+    if isinstance(tokens, Finding):
+        return tokens
+
+    def together(model: nn.Module) -> Results:
+        with short_reach(model, 4):
+            return _with_gradients(model, forward(model, tokens, torch.ones_like(tokens)))
+
+    def alone(model: nn.Module) -> Results:
+        with short_reach(model, 4):
+            rows = [forward(model, row[None], torch.ones_like(row[None])) for row in tokens]
+        return _with_gradients(model, torch.cat(rows))
+
+    return compare(model, together, alone)
+
+
+def _with_gradients(model: nn.Module, values: Tensor) -> Results:
+    return {"the results by token": values, **gradients(model, values)}
+
+
+def tiny_tokens_or_none(model: nn.Module, rows: int, length: int) -> Tensor | Finding:
+    """Return token ids, or why there are none."""
+    try:
+        return tiny_tokens(model, rows, length)
+    except CannotLook as error:
+        return Finding(None, reason=str(error))
 
 
 @contextlib.contextmanager
 def short_reach(model: nn.Module, tokens: int) -> Iterator[None]:
     """
-    Let windows and chunks of attention that are longer than `tokens` be that long, so that a short row shows them.
+    Let limits that a few tokens never meet (windows, chunks, capacities) be `tokens`, so that a short row shows them.
 
-    The settings are integers called `...window...` or `...chunk...` in configs and modules, which a probe puts back.
+    The settings are integers called `...window...`, `...chunk...`, `...capacity...` or `...topk...` in configs and modules.
     """
     owners = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if hasattr(o, "__dict__")}
     for owner in list(owners.values()):
@@ -176,14 +219,17 @@ def _position_calls(model: nn.Module, tokens: Tensor) -> list[tuple[str, nn.Modu
 def _length_gap(name: str, module: nn.Module, args: Any, kwargs: Any, longest: int) -> Finding:
     """Compare the first positions of calls of several lengths."""
 
-    def call(length: int) -> list[Tensor]:
+    def call(length: int, far: int | None = None) -> list[Tensor]:
         def longer(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.dim() == 0:
                 return value
             if value.is_floating_point():  # hidden states: asked for their dtype, their device, at most their length
                 row = value.reshape(-1, value.shape[-1])[:1]
                 return row.expand(value.shape[0], length, -1) if value.dim() == 3 else value
-            return torch.arange(length, device=value.device, dtype=value.dtype).expand(*value.shape[:-1], length)
+            positions = torch.arange(length, device=value.device, dtype=value.dtype)
+            if far is not None:
+                positions[-1] = far
+            return positions.expand(*value.shape[:-1], length)
 
         out = module(*map(longer, args), **{key: longer(value) for key, value in kwargs.items()})
         return list(out) if isinstance(out, (tuple, list)) else [out]
@@ -192,10 +238,11 @@ def _length_gap(name: str, module: nn.Module, args: Any, kwargs: Any, longest: i
     worst = 0.0
     limit = getattr(module, "num_embeddings", None)
     # An embedding table ends somewhere, and is what it is before that.
-    for length in sorted({16, 2**10, 2**13, longest}):
-        if length > longest or (limit is not None and length > limit):
+    calls = [(length, None) for length in (16, 2**10, 2**13) if length <= longest] + [(9, longest - 1)]
+    for length, far in calls:
+        if limit is not None and max(length, far or 0) >= limit:
             continue
-        for a, b in zip(short, call(length), strict=True):
+        for a, b in zip(short, call(length, far), strict=True):
             axis = next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None)
             b = b if axis is None else b.narrow(axis, 0, a.shape[axis])
             a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a, b))
