@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import CACHE_ARGUMENTS, cache_argument, given_cache
+from .._compat import CACHE_ARGUMENTS, cache_argument, given_cache, recorded_outputs
 from ..functional.sequence import chunk_bounds, chunk_segments
+from ..patching import Results, compare, draws_random_numbers, loss_and_gradients, remembered, short_reach, tiny_tokens
 from .attention import LAYOUT
 from .patch_handle import PatchHandle
 
 #: arguments of a layer that are per token along dimension 1
 _PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx", "shift_labels")
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+#: chunks of the self-check: more of them are more of the same
+_MOST_CHUNKS = 8
 
 
 class _KeysKnown(Exception):
@@ -194,7 +198,7 @@ def _chunk_backward(
     return grad_tokens, found[len(leaves) :]
 
 
-def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
+def stream_layers(model: nn.Module, num_chunks: int = 3, *, verify: bool = True) -> PatchHandle:
     """
     Run every decoder layer in chunks of tokens, and its backward a chunk at a time: StreamBP, exactly the same gradients.
 
@@ -208,13 +212,17 @@ def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
             states (Llama, Mistral, Qwen, Gemma, OLMo, ...), plain or wrapped by PEFT. Attention: `sdpa`, `eager`, flash or
             `hf_effi_varlen`; sliding windows, packed and padded rows as the model has them.
         num_chunks (`int`, *optional*, defaults to 3): Chunks of a sequence, at least 1; StreamBP's own advice is 3.
+        verify (`bool`, *optional*, defaults to `True`): Whether to compare loss and gradients on a few tokens, with and
+            without; `False` for a model whose weights are sharded already, on your own account.
 
     Returns:
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no such layer or a bad `num_chunks`; at the call, in training: dropout, a filled cache, flex attention,
-            sequence parallelism, attention weights asked for, or a per-token argument that is not known here.
+        ValueError: no such layer or a bad `num_chunks`; a model that draws random numbers in its layers (dropout) or whose
+            loss or gradients would be others, a router's loss among them, with the measured difference; at the call, in
+            training: a filled cache, sequence parallelism, attention weights or router logits asked for, or a per-token
+            argument that is not known here.
 
     Example:
     ```python
@@ -230,12 +238,52 @@ def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
             f"{type(model).__name__} has no decoder layer that can be streamed: none of its modules has a causal "
             "`self_attn` with a config."
         )
+    _patched(found, num_chunks).revert()  # where another patch has a layer, that is said first
+    if verify:
+        _check_equal(model, found, num_chunks)
+    return _patched(found, num_chunks)
+
+
+def _patched(layers: dict[str, nn.Module], num_chunks: int) -> PatchHandle:
     handle = PatchHandle("stream_layers")
-    for name, layer in found.items():
-        handle.replace(
-            name, layer, "forward", MethodType(functools.partial(_streamed_forward, num_chunks=num_chunks), layer)
-        )
+    for name, layer in layers.items():
+        forward = MethodType(functools.partial(_streamed_forward, num_chunks=num_chunks), layer)
+        handle.replace(name, layer, "forward", forward)
     return handle
+
+
+def _check_equal(model: nn.Module, layers: dict[str, nn.Module], num_chunks: int) -> None:
+    """Compare a step on a few tokens, one row of them padded, with and without the patch."""
+    chunks = min(num_chunks, _MOST_CHUNKS)
+    length = max(12, 2 * chunks)
+
+    def step(model: nn.Module, streamed: bool) -> Results:
+        tokens = tiny_tokens(model, 2, length)
+        mask = torch.ones_like(tokens)
+        mask[1, length - 3 :] = 0
+        patch = _patched(layers, chunks) if streamed else contextlib.nullcontext()
+        with short_reach(model, length // 2), patch:
+            return loss_and_gradients(model, tokens, mask)
+
+    implementations = {layer.self_attn.config._attn_implementation for layer in layers.values()}
+    if "flex_attention" in implementations:
+        raise ValueError(
+            "stream_layers: flex_attention's block masks cannot be cut into chunks. Use sdpa or flash attention."
+        )
+    plain, streamed = (functools.partial(step, streamed=value) for value in (False, True))
+    drawn = remembered(model, "draws in layers", lambda: draws_random_numbers(model, within=layers.values()))
+    if drawn.looked and not drawn.equal:
+        named = {f"{name}.{k}": p for name, layer in layers.items() for k, p in _dropout(layer).items()}
+        raise ValueError(
+            f"stream_layers: the layers draw random numbers, and chunks are computed twice, with other ones: {drawn}. Set "
+            f"dropout and noise to 0{f': dropout {named}' if named else ''}."
+        )
+    found = drawn.worst(remembered(model, ("stream_layers", chunks), lambda: compare(model, plain, streamed)))
+    if not found.equal:
+        raise ValueError(
+            f"stream_layers would not give what {type(model).__name__} gives without it: {found}. Leave it out"
+            f"{'' if found.looked else ', patch before the weights are sharded, or pass verify=False'}."
+        )
 
 
 def _is_decoder_layer(module: nn.Module) -> bool:
@@ -259,11 +307,21 @@ def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
         raise ValueError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
     if arguments.get("output_attentions"):
         raise ValueError("StreamLayer: output_attentions=True is not possible in training: weights come in chunks.")
-    dropout = {name: m.p for name, m in layer.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
-    if getattr(layer.self_attn, "attention_dropout", 0.0) > 0:
-        dropout["self_attn.attention_dropout"] = layer.self_attn.attention_dropout
-    if dropout:
+    if recorded := recorded_outputs() - {"hidden_states"}:
+        raise ValueError(
+            f"StreamLayer: {', '.join(sorted(recorded))} are recorded inside of the layers, which run in chunks and without a "
+            "graph there. Do not ask for them in training; for a router's loss, set output_router_logits=False."
+        )
+    if dropout := _dropout(layer):  # switched on since the patch; what has no name is measured when it is applied
         raise ValueError(f"StreamLayer: dropout {dropout}: chunks are computed twice, with other masks. Set it to 0.")
+
+
+def _dropout(layer: Any) -> dict[str, float]:
+    """Return the rates of dropout that have a name, for a message."""
+    found = {name: m.p for name, m in layer.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    if getattr(layer.self_attn, "attention_dropout", 0.0) > 0:
+        found["self_attn.attention_dropout"] = layer.self_attn.attention_dropout
+    return found
 
 
 def _with_boundaries(arguments: dict[str, Any], batch: int) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What is asked and kept of a model before it is changed: measured questions about it, and its state put back."""
 
-from .probe import CannotLook, Finding, agreed, compare, gradients, probing, tiny_tokens
+from .probe import CannotLook, Finding, Results, agreed, compare, gradients, probing, remembered, tiny_tokens
 from .questions import (
+    call,
     draws_random_numbers,
     length_dependent_positions,
+    loss_and_gradients,
     moved_in_padding,
     rows_see_each_other,
     short_reach,
@@ -12,13 +14,17 @@ from .questions import (
 __all__ = [
     "CannotLook",
     "Finding",
+    "Results",
     "agreed",
+    "call",
     "compare",
     "draws_random_numbers",
     "gradients",
     "length_dependent_positions",
+    "loss_and_gradients",
     "moved_in_padding",
     "probing",
+    "remembered",
     "rows_see_each_other",
     "short_reach",
     "tiny_tokens",

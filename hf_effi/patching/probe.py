@@ -22,6 +22,7 @@ import contextlib
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,6 +137,7 @@ def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle"
         pin_other_generators(level)
         stack.enter_context(torch.autocast(device, enabled=False))
         if dtype is not None:
+            _without_flash(model)
             for parameter in look.watched.values():
                 # A leaf in half precision would round its gradient at each of its uses.
                 parameter.data = parameter.data.to(dtype)
@@ -149,6 +151,15 @@ def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle"
             yield look
         finally:
             _now = outer
+
+
+def _without_flash(model: nn.Module) -> None:
+    """Flash attention takes half precision only: what the model hands to it is asked of SDPA."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if "flash" in str(getattr(config, "_attn_implementation", None)):
+            name = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+            vars(config)["_attn_implementation_internal"] = name
 
 
 def _watched(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -195,17 +206,25 @@ def compare(model: nn.Module, one: Run, other: Run) -> Finding:
         return Finding(None, reason=reason)
     failures = []
     for dtype in _dtypes(model):
+        running = "the model does not run on a few tokens: "
         try:
             with looking(model, dtype):
                 first = _named(one(model))
+            running = ""
             with looking(model, dtype):
                 second = _named(other(model))
             return _gap(first, second, _precision(dtype, first))
         except CannotLook as error:
             return Finding(None, reason=str(error))
         except Exception as error:  # whatever a model raises on input that it was not made for
-            failures.append(f"{type(error).__name__}: {error}")
-    return Finding(None, reason=f"the model does not run on a few tokens: {failures[0]:.300}")
+            failures.append(f"{running}{said(error)}")
+    return Finding(None, reason=failures[-1])
+
+
+def said(error: Exception) -> str:
+    """Return what an error says, with its kind where that is no message of ours."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{str(error)[:400]}"
 
 
 def _dtypes(model: nn.Module) -> list[torch.dtype | None]:
@@ -221,6 +240,25 @@ def _precision(dtype: torch.dtype | None, results: Mapping[str, Tensor]) -> torc
     found = {t.dtype for t in results.values()}
     narrow = found & {torch.float16, torch.bfloat16}
     return narrow.pop() if narrow else torch.float64 if dtype == torch.float64 else torch.float32
+
+
+#: the answers so far, by model and question: once its weights are sharded, a model cannot be asked again
+_answers: weakref.WeakKeyDictionary[nn.Module, dict[Any, Finding]] = weakref.WeakKeyDictionary()
+
+
+def remembered(model: nn.Module, key: Any, ask: Callable[[], Finding]) -> Finding:
+    """
+    Ask, and keep the answer; where the model cannot be looked at, return what it was when it could.
+
+    Args:
+        model (`nn.Module`): The loaded model.
+        key (hashable): The question, with all that the answer depends on.
+        ask (`Callable`): Asks it.
+    """
+    found = ask()
+    if found.looked:
+        _answers.setdefault(model, {})[key] = found
+    return found if found.looked else _answers.get(model, {}).get(key, found)
 
 
 def out_of_reach(model: nn.Module) -> str | None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._draws import Level, pin_other_generators
 from .probe import (
     ALLOWED,
     CannotLook,
     Finding,
+    Look,
     Results,
     compare,
+    contract,
     gradients,
     looking,
     out_of_reach,
     output_of,
+    said,
     tiny_tokens,
 )
 
@@ -35,7 +40,43 @@ Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def plain_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return what a model computes from tokens and a padding mask, as a Trainer calls it: no positions, no cache."""
-    return output_of(model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False))
+    return output_of(call(model, input_ids, attention_mask))
+
+
+def call(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
+    """Return the outputs of a model for tokens, without a cache; an encoder-decoder gets the same tokens on both sides."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **more}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "labels" not in more:
+        inputs["decoder_input_ids"] = input_ids
+    taken = inspect.signature(model.forward).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        inputs = {name: value for name, value in inputs.items() if name in taken or name == "input_ids"}
+    if "input_ids" not in taken and "kwargs" not in taken:  # a module of its own, with names of its own
+        return model(inputs.pop("input_ids"), **inputs)
+    return model(**inputs)
+
+
+def loss_and_gradients(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any
+) -> Results:
+    """
+    Return the loss that a model computes itself (a router's included), its logits, and the gradients of the loss.
+
+    Inside of a run of [`compare`]. Models without a loss of that kind give their outputs and the gradients of these.
+    """
+    labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+    try:
+        outputs = call(model, input_ids, attention_mask, labels=labels, **more)
+    except CannotLook:
+        raise
+    except Exception:  # no labels, or others: one per row, as classifiers have them
+        outputs = call(model, input_ids, attention_mask, **more)
+    logits = output_of(outputs)
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        return {"the logits": logits, **gradients(model, contract(logits))}
+    # Of the loss alone: beside all logits the share of a router's loss would be small.
+    return {"the loss": loss, "the logits": logits, **gradients(model, loss)}
 
 
 def moved_in_padding(model: nn.Module, forward: Forward = plain_forward, pad_token_id: int = 0) -> Finding:
@@ -168,7 +209,7 @@ def length_dependent_positions(model: nn.Module, longest: int | None = None) -> 
     except CannotLook as error:
         return Finding(None, reason=str(error))
     except Exception as error:  # whatever a model raises on input that it was not made for
-        return Finding(None, reason=f"the model does not run on a few tokens: {type(error).__name__}: {error!s:.300}")
+        return Finding(None, reason=f"the model does not run on a few tokens: {said(error)}")
     return worst
 
 
@@ -254,7 +295,11 @@ def _length_gap(name: str, module: nn.Module, args: Any, kwargs: Any, longest: i
 # --- chance -----------------------------------------------------------------------------------------------------------
 
 
-def draws_random_numbers(model: nn.Module, forward: Callable[[nn.Module], Tensor] | None = None) -> Finding:
+def draws_random_numbers(
+    model: nn.Module,
+    forward: Callable[[nn.Module], Tensor] | None = None,
+    within: Iterable[nn.Module] | None = None,
+) -> Finding:
     """
     Ask whether two runs in training mode can differ: dropout in any form, layers that are skipped, noise in a router.
 
@@ -264,25 +309,28 @@ def draws_random_numbers(model: nn.Module, forward: Callable[[nn.Module], Tensor
     Args:
         model (`nn.Module`): The loaded model.
         forward (`Callable`, *optional*): `model` to the result; by default the logits of a few tokens.
+        within (`Iterable[nn.Module]`, *optional*): Ask for draws inside of these modules only.
     """
+    within = None if within is None else list(within)
     if reason := out_of_reach(model):
         return Finding(None, reason=reason)
     if forward is None:
         tokens = tiny_tokens(model, 2, 12)
 
         def forward(model: nn.Module) -> Tensor:
-            return plain_forward(model, tokens, torch.ones_like(tokens))
+            return output_of(call(model, tokens, torch.ones_like(tokens)))
 
     try:
         results, drawn = [], {}
         for level in ("low", "high"):
-            with looking(model, None, level) as look, torch.no_grad():
+            with looking(model, None, level if within is None else "middle") as look, torch.no_grad():
+                drawn_here = look.draws.drawn if within is None else _pin_within(look, within, level)
                 results.append(forward(model).double())
-            drawn |= look.draws.drawn
+            drawn |= drawn_here
     except CannotLook as error:
         return Finding(None, reason=str(error))
     except Exception as error:  # whatever a model raises on input that it was not made for
-        return Finding(None, reason=f"the model does not run on a few tokens: {type(error).__name__}: {error!s:.300}")
+        return Finding(None, reason=f"the model does not run on a few tokens: {said(error)}")
     one, other = results
     scale = torch.maximum(one.abs(), other.abs()).nan_to_num(0, 0, 0).max().item()
     gap = (one - other).abs().max().item()
@@ -290,3 +338,21 @@ def draws_random_numbers(model: nn.Module, forward: Callable[[nn.Module], Tensor
     names = f" (random operations: {', '.join(drawn)})" if drawn else ""
     # The same operations on the same numbers: only kernels that add in any order leave a rest.
     return Finding(gap, f"the results of two runs in training mode{names}", 0.0 if one.device.type == "cpu" else 1e-2)
+
+
+def _pin_within(look: Look, modules: Iterable[nn.Module], level: Level) -> dict[str, None]:
+    """Push draws to `level` while one of the modules runs; return what will be the names of those draws."""
+    drawn: dict[str, None] = {}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        look.draws.level, look.draws.drawn = level, drawn
+        pin_other_generators(level)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        look.draws.level, look.draws.drawn = "middle", {}
+        pin_other_generators("middle")
+
+    for module in modules:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    return drawn
