@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from .._compat import CACHE_ARGUMENTS, cache_argument, given_cache, recorded_outputs
 from ..functional.sequence import chunk_bounds, chunk_segments
-from ..patching import Results, compare, draws_random_numbers, loss_and_gradients, remembered, short_reach, tiny_tokens
+from ..patching import (
+    Results,
+    compare,
+    draws_random_numbers,
+    loss_and_gradients,
+    named_draws,
+    remembered,
+    short_reach,
+    tiny_tokens,
+)
 from .attention import LAYOUT
 from .patch_handle import PatchHandle
 
@@ -74,8 +83,10 @@ class _Chunk:
 class _Call:
     """One call of one layer: its chunks, and the autocast state to run them in."""
 
-    def __init__(self, layer: Any, arguments: dict[str, Any], x: Tensor, num_chunks: int) -> None:
-        self.layer, self.device = layer, x.device.type
+    def __init__(
+        self, layer: Any, arguments: dict[str, Any], x: Tensor, num_chunks: int, may_draw: bool = False
+    ) -> None:
+        self.layer, self.device, self.may_draw = layer, x.device.type, may_draw
         self.parameters = [weight for weight in layer.parameters() if weight.requires_grad]
         self.mask, self.cache_name = arguments.get("attention_mask"), cache_argument(type(layer).forward)
         self.implementation = layer.self_attn.config._attn_implementation
@@ -99,6 +110,20 @@ class _Call:
             del self.layer.__dict__["gradient_checkpointing"]
             if before is not None:
                 self.layer.__dict__["gradient_checkpointing"] = before
+
+    @contextlib.contextmanager
+    def without_draws(self, device: torch.device) -> Iterator[None]:
+        """Refuse dropout that was switched on since the patch: the backward would draw other masks."""
+        if self.may_draw or torch.compiler.is_compiling():
+            yield
+            return
+        before = _random_states(device)
+        yield
+        if any(not torch.equal(was, now) for was, now in zip(before, _random_states(device), strict=True)):
+            raise ValueError(
+                f"StreamLayer: {type(self.layer).__name__} draws random numbers (dropout, noise), and chunks are computed "
+                "twice, with other ones. Set its rates to 0."
+            )
 
     def run(self, x: Tensor, chunk: _Chunk, prefix: _Prefix) -> Tensor:
         # Made for the moment: a mask of every chunk, kept, would be half of the square that there is to avoid.
@@ -130,7 +155,7 @@ class _StreamedLayer(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x)
         out, keys, values = torch.empty_like(x), None, None
-        with call.running():
+        with call.running(), call.without_draws(x.device):
             for chunk in call.chunks:
                 if keys is not None:
                     seen = chunk.start - chunk.first_key
@@ -161,6 +186,11 @@ class _StreamedLayer(torch.autograd.Function):
                         sums[index].add_(found)
         grads = (None if s is None else s.to(p.dtype) for s, p in zip(sums, call.parameters, strict=True))
         return grad_x, None, *grads
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    on_device = [] if device.type == "cpu" else [getattr(torch, device.type).get_rng_state(device)]
+    return [torch.get_rng_state(), *on_device]
 
 
 def _zeros(like: Tensor) -> Tensor:
@@ -239,21 +269,26 @@ def stream_layers(model: nn.Module, num_chunks: int = 3, *, verify: bool = True)
             "`self_attn` with a config."
         )
     _patched(found, num_chunks).revert()  # where another patch has a layer, that is said first
-    if verify:
-        _check_equal(model, found, num_chunks)
-    return _patched(found, num_chunks)
+    may_draw = _check_equal(model, found, num_chunks) if verify else False
+    return _patched(found, num_chunks, may_draw)
 
 
-def _patched(layers: dict[str, nn.Module], num_chunks: int) -> PatchHandle:
+def _patched(layers: dict[str, nn.Module], num_chunks: int, may_draw: bool = True) -> PatchHandle:
     handle = PatchHandle("stream_layers")
     for name, layer in layers.items():
-        forward = MethodType(functools.partial(_streamed_forward, num_chunks=num_chunks), layer)
+        options = {"num_chunks": num_chunks, "may_draw": may_draw}
+        forward = MethodType(functools.partial(_streamed_forward, **options), layer)
         handle.replace(name, layer, "forward", forward)
     return handle
 
 
-def _check_equal(model: nn.Module, layers: dict[str, nn.Module], num_chunks: int) -> None:
-    """Compare a step on a few tokens, one row of them padded, with and without the patch."""
+def _check_equal(model: nn.Module, layers: dict[str, nn.Module], num_chunks: int) -> bool:
+    """
+    Compare a step on a few tokens, one row of them padded, with and without the patch.
+
+    Returns:
+        `bool`: Whether the layers draw random numbers that make no difference, as for a rate of 0.
+    """
     chunks = min(num_chunks, _MOST_CHUNKS)
     length = max(12, 2 * chunks)
 
@@ -273,10 +308,9 @@ def _check_equal(model: nn.Module, layers: dict[str, nn.Module], num_chunks: int
     plain, streamed = (functools.partial(step, streamed=value) for value in (False, True))
     drawn = remembered(model, "draws in layers", lambda: draws_random_numbers(model, within=layers.values()))
     if drawn.looked and not drawn.equal:
-        named = {f"{name}.{k}": p for name, layer in layers.items() for k, p in _dropout(layer).items()}
         raise ValueError(
             f"stream_layers: the layers draw random numbers, and chunks are computed twice, with other ones: {drawn}. Set "
-            f"dropout and noise to 0{f': dropout {named}' if named else ''}."
+            f"dropout and noise to 0; settings of that name: {named_draws(model)}."
         )
     found = drawn.worst(remembered(model, ("stream_layers", chunks), lambda: compare(model, plain, streamed)))
     if not found.equal:
@@ -284,6 +318,7 @@ def _check_equal(model: nn.Module, layers: dict[str, nn.Module], num_chunks: int
             f"stream_layers would not give what {type(model).__name__} gives without it: {found}. Leave it out"
             f"{'' if found.looked else ', patch before the weights are sharded, or pass verify=False'}."
         )
+    return bool(drawn.drawn)
 
 
 def _is_decoder_layer(module: nn.Module) -> bool:
@@ -291,11 +326,13 @@ def _is_decoder_layer(module: nn.Module) -> bool:
     return hasattr(attention, "config") and getattr(attention, "is_causal", False) is True
 
 
-def _streamed_forward(layer: nn.Module, hidden_states: Tensor, *, num_chunks: int, **arguments: Any) -> Any:
+def _streamed_forward(
+    layer: nn.Module, hidden_states: Tensor, *, num_chunks: int, may_draw: bool, **arguments: Any
+) -> Any:
     if not (layer.training and torch.is_grad_enabled()):
         return type(layer).forward(layer, hidden_states, **arguments)
     _check_call(layer, arguments)
-    call = _Call(layer, arguments, hidden_states, num_chunks)
+    call = _Call(layer, arguments, hidden_states, num_chunks, may_draw)
     return _StreamedLayer.apply(hidden_states, call, *call.parameters)
 
 
@@ -312,16 +349,6 @@ def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
             f"StreamLayer: {', '.join(sorted(recorded))} are recorded inside of the layers, which run in chunks and without a "
             "graph there. Do not ask for them in training; for a router's loss, set output_router_logits=False."
         )
-    if dropout := _dropout(layer):  # switched on since the patch; what has no name is measured when it is applied
-        raise ValueError(f"StreamLayer: dropout {dropout}: chunks are computed twice, with other masks. Set it to 0.")
-
-
-def _dropout(layer: Any) -> dict[str, float]:
-    """Return the rates of dropout that have a name, for a message."""
-    found = {name: m.p for name, m in layer.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
-    if getattr(layer.self_attn, "attention_dropout", 0.0) > 0:
-        found["self_attn.attention_dropout"] = layer.self_attn.attention_dropout
-    return found
 
 
 def _with_boundaries(arguments: dict[str, Any], batch: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ can be taken for an answer:
 - In double precision, operation by operation, whatever dtype the weights have: half precision rounds away an effect of one
   percent and makes equal things differ by as much. What does not run in double precision runs in single precision; a model
   that runs in half precision only is reported as one that could not be looked at.
+- With parameters that are all zero filled, such as a fresh LoRA's `B`: they would hide what training will show.
 - Without a trace: generators, buffers, attributes, gradients, flags and hooks are afterwards as they were (`untouched`).
 
 Every question returns a [`Finding`]. A model that cannot be looked at is never called equal.
@@ -23,7 +24,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,12 +60,14 @@ class Finding:
         what (`str`): Which result that is, such as `"the logits"`.
         allowed (`float`): What rounding may be responsible for.
         reason (`str`): Why it could not be measured.
+        drawn (`tuple[str, ...]`): Names of the random operations that were met, where the question is about them.
     """
 
     gap: float | None
     what: str = ""
     allowed: float = 0.0
     reason: str = ""
+    drawn: tuple[str, ...] = ()
 
     @property
     def looked(self) -> bool:
@@ -79,7 +82,7 @@ class Finding:
     def __str__(self) -> str:
         if self.gap is None:
             return f"this could not be measured: {self.reason}"
-        return f"{self.what} {'agree to' if self.equal else 'differ by'} {self.gap:.1e} (relative)"
+        return f"{self.what}: a relative difference of {self.gap:.1e}"
 
     def worst(self, other: Finding) -> Finding:
         """Return the one that speaks more against equality."""
@@ -134,6 +137,7 @@ def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle"
             module.training = True
         with contextlib.suppress(Exception):  # no embeddings, or none to be found: their gradient is left out
             model.get_input_embeddings().register_forward_hook(functools.partial(_keep_embedded, look))
+        _fill_zeros(model)
         pin_other_generators(level)
         stack.enter_context(torch.autocast(device, enabled=False))
         if dtype is not None:
@@ -160,6 +164,26 @@ def _without_flash(model: nn.Module) -> None:
         if "flash" in str(getattr(config, "_attn_implementation", None)):
             name = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
             vars(config)["_attn_implementation_internal"] = name
+
+
+@torch.no_grad()
+def _fill_zeros(model: nn.Module) -> None:
+    """
+    Give parameters that are all zero other values, as training will: they switch off what is behind them.
+
+    A fresh LoRA's `B`, or a gate that begins at zero, would hide dropout and positions alike.
+    """
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
+        if plain and 0 < parameter.numel() <= _GRADIENT_ELEMENTS and not parameter.any():
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.data = (_directions(parameter) * scale).to(parameter.dtype)
+
+
+def _directions(tensor: Tensor) -> Tensor:
+    """Return fixed numbers in [-1, 1], in single precision and in the shape of a tensor."""
+    places = torch.arange(1, tensor.numel() + 1, device=tensor.device, dtype=torch.float32)
+    return torch.sin(places * 12.9898).view(tensor.shape)
 
 
 def _watched(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -416,7 +440,7 @@ def output_of(outputs: Any) -> Tensor:
     raise CannotLook(f"the forward returns a {type(outputs).__name__} without logits or hidden states")
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+def gradients(model: nn.Module, loss: Tensor, also: Sequence[Tensor] = ()) -> dict[str, Tensor]:
     """
     Return gradients as results for [`compare`], inside of one of its runs; nothing is written to `.grad`.
 
@@ -426,6 +450,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     Args:
         model (`nn.Module`): Whose parameters.
         loss (`Tensor`): A scalar of the forward, or a tensor, which is contracted with fixed numbers.
+        also (`Sequence[Tensor]`, *optional*): Leaves that get their gradient added to `.grad`, as a backward would.
     """
     look = _now
     if look is None:
@@ -433,9 +458,12 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     if not loss.requires_grad:
         return {}
     embedded = [(ids, values) for ids, values in look.embedded if values.requires_grad]
-    inputs = [*look.watched.values(), *(values for _, values in embedded)]
-    found = torch.autograd.grad(contract(loss), inputs, allow_unused=True) if inputs else ()
-    of_weights, of_tokens = found[: len(look.watched)], found[len(look.watched) :]
+    inputs = [*look.watched.values(), *(values for _, values in embedded), *also]
+    found = list(torch.autograd.grad(contract(loss), inputs, allow_unused=True)) if inputs else []
+    for leaf, grad in zip(also, found[len(inputs) - len(also) :], strict=True):
+        if grad is not None:
+            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+    of_weights, of_tokens = found[: len(look.watched)], found[len(look.watched) : len(inputs) - len(also)]
     results = {
         f"the gradient of {name}": torch.zeros_like(parameter) if grad is None else grad
         for (name, parameter), grad in zip(look.watched.items(), of_weights, strict=True)
@@ -452,6 +480,6 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def contract(tensor: Tensor) -> Tensor:
     """Return a scalar: the sum of a tensor's entries times fixed numbers in [-1, 1], so that every entry counts."""
-    flat = tensor.reshape(-1)
-    weights = torch.sin(torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float32) * 12.9898)
-    return (flat * weights.to(flat.dtype)).sum()
+    with torch._C.DisableTorchFunction():
+        weights = _directions(tensor)
+    return (tensor * weights.to(tensor.dtype)).sum()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -203,14 +205,26 @@ def length_dependent_positions(model: nn.Module, longest: int | None = None) -> 
         with looking(model, None), torch.no_grad():
             calls = _position_calls(model, tokens)
         for name, module, args, kwargs in calls:
-            # As they are: the same position is the same operation on the same numbers in any dtype.
-            with looking(model, None), torch.no_grad():
-                worst = worst.worst(_length_gap(name, module, args, kwargs, longest))
+            # A copy, on the CPU: a position past the end of a table would stop a GPU for good.
+            args, kwargs = _on_cpu((args, kwargs))
+            with torch.no_grad():
+                worst = worst.worst(_length_gap(name, copy.deepcopy(module).to("cpu"), args, kwargs, longest))
     except CannotLook as error:
         return Finding(None, reason=str(error))
     except Exception as error:  # whatever a model raises on input that it was not made for
         return Finding(None, reason=f"the model does not run on a few tokens: {said(error)}")
     return worst
+
+
+def longest_exact_call(model: nn.Module) -> int | None:
+    """Return up to how many tokens of a call the embeddings of positions stay what they are; `None`: for all that are tried."""
+    low, high = 8, _BEYOND * max(_stated_lengths(model), default=2**15)
+    if length_dependent_positions(model, high).equal:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if length_dependent_positions(model, middle).equal else (low, middle)
+    return low
 
 
 def _stated_lengths(model: nn.Module) -> list[int]:
@@ -257,6 +271,14 @@ def _position_calls(model: nn.Module, tokens: Tensor) -> list[tuple[str, nn.Modu
     return list(found.values())
 
 
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_on_cpu(part) for part in value)
+    return {key: _on_cpu(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
 def _length_gap(name: str, module: nn.Module, args: Any, kwargs: Any, longest: int) -> Finding:
     """Compare the first positions of calls of several lengths."""
 
@@ -277,13 +299,13 @@ def _length_gap(name: str, module: nn.Module, args: Any, kwargs: Any, longest: i
 
     short = call(8)
     worst = 0.0
-    limit = getattr(module, "num_embeddings", None)
-    # An embedding table ends somewhere, and is what it is before that.
     calls = [(length, None) for length in (16, 2**10, 2**13) if length <= longest] + [(9, longest - 1)]
     for length, far in calls:
-        if limit is not None and max(length, far or 0) >= limit:
+        try:
+            longer_call = call(length, far)
+        except Exception:  # past the end of a table, where the model itself would not run
             continue
-        for a, b in zip(short, call(length, far), strict=True):
+        for a, b in zip(short, longer_call, strict=True):
             axis = next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None)
             b = b if axis is None else b.narrow(axis, 0, a.shape[axis])
             a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a, b))
@@ -337,7 +359,18 @@ def draws_random_numbers(
     gap = gap / scale if scale and gap == gap else float(gap != 0)
     names = f" (random operations: {', '.join(drawn)})" if drawn else ""
     # The same operations on the same numbers: only kernels that add in any order leave a rest.
-    return Finding(gap, f"the results of two runs in training mode{names}", 0.0 if one.device.type == "cpu" else 1e-2)
+    allowed = 0.0 if one.device.type == "cpu" else 1e-2
+    return Finding(gap, f"the results of two runs in training mode{names}", allowed, drawn=tuple(drawn))
+
+
+def named_draws(model: nn.Module) -> dict[str, float]:
+    """Return settings that look like a rate of dropout or noise, for a message; [`draws_random_numbers`] is what decides."""
+    found = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    for name, owner in [("config", getattr(model, "config", None)), *model.named_modules()]:
+        for key, value in (vars(owner) if hasattr(owner, "__dict__") else {}).items():
+            if isinstance(value, float) and 0 < value <= 1 and re.search("drop|jitter|noise", key):
+                found.setdefault(f"{name}.{key}" if name else key, value)
+    return dict(itertools.islice(found.items(), 6))
 
 
 def _pin_within(look: Look, modules: Iterable[nn.Module], level: Level) -> dict[str, None]:
