@@ -97,6 +97,10 @@ class MaskLedger:
             self._made, self._views, self._shape, self._read = [], {}, None, False
         self._made.append(made)
 
+    def reach(self) -> int | None:
+        """Return the smallest window or chunk among the masks of this forward, `None` where there is none."""
+        return min((m.local_size for m in self._made if m.local_size is not None), default=None)
+
     def problem(self, view: View, shape: tuple[int, int], longest: Callable[[], Document]) -> str | None:
         """
         Return what is wrong with a layer, or `None`.

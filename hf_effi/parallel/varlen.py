@@ -130,6 +130,17 @@ def varlen_attention_forward(
             raise SharedPrefixError(
                 f"{name}: rows that share a prompt have no padding, got an attention mask with zeros."
             )
+        if cu_seq_lens_q is not None and batch == 1:
+            view = View(bool(causal), sliding_window)
+            _check_masks(
+                module,
+                view,
+                _given_segments(batch * length, cu_seq_lens_q, None, max_length_q, None),
+                batch,
+                length,
+                key.shape[2],
+            )
+            _check_reach(name, prefix)
         return _prefix_attention(name, query, key, value, *segments, prefix, causal, pattern, scaling), None
     if cu_seq_lens_q is not None:
         segments = _given_segments(batch * length, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
@@ -181,6 +192,16 @@ def _check_masks(module: Any, view: View, segments: _Segments, batch: int, lengt
         raise VarlenAttentionError(
             f"{type(module).__name__} {problem}: {VARLEN_ATTENTION} would compute something else here. Use "
             "attn_implementation='sdpa' or 'eager'."
+        )
+
+
+def _check_reach(name: str, prefix: PrefixSegments) -> None:
+    """Refuse a window or chunk that ends within a prompt and its completion: it would have to be found across segments."""
+    reach = LEDGER.reach()
+    if reach is not None and reach < prefix.longest_context:
+        raise SharedPrefixError(
+            f"{name} sees a window of {reach} tokens, and the longest prompt with its completion has "
+            f"{prefix.longest_context}. Leave out longer rows, or do not share prompts."
         )
 
 

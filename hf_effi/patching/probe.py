@@ -135,6 +135,8 @@ def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle"
         stack.enter_context(torch.inference_mode(False))
         for module in model.modules():
             module.training = True
+            if getattr(module, "gradient_checkpointing", False) is True:
+                module.__dict__["gradient_checkpointing"] = False  # reentrant, it knows no `torch.autograd.grad`
         with contextlib.suppress(Exception):  # no embeddings, or none to be found: their gradient is left out
             model.get_input_embeddings().register_forward_hook(functools.partial(_keep_embedded, look))
         _fill_zeros(model)
