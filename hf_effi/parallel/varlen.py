@@ -130,18 +130,11 @@ def varlen_attention_forward(
             raise SharedPrefixError(
                 f"{name}: rows that share a prompt have no padding, got an attention mask with zeros."
             )
-        if cu_seq_lens_q is not None and batch == 1:
-            view = View(bool(causal), sliding_window)
-            _check_masks(
-                module,
-                view,
-                _given_segments(batch * length, cu_seq_lens_q, None, max_length_q, None),
-                batch,
-                length,
-                key.shape[2],
-            )
-            _check_reach(name, prefix)
-        return _prefix_attention(name, query, key, value, *segments, prefix, causal, pattern, scaling), None
+        out = _prefix_attention(name, query, key, value, *segments, prefix, causal, pattern, scaling)
+        own = _Segments(cu_seq_lens_q, cu_seq_lens_q, 0, 0)
+        _check_masks(module, View(bool(causal), sliding_window), own, batch, length, key.shape[2])
+        _check_reach(name, prefix)
+        return out, None
     if cu_seq_lens_q is not None:
         segments = _given_segments(batch * length, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     else:
