@@ -79,6 +79,13 @@ def given_cache(arguments: Mapping[str, Any]) -> tuple[str, Any]:
     )
 
 
+def recorded_outputs() -> set[str]:
+    """Return what transformers records inside of the forward that is running, such as `{"router_logits"}`."""
+    module = import_module_or_none("transformers.utils.output_capturing")
+    collected = module._active_collector.get() if module is not None else None
+    return {name for name in collected or () if not name.startswith("_")}
+
+
 def is_available(package: str) -> bool:
     """Return whether the optional `package` (an import name) can be imported, without importing it."""
     # Only the top package: asking for a submodule would import its parents.

@@ -125,6 +125,10 @@ class ChunkGroup:
         ]
         return _CarryGradients.apply(loss, [gradient for _, gradient in trained], *(state for state, _ in trained))
 
+    def leaves(self, index: int) -> list[Tensor]:
+        """Return the keys and values of earlier chunks that a chunk was run with, of which its backward is to get gradients."""
+        return self._leaves.get(index, [])
+
     def went_back(self, index: int) -> None:
         """Add what the chunk's backward left for the keys and values before it."""
         for position, leaf in enumerate(self._leaves.pop(index, [])):

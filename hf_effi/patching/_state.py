@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 
 
@@ -76,6 +77,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for _, module in modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root keeps its weights whole after a forward
         trace.undo()
         for parameter, data, entries in weights:
             if (

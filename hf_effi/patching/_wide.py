@@ -18,7 +18,7 @@ _CASTS = {"float", "half", "bfloat16", "double"}
 #: read the weights and compute nothing: cast behind them, a slice of the experts or of an embedding instead of all of it
 _VIEWS = {
     "__getitem__", "t", "transpose", "permute", "view", "reshape", "chunk", "split", "detach", "unsqueeze", "squeeze",
-    "narrow", "select", "expand", "flatten", "unflatten", "unbind", "index_select", "contiguous", "embedding", "clone",
+    "narrow", "select", "expand", "flatten", "unflatten", "unbind", "index_select", "contiguous", "clone",
     "swapaxes", "movedim", "tensor_split", "view_as", "expand_as", "mT",
 }  # fmt: skip
 _FACTS = {
@@ -59,6 +59,8 @@ class Wide(TorchFunctionMode):
         if name in _CASTS:
             with torch._C.DisableTorchFunction():
                 return args[0].to(self.dtype)
+        if name == "embedding":
+            return self._cast(func(*args, **kwargs))
         if name in _VIEWS:
             return func(*args, **kwargs)
         args, kwargs = self._dtypes(args), {key: self._dtypes(value) for key, value in kwargs.items()}

@@ -107,7 +107,7 @@ class EffiGRPOTrainer(
     def _check_buckets(self) -> None:
         """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
         if own_setting(self.args, "forward_buckets") and "trim" not in self.exact_savings:
-            reason = self._inexact_reasons().get("trim", "it is off.")
+            reason = self._savings_left_out.get("trim", "it is off.")
             refuse_unused(self.args, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
 
     def _route_checkpointing_options(self) -> None:
