@@ -80,7 +80,7 @@ _LOADER_FLAGS = frozenset("split_batches dispatch_batches even_batches use_seeda
 def _loader(value: Any) -> bool:
     """Of `accelerator_config` what concerns the data; as text it would be the path of a file."""
     return isinstance(value, dict) and all(
-        name in _LOADER_FLAGS and (inner is None or _flag(inner)) for name, inner in value.items() if inner is not None
+        not inner or (name in _LOADER_FLAGS and _flag(inner)) for name, inner in value.items()
     )
 
 
@@ -187,7 +187,6 @@ _CALLBACKS: dict[str, dict[str, str]] = {
     "MemoryBudgetCallback": _arguments(number="budget_gib max_tokens", flag="offload"),
     "MultigridLRCallback": _arguments(shapes="shapes", number="exponent"),
     "RandomLTDCallback": _arguments(number="min_tokens max_tokens ramp_fraction multiple"),
-    "ReptileCallback": _arguments(number="every_steps beta", flag="last_partial"),
     "SamplerCallback": _arguments(sampler="sampler"),
     "SelectiveCheckpointCallback": {},
     "TrainDoctor": _arguments(limits="limits"),
@@ -234,17 +233,15 @@ _ROLLOUTS: dict[str, dict[str, str]] = {
     "PassRateBand": _arguments(number="low high"),
     "ShuffledPrompts": _arguments(number="size seed"),
 }
-_TARGETS = _arguments(
-    word="task_type", modules="target_modules exclude_modules modules_to_save", plain="layers_to_transform", key="bias"
-)
-_PATTERNS = _arguments(modules="layers_pattern", ranks="rank_pattern alpha_pattern")
+_TARGETS = _arguments(word="task_type", modules="target_modules exclude_modules modules_to_save")
+_PATTERNS = _arguments(modules="layers_pattern", ranks="rank_pattern alpha_pattern", plain="layers_to_transform")
 _LORA = {
     **_TARGETS,
     **_PATTERNS,
     **_arguments(
         number="r lora_alpha lora_dropout",
         flag="fan_in_fan_out use_rslora use_dora lora_bias ensure_weight_tying",
-        word="init_lora_weights",
+        word="init_lora_weights bias",
         modules="target_parameters",
         plain="trainable_token_indices layer_replication",
     ),
@@ -267,6 +264,7 @@ _ADAPTERS: dict[str, dict[str, str]] = {
 #: public module -> class -> argument -> kind
 CLASSES: dict[str, dict[str, dict[str, str]]] = {
     "hf_effi": {**_CALLBACKS, **_OBJECTS},
+    "hf_effi.callbacks.reptile": {"ReptileCallback": _arguments(number="every_steps beta", flag="last_partial")},
     "hf_effi.functional.curriculum": {"Denoiser": _arguments(word="mode", number="density mean_span weight")},
     "hf_effi.functional.rollouts": _ROLLOUTS,
     "hf_effi.functional.schedules": _SCHEDULES,
@@ -437,7 +435,7 @@ def _shown(value: Any) -> str:
 
 def admitted() -> list[tuple[str, str]]:
     """Return every path that a card may name with its arguments, for the documentation and the test that reads it."""
-    rows = []
+    rows: list[tuple[str, str]] = []
     for module, classes in CLASSES.items():
         for name, arguments in classes.items():
             rows.append((f"{module}:{name}", ", ".join(f"{a} ({k})" for a, k in arguments.items()) or "no arguments"))
