@@ -109,9 +109,31 @@ def environments_table(root: Path) -> str:
     return markdown_table(["environment", *suites], table, numbers=False)
 
 
+def card_objects(root: Path) -> str:
+    """Return what a card may name, from the allow-list itself."""
+    from hf_effi.hub.admitted import admitted
+
+    return markdown_table(
+        ["class or function", "arguments (kind of value)"], [(f"`{p}`", a) for p, a in admitted()], False
+    )
+
+
+def card_arguments(root: Path) -> str:
+    """Return the arguments of a trainer that a card may set."""
+    from hf_effi.hub.admitted import ARGUMENTS, KINDS
+
+    rows = []
+    for kind in dict.fromkeys(ARGUMENTS.values()):
+        names = sorted(name for name, found in ARGUMENTS.items() if found == kind)
+        rows.append((KINDS[kind][1], ", ".join(f"`{name}`" for name in names)))
+    return markdown_table(["kind of value", "arguments"], rows, False)
+
+
 VIEWS = {
     "papers": papers_table,
     "other_sources": other_sources_table,
     "versions": versions_table,
     "environments": environments_table,
+    "card_objects": card_objects,
+    "card_arguments": card_arguments,
 }
