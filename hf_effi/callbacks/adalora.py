@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ._owners import Role
 from ._turns import LAST, WRITE, TurnCallback, in_turn
 from .probing import outside_probes, trained_steps, trained_total
 
@@ -48,6 +49,8 @@ class AdaLoRACallback(TurnCallback):
     Trainer(get_peft_model(model, config), args, train_dataset=rows, callbacks=[AdaLoRACallback()]).train()
     ```
     """
+
+    role = Role("AdaLoRA ranks", "Two callbacks want to move the ranks of AdaLoRA", "Keep one.")
 
     def __init__(self, set_total_step: bool = False) -> None:
         if not isinstance(set_total_step, bool):

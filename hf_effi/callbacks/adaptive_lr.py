@@ -36,8 +36,8 @@ class _RuleCallback(LRFactorCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         check_scheduler(kwargs.get("lr_scheduler"))
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0 and self.key in state.stateful_callbacks:
             self.rule.load_state_dict(state.stateful_callbacks[self.key])
 

@@ -76,9 +76,13 @@ def branch_cooldown(
         raise ScheduleError(f"{source} holds the weights of a probe, which was undone later. Branch from another one.")
     state = json.loads(state_file.read_text())
     stored = state.get("stateful_callbacks", {}).get(STATE_KEY)
+    if stored is not None and stored.get("step", state["global_step"]) != state["global_step"]:
+        stored = None  # carried along by a run that followed another schedule
     if schedule is None:
         if stored is None:
-            raise ScheduleError(f"{source} was trained without LRScheduleCallback. Pass schedule=..., the trunk's.")
+            raise ScheduleError(
+                f"{source} was trained without LRScheduleCallback or lr_schedule. Pass schedule=..., the trunk's."
+            )
         schedule = Schedule.from_spec(stored["current"])
     if not hasattr(schedule, "start_decay"):
         raise ScheduleError(f"{type(schedule).__name__} has no plateau to branch from. Use wsd or infinite.")
@@ -92,7 +96,12 @@ def branch_cooldown(
     shutil.copytree(source, target)
     learning_rate = stored["learning_rate"] if stored else _learning_rate(state, schedule)
     entry = {"built": decaying.spec(), "current": decaying.spec(), "decay_asked_at": None, "counter": None}
-    state["stateful_callbacks"][STATE_KEY] = {**entry, "learning_rate": learning_rate}
+    state["stateful_callbacks"][STATE_KEY] = {
+        **(stored or {}),
+        **entry,
+        "learning_rate": learning_rate,
+        "run_steps": total,
+    }
     state["max_steps"] = total
     (target / "trainer_state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
     return Branch(str(target), str(output_dir), total, decaying)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.doctor import (
     GRPO_RULES,
@@ -20,6 +20,7 @@ from ..functional.doctor import (
     TrainLimits,
     diagnose,
 )
+from ._owners import OwningCallback, Role
 from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
 from .probing import in_probe, plan_of
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
 
 
-class TrainDoctor(TrainerCallback):
+class TrainDoctor(OwningCallback):
     """
     Watch a run of any Trainer and say what is wrong, once, with the step and what to try.
 
@@ -69,6 +70,11 @@ class TrainDoctor(TrainerCallback):
         self._watch: ForwardWatch | None = None
         self._used_lr: float | None = None
 
+    @property
+    def role(self) -> Role:
+        """One doctor of each class: a second one would overwrite the findings of the first in the checkpoint."""
+        return Role(self._state_key, "Two doctors want to keep their findings in one place", "Keep one.")
+
     def facts(self, args: Any, state: TrainerState, optimizer: Any, scheduler: Any) -> RunFacts:
         """Return what is known when training begins."""
         processes, accumulation = args.world_size, args.gradient_accumulation_steps
@@ -87,6 +93,7 @@ class TrainDoctor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         self._facts = self.facts(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
         stored = state.stateful_callbacks.get(self._state_key, []) if state.global_step > 0 else []
         self.findings, self._trace = [Finding(**finding) for finding in stored], []

@@ -9,8 +9,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.curriculum import CurriculumError, Multigrid, check_number
 from ._lr_factors import LRFactorCallback
+from ._owners import Role, owner_of
 from .lr_schedule import check_scheduler
 from .probing import trained_steps, trained_total
+
+#: who cuts the rows of a run
+SEQUENCE_LENGTH = Role("sequence length", "Two objects want to set the sequence length", "Keep one.", CurriculumError)
 
 
 class MultigridLRCallback(LRFactorCallback):
@@ -25,7 +29,7 @@ class MultigridLRCallback(LRFactorCallback):
         exponent (`float`, *optional*, defaults to 1.0): `p` in `[0, 1]`; 0.5 is the square-root rule.
 
     Raises:
-        CurriculumError: another kind of object, or `exponent` out of range.
+        CurriculumError: another kind of object, `exponent` out of range, or a Trainer whose `sequence_length` is another.
         ScheduleError: the scheduler is driven by a metric or owned by DeepSpeed.
 
     Example:
@@ -50,3 +54,10 @@ class MultigridLRCallback(LRFactorCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         check_scheduler(kwargs.get("lr_scheduler"))
+        cutter = owner_of(state, SEQUENCE_LENGTH)
+        if cutter != self.shapes:
+            raise CurriculumError(
+                f"MultigridLRCallback has {self.shapes!r}, but the Trainer has sequence_length={cutter!r}: the LR would "
+                "follow shapes that the batches do not have. Use a Trainer with SequenceLengthMixin and pass one Multigrid "
+                "to both."
+            )

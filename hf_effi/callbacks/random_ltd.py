@@ -9,6 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..parallel.patch_handle import PatchHandle
 from ..parallel.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
+from ._owners import Role
 from ._turns import WRITE, TurnCallback, in_turn
 from .kernel_patch import refuse_data_parallel
 from .probing import in_probe, outside_probes, trained_steps, trained_total
@@ -49,6 +50,8 @@ class RandomLTDCallback(TurnCallback):
     ```
     """
 
+    role = Role("layer tokens", "Two callbacks want to drop tokens of the layers", "Keep one.", RandomLTDError)
+
     def __init__(self, min_tokens: int, max_tokens: int, *, ramp_fraction: float = 0.7, multiple: int = 16) -> None:
         check_range(min_tokens, max_tokens, multiple)
         if (
@@ -85,14 +88,14 @@ class RandomLTDCallback(TurnCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        refuse_data_parallel(args)
-        refuse_trainer(args)
+        _refuse(args)
+        super().on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _refuse(args)  # a callback may be added after the Trainer was built
         super().on_train_begin(args, state, control, **kwargs)
-        self.on_init_end(args, state, control)  # a callback may be added after the Trainer was built
         self._revert()  # left by a run that failed
         self.dropping = TokenDropping(args.seed, args.process_index)
         stored = state.stateful_callbacks.get(STATE_KEY, {}) if state.global_step else {}
@@ -174,6 +177,11 @@ class RandomLTDCallback(TurnCallback):
 
     def _layer_tokens(self, step: int, max_steps: int) -> int:
         return layer_tokens(1, self.max_tokens, self._kept(step, max_steps), self._num_layers, self._num_layers - 2)
+
+
+def _refuse(args: TrainingArguments) -> None:
+    refuse_data_parallel(args)
+    refuse_trainer(args)
 
 
 def refuse_trainer(args: TrainingArguments) -> None:

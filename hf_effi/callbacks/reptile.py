@@ -10,6 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..functional.reptile import reptile_step
+from ._owners import Role
 from ._turns import WRITE, TurnCallback, in_turn
 from .probing import holds_training_weights, outside_probes, trained_steps, trained_total
 
@@ -40,6 +41,8 @@ class ReptileCallback(TurnCallback):
     Trainer(model, args, train_dataset=rows, callbacks=[ReptileCallback(every_steps=100, beta=0.3)]).train()
     ```
     """
+
+    role = Role("Reptile", "Two Reptile steps want the same place in a checkpoint", "Keep one.")
 
     def __init__(self, every_steps: int, beta: float, *, last_partial: bool = False) -> None:
         if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:

@@ -9,20 +9,22 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
 from .._run_record import RunStore
 from ..methods import METHODS, find_method
+from ._owners import OwningCallback, Role
 from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
+from .patch import PatchCallback
 from .probing import mark_log, plan_of
 from .snapshot import restore_rng, take_rng
 
@@ -35,10 +37,16 @@ _METHOD_OF_ARGUMENT = {
     "exact_savings": ("exact_savings", (None, "off")),
     "difficulty_range": ("difficulty_filter", (None,)),
     "prune_rate": ("cppo", (None, 0, 0.0)),
+    "kernel_patch": ("kernel_patch", (None,)),
+    "sequence_parallel_size": ("sequence_parallel", (None, 1)),
 }
+#: what argument and object have in common: the objects that a user passes in place of these arguments
+_METHOD_OF_OBJECT = {"PassRateBand": "difficulty_filter", "AdvantagePruner": "cppo"}
+#: callbacks that are the way to many methods, and no method themselves
+_DOORS = {"LRScheduleCallback", "PatchCallback", "RunRecordCallback"}
 
 
-class RunRecordCallback(TrainerCallback):
+class RunRecordCallback(OwningCallback):
     """
     Write what a run was and did: arguments, schedule, methods, versions, hardware, commits, data, time, tokens, drops.
 
@@ -53,7 +61,7 @@ class RunRecordCallback(TrainerCallback):
             tell, for example those of callbacks such as `"adalora"`.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or a second record of the same run.
 
     Example:
     ```python
@@ -63,6 +71,12 @@ class RunRecordCallback(TrainerCallback):
     print(read_run(args.output_dir)["totals"]["seconds"])
     ```
     """
+
+    role = Role(
+        "run record",
+        "Two records of one run want to be written into output_dir",
+        "Keep one: an Effi trainer makes its own, unless one is in the list of callbacks already.",
+    )
 
     def __init__(self, methods: Sequence[str] = ()) -> None:
         if isinstance(methods, str) or not isinstance(methods, Collection):
@@ -85,6 +99,7 @@ class RunRecordCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         self._close()
         if not state.is_world_process_zero:
             return
@@ -303,12 +318,30 @@ def schedule_of(args: Any, state: TrainerState, scheduler: Any) -> dict[str, Any
 
 def methods_of(args: Any, state: TrainerState, schedule: dict[str, Any]) -> set[str]:
     """Return the keys of methods that arguments, schedule and sampler tell."""
-    names = {schedule.get("kind"), state.stateful_callbacks.get("hf_effi.sampler", {}).get("sampler")}
-    found = set(methods_by_name(names))
+    sampler = state.stateful_callbacks.get("hf_effi.sampler", {})
+    # A class of a user may have the name of one of ours; checkpoints of earlier versions hold the name alone.
+    ours = sampler.get("class", "hf_effi.").split("(")[-1].startswith("hf_effi.")
+    found = set(methods_by_name({schedule.get("kind"), sampler.get("sampler") if ours else None}))
+    found |= {"exact_sampler_resume"} if sampler else set()
     for argument, (key, off) in _METHOD_OF_ARGUMENT.items():
         if getattr(args, argument, None) not in off:
             found.add(key)
     return found
+
+
+def methods_of_parts(parts: Iterable[Any]) -> set[str]:
+    """Return the keys of methods that these callbacks, samplers and policies are; classes of users count as their base."""
+    names, found = set(), set()
+    for part in parts:
+        ours = next((base for base in type(part).__mro__ if base.__module__.startswith("hf_effi.")), None)
+        if ours is None:
+            continue
+        names.add(ours.__name__)
+        found.update(_METHOD_OF_OBJECT[name] for name in [ours.__name__] if name in _METHOD_OF_OBJECT)
+        if ours is PatchCallback:
+            functions = [getattr(patch, "func", patch) for patch in part.patches]
+            names.update(f.__name__ for f in functions if getattr(f, "__module__", "").startswith("hf_effi."))
+    return found.union(methods_by_name(names - _DOORS))
 
 
 def methods_by_name(names: Collection[str | None]) -> list[str]:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.schedules import warn_decay_to_zero
+from ._owners import Role
 from ._turns import READ, TurnCallback, in_turn
 from .probing import plan_of, trained_total
 
@@ -50,6 +51,12 @@ class WeightAveragingCallback(TurnCallback):
     Trainer(model, args, train_dataset=rows, callbacks=[WeightAveragingCallback(swap_in=True)]).train()
     ```
     """
+
+    role = Role(
+        "weight average",
+        "Two averages of the weights want the same place in a checkpoint",
+        "Keep one; average_checkpoints makes others from the checkpoints of the run.",
+    )
 
     def __init__(
         self,

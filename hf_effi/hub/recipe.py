@@ -13,7 +13,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .._run_record import REDACTED, redact
-from ..callbacks.run_record import describe_data, describe_model, methods_by_name, methods_of, schedule_of
+from ..callbacks.run_record import describe_data, describe_model, methods_of, methods_of_parts, schedule_of
 from ._worker import describe_failure
 from .objects import TRAINER_PACKAGES, NotPlainError, find, from_plain, path_of, to_plain
 
@@ -83,7 +83,7 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     schedule = schedule_of(trainer.args, trainer.state, trainer.lr_scheduler)
     parts = [*own_callbacks(trainer), *(getattr(trainer, name, None) for name in _OBJECTS)]
-    methods = {*methods_of(trainer.args, trainer.state, schedule), *methods_by_name({type(p).__name__ for p in parts})}
+    methods = {*methods_of(trainer.args, trainer.state, schedule), *methods_of_parts(parts)}
     return redact(
         {
             "schema": SCHEMA,
@@ -101,8 +101,12 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
 
 
 def own_callbacks(trainer: Any) -> list[TrainerCallback]:
-    """Return the trainer's callbacks that are methods of this package, without those that only observe or publish."""
-    silent = {"RunRecordCallback", "HubCallback"}
+    """
+    Return the trainer's callbacks that are methods of this package.
+
+    Without those that only observe or publish, and the one that the arguments make (`lr_schedule`).
+    """
+    silent = {"RunRecordCallback", "HubCallback", "ConfigSchedule"}
     return [
         callback
         for callback in trainer.callback_handler.callbacks

@@ -59,6 +59,9 @@ class GroupSampler(EffiSampler):
             "layout": [self.mini_repeat_count, self.batch_size, self.repeat_count],
         }
 
+    def identity(self) -> str:
+        return f"{super().identity()}({self.sampler.identity()})"
+
     def learned_state(self) -> dict[str, Any]:
         return self.sampler.state_dict()
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..callbacks._owners import claim
+from ..callbacks.multigrid import SEQUENCE_LENGTH
 from ..callbacks.probing import trained_steps, trained_total
 from ..functional.curriculum import CurriculumError, rechunk
 
@@ -48,6 +50,11 @@ class SequenceLengthMixin:
             )
         self.sequence_length = sequence_length
         super().__init__(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sequence_length is not None:
+            claim(self.state, SEQUENCE_LENGTH, self.sequence_length, "sequence_length=")
+        return super()._prepare_for_training(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         if self.sequence_length is not None:

@@ -11,13 +11,18 @@ from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..callbacks._owners import claim
 from ..callbacks.probing import training_weights
+from ..callbacks.sampler import ROW_ORDER
 from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
+    STATE_KEY,
     check_plan,
+    check_stored_order,
     check_trainer,
     in_layout_of,
     resume_in_dispatcher,
+    store_order,
     warn_order_against_decay,
 )
 from ._token_budget import rank_batches
@@ -63,6 +68,7 @@ class SamplerMixin:
         super().__init__(*args, **kwargs)
         if train_sampler is not None:
             check_trainer(self.args, self.train_dataset, train_sampler)
+            claim(self.state, ROW_ORDER, train_sampler, "train_sampler=", at="built")
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         stock = super()._get_train_sampler(*args, **kwargs)
@@ -79,9 +85,11 @@ class SamplerMixin:
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self._served_sampler is not None:
+            claim(self.state, ROW_ORDER, self.train_sampler, "train_sampler=")
             check_plan(self.train_sampler, max_steps, train_dataloader, self.args.gradient_accumulation_steps)
             if resume_from_checkpoint is not None:
                 self._load_sampler(resume_from_checkpoint)
+            store_order(self.state, self._served_sampler)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +145,8 @@ class SamplerMixin:
         sampler.observe(epoch, values)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._served_sampler is not None and STATE_KEY in self.state.stateful_callbacks:
+            self.state.stateful_callbacks[STATE_KEY]["step"] = self.state.global_step
         if self._served_sampler is not None and self.args.should_save and not self.args.save_only_model:
             folder = os.path.join(
                 self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -149,8 +159,11 @@ class SamplerMixin:
     def _load_sampler(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, SAMPLER_FILE)
         if not os.path.exists(path):
-            raise SamplerMismatchError(
-                f"{checkpoint} has no {SAMPLER_FILE}: it was trained without train_sampler, in another order. Resume "
-                "without train_sampler, or start a new run from the weights."
-            )
+            check_stored_order(self.state, self._served_sampler)  # of SamplerCallback, which writes no file
+            if self.train_sampler.rule != "A":
+                raise SamplerMismatchError(
+                    f"{checkpoint} has no {SAMPLER_FILE}, which holds what {type(self.train_sampler).__name__} has learned. "
+                    "Resume from a checkpoint that has it (save_only_model=False), or start a new run from the weights."
+                )
+            return
         self._served_sampler.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -65,12 +65,19 @@ def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> Los
         raise ScheduleError(f"{path} has {len(points)} values of {metric}; at least 4 are needed. Log more often.")
     total = max(points)
     stored = state.get("stateful_callbacks", {}).get("hf_effi.lr_schedule")
+    logged = {row["step"]: row["learning_rate"] for row in history if "learning_rate" in row}
+    etas = None
     if stored:
-        schedule, lr = Schedule.from_spec(stored["current"]), stored["learning_rate"]
+        schedule, lr = Schedule.from_spec(stored["current"]), stored.get("base_lrs", [stored["learning_rate"]])[0]
         etas = tuple(lr * schedule(t) for t in range(total))
-    else:
-        etas = _interpolate({row["step"]: row["learning_rate"] for row in history if "learning_rate" in row}, total)
+        if "base_lrs" in stored and not _agree(etas, logged):
+            etas = None  # the run was resumed with another schedule or LR on its way
+    etas = _interpolate(logged, total) if etas is None else etas
     return LossCurve(etas, tuple(sorted(points)), tuple(float(points[s]) for s in sorted(points)))
+
+
+def _agree(etas: Sequence[float], logged: dict[int, float]) -> bool:
+    return all(math.isclose(etas[step - 1], lr, rel_tol=1e-6) for step, lr in logged.items() if 0 < step <= len(etas))
 
 
 def _interpolate(known: dict[int, float], total: int) -> tuple[float, ...]:
