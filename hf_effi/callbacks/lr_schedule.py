@@ -307,7 +307,7 @@ def _note_asked(asked: Followed, followed: Followed, optimizer: Optimizer) -> No
         lrs = tuple(lr * (asked.learning_rate / followed.learning_rate) for lr in followed.base_lrs)
         _MADE_FOR[optimizer] = asked.learning_rate
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-        if float(group["initial_lr"]) != lr:
+        if "initial_lr" not in group or float(group["initial_lr"]) != lr:
             group["initial_lr"] = lr
 
 
@@ -337,8 +337,8 @@ def check_scheduler(scheduler: Any) -> None:
     owned = any(known in names for known in _DEEPSPEED) or type(scheduler).__module__.startswith("deepspeed")
     if owned:
         raise ScheduleError(
-            f"DeepSpeed owns the LR scheduler ({name}), so a callback cannot set the LR. Use EffiTrainer with "
-            "lr_schedule=..., and remove the 'scheduler' section from the DeepSpeed config."
+            f"DeepSpeed owns the LR scheduler ({name}), so a callback cannot set the LR. Remove the 'scheduler' section from "
+            "the DeepSpeed config, and use LRScheduleCallback or lr_schedule=... of an Effi trainer."
         )
     if any(known in names for known in _METRIC_DRIVEN):
         raise ScheduleError(

@@ -21,11 +21,15 @@ from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
 from .._run_record import RunStore
 from ..methods import METHODS, find_method
-from ._owners import OwningCallback, Role
+from ..samplers.trainer_checks import STATE_KEY as ORDER_KEY
+from ._owners import OwningCallback, Role, owner_of
 from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
+from .lr_schedule import LEARNING_RATE, LRScheduleCallback
+from .lr_schedule import STATE_KEY as SCHEDULE_KEY
 from .patch import PatchCallback
 from .probing import mark_log, plan_of
+from .sampler import ROW_ORDER
 from .snapshot import restore_rng, take_rng
 
 logger = logging.getLogger(__name__)
@@ -303,8 +307,8 @@ def _plain(value: Any) -> Any:
 
 def schedule_of(args: Any, state: TrainerState, scheduler: Any) -> dict[str, Any]:
     """Return the spec of a schedule of this package, or the arguments of the Trainer's own."""
-    stored = state.stateful_callbacks.get("hf_effi.lr_schedule")
-    if stored is not None:
+    stored = state.stateful_callbacks.get(SCHEDULE_KEY)
+    if stored is not None and _is_live(stored, state, LEARNING_RATE, LRScheduleCallback):
         return stored["current"]
     own = getattr(scheduler, "schedule", None)
     if hasattr(own, "spec"):
@@ -318,7 +322,8 @@ def schedule_of(args: Any, state: TrainerState, scheduler: Any) -> dict[str, Any
 
 def methods_of(args: Any, state: TrainerState, schedule: dict[str, Any]) -> set[str]:
     """Return the keys of methods that arguments, schedule and sampler tell."""
-    sampler = state.stateful_callbacks.get("hf_effi.sampler", {})
+    sampler = state.stateful_callbacks.get(ORDER_KEY, {})
+    sampler = sampler if _is_live(sampler, state, ROW_ORDER, object) else {}
     # A class of a user may have the name of one of ours; checkpoints of earlier versions hold the name alone.
     ours = sampler.get("class", "hf_effi.").split("(")[-1].startswith("hf_effi.")
     found = set(methods_by_name({schedule.get("kind"), sampler.get("sampler") if ours else None}))
@@ -327,6 +332,12 @@ def methods_of(args: Any, state: TrainerState, schedule: dict[str, Any]) -> set[
         if getattr(args, argument, None) not in off:
             found.add(key)
     return found
+
+
+def _is_live(entry: dict[str, Any], state: TrainerState, role: Role, writer: type) -> bool:
+    """Whether an entry of the state is of this run, and not carried along from a checkpoint by a run without it."""
+    owner = owner_of(state, role)
+    return (owner is not None and isinstance(owner, writer)) or entry.get("step") == state.global_step
 
 
 def methods_of_parts(parts: Iterable[Any]) -> set[str]:

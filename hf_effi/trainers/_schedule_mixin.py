@@ -150,7 +150,9 @@ class ScheduleMixin:
             self.lr_schedule = None
             return None
         if self.lr_schedule is None:
-            self.lr_schedule = ConfigSchedule(schedule)
+            # DeepSpeed makes its scheduler with a shallow copy of the trainer, which has the same list.
+            made = (callback for callback in callbacks if isinstance(callback, ConfigSchedule))
+            self.lr_schedule = next(made, None) or ConfigSchedule(schedule)
         self.lr_schedule.built, self.lr_schedule.on_mismatch = schedule, self.args.lr_schedule_on_mismatch
         if self.lr_schedule not in callbacks:
             callbacks.insert(0, self.lr_schedule)  # before the callbacks that read the LR

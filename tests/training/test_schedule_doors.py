@@ -356,3 +356,47 @@ def test_a_schedule_of_ones_own_trains_and_resumes(tmp_path):
     refusal = go("config", tmp_path / "cosine", 12, kind="cosine", resume=True)
     assert "test_schedule_followed:cosine -> cosine" in str(refusal)
     assert linear(12).spec()["kind"] == "linear"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_under_deepspeed_the_trainers_scheduler_is_followed_inside_the_wrapper(tmp_path, door):
+    """DeepSpeed has a shallow copy of the trainer make the scheduler, wraps it, steps it and stores it itself."""
+    import copy
+
+    from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+    from transformers import TrainerState
+
+    def engine(resumed=None, mode="error", lr=1e-2):
+        trainer = build(door, tmp_path, mode=mode, learning_rate=lr)
+        optimizer = torch.optim.SGD(trainer.model.parameters(), lr=lr)
+        twin = copy.copy(trainer)
+        inner = twin.create_scheduler(12, optimizer)
+        if resumed is not None:
+            optimizer.load_state_dict(resumed["optimizer"])
+            inner.load_state_dict(resumed["scheduler"])
+        wrapper, state = DeepSpeedSchedulerWrapper(inner, optimizer), TrainerState(max_steps=12)
+        state.stateful_callbacks = {} if resumed is None else copy.deepcopy(resumed["entries"])
+        state.global_step = start = 0 if resumed is None else 4
+        parts = {"lr_scheduler": wrapper, "optimizer": optimizer, "model": trainer.model}
+        trainer.schedule.on_train_begin(trainer.args, state, trainer.control, **parts)
+        assert sum(isinstance(part, LRScheduleCallback) for part in trainer.callback_handler.callbacks) == 1
+        lrs = []
+        for _ in range(4):
+            lrs.append(wrapper.get_last_lr()[0])
+            assert lrs[-1] == optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            inner.step()
+            state.global_step += 1
+            trainer.schedule.on_step_end(trainer.args, state, trainer.control, **parts)
+        saved = {"optimizer": optimizer.state_dict(), "scheduler": inner.state_dict()}
+        expected = [1 - t / 12 for t in range(start, start + 4)]
+        return lrs, expected, {**saved, "entries": state.stateful_callbacks}
+
+    lrs, expected, saved = engine()
+    assert lrs == [1e-2 * m for m in expected]
+    lrs, expected, _ = engine(saved)
+    assert lrs == [1e-2 * m for m in expected]
+    lrs, expected, _ = engine(saved, "new", 4e-3)
+    assert lrs == pytest.approx([4e-3 * m for m in expected], rel=1e-12)
+    with pytest.raises(ScheduleMismatchError, match="learning_rate=0.01, this run has 0.004"):
+        engine(saved, "error", 4e-3)

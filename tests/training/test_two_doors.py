@@ -303,6 +303,16 @@ def test_a_card_of_either_door_makes_the_same_run_again(tmp_path):
     compare_runs(*runs)
 
 
+def test_a_record_does_not_tell_of_what_only_the_checkpoint_had(tmp_path):
+    first = [LRScheduleCallback(cosine()), SamplerCallback(ShuffledSampler(24)), StopAt(4)]
+    sampler_trainer(tmp_path, Trainer, callbacks=first).train()
+    resumed = sampler_trainer(tmp_path, Trainer, callbacks=[RunRecordCallback()], lr_scheduler_type="constant")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    record = read_run(tmp_path)
+    assert record["schedule"]["lr_scheduler_type"] == "constant" and record["methods"] == []
+    assert recipe_of(resumed)["schedule"]["lr_scheduler_type"] == "constant"
+
+
 # ---- shapes, and the policies of GRPO ----
 
 
