@@ -220,6 +220,12 @@ class AutoLRSCallback(LRFactorCallback):
                 "on. Start from its weights in a new run."
             )
         self.progress = state.stateful_callbacks[STATE_KEY]
+        until = self.progress.get("step", state.global_step)
+        if until != state.global_step:
+            raise ScheduleError(
+                f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback since update {until}; its "
+                "search cannot go on. Start from its weights in a new run."
+            )
         if self.progress["phase"] == "probe" and (self.progress["tried"] or self.progress["done"]):
             # In the middle of a search the weights to go back to are not those of the checkpoint.
             trained, file = self.progress["world_size"], self._file(args, state)
@@ -271,6 +277,7 @@ class AutoLRSCallback(LRFactorCallback):
                 self._lengthen()
                 self._begin_stage(args, state)
         self._micro = []
+        progress["step"] = state.global_step
         state.stateful_callbacks[STATE_KEY] = progress
         store_probes(state)
         hold_back(args, state, control)
