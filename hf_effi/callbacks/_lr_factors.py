@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.schedules import ScheduleError
+from ._owners import Role
 from ._turns import WRITE, TurnCallback, in_turn
 
 #: before the name of a factor in the log
@@ -21,7 +22,6 @@ _ATTRIBUTE = "_hf_effi_lr_factors"
 
 @dataclass
 class _Offer:
-    owner: Any
     factor: Callable[[], float]
     lowest: float
     update: int
@@ -54,20 +54,9 @@ class LRFactors:
             setattr(state, _ATTRIBUTE, cls(scheduler))
         return getattr(state, _ATTRIBUTE)
 
-    def offer(self, name: str, owner: Any, factor: Callable[[], float], update: int, lowest: float = 0.0) -> None:
-        """
-        Offer a factor for one update; it is asked for when the LR is written.
-
-        Raises:
-            ScheduleError: another object offers the same factor for this update.
-        """
-        known = self._offers.get(name)
-        if known is not None and known.owner is not owner and known.update == update:
-            raise ScheduleError(
-                f"Two {type(owner).__name__} multiply the LR of one run, and both keep their state under one name. Keep "
-                "one of them."
-            )
-        self._offers[name] = _Offer(owner, factor, lowest, update)
+    def offer(self, name: str, factor: Callable[[], float], update: int, lowest: float = 0.0) -> None:
+        """Offer a factor for one update; it is asked for when the LR is written."""
+        self._offers[name] = _Offer(factor, lowest, update)
 
     def write(self, update: int) -> None:
         """Write the LR of this update into every parameter group and into what the scheduler reports as its last LR."""
@@ -102,6 +91,13 @@ class LRFactorCallback(TurnCallback):
 
     factor = ""
 
+    @property
+    def role(self) -> Role:
+        """One factor of each name: a second one would share its entry in the checkpoint."""
+        return Role(
+            ("LR factor", self.factor), "Two callbacks multiply the LR by one rule", "Keep one.", ScheduleError
+        )
+
     def multiplier(self, state: TrainerState, scheduler: LambdaLR) -> float:
         """Return what the scheduled LR of the update in progress is multiplied by."""
         raise NotImplementedError
@@ -117,7 +113,7 @@ class LRFactorCallback(TurnCallback):
         super().on_step_begin(args, state, control, **kwargs)
         scheduler = kwargs["lr_scheduler"]
         LRFactors.of(state, scheduler).offer(
-            self.factor, self, lambda: self.multiplier(state, scheduler), state.global_step + 1, self.lowest_lr
+            self.factor, lambda: self.multiplier(state, scheduler), state.global_step + 1, self.lowest_lr
         )
 
     def on_pre_optimizer_step(

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ._owners import OwningCallback
+
 #: turns: who reads what the optimizer did, who writes weights (or a log entry), who reads the result, who comes last
 MEASURE, WRITE, READ, LAST = range(4)
 _ATTRIBUTE = "_hf_effi_turns"
@@ -36,12 +38,13 @@ def _turns_of(state: TrainerState) -> _Turns:
     return getattr(state, _ATTRIBUTE)
 
 
-class TurnCallback(TrainerCallback):
+class TurnCallback(OwningCallback):
     """Says in each update that it is there; a callback that was taken out of the list no longer takes its turn."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         _turns_of(state).present[id(self)] = (self, state.global_step)
 
     def on_step_begin(

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
-from ._owners import OwningCallback, Role
+from ._owners import Role
 from ._side_file import SideFileCallback
 from ._turns import LAST, WRITE, TurnCallback, in_turn
 from .probing import outside_probes, trained_steps, trained_total
@@ -21,7 +21,7 @@ STATE_FILE = "effi_adalora.pt"
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
-class AdaLoRACallback(OwningCallback, TurnCallback, SideFileCallback):
+class AdaLoRACallback(TurnCallback, SideFileCallback):
     """
     Call PEFT's `update_and_allocate` after every update, so that AdaLoRA reaches its rank budget.
 

@@ -15,7 +15,6 @@ from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
 from ._lr_factors import LRFactorCallback
-from ._owners import OwningCallback, Role
 from ._side_file import SideFileCallback
 from ._turns import MEASURE, in_turn
 from .lr_schedule import check_scheduler
@@ -24,13 +23,8 @@ from .probing import in_probe, outside_probes
 logger = logging.getLogger(__name__)
 
 
-class _RuleCallback(OwningCallback, LRFactorCallback):
+class _RuleCallback(LRFactorCallback):
     """Multiplies the scheduled LR by what a rule says, whose state is in the checkpoint. Probes are not shown to the rule."""
-
-    @property
-    def role(self) -> Role:
-        """One rule of each kind: a second one would share its entry in the checkpoint."""
-        return Role(self.key, f"Two multipliers of the LR share the state {self.key!r}", "Keep one.", ScheduleError)
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
@@ -46,8 +40,8 @@ class _RuleCallback(OwningCallback, LRFactorCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         check_scheduler(kwargs.get("lr_scheduler"))
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0 and self.key in state.stateful_callbacks:
             self.rule.load_state_dict(state.stateful_callbacks[self.key])
 

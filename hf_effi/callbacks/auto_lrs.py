@@ -14,15 +14,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._compat import require
 from ..functional.options import refuse_idle
 from ..functional.probes import is_probed
-from ..functional.schedules import ScheduleError, ScheduleLR
+from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number, check_steps
 from ._lr_factors import LRFactorCallback
-from ._owners import OwningCallback, Role
 from ._side_file import SideFileCallback
 from ._turns import MEASURE, WRITE, in_turn
 from .adaptive_lr import refuse_sharded
-from .lr_schedule import STATE_KEY as SCHEDULE_KEY
-from .lr_schedule import check_scheduler
+from .lr_schedule import LEARNING_RATE, check_scheduler
 from .lr_search import (
     BROKEN,
     mean_over_ranks,
@@ -41,7 +39,7 @@ STATE_KEY = "hf_effi.auto_lrs"
 _EVALUATIONS = 16
 
 
-class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
+class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     """
     AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
     their losses extrapolated to the end of the stage, and the stage then runs at the best one.
@@ -73,7 +71,7 @@ class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
             value.
     """
 
-    role = Role("AutoLRS", "Two searches want to try learning rates", "Keep one.", ScheduleError)
+    role = LEARNING_RATE
     factor = "auto_lrs"
 
     def __init__(
@@ -114,7 +112,6 @@ class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
         self._snapshot: dict[str, Any] | None = None
         self._micro: list[float] = []
         self._handle: Any = None
-        self._schedule_is_checked = False
 
     def _at_the_start(self) -> dict[str, Any]:
         return {
@@ -179,6 +176,7 @@ class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
                 f"AutoLRSCallback sets the LR, but lr_scheduler_type={kind!r} and warmup_steps={args.warmup_steps}. Use "
                 "lr_scheduler_type='constant' and warmup_steps=0."
             )
+        refuse_schedule(state, kwargs["lr_scheduler"])
         if self._validates and self._source is None:
             raise ScheduleError(
                 "AutoLRSCallback judges probes by the validation loss once stages have max_stage_steps="
@@ -202,22 +200,13 @@ class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
         announce_probes(state, self, blocks, lambda: self._lend_weights(model))
         self._handle = model.register_forward_hook(self._note_loss)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if (
-            not self._schedule_is_checked
-        ):  # and not in on_train_begin, where another callback may still set the schedule
-            refuse_schedule(state, kwargs["lr_scheduler"])
-            self._schedule_is_checked = True
-
     def _forget_last_run(self, args: TrainingArguments, model: torch.nn.Module, optimizer: Any) -> None:
         """A run that failed has left its hook, and perhaps the weights of a probe."""
         if self._snapshot is not None and args.auto_find_batch_size:
             restore_snapshot(self._snapshot, model, optimizer)  # the Trainer begins again with the weights it has
         if self._handle is not None:
             self._handle.remove()
-        self._snapshot, self._micro, self._schedule_is_checked = None, [], False
+        self._snapshot, self._micro = None, []
 
     @contextlib.contextmanager
     def _lend_weights(self, model: torch.nn.Module) -> Iterator[None]:
@@ -235,6 +224,12 @@ class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
                 "on. Start from its weights in a new run."
             )
         self.progress = state.stateful_callbacks[STATE_KEY]
+        until = self.progress.get("step", state.global_step)
+        if until != state.global_step:
+            raise ScheduleError(
+                f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback since update {until}; its "
+                "search cannot go on. Start from its weights in a new run."
+            )
         if self.progress["phase"] == "probe" and (self.progress["tried"] or self.progress["done"]):
             # In the middle of a search the weights to go back to are not those of the checkpoint.
             trained, file = self.progress["world_size"], self.side_path(args, state)
@@ -286,6 +281,7 @@ class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
                 self._lengthen()
                 self._begin_stage(args, state)
         self._micro = []
+        progress["step"] = state.global_step
         state.stateful_callbacks[STATE_KEY] = progress
         store_probes(state)
         hold_back(args, state, control)
@@ -390,18 +386,14 @@ class AutoLRSCallback(OwningCallback, LRFactorCallback, SideFileCallback):
 
 def refuse_schedule(state: TrainerState, scheduler: LambdaLR) -> None:
     """
-    Refuse a schedule that moves the LR beside the search.
+    Refuse a scheduler of the user that moves the LR beside the search.
 
     Raises:
         ScheduleError: its multiplier is not 1 at one of about a hundred updates, up to the end of the run.
     """
     steps = range(state.global_step, state.max_steps, max(1, (state.max_steps - state.global_step) // 100))
-    if all(multiplier(step) == 1 for multiplier in scheduler.lr_lambdas for step in steps):
-        return
-    spec = (state.stateful_callbacks.get(SCHEDULE_KEY) or {}).get("current")
-    spec = spec or (scheduler.schedule.spec() if isinstance(scheduler, ScheduleLR) else {})
-    name = spec.get("kind", "the one that was passed in `optimizers`")
-    raise ScheduleError(
-        f"AutoLRSCallback searches the LR of each stage, and a schedule ({name}) moves it as well, in probes too. Drop the "
-        "schedule or use constant(), or drop AutoLRSCallback."
-    )
+    if not all(multiplier(step) == 1 for multiplier in scheduler.lr_lambdas for step in steps):
+        raise ScheduleError(
+            "AutoLRSCallback searches the LR of each stage, and the scheduler in `optimizers` moves it as well, in probes "
+            "too. Pass (optimizer, None), or drop AutoLRSCallback."
+        )

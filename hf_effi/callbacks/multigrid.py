@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.curriculum import CurriculumError, Multigrid, check_number
 from ._lr_factors import LRFactorCallback
-from ._owners import OwningCallback, Role, owner_of
+from ._owners import Role, owner_of
 from .lr_schedule import check_scheduler
 from .probing import trained_steps, trained_total
 
@@ -17,7 +17,7 @@ from .probing import trained_steps, trained_total
 SEQUENCE_LENGTH = Role("sequence length", "Two objects want to set the sequence length", "Keep one.", CurriculumError)
 
 
-class MultigridLRCallback(OwningCallback, LRFactorCallback):
+class MultigridLRCallback(LRFactorCallback):
     """
     Multiply the scheduled LR by `c^p` where a batch has `c` times as many rows of `L / c` tokens.
 
@@ -39,7 +39,6 @@ class MultigridLRCallback(OwningCallback, LRFactorCallback):
     ```
     """
 
-    role = Role("multigrid LR", "Two callbacks want to scale the LR by shapes", "Keep one.", CurriculumError)
     factor = "multigrid"
 
     def __init__(self, shapes: Multigrid, exponent: float = 1.0) -> None:

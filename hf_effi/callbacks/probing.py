@@ -127,8 +127,15 @@ def announce_probes(
 
 def store_probes(state: TrainerState) -> None:
     """Put the probes so far where checkpoints keep them. Call it in each `on_step_end`."""
-    done = plan_of(state).until(state.global_step)
-    state.stateful_callbacks[PROBES_KEY] = {"blocks": [list(block) for block in done.blocks]}
+    blocks = state.stateful_callbacks.setdefault(PROBES_KEY, {"blocks": []})["blocks"]
+    block = plan_of(state).block_of(state.global_step)
+    if block is None:
+        return
+    done = [block[0], state.global_step, block[2]]  # as far as this search got
+    if blocks and blocks[-1][0] == done[0]:
+        blocks[-1] = done
+    else:
+        blocks.append(done)
 
 
 def hold_back(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

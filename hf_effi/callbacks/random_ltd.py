@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..parallel.patch_handle import PatchHandle
 from ..parallel.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
-from ._owners import OwningCallback, Role
+from ._owners import Role
 from ._turns import WRITE, TurnCallback, in_turn
 from .kernel_patch import refuse_data_parallel
 from .probing import in_probe, outside_probes, trained_steps, trained_total
@@ -18,7 +18,7 @@ from .probing import in_probe, outside_probes, trained_steps, trained_total
 STATE_KEY = "hf_effi.random_ltd"
 
 
-class RandomLTDCallback(OwningCallback, TurnCallback):
+class RandomLTDCallback(TurnCallback):
     """
     Train middle layers on a random subset of the tokens, which grows linearly until none is dropped.
 

@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ..functional.reptile import reptile_step
-from ._owners import OwningCallback, Role
+from ._owners import Role
 from ._side_file import SideFileCallback
 from ._turns import WRITE, TurnCallback, in_turn
 from .probing import holds_training_weights, outside_probes, trained_steps, trained_total
@@ -17,7 +17,7 @@ from .probing import holds_training_weights, outside_probes, trained_steps, trai
 REFERENCE_FILE = "effi_reptile.pt"
 
 
-class ReptileCallback(OwningCallback, TurnCallback, SideFileCallback):
+class ReptileCallback(TurnCallback, SideFileCallback):
     """
     Every `every_steps` updates, go back most of the way: `theta <- theta_ref + beta (theta - theta_ref)`.
 

@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._files import load_state, save_aside, save_json
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.schedules import warn_decay_to_zero
-from ._owners import OwningCallback, Role
+from ._owners import Role
 from ._side_file import SideFileCallback
 from ._turns import READ, TurnCallback, in_turn
 from .probing import plan_of, trained_total
@@ -23,7 +23,7 @@ AVERAGE_FILE = "effi_average.pt"
 _DESCRIPTION = "average.json"
 
 
-class WeightAveragingCallback(OwningCallback, TurnCallback, SideFileCallback):
+class WeightAveragingCallback(TurnCallback, SideFileCallback):
     """
     Average the weights at the last update, and at `last - 1` earlier ones, `every_steps` apart.
 

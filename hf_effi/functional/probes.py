@@ -69,13 +69,12 @@ class ProbePlan:
 
     def is_probe(self, update: int) -> bool:
         """Return whether this update is tried and undone."""
-        block = self._block(update)
-        return block is not None and update <= block[1]
+        return self.block_of(update) is not None
 
     def undone(self, update: int) -> bool:
         """Return whether the weights after this update are those of training: it is no probe, or the last of one."""
-        block = self._block(update)
-        return block is None or update > block[1] or (update - block[0] + 1) % block[2] == 0
+        block = self.block_of(update)
+        return block is None or (update - block[0] + 1) % block[2] == 0
 
     def probes(self, update: int) -> int:
         """Return how many of the updates 1 to `update` are probes."""
@@ -99,9 +98,10 @@ class ProbePlan:
         """Return the plan up to an update, as far as it got in the block it lies in."""
         return ProbePlan(tuple((a, min(b, update), n) for a, b, n in self.blocks if a <= update))
 
-    def _block(self, update: int) -> tuple[int, int, int] | None:
+    def block_of(self, update: int) -> tuple[int, int, int] | None:
+        """Return the block that an update lies in, `None` for an update of training."""
         index = bisect_right(self._firsts, update)
-        return self.blocks[index - 1] if index else None
+        return self.blocks[index - 1] if index and update <= self.blocks[index - 1][1] else None
 
 
 def stored_plan(stateful_callbacks: Mapping[str, Any]) -> ProbePlan:

@@ -12,7 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import hf_effi
 import hf_effi.callbacks
+from hf_effi.callbacks._lr_factors import LRFactorCallback
 from hf_effi.callbacks._owners import OwningCallback, Role, claim, owner_of
+from hf_effi.callbacks._turns import TurnCallback
 from hf_effi.functional.curriculum import Multigrid
 from hf_effi.functional.schedules import linear
 from hf_effi.hub.callback import HubCallback
@@ -76,7 +78,7 @@ def callbacks() -> dict[str, type[TrainerCallback]]:
         for module in modules
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, TrainerCallback) and value.__module__.startswith("hf_effi.")
-        if not name.startswith("_") and value is not OwningCallback
+        if not name.startswith("_") and value not in (OwningCallback, TurnCallback, LRFactorCallback)
     }
 
 

@@ -1098,6 +1098,27 @@ def test_callback_events_in_order_with_their_parts_and_state(tmp_path):
     assert recorder.rates[0] == pytest.approx(0.5 / 3), "after a resume the scheduler goes on where it was"
 
 
+def test_what_probes_and_factors_of_the_lr_lean_on(tmp_path):
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import Trainer, TrainingArguments
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    scheduler = LambdaLR(torch.optim.SGD([parameter], lr=0.5), lambda step: 1.0)
+    mine = scheduler._last_lr = [0.25]
+    assert scheduler.get_last_lr() == [0.25], "what the Trainer logs is what was put there"
+    scheduler.optimizer.step()
+    scheduler.step()
+    assert scheduler._last_lr is not mine and scheduler._last_lr == [0.5], "a step puts a list of its own there"
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = Trainer(tiny_qwen3(), args, train_dataset=lm_dataset(4))
+    first = type(trainer.callback_handler.callbacks[0]).__name__
+    assert first == "DefaultFlowCallback", "what falls due is decided before any callback of the user"
+    trainer.state._hf_effi_test = object()
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    assert "_hf_effi_test" not in (tmp_path / "state.json").read_text(), "attributes that are no fields are not saved"
+
+
 # --- layers and attention ------------------------------------------------------------------------------------------
 
 

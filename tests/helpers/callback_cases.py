@@ -26,6 +26,7 @@ from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.functional.probes import stored_plan
 from hf_effi.functional.schedules import wsd
 from hf_effi.hub import callback as hub_callback
+from hf_effi.trainers._length_mixin import SequenceLengthMixin
 
 from .compare import VOLATILE_KEYS, VOLATILE_PARTS
 
@@ -143,8 +144,8 @@ class Case:
     look: Callable[[Any], Any] = lambda callback: None
 
 
-def _grid(**over: Any) -> Any:
-    return hf_effi.Multigrid(LENGTH, long_cycle=(2, 1), short_cycle=(2, 1), final_share=0.2, **over)
+def _grid() -> Any:
+    return hf_effi.Multigrid(LENGTH, long_cycle=(2, 1), short_cycle=(2, 1), final_share=0.2)
 
 
 def _no_patch(model: nn.Module) -> Any:
@@ -211,7 +212,9 @@ CASES: dict[str, Case] = {
         look=lambda callback: callback.current.spec(),
     ),
     "MemoryBudgetCallback": Case(lambda trainer: hf_effi.MemoryBudgetCallback(1.0), _CHECKPOINTING),
-    "MultigridLRCallback": Case(lambda trainer: hf_effi.MultigridLRCallback(_grid()), trains=True),
+    "MultigridLRCallback": Case(
+        lambda trainer: hf_effi.MultigridLRCallback(_grid()), {"sequence_length": _grid()}, trains=True
+    ),
     "PatchCallback": Case(lambda trainer: hf_effi.PatchCallback(_no_patch)),
     "RandomLTDCallback": Case(
         lambda trainer: hf_effi.RandomLTDCallback(4, LENGTH, multiple=2),
@@ -243,7 +246,7 @@ CASES: dict[str, Case] = {
 
 #: pairs that refuse each other, and words of the message
 REFUSED: dict[frozenset[str], str] = {
-    frozenset({"AutoLRSCallback", "LRScheduleCallback"}): r"a schedule \(wsd\) moves it as well",
+    frozenset({"AutoLRSCallback", "LRScheduleCallback"}): "Two schedules want to set the LR",
     **{
         frozenset({one, other}): "Use one callback for the modes of all layers"
         for one in ("ActivationOffloadCallback", "MemoryBudgetCallback", "SelectiveCheckpointCallback")
@@ -343,7 +346,7 @@ def without_network(monkeypatch: Any) -> None:
     )
 
 
-class PairsTrainer(Trainer):
+class PairsTrainer(SequenceLengthMixin, Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
 
@@ -407,8 +410,13 @@ def train(
     }
     if stop is not None or resume is not None:
         settings |= {"save_strategy": "steps", "save_steps": settings.get("save_steps", 1000)}
+    lengths = settings.pop("sequence_length", None)
     trainer = PairsTrainer(
-        model=model(), args=PairsArguments(**settings), train_dataset=rows(), eval_dataset=rows(4), callbacks=[]
+        model=model(),
+        args=PairsArguments(**settings),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        sequence_length=lengths,
     )
     trainer.remove_callback(PrinterCallback)
     made = {name: CASES[name].make(trainer) for name in names}

@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from hf_effi import Multigrid, MultigridLRCallback
+from hf_effi import Multigrid, MultigridLRCallback, SequenceLengthMixin
 from hf_effi.callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional.schedules import ScheduleError, wsd
@@ -145,16 +145,21 @@ def test_a_multiplier_that_is_taken_out_leaves_the_others(tmp_path):
 
 def test_the_rule_of_shapes_composes(tmp_path):
     shapes = Multigrid(8, long_cycle=(2, 1), short_cycle=(2, 1), final_share=0.2)
+
+    class Shaped(SequenceLengthMixin, Trainer):
+        def __init__(self, **kwargs):
+            super().__init__(sequence_length=shapes, **kwargs)
+
     hyper = HypergradientCallback(kappa=0.2)
-    rules = Rules(hyper)
-    lrs, _, _ = run(tmp_path, [hyper, MultigridLRCallback(shapes), rules], lr_scheduler_type="constant")
+    rules, settings = Rules(hyper), {"lr_scheduler_type": "constant", "trainer_class": Shaped}
+    lrs, _, _ = run(tmp_path, [hyper, MultigridLRCallback(shapes), rules], **settings)
     divisors = [shapes.divisor(t, 12) for t in range(12)]
     assert set(divisors) == {1, 2, 4}
     assert lrs == pytest.approx([1e-2 * c * m for c, (m,) in zip(divisors, rules.seen, strict=True)], rel=1e-12)
 
 
 def test_two_of_a_kind_are_refused(tmp_path):
-    with pytest.raises(ScheduleError, match="Two HypergradientCallback multiply the LR"):
+    with pytest.raises(ScheduleError, match="Two callbacks multiply the LR by one rule"):
         run(tmp_path, [HypergradientCallback(), HypergradientCallback(kappa=0.3)])
 
 

@@ -14,6 +14,7 @@ from hf_effi import (
     AutoLRSCallback,
     EffiTrainer,
     EffiTrainingArguments,
+    HubCallback,
     HypergradientCallback,
     LRScheduleCallback,
     RandomLTDCallback,
@@ -28,13 +29,15 @@ from hf_effi import (
     read_run,
 )
 from hf_effi.callbacks import auto_lrs
+from hf_effi.callbacks.probing import trained_steps
 from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.functional.schedules import ScheduleError
 from hf_effi.functional.schedules.planner_loss import curve_from_trainer_state
 from hf_effi.report.run_data import load_run
 from hf_effi.samplers import MeasuringSampler
+from hf_effi.trainers import _hub_mixin
 from hf_effi.trainers._batch_mixin import BatchTransform, BatchTransformMixin
-from tests.helpers.callback_cases import adalora_model, flat, plain_model, rows
+from tests.helpers.callback_cases import adalora_model, flat, plain_model, rows, without_network
 
 PROBES = [update for first in (1, 9, 17) for update in range(first, first + 4)]
 TRAINING = [update for update in range(1, 31) if update not in PROBES]
@@ -360,6 +363,39 @@ def test_what_reads_checkpoints_leaves_those_inside_of_a_probe_out(tmp_path):
         branch_cooldown(tmp_path / "checkpoint-19", 4, tmp_path / "branch", schedule=constant())
 
 
+def test_weights_of_a_probe_are_not_uploaded(tmp_path, monkeypatch):
+    """Update 19 is the first of a probe's two, and somebody asks for a checkpoint there."""
+    without_network(monkeypatch)
+    stock = make(tmp_path / "stock", search(), StopAt(19), save_strategy="steps", save_steps=9)
+    stock.create_model_card = lambda *args, **kwargs: None
+    hub = HubCallback(stock, "me/run")
+    stock.add_callback(hub)
+    stock.train()
+    assert (tmp_path / "stock" / "checkpoint-19").is_dir()
+    # The one that was due at 9 is written at 10, the end of that probe.
+    assert hub.uploader.pushed == [
+        "Training in progress, checkpoint-10",
+        "Training in progress, checkpoint-18",
+        "End of training, checkpoint-18",
+    ]
+
+    pushed = []
+
+    class Pushing(EffiTrainer):
+        hub_model_id = "me/run"
+
+        def init_hf_repo(self, *args, **kwargs):
+            self.hub_model_id = "me/run"
+
+        def create_model_card(self, *args, **kwargs):
+            pass
+
+    monkeypatch.setattr(_hub_mixin, "push_checkpoint", lambda uploader, folder, path, *rest: pushed.append(path))
+    settings = {"save_strategy": "steps", "save_steps": 9, "push_to_hub": True, "run_record": False}
+    run(tmp_path / "effi", search(), StopAt(19), cls=Pushing, args_cls=EffiTrainingArguments, **settings)
+    assert [path.rpartition("-")[2] for path in pushed] == ["10", "18"]
+
+
 # --- the search itself ----------------------------------------------------------------------------------------------------
 
 
@@ -440,18 +476,26 @@ def test_a_schedule_beside_the_search_is_refused_by_name(tmp_path, case, order):
         over = {"cls": EffiTrainer, "args_cls": EffiTrainingArguments, "lr_schedule": "cosine", "run_record": False}
     else:
         over = {"optimizers": _scheduler(model)}
-    name = "optimizers" if case == "optimizers" else "cosine"
-    with pytest.raises(ScheduleError, match=rf"a schedule \(.*{name}.*\) moves it as well"):
+    words = "the scheduler in `optimizers` moves it" if case == "optimizers" else "Two schedules want to set the LR"
+    with pytest.raises(ScheduleError, match=words):
         run(tmp_path, *callbacks[::order], model=model, **over)
+
+
+def test_a_search_that_was_left_is_not_taken_up_again(tmp_path):
+    """Without the search the updates after 14 are training, also those that it had planned to undo."""
+    run(tmp_path, search(), StopAt(14), save_strategy="steps")
+    trained = {}
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trained[state.global_step] = trained_steps(state)
+
+    run(tmp_path, Count(), StopAt(19), resume=str(tmp_path / "checkpoint-14"), save_strategy="steps")
+    assert trained == {step: step - 8 for step in range(15, 20)}
+    with pytest.raises(ScheduleError, match="step 19 was trained without AutoLRSCallback since update 14"):
+        run(tmp_path, search(), resume=str(tmp_path / "checkpoint-19"))
 
 
 def test_a_log_that_would_stay_nan_is_refused(tmp_path):
     with pytest.raises(ScheduleError, match="logging_nan_inf_filter=False"):
         run(tmp_path, search(), logging_nan_inf_filter=False)
-
-
-def test_a_constant_schedule_is_none(tmp_path):
-    alone, beside = Weights(), Weights()
-    run(tmp_path, search(), alone)
-    run(tmp_path, LRScheduleCallback(constant()), search(), beside)
-    assert torch.equal(alone.after[30], beside.after[30])

@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState
 
 from hf_effi.callbacks import probing
 from hf_effi.callbacks._lr_factors import LRFactorCallback, LRFactors
+from hf_effi.callbacks._owners import Role
 from hf_effi.callbacks._turns import MEASURE, READ, WRITE, TurnCallback, in_turn
 from hf_effi.callbacks.forward_watch import ForwardWatch
 from hf_effi.callbacks.lr_range_test import lr_range_test
@@ -184,26 +185,28 @@ def test_models_under_a_range_test_are_not_counted():
 
 
 class Noted(TurnCallback):
-    def __init__(self, name, log):
-        self.name, self.log = name, log
+    role = property(lambda self: Role(self.turn_name, "Two of one name", "Keep one."))
+
+    def __init__(self, turn_name, log):
+        self.turn_name, self.log = turn_name, log
 
 
 class Measures(Noted):
     @in_turn(MEASURE)
     def on_step_end(self, args, state, control, **kwargs):
-        self.log.append((state.global_step, self.name))
+        self.log.append((state.global_step, self.turn_name))
 
 
 class Writes(Noted):
     @in_turn(WRITE)
     def on_step_end(self, args, state, control, **kwargs):
-        self.log.append((state.global_step, self.name))
+        self.log.append((state.global_step, self.turn_name))
 
 
 class Reads(Noted):
     @in_turn(READ)
     def on_step_end(self, args, state, control, **kwargs):
-        self.log.append((state.global_step, self.name))
+        self.log.append((state.global_step, self.turn_name))
 
 
 class ReadsMore(Reads):
@@ -319,8 +322,10 @@ def test_the_highest_floor_holds():
 
 
 def test_two_factors_of_one_name_are_refused():
-    with pytest.raises(ScheduleError, match="Two Factor multiply the LR"):
-        Loop(Factor("a", 0.5), Factor("a", 0.5)).run(1)
+    first, second, state = Factor("a", 0.5), Factor("a", 0.5), state_at(0)
+    first.on_train_begin(None, state, None)
+    with pytest.raises(ScheduleError, match="Two callbacks multiply the LR by one rule"):
+        second.on_train_begin(None, state, None)
 
 
 def test_stored_plan_of_a_checkpoint_without_searches():
