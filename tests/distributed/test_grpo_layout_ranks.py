@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trl import GRPOConfig, GRPOTrainer
 
 from hf_effi._files import StateFileError
+from hf_effi.trainers import _grpo_resume
 from hf_effi.trainers.grpo import EffiGRPOTrainer
 from hf_effi.trainers.grpo_config import EffiGRPOConfig
 from tests.helpers import (
@@ -24,7 +26,9 @@ from tests.helpers import (
 PROMPTS = 32
 
 
-def train(folder: str, shards: int, resume: str | None = None, **over: Any) -> tuple[Any, list[list[str]]]:
+def train(
+    folder: str, shards: int, resume: str | None = None, cls: type = EffiGRPOTrainer, **over: Any
+) -> tuple[Any, list[list[str]]]:
     """Generations of 16 prompts, each used for two updates; `shards=0` is the dataset itself."""
     seen: list[list[str]] = []
 
@@ -33,12 +37,12 @@ def train(folder: str, shards: int, resume: str | None = None, **over: Any) -> t
         return binary_hash_reward(prompts=prompts, **kwargs)
 
     rows = prompt_dataset(PROMPTS)
-    settings = {"gradient_accumulation_steps": 2, "num_iterations": 2, "prune_rate": 0.5, "shuffle_dataset": False}
-    args = grpo_args(folder, EffiGRPOConfig, **{**settings, "max_steps": 5, **over})
+    settings = {"gradient_accumulation_steps": 2, "num_iterations": 2, "shuffle_dataset": False, "max_steps": 5}
+    if cls is EffiGRPOTrainer:
+        over = {"prune_rate": 0.5, **over}
+    args = grpo_args(folder, EffiGRPOConfig if cls is EffiGRPOTrainer else GRPOConfig, **{**settings, **over})
     data = rows.to_iterable_dataset(num_shards=shards) if shards else rows
-    return run_grpo(
-        EffiGRPOTrainer, args, reward_funcs=reward, train_dataset=data, resume_from_checkpoint=resume
-    ), seen
+    return run_grpo(cls, args, reward_funcs=reward, train_dataset=data, resume_from_checkpoint=resume), seen
 
 
 def layouts(folder: str) -> dict[str, Any]:
@@ -50,6 +54,13 @@ def layouts(folder: str) -> dict[str, Any]:
     # Inside the second generation, of the stream that accelerate would have dealt by its shards.
     resumed, _ = train(f"{folder}/resumed", 4, f"{folder}/4/checkpoint-3")
     out["weights"].append(weights_of(resumed.model))
+    # Stock, and ours with every method off, which says so.
+    warnings: list[str] = []
+    _grpo_resume.logger.warning = warnings.append
+    over = {"num_iterations": 1, "max_steps": 2}
+    out["stock"] = train(f"{folder}/stock", 4, cls=GRPOTrainer, **over)[1]
+    out["off"] = train(f"{folder}/off", 4, prune_rate=0.0, exact_savings="off", **over)[1]
+    out["warnings"] = [text for text in warnings if "shards" in text]
     torch.distributed.barrier()
     lost = Path(f"{folder}/lost/checkpoint-3")
     if torch.distributed.get_rank() == 0:
@@ -76,5 +87,8 @@ def test_a_generation_is_laid_out_and_resumed_over_both_ranks(tmp_path: Path) ->
         assert dataset == stream == shards
         for other in found["weights"][1:]:
             assert_bitwise_equal(found["weights"][0], other)
+        assert found["stock"][0] == found["stock"][1], "stock generates twice for the same prompts, and skips others"
+        assert found["off"] == found["stock"]
+    assert [len(found["warnings"]) for found in ranks] == [1, 0]
     assert ranks[0]["error"] == ranks[1]["error"]
     assert "has no effi_rollouts_1.pt, which was written with it" in ranks[0]["error"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
+from trl import GRPOTrainer
 
 from hf_effi.trainers.grpo import EffiGRPOTrainer
 from hf_effi.trainers.grpo_config import EffiGRPOConfig
@@ -74,6 +75,23 @@ def test_a_stream_is_resumed_in_any_pass_and_inside_a_generation(
             for t in (whole, resumed)
         ]
         assert logs[0] == logs[1]
+
+
+def test_stock_resumes_a_stream_in_another_pass(tmp_path: Path) -> None:
+    """The intended difference from stock: it takes it that any run on a stream is in its first pass."""
+    over = {"shuffle_dataset": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 5}
+    seen: list[list[str]] = []
+
+    def reward(prompts: list[str], **kwargs: Any) -> list[float]:
+        seen.append(list(prompts))
+        return binary_hash_reward(prompts=prompts, **kwargs)
+
+    for resume in (None, str(tmp_path / "checkpoint-5")):
+        rows = prompt_dataset(4).to_iterable_dataset()  # two generations a pass
+        args = grpo_args(tmp_path, **over)
+        run_grpo(GRPOTrainer, args, reward_funcs=reward, train_dataset=rows, resume_from_checkpoint=resume)
+    whole, resumed = seen[:6], seen[6:]
+    assert resumed == [whole[2]] != [whole[5]]  # the first generation of the second pass, for the last of the third
 
 
 def test_a_stream_that_fills_no_generation_is_named(tmp_path: Path) -> None:
