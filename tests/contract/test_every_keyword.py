@@ -41,7 +41,7 @@ ACTS = {
     "GRPODoctor": "limits say",
     "GRPOLimits": "lr_zero_logs scheduler_updates scheduler_low scheduler_high lr_frozen_logs plan_end clip_logs"
     " resume_fraction padding padding_logs leak truncated zero_std group_logs constant_logs entropy_ratio"
-    " entropy_logs trend_logs length_growth reward_fall zero_loss zero_loss_logs",
+    " entropy_logs trend_logs length_growth reward_fall zero_loss zero_loss_logs constant_spread no_gradient_logs",
     "GradientSNRCallback": "memory lowest",
     "HubCallback": "seconds",
     "HypergradientCallback": "kappa limit step_limit",
@@ -63,7 +63,7 @@ ACTS = {
     "TokenBudgetBatchSampler": "cost padding_free length_multiple seed",
     "TrainDoctor": "limits say",
     "TrainLimits": "lr_zero_logs scheduler_updates scheduler_low scheduler_high lr_frozen_logs plan_end clip_logs"
-    " resume_fraction padding padding_logs leak",
+    " resume_fraction padding padding_logs leak no_gradient_logs",
     "UL2Denoising": "max_target_length denoisers mode_ids eos_token_id",
     "WeightAveragingCallback": "last every_steps kind swap_in folder",
     "average_checkpoints": "last kind",
@@ -100,7 +100,7 @@ ACTS = {
     "scale": "total_steps schedule factor",
     "slow_start_fast_decay": "total_steps rise_fraction start floor",
     "stability_gap": "keep epochs new_share old_weights schedule seed",
-    "stream_layers": "num_chunks",
+    "stream_layers": "num_chunks verify",
     "table": "total_steps values end",
     "tile_loss": "num_shards",
     "tile_mlp": "num_shards",
@@ -118,8 +118,13 @@ ACTS = {
     "GenerationLayout": "steps_per_generation num_iterations accumulation_steps world_size oversample",
     "PassRateBand": "low high",
     "ShuffledPrompts": "seed",
-    "keep_by_advantage": "metric",
-    "keep_groups_by_pass_rate": "low high",
+    "concat_rows": "ratio_padding sequence_ratio",
+    "fill_order": "has_gradient live",
+    "keep_by_advantage": "metric live",
+    "keep_groups_by_pass_rate": "low high has_gradient",
+    "policy_mask": "ratio_multiplies",
+    "row_advantages": "ratio_multiplies",
+    "rows_with_gradient": "ratio_multiplies",
     "next_refill_size": "factor",
     "plan_buckets": "max_rows",
     "AbilitySampler": "lower upper min_rows full_from_epoch max_probe min_change shift num_samples seed",
@@ -232,6 +237,9 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("SelfImprovement", "min_agreement"): one_vote,
     ("SelfPacedSampler", "growth"): lambda: paced(share=0.5, growth=1.5),
     ("SelfPacedSampler", "share_step"): lambda: paced(threshold=1.0, share_step=0.5),
+    ("to_lambda_lr", "allow_lr_jump"): lambda: hf_effi.to_lambda_lr(
+        linear(4), torch.optim.SGD(sgd().parameters(), 0.1), allow_lr_jump=True
+    ),
     ("UL2Denoising", "separator_id"): lambda: denoised(max_target_length=32, separator_id=80),
     ("WeightAveragingCallback", "alpha"): lambda: hf_effi.WeightAveragingCallback(kind="uniform", alpha=0.5),
     ("add_score", "columns"): lambda: scored(columns=["x"]),

@@ -20,6 +20,7 @@ FLOORS = {
     "_environment": 0,
     "_files": 0,
     "_run_record": 0,
+    "_secrets": 0,
     "_plots": 0,
     "methods": 0,
     "functional": 0,

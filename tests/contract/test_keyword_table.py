@@ -22,7 +22,18 @@ _HERE = "tests/contract/test_keyword_table.py::"
 #: what is called -> its keywords, and the test that shows that each is used, or after "why:" the reason for none
 CALLS: dict[str, tuple[str, str]] = {
     # models, layers, attention
-    "model": ("input_ids", f"{_KEYWORDS}test_a_model_uses"),
+    "model": (
+        "input_ids attention_mask labels num_items_in_batch use_cache fused_lm_head",
+        f"{_HERE}test_the_forward_of_a_probe_uses",
+    ),
+    "transformers.masking_utils:sdpa_mask": (
+        "batch_size q_length kv_length q_offset kv_offset mask_function allow_is_causal_skip use_vmap device",
+        f"{_HERE}test_a_row_of_a_mask_is_made_as_it_is_asked_for",
+    ),
+    "transformers.masking_utils:flash_attention_mask": (
+        "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask",
+        f"{_HERE}test_the_padding_mask_comes_through",
+    ),
     "self.model": ("input_ids labels logits_to_keep", f"{_KEYWORDS}test_a_model_uses"),
     "type(self.layer).forward": ("attention_mask", f"{_KEYWORDS}test_a_layer_uses_its_mask_and_its_position_embeddings"),
     "self.model.generate": (
@@ -330,3 +341,77 @@ def test_grpo_computes_entropies_where_it_is_asked_to(tmp_path):
         trainer.model, ids, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), 2
     )[0]
     assert not torch.allclose(masked[0], logps[0]) and torch.allclose(masked[1], logps[1])
+
+
+@pytest.mark.parametrize(
+    "keyword", ["input_ids", "attention_mask", "labels", "num_items_in_batch", "use_cache", "fused_lm_head"]
+)
+def test_the_forward_of_a_probe_uses(tmp_path, keyword):
+    from trl import GRPOTrainer
+
+    model = run_grpo(GRPOTrainer, grpo_args(tmp_path), train=False).model.eval()
+    ids = torch.tensor([[4, 9, 5, 11], [7, 12, 6, 8]])
+    values = {
+        "input_ids": (ids, ids.flip(1)),
+        "attention_mask": (torch.ones_like(ids), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])),
+        "labels": (ids, ids.flip(1)),
+        "num_items_in_batch": (3, 6),
+        "use_cache": (False, True),
+        "fused_lm_head": (False, True),
+    }
+    results = []
+    for value in values[keyword]:
+        given = {"input_ids": ids, "labels": ids, "use_cache": False, keyword: value}
+        with torch.no_grad():
+            results.append(model(**given))
+    if keyword == "use_cache":
+        assert results[0].keys() < results[1].keys()
+    elif keyword == "fused_lm_head":
+        assert hasattr(results[1], "log_probs") and not hasattr(results[0], "log_probs")
+    else:
+        assert not torch.allclose(results[0].loss, results[1].loss)
+
+
+def test_a_row_of_a_mask_is_made_as_it_is_asked_for():
+    from transformers.masking_utils import sdpa_mask
+
+    def window(batch, head, query, key):
+        return (key <= query) & (key > query - 2) & (batch < 2)
+
+    def row(query, first_key, use_vmap):
+        return sdpa_mask(
+            batch_size=3,
+            q_length=1,
+            kv_length=4,
+            q_offset=query,
+            kv_offset=first_key,
+            mask_function=window,
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=torch.device("cpu"),
+        )
+
+    for use_vmap in (False, True):
+        mask = row(5, 2, use_vmap)
+        assert mask.shape == (3, 1, 1, 4) and mask.device.type == "cpu"
+        assert mask[0, 0, 0].tolist() == [False, False, True, True]  # keys 2 to 5, of which 4 and 5 are in the window
+        assert not mask[2].any()
+    assert row(2, 2, False)[0, 0, 0].tolist() == [True, False, False, False]
+
+
+def test_the_padding_mask_comes_through():
+    from transformers.masking_utils import causal_mask_function, flash_attention_mask
+
+    def made(attention_mask):
+        return flash_attention_mask(
+            batch_size=1,
+            q_length=3,
+            kv_length=3,
+            q_offset=0,
+            kv_offset=0,
+            mask_function=causal_mask_function,
+            attention_mask=attention_mask,
+        )
+
+    assert made(None) is None and made(torch.ones(1, 3, dtype=torch.bool)) is None
+    assert made(torch.tensor([[False, True, True]])).tolist() == [[False, True, True]]

@@ -14,6 +14,7 @@ import hf_effi
 import hf_effi.callbacks
 from hf_effi.callbacks._lr_factors import LRFactorCallback
 from hf_effi.callbacks._owners import OwningCallback, Role, claim, owner_of
+from hf_effi.callbacks._side_file import SideFileCallback
 from hf_effi.callbacks._turns import TurnCallback
 from hf_effi.functional.curriculum import Multigrid
 from hf_effi.functional.schedules import linear
@@ -78,7 +79,7 @@ def callbacks() -> dict[str, type[TrainerCallback]]:
         for module in modules
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, TrainerCallback) and value.__module__.startswith("hf_effi.")
-        if not name.startswith("_") and value not in (OwningCallback, TurnCallback, LRFactorCallback)
+        if not name.startswith("_") and value not in (OwningCallback, TurnCallback, LRFactorCallback, SideFileCallback)
     }
 
 

@@ -25,6 +25,7 @@ from hf_effi.parallel.attention import LAYOUT
 from hf_effi.parallel.chunk_flow import make_groups
 from hf_effi.parallel.groups import SequenceGroup
 from hf_effi.parallel.layout import split_batch
+from hf_effi.parallel.positions import positions_by_column
 from hf_effi.parallel.stream_layer import _Prefix, stream_layers
 from hf_effi.parallel.varlen import register_varlen_attention
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
@@ -179,7 +180,7 @@ def test_every_input_that_we_make_is_checked_above():
     (group,) = make_groups({"input_ids": IDS, "labels": LABELS}, chunk_size=4)
     names |= set(group.inputs(0))
     layout, shard = split_batch({"input_ids": IDS, "labels": LABELS}, SequenceGroup(2, 0, 0, 1, None))
-    names |= set(boundary._model_inputs(layout, shard))
+    names |= set(boundary._model_inputs(layout, shard, positions_by_column))
     checked = {*MODEL_INPUTS, *PACKED, CACHE_ARGUMENT, "use_cache", LAYOUT}
     assert names <= checked, f"no test shows that models use {sorted(names - checked)}"
 

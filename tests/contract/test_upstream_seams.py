@@ -149,6 +149,9 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     # Layers, attention and masks.
     "transformers.modeling_utils:AttentionInterface.register": "key value",
     "transformers.masking_utils:AttentionMaskInterface.register": "key value",
+    "transformers.masking_utils:causal_mask_function": "batch_idx head_idx q_idx kv_idx",
+    "transformers.masking_utils:sdpa_mask": "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask"
+    " local_size allow_is_causal_skip allow_is_bidirectional_skip use_vmap device **kwargs",
     "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
     " attention_mask **kwargs",
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": {
