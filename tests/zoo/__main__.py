@@ -1,4 +1,9 @@
-"""Run a part of the zoo by hand: `python -m tests.zoo CLASS [FEATURE] [AXIS=LEVEL ...]`."""
+"""
+Run a part of the zoo by hand: `python -m tests.zoo CLASSES [FEATURE ...] [AXIS=LEVEL ...] [--rows]`.
+
+`CLASSES` is a class, a model type, `kind/model_type`, a kind, or `all`. Without levels a single class runs its rows of the design,
+several classes the plain row, or with `--rows` theirs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,6 @@ import warnings
 
 import torch
 
-from .cases import describe
 from .run import everything, run_family
 
 
@@ -18,19 +22,16 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     name, *rest = arguments
     row = dict(item.split("=") for item in rest if "=" in item)
-    keys = [item for item in rest if "=" not in item] or None
-    found = [f for f in everything() if name in (f.name, f.model_type, f.kind, "all")]
+    keys = {item for item in rest if "=" not in item and item != "--rows"}
+    found = [f for f in everything() if name in (f.name, f.model_type, f.kind, f"{f.kind}/{f.model_type}", "all")]
+    single = len(found) < 4
+    rows = [row] if row or not (single or "--rows" in rest) else None
     wrong = 0
     for family in found:
-        for result in run_family(family, [row] if row or len(found) > 1 and "rows" not in rest else None, keys):
-            outcome = result.outcome
-            wrong += not outcome.ok
-            if len(found) < 4 or not outcome.ok or outcome.status == "not built":
-                print(
-                    f"{family.name} | {result.feature} | {describe(result.row)} | {outcome.status} | {outcome.note} "
-                    f"| {outcome.difference:.1e} | {result.seconds:.2f} s",
-                    flush=True,
-                )
+        for result in run_family(family, rows, lambda key: not keys or key in keys):
+            wrong += not result.outcome.ok
+            if single or not result.outcome.ok or result.outcome.status == "not built":
+                print(result, flush=True)
     print(f"{len(found)} classes, {wrong} cells neither equal nor refused")
     return 1 if wrong else 0
 

@@ -9,21 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ._overrides import LAYERS, OVERRIDES
 
 VOCAB, PAD, BOS, EOS = 97, 0, 1, 2
 SEED = 0
 
-#: kind -> transformers' mapping from configs to classes
+#: kind -> transformers' mapping from model types to the names of classes
 KINDS = {
-    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
-    "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 
 #: pattern of a field's name -> its size in a tiny model; the first that fits wins, and no field ever grows
@@ -74,25 +76,28 @@ class CannotBuild(Exception):
 @dataclass(frozen=True)
 class Family:
     """
-    One class of models.
+    One class of models. Only its names are read until it is built.
 
     Args:
         kind (`str`): A key of `KINDS`.
-        config_class, model_class (`type`): As transformers maps them.
+        model_type (`str`): The type that transformers maps to the class.
+        name (`str`): The class.
     """
 
     kind: str
-    config_class: type[PreTrainedConfig]
-    model_class: type[PreTrainedModel]
+    model_type: str
+    name: str
 
     @property
-    def name(self) -> str:
-        """The class, with its config where several configs share one."""
-        return self.model_class.__name__
+    def model_class(self) -> type[PreTrainedModel]:
+        return getattr(transformers, self.name)
 
     @property
-    def model_type(self) -> str:
-        return self.config_class.model_type
+    def config_class(self) -> type[PreTrainedConfig]:
+        """The config of the type, or the part of it that the class is made from, as `AutoModel.from_config` does."""
+        config_class = CONFIG_MAPPING[self.model_type]
+        parts = (getattr(config_class, "sub_configs", None) or {}).values()
+        return self.model_class.config_class if self.model_class.config_class in parts else config_class
 
 
 @dataclass
@@ -112,18 +117,13 @@ class Tiny:
 
 
 def families(kind: str) -> list[Family]:
-    """
-    Return every class of a kind once for each config class that leads to it, in the order of names.
-
-    Where the mapping leads from a config of several parts to the class of its text part, the text part's config is taken,
-    as `AutoModel.from_config` does.
-    """
+    """Return every class of a kind once for each config class that it is made from, in the order of names."""
+    names = KINDS[kind]
     found: dict[tuple[str, str], Family] = {}
-    for config_class, model_class in KINDS[kind].items():
-        for one in model_class if isinstance(model_class, (tuple, list)) else (model_class,):
-            parts = (getattr(config_class, "sub_configs", None) or {}).values()
-            own = one.config_class if one.config_class in parts else config_class
-            found.setdefault((one.__name__, own.__name__), Family(kind, own, one))
+    for model_type, classes in names.items():
+        for name in classes if isinstance(classes, (tuple, list)) else (classes,):
+            if names.get(f"{model_type}_text") != name:  # which has the part of the config that the class is made from
+                found.setdefault((name, CONFIG_MAPPING_NAMES[model_type]), Family(kind, model_type, name))
     return [found[key] for key in sorted(found)]
 
 

@@ -30,6 +30,7 @@ from .builders import CannotBuild
 from .cases import DOCUMENTS, Call, Case, StockFails, add_lora, next_token_loss, stock
 from .compare import TOLERANCE, gradient_name, largest_difference, measure
 from .grpo import exact_saving
+from .planner import WITHIN, held_bytes, planned_bytes
 
 PACKAGE = str(Path(hf_effi.__file__).resolve().parent)
 
@@ -47,11 +48,13 @@ class Pair:
     """
 
     expected: dict[str, Tensor]
-    model: nn.Module
+    model: nn.Module | None
     call: Call
     tolerance: float = 0.0
 
     def measure(self, seed: int = 7) -> dict[str, Tensor]:
+        if self.model is None:
+            return self.call(None)[1]
         return measure(self.model, self.call, seed)
 
 
@@ -124,21 +127,25 @@ def _judge(error: Exception) -> Outcome:
 
 
 def _compare(case: Case, pair: Pair) -> Outcome:
-    tolerance = max(TOLERANCE[case.dtype], pair.tolerance)
+    tolerance = pair.tolerance or TOLERANCE[case.dtype]
+    if pair.tolerance:
+        tolerance = max(pair.tolerance, 0 if pair.model is None else TOLERANCE[case.dtype])
     if not all(torch.isfinite(value).all() for value in pair.expected.values()):
         return Outcome("stock", "the loss or a gradient of the untouched model is not finite")
     actual = pair.measure()
     shared = {name: value for name, value in pair.expected.items() if name in actual or name.startswith("grad")}
-    if not any(name.startswith("grad") for name in actual):
+    if pair.model is not None and not any(name.startswith("grad") for name in actual):
         return Outcome("error", "no gradient at all")
     worst, name = largest_difference(shared, actual)
     if worst <= tolerance:
         return Outcome("equal", difference=worst)
-    if case.noisy:
+    if case.noisy and pair.model is not None:
         problem = _inconsistent(pair)
         if problem is None:
             return Outcome("equal", "other dropout masks of the same law")
         return Outcome("different", problem, worst)
+    if pair.model is None:
+        return Outcome("different", f"{name}: planned {float(actual[name]):.0f}, real {float(shared[name]):.0f}", worst)
     return Outcome("different", f"{name} off by {worst:.1e}", worst)
 
 
@@ -162,7 +169,8 @@ def _inconsistent(pair: Pair) -> str | None:
                 weight.add_(ways[name], alpha=step)
         values.append(float(pair.measure(7)["loss"]))
     true = (values[0] - values[1]) / (2 * size)
-    if abs(true - slope) <= 1e-3 * max(abs(true), abs(slope)) + 1e-6:
+    allowed = 2e-2 if pair.tolerance else 1e-3
+    if abs(true - slope) <= allowed * max(abs(true), abs(slope)) + 1e-6:
         return None
     return f"gradient along a direction {slope:.5g}, finite difference {true:.5g}: it belongs to other dropout masks"
 
@@ -366,6 +374,21 @@ def _chunk_flow(case: Case) -> Iterator[Pair]:
         yield Pair(expected, case.ready(model), call)
 
 
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _planner(case: Case) -> Iterator[Pair]:
+    expected = {name: torch.tensor(float(value)) for name, value in held_bytes(case).items()}
+    with stock():
+        config = case.fresh().config
+
+    def call(model: None) -> tuple[None, dict[str, Tensor]]:
+        return None, {name: torch.tensor(float(value)) for name, value in planned_bytes(config, case).items()}
+
+    yield Pair(expected, None, call, tolerance=WITHIN)
+
+
 # --- the table ------------------------------------------------------------------------------------------------------
 
 EVERY = ("causal", "seq2seq", "masked", "classifier")
@@ -386,4 +409,5 @@ FEATURES: tuple[Feature, ...] = (
     Feature("fused LoRA", _fused_lora, EVERY),
     Feature("LM head", _head, dtype=torch.float32),
     Feature("kernel patch", _patched(lambda model: patch(model, {_gated_mlp_key(model): "hf_effi"})), EVERY),
+    Feature("memory planner", _planner, without=("padding", "packing"), dtype=torch.float32),
 )

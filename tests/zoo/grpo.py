@@ -21,7 +21,7 @@ from .compare import MIXED_TOLERANCE, measure
 
 _PROMPTS = ((3, 6, 4, 6), (5, 3, 6, 4))
 _COMPLETIONS = ((2, 7, 8, 1), (4, 8, 3, 6))
-_ADVANTAGES = ((0.0, 1.0, -0.7, 0.0), (0.9, -0.4, 0.0, -1.1))
+_ADVANTAGES = ((0.8, 1.0, -0.7, 0.0), (0.9, 0.0, 0.0, -1.1))
 _WIDTHS = max(map(max, _PROMPTS)), max(map(max, _COMPLETIONS))
 
 
@@ -68,7 +68,7 @@ def _trainer(case: Case, model: nn.Module, savings: str, folder: str) -> EffiGRP
             "steps_per_generation": 2,
             "beta": 0.0,
             "epsilon": 1e6,  # nothing is clipped
-            "forward_buckets": 3 if "trim" in savings else None,
+            "forward_buckets": 3 if "trim" in savings else 0,
             "disable_tqdm": True,
             "activation_checkpointing": case.row.get("checkpointing") == "yes",
             "router_aux_loss_coef": None if case.row.get("router") == "yes" else 0.0,
