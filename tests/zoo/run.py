@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -107,13 +108,12 @@ def rows_of(family: Family, count: int = ROWS_PER_CLASS) -> list[Row]:
     """
     Return the plain row and `count - 1` further ones of the class's design.
 
-    Classes with the same axes begin at different rows, so that together they see every row with every feature.
+    They are drawn by the class's name, so that all classes together see every row with every feature.
     """
     design = covering_design(axes_of(tiny_config(family), family.kind), allowed=compatible)
     others = design[1:]
-    start = number(f"{family.model_type}/{family.name}")
-    picked = [others[(start + index) % len(others)] for index in range(min(count - 1, len(others)))]
-    return [design[0], *picked]
+    rng = random.Random(number(f"{family.kind}/{family.model_type}/{family.name}"))
+    return [design[0], *rng.sample(others, min(count - 1, len(others)))]
 
 
 def run_family(
