@@ -10,7 +10,8 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -45,8 +46,44 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def _release(distribution: str) -> tuple[int, ...]:
+    """Return the first two numbers of the installed version, `(0, 0)` where there is none."""
+    return tuple(int(part) for part in (version_of(distribution) or "0.0").split(".")[:2])
+
+
 #: `torch.addmm(..., out_dtype=torch.float32)` of half-precision inputs
-HAS_MM_OUT_DTYPE = tuple(int(part) for part in (version_of("torch") or "0.0").split(".")[:2]) >= (2, 8)
+HAS_MM_OUT_DTYPE = _release("torch") >= (2, 8)
+
+#: The names under which models and layers take the keys and values of earlier tokens. Transformers 5.24 renamed
+#: `past_key_values` and `cache_params` to `cache`, and where a call gives both, the old one is ignored.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
+#: What the classes of the installed transformers call it.
+CACHE_ARGUMENT = "cache" if _release("transformers") >= (5, 24) else "past_key_values"
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """
+    Return under which name a model's or layer's `forward` takes a cache: that of its signature, else upstream's.
+
+    Code that came with a checkpoint keeps the name that it was written for, whatever transformers is installed.
+    """
+    names = inspect.signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in names), CACHE_ARGUMENT)
+
+
+def given_cache(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the name and the value of the cache in the arguments of a call; the value is `None` without one."""
+    return next(
+        ((name, arguments[name]) for name in CACHE_ARGUMENTS if arguments.get(name) is not None),
+        (CACHE_ARGUMENT, None),
+    )
+
+
+def recorded_outputs() -> set[str]:
+    """Return what transformers records inside of the forward that is running, such as `{"router_logits"}`."""
+    module = import_module_or_none("transformers.utils.output_capturing")
+    collected = module._active_collector.get() if module is not None else None
+    return {name for name in collected or () if not name.startswith("_")}
 
 
 def is_available(package: str) -> bool:

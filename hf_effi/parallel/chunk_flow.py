@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from .._compat import CACHE_ARGUMENT
 from ..functional.sequence import plan_chunks
 
 IGNORED = -100
@@ -68,10 +69,13 @@ class ChunkGroup:
     Args:
         tokens (`dict[str, torch.Tensor]`): `input_ids`, `shift_labels` and `position_ids`, each `(1, length)`.
         bounds (`Sequence[tuple[int, int]]`): The chunks.
+        cache_name (`str`, *optional*): The model's argument for earlier keys and values; that of upstream's models.
     """
 
-    def __init__(self, tokens: dict[str, Tensor], bounds: Sequence[tuple[int, int]]) -> None:
-        self.tokens, self.bounds = tokens, bounds
+    def __init__(
+        self, tokens: dict[str, Tensor], bounds: Sequence[tuple[int, int]], cache_name: str = CACHE_ARGUMENT
+    ) -> None:
+        self.tokens, self.bounds, self.cache_name = tokens, bounds, cache_name
         #: of each layer, keys and values: those of all chunks so far, their gradients, and the leaves that a chunk saw
         self._states: list[Tensor] = []
         self._gradients: list[Tensor] = []
@@ -90,7 +94,7 @@ class ChunkGroup:
         if len(self) > 1:
             leaves = [state[..., :start, :].detach().requires_grad_(torch.is_grad_enabled()) for state in self._states]
             self._leaves[index] = leaves if start else []
-            inputs["past_key_values"] = cache = DynamicCache()
+            inputs[self.cache_name] = cache = DynamicCache()
             for layer in range(len(self._leaves[index]) // 2):
                 cache.update(leaves[2 * layer], leaves[2 * layer + 1], layer)
         return inputs
@@ -121,6 +125,10 @@ class ChunkGroup:
         ]
         return _CarryGradients.apply(loss, [gradient for _, gradient in trained], *(state for state, _ in trained))
 
+    def leaves(self, index: int) -> list[Tensor]:
+        """Return the keys and values of earlier chunks that a chunk was run with, of which its backward is to get gradients."""
+        return self._leaves.get(index, [])
+
     def went_back(self, index: int) -> None:
         """Add what the chunk's backward left for the keys and values before it."""
         for position, leaf in enumerate(self._leaves.pop(index, [])):
@@ -134,7 +142,7 @@ class ChunkGroup:
                 self._gradients[position][..., : leaf.shape[-2], :] += leaf.grad
 
 
-def make_groups(batch: dict[str, Any], chunk_size: int) -> list[ChunkGroup]:
+def make_groups(batch: dict[str, Any], chunk_size: int, cache_name: str = CACHE_ARGUMENT) -> list[ChunkGroup]:
     """
     Cut a batch into groups of chunks: those of long sequences first, then chunks of short sequences, packed.
 
@@ -145,6 +153,7 @@ def make_groups(batch: dict[str, Any], chunk_size: int) -> list[ChunkGroup]:
         batch (`dict`): `input_ids` and `labels` `(rows, tokens)`; optionally `attention_mask`, and `position_ids` that begin
             at 0 with each packed segment.
         chunk_size (`int`): Tokens of a chunk.
+        cache_name (`str`, *optional*): The model's argument for earlier keys and values; that of upstream's models.
 
     Raises:
         ChunkFlowError: an input that is not known, positions that skip, or a label that padding would have to predict.
@@ -158,10 +167,10 @@ def make_groups(batch: dict[str, Any], chunk_size: int) -> list[ChunkGroup]:
     if not sequences:  # a backward is needed all the same, by the other ranks
         sequences = [(batch["input_ids"][0, :1], torch.full_like(batch["input_ids"][0, :1], IGNORED))]
     plan = plan_chunks([len(ids) for ids, _ in sequences], chunk_size)
-    groups = [ChunkGroup(_pack([sequences[index]]), bounds) for index, bounds in plan.dependent]
+    groups = [ChunkGroup(_pack([sequences[index]]), bounds, cache_name) for index, bounds in plan.dependent]
     for members in plan.standalone:
         tokens = _pack([sequences[index] for index in members])
-        groups.append(ChunkGroup(tokens, [(0, tokens["input_ids"].shape[1])]))
+        groups.append(ChunkGroup(tokens, [(0, tokens["input_ids"].shape[1])], cache_name))
     return groups
 
 

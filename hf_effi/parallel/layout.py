@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from .._compat import CACHE_ARGUMENTS
 from ..functional.sequence import (
     causal_document_mask,
     document_boundaries,
@@ -191,8 +192,8 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
 
 def _check_inputs(inputs: Mapping[str, Any], rows: int, length: int) -> None:
     for name, value in inputs.items():
-        if name == "past_key_values" and value is not None:
-            raise SequenceParallelError("past_key_values: a forward with a cache cannot be split along the sequence.")
+        if name in CACHE_ARGUMENTS and value is not None:
+            raise SequenceParallelError(f"{name}: a forward with a cache cannot be split along the sequence.")
         if name == "logits_to_keep" and not isinstance(value, Tensor) and value:
             raise SequenceParallelError(f"logits_to_keep={value}: it counts from the end of the whole sequence.")
         if name in _DESCRIPTIONS or not isinstance(value, Tensor) or value.ndim == 0:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .._compat import CACHE_ARGUMENTS
 from ..functional.random_ltd import draw_kept, layer_tokens, uniform_scores
 from .patch_handle import PatchHandle
 
 #: how the masks of these can be cut: a 4D mask, or none at all for plain causal attention
 _ATTENTION = ("sdpa", "eager")
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class RandomLTDError(ValueError):
@@ -161,7 +161,7 @@ def _real_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
 
 def _cut(name: str, value: Any, kept: Tensor, length: int) -> Any:
     """Return one argument of the layer for the kept tokens only."""
-    if name in _CACHES and value is not None:
+    if name in CACHE_ARGUMENTS and value is not None:
         raise RandomLTDError("random-LTD cannot fill a KV cache with missing tokens. Train with use_cache=False.")
     if name == "attention_mask" and value is not None:
         return _cut_mask(value, kept)

@@ -17,13 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import CACHE_ARGUMENTS, cache_argument, given_cache, recorded_outputs
 from ..functional.sequence import chunk_bounds, chunk_segments
+from ..patching import (
+    Results,
+    compare,
+    draws_random_numbers,
+    loss_and_gradients,
+    named_draws,
+    remembered,
+    short_reach,
+    tiny_tokens,
+)
 from .attention import LAYOUT
 from .patch_handle import PatchHandle
 
 #: arguments of a layer that are per token along dimension 1
 _PER_TOKEN = ("position_ids", "position_embeddings", "seq_idx", "shift_labels")
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+#: chunks of the self-check: more of them are more of the same
+_MOST_CHUNKS = 8
 
 
 class _KeysKnown(Exception):
@@ -69,10 +83,12 @@ class _Chunk:
 class _Call:
     """One call of one layer: its chunks, and the autocast state to run them in."""
 
-    def __init__(self, layer: Any, arguments: dict[str, Any], x: Tensor, num_chunks: int) -> None:
-        self.layer, self.device = layer, x.device.type
+    def __init__(
+        self, layer: Any, arguments: dict[str, Any], x: Tensor, num_chunks: int, may_draw: bool = False
+    ) -> None:
+        self.layer, self.device, self.may_draw = layer, x.device.type, may_draw
         self.parameters = [weight for weight in layer.parameters() if weight.requires_grad]
-        self.mask = arguments.get("attention_mask")
+        self.mask, self.cache_name = arguments.get("attention_mask"), cache_argument(type(layer).forward)
         self.implementation = layer.self_attn.config._attn_implementation
         if self.implementation in ("sdpa", "eager"):  # these read a mask, and no boundaries
             arguments = {name: value for name, value in arguments.items() if name not in _PACKING}
@@ -95,10 +111,25 @@ class _Call:
             if before is not None:
                 self.layer.__dict__["gradient_checkpointing"] = before
 
+    @contextlib.contextmanager
+    def without_draws(self, device: torch.device) -> Iterator[None]:
+        """Refuse dropout that was switched on since the patch: the backward would draw other masks."""
+        if self.may_draw or torch.compiler.is_compiling():
+            yield
+            return
+        before = _random_states(device)
+        yield
+        if any(not torch.equal(was, now) for was, now in zip(before, _random_states(device), strict=True)):
+            raise ValueError(
+                f"StreamLayer: {type(self.layer).__name__} draws random numbers (dropout, noise), and chunks are computed "
+                "twice, with other ones. Set its rates to 0."
+            )
+
     def run(self, x: Tensor, chunk: _Chunk, prefix: _Prefix) -> Tensor:
         # Made for the moment: a mask of every chunk, kept, would be half of the square that there is to avoid.
         mask = _cut_mask(self.mask, chunk, self.implementation, x.device)
-        out = type(self.layer).forward(self.layer, x, attention_mask=mask, past_key_values=prefix, **chunk.arguments)
+        earlier = {self.cache_name: prefix}
+        out = type(self.layer).forward(self.layer, x, attention_mask=mask, **earlier, **chunk.arguments)
         if not isinstance(out, Tensor) or prefix.new is None:
             raise ValueError(
                 f"StreamLayer: {type(self.layer).__name__} returns a {type(out).__name__} or keeps no keys and values in "
@@ -124,7 +155,7 @@ class _StreamedLayer(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x)
         out, keys, values = torch.empty_like(x), None, None
-        with call.running():
+        with call.running(), call.without_draws(x.device):
             for chunk in call.chunks:
                 if keys is not None:
                     seen = chunk.start - chunk.first_key
@@ -155,6 +186,11 @@ class _StreamedLayer(torch.autograd.Function):
                         sums[index].add_(found)
         grads = (None if s is None else s.to(p.dtype) for s, p in zip(sums, call.parameters, strict=True))
         return grad_x, None, *grads
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    on_device = [] if device.type == "cpu" else [getattr(torch, device.type).get_rng_state(device)]
+    return [torch.get_rng_state(), *on_device]
 
 
 def _zeros(like: Tensor) -> Tensor:
@@ -192,7 +228,7 @@ def _chunk_backward(
     return grad_tokens, found[len(leaves) :]
 
 
-def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
+def stream_layers(model: nn.Module, num_chunks: int = 3, *, verify: bool = True) -> PatchHandle:
     """
     Run every decoder layer in chunks of tokens, and its backward a chunk at a time: StreamBP, exactly the same gradients.
 
@@ -206,13 +242,17 @@ def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
             states (Llama, Mistral, Qwen, Gemma, OLMo, ...), plain or wrapped by PEFT. Attention: `sdpa`, `eager`, flash or
             `hf_effi_varlen`; sliding windows, packed and padded rows as the model has them.
         num_chunks (`int`, *optional*, defaults to 3): Chunks of a sequence, at least 1; StreamBP's own advice is 3.
+        verify (`bool`, *optional*, defaults to `True`): Whether to compare loss and gradients on a few tokens, with and
+            without; `False` for a model whose weights are sharded already, on your own account.
 
     Returns:
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no such layer or a bad `num_chunks`; at the call, in training: dropout, a filled cache, flex attention,
-            sequence parallelism, attention weights asked for, or a per-token argument that is not known here.
+        ValueError: no such layer or a bad `num_chunks`; a model that draws random numbers in its layers (dropout) or whose
+            loss or gradients would be others, a router's loss among them, with the measured difference; at the call, in
+            training: a filled cache, sequence parallelism, attention weights or router logits asked for, or a per-token
+            argument that is not known here.
 
     Example:
     ```python
@@ -228,12 +268,57 @@ def stream_layers(model: nn.Module, num_chunks: int = 3) -> PatchHandle:
             f"{type(model).__name__} has no decoder layer that can be streamed: none of its modules has a causal "
             "`self_attn` with a config."
         )
+    _patched(found, num_chunks).revert()  # where another patch has a layer, that is said first
+    may_draw = _check_equal(model, found, num_chunks) if verify else False
+    return _patched(found, num_chunks, may_draw)
+
+
+def _patched(layers: dict[str, nn.Module], num_chunks: int, may_draw: bool = True) -> PatchHandle:
     handle = PatchHandle("stream_layers")
-    for name, layer in found.items():
-        handle.replace(
-            name, layer, "forward", MethodType(functools.partial(_streamed_forward, num_chunks=num_chunks), layer)
-        )
+    for name, layer in layers.items():
+        options = {"num_chunks": num_chunks, "may_draw": may_draw}
+        forward = MethodType(functools.partial(_streamed_forward, **options), layer)
+        handle.replace(name, layer, "forward", forward)
     return handle
+
+
+def _check_equal(model: nn.Module, layers: dict[str, nn.Module], num_chunks: int) -> bool:
+    """
+    Compare a step on a few tokens, one row of them padded, with and without the patch.
+
+    Returns:
+        `bool`: Whether the layers draw random numbers that make no difference, as for a rate of 0.
+    """
+    chunks = min(num_chunks, _MOST_CHUNKS)
+    length = max(12, 2 * chunks)
+
+    def step(model: nn.Module, streamed: bool) -> Results:
+        tokens = tiny_tokens(model, 2, length)
+        mask = torch.ones_like(tokens)
+        mask[1, length - 3 :] = 0
+        patch = _patched(layers, chunks) if streamed else contextlib.nullcontext()
+        with short_reach(model, length // 2), patch:
+            return loss_and_gradients(model, tokens, mask)
+
+    implementations = {layer.self_attn.config._attn_implementation for layer in layers.values()}
+    if "flex_attention" in implementations:
+        raise ValueError(
+            "stream_layers: flex_attention's block masks cannot be cut into chunks. Use sdpa or flash attention."
+        )
+    plain, streamed = (functools.partial(step, streamed=value) for value in (False, True))
+    drawn = remembered(model, "draws in layers", lambda: draws_random_numbers(model, within=layers.values()))
+    if drawn.looked and not drawn.equal:
+        raise ValueError(
+            f"stream_layers: the layers draw random numbers, and chunks are computed twice, with other ones: {drawn}. Set "
+            f"dropout and noise to 0; settings of that name: {named_draws(model)}."
+        )
+    found = drawn.worst(remembered(model, ("stream_layers", chunks), lambda: compare(model, plain, streamed)))
+    if not found.equal:
+        raise ValueError(
+            f"stream_layers would not give what {type(model).__name__} gives without it: {found}. Leave it out"
+            f"{'' if found.looked else ', patch before the weights are sharded, or pass verify=False'}."
+        )
+    return bool(drawn.drawn)
 
 
 def _is_decoder_layer(module: nn.Module) -> bool:
@@ -241,27 +326,29 @@ def _is_decoder_layer(module: nn.Module) -> bool:
     return hasattr(attention, "config") and getattr(attention, "is_causal", False) is True
 
 
-def _streamed_forward(layer: nn.Module, hidden_states: Tensor, *, num_chunks: int, **arguments: Any) -> Any:
+def _streamed_forward(
+    layer: nn.Module, hidden_states: Tensor, *, num_chunks: int, may_draw: bool, **arguments: Any
+) -> Any:
     if not (layer.training and torch.is_grad_enabled()):
         return type(layer).forward(layer, hidden_states, **arguments)
     _check_call(layer, arguments)
-    call = _Call(layer, arguments, hidden_states, num_chunks)
+    call = _Call(layer, arguments, hidden_states, num_chunks, may_draw)
     return _StreamedLayer.apply(hidden_states, call, *call.parameters)
 
 
 def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
-    cache = arguments.get("past_key_values")
+    name, cache = given_cache(arguments)
     if cache is not None and cache.get_seq_length(layer.self_attn.layer_idx):
-        raise ValueError("StreamLayer: the cache holds keys already. In training pass no past_key_values.")
+        raise ValueError(f"StreamLayer: the cache holds keys already. In training pass no {name}.")
     if arguments.get(LAYOUT) is not None:
         raise ValueError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
     if arguments.get("output_attentions"):
         raise ValueError("StreamLayer: output_attentions=True is not possible in training: weights come in chunks.")
-    dropout = {name: m.p for name, m in layer.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
-    if getattr(layer.self_attn, "attention_dropout", 0.0) > 0:
-        dropout["self_attn.attention_dropout"] = layer.self_attn.attention_dropout
-    if dropout:
-        raise ValueError(f"StreamLayer: dropout {dropout}: chunks are computed twice, with other masks. Set it to 0.")
+    if recorded := recorded_outputs() - {"hidden_states"}:
+        raise ValueError(
+            f"StreamLayer: {', '.join(sorted(recorded))} are recorded inside of the layers, which run in chunks and without a "
+            "graph there. Do not ask for them in training; for a router's loss, set output_router_logits=False."
+        )
 
 
 def _with_boundaries(arguments: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -290,7 +377,7 @@ def _cut(arguments: dict[str, Any], start: int, end: int) -> _Chunk:
     if arguments.get("cu_seq_lens_q") is not None:
         mine, first_key = _cut_packing(arguments["cu_seq_lens_q"], start, end)
     for name, value in arguments.items():
-        if name in (*_PACKING, "attention_mask", "past_key_values"):
+        if name in (*_PACKING, *CACHE_ARGUMENTS, "attention_mask"):
             continue
         if name in _PER_TOKEN and value is not None:
             mine[name] = value[:, start:end] if isinstance(value, Tensor) else tuple(t[:, start:end] for t in value)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional.sequence import chunk_schedule
+from ..parallel._chunk_probe import Layout, cache_name_of, chunks_are_exact, layout_of
 from ..parallel.chunk_flow import ChunkFlow, ChunkFlowError, ChunkGroup, make_groups
-
-_HYBRID = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "chunked_attention")
+from ..patching import agreed, draws_random_numbers, longest_exact_call, named_draws
 
 
 class ChunkFlowMixin:
@@ -53,29 +54,56 @@ class ChunkFlowMixin:
             self._check_chunks()
 
     def _check_chunks(self) -> None:
-        args, config = self.args, self.model.config.get_text_config()
-        dropout = {name: m.p for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
-        if getattr(config, "attention_dropout", 0.0):
-            dropout["attention_dropout"] = config.attention_dropout
-        hybrid = [kind for kind in getattr(config, "layer_types", None) or () if kind in _HYBRID]
+        args = self.args
         reasons = {
             "gradient checkpointing empties the cache. Switch it off: chunks are run again by themselves": (
                 getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
             ),
-            f"dropout {dropout} would differ when a chunk is run again. Set it to 0": dropout,
             "DataParallel splits the rows itself. Use one process a GPU": args.n_gpu > 1,
             "FSDP and DeepSpeed need the same number of calls on every rank": args.fsdp or args.deepspeed,
             "the loss has to be the model's: leave out label_smoothing_factor and compute_loss_func": (
                 self.label_smoother is not None or self.compute_loss_func is not None
             ),
-            f"layers of type {sorted(set(hybrid))} carry a state that is not keys and values": hybrid,
-            "output_router_logits=True takes a mean over the tokens of a call": (
-                getattr(config, "output_router_logits", False)
-            ),
         }
         found = [reason for reason, true in reasons.items() if true]
         if found:
             raise ChunkFlowError(f"chunk_flow is not possible here: {'; '.join(found)}.")
+        self._ask_model()
+
+    def _ask_model(self) -> None:
+        """Measure whether chunks give this model's loss and gradients, and up to which length of a row."""
+        drawn = agreed(draws_random_numbers(self.model))
+        if not drawn.equal:
+            raise ChunkFlowError(
+                f"chunk_flow is not possible here: random numbers would be others when a chunk is run again: {drawn}. Set "
+                f"dropout and noise to 0; settings of that name: {named_draws(self.model)}."
+            )
+        self._asked = {}
+        self._check_layout("padded")
+        self._longest_exact = longest_exact_call(self.model)
+
+    def _check_layout(self, layout: Layout) -> None:
+        """Refuse rows that are laid out in a way in which this model's chunks are not its rows; asked once for each way."""
+        found = self._asked.get(layout)
+        if found is None:
+            found = self._asked[layout] = chunks_are_exact(self.model, layout)
+        if not found.equal:
+            config = self.model.config.get_text_config()
+            router = " output_router_logits=True takes a mean over the tokens of a call."
+            raise ChunkFlowError(
+                f"chunk_flow is not possible here: {type(self.model).__name__} does not give the same for rows that are "
+                f"{layout} and for their chunks: {found}.{router if getattr(config, 'output_router_logits', False) else ''}"
+            )
+
+    def _check_batch(self, batch: dict[str, Any], groups: Sequence[ChunkGroup]) -> None:
+        self._check_layout(layout_of(batch))
+        longest = max(group.bounds[-1][1] for group in groups if len(group) > 1 or group is groups[0])
+        if self._longest_exact is not None and longest > self._longest_exact:
+            raise ChunkFlowError(
+                f"A row of {longest} tokens: this model's positions depend on the length of a call from "
+                f"{self._longest_exact + 1} tokens on (dynamic or long RoPE), and a chunk is shorter than its row. Leave "
+                "longer rows out, or train them without chunk_flow."
+            )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -85,7 +113,9 @@ class ChunkFlowMixin:
         if num_items_in_batch is None:
             raise ChunkFlowError("The Trainer gave no num_items_in_batch, so that means over chunks would not add up.")
         model.train()
-        groups = make_groups(self._prepare_inputs(inputs), self.chunk_flow.chunk_size)
+        inputs = self._prepare_inputs(inputs)
+        groups = make_groups(inputs, self.chunk_flow.chunk_size, cache_name_of(self.model))
+        self._check_batch(inputs, groups)
         count = sum(len(group) for group in groups)
         if self.accelerator.num_processes > 1:
             # The forward of DDP, and TRL's metrics, communicate: every rank makes as many calls.
@@ -129,7 +159,7 @@ class ChunkFlowMixin:
             inputs = group.inputs(index)
             del inputs["labels"], inputs["shift_labels"]
             self.model(**inputs, logits_to_keep=1)
-        group.ran(index, inputs["past_key_values"])
+        group.ran(index, inputs[group.cache_name])
 
     def _keep(self, model: nn.Module, group: ChunkGroup, index: int, num_items: Any) -> Tensor:
         self._loss_now = None
@@ -138,7 +168,7 @@ class ChunkFlowMixin:
 
     def _chunk_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         group, index = self._now
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(group.cache_name)
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items)
         group.ran(index, cache)
         return loss

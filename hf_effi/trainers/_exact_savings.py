@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..functional.rollouts import Bucket, concat_rows, contiguous_rows, plan_buckets, scatter_completion, take_rows
+from ._exact_probe import measured_reasons
 from .grpo_config import EXACT_SAVINGS, own_setting, parse_exact_savings
 
 logger = logging.get_logger(__name__)
-
-#: Layer types whose state runs over padding columns, so that moving the padding can move the result.
-_RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv")
 
 
 class ExactSavingsMixin:
@@ -29,6 +27,10 @@ class ExactSavingsMixin:
     def _init_exact_savings(self) -> None:
         wanted = parse_exact_savings(own_setting(self.args, "exact_savings"))
         reasons = self._inexact_reasons()
+        open_ones = tuple(name for name in (EXACT_SAVINGS if wanted is None else wanted) if name not in reasons)
+        reasons |= measured_reasons(
+            self.accelerator.unwrap_model(self.model), open_ones, self._longest_row(), self._tokenizer.pad_token_id
+        )
         for name in wanted or ():
             if name in reasons:
                 raise ValueError(
@@ -48,8 +50,6 @@ class ExactSavingsMixin:
         if self.aux_loss_enabled:
             text = "the router's load-balancing loss is computed from every forwarded token."
             return dict.fromkeys(EXACT_SAVINGS, text)
-        if position_reason := _moves_with_padding(self.accelerator.unwrap_model(self.model)):
-            reasons["trim"] = position_reason
         if self._entropy_bonus_enabled:
             reasons["sort"] = "the entropy bonus is a mean over the tokens of each micro-batch."
             reasons["skip"] = "the entropy bonus (`entropy_coef`) has a gradient on every row."
@@ -68,6 +68,13 @@ class ExactSavingsMixin:
                 f"{self.args.gradient_accumulation_steps} are not multiples, so optimizer steps straddle generations."
             )
         return reasons
+
+    def _longest_row(self) -> int | None:
+        """The most columns that a forward of this run can have, or `None` where prompts are as long as they come."""
+        longest_prompt = getattr(self.args, "max_prompt_length", None)
+        if longest_prompt is None or self.max_completion_length is None:
+            return None
+        return longest_prompt + self.max_completion_length
 
     def _chunks_per_window(self) -> int | None:
         """How many micro-batches of one generation belong to one optimizer step; `None` if that shifts."""
@@ -235,18 +242,3 @@ def _missing(order: list[int], rows: int) -> list[int]:
 def _unsort(values: Tensor, order: list[int], rows: int) -> Tensor:
     """Put rows back in place; rows that were not forwarded become zeros without a gradient."""
     return values.new_zeros(rows, values.size(1)).index_copy(0, torch.as_tensor(order, device=values.device), values)
-
-
-def _moves_with_padding(model: nn.Module) -> str | None:
-    """Say why moving a row inside its padding would change the model's output, or return `None`."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
-    if kinds & set(_RECURRENT_LAYERS):
-        return f"the model has recurrent layers ({', '.join(sorted(kinds & set(_RECURRENT_LAYERS)))})."
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings != getattr(config, "vocab_size", None):
-            # OPT keeps two extra rows for padding.
-            if positions is not None and 0 <= module.num_embeddings - positions <= 2:
-                return f"the model has learned absolute positions ({name}), which TRL counts over left padding."
-    return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ._exact_savings import _moves_with_padding
+from ._exact_probe import position_table
 
 logger = logging.get_logger(__name__)
 
@@ -19,8 +19,7 @@ class PromptLengthMixin:
         model = self.accelerator.unwrap_model(self.model)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self._positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        reason = _moves_with_padding(model)
-        self._positions_are_a_table = reason is not None and "absolute positions" in reason
+        self._positions_are_a_table = position_table(model) is not None
         self._warned_long_prompt = False
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ FLOORS = {
     "_plots": 0,
     "methods": 0,
     "functional": 0,
+    "patching": 1,
     "protocols": 1,
     "optim": 2,
     "samplers": 2,

@@ -238,9 +238,6 @@ def flex():
 @pytest.mark.parametrize(
     ("make", "inputs", "message"),
     [
-        (lambda: tiny_qwen3(attention_dropout=0.1), {}, r"dropout \{'self_attn.attention_dropout': 0.1\}"),
-        (lambda: get_peft_model(tiny_qwen3(), LoraConfig(lora_dropout=0.2)), {}, "q_proj.lora_dropout.default"),
-        (flex, {"attention_mask": {"full_attention": None}}, "flex_attention.*mask of type NoneType"),
         (tiny_qwen3, {"output_attentions": True}, "output_attentions=True"),
         (tiny_qwen3, {"sequence_layout": object()}, "each rank has a part of the sequence already"),
         (tiny_qwen3, {"marks": torch.zeros(2, LENGTH)}, r"marks \(2, 13\)"),
@@ -250,6 +247,32 @@ def test_what_cannot_be_streamed_is_named(make, inputs, message):
     model = make().train()
     with stream_layers(model), pytest.raises(ValueError, match=message):
         step(model, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: tiny_qwen3(attention_dropout=0.1),
+            r"relative difference of .*{'config.attention_dropout': 0.1",
+        ),
+        (lambda: get_peft_model(tiny_qwen3(), LoraConfig(lora_dropout=0.2)), "q_proj.lora_dropout.default"),
+        (flex, "flex_attention's block masks cannot be cut into chunks"),
+    ],
+)
+def test_what_cannot_be_streamed_is_named_when_it_is_applied(make, message):
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        stream_layers(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_dropout_that_is_switched_on_later_is_refused_at_the_call():
+    model = tiny_qwen3().train()
+    with stream_layers(model):
+        model.model.layers[1].self_attn.attention_dropout = 0.1
+        with pytest.raises(ValueError, match=r"Qwen3DecoderLayer draws random numbers \(dropout, noise\)"):
+            step(model)
 
 
 def test_a_filled_cache_is_refused():

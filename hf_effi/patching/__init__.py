@@ -1,0 +1,35 @@
+"""What is asked and kept of a model before it is changed: measured questions about it, and its state put back."""
+
+from .probe import CannotLook, Finding, Results, agreed, compare, gradients, probing, remembered, tiny_tokens
+from .questions import (
+    call,
+    draws_random_numbers,
+    length_dependent_positions,
+    longest_exact_call,
+    loss_and_gradients,
+    moved_in_padding,
+    named_draws,
+    rows_see_each_other,
+    short_reach,
+)
+
+__all__ = [
+    "CannotLook",
+    "Finding",
+    "Results",
+    "agreed",
+    "call",
+    "compare",
+    "draws_random_numbers",
+    "gradients",
+    "length_dependent_positions",
+    "longest_exact_call",
+    "loss_and_gradients",
+    "moved_in_padding",
+    "named_draws",
+    "probing",
+    "remembered",
+    "rows_see_each_other",
+    "short_reach",
+    "tiny_tokens",
+]
