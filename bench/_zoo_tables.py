@@ -91,11 +91,11 @@ def models_table(result: Mapping[str, Any]) -> str:
         used = [f for f in COLUMNS if any(f in row["cells"] for row in rows)]
         names = Counter(row["class"] for row in rows)
         lines = [
-            [f"{row['class']}{f' ({row['model_type']})' if names[row['class']] > 1 else ''}"]
+            [row["class"] + (f" ({row['model_type']})" if names[row["class"]] > 1 else "")]
             + [_symbol(row["cells"].get(feature), letters[feature]) for feature in used]
             for row in rows
         ]
-        table = markdown_table(["class", *(COLUMNS[f] for f in used)], lines)
+        table = markdown_table(["class", *(COLUMNS[f] for f in used)], lines, numbers=False)
         parts.append(f'### {title}\n\n<div class="zoo" markdown="1">\n\n{table}\n\n</div>')
     return "\n\n".join(parts)
 
@@ -118,7 +118,7 @@ def reasons_table(result: Mapping[str, Any]) -> str:
         lines += [[feature, letter, str(count), escape(example, quote=False)] for letter, example, count in own]
         if others := [count for letter, _, count in found.values() if letter == _OTHER]:
             lines.append([feature, _OTHER, str(sum(others)), f"{len(others)} further reasons"])
-    return markdown_table(["feature", "", "classes", "message, as one class gets it"], lines)
+    return markdown_table(["feature", "", "classes", "message, as one class gets it"], lines, numbers=False)
 
 
 def settings_table(result: Mapping[str, Any]) -> str:
@@ -128,7 +128,7 @@ def settings_table(result: Mapping[str, Any]) -> str:
         [f"{row['axis']}: {row['level']}", *(_share(row["counts"].get(feature, (0, 0))) for feature in COLUMNS)]
         for row in rows
     ]
-    return f'<div class="zoo" markdown="1">\n\n{markdown_table(["setting", *COLUMNS.values()], lines)}\n\n</div>'
+    return f'<div class="zoo" markdown="1">\n\n{markdown_table(["setting", *COLUMNS.values()], lines, numbers=False)}\n\n</div>'
 
 
 def _share(counts: Sequence[int]) -> str:
@@ -144,6 +144,7 @@ def missing_table(result: Mapping[str, Any]) -> str:
     return markdown_table(
         ["class", "kind", "error of transformers"],
         [[row["class"], KINDS[row["kind"]].lower(), escape(row["error"], quote=False)] for row in rows],
+        numbers=False,
     )
 
 

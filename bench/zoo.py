@@ -19,6 +19,7 @@ import torch
 
 from bench._schema import command_line, headline, write_result
 from tests.zoo.builders import SEED, Family
+from tests.zoo.cases import describe
 from tests.zoo.features import FEATURES, Outcome
 from tests.zoo.ranks import SEQUENCE_PARALLEL, run_pair
 from tests.zoo.run import Result, everything, number, rows_of, run_family
@@ -77,10 +78,11 @@ def _cell(found: Sequence[Result]) -> dict[str, str]:
 
 
 def _setting_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """How often each level of each axis was equal and refused, by feature."""
+    """How often each level of each axis was equal and refused, by feature, on classes where the plain row is equal."""
+    plain = {(r.family, r.feature) for r in results if describe(r.row) == "plain" and r.outcome.status == "equal"}
     counts: dict[tuple[str, str], dict[str, list[int]]] = {}
     for result in results:
-        for axis, level in result.row.items():
+        for axis, level in result.row.items() if (result.family, result.feature) in plain else ():
             cell = counts.setdefault((axis, level), {}).setdefault(result.feature, [0, 0])
             cell[0] += result.outcome.status == "equal"
             cell[1] += result.outcome.status == "refused"

@@ -309,6 +309,8 @@ def build(
         config = family.config_class(**settings)
         if family.kind == "causal" and getattr(config, "is_decoder", None) is False:
             config.is_decoder = True
+        if family.kind == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = BOS
         if change is not None:
             change(config)
         config._attn_implementation = attention or _attention_of(family)

@@ -69,6 +69,8 @@ class Case:
     @functools.cached_property
     def pristine(self) -> nn.Module:
         """The untouched model, in evaluation mode, in fp64 and with sdpa where it runs so, else as it does."""
+        if "fails" in self.cache:
+            raise StockFails(self.cache["fails"])
         reasons = []
         for dtype in dict.fromkeys((self.dtype, torch.float32)):
             for attention in ("sdpa", "eager"):
@@ -85,7 +87,8 @@ class Case:
                     self.dtype, self.attention = dtype, attention
                     self.cache["expected"] = found
                     return model
-        raise StockFails(next((r for r in reasons if "does not support an attention" not in r), reasons[0]))
+        self.cache["fails"] = next((r for r in reasons if "does not support an attention" not in r), reasons[0])
+        raise StockFails(self.cache["fails"])
 
     def _build(self, dtype: torch.dtype, attention: str) -> nn.Module:
         change = functools.partial(change_config, row=self.row)
@@ -169,7 +172,7 @@ class Case:
 
 def describe(row: Row) -> str:
     """Return the levels of a row that are not plain."""
-    plain = {"none", "no", "default", "several", "as it is", "off"}
+    plain = {"none", "no", "default", "several", "as it is", "off", "always"}
     return ", ".join(f"{name}={level}" for name, level in row.items() if level not in plain) or "plain"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 import re
@@ -100,6 +101,7 @@ def compatible(row: Row) -> bool:
     return sum(row.get(name, _PLAIN[name]) != _PLAIN[name] for name in HIDING) < 2
 
 
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _PLAIN = {"dropout": "none", "router": "no", "rope": "default"}
 
 
@@ -116,8 +118,8 @@ def axes_of(config: PreTrainedConfig, kind: str = "causal") -> dict[str, tuple[s
         axes["heads"] = ("several", "one")
     if _can_window(text):
         axes["window"] = ("as it is", "8")
-    if any(hasattr(text, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")):
-        axes["softcap"] = ("off", "on")
+    if any(hasattr(text, name) for name in _SOFTCAPS):
+        axes["softcap"] = ("off", "on") if _can_be_none(text) else ("always",)
     if isinstance(getattr(config, "tie_word_embeddings", None), bool) and kind == "causal":
         axes["tied"] = ("no", "yes")
     if kinds := [kind for kind in _DROPOUT_KINDS if _dropout_fields(text, kind)]:
@@ -128,6 +130,18 @@ def axes_of(config: PreTrainedConfig, kind: str = "causal") -> dict[str, tuple[s
     if isinstance(rope, dict) and "rope_type" in rope:
         axes["rope"] = ROPE_TYPES
     return axes
+
+
+def _can_be_none(text: PreTrainedConfig) -> bool:
+    """Some configs take a number only."""
+    text = copy.deepcopy(text)
+    try:
+        for name in _SOFTCAPS:
+            if hasattr(text, name):
+                setattr(text, name, None)
+    except Exception:
+        return False
+    return True
 
 
 def _can_window(text: PreTrainedConfig) -> bool:
@@ -150,8 +164,8 @@ def change_config(config: PreTrainedConfig, row: Row) -> None:
             text.use_sliding_window = True
         if getattr(text, "layer_types", None):
             text.layer_types = ["sliding_attention", *text.layer_types[1:]]
-    if "softcap" in row:
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+    if row.get("softcap", "always") != "always":
+        for name in _SOFTCAPS:
             if hasattr(text, name):
                 setattr(text, name, 5.0 if row["softcap"] == "on" else None)
     if "tied" in row:
