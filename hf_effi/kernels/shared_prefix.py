@@ -13,13 +13,26 @@ from transformers import PretrainedConfig
 from .._compat import import_module_or_none
 from ..functional.partial_attention import partial_attention, partial_attention_backward
 from ..functional.segment_attention import AttentionPattern
-from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
+from ..functional.shared_prefix import PrefixSegments, SharedPrefixError, plan_shared_prefix
 from ..parallel.varlen import (
     PATTERNS_FIELD,
     VARLEN_ATTENTION,
     in_autocast_dtype,
     kernel_inputs,
     set_prefix_attention,
+)
+from ..patching import (
+    Results,
+    call,
+    compare,
+    device_of,
+    draws_random_numbers,
+    gradients,
+    named_draws,
+    output_of,
+    probing,
+    remembered,
+    tiny_tokens,
 )
 from .attention_merge import merge_attention
 
@@ -72,33 +85,83 @@ def shared_prefix_attention(
 
 def check_shared_prefix(model: Any) -> None:
     """
-    Raise where a model would not give the results of separate rows.
+    Raise where a model would not give the results of separate rows, measured on a few rows that share a prompt.
+
+    Logits and gradients of one flat row are compared with those of the rows one by one, under the attention that the model has
+    without this package: of a layer that drops the arguments of its attention, chunked attention, states that run along the
+    row, and positions of its own no list is needed.
 
     Args:
         model (`PreTrainedModel`): Or one that wraps it and has its attributes.
 
     Raises:
-        SharedPrefixError: another attention implementation, one that does not hand arguments to its attention, layers that
-            carry a state from token to token, sparse patterns, a router's loss.
+        SharedPrefixError: another attention implementation, one that does not hand arguments to its attention, sparse patterns,
+            a router's loss, random numbers in training, or results that differ, with the measured difference.
     """
     if not getattr(model, "_supports_attention_backend", False):
         raise SharedPrefixError(
             f"{type(model).__name__} is not a transformers model that hands the arguments of a call to its attention."
         )
     check_config(model.config)
+    drawn = remembered(model, "draws", lambda: draws_random_numbers(model))
+    if drawn.looked and not drawn.equal:
+        raise SharedPrefixError(
+            f"Completions of a prompt would share its random numbers: {drawn}. Set dropout and noise to 0; settings of that "
+            f"name: {named_draws(model)}."
+        )
+    found = remembered(model, "shared prefix", lambda: compare(model, _one_by_one, _sharing))
+    if not found.equal:
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES
+        raise SharedPrefixError(
+            f"{type(model).__name__} does not give the results of separate rows where they share a prompt: {found}."
+            f"{f' Its layers of type {sorted(kinds)} may carry a state along the row.' if kinds else ''}"
+        )
+
+
+#: prompt and completions of the rows of the check: two share a prompt, one is on its own
+_ROWS = (((0, 5), (5, 8)), ((0, 5), (8, 10)), ((10, 13), (13, 17)))
+
+
+def _rows_of(model: Any) -> list[tuple[list[int], list[int]]]:
+    ids = tiny_tokens(model, 1, 17)[0].tolist()
+    return [(ids[slice(*prompt)], ids[slice(*completion)]) for prompt, completion in _ROWS]
+
+
+def _one_by_one(model: Any) -> Results:
+    """The logits that score each completion, from rows of their own and the attention of transformers."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == VARLEN_ATTENTION:
+            name = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+            vars(config)["_attn_implementation_internal"] = name
+    device, logits = device_of(model), []
+    for prompt, completion in _rows_of(model):
+        out = output_of(call(model, torch.tensor([prompt + completion], device=device)))
+        logits.append(out[0, len(prompt) - 1 : -1])
+    scores = torch.cat(logits)
+    return {"the logits": scores, **gradients(model, scores)}
+
+
+def _sharing(model: Any) -> Results:
+    """The same from one flat row."""
+    rows, device = _rows_of(model), device_of(model)
+    layout = plan_shared_prefix([prompt for prompt, _ in rows], [len(completion) for _, completion in rows])
+    inputs = layout.model_inputs([prompt + completion for prompt, completion in rows])
+    del inputs["labels"]
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    out = output_of(call(model, **inputs))[0]
+    index = layout.completion_index().to(device)
+    scores = torch.cat([out[where[where >= 0]] for where in index])
+    return {"the logits": scores, **gradients(model, scores)}
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Do what [`check_shared_prefix`] does, as far as the config says."""
+    """Do what [`check_shared_prefix`] does, as far as the config says: what may be changed between two batches."""
     text = config.get_text_config()
     if text._attn_implementation != VARLEN_ATTENTION:
         raise SharedPrefixError(
             f"attn_implementation={text._attn_implementation!r} would not see the shared prompt: call "
             "model.set_attn_implementation(register_varlen_attention())."
-        )
-    if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
-        raise SharedPrefixError(
-            f"Layers of type {sorted(others)} carry a state along the row, which branches cannot share."
         )
     if any(getattr(text, PATTERNS_FIELD, None) or ()):
         raise SharedPrefixError("The model has sparse attention patterns, which a shared prefix does not follow.")
@@ -124,7 +187,7 @@ def _forward(
     _check_call(name, query, key, cu_seq_lens, prefix)
     _check_layer(name, causal, pattern, prefix)
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-    query, key, value = (kernel_inputs if query.is_cuda else in_autocast_dtype)(query, key, value)
+    query, key, value = (kernel_inputs if _on_kernel(query) else in_autocast_dtype)(query, key, value)
     longest = int(cu_seq_lens.diff().max()) if max_length is None else int(max_length)
     return shared_prefix_attention(query, key, value, cu_seq_lens, longest, prefix, scale)[None]
 
@@ -202,7 +265,12 @@ class _SharedPrefixAttention(torch.autograd.Function):
 
 def _operators(query: Tensor) -> tuple[Any, Any]:
     """Return the two directions of a part: torch's packed kernels on CUDA, a call a segment elsewhere."""
-    return (_kernel, _kernel_backward) if query.is_cuda else (_by_segment, _by_segment_backward)
+    return (_kernel, _kernel_backward) if _on_kernel(query) else (_by_segment, _by_segment_backward)
+
+
+def _on_kernel(query: Tensor) -> bool:
+    """Torch's kernels take half precision only, which a probe does not use."""
+    return query.is_cuda and not probing()
 
 
 def _by_segment(query: Tensor, key: Tensor, value: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tensor]:

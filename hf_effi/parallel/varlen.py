@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..functional.segment_attention import AttentionPattern, segment_attention
 from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
+from ..patching import probing
+from ._varlen_masks import LEDGER, Document, View, varlen_mask
 
 #: what `attn_implementation=` takes
 VARLEN_ATTENTION = "hf_effi_varlen"
@@ -65,7 +67,7 @@ def register_varlen_attention() -> str:
     ```
     """
     AttentionInterface.register(VARLEN_ATTENTION, varlen_attention_forward)
-    AttentionMaskInterface.register(VARLEN_ATTENTION, flash_attention_mask)
+    AttentionMaskInterface.register(VARLEN_ATTENTION, varlen_mask)
     return VARLEN_ATTENTION
 
 
@@ -128,11 +130,16 @@ def varlen_attention_forward(
             raise SharedPrefixError(
                 f"{name}: rows that share a prompt have no padding, got an attention mask with zeros."
             )
-        return _prefix_attention(name, query, key, value, *segments, prefix, causal, pattern, scaling), None
+        out = _prefix_attention(name, query, key, value, *segments, prefix, causal, pattern, scaling)
+        own = _Segments(cu_seq_lens_q, cu_seq_lens_q, 0, 0)
+        _check_masks(module, View(bool(causal), sliding_window), own, batch, length, key.shape[2])
+        _check_reach(name, prefix)
+        return out, None
     if cu_seq_lens_q is not None:
         segments = _given_segments(batch * length, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     else:
         segments = _find_segments(batch, length, key.shape[2], attention_mask, position_ids, query.device)
+    _check_masks(module, View(bool(causal), sliding_window), segments, batch, length, key.shape[2])
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     if segments.index_q is not None:
         q, k, v = q[segments.index_q], k[segments.index_k], v[segments.index_k]
@@ -158,6 +165,36 @@ def _refuse(module: Any, attention_mask: torch.Tensor | None, dropout: float, kw
         raise VarlenAttentionError(
             f"{name}: got an attention mask of shape {tuple(attention_mask.shape)}; {VARLEN_ATTENTION} takes a padding "
             "mask of shape (batch, length). Use attn_implementation='sdpa'."
+        )
+
+
+def _check_masks(module: Any, view: View, segments: _Segments, batch: int, length_q: int, length_k: int) -> None:
+    """Refuse a model whose masks say other than its layers are computed here; see [`MaskLedger`]."""
+    if torch.compiler.is_compiling() or segments.bounds_k.numel() < 2:  # or nothing but padding
+        return
+
+    def longest() -> Document:
+        bounds = segments.bounds_k
+        which = int(bounds.diff().argmax())
+        begin, end = int(bounds[which]), int(bounds[which + 1])
+        places = torch.arange(begin, max(end, begin + 1), device=bounds.device)
+        places = places if segments.index_k is None else segments.index_k[places]
+        return Document(int(places[0]) // length_k, places % length_k)
+
+    if problem := LEDGER.problem(view, (length_q, length_k), longest):
+        raise VarlenAttentionError(
+            f"{type(module).__name__} {problem}: {VARLEN_ATTENTION} would compute something else here. Use "
+            "attn_implementation='sdpa' or 'eager'."
+        )
+
+
+def _check_reach(name: str, prefix: PrefixSegments) -> None:
+    """Refuse a window or chunk that ends within a prompt and its completion: it would have to be found across segments."""
+    reach = LEDGER.reach()
+    if reach is not None and reach < prefix.longest_context:
+        raise SharedPrefixError(
+            f"{name} sees a window of {reach} tokens, and the longest prompt with its completion has "
+            f"{prefix.longest_context}. Leave out longer rows, or do not share prompts."
         )
 
 
@@ -258,7 +295,7 @@ def _attend(
     pattern: AttentionPattern | None,
 ) -> torch.Tensor:
     plain_window = pattern is None or not (pattern.sink or pattern.stride)
-    if q.is_cuda and plain_window:
+    if q.is_cuda and plain_window and not probing():
         window = (
             (-1, -1) if not causal else (-1 if pattern is None or pattern.window is None else pattern.window - 1, 0)
         )

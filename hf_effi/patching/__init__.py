@@ -1,6 +1,18 @@
 """What is asked and kept of a model before it is changed: measured questions about it, and its state put back."""
 
-from .probe import CannotLook, Finding, Results, agreed, compare, gradients, probing, remembered, tiny_tokens
+from .probe import (
+    CannotLook,
+    Finding,
+    Results,
+    agreed,
+    compare,
+    device_of,
+    gradients,
+    output_of,
+    probing,
+    remembered,
+    tiny_tokens,
+)
 from .questions import (
     call,
     draws_random_numbers,
@@ -20,6 +32,7 @@ __all__ = [
     "agreed",
     "call",
     "compare",
+    "device_of",
     "draws_random_numbers",
     "gradients",
     "length_dependent_positions",
@@ -27,6 +40,7 @@ __all__ = [
     "loss_and_gradients",
     "moved_in_padding",
     "named_draws",
+    "output_of",
     "probing",
     "remembered",
     "rows_see_each_other",

@@ -135,6 +135,8 @@ def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle"
         stack.enter_context(torch.inference_mode(False))
         for module in model.modules():
             module.training = True
+            if getattr(module, "gradient_checkpointing", False) is True:
+                module.__dict__["gradient_checkpointing"] = False  # reentrant, it knows no `torch.autograd.grad`
         with contextlib.suppress(Exception):  # no embeddings, or none to be found: their gradient is left out
             model.get_input_embeddings().register_forward_hook(functools.partial(_keep_embedded, look))
         _fill_zeros(model)
@@ -248,7 +250,7 @@ def compare(model: nn.Module, one: Run, other: Run) -> Finding:
 def said(error: Exception) -> str:
     """Return what an error says, with its kind where that is no message of ours."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{str(error)[:400]}"
+    return f"{kind}{' '.join(str(error)[:400].split()).rstrip('.')}"
 
 
 def _dtypes(model: nn.Module) -> list[torch.dtype | None]:
@@ -390,17 +392,17 @@ def tiny_tokens(model: nn.Module, rows: int, length: int, seed: int = 0) -> Tens
 
 def vocabulary_of(model: nn.Module) -> int:
     """Return the number of token ids that a model takes."""
+    sizes = []
     with contextlib.suppress(Exception):  # some models raise NotImplementedError, wrappers have no such method
         embeddings = model.get_input_embeddings()
-        size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
-        if isinstance(size, int) and size > 0:
-            return size
+        sizes.append(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None)
-    if not isinstance(size, int):
+    sizes.append(getattr(text, "vocab_size", None))  # the table may have more rows than there are tokens
+    sizes = [size for size in sizes if isinstance(size, int) and size > 0]
+    if not sizes:
         raise CannotLook(f"{type(model).__name__} has no vocabulary to make tokens from")
-    return size
+    return min(sizes)
 
 
 def _special_ids(model: nn.Module) -> set[int]:

@@ -7,6 +7,7 @@ import copy
 import inspect
 import itertools
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -58,6 +59,10 @@ def call(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
     return model(**inputs)
 
 
+#: models that ran with a label for each token: an error of such a one is an error
+_took_labels: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def loss_and_gradients(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> Results:
@@ -69,9 +74,10 @@ def loss_and_gradients(
     labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
     try:
         outputs = call(model, input_ids, attention_mask, labels=labels, **more)
-    except CannotLook:
-        raise
+        _took_labels.add(model)
     except Exception:  # no labels, or others: one per row, as classifiers have them
+        if model in _took_labels:
+            raise
         outputs = call(model, input_ids, attention_mask, **more)
     logits = output_of(outputs)
     loss = getattr(outputs, "loss", None)

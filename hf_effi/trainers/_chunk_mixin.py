@@ -64,6 +64,9 @@ class ChunkFlowMixin:
             "the loss has to be the model's: leave out label_smoothing_factor and compute_loss_func": (
                 self.label_smoother is not None or self.compute_loss_func is not None
             ),
+            "the model takes no num_items_in_batch, so that its loss is a mean over each call": (
+                not self.model_accepts_loss_kwargs
+            ),
         }
         found = [reason for reason, true in reasons.items() if true]
         if found:

@@ -427,10 +427,6 @@ def test_models_that_cannot_share_are_refused(model):
     with pytest.raises(SharedPrefixError, match="router's loss"):
         check_shared_prefix(model)
     model.config.output_router_logits = False
-    model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(SharedPrefixError, match=r"\['linear_attention'\] carry a state"):
-        check_shared_prefix(model)
-    model.config.layer_types = ["full_attention"] * 2
     set_attention_patterns(model, [None, None])
     check_shared_prefix(model)
     set_attention_patterns(model, [None, AttentionPattern(window=4, sink=1)])
@@ -547,3 +543,42 @@ def test_bad_datasets_are_named(model):
         collate([{"input_ids": [1]}])
     with pytest.raises(SharedPrefixError, match="prompt of row 0 is empty"):
         collate([{"prompt_ids": [], "completion_ids": [[1]]}])
+
+
+_TINY = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "over", "message"),
+    [
+        ("Nemotron", {}, "the gradient of .*: a relative difference of"),  # its layers drop the arguments of attention
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, r"type \['conv'\] may carry a state along the row"),
+        ("Olmo2", {"attention_dropout": 0.1}, "hf_effi_varlen has no dropout, got 0.1"),
+        ("Starcoder2", {"residual_dropout": 0.1}, "share its random numbers.*{'config.residual_dropout': 0.1"),
+    ],
+)
+def test_models_whose_results_differ_are_refused_with_the_difference(name, over, message):
+    import transformers
+
+    register_varlen_attention()
+    config = getattr(transformers, f"{name}Config")(**_TINY, **over)
+    torch.manual_seed(0)
+    found = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_ATTENTION)
+    with pytest.raises(SharedPrefixError, match=message):
+        check_shared_prefix(found)
+
+
+@pytest.mark.parametrize("name", ["Olmo2", "Phi3", "Starcoder2", "Granite", "Qwen2", "Cohere"])
+def test_models_whose_results_are_equal_are_not(name):
+    import transformers
+
+    register_varlen_attention()
+    config = getattr(transformers, f"{name}Config")(**_TINY)
+    for rate in ("attention_dropout", "residual_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+        if hasattr(config, rate):
+            setattr(config, rate, 0.0)
+    torch.manual_seed(0)
+    check_shared_prefix(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_ATTENTION))
