@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quality bench docs clean
+.PHONY: help setup demo test quality compat zoo bench docs clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,14 @@ test: $(STAMP) ## the whole CPU test suite
 
 quality: $(STAMP) ## lint and format check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+compat: $(STAMP) ## oldest allowed, pinned and newest release of transformers, trl, accelerate, peft, datasets
+	$(BIN)/python -m bench.compatibility
+	$(BIN)/python -m bench.render
+
+zoo: $(STAMP) ## every model class against every feature, then the table of what works with which models
+	$(BIN)/python -m bench.zoo
+	$(BIN)/python -m bench.render
 
 bench: $(STAMP) ## run the benchmarks whose result file is missing, then render the tables
 	$(BIN)/python -m bench.run_missing

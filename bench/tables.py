@@ -8,13 +8,17 @@ from __future__ import annotations
 import configparser
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from packaging.version import Version
 
 from hf_effi.methods import METHODS, Method
 from hf_effi.report.card import markdown_table
 
+#: the packages that `bench.compatibility` moves within the range of `setup.cfg`
+MATRIX = ("transformers", "trl", "accelerate", "peft", "datasets")
 #: extras for people who work on hf_effi itself
 _DEVELOPMENT = ("test", "docs", "all")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(\[[^\]]*\])?([^;]*)")
@@ -61,13 +65,28 @@ def pins(root: Path) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
-def versions_table(root: Path) -> str:
-    """Return one row a package: the range that `setup.cfg` accepts, and the version that the contract tests passed with."""
+def compatibility_result(root: Path) -> dict[str, Any] | None:
+    """Return what `bench.compatibility` wrote last; `None` where it has not run."""
     path = root / "bench" / "results" / "compatibility.json"
-    if not path.exists():
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def versions_run(result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return package -> all versions that a result of `bench.compatibility` was run with, the oldest first."""
+    found: dict[str, set[str]] = {}
+    for row in result["rows"]:
+        for name, version in {**row.get("versions", {}), row.get("package"): row.get("installed")}.items():
+            if name is not None and version is not None:
+                found.setdefault(name, set()).add(version)
+    return {name: sorted(versions, key=Version) for name, versions in found.items()}
+
+
+def versions_table(root: Path) -> str:
+    """Return one row a package: the range that `setup.cfg` accepts, and the versions that were run."""
+    result = compatibility_result(root)
+    if result is None:
         return "*Not tested yet: `python -m bench.compatibility` writes `bench/results/compatibility.json`.*"
-    result = json.loads(path.read_text(encoding="utf-8"))
-    tested = {row["package"]: row["installed"] for row in result["rows"]}
+    tested = {name: ", ".join(versions) for name, versions in versions_run(result).items()}
     count = {item["name"].removeprefix("contract_tests_"): item["value"] for item in result["headline"]}
     config = configparser.ConfigParser()
     config.read(root / "setup.cfg", encoding="utf-8")
@@ -75,9 +94,46 @@ def versions_table(root: Path) -> str:
     for name, accepted, extra in packages(root):
         use = f"extra `{extra}`" if extra else "always"
         rows.append([name, f"`{accepted}`", tested.get(name) or "not in CI", use])
-    table = markdown_table(["package", "accepted", "tested", "needed"], rows, numbers=False)
+    table = markdown_table(["package", "accepted", "run", "needed"], rows, numbers=False)
     outcome = ", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped"))
     return f"{table}\n\n<sub>{result['date']}, commit {result['commit']}; contract tests: {outcome}; `{result['command']}`</sub>"
 
 
-VIEWS = {"papers": papers_table, "other_sources": other_sources_table, "versions": versions_table}
+def environments_table(root: Path) -> str:
+    """Return one row an environment: what was moved from the pins, and the outcome of each suite."""
+    result = compatibility_result(root)
+    rows = [row for row in (result or {"rows": []})["rows"] if "suite" in row]
+    suites, names = ([*dict.fromkeys(row[key] for row in rows)] for key in ("suite", "environment"))
+    cells = {(row["environment"], row["suite"]): f"{row['passed']} passed, {row['failed']} failed" for row in rows}
+    table = [[name, *(cells.get((name, suite), "not run") for suite in suites)] for name in names]
+    return markdown_table(["environment", *suites], table, numbers=False)
+
+
+def card_objects(root: Path) -> str:
+    """Return what a card may name, from the allow-list itself."""
+    from hf_effi.hub.admitted import admitted
+
+    return markdown_table(
+        ["class or function", "arguments (kind of value)"], [(f"`{p}`", a) for p, a in admitted()], False
+    )
+
+
+def card_arguments(root: Path) -> str:
+    """Return the arguments of a trainer that a card may set."""
+    from hf_effi.hub.admitted import ARGUMENTS, KINDS
+
+    rows = []
+    for kind in dict.fromkeys(ARGUMENTS.values()):
+        names = sorted(name for name, found in ARGUMENTS.items() if found == kind)
+        rows.append((KINDS[kind][1], ", ".join(f"`{name}`" for name in names)))
+    return markdown_table(["kind of value", "arguments"], rows, False)
+
+
+VIEWS = {
+    "papers": papers_table,
+    "other_sources": other_sources_table,
+    "versions": versions_table,
+    "environments": environments_table,
+    "card_objects": card_objects,
+    "card_arguments": card_arguments,
+}

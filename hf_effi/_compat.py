@@ -46,19 +46,19 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def _release(distribution: str) -> tuple[int, ...]:
+def release_of(distribution: str) -> tuple[int, ...]:
     """Return the first two numbers of the installed version, `(0, 0)` where there is none."""
     return tuple(int(part) for part in (version_of(distribution) or "0.0").split(".")[:2])
 
 
 #: `torch.addmm(..., out_dtype=torch.float32)` of half-precision inputs
-HAS_MM_OUT_DTYPE = _release("torch") >= (2, 8)
+HAS_MM_OUT_DTYPE = release_of("torch") >= (2, 8)
 
 #: The names under which models and layers take the keys and values of earlier tokens. Transformers 5.24 renamed
 #: `past_key_values` and `cache_params` to `cache`, and where a call gives both, the old one is ignored.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
 #: What the classes of the installed transformers call it.
-CACHE_ARGUMENT = "cache" if _release("transformers") >= (5, 24) else "past_key_values"
+CACHE_ARGUMENT = "cache" if release_of("transformers") >= (5, 24) else "past_key_values"
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:

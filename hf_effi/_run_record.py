@@ -10,38 +10,31 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
-import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ._files import save_json
+from ._secrets import REDACTED, hide_in_text, is_secret_name
+from .functional.probes import without_probes
+
 SUMMARY, EVENTS = "effi_run.json", "effi_events.jsonl"
 SCHEMA = 1
 
-_SECRET_NAME = re.compile(
-    r"(?:^|_)(?:token|secret|password|passwd|(?:api|access|private|secret)_?key|credentials?|auth|authorization)$",
-    re.I,
-)
-#: fields of trainers that end in `_token` and hold a piece of the vocabulary
-_VOCABULARY = re.compile(r"^(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio)_token$")
-_SECRET_VALUE = re.compile(
-    r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{16,}"
-    r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-#: `--hub_token value` or `--hub-token=value` in a command line
-_SECRET_OPTION = re.compile(r"(--([\w-]*(?:token|secret|password|api[_-]?key)))([= ])\S+", re.I)
-REDACTED = "<redacted>"
 
-
-def redact(value: Any, name: str = "") -> Any:
+def redact(value: Any, name: str = "", hidden: bool = False) -> Any:
     """
     Return a copy as plain JSON data, without secrets.
 
-    A string goes when its key names a secret (`hub_token`, `api_key`), the part of it that looks like one goes (a token of
-    a known kind, `user:password@` in an address), and so does every value of an environment variable that names a
-    secret. Numbers that JSON cannot hold become `"nan"` and `"inf"`; other objects become text.
+    Text goes when its key, or that of a mapping around it, names a secret (`hub_token`, `api_key`); the part of it that
+    looks like one goes (a token of a known kind, `user:password@` in an address), and so does every value of an environment
+    variable that names a secret: see `hf_effi._secrets`. Numbers that JSON cannot hold become `"nan"` and `"inf"`; other
+    objects become text.
+
+    Args:
+        name (`str`, *optional*): Key of the value.
+        hidden (`bool`, *optional*, defaults to `False`): Whether a mapping around it names a secret.
 
     Example:
     ```python
@@ -49,33 +42,19 @@ def redact(value: Any, name: str = "") -> Any:
     {'hub_token': '<redacted>', 'eos_token': '<end>', 'url': 'https://<redacted>@host/x', 'loss': 'nan'}
     ```
     """
+    hidden = hidden or is_secret_name(name)
     if isinstance(value, Mapping):
-        return {str(key): redact(inner, str(key)) for key, inner in value.items()}
+        return {hide_in_text(str(key)): redact(inner, str(key), hidden) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [redact(inner, name) for inner in value]
+        return [redact(inner, name, hidden) for inner in value]
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return redact(value.item(), name)
+        return redact(value.item(), name, hidden)
     text = str(value)
-    if text and _SECRET_NAME.search(name) and not _VOCABULARY.match(name):
-        return REDACTED
-    for secret in _secrets_of_environment():
-        text = text.replace(secret, REDACTED)
-    return _SECRET_OPTION.sub(_without_value, _SECRET_VALUE.sub(REDACTED, text))
-
-
-def _without_value(option: re.Match[str]) -> str:
-    if _VOCABULARY.match(option[2].replace("-", "_")):
-        return option[0]
-    return f"{option[1]}{option[3]}{REDACTED}"
-
-
-def _secrets_of_environment() -> list[str]:
-    found = (value for name, value in os.environ.items() if _SECRET_NAME.search(name))
-    return sorted((value for value in found if len(value) >= 8), key=len, reverse=True)
+    return REDACTED if text and hidden else hide_in_text(text)
 
 
 def now() -> str:
@@ -139,13 +118,7 @@ class RunStore:
     def save(self, **fields: Any) -> None:
         """Put new values into the summary and replace the file, so that a reader sees the old or the new one whole."""
         self.summary |= redact(fields) | {"updated": now()}
-        path = self.folder / SUMMARY
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self.summary, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        save_json(self.folder / SUMMARY, self.summary, indent=1)
 
     def _put_aside(self) -> None:
         """Number the record of an earlier run in the same folder."""
@@ -177,7 +150,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     Returns:
         `dict`: The summary, brought up to date from the events, and these under `events`. `totals` are sums over the
         segments: work that was done, also where a resumed run did it again. `log_history` is the run's, without log
-        entries that a resume went back behind.
+        entries that a resume went back behind, and without those of probes, which were undone.
 
     Raises:
         FileNotFoundError: there is no record; the message says who writes one.
@@ -222,7 +195,7 @@ def _effective_logs(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             logs = [entry for entry in logs if entry["step"] <= event["step"]]
         elif event["event"] == "log":
             logs.append({"step": event["step"], **event["values"]})
-    return logs
+    return without_probes(logs)
 
 
 def _sum_totals(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.adalora import AdaLoraModel
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from .._files import load_state
+from ._owners import Role
+from ._side_file import SideFileCallback
+from ._turns import LAST, WRITE, TurnCallback, in_turn
+from .probing import outside_probes, trained_steps, trained_total
 
 STATE_FILE = "effi_adalora.pt"
 #: what `RankAllocator` accumulates over the budgeting phase
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
-class AdaLoRACallback(TrainerCallback):
+class AdaLoRACallback(TurnCallback, SideFileCallback):
     """
     Call PEFT's `update_and_allocate` after every update, so that AdaLoRA reaches its rank budget.
 
@@ -46,6 +51,9 @@ class AdaLoRACallback(TrainerCallback):
     ```
     """
 
+    role = Role("AdaLoRA ranks", "Two callbacks want to move the ranks of AdaLoRA", "Keep one.")
+    side_file = STATE_FILE
+
     def __init__(self, set_total_step: bool = False) -> None:
         if not isinstance(set_total_step, bool):
             raise ValueError(
@@ -54,6 +62,7 @@ class AdaLoRACallback(TrainerCallback):
         self.set_total_step = set_total_step
         self._adapter: AdaLoraModel | None = None
         self._pattern: dict[str, list[bool]] | None = None
+        self._plan_is_checked = False
 
     def ranks(self) -> dict[str, int]:
         """Return the rank that each adapted matrix has been given, by module name; empty before training."""
@@ -74,17 +83,26 @@ class AdaLoRACallback(TrainerCallback):
                 "AdaLoRACallback reads gradients after the update, and DeepSpeed and FSDP have freed or sharded them by "
                 "then. Train with DDP or on one device."
             )
-        self._adapter = adalora_of(kwargs["model"])
-        check_plan(self._adapter, state.max_steps, self.set_total_step)
+        super().on_train_begin(args, state, control, **kwargs)
+        self._adapter, self._plan_is_checked = adalora_of(kwargs["model"]), False
         self._config.rank_pattern = self._pattern = None
         self._allocator.reset_ipt()
         if state.global_step > 0:
-            self._restore(os.path.join(_checkpoint(args, state), STATE_FILE))
+            self._restore(self.side_path(args, state))
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._plan_is_checked:  # and not in on_train_begin, where another callback may still announce probes
+            check_plan(self._adapter, trained_total(state), self.set_total_step)
+            self._plan_is_checked = True
+
+    @in_turn(WRITE)
+    @outside_probes
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step + 1  # the Trainer counts this update only after the event
+        step = trained_steps(state) + 1  # the Trainer counts this update only after the event
         if step < self._config.total_step - self._config.tfinal:
             if getattr(kwargs["optimizer"], "step_was_skipped", False):
                 return  # an fp16 overflow: its gradients would stay in the averages for good
@@ -93,16 +111,18 @@ class AdaLoRACallback(TrainerCallback):
         self._adapter.update_and_allocate(step)
         self._pattern, self._config.rank_pattern = self._config.rank_pattern, None
 
+    @in_turn(WRITE)
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
             total = sum(self.ranks().values())
             kwargs["logs"]["effi/adalora_rank"] = state.log_history[-1]["effi/adalora_rank"] = total
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            content = {name: getattr(self._allocator, name) for name in _AVERAGES}
-            torch.save({**content, "pattern": self._pattern}, os.path.join(_checkpoint(args, state), STATE_FILE))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+        if not args.should_save:
+            return None
+        return {**{name: getattr(self._allocator, name) for name in _AVERAGES}, "pattern": self._pattern}
 
+    @in_turn(LAST)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -125,14 +145,14 @@ class AdaLoRACallback(TrainerCallback):
         mark = f".lora_E.{self._adapter.trainable_adapter_name}"
         return {name: values for name, values in self._adapter.model.named_parameters() if name.endswith(mark)}
 
-    def _restore(self, path: str) -> None:
-        if not os.path.exists(path):
+    def _restore(self, path: Path) -> None:
+        if not path.exists():
             raise ValueError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without AdaLoRACallback. Resume from a "
                 "folder in output_dir, or start a new run."
             )
         device = next(self._adapter.model.parameters()).device
-        stored = torch.load(path, map_location=device, weights_only=True)
+        stored = load_state(path, device)
         self._pattern = stored.pop("pattern")
         for name, averages in stored.items():
             setattr(self._allocator, name, averages)
@@ -177,7 +197,7 @@ def check_plan(adapter: AdaLoraModel, max_steps: int, set_total_step: bool) -> N
         config.total_step = max_steps
     if config.total_step != max_steps:
         raise ValueError(
-            f"AdaLoraConfig has total_step={config.total_step} and the run has {max_steps} updates. Set "
+            f"AdaLoraConfig has total_step={config.total_step} and the run has {max_steps} updates of training. Set "
             f"total_step={max_steps}, or pass AdaLoRACallback(set_total_step=True)."
         )
     if config.tinit >= config.total_step - config.tfinal:
@@ -197,7 +217,3 @@ def check_gradients(adapter: AdaLoraModel) -> None:
                 f"{name} has {state} after the update, so AdaLoRA cannot score it. With DeepSpeed or FSDP use DDP "
                 "instead; otherwise leave modules that the forward pass does not use out of target_modules."
             )
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
-    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

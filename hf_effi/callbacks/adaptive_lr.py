@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from .._files import load_state
 from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
+from ._lr_factors import LRFactorCallback
+from ._side_file import SideFileCallback
+from ._turns import MEASURE, in_turn
 from .lr_schedule import check_scheduler
+from .probing import in_probe, outside_probes
+
+logger = logging.getLogger(__name__)
 
 
-class _MultiplierCallback(TrainerCallback):
-    """Writes scheduled LR x multiplier before each update and keeps the rule's state in the checkpoint."""
+class _RuleCallback(LRFactorCallback):
+    """Multiplies the scheduled LR by what a rule says, whose state is in the checkpoint. Probes are not shown to the rule."""
 
-    key = ""
-
-    def __init__(self, rule: Any, min_lr: float = 0.0) -> None:
+    def __init__(self, rule: Any) -> None:
         self.rule = rule
-        self.min_lr = min_lr
 
-    def multiplier(self, state: TrainerState) -> float:
-        """Return what the scheduled LR of this update is multiplied by."""
+    @property
+    def key(self) -> str:
+        """Key of the rule's state in `TrainerState.stateful_callbacks`."""
+        return f"hf_effi.{self.factor}"
+
+    def multiplier(self, state: TrainerState, scheduler: LambdaLR) -> float:
         return self.rule.multiplier
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_scheduler(kwargs.get("lr_scheduler"))
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0 and self.key in state.stateful_callbacks:
             self.rule.load_state_dict(state.stateful_callbacks[self.key])
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        scheduler = kwargs["lr_scheduler"]
-        multiplier = self.multiplier(state)
-        lambdas, step = scheduler.lr_lambdas, scheduler.last_epoch
-        lrs = [
-            max(self.min_lr, base * f(step) * multiplier) for base, f in zip(scheduler.base_lrs, lambdas, strict=True)
-        ]
-        for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-        # What the Trainer logs as the LR of this update.
-        scheduler._last_lr = lrs
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_step_end(args, state, control, **kwargs)
         state.stateful_callbacks[self.key] = self.rule.state_dict()
 
 
-class HypergradientCallback(_MultiplierCallback):
+class HypergradientCallback(SideFileCallback, _RuleCallback):
     """
     [`Hypergradient`] on a stock Trainer: one more copy of the parameters and of their last update.
 
@@ -69,16 +63,13 @@ class HypergradientCallback(_MultiplierCallback):
         ScheduleError: parameters are sharded (FSDP, DeepSpeed), where a rank sees only a part of the update.
     """
 
-    key = "hf_effi.hypergradient"
+    factor = "hypergradient"
+    side_file = "hf_effi_hypergradient.pt"
 
     def __init__(self, kappa: float = 0.1, limit: float = 10.0, step_limit: float = 1.1) -> None:
         super().__init__(Hypergradient(kappa, limit, step_limit))
         self._before: list[torch.Tensor] = []
         self._update: list[torch.Tensor] | None = None
-
-    @staticmethod
-    def _file(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "hf_effi_hypergradient.pt"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,16 +78,17 @@ class HypergradientCallback(_MultiplierCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self._parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
         self._update = None
-        # Without the file (another output_dir) the first update after a resume changes nothing.
-        if state.global_step > 0 and self._file(args, state).is_file():
-            self._update = torch.load(self._file(args, state), map_location=args.device, weights_only=True)
+        if state.global_step > 0 and self.key in state.stateful_callbacks:
+            self._restore(args, state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_pre_optimizer_step(args, state, control, **kwargs)
-        self._before = [p.detach().clone() for p in self._parameters]
+        self._before = [] if in_probe(state, 1) else [p.detach().clone() for p in self._parameters]
 
+    @in_turn(MEASURE)
+    @outside_probes
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -110,12 +102,22 @@ class HypergradientCallback(_MultiplierCallback):
         if size > 0:
             self._update = update
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save and self._update is not None:
-            torch.save(self._update, self._file(args, state))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> list[torch.Tensor] | None:
+        return self._update if args.should_save else None
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        path = self.side_path(args, state)
+        if path.is_file():
+            self._update = load_state(path, args.device)
+        elif args.process_index == 0:
+            logger.warning(
+                "%s is missing: the checkpoint lies elsewhere, was copied in part, or nothing had moved the weights before "
+                "it. The first update after the resume does not change the learning rate.",
+                path,
+            )
 
 
-class AccuracyGradientCallback(_MultiplierCallback):
+class AccuracyGradientCallback(_RuleCallback):
     """
     [`AccuracyGradient`] on a stock Trainer: acts after each evaluation.
 
@@ -128,7 +130,7 @@ class AccuracyGradientCallback(_MultiplierCallback):
         ScheduleError: no evaluation is set up, or an evaluation has no such metric.
     """
 
-    key = "hf_effi.accuracy_gradient"
+    factor = "accuracy_gradient"
 
     def __init__(self, metric: str = "eval_accuracy", min_lr: float = 1e-6, **kwargs: Any) -> None:
         check_number("min_lr", min_lr, 0.0, math.inf)
@@ -136,8 +138,12 @@ class AccuracyGradientCallback(_MultiplierCallback):
             raise ScheduleError(
                 f"metric={metric!r} is not a name. Pass that of an evaluation's output: 'eval_accuracy'."
             )
-        super().__init__(AccuracyGradient(**kwargs), min_lr)
-        self.metric = metric
+        super().__init__(AccuracyGradient(**kwargs))
+        self.metric, self.min_lr = metric, min_lr
+
+    @property
+    def lowest_lr(self) -> float:
+        return self.min_lr
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,6 +152,7 @@ class AccuracyGradientCallback(_MultiplierCallback):
             raise ScheduleError("AccuracyGradientCallback acts on evaluations. Set eval_strategy='steps' or 'epoch'.")
         super().on_train_begin(args, state, control, **kwargs)
 
+    @outside_probes
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
@@ -155,7 +162,7 @@ class AccuracyGradientCallback(_MultiplierCallback):
         state.stateful_callbacks[self.key] = self.rule.state_dict()
 
 
-class GradientSNRCallback(_MultiplierCallback):
+class GradientSNRCallback(_RuleCallback):
     """
     [`GradientSNR`] on a stock Trainer, from the micro-batches of gradient accumulation.
 
@@ -169,7 +176,7 @@ class GradientSNRCallback(_MultiplierCallback):
         ScheduleError: `gradient_accumulation_steps` below 3; sharded gradients (FSDP, DeepSpeed).
     """
 
-    key = "hf_effi.gradient_snr"
+    factor = "gradient_snr"
 
     def __init__(self, memory: float = 0.95, lowest: float = 0.1) -> None:
         super().__init__(GradientSNR(memory, lowest))
@@ -189,6 +196,7 @@ class GradientSNRCallback(_MultiplierCallback):
         self._parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
         self._seen, self._first = 0, []
 
+    @outside_probes
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

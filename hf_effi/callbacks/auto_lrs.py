@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._compat import require
-from ..functional.schedules import ScheduleError, apply_multiplier
+from ..functional.options import refuse_idle
+from ..functional.probes import is_probed
+from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number, check_steps
+from ._lr_factors import LRFactorCallback
+from ._side_file import SideFileCallback
+from ._turns import MEASURE, WRITE, in_turn
 from .adaptive_lr import refuse_sharded
-from .lr_schedule import check_scheduler
-from .lr_search import BROKEN, mean_over_ranks, predict_loss, propose_lr, same_on_ranks, validation_loss
-from .snapshot import restore_snapshot, take_snapshot
+from .lr_schedule import LEARNING_RATE, check_scheduler
+from .lr_search import (
+    BROKEN,
+    mean_over_ranks,
+    predict_loss,
+    probe_blocks,
+    propose_lr,
+    same_on_ranks,
+    share_stage,
+    validation_loss,
+)
+from .probing import announce_probes, hold_back, mark_log, store_probes
+from .snapshot import copy_weights, restore_snapshot, take_snapshot
 
 STATE_KEY = "hf_effi.auto_lrs"
 #: validation losses of one probe
 _EVALUATIONS = 16
 
 
-class AutoLRSCallback(TrainerCallback):
+class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     """
     AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
     their losses extrapolated to the end of the stage, and the stage then runs at the best one.
@@ -55,6 +71,9 @@ class AutoLRSCallback(TrainerCallback):
             value.
     """
 
+    role = LEARNING_RATE
+    factor = "auto_lrs"
+
     def __init__(
         self,
         low: float,
@@ -80,15 +99,25 @@ class AutoLRSCallback(TrainerCallback):
             )
         if evaluate is not None and not validation:
             raise ScheduleError("evaluate= would never be called with validation=False. Drop one of the two.")
+        needs = "with two or more probes"
+        refuse_idle("kappa", kappa, 2.0, probes > 1, needs, ScheduleError)
+        refuse_idle("evaluate", evaluate, None, probes > 1, needs, ScheduleError)
         for package in ("sklearn.gaussian_process", "scipy.interpolate"):
             require(package, "AutoLRS")
         self.low, self.high, self.probes, self.kappa, self.seed = low, high, probes, kappa, seed
         self.max_stage_steps, self.validation = max_stage_steps, validation
         self._source: Any = evaluate
-        self.progress: dict[str, Any] = {
+        self.stage_steps = stage_steps
+        self.progress = self._at_the_start()
+        self._snapshot: dict[str, Any] | None = None
+        self._micro: list[float] = []
+        self._handle: Any = None
+
+    def _at_the_start(self) -> dict[str, Any]:
+        return {
             "stage": 0,
-            "stage_steps": stage_steps,
-            "run_steps": stage_steps,
+            "stage_steps": self.stage_steps,
+            "run_steps": self.stage_steps,
             "phase": "probe",
             "signal": "train",
             "done": 0,
@@ -101,9 +130,6 @@ class AutoLRSCallback(TrainerCallback):
             "history": [],
             "world_size": 1,
         }
-        self._snapshot: dict[str, Any] | None = None
-        self._micro: list[float] = []
-        self._handle: Any = None
 
     @property
     def probe_steps(self) -> int:
@@ -111,8 +137,8 @@ class AutoLRSCallback(TrainerCallback):
         return self.progress["stage_steps"] // self.probes
 
     @property
-    def _search_steps(self) -> int:
-        return self.probes * self.probe_steps if self.probes > 1 else 0
+    def _validates(self) -> bool:
+        return self.validation and self.probes > 1
 
     def use_eval_dataset(self, trainer: Any) -> AutoLRSCallback:
         """
@@ -121,9 +147,9 @@ class AutoLRSCallback(TrainerCallback):
         Raises:
             ScheduleError: the Trainer has no eval dataset or a dictionary of several, or `evaluate` was given as well.
         """
-        if self._source is not None or not self.validation:
+        if self._source is not None or not self._validates:
             raise ScheduleError(
-                "use_eval_dataset would be ignored beside evaluate= or validation=False. Drop one of the two."
+                "use_eval_dataset would be ignored beside evaluate=, validation=False or probes=1. Drop one of the two."
             )
         dataset = getattr(trainer, "eval_dataset", None)
         if dataset is None or isinstance(dataset, dict):
@@ -134,35 +160,62 @@ class AutoLRSCallback(TrainerCallback):
         self._source = trainer
         return self
 
-    @staticmethod
-    def _file(args: TrainingArguments, state: TrainerState) -> Path:
-        name = f"hf_effi_auto_lrs_{args.process_index}.pt"
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name
+    def multiplier(self, state: TrainerState, scheduler: LambdaLR) -> float:
+        return self.progress["lr"] / scheduler.base_lrs[0]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         refuse_sharded(args, "AutoLRSCallback")
+        self.side_file, self._written_at = f"hf_effi_auto_lrs_{args.process_index}.pt", None
         check_scheduler(kwargs["lr_scheduler"])
+        super().on_train_begin(args, state, control, **kwargs)
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
             raise ScheduleError(
                 f"AutoLRSCallback sets the LR, but lr_scheduler_type={kind!r} and warmup_steps={args.warmup_steps}. Use "
                 "lr_scheduler_type='constant' and warmup_steps=0."
             )
-        if self.validation and self._source is None:
+        refuse_schedule(state, kwargs["lr_scheduler"])
+        if self._validates and self._source is None:
             raise ScheduleError(
                 "AutoLRSCallback judges probes by the validation loss once stages have max_stage_steps="
                 f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call use_eval_dataset(trainer), "
                 "or stay with the training loss: validation=False."
             )
+        if not args.logging_nan_inf_filter and self.probes > 1:
+            raise ScheduleError(
+                "logging_nan_inf_filter=False: a probe may break, and the Trainer would log NaN for every later update, since "
+                "it resets its sum of losses by subtraction. Leave it at True."
+            )
+        model = kwargs["model"]
+        self._forget_last_run(args, model, kwargs["optimizer"])
         if state.global_step > 0:
             self._resume(args, state)
-        self._micro = []
-        self._handle = kwargs["model"].register_forward_hook(self._note_loss)
-        if state.global_step == 0:
+        else:
+            self.progress = self._at_the_start()
             self.progress["world_size"] = args.world_size
-            self._begin_stage(args, state, **kwargs)
+            self._begin_stage(args, state)
+        blocks = probe_blocks(self.progress, state.global_step, state.max_steps, self.probes, self.max_stage_steps)
+        announce_probes(state, self, blocks, lambda: self._lend_weights(model))
+        self._handle = model.register_forward_hook(self._note_loss)
+
+    def _forget_last_run(self, args: TrainingArguments, model: torch.nn.Module, optimizer: Any) -> None:
+        """A run that failed has left its hook, and perhaps the weights of a probe."""
+        if self._snapshot is not None and args.auto_find_batch_size:
+            restore_snapshot(self._snapshot, model, optimizer)  # the Trainer begins again with the weights it has
+        if self._handle is not None:
+            self._handle.remove()
+        self._snapshot, self._micro = None, []
+
+    @contextlib.contextmanager
+    def _lend_weights(self, model: torch.nn.Module) -> Iterator[None]:
+        now = copy_weights(model)
+        model.load_state_dict(self._snapshot["model"])
+        try:
+            yield
+        finally:
+            model.load_state_dict(now)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if STATE_KEY not in state.stateful_callbacks:
@@ -171,9 +224,15 @@ class AutoLRSCallback(TrainerCallback):
                 "on. Start from its weights in a new run."
             )
         self.progress = state.stateful_callbacks[STATE_KEY]
-        if self.progress["phase"] == "probe":
+        until = self.progress.get("step", state.global_step)
+        if until != state.global_step:
+            raise ScheduleError(
+                f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback since update {until}; its "
+                "search cannot go on. Start from its weights in a new run."
+            )
+        if self.progress["phase"] == "probe" and (self.progress["tried"] or self.progress["done"]):
             # In the middle of a search the weights to go back to are not those of the checkpoint.
-            trained, file = self.progress["world_size"], self._file(args, state)
+            trained, file = self.progress["world_size"], self.side_path(args, state)
             if trained != args.world_size:
                 raise ScheduleError(
                     f"The checkpoint at step {state.global_step} lies inside a search on {trained} processes, each with "
@@ -191,18 +250,23 @@ class AutoLRSCallback(TrainerCallback):
 
     def _note_loss(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
-        if module.training and loss is not None:
+        if module.training and loss is not None and not is_probed(module):
             self._micro.append(loss.detach().mean().item())
 
-    def on_pre_optimizer_step(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scheduler = kwargs["lr_scheduler"]
-        apply_multiplier(scheduler, self.progress["lr"] / scheduler.base_lrs[0])
+        super().on_step_begin(args, state, control, **kwargs)
+        # Only now has every other callback done what it does after the last update of training.
+        if self.progress["phase"] == "probe" and self._snapshot is None:
+            if self.progress["signal"] == "validation":
+                self.progress["before"] = validation_loss(self._source, kwargs["model"], args.device)
+            self._snapshot = take_snapshot(kwargs["model"], kwargs["optimizer"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_step_end(args, state, control, **kwargs)
         if not self._micro:
             raise ScheduleError("The model returns no loss, which AutoLRS needs. Pass labels in the batch.")
         progress = self.progress
@@ -215,9 +279,25 @@ class AutoLRSCallback(TrainerCallback):
             progress["useful_steps"] += 1
             if progress["done"] >= progress["run_steps"]:
                 self._lengthen()
-                self._begin_stage(args, state, **kwargs)
+                self._begin_stage(args, state)
         self._micro = []
+        progress["step"] = state.global_step
         state.stateful_callbacks[STATE_KEY] = progress
+        store_probes(state)
+        hold_back(args, state, control)
+        if control.should_save and args.process_index > 0:
+            # Only the first process learns when a push begins; before its save it has to find the others' files.
+            self.write_side_file(args, state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        hold_back(args, state, control)
+
+    @in_turn(WRITE)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_log(args, state, control, **kwargs)
+        mark_log(state, kwargs["logs"])
 
     def _measure(self, args: TrainingArguments, model: torch.nn.Module) -> None:
         """Note the loss of a probe's update, the same on every process."""
@@ -247,28 +327,24 @@ class AutoLRSCallback(TrainerCallback):
         lr = propose_lr(tried, self.low, self.high, self.kappa, seed) if args.process_index == 0 else 0.0
         return same_on_ranks(lr, args.device)
 
-    def _begin_stage(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+    def _begin_stage(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Decide how long search and stage are, and the first LR; weights are only copied when the search begins."""
         progress = self.progress
-        progress.update(done=0, losses=[], steps=[], tried=[])
-        left, search, stage = state.max_steps - state.global_step, self._search_steps, progress["stage_steps"]
-        if progress["lr"] is None and left <= search:
+        progress.update(done=0, losses=[], steps=[], tried=[], before=None)
+        stage, first = progress["stage_steps"], progress["lr"] is None
+        search, run_steps, keeps = share_stage(state.max_steps - state.global_step, stage, self.probes, first)
+        if first and run_steps <= 0:
             raise ScheduleError(
                 f"max_steps={state.max_steps} is not enough for one search of {search} updates and a stage after it. "
                 f"Train longer, or lower stage_steps={stage}, of which a search takes as much."
             )
-        progress["run_steps"] = min(stage, left - search)
-        if progress["lr"] is not None and left < search + stage:
-            progress.update(phase="run", run_steps=min(stage, left))
+        progress["run_steps"] = run_steps
+        progress["phase"] = "probe" if search else "run"
+        if keeps:
             return
         progress["lr"] = self._propose(args)
-        if self.probes == 1:
-            progress["phase"] = "run"
+        if not search:
             progress["history"].append({"step": state.global_step, "lr": progress["lr"], "tried": []})
-            return
-        progress["phase"] = "probe"
-        if progress["signal"] == "validation":
-            progress["before"] = validation_loss(self._source, kwargs["model"], args.device)
-        self._snapshot = take_snapshot(kwargs["model"], kwargs["optimizer"])
 
     def _end_probe(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         progress = self.progress
@@ -294,12 +370,30 @@ class AutoLRSCallback(TrainerCallback):
         progress["history"].append(entry)
         self._snapshot = None
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Every process: each has its own random numbers and buffers.
-        if self._snapshot is not None:
-            torch.save(self._snapshot, self._file(args, state))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+        return self._snapshot  # of every process: each has its own random numbers and buffers
 
+    @in_turn(MEASURE)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._handle.remove()
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if self._snapshot is not None and self.progress["done"] and not best:
+            # The run was stopped in the middle of a probe, which is no model to keep.
+            restore_snapshot(self._snapshot, kwargs["model"], kwargs["optimizer"])
+
+
+def refuse_schedule(state: TrainerState, scheduler: LambdaLR) -> None:
+    """
+    Refuse a scheduler of the user that moves the LR beside the search.
+
+    Raises:
+        ScheduleError: its multiplier is not 1 at one of about a hundred updates, up to the end of the run.
+    """
+    steps = range(state.global_step, state.max_steps, max(1, (state.max_steps - state.global_step) // 100))
+    if not all(multiplier(step) == 1 for multiplier in scheduler.lr_lambdas for step in steps):
+        raise ScheduleError(
+            "AutoLRSCallback searches the LR of each stage, and the scheduler in `optimizers` moves it as well, in probes "
+            "too. Pass (optimizer, None), or drop AutoLRSCallback."
+        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .._files import save_aside
 from ..functional.averaging import AverageKind, averaging_weights, weighted_average
+from .probing import written_in_probe
 
 #: files of a checkpoint that belong to the run and not to the model
 _OF_THE_RUN = {"trainer_state.json"}
@@ -27,7 +28,8 @@ def average_checkpoints(
     Average the last checkpoints in a folder, one weight file at a time, and write a model that `from_pretrained` loads.
 
     For runs without [`WeightAveragingCallback`], and for FSDP and DeepSpeed where they save whole weights. Configuration
-    and tokenizer are those of the newest checkpoint, adapters included.
+    and tokenizer are those of the newest checkpoint, adapters included. A checkpoint that was written inside of a probe
+    ([`AutoLRSCallback`]) holds weights that were undone, and is left out.
 
     Args:
         run_dir (`str` or `Path`): Folder with `checkpoint-N` folders, each with `*.safetensors` files.
@@ -55,7 +57,7 @@ def average_checkpoints(
     steps = sorted(
         int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
         for path in Path(run_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()
+        if path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit() and not written_in_probe(path)
     )[-last:]
     folders = [Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" for step in steps]
     files = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in folders]
@@ -64,16 +66,13 @@ def average_checkpoints(
             f"The checkpoints {steps} in {str(run_dir)!r} hold the weight files {files}. All must hold the same "
             "*.safetensors files: save whole weights, of one model, in every checkpoint."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # what fails half-way leaves nothing behind
-        made = Path(folder) / target.name
-        made.mkdir()
-        _write(folders, files[-1], averaging_weights(len(steps), kind, alpha), made)
-        made.rename(target)
+    weights = averaging_weights(len(steps), kind, alpha)
+    save_aside(target, lambda made: _write(folders, files[-1], weights, made))
     return steps
 
 
 def _write(folders: list[Path], files: list[str], weights: list[float], made: Path) -> None:
+    made.mkdir()
     for name in files:
         mean = weighted_average((load_file(folder / name) for folder in folders), weights)
         dtypes = {key: value.dtype for key, value in load_file(folders[-1] / name).items()}

@@ -7,9 +7,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._files import save_aside, save_json
 from ..functional.schedules import Schedule, ScheduleError
 from ..functional.schedules._checks import check_steps
 from .lr_schedule import STATE_KEY, LRScheduleCallback
+from .probing import written_in_probe
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def branch_cooldown(
         schedule (`Schedule`, *optional*): The trunk's schedule, for a checkpoint that has none stored.
 
     Raises:
-        ScheduleError: no stored schedule, one without a plateau, a decay that has begun, or a taken folder.
+        ScheduleError: no stored schedule, one without a plateau, a decay that has begun, a checkpoint inside of a probe, or
+            a taken folder.
 
     Example:
     ```python
@@ -70,11 +73,17 @@ def branch_cooldown(
     state_file = source / "trainer_state.json"
     if not state_file.is_file():
         raise ScheduleError(f"{source} has no trainer_state.json. Pass the folder of a Trainer checkpoint.")
+    if written_in_probe(source):
+        raise ScheduleError(f"{source} holds the weights of a probe, which was undone later. Branch from another one.")
     state = json.loads(state_file.read_text())
     stored = state.get("stateful_callbacks", {}).get(STATE_KEY)
+    if stored is not None and stored.get("step", state["global_step"]) != state["global_step"]:
+        stored = None  # carried along by a run that followed another schedule
     if schedule is None:
         if stored is None:
-            raise ScheduleError(f"{source} was trained without LRScheduleCallback. Pass schedule=..., the trunk's.")
+            raise ScheduleError(
+                f"{source} was trained without LRScheduleCallback or lr_schedule. Pass schedule=..., the trunk's."
+            )
         schedule = Schedule.from_spec(stored["current"])
     if not hasattr(schedule, "start_decay"):
         raise ScheduleError(f"{type(schedule).__name__} has no plateau to branch from. Use wsd or infinite.")
@@ -84,13 +93,21 @@ def branch_cooldown(
     decaying = decaying.replace(total_steps=total, **_frozen_lengths(schedule))
     if target.exists():
         raise ScheduleError(f"{target} exists already. Choose another output_dir for this branch.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, target)
     learning_rate = stored["learning_rate"] if stored else _learning_rate(state, schedule)
     entry = {"built": decaying.spec(), "current": decaying.spec(), "decay_asked_at": None, "counter": None}
-    state["stateful_callbacks"][STATE_KEY] = {**entry, "learning_rate": learning_rate}
+    state["stateful_callbacks"][STATE_KEY] = {
+        **(stored or {}),
+        **entry,
+        "learning_rate": learning_rate,
+        "run_steps": total,
+    }
     state["max_steps"] = total
-    (target / "trainer_state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+    def copy(part: Path) -> None:
+        shutil.copytree(source, part)
+        save_json(part / "trainer_state.json", state, indent=2, sort_keys=True)
+
+    save_aside(target, copy)
     return Branch(str(target), str(output_dir), total, decaying)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.doctor import (
     GRPO_RULES,
@@ -20,19 +21,38 @@ from ..functional.doctor import (
     TrainLimits,
     diagnose,
 )
+from ._owners import OwningCallback, Role
+from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
+from .probing import in_probe, plan_of
+from .scheduler_plan import scheduler_plan
 
 logger = logging.getLogger(__name__)
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
 
 
-class TrainDoctor(TrainerCallback):
+def _only_observes(event: Callable[..., None]) -> Callable[..., None]:
+    """What goes wrong in an event stops the watching, with a warning, and never the run."""
+
+    @functools.wraps(event)
+    def observed(self: TrainDoctor, *args: Any, **kwargs: Any) -> None:
+        try:
+            event(self, *args, **kwargs)
+        except Exception as error:
+            self._forget_model()
+            self._failed = True
+            logger.warning(f"{type(self).__name__} stopped watching, and the run goes on: {error!r}")
+
+    return observed
+
+
+class TrainDoctor(OwningCallback):
     """
     Watch a run of any Trainer and say what is wrong, once, with the step and what to try.
 
-    It reads logs, scheduler and optimizer, counts padding in front of the model, and with packed batches measures on
-    eight tokens whether documents see each other. It changes nothing: weights and random numbers are those of the run
-    without it. See `docs/doctors.md` for the table of symptoms and thresholds.
+    It reads logs, scheduler and optimizer, counts padding and labels in front of the model, and with packed batches
+    measures on eight tokens whether documents see each other. It changes nothing: weights and random numbers are those of
+    the run without it, and if it fails, it says so and the run goes on. See `docs/doctors.md` for the table of symptoms and thresholds.
 
     Args:
         limits ([`TrainLimits`], *optional*): Thresholds.
@@ -65,6 +85,16 @@ class TrainDoctor(TrainerCallback):
         self._trace: list[dict[str, Any]] = []
         self._facts = RunFacts(max_steps=0)
         self._watch: ForwardWatch | None = None
+        self._used_lr: float | None = None
+        self._measures_packing, self._failed = True, False
+
+    @property
+    def role(self) -> Role:
+        """One doctor of each class: a second one would overwrite the findings of the first in the checkpoint."""
+        return Role(self._state_key, "Two doctors want to keep their findings in one place", "Keep one.")
+
+    def check(self, args: Any) -> None:
+        """Raise where the rules are not for this trainer."""
 
     def facts(self, args: Any, state: TrainerState, optimizer: Any, scheduler: Any) -> RunFacts:
         """Return what is known when training begins."""
@@ -72,10 +102,12 @@ class TrainDoctor(TrainerCallback):
         return RunFacts(
             max_steps=state.max_steps,
             start_step=state.global_step,
+            start_probes=plan_of(state).probes(state.global_step),
             max_grad_norm=args.max_grad_norm or 0.0,
             scheduler_start=scheduler_steps(scheduler),
             optimizer_steps=optimizer_steps(optimizer),
             factors=(accumulation, processes, accumulation * processes),
+            entropies=_first_entropies(state),
         )
 
     # ---- events ----
@@ -83,39 +115,60 @@ class TrainDoctor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.check(args)
+        self._begin(args, state, **kwargs)
+
+    @_only_observes
+    def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         self._facts = self.facts(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
         stored = state.stateful_callbacks.get(self._state_key, []) if state.global_step > 0 else []
         self.findings, self._trace = [Finding(**finding) for finding in stored], []
         # Each resume can go wrong anew.
         self._said = {finding.rule for finding in self.findings} - {"optimizer_restarted"}
         self._forget_model()
+        self._failed = False
         if state.is_world_process_zero:
             self._watch = ForwardWatch(kwargs["model"])
+            # The model of DeepSpeed or FSDP can only be called by all processes together.
+            self._measures_packing = not (args.deepspeed or args.fsdp)
             self._look(state)
 
+    @_only_observes
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._watch is None or state.global_step != self._facts.start_step + 1:
             return
-        plan = getattr(_inner(kwargs["lr_scheduler"]), "lr_lambdas", [None])[0]
-        packed = self._watch.packed
-        # The model of DeepSpeed or FSDP can only be called by all processes together.
-        leak = None if packed is None or args.deepspeed or args.fsdp else document_leak(kwargs["model"], packed)
-        self._watch.packed = None
-        self._facts = dataclasses.replace(self._facts, plan=plan, leak=leak)
+        self._facts = _with_plan(self._facts, _inner(kwargs["lr_scheduler"]), state.global_step)
+        self._measure_packing(kwargs["model"])
         self._look(state)
+        self._facts = dataclasses.replace(self._facts, plan=None)  # looked at once
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Of the update that was made: when it is logged, the scheduler has written the next one.
+        self._used_lr = float(kwargs["optimizer"].param_groups[0]["lr"])
+
+    @in_turn(READ)
+    @_only_observes
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         if self._watch is None or "loss" not in logs:
             return
         entry = {**logs, "step": state.global_step, "scheduler_steps": scheduler_steps(kwargs["lr_scheduler"])}
-        entry["optimizer_lr"] = float(kwargs["optimizer"].param_groups[0]["lr"])
+        entry |= group_lrs(kwargs["optimizer"], kwargs["lr_scheduler"])
+        entry["optimizer_lr"] = self._used_lr
         entry["pad_ratio"] = self._watch.take_pad_ratio()
+        entry["labels_in_loss"] = self._watch.take_label_ratio()
+        if in_probe(state):
+            return  # an LR that is only tried, and the losses that it gives, are no symptoms
         self._trace.append(entry)
+        self._measure_packing(kwargs["model"])
         self._look(state)
 
+    @_only_observes
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -123,6 +176,7 @@ class TrainDoctor(TrainerCallback):
         if state.is_world_process_zero:
             name, lines = type(self).__name__, [str(finding) for finding in self.findings]
             head = f"{name}: {len(lines) or 'no'} finding{'s' * (len(lines) != 1)} in {state.global_step} updates."
+            head += " It stopped watching before the end." * self._failed
             self.say("\n- ".join([head, *lines]))
 
     # ---- helpers ----
@@ -130,6 +184,12 @@ class TrainDoctor(TrainerCallback):
     @property
     def _state_key(self) -> str:
         return f"hf_effi.{type(self).__name__}"
+
+    def _measure_packing(self, model: torch.nn.Module) -> None:
+        """Measure once, after the first packed batch; it is looked for at the first update and at every log entry."""
+        packed = self._watch.take_packed() if self._watch is not None and self._measures_packing else None
+        if packed is not None:
+            self._facts = dataclasses.replace(self._facts, leak=document_leak(model, packed))
 
     def _look(self, state: TrainerState) -> None:
         for finding in diagnose(self._trace, self._facts, self.limits, self.rules, tuple(self._said)):
@@ -165,16 +225,19 @@ class GRPODoctor(TrainDoctor):
     rules = GRPO_RULES
     limits_class = GRPOLimits
 
-    def facts(self, args: Any, state: TrainerState, optimizer: Any, scheduler: Any) -> RunFacts:
+    def check(self, args: Any) -> None:
         if not hasattr(args, "max_completion_length") or not hasattr(args, "beta"):
             raise ValueError(
                 f"GRPODoctor found a {type(args).__name__}, which is no GRPO config. Use TrainDoctor() with this trainer."
             )
+
+    def facts(self, args: Any, state: TrainerState, optimizer: Any, scheduler: Any) -> RunFacts:
         return dataclasses.replace(
             super().facts(args, state, optimizer, scheduler),
             max_completion_length=args.max_completion_length,
             beta=args.beta,
             num_iterations=args.num_iterations,
+            mask_truncated=getattr(args, "mask_truncated_completions", False),
         )
 
 
@@ -228,6 +291,35 @@ def scheduler_steps(scheduler: Any) -> int | None:
     if type(inner).__name__ in _METRIC_DRIVEN:
         return None
     return getattr(inner, "last_epoch", None)
+
+
+def group_lrs(optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Return the LR that the optimizer uses and the one that the scheduler set last, of each group with weights to train."""
+    used = {
+        place: float(group["lr"])
+        for place, group in enumerate(optimizer.param_groups)
+        if any(weight.requires_grad and weight.numel() for weight in group["params"])
+    }
+    found: dict[str, Any] = {"optimizer_lr": float(optimizer.param_groups[0]["lr"]), "optimizer_lrs": used}
+    if hasattr(_inner(scheduler), "get_last_lr"):
+        planned = enumerate(_inner(scheduler).get_last_lr())
+        found["scheduler_lrs"] = {place: float(lr) for place, lr in planned if place in used}
+    return found
+
+
+def _with_plan(facts: RunFacts, scheduler: Any, done_steps: int) -> RunFacts:
+    """Add the scheduler's plan, and leave the factors out to which it cannot be followed."""
+    plan = None if type(scheduler).__name__ in _METRIC_DRIVEN else scheduler_plan(scheduler, done_steps)
+    if plan is None or plan.reach is None:
+        return dataclasses.replace(facts, plan=plan)
+    near = tuple(factor for factor in facts.factors if 1.25 * factor * facts.max_steps <= plan.reach)
+    return dataclasses.replace(facts, plan=plan, factors=near)
+
+
+def _first_entropies(state: TrainerState) -> tuple[float, ...]:
+    """Return the first three entropies that the run logged before it was resumed."""
+    values = [entry.get("entropy") for entry in state.log_history if "loss" in entry] if state.global_step else []
+    return tuple(float(value) for value in values if isinstance(value, (int, float)))[:3]
 
 
 def optimizer_steps(optimizer: Any) -> int | None:

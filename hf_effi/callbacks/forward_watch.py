@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
+from ..functional.probes import is_probed
+
+logger = logging.getLogger(__name__)
+#: what the losses of torch and transformers leave out
+_IGNORED = -100
+
 
 class ForwardWatch:
     """
-    Count tokens in front of a model while it trains, and keep the layout of the first packed batch.
+    Count tokens and labels in front of a model while it trains, and look for packed batches.
+
+    Counts stay on the device until somebody takes them.
 
     Args:
         model (`torch.nn.Module`): Gets one pre-forward hook, until [`close`].
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        #: arguments of the first batch, if it was packed: `True` in place of a tensor
-        self.packed: dict[str, Any] | None = None
-        self._first = True
+        self._layouts: dict[frozenset[str], tuple[dict[str, Any], Any]] = {}
         self._forwarded, self._real = 0, 0
+        self._labels, self._learned = 0, 0
+        self._looks_for_packed = True
         self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def take(self) -> tuple[int, int]:
@@ -33,21 +42,65 @@ class ForwardWatch:
         forwarded, real = self.take()
         return 1 - real / forwarded if forwarded else None
 
+    def take_label_ratio(self) -> float | None:
+        """Return the share of labels that are not -100 since the last call; `None` when none were passed."""
+        labels, learned = self._labels, int(self._learned)
+        self._labels, self._learned = 0, 0
+        return learned / labels if labels else None
+
+    def take_packed(self) -> dict[str, Any] | None:
+        """
+        Return the arguments of a packed batch seen so far, `True` in place of a tensor, and look for no more of them.
+
+        `None` while there was none.
+        """
+        for layout, packed in self._layouts.values():
+            if bool(packed):
+                self._looks_for_packed = False
+                self._layouts.clear()
+                return layout
+        return None
+
     def close(self) -> None:
         self._handle.remove()
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            self._look(module, args, kwargs)
+        except Exception as error:  # whatever a model may be given: who watches must not end the run
+            self.close()
+            logger.warning(f"The inputs of {type(module).__name__} are no longer watched: {error!r}")
+
+    def _look(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
-        # Generation and evaluation do not train; images and embeddings are no tokens.
-        if not torch.is_grad_enabled() or not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
+        # Generation, evaluation and a range test do not train; images and embeddings are no tokens.
+        if (
+            is_probed(module)
+            or not torch.is_grad_enabled()
+            or not isinstance(tokens, torch.Tensor)
+            or tokens.is_floating_point()
+        ):
             return
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask, positions, labels = (kwargs.get(name) for name in ("attention_mask", "position_ids", "labels"))
         self._forwarded += tokens.numel()
-        # Stays on the device: a number is only fetched when the Trainer logs.
         self._real = self._real + (mask.detach().ne(0).sum() if _fits(mask, tokens) else tokens.numel())
-        if self._first and _fits(positions, tokens) and positions.eq(0).sum(dim=-1).max() > 1:
-            self.packed = {name: isinstance(value, torch.Tensor) or value for name, value in kwargs.items()}
-        self._first = False
+        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+            self._labels += labels.numel()
+            self._learned = self._learned + labels.ne(_IGNORED).sum()
+        if self._looks_for_packed and _fits(positions, tokens) and tokens.dim() == 2:
+            packed = _starts_again(positions, mask if _fits(mask, tokens) else None)
+            layout = {name: isinstance(value, torch.Tensor) or value for name, value in kwargs.items()}
+            key = frozenset(name for name, value in layout.items() if value is True)
+            first, seen = self._layouts.get(key, (layout, False))
+            self._layouts[key] = first, packed | seen
+
+
+def _starts_again(positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return whether a position is 0 behind another token that counts; positions of padding do not."""
+    again = positions[:, 1:] == 0
+    if mask is not None:
+        again = again & mask[:, 1:].ne(0) & mask[:, :-1].ne(0)
+    return again.any()
 
 
 def _fits(value: Any, tokens: torch.Tensor) -> bool:

@@ -7,18 +7,27 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..functional.layer_plan import plan_layer_modes
 from ..parallel.layer_modes import LayerModeError, LayerModes, decoder_layers
 from ..parallel.layer_profile import LayerProbe, measure_copy_bandwidth
+from ._owners import OwningCallback, Role
 
 logger = logging.get_logger(__name__)
 
 
-class _LayerModesCallback(TrainerCallback):
+class _LayerModesCallback(OwningCallback):
     """Puts modes on the layers when training begins and takes them off when it ends."""
+
+    role = Role(
+        "layer modes",
+        "Two callbacks want to decide what the layers keep",
+        "Use one callback for the modes of all layers: MemoryBudgetCallback mixes keeping, selecting, checkpointing and "
+        "offloading.",
+        LayerModeError,
+    )
 
     def __init__(self) -> None:
         self.layer_modes: LayerModes | None = None
@@ -30,6 +39,7 @@ class _LayerModesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_other_offload(args)
+        super().on_train_begin(args, state, control, **kwargs)
         self._take_off()  # left by a run that failed
         self.layer_modes = self._make(kwargs["model"]).apply()
 

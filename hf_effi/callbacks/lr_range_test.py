@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..functional.probes import probing_model
 from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number, check_steps
 from ..functional.schedules.adaptive import suggest_from_range_test
@@ -49,6 +50,9 @@ def lr_range_test(
     """
     Run a learning-rate range test and put weights, optimizer and random numbers back, bit for bit.
 
+    Its updates are made outside of a Trainer's loop, so callbacks have no event of them, and what counts tokens in front
+    of the model leaves them out.
+
     Formula: `lr_t = low (high/low)^(t/(n-1))`; a repeat ends when the smoothed loss is above `stop_factor` times the
     lowest, or not finite. Repeats see the batches in different orders.
     Paper: Smith, Cyclical Learning Rates (1506.01186).
@@ -84,13 +88,16 @@ def lr_range_test(
     # A private generator: the order of the repeats must not move the run's random numbers.
     generator = torch.Generator().manual_seed(0)
     runs = []
-    try:
-        for repeat in range(repeats):
-            order = range(len(batches)) if repeat == 0 else torch.randperm(len(batches), generator=generator).tolist()
-            runs.append(_sweep(model, optimizer, [batches[i] for i in order], loss_fn, low, high, stop_factor))
+    with probing_model(model):
+        try:
+            for repeat in range(repeats):
+                order = range(len(batches))
+                if repeat > 0:
+                    order = torch.randperm(len(batches), generator=generator).tolist()
+                runs.append(_sweep(model, optimizer, [batches[i] for i in order], loss_fn, low, high, stop_factor))
+                restore_snapshot(snapshot, model, optimizer)
+        finally:
             restore_snapshot(snapshot, model, optimizer)
-    finally:
-        restore_snapshot(snapshot, model, optimizer)
     return _judge(runs)
 
 

@@ -2,58 +2,80 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..functional.options import refuse_idle
 from ..functional.schedules import (
+    Followed,
     Schedule,
     ScheduleError,
     ScheduleLR,
     ScheduleMismatchError,
     apply_momentum,
     apply_multiplier,
-    reconcile,
-    same_schedule,
+    check_storable,
+    classes_in,
+    settle,
 )
 from ..functional.schedules.adaptive import check_schedule_free
 from ..functional.schedules.base import OnMismatch, check_choice
+from ._owners import OwningCallback, Role
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.lr_schedule"
+#: who sets the LR of a run; multipliers of it are no owners
+LEARNING_RATE = Role(
+    "learning rate",
+    "Two schedules want to set the LR",
+    "Keep one; join() and scale() make one schedule of several.",
+    ScheduleError,
+)
 #: schedulers that something else owns, by class name: the classes live in optional packages
 _DEEPSPEED = ("DeepSpeedSchedulerWrapper", "DummyScheduler")
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
-#: which callback has taken over which scheduler; not an attribute, which LambdaLR would save with its state
-_OWNERS: weakref.WeakKeyDictionary[LambdaLR, LRScheduleCallback] = weakref.WeakKeyDictionary()
+#: LRs that an optimizer of the user brought, noted before a checkpoint is loaded into it
+_BROUGHT: weakref.WeakKeyDictionary[Optimizer, tuple[float, ...]] = weakref.WeakKeyDictionary()
+#: the `learning_rate` that the groups' `initial_lr` belong to, for a Trainer that trains again
+_MADE_FOR: weakref.WeakKeyDictionary[Optimizer, float] = weakref.WeakKeyDictionary()
 
 
-class LRScheduleCallback(TrainerCallback):
+class LRScheduleCallback(OwningCallback):
     """
     Make a stock Trainer follow a schedule.
 
     The LR of every update is `base_lr * schedule(finished updates)` for each parameter group, from the first update
     on, also right after a resume, and the logged `learning_rate` is the LR that was applied. Steps are optimizer
-    updates: world size and gradient accumulation do not enter. The schedule is stored in each checkpoint, so a resumed
-    run needs no flag.
+    updates: world size and gradient accumulation do not enter. What was applied is stored in each checkpoint, so a
+    resumed run needs no flag. `lr_schedule=` of an Effi trainer is this object too.
+
+    The base LRs are `learning_rate`, or the LRs that an optimizer brings which you pass to the Trainer.
 
     Args:
         schedule (`Schedule`): For example `wsd(warmup_steps=100)`. Without `total_steps` the length of the run is read
             from the Trainer.
         on_mismatch (`str`, *optional*, defaults to `"error"`): What to do when a checkpoint was trained with another
-            schedule, length or learning rate: `"error"`, `"stored"` or `"new"`.
-        allow_lr_jump (`bool`, *optional*, defaults to `False`): Whether `on_mismatch="new"` may lift the LR of a run
-            that is already decaying.
+            schedule, length or learning rate: `"error"` raises, `"stored"` goes on exactly as stored, `"new"` trains
+            with what this run asks for from here on. See [`settle`].
+        allow_lr_jump (`bool`, *optional*, defaults to `False`): Whether with `on_mismatch="new"` a new schedule may lift
+            a run that is already decaying.
         stop_when_decayed (`bool`, *optional*, defaults to `True`): End training when a decay that was started with
             [`~LRScheduleCallback.start_decay`] is finished, instead of going on at the lowest LR.
         counter (`Callable[[], float]`, *optional*): Progress in equivalent steps, for a [`token_indexed`] schedule.
 
+    Attributes:
+        followed ([`Followed`]): What the last training followed; `None` before the first.
+
     Raises:
-        ScheduleError: DeepSpeed owns the scheduler, the scheduler is driven by a metric or by layer, the run has
-            another length than the schedule, or the arguments ask for a second schedule.
+        ScheduleError: the scheduler belongs to DeepSpeed, is driven by a metric or by layer, the run has another length
+            than the schedule, the arguments or another callback ask for a second schedule, or a schedule of your own
+            that a checkpoint cannot hold.
         ScheduleMismatchError: see `on_mismatch`.
 
     Example:
@@ -65,6 +87,8 @@ class LRScheduleCallback(TrainerCallback):
     trainer.train()
     ```
     """
+
+    role = LEARNING_RATE
 
     def __init__(
         self,
@@ -80,32 +104,26 @@ class LRScheduleCallback(TrainerCallback):
                 f"schedule={schedule!r} is not a Schedule. Pass one of hf_effi.functional.schedules, e.g. wsd()."
             )
         check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
-        if schedule.needs_counter and counter is None:
-            raise ScheduleError(
-                f"{type(schedule).__name__} is indexed by tokens and needs counter=..., a function that returns the "
-                "progress in equivalent steps. Without dropped tokens use the plain schedule."
-            )
-        if counter is not None and not schedule.needs_counter:
-            raise ScheduleError(
-                f"counter= only acts with a token_indexed schedule, not with {type(schedule).__name__}."
-            )
-        if counter is not None and not callable(counter):
-            raise ScheduleError(
-                f"counter={counter!r} is not a function. Pass one that returns the progress in equivalent steps, e.g. a "
-                "TokenCounter."
-            )
+        needs = "with on_mismatch='new'"
+        refuse_idle("allow_lr_jump", allow_lr_jump, False, on_mismatch == "new", needs, ScheduleError)
+        needs = "with a schedule whose decay can be started, such as wsd or infinite"
+        can_start = hasattr(schedule, "start_decay")
+        refuse_idle("stop_when_decayed", stop_when_decayed, True, can_start, needs, ScheduleError)
+        _check_counter(schedule, counter)
         self.built = schedule
-        self.current: Schedule | None = None
         self.on_mismatch = on_mismatch
         self.allow_lr_jump = allow_lr_jump
         self.stop_when_decayed = stop_when_decayed
         self.counter = counter
+        self.followed: Followed | None = None
         self._scheduler: LambdaLR | None = None
         self._state: TrainerState | None = None
-        self._decay_asked_at: int | None = None
-        self._built_now = schedule
-        self._learning_rate = 0.0
         self._tracks_state = False
+
+    @property
+    def current(self) -> Schedule | None:
+        """The schedule that is followed, with a decay that was started; `None` before training."""
+        return None if self.followed is None else self.followed.current
 
     def multiplier(self, step: int) -> float:
         """Return the multiplier of the update that follows `step` finished ones."""
@@ -130,39 +148,39 @@ class LRScheduleCallback(TrainerCallback):
         if not hasattr(self.current, "start_decay"):
             raise ScheduleError(f"{type(self.current).__name__} has no decay to start. Use wsd, wsdc or infinite.")
         at = self._scheduler.last_epoch
-        self.current = self.current.start_decay(at, decay_steps, **kwargs)
-        self._decay_asked_at = at
+        decaying = self.current.start_decay(at, decay_steps, **kwargs)
+        self.followed = dataclasses.replace(self.followed, current=decaying, decay_asked_at=at)
         self._apply()
 
     # ---- events ----
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_init_end(args, state, control, **kwargs)
+        note_optimizer(kwargs.get("optimizer"))
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scheduler = kwargs.get("lr_scheduler")
-        check_scheduler(scheduler)
+        scheduler = taken_over(kwargs.get("lr_scheduler"))
+        if isinstance(scheduler, ScheduleLR):
+            raise ScheduleError(f"{LEARNING_RATE.problem}: the Trainer's ScheduleLR and this one. {LEARNING_RATE.fix}")
+        super().on_train_begin(args, state, control, **kwargs)
         check_arguments(args)
-        if isinstance(scheduler, ScheduleLR) or _OWNERS.get(scheduler, self) is not self:
-            raise ScheduleError(
-                "Two schedules want to set the LR: this LRScheduleCallback and another one or lr_schedule in the config. "
-                "Keep one; join() and scale() make one schedule of several."
-            )
-        _OWNERS[scheduler] = self
-        inner = getattr(scheduler.optimizer, "optimizer", scheduler.optimizer)
-        check_schedule_free(type(inner).__name__, type(self.built).__name__, "constant")
+        optimizer = _innermost(scheduler.optimizer)
+        check_schedule_free(type(optimizer).__name__, self.built.spec()["kind"], "constant")
         bound = self.built.bind(state.max_steps)
-        stored = state.stateful_callbacks.get(STATE_KEY) if state.global_step > 0 else None
-        self._decay_asked_at = None
-        self.current = bound
-        if stored is not None:
-            self._restore(stored, bound, state, args, scheduler)
-        elif state.global_step > 0 and self.on_mismatch != "new":
-            raise ScheduleMismatchError(
-                f"The checkpoint at step {state.global_step} was trained without LRScheduleCallback, so its LR "
-                "followed another schedule. Pass on_mismatch='new' to switch to this one from here on."
-            )
-        self._built_now = bound
-        self._learning_rate = args.learning_rate
+        check_storable(bound)
+        if state.global_step > 0 and scheduler.last_epoch == 0:
+            scheduler.last_epoch = state.global_step  # a checkpoint of weights alone: no scheduler was loaded
+        asked = _asked(bound, args, state, scheduler, optimizer)
+        self.followed = asked
+        if state.global_step > 0:
+            self.followed = self._resumed(asked, args, state, scheduler, optimizer)
+        if list(self.followed.base_lrs) != scheduler.base_lrs:
+            scheduler.base_lrs = list(self.followed.base_lrs)
+        _note_asked(asked, self.followed, optimizer)
         self._scheduler, self._state = scheduler, state
         check_reference(self.current, scheduler)
         # Momentum and token counters move with every update; an LR alone is kept by the scheduler.
@@ -176,7 +194,8 @@ class LRScheduleCallback(TrainerCallback):
     ) -> TrainerControl:
         if self._tracks_state:
             self._apply()
-        if self._decay_asked_at is not None and self.stop_when_decayed:
+        state.stateful_callbacks[STATE_KEY]["step"] = state.global_step
+        if self.followed.decay_asked_at is not None and self.stop_when_decayed:
             end = self.current.last_step
             if end is not None and self._scheduler.last_epoch >= end:
                 control.should_training_stop = True
@@ -187,52 +206,129 @@ class LRScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # The references belong to one train() call; `current` stays readable.
-        _OWNERS.pop(self._scheduler, None)
         self._scheduler = self._state = None
 
     # ---- helpers ----
 
-    def _restore(
+    def _resumed(
         self,
-        stored: dict[str, Any],
-        bound: Schedule,
-        state: TrainerState,
+        asked: Followed,
         args: TrainingArguments,
+        state: TrainerState,
         scheduler: LambdaLR,
-    ) -> None:
-        built, current = Schedule.from_spec(stored["built"]), Schedule.from_spec(stored["current"])
-        self._decay_asked_at = stored["decay_asked_at"]
-        if same_schedule(built, bound):
-            self.current = current
-        else:
-            step = scheduler.last_epoch
-            self.current = reconcile(current, bound, self.on_mismatch, step=step, allow_lr_jump=self.allow_lr_jump)
-            if self.on_mismatch == "new":
-                self._decay_asked_at = None
-        if stored.get("counter") is not None and hasattr(self.counter, "load_state_dict"):
-            self.counter.load_state_dict(stored["counter"])
-        old = stored["learning_rate"]
-        if args.learning_rate != old:
-            if self.on_mismatch == "error":
+        optimizer: Optimizer,
+    ) -> Followed:
+        # The scheduler of an Effi trainer hands over what a checkpoint of an earlier version holds.
+        entry = state.stateful_callbacks.get(STATE_KEY) or getattr(scheduler, "earlier", None)
+        until = state.global_step if entry is None else entry.get("step", state.global_step)
+        if entry is None or until != state.global_step:
+            if self.on_mismatch != "new":
+                since = "" if entry is None else f" since update {until}"
                 raise ScheduleMismatchError(
-                    f"The checkpoint was trained with learning_rate={old}, this run has {args.learning_rate}, which "
-                    "the Trainer alone would ignore. Pass on_mismatch='stored' or on_mismatch='new'."
+                    f"The checkpoint at step {state.global_step} was trained without LRScheduleCallback or lr_schedule"
+                    f"{since}, so its LR followed another schedule. Pass on_mismatch='new' to switch to this one from "
+                    "here on."
                 )
-            if self.on_mismatch == "new":
-                scheduler.base_lrs = [lr * args.learning_rate / old for lr in scheduler.base_lrs]
+            return asked
+        if entry.get("counter") is not None and hasattr(self.counter, "load_state_dict"):
+            self.counter.load_state_dict(entry["counter"])
+        # Earlier versions stored the learning rate that was asked for, which is not always the one that was applied.
+        applied = {float(lr) for lr in scheduler.base_lrs}
+        rate = applied.pop() if len(applied) == 1 and _made_from(args, optimizer) else entry.get("learning_rate")
+        stored = Followed.from_state(
+            entry, classes_in(asked.built), base_lrs=scheduler.base_lrs, learning_rate=rate, optimizer_lrs=None
+        )
+        return settle(stored, asked, self.on_mismatch, step=scheduler.last_epoch, allow_lr_jump=self.allow_lr_jump)
 
     def _apply(self) -> None:
-        """Write the LR of the next update into the optimizer, and the schedule into the state that gets saved."""
+        """Write the LR of the next update into the optimizer, and what is followed into the state that gets saved."""
         step = self._scheduler.last_epoch
         apply_multiplier(self._scheduler, self.multiplier(step))
         apply_momentum(self._scheduler.optimizer, self.current, step)
         self._state.stateful_callbacks[STATE_KEY] = {
-            "built": self._built_now.spec(),
-            "current": self.current.spec(),
-            "decay_asked_at": self._decay_asked_at,
-            "learning_rate": self._learning_rate,
+            **self.followed.state_dict(),
             "counter": self.counter.state_dict() if hasattr(self.counter, "state_dict") else None,
+            "step": self._state.global_step,
         }
+
+
+def _check_counter(schedule: Schedule, counter: Any) -> None:
+    name = type(schedule).__name__
+    if schedule.needs_counter and counter is None:
+        raise ScheduleError(
+            f"{name} is indexed by tokens and needs counter=..., a function that returns the progress in equivalent "
+            "steps. Without dropped tokens use the plain schedule."
+        )
+    if counter is not None and not schedule.needs_counter:
+        raise ScheduleError(f"counter= only acts with a token_indexed schedule, not with {name}.")
+    if counter is not None and not callable(counter):
+        raise ScheduleError(
+            f"counter={counter!r} is not a function. Pass one that returns the progress in equivalent steps, e.g. a "
+            "TokenCounter."
+        )
+
+
+def note_optimizer(optimizer: Any) -> None:
+    """Note the LRs of an optimizer that was passed to a Trainer, before a checkpoint is loaded into it."""
+    inner = _innermost(optimizer)
+    if isinstance(inner, Optimizer) and inner not in _BROUGHT:
+        groups = inner.param_groups
+        if all("lr" in group for group in groups):
+            _BROUGHT[inner] = tuple(float(group.get("initial_lr", group["lr"])) for group in groups)
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside the wrappers of accelerate and DeepSpeed."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _made_from(args: TrainingArguments, optimizer: Optimizer) -> bool:
+    """Whether the Trainer made the optimizer, from `learning_rate`."""
+    return optimizer not in _BROUGHT and getattr(optimizer, "defaults", {}).get("lr") == args.learning_rate
+
+
+def _asked(
+    bound: Schedule, args: TrainingArguments, state: TrainerState, scheduler: LambdaLR, optimizer: Optimizer
+) -> Followed:
+    """Return what a fresh run with these arguments would follow."""
+    brought, made_for = _BROUGHT.get(optimizer), _MADE_FOR.get(optimizer)
+    lrs = tuple(float(lr) for lr in scheduler.base_lrs)
+    if brought is not None:
+        # A fresh run starts from what the optimizer has now, a resumed one has the checkpoint's in it.
+        lrs = brought = lrs if state.global_step == 0 else brought
+        _BROUGHT[optimizer] = brought
+    elif state.global_step > 0 and _made_from(args, optimizer) and len(set(lrs)) == 1:
+        lrs = (args.learning_rate,) * len(lrs)  # those of the scheduler are the checkpoint's
+    elif state.global_step == 0 and made_for and made_for != args.learning_rate:
+        lrs = tuple(lr * (args.learning_rate / made_for) for lr in lrs)  # changed between two calls of train()
+    return Followed(bound, bound, lrs, float(args.learning_rate), brought, state.max_steps)
+
+
+def _note_asked(asked: Followed, followed: Followed, optimizer: Optimizer) -> None:
+    """Let the groups' `initial_lr`, from which the next `train()` starts, be what is asked for and not a checkpoint's."""
+    lrs = asked.base_lrs
+    if asked.optimizer_lrs is None and followed.learning_rate:
+        lrs = tuple(lr * (asked.learning_rate / followed.learning_rate) for lr in followed.base_lrs)
+        _MADE_FOR[optimizer] = asked.learning_rate
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        if "initial_lr" not in group or float(group["initial_lr"]) != lr:
+            group["initial_lr"] = lr
+
+
+def taken_over(scheduler: Any) -> LambdaLR:
+    """
+    Return the scheduler to take over: the Trainer's, or the Trainer's inside DeepSpeed's wrapper.
+
+    Raises:
+        ScheduleError: see [`check_scheduler`].
+    """
+    inner = getattr(scheduler, "scheduler", None)
+    if type(scheduler).__name__ in _DEEPSPEED and isinstance(inner, LambdaLR):
+        return inner  # DeepSpeed steps it, the Trainer made it
+    check_scheduler(scheduler)
+    return scheduler
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -247,8 +343,8 @@ def check_scheduler(scheduler: Any) -> None:
     owned = any(known in names for known in _DEEPSPEED) or type(scheduler).__module__.startswith("deepspeed")
     if owned:
         raise ScheduleError(
-            f"DeepSpeed owns the LR scheduler ({name}), so a callback cannot set the LR. Use EffiTrainer with "
-            "lr_schedule=..., and remove the 'scheduler' section from the DeepSpeed config."
+            f"DeepSpeed owns the LR scheduler ({name}), so a callback cannot set the LR. Remove the 'scheduler' section from "
+            "the DeepSpeed config, and use LRScheduleCallback or lr_schedule=... of an Effi trainer."
         )
     if any(known in names for known in _METRIC_DRIVEN):
         raise ScheduleError(

@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,71 @@ def propose_lr(tried: Sequence[tuple[float, float]], low: float, high: float, ka
         mean, deviation = model.fit(x, y).predict([[math.log(lr)] for lr in fresh], return_std=True)
     scores = [float(m) - kappa * float(s) for m, s in zip(mean, deviation, strict=True)]
     return fresh[scores.index(min(scores))]
+
+
+def share_stage(left: int, stage_steps: int, probes: int, first: bool) -> tuple[int, int, bool]:
+    """
+    Share what is left of a run between a search and the stage after it.
+
+    Args:
+        left (`int`): Updates that are left.
+        stage_steps (`int`): Length that the stage should have.
+        probes (`int`): LRs to try; with 1 there is nothing to search.
+        first (`bool`): Whether no LR is known yet. The first stage is shortened; a later one without room for a search
+            and a whole stage keeps the last LR.
+
+    Returns:
+        `tuple[int, int, bool]`: Updates of the search, updates of the stage, and whether the last LR is kept. A first
+        stage of 0 or fewer updates means that the run is too short.
+
+    Example:
+    ```python
+    >>> share_stage(20, 6, 3, first=True), share_stage(9, 6, 3, first=True), share_stage(11, 6, 3, first=False)
+    ((6, 6, False), (6, 3, False), (0, 6, True))
+    ```
+    """
+    search = probes * (stage_steps // probes) if probes > 1 else 0
+    if not first and left < search + stage_steps:
+        return 0, min(stage_steps, left), True
+    return search, min(stage_steps, left - search), False
+
+
+def probe_blocks(
+    progress: Mapping[str, Any], step: int, max_steps: int, probes: int, max_stage_steps: int
+) -> list[tuple[int, int, int]]:
+    """
+    Return the probes of the search in progress and of all later ones: a function of lengths alone.
+
+    Args:
+        progress (`Mapping`): Of `AutoLRSCallback`, once its stage has begun.
+        step (`int`): Finished updates.
+        max_steps (`int`): Updates of the run.
+        probes, max_stage_steps (`int`): Of the search.
+
+    Returns:
+        `list[tuple[int, int, int]]`: First update, last update and updates of one probe, for each search.
+
+    Example:
+    ```python
+    >>> begun = {"phase": "probe", "tried": [], "done": 0, "run_steps": 6, "stage_steps": 6}
+    >>> probe_blocks(begun, 0, 26, probes=3, max_stage_steps=6)
+    [(1, 6, 2), (13, 18, 2)]
+    ```
+    """
+    blocks, stage = [], progress["stage_steps"]
+    end = step + progress["run_steps"] - progress["done"]
+    if progress["phase"] == "probe":
+        length = stage // probes
+        before = step - progress["done"] - len(progress["tried"]) * length
+        blocks.append((before + 1, before + probes * length, length))
+        end = blocks[0][1] + progress["run_steps"]
+    while end < max_steps:
+        stage = min(2 * stage, max_stage_steps)
+        search, run, _ = share_stage(max_steps - end, stage, probes, first=False)
+        if search:
+            blocks.append((end + 1, end + search, stage // probes))
+        end += search + run
+    return blocks
 
 
 def validation_loss(source: Any, model: torch.nn.Module, device: torch.device) -> float:

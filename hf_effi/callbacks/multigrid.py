@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.curriculum import CurriculumError, Multigrid, check_number
-from .adaptive_lr import _MultiplierCallback
+from ._lr_factors import LRFactorCallback
+from ._owners import Role, owner_of
 from .lr_schedule import check_scheduler
+from .probing import trained_steps, trained_total
+
+#: who cuts the rows of a run
+SEQUENCE_LENGTH = Role("sequence length", "Two objects want to set the sequence length", "Keep one.", CurriculumError)
 
 
-class MultigridLRCallback(_MultiplierCallback):
+class MultigridLRCallback(LRFactorCallback):
     """
     Multiply the scheduled LR by `c^p` where a batch has `c` times as many rows of `L / c` tokens.
 
@@ -23,7 +29,7 @@ class MultigridLRCallback(_MultiplierCallback):
         exponent (`float`, *optional*, defaults to 1.0): `p` in `[0, 1]`; 0.5 is the square-root rule.
 
     Raises:
-        CurriculumError: another kind of object, or `exponent` out of range.
+        CurriculumError: another kind of object, `exponent` out of range, or a Trainer whose `sequence_length` is another.
         ScheduleError: the scheduler is driven by a metric or owned by DeepSpeed.
 
     Example:
@@ -33,21 +39,25 @@ class MultigridLRCallback(_MultiplierCallback):
     ```
     """
 
+    factor = "multigrid"
+
     def __init__(self, shapes: Multigrid, exponent: float = 1.0) -> None:
         if not isinstance(shapes, Multigrid):
             raise CurriculumError(f"shapes={shapes!r} must be the Multigrid that the Trainer has as sequence_length.")
-        super().__init__(rule=None)
         self.shapes, self.exponent = shapes, check_number("exponent", exponent, 0, 1)
 
-    def multiplier(self, state: TrainerState) -> float:
-        return self.shapes.divisor(state.global_step, state.max_steps) ** self.exponent
+    def multiplier(self, state: TrainerState, scheduler: LambdaLR) -> float:
+        return self.shapes.divisor(trained_steps(state), trained_total(state)) ** self.exponent
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         check_scheduler(kwargs.get("lr_scheduler"))
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A function of the step has no state to keep."""
+        cutter = owner_of(state, SEQUENCE_LENGTH)
+        if cutter != self.shapes:
+            raise CurriculumError(
+                f"MultigridLRCallback has {self.shapes!r}, but the Trainer has sequence_length={cutter!r}: the LR would "
+                "follow shapes that the batches do not have. Use a Trainer with SequenceLengthMixin and pass one Multigrid "
+                "to both."
+            )

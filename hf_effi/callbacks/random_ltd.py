@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..parallel.patch_handle import PatchHandle
 from ..parallel.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
+from ._owners import Role
+from ._turns import WRITE, TurnCallback, in_turn
 from .kernel_patch import refuse_data_parallel
+from .probing import in_probe, outside_probes, trained_steps, trained_total
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.random_ltd"
 
 
-class RandomLTDCallback(TrainerCallback):
+class RandomLTDCallback(TurnCallback):
     """
     Train middle layers on a random subset of the tokens, which grows linearly until none is dropped.
 
     The number of kept tokens is [`~hf_effi.functional.random_ltd.kept_tokens`] of the finished updates, with
     `ramp_steps = ceil(ramp_fraction * max_steps)`. Evaluation sees all tokens. Logs `effi/ltd_kept_tokens`, and
-    `effi/ltd_layer_tokens`, `effi/ltd_layer_token_fraction` of the run so far on the main process.
+    `effi/ltd_layer_tokens`, `effi/ltd_layer_token_fraction` of the run so far on the main process. Updates that a search
+    tries and undoes ([`AutoLRSCallback`]) are in none of these counts.
 
     Random-LTD, arXiv:2211.11586.
 
@@ -46,6 +50,8 @@ class RandomLTDCallback(TrainerCallback):
     ```
     """
 
+    role = Role("layer tokens", "Two callbacks want to drop tokens of the layers", "Keep one.", RandomLTDError)
+
     def __init__(self, min_tokens: int, max_tokens: int, *, ramp_fraction: float = 0.7, multiple: int = 16) -> None:
         check_range(min_tokens, max_tokens, multiple)
         if (
@@ -60,6 +66,7 @@ class RandomLTDCallback(TrainerCallback):
         self._handle: PatchHandle | None = None
         self._num_layers = 0
         self._consumed: int | None = None
+        self._counted, self._total = (0, 0), 0
 
     def progress(self) -> float:
         """
@@ -81,13 +88,14 @@ class RandomLTDCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        refuse_data_parallel(args)
-        refuse_trainer(args)
+        _refuse(args)
+        super().on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.on_init_end(args, state, control)  # a callback may be added after the Trainer was built
+        _refuse(args)  # a callback may be added after the Trainer was built
+        super().on_train_begin(args, state, control, **kwargs)
         self._revert()  # left by a run that failed
         self.dropping = TokenDropping(args.seed, args.process_index)
         stored = state.stateful_callbacks.get(STATE_KEY, {}) if state.global_step else {}
@@ -95,14 +103,22 @@ class RandomLTDCallback(TrainerCallback):
         self.dropping.full_layer_tokens = stored.get("full_layer_tokens", 0)
         self._handle = drop_layer_tokens(kwargs["model"], self.dropping)
         self._num_layers = len(self._handle.replaced) + 2
-        self._consumed = sum(self._layer_tokens(step, state.max_steps) for step in range(state.global_step))
+        self._consumed = self._consumed_so_far(state)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if trained_total(state) != self._total:  # another callback has said since which updates are probes
+            self._consumed = self._consumed_so_far(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
         dropping = self.dropping
         dropping.step, dropping.micro_step = state.global_step, 0
-        kept = self._kept(dropping.step, state.max_steps)
+        self._counted = dropping.layer_tokens, dropping.full_layer_tokens
+        kept = self._kept(trained_steps(state), trained_total(state))
         dropping.kept = kept if kept < self.max_tokens else None  # None: also for rows longer than max_tokens
 
     def on_substep_end(
@@ -110,19 +126,23 @@ class RandomLTDCallback(TrainerCallback):
     ) -> None:
         self.dropping.micro_step += 1
 
+    @outside_probes
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._consumed += self._layer_tokens(state.global_step, state.max_steps)  # before the LR is moved
+        self._consumed += self._layer_tokens(trained_steps(state), trained_total(state))  # before the LR is moved
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if in_probe(state):
+            self.dropping.layer_tokens, self.dropping.full_layer_tokens = self._counted
         state.stateful_callbacks[STATE_KEY] = {
             "layer_tokens": self.dropping.layer_tokens,
             "full_layer_tokens": self.dropping.full_layer_tokens,
         }
 
+    @in_turn(WRITE)
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" not in kwargs["logs"]:
             return
@@ -151,8 +171,17 @@ class RandomLTDCallback(TrainerCallback):
         ramp_steps = ramp_length(max_steps, self.ramp_fraction)
         return kept_tokens(step, ramp_steps, self.min_tokens, self.max_tokens, self.multiple)
 
+    def _consumed_so_far(self, state: TrainerState) -> int:
+        self._total = total = trained_total(state)
+        return sum(self._layer_tokens(step, total) for step in range(trained_steps(state)))
+
     def _layer_tokens(self, step: int, max_steps: int) -> int:
         return layer_tokens(1, self.max_tokens, self._kept(step, max_steps), self._num_layers, self._num_layers - 2)
+
+
+def _refuse(args: TrainingArguments) -> None:
+    refuse_data_parallel(args)
+    refuse_trainer(args)
 
 
 def refuse_trainer(args: TrainingArguments) -> None:

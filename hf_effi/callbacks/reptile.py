@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from .._files import load_state
 from ..functional.reptile import reptile_step
+from ._owners import Role
+from ._side_file import SideFileCallback
+from ._turns import WRITE, TurnCallback, in_turn
+from .probing import holds_training_weights, outside_probes, trained_steps, trained_total
 
 REFERENCE_FILE = "effi_reptile.pt"
 
 
-class ReptileCallback(TrainerCallback):
+class ReptileCallback(TurnCallback, SideFileCallback):
     """
     Every `every_steps` updates, go back most of the way: `theta <- theta_ref + beta (theta - theta_ref)`.
 
     With replayed data in the batches this is meta-experience replay. The optimizer's moments stay as they are. The
-    reference is saved with each checkpoint, so a resumed run equals the uninterrupted one.
+    reference is saved with each checkpoint, so a resumed run equals the uninterrupted one. Updates that a search tries and
+    undoes ([`AutoLRSCallback`]) are not counted.
 
     Args:
         every_steps (`int`): Updates between two Reptile steps. Released code: 500; IBM's port: 100.
@@ -38,6 +42,9 @@ class ReptileCallback(TrainerCallback):
     ```
     """
 
+    role = Role("Reptile", "Two Reptile steps want the same place in a checkpoint", "Keep one.")
+    side_file = REFERENCE_FILE
+
     def __init__(self, every_steps: int, beta: float, *, last_partial: bool = False) -> None:
         if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
             raise ValueError(f"every_steps={every_steps!r} must be an integer of at least 1.")
@@ -53,39 +60,48 @@ class ReptileCallback(TrainerCallback):
                 "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own that "
                 "would overwrite them. Train with DDP or on one device."
             )
+        super().on_train_begin(args, state, control, **kwargs)
         weights = self._trainable(kwargs["model"])
         self._references = {name: weight.detach().clone() for name, weight in weights.items()}
-        if state.global_step % self.every_steps == 0:
+        if self._is_the_model(state):
             return  # the reference of this moment is the weights themselves
-        path = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", REFERENCE_FILE)
-        if not os.path.exists(path):
+        path = self.side_path(args, state)
+        if not path.exists():
             raise ValueError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without ReptileCallback. Resume from "
-                f"a folder in output_dir={args.output_dir!r}, or from a step that is a multiple of {self.every_steps}."
+                f"a folder in output_dir={args.output_dir!r}, or from an update of training that is a multiple of "
+                f"{self.every_steps}."
             )
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = load_state(path)
         if stored.keys() != weights.keys():
             raise ValueError(f"{path} holds other parameters than the model trains. Train the same ones.")
         for name, value in stored.items():
             self._references[name].copy_(value)
 
+    @in_turn(WRITE)
+    @outside_probes
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.every_steps == 0:
+        if trained_steps(state) % self.every_steps == 0:
             self._step(kwargs["model"])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save and state.global_step % self.every_steps:
-            folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            torch.save(self._references, os.path.join(folder, REFERENCE_FILE))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, torch.Tensor] | None:
+        return self._references if args.should_save and not self._is_the_model(state) else None
 
+    @in_turn(WRITE)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.last_partial and state.global_step >= state.max_steps and state.global_step % self.every_steps:
+        done = trained_steps(state)
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None  # other weights than these
+        if self.last_partial and not best and done >= trained_total(state) and done % self.every_steps:
             self._step(kwargs["model"])
         self._references = {}
+
+    def _is_the_model(self, state: TrainerState) -> bool:
+        """Whether the reference of this moment is the model: right after a Reptile step, and not inside of a probe."""
+        return trained_steps(state) % self.every_steps == 0 and holds_training_weights(state)
 
     def _step(self, model: Any) -> None:
         reptile_step(self._trainable(model).values(), self._references.values(), self.beta)

@@ -9,19 +9,28 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
 from .._run_record import RunStore
+from ..functional.rollouts import GenerationLayout
 from ..methods import METHODS, find_method
+from ..samplers.trainer_checks import STATE_KEY as ORDER_KEY
+from ._owners import OwningCallback, Role, owner_of
+from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
+from .lr_schedule import LEARNING_RATE, LRScheduleCallback
+from .lr_schedule import STATE_KEY as SCHEDULE_KEY
+from .patch import PatchCallback
+from .probing import mark_log, plan_of
+from .sampler import ROW_ORDER
 from .snapshot import restore_rng, take_rng
 
 logger = logging.getLogger(__name__)
@@ -33,10 +42,16 @@ _METHOD_OF_ARGUMENT = {
     "exact_savings": ("exact_savings", (None, "off")),
     "difficulty_range": ("difficulty_filter", (None,)),
     "prune_rate": ("cppo", (None, 0, 0.0)),
+    "kernel_patch": ("kernel_patch", (None,)),
+    "sequence_parallel_size": ("sequence_parallel", (None, 1)),
 }
+#: what argument and object have in common: the objects that a user passes in place of these arguments
+_METHOD_OF_OBJECT = {"PassRateBand": "difficulty_filter", "AdvantagePruner": "cppo"}
+#: callbacks that are the way to many methods, and no method themselves
+_DOORS = {"LRScheduleCallback", "PatchCallback", "RunRecordCallback"}
 
 
-class RunRecordCallback(TrainerCallback):
+class RunRecordCallback(OwningCallback):
     """
     Write what a run was and did: arguments, schedule, methods, versions, hardware, commits, data, time, tokens, drops.
 
@@ -51,7 +66,7 @@ class RunRecordCallback(TrainerCallback):
             tell, for example those of callbacks such as `"adalora"`.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or a second record of the same run.
 
     Example:
     ```python
@@ -61,6 +76,12 @@ class RunRecordCallback(TrainerCallback):
     print(read_run(args.output_dir)["totals"]["seconds"])
     ```
     """
+
+    role = Role(
+        "run record",
+        "Two records of one run want to be written into output_dir",
+        "Keep one: an Effi trainer makes its own, unless one is in the list of callbacks already.",
+    )
 
     def __init__(self, methods: Sequence[str] = ()) -> None:
         if isinstance(methods, str) or not isinstance(methods, Collection):
@@ -76,21 +97,26 @@ class RunRecordCallback(TrainerCallback):
         self._seconds: dict[str, float] = defaultdict(float)
         self._counts: dict[str, dict[str, float]] = {}
         self._clock = self._saved_at = 0.0
-        self._logged_step = self._begun_at = 0
+        self._logged_step = self._begun_at = self._probes = 0
+        self._steps_per_pass: int | None = None  # of a loader that knows its length
+        self._noted_checkpoint: int | None = None
 
     # ---- events ----
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         self._close()
         if not state.is_world_process_zero:
             return
         self._seconds.clear()
         self._counts = {part: defaultdict(float) for part in ("tokens", "drops", "rows", "phases")}
         self._logged_step = self._begun_at = state.global_step
+        self._probes = 0
         self._store = RunStore(args.output_dir)
         loader = kwargs.get("train_dataloader")
+        self._steps_per_pass = length_of(loader)
         header = {
             "arguments_class": type(args).__name__,
             "arguments": args.to_dict(),
@@ -122,8 +148,10 @@ class RunRecordCallback(TrainerCallback):
             methods = sorted({*self.methods, *methods_of(args, state, spec)})
             self._write(lambda: self._store.save(schedule=spec, methods=methods))
 
+    @in_turn(READ)
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = dict(kwargs.get("logs") or {})
+        mark_log(state, logs)
         # An evaluation logs its metrics before it reports that it is over.
         evaluated = any(name.startswith("eval_") for name in logs)
         self._charge("evaluate" if evaluated else "log")
@@ -142,10 +170,23 @@ class RunRecordCallback(TrainerCallback):
         if self._store is not None:
             self._add_evaluation_data(getattr(kwargs.get("eval_dataloader"), "dataset", None))
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:  # inside a save, so that what is pushed knows of this checkpoint
+            self._charge("save")
+            self._note_checkpoint(state)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._charge("save")
-        self._event("checkpoint", state, path=f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self._note_checkpoint(state)
+        self._noted_checkpoint = None
+
+    def _note_checkpoint(self, state: TrainerState) -> None:
+        if self._noted_checkpoint != state.global_step:
+            self._event("checkpoint", state, path=f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         self._summarize(state, force=True)
+        self._noted_checkpoint = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,7 +207,8 @@ class RunRecordCallback(TrainerCallback):
     def _count(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
         """Add what happened since the last log entry. Trainers log means; the counts of what was averaged undo them."""
         updates = state.global_step - self._logged_step
-        generations = generations_between(args, self._logged_step, state.global_step)
+        made = self._generations(args, self._logged_step, state.global_step)
+        self._probes += plan_of(state).probes(state.global_step) - plan_of(state).probes(self._logged_step)
         self._logged_step = state.global_step
         forwarded, real = self._watch.take()
         # The trainer's own count also has the passes without a gradient, on all processes.
@@ -179,11 +221,20 @@ class RunRecordCallback(TrainerCallback):
                 continue
             prefix, _, last = name.rpartition("/")
             if prefix == "effi/dropped":
-                self._counts["drops"][last] += value * generations
+                self._counts["drops"][last] += value * sum(made)
             elif name.startswith("effi/rows_") and last in ("rows_generated", "rows_trained"):
-                self._counts["rows"][last.removeprefix("rows_")] += value * generations
+                # Logged once for each update that generates, with the sum of its generations.
+                self._counts["rows"][last.removeprefix("rows_")] += value * sum(map(bool, made))
             elif name.startswith("effi/time_"):
                 self._counts["phases"][last.removeprefix("time_")] += value * updates
+
+    def _generations(self, args: Any, first: int, last: int) -> list[int]:
+        """How many generations each update from `first` to `last - 1` made; nothing where the trainer makes none."""
+        try:
+            layout = GenerationLayout.of(args)
+        except (AttributeError, ValueError):
+            return []  # no trainer that generates, or one whose rows are laid out in another way
+        return layout.generations_of(first, last, self._steps_per_pass)
 
     def _add_evaluation_data(self, dataset: Any) -> None:
         found, data = describe_data(dataset), self._store.summary["data"]
@@ -197,6 +248,7 @@ class RunRecordCallback(TrainerCallback):
             parts["phases"] = {key: round(n, 4) for key, n in self._counts["phases"].items()}
         return {
             "updates": self._logged_step - self._begun_at,
+            **({"probe_updates": self._probes} if self._probes else {}),
             "seconds": {key: round(value, 4) for key, value in self._seconds.items()},
             "peak_memory_bytes": peak_memory(),
             **parts,
@@ -228,6 +280,14 @@ class RunRecordCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.close()
         self._store = self._watch = None
+
+
+def length_of(loader: Any) -> int | None:
+    """Return the batches of a pass, or `None` for a loader of a stream."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 def command_line() -> str:
@@ -281,8 +341,8 @@ def _plain(value: Any) -> Any:
 
 def schedule_of(args: Any, state: TrainerState, scheduler: Any) -> dict[str, Any]:
     """Return the spec of a schedule of this package, or the arguments of the Trainer's own."""
-    stored = state.stateful_callbacks.get("hf_effi.lr_schedule")
-    if stored is not None:
+    stored = state.stateful_callbacks.get(SCHEDULE_KEY)
+    if stored is not None and _is_live(stored, state, LEARNING_RATE, LRScheduleCallback):
         return stored["current"]
     own = getattr(scheduler, "schedule", None)
     if hasattr(own, "spec"):
@@ -296,12 +356,37 @@ def schedule_of(args: Any, state: TrainerState, scheduler: Any) -> dict[str, Any
 
 def methods_of(args: Any, state: TrainerState, schedule: dict[str, Any]) -> set[str]:
     """Return the keys of methods that arguments, schedule and sampler tell."""
-    names = {schedule.get("kind"), state.stateful_callbacks.get("hf_effi.sampler", {}).get("sampler")}
-    found = set(methods_by_name(names))
+    sampler = state.stateful_callbacks.get(ORDER_KEY, {})
+    sampler = sampler if _is_live(sampler, state, ROW_ORDER, object) else {}
+    # A class of a user may have the name of one of ours; checkpoints of earlier versions hold the name alone.
+    ours = sampler.get("class", "hf_effi.").split("(")[-1].startswith("hf_effi.")
+    found = set(methods_by_name({schedule.get("kind"), sampler.get("sampler") if ours else None}))
+    found |= {"exact_sampler_resume"} if sampler else set()
     for argument, (key, off) in _METHOD_OF_ARGUMENT.items():
         if getattr(args, argument, None) not in off:
             found.add(key)
     return found
+
+
+def _is_live(entry: dict[str, Any], state: TrainerState, role: Role, writer: type) -> bool:
+    """Whether an entry of the state is of this run, and not carried along from a checkpoint by a run without it."""
+    owner = owner_of(state, role)
+    return (owner is not None and isinstance(owner, writer)) or entry.get("step") == state.global_step
+
+
+def methods_of_parts(parts: Iterable[Any]) -> set[str]:
+    """Return the keys of methods that these callbacks, samplers and policies are; classes of users count as their base."""
+    names, found = set(), set()
+    for part in parts:
+        ours = next((base for base in type(part).__mro__ if base.__module__.startswith("hf_effi.")), None)
+        if ours is None:
+            continue
+        names.add(ours.__name__)
+        found.update(_METHOD_OF_OBJECT[name] for name in [ours.__name__] if name in _METHOD_OF_OBJECT)
+        if ours is PatchCallback:
+            functions = [getattr(patch, "func", patch) for patch in part.patches]
+            names.update(f.__name__ for f in functions if getattr(f, "__module__", "").startswith("hf_effi."))
+    return found.union(methods_by_name(names - _DOORS))
 
 
 def methods_by_name(names: Collection[str | None]) -> list[str]:
@@ -309,19 +394,6 @@ def methods_by_name(names: Collection[str | None]) -> list[str]:
     return [
         method.key for method in METHODS if any(entry.rpartition(":")[2] in names for entry in method.entry_points)
     ]
-
-
-def generations_between(args: Any, start: int, end: int) -> float:
-    """
-    Return how often a GRPO trainer generated in the updates `start + 1` to `end`.
-
-    It generates at every micro-step that is a multiple of `steps_per_generation * num_iterations`.
-    """
-    if not hasattr(args, "steps_per_generation"):
-        return 0
-    every = (args.steps_per_generation or args.gradient_accumulation_steps) * args.num_iterations
-    first, last = start * args.gradient_accumulation_steps, end * args.gradient_accumulation_steps
-    return math.ceil(last / every) - math.ceil(first / every)
 
 
 def peak_memory() -> dict[str, int]:

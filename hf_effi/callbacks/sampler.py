@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..samplers import EffiSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
+from ..samplers import EffiSampler, SamplerError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
+    STATE_KEY,
     check_plan,
+    check_stored_order,
     check_trainer,
     in_layout_of,
     resume_in_dispatcher,
+    store_order,
     warn_order_against_decay,
 )
+from ._owners import OwningCallback, Role
 
-#: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
-STATE_KEY = "hf_effi.sampler"
+#: who orders the rows of a run
+ROW_ORDER = Role(
+    "row order",
+    "Two samplers want to order the rows",
+    "Keep one; one sampler can draw from several, such as MixtureSampler.",
+    SamplerError,
+)
 
 
-class SamplerCallback(TrainerCallback):
+class SamplerCallback(OwningCallback):
     """
     Put a sampler into the Trainer's dataloader at the start of training, before its first batch.
 
@@ -31,7 +40,8 @@ class SamplerCallback(TrainerCallback):
         sampler ([`EffiSampler`]): Orders the rows of `train_dataset`. Rule A.
 
     Raises:
-        SamplerError: rule B, another length, a streaming dataset, or a second sampling option.
+        SamplerError: rule B, another length, a streaming dataset, or a second sampling option, callback or
+            `train_sampler`.
         SamplerMismatchError: the checkpoint was made with another sampler, or without one.
 
     Example:
@@ -39,6 +49,8 @@ class SamplerCallback(TrainerCallback):
     Trainer(model, args, train_dataset=rows, callbacks=[SamplerCallback(ShuffledSampler(len(rows)))]).train()
     ```
     """
+
+    role = ROW_ORDER
 
     def __init__(self, sampler: EffiSampler) -> None:
         if not isinstance(sampler, EffiSampler):
@@ -63,6 +75,7 @@ class SamplerCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         name = type(self.sampler).__name__
         check_trainer(args, getattr(loader, "dataset", None), self.sampler)
+        super().on_train_begin(args, state, control, **kwargs)
         self.sampler.check_not_started()
         if not hasattr(loader, "set_sampler") or getattr(loader, "batch_sampler", None) is None:
             raise SamplerError(
@@ -77,14 +90,11 @@ class SamplerCallback(TrainerCallback):
             )
         check_plan(self.sampler, state.max_steps, loader, args.gradient_accumulation_steps)
         if state.global_step > 0:
-            self._compare(state.stateful_callbacks.get(STATE_KEY))
+            check_stored_order(state, self._served)
         updates = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
         self._epoch = state.global_step // updates
         self._batches_done = state.global_step % updates * args.gradient_accumulation_steps
-        state.stateful_callbacks[STATE_KEY] = {
-            "sampler": name,
-            "fingerprint": self._served.fingerprint(),
-        }
+        store_order(state, self._served)
         loader.set_sampler(self._served)
 
     def on_epoch_begin(
@@ -96,20 +106,13 @@ class SamplerCallback(TrainerCallback):
         resume_in_dispatcher(self._served, kwargs["train_dataloader"], self._epoch, self._batches_done)
         self._batches_done = 0
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.stateful_callbacks[STATE_KEY]["step"] = state.global_step
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._epoch += 1
         self._served.forget_start()
-
-    def _compare(self, stored: dict[str, Any] | None) -> None:
-        if stored is None:
-            raise SamplerMismatchError(
-                "The checkpoint was trained without SamplerCallback, in another order. Resume without it, or start a new "
-                "run from the weights."
-            )
-        if stored["fingerprint"] != self._served.fingerprint():
-            raise SamplerMismatchError(
-                f"The checkpoint was made by a {stored['sampler']} with other settings, seed or scores. Build the sampler "
-                "as in the run that is resumed, or start a new run from the weights."
-            )

@@ -41,6 +41,11 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def copy_weights(model: torch.nn.Module) -> dict[str, Any]:
+    """Return a copy of parameters and buffers for `load_state_dict`."""
+    return _clone(dict(model.state_dict()))
+
+
 def take_snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> dict[str, Any]:
     """
     Return a snapshot that shares no memory with the run.
@@ -53,7 +58,7 @@ def take_snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sche
     """
     scaler = getattr(optimizer, "scaler", None)
     return {
-        "model": _clone(dict(model.state_dict())),
+        "model": copy_weights(model),
         "optimizer": _clone(optimizer.state_dict()),
         "scaler": None if scaler is None else _clone(scaler.state_dict()),
         "scheduler": None if scheduler is None else _clone(scheduler.state_dict()),

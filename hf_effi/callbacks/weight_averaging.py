@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from .._files import load_state, save_aside, save_json
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.schedules import warn_decay_to_zero
+from ._owners import Role
+from ._side_file import SideFileCallback
+from ._turns import READ, TurnCallback, in_turn
+from .probing import plan_of, trained_total
 
 logger = logging.getLogger(__name__)
 
 AVERAGE_FILE = "effi_average.pt"
+_DESCRIPTION = "average.json"
 
 
-class WeightAveragingCallback(TrainerCallback):
+class WeightAveragingCallback(TurnCallback, SideFileCallback):
     """
     Average the weights at the last update, and at `last - 1` earlier ones, `every_steps` apart.
 
     Training itself is not changed. The average is held in fp32 on the CPU, and saved at the end in `output_dir/folder`,
     with a file `average.json` that says of which updates it is. A checkpoint inside the window carries the average so
-    far, so that a resumed run equals the uninterrupted one.
+    far, so that a resumed run equals the uninterrupted one. Updates that a search tries and undoes ([`AutoLRSCallback`])
+    are neither counted nor averaged; what another callback does to the weights after an update ([`ReptileCallback`]) is.
 
     Args:
         last (`int`, *optional*, defaults to 6): Snapshots, at least 1. Where the run is too short, as many as it has.
@@ -40,13 +44,21 @@ class WeightAveragingCallback(TrainerCallback):
 
     Raises:
         ValueError: an argument out of range; DeepSpeed, FSDP or a schedule-free optimizer; `swap_in` together with
-            `load_best_model_at_end`; or a checkpoint without the average it needs.
+            `load_best_model_at_end`; a folder of that name that holds something else; or a checkpoint without the
+            average it needs.
 
     Example:
     ```python
     Trainer(model, args, train_dataset=rows, callbacks=[WeightAveragingCallback(swap_in=True)]).train()
     ```
     """
+
+    role = Role(
+        "weight average",
+        "Two averages of the weights want the same place in a checkpoint",
+        "Keep one; average_checkpoints makes others from the checkpoints of the run.",
+    )
+    side_file = AVERAGE_FILE
 
     def __init__(
         self,
@@ -72,18 +84,26 @@ class WeightAveragingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         self._check(args)
-        every = self.every_steps or max(1, state.max_steps // 100)
-        steps = [state.max_steps - every * back for back in range(self.last)]
-        steps = [step for step in reversed(steps) if step > 0]
+        self._plan, self._average = {}, RunningAverage()
+
+    def _make_plan(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Choose the updates to average, once every callback has said at the beginning which ones are probes."""
+        if self._plan:
+            return
+        total = trained_total(state)
+        every = self.every_steps or max(1, total // 100)
+        counts = [total - every * back for back in range(self.last)]
+        steps = [plan_of(state).update_of(count) for count in reversed(counts) if count > 0]
         self._plan = dict(zip(steps, averaging_weights(len(steps), self.kind, self.alpha), strict=True))
-        self._average = RunningAverage()
         if any(step <= state.global_step for step in steps):
             self._restore(args, state)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._make_plan(args, state)
         if state.global_step == 0 and args.process_index == 0:
             warn_decay_to_zero(
                 kwargs["lr_scheduler"],
@@ -92,20 +112,23 @@ class WeightAveragingCallback(TrainerCallback):
                 "third of its peak, or drop WeightAveragingCallback.",
             )
 
+    @in_turn(READ)
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step in self._plan:
             self._average.push(_trained(kwargs["model"]), self._plan[state.global_step])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save and self._average.count:
-            stored = {"steps": self._done(state), "average": self._average.state_dict()}
-            torch.save(stored, os.path.join(_checkpoint(args, state), AVERAGE_FILE))
+    def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+        if not args.should_save or not self._average.count:
+            return None
+        return {"steps": self._done(state), "average": self._average.state_dict()}
 
+    @in_turn(READ)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._make_plan(args, state)  # a run that was resumed at its end has no epoch
         steps = self._done(state)
         if not steps:
             logger.warning(
@@ -117,7 +140,7 @@ class WeightAveragingCallback(TrainerCallback):
         live, mean = _trained(kwargs["model"]), self._average.mean
         exchange(live, mean)
         if args.should_save:
-            self._save(Path(args.output_dir) / self.folder, steps, **kwargs)
+            save_aside(Path(args.output_dir) / self.folder, lambda folder: self._save(folder, steps, **kwargs))
         if self.swap_in:
             logger.warning("The model now holds the average of its weights after updates %s, not the last.", steps)
         else:
@@ -137,18 +160,23 @@ class WeightAveragingCallback(TrainerCallback):
                 "swap_in=True and load_best_model_at_end=True both say what the model holds at the end. Set one to False; "
                 f"the average is in {self.folder!r} either way."
             )
+        folder = Path(args.output_dir) / self.folder
+        if folder.exists() and not (folder / _DESCRIPTION).exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"{folder} exists and holds no average, and would be replaced by one. Choose another folder=, or move it."
+            )
 
     def _done(self, state: TrainerState) -> list[int]:
         return [step for step in self._plan if step <= state.global_step]
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        path = os.path.join(_checkpoint(args, state), AVERAGE_FILE)
-        if not os.path.exists(path):
+        path = self.side_path(args, state)
+        if not path.exists():
             raise ValueError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without WeightAveragingCallback. Resume "
                 f"from a folder in output_dir={args.output_dir!r}, or from before update {min(self._plan)}."
             )
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = load_state(path)
         if stored["steps"] != self._done(state):
             raise ValueError(
                 f"{path} averages updates {stored['steps']}, but this run wants {self._done(state)}. Keep max_steps, last "
@@ -157,7 +185,7 @@ class WeightAveragingCallback(TrainerCallback):
         self._average.load_state_dict(stored["average"])
 
     def _save(self, folder: Path, steps: list[int], **kwargs: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
         model, processing = kwargs["model"], kwargs.get("processing_class")
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder)
@@ -173,14 +201,10 @@ class WeightAveragingCallback(TrainerCallback):
             "steps": steps,
             "weights": shares,
         }
-        (folder / "average.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        save_json(folder / _DESCRIPTION, made, indent=1)
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return what training changes: trainable parameters, tied ones once, and floating-point buffers."""
     state = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     return state | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
-    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

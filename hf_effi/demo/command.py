@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .._files import save_json
 from ..report.card import markdown_table, write_card
 from ..report.comparison import summarize
 from ..report.page import write_page
@@ -97,7 +98,7 @@ def run_demo(
         for seed in seeds:
             records += _records_of_seed(arms, settings, checkpoint, start, held_out, seed, output_dir, show_progress)
     result = build_result(records, settings, arms, seeds, command)
-    (output_dir / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save_json(output_dir / "results.json", result, indent=1)
     write_page(result, output_dir / "report.html")
     write_model_card(result, settings, arms, output_dir)
     return result
@@ -136,8 +137,7 @@ def _records_of_seed(
             on_step=on_step,
             output_dir=output_dir,
         )
-    cached.parent.mkdir(exist_ok=True)
-    cached.write_text(json.dumps({"settings": key, "records": records}) + "\n")
+    save_json(cached, {"settings": key, "records": records})
     return records
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import ProgressCallback, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
+from .._files import save_json
 from .measure import Accuracy, evaluate_policy
 from .task import Problem, build_tokenizer, demonstration, held_out_problems, training_problems
 
@@ -167,7 +168,7 @@ def prepare_policy(
     if not record.exists() or json.loads(record.read_text()) != wanted:
         folder.mkdir(parents=True, exist_ok=True)
         fine_tune(settings, folder, show_progress)
-        record.write_text(json.dumps(wanted, indent=2) + "\n")
+        save_json(record, wanted, indent=2)
     tokenizer = build_tokenizer()
     policy = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return folder, evaluate_policy(policy, tokenizer, held_out, samples_per_prompt=2, seed=0)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .options import refuse_idle
+
 AverageKind = Literal["ema", "uniform", "linear"]
 
 
@@ -26,7 +28,7 @@ def averaging_weights(count: int, kind: AverageKind = "ema", alpha: float = 0.2)
             does not say whether its 0.2 belongs to the newer or to the older weights; for the other reading pass 0.8.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or an `alpha` that nothing reads.
 
     Example:
     ```python
@@ -40,6 +42,8 @@ def averaging_weights(count: int, kind: AverageKind = "ema", alpha: float = 0.2)
         raise ValueError(f"count={count!r} must be an integer of at least 1.")
     if not isinstance(alpha, (int, float)) or not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha!r} is outside (0, 1]: the weight of the newest checkpoint.")
+    if kind in ("uniform", "linear"):
+        refuse_idle("alpha", alpha, 0.2, acts=False, needs="with kind='ema'")
     if kind == "uniform":
         return [1 / count] * count
     if kind == "linear":

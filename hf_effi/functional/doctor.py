@@ -1,8 +1,8 @@
 """
 What ails a training run: pure rules from a trace of logs to findings of one sentence.
 
-A trace is the list of log entries so far, each a dict with `step` and whatever the trainer logged. [`RunFacts`] holds what
-the logs do not say. A rule reads both and returns a [`Finding`] or `None`.
+A trace is the list of log entries so far, each a dict with `step` and what was logged. [`RunFacts`] holds what logs do not
+say. A rule reads both and returns a [`Finding`] or `None`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from .lr_watch import group_at_zero, group_that_ignores, of_group, overlong_factor
 
 Trace = Sequence[Mapping[str, Any]]
 
@@ -52,10 +54,11 @@ class TrainLimits:
 
     Args:
         lr_zero_logs: Successive entries with an LR of exactly 0, before the last tenth of the run.
+        no_gradient_logs: Successive entries with a gradient of exactly 0.
         scheduler_updates: Updates before the scheduler's steps are counted against them.
         scheduler_low, scheduler_high: Scheduler steps an update below and above which the schedule is off.
         lr_frozen_logs: Entries over which the scheduler's LR moves and the optimizer's does not.
-        plan_end: Share of the base LR that a schedule may have left at the end of the run.
+        plan_end: Share of its peak by which a schedule may be above its own end when the run ends.
         clip_logs: Successive entries with a gradient norm above `max_grad_norm`.
         resume_fraction: Least share of the finished updates that a resumed optimizer must have counted.
         padding: Share of padding among the forwarded tokens.
@@ -64,6 +67,7 @@ class TrainLimits:
     """
 
     lr_zero_logs: int = 3
+    no_gradient_logs: int = 3
     scheduler_updates: int = 4
     scheduler_low: float = 0.5
     scheduler_high: float = 1.5
@@ -93,8 +97,9 @@ class GRPOLimits(TrainLimits):
         truncated: Share of completions that end at `max_completion_length`.
         zero_std: Share of groups whose rewards are all equal.
         group_logs: Successive entries above either.
-        constant_logs: Entries over which the mean reward is one and the same number.
-        entropy_ratio: Entropy as a share of what it was in the first three entries.
+        constant_logs: Entries over which the mean reward is one and the same number, or no number at all.
+        constant_spread: Standard deviation of rewards that count as equal; TRL adds 1e-4 to it before it divides.
+        entropy_ratio: Entropy as a share of what it was in the first three entries of the whole run.
         entropy_logs: Successive entries below it.
         trend_logs: Entries over which trends of length and reward are taken, first third against last.
         length_growth: Relative growth of the mean length.
@@ -107,6 +112,7 @@ class GRPOLimits(TrainLimits):
     zero_std: float = 0.95
     group_logs: int = 5
     constant_logs: int = 5
+    constant_spread: float = 1e-4
     entropy_ratio: float = 0.1
     entropy_logs: int = 3
     trend_logs: int = 21
@@ -124,17 +130,21 @@ class RunFacts:
     Args:
         max_steps: Updates of the whole run.
         start_step: Finished updates at the beginning of this `train()`; above 0 after a resume.
+        start_probes: How many of them a search has tried and undone, in the optimizer's memory too.
         max_grad_norm: Where gradients are clipped; 0 is off.
         scheduler_start: The scheduler's own count at the beginning; `None` if it has none.
         optimizer_steps: Updates that the optimizer had counted at the beginning; `None` if it counts none.
-        plan: Finished updates -> share of the base LR; `None` if the scheduler cannot say.
+        plan: Finished updates -> share of the base LR; `None` if the scheduler cannot say. The first parameter group.
         factors: Whole numbers by which a plan is often too long: gradient accumulation, processes, both.
         leak: Measured relative change of a packed document when its neighbour changes; `None` if not packed.
         max_completion_length, beta, num_iterations: Of GRPO.
+        mask_truncated: Whether GRPO takes completions that were cut off out of the loss.
+        entropies: Up to three, logged first by the run that this one resumes.
     """
 
     max_steps: int
     start_step: int = 0
+    start_probes: int = 0
     max_grad_norm: float = 0.0
     scheduler_start: int | None = None
     optimizer_steps: int | None = None
@@ -144,6 +154,8 @@ class RunFacts:
     max_completion_length: int = 0
     beta: float = 0.0
     num_iterations: int = 1
+    mask_truncated: bool = False
+    entropies: tuple[float, ...] = ()
 
 
 Rule = Callable[[Trace, RunFacts, Any], Finding | None]
@@ -179,16 +191,38 @@ def not_finite(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | 
     return None
 
 
+def no_gradient(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | None:
+    """The gradient is exactly 0, and no group of equal rewards explains it."""
+    norms = [entry.get("grad_norm") for entry in trace[-limits.no_gradient_logs :]]
+    if len(norms) < limits.no_gradient_logs or any(norm != 0 for norm in norms):
+        return None
+    if any("reward" in entry for entry in trace):
+        # Of GRPO: dead groups and missing rewards have rules of their own.
+        equal = _latest(trace, "frac_reward_zero_std", 1)
+        if trace[-1].get("reward", 0.0) is None or not equal or equal[0] >= limits.zero_std:
+            return None
+    masked = all(entry.get("labels_in_loss") == 0 for entry in trace[-limits.no_gradient_logs :])
+    why = "every label is -100" if masked else "nothing of the loss reaches the weights"
+    return Finding(
+        "no_gradient",
+        _step(trace, facts),
+        f"The gradient has been exactly 0 for {len(norms)} log entries: {why}",
+        "print the labels of one batch: a completion cut off by max_length, a chat template without generation marks or a "
+        "wrong response template leaves nothing to learn",
+    )
+
+
 def lr_zero(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | None:
-    """The LR is 0 long before the end."""
-    values = _latest(trace, "learning_rate", limits.lr_zero_logs)
-    if not values or any(values) or _step(trace, facts) > 0.9 * facts.max_steps:
+    """The LR of a parameter group is 0 long before the end."""
+    group = group_at_zero(trace, limits.lr_zero_logs)
+    if group is None or _step(trace, facts) > 0.9 * facts.max_steps:
         return None
     return Finding(
         "lr_zero",
         _step(trace, facts),
-        f"The LR has been 0 for {len(values)} log entries, so the weights do not move",
-        "check learning_rate, and that the scheduler is stepped and its warm-up and length are counted in updates",
+        f"The LR{of_group(group)} has been 0 for {limits.lr_zero_logs} log entries, so the weights do not move",
+        "check learning_rate, and that the scheduler is stepped and its warm-up and length are counted in updates"
+        + ("; what shall stay as it is gets requires_grad_(False)" if group else ""),
     )
 
 
@@ -213,32 +247,32 @@ def scheduler_rate(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Findin
 
 def lr_not_applied(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | None:
     """The scheduler moves an LR that the optimizer does not use."""
-    planned = _latest(trace, "learning_rate", limits.lr_frozen_logs)
-    used = _latest(trace, "optimizer_lr", limits.lr_frozen_logs)
-    if not planned or not used or len(set(used)) > 1 or len(set(planned)) < len(planned):
+    found = group_that_ignores(trace, limits.lr_frozen_logs)
+    if found is None:
         return None
+    group, planned, used = found
     return Finding(
         "lr_not_applied",
         _step(trace, facts),
-        f"The scheduler says LR {planned[-1]:.3g} and the optimizer keeps {used[-1]:.3g}",
+        f"The scheduler says LR {planned:.3g}{of_group(group)} and the optimizer keeps {used:.3g}",
         "build the scheduler on the optimizer that is passed with it: optimizers=(optimizer, scheduler)",
     )
 
 
 def plan_too_long(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | None:
     """The schedule ends only after a multiple of the run."""
-    if facts.plan is None or (left := facts.plan(facts.max_steps)) <= limits.plan_end:
+    if facts.plan is None:
         return None
-    for factor in sorted(set(facts.factors) - {1}):
-        if facts.plan(factor * facts.max_steps) <= limits.plan_end:
-            return Finding(
-                "plan_too_long",
-                _step(trace, facts),
-                f"The LR schedule was made for {factor} times the {facts.max_steps} updates of this run, which ends at "
-                f"{left:.0%} of the base LR",
-                "count its steps in updates: divide by gradient_accumulation_steps and by the number of processes",
-            )
-    return None
+    found = overlong_factor(facts.plan, facts.max_steps, facts.factors, limits.plan_end)
+    if found is None:
+        return None
+    return Finding(
+        "plan_too_long",
+        _step(trace, facts),
+        f"The LR schedule was made for {found[0]} times the {facts.max_steps} updates of this run, which ends at "
+        f"{found[1]:.0%} of the highest LR",
+        "count its steps in updates: divide by gradient_accumulation_steps and by the number of processes",
+    )
 
 
 def always_clipped(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | None:
@@ -259,7 +293,7 @@ def optimizer_restarted(trace: Trace, facts: RunFacts, limits: TrainLimits) -> F
     """A resumed run whose optimizer does not remember the updates before."""
     if facts.start_step == 0 or facts.optimizer_steps is None:
         return None
-    if facts.optimizer_steps >= limits.resume_fraction * facts.start_step:
+    if facts.optimizer_steps >= limits.resume_fraction * (facts.start_step - facts.start_probes):
         return None
     schedule = " and the LR schedule starts over" if facts.scheduler_start == 0 else ""
     return Finding(
@@ -305,11 +339,14 @@ def all_truncated(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding 
     values = _latest(trace, "completions/clipped_ratio", limits.group_logs)
     if not values or min(values) < limits.truncated:
         return None
+    effect = "answers are scored unfinished"
+    if facts.mask_truncated:
+        effect = "mask_truncated_completions leaves next to nothing in the loss"
     return Finding(
         "all_truncated",
         _step(trace, facts),
         f"{statistics.fmean(values):.0%} of the completions are cut at max_completion_length="
-        f"{facts.max_completion_length}, so answers are scored unfinished",
+        f"{facts.max_completion_length}, so {effect}",
         "raise max_completion_length, or check that the chat template and the EOS token let the model stop",
     )
 
@@ -318,10 +355,31 @@ def _rewards(trace: Trace, limits: GRPOLimits, count: int) -> tuple[list[float],
     return _latest(trace, "reward", count), _latest(trace, "reward_std", count)
 
 
+def _vary(values: Sequence[float], spreads: Sequence[float], limits: GRPOLimits) -> bool:
+    """Whether rewards differ by more than noise: between entries, or within one by their logged deviation."""
+    equal = max(limits.constant_spread, 1e-6 * max(map(abs, values)))
+    return max(values) - min(values) > equal or (bool(spreads) and max(spreads) > equal)
+
+
+def reward_missing(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding | None:
+    """No completion gets a number, in all or from one function. (TRL logs None where all are None or NaN.)"""
+    means = [key for key in (trace[-1] if trace else {}) if key.startswith("rewards/") and key.endswith("/mean")]
+    for key, count in [("reward", limits.constant_logs), *((key, limits.trend_logs) for key in means)]:
+        values = [entry[key] for entry in trace if key in entry][-count:]
+        if len(values) == count and all(value is None or value != value for value in values):
+            return Finding(
+                "reward_missing",
+                _step(trace, facts),
+                f"{key} was None or NaN for every completion of the last {count} log entries",
+                "call the reward function on a completion: it must return a number, None only where it does not apply",
+            )
+    return None
+
+
 def reward_never_varies(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding | None:
-    """The reward is one and the same number for every completion."""
+    """The reward is one and the same number for every completion, up to noise."""
     means, spreads = _rewards(trace, limits, limits.constant_logs)
-    if not means or not spreads or max(spreads) > 1e-6 or max(means) - min(means) > 1e-6:
+    if not means or not spreads or _vary(means, spreads, limits):
         return None
     return Finding(
         "reward_never_varies",
@@ -335,8 +393,7 @@ def zero_variance(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding 
     """Nearly every group has equal rewards, though the reward itself varies."""
     values = _latest(trace, "frac_reward_zero_std", limits.group_logs)
     means, spreads = _rewards(trace, limits, limits.group_logs)
-    varies = bool(means) and (max(means) - min(means) > 1e-6 or (bool(spreads) and max(spreads) > 1e-6))
-    if not values or min(values) < limits.zero_std or not varies:
+    if not values or min(values) < limits.zero_std or not means or not _vary(means, spreads, limits):
         return None
     return Finding(
         "zero_variance",
@@ -347,9 +404,25 @@ def zero_variance(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding 
     )
 
 
+def no_loss_tokens(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding | None:
+    """Rewards differ within groups, but not where a token is in the loss. (Only `EffiGRPOTrainer` logs it.)"""
+    dead = _latest(trace, "effi/frac_zero_var_groups", limits.group_logs)
+    equal = _latest(trace, "frac_reward_zero_std", limits.group_logs)
+    if not dead or not equal or min(dead) < limits.zero_std or min(equal) >= limits.zero_std:
+        return None
+    return Finding(
+        "no_loss_tokens",
+        _step(trace, facts),
+        f"In {statistics.fmean(dead):.0%} of the groups no completion has both an advantage and a token in the loss, so "
+        "they carry no gradient",
+        "raise max_completion_length, or turn off mask_truncated_completions",
+    )
+
+
 def entropy_collapse(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding | None:
     """The policy has become nearly deterministic."""
-    first = [entry["entropy"] for entry in trace if isinstance(entry.get("entropy"), (int, float))][:3]
+    own = [entry["entropy"] for entry in trace if isinstance(entry.get("entropy"), (int, float))]
+    first = [*facts.entropies, *own][:3]
     last = _latest(trace, "entropy", limits.entropy_logs)
     if len(first) < 3 or not last or max(last) >= limits.entropy_ratio * statistics.fmean(first):
         return None
@@ -405,6 +478,7 @@ def loss_zero_is_fine(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Find
 TRAIN_RULES: tuple[Rule, ...] = (
     not_finite,
     optimizer_restarted,
+    no_gradient,
     lr_zero,
     scheduler_rate,
     lr_not_applied,
@@ -416,8 +490,10 @@ TRAIN_RULES: tuple[Rule, ...] = (
 GRPO_RULES: tuple[Rule, ...] = (
     *TRAIN_RULES,
     all_truncated,
+    reward_missing,
     reward_never_varies,
     zero_variance,
+    no_loss_tokens,
     entropy_collapse,
     length_without_reward,
     loss_zero_is_fine,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .options import refuse_idle
+
 _MIN_BLOCK, _MAX_BLOCK = 64, 1024
 
 
@@ -55,6 +57,7 @@ class AttentionPattern:
             raise ValueError(
                 "sink and stride add keys to a window: give window=, or neither of them for full attention."
             )
+        refuse_idle("stride_block", self.stride_block, 1, self.stride > 0, "with a stride above 0")
 
     def keeps(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return whether each query position sees each key position; the two broadcast."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..callbacks._owners import OwningCallback, Role
+from ..callbacks.probing import holds_training_weights
 from .publish import push_checkpoint, uploader_for, write_section
 
 
-class HubCallback(TrainerCallback):
+class HubCallback(OwningCallback):
     """
     Push each checkpoint of a stock Trainer to the Hub, with a card that carries the whole recipe.
 
@@ -51,13 +53,22 @@ class HubCallback(TrainerCallback):
         self.uploader = uploader_for(trainer.args, repo_id, seconds)
         self._pushed: str | None = None
 
+    @property
+    def role(self) -> Role:
+        """One for each repository."""
+        repository = self.uploader.repo_id
+        return Role(("hub", repository), f"Two callbacks want to push to {repository!r}", "Keep one.")
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
             self.uploader.create_repo()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not holds_training_weights(state):
+            return  # a checkpoint that somebody asked for inside of a probe can be resumed, and is no model to publish
         self._push(args, state, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "Training in progress")
 
     def on_train_end(

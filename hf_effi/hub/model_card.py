@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from .._compat import MissingPackageError
+from .._files import save_bytes, save_text
 from .._plots import draw_picture
 from .._run_record import REDACTED, redact
 from ..functional.text_plot import text_plot
 from ..methods import METHODS, Method
-from .recipe import RECIPE_FILE, RECIPE_MARK
+from .recipe import RECIPE_FILE, RECIPE_MARK, SECTION_BEGIN, SECTION_END
 
-_BEGIN, _END = "<!-- hf_effi section -->", "<!-- end of hf_effi section -->"
 _PLOT_COLUMNS = 60
 #: The plot of the learning rate, beside the card.
 PICTURE = "effi_learning_rate.png"
@@ -235,13 +235,20 @@ def add_section(
     tags = card.data.tags or []
     card.data.tags = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "hf_effi", *recipe["methods"]]))
     picture = _write_picture(card_path.parent / PICTURE, run)
-    section = f"{_BEGIN}\n{_hide(training_section(recipe, run, repo_id, picture), secrets)}\n{_END}"
-    old = re.search(re.escape(_BEGIN) + ".*?" + re.escape(_END), card.text, re.DOTALL)
-    text = card.text.replace(old.group(0), section) if old else f"{card.text.rstrip()}\n\n{section}\n"
+    section = f"{SECTION_BEGIN}\n{_hide(training_section(recipe, run, repo_id, picture), secrets)}\n{SECTION_END}"
+    text = _with_section(card.text, section)
     # `card.text = ...` would drop the front matter of a card that has an unusual one; the content keeps it.
-    card_path.write_text(_hide(f"---\n{card.data}\n---\n{text}", secrets), encoding="utf-8")
+    save_text(card_path, _hide(f"---\n{card.data}\n---\n{text}", secrets))
     recipe_text = _hide(json.dumps(recipe, indent=2), secrets)
-    (card_path.parent / RECIPE_FILE).write_text(recipe_text + "\n", encoding="utf-8")
+    save_text(card_path.parent / RECIPE_FILE, recipe_text + "\n")
+
+
+def _with_section(text: str, section: str) -> str:
+    """Put the section in place of an older one, from its first mark to the last, or at the end."""
+    begin, end = text.find(SECTION_BEGIN), text.rfind(SECTION_END)
+    if begin < 0 or end < begin:
+        return f"{text.rstrip()}\n\n{section}\n"
+    return text[:begin] + section + text[end + len(SECTION_END) :]
 
 
 def _write_picture(path: Path, run: Mapping[str, Any]) -> str | None:
@@ -250,7 +257,7 @@ def _write_picture(path: Path, run: Mapping[str, Any]) -> str | None:
     if len(points) < 2:
         return None
     try:
-        path.write_bytes(draw_picture(*zip(*points, strict=True), "optimizer steps", "learning rate"))
+        save_bytes(path, draw_picture(*zip(*points, strict=True), "optimizer steps", "learning rate"))
     except MissingPackageError as error:
         _warn_once(f"The model card shows the learning rate as text. {error}")
         return None

@@ -6,23 +6,23 @@ import dataclasses
 import enum
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from .._compat import import_module_or_none
+from .admitted import (
+    CLASSES,
+    FUNCTIONS,
+    LARGEST_LIST,
+    NotAdmittedError,
+    check_object,
+    check_value,
+    find,
+    kinds_of,
+    public_path,
+)
 
-#: A card comes from the Internet. These are the only classes that are made from it (and PEFT's configs), ...
-_CLASS_MODULES = ("hf_effi.callbacks.", "hf_effi.samplers.", "hf_effi.functional.", "hf_effi.trainers.")
-#: ... the only functions that are taken from it ...
-_FUNCTION_MODULES = ("hf_effi.functional.", "trl.rewards.")
-#: ... and the packages whose trainers and arguments it may name.
-TRAINER_PACKAGES = ("hf_effi.", "trl.", "transformers.")
 #: class -> constructor argument -> attribute that holds it, where the two differ
 _STORED_AS = {"LRScheduleCallback": {"schedule": "built"}}
-#: Values of an object that are kept in a card; a sampler's scores of a whole corpus are data, not a recipe.
-_LARGEST_LIST = 256
-
-
 _PEFT_INTERNAL = ("peft_version", "auto_mapping", "runtime_config", "base_model_name_or_path", "inference_mode")
 
 
@@ -52,91 +52,80 @@ def to_plain(value: Any) -> Any:
             raise NotPlainError("a mapping with keys that are not text")
         return {key: to_plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        if len(value) > _LARGEST_LIST:
+        if len(value) > LARGEST_LIST:
             raise NotPlainError(f"a list of {len(value)} values")
         items = sorted(value) if isinstance(value, (set, frozenset)) else value
         return [to_plain(item) for item in items]
     if inspect.isfunction(value):
-        path = path_of(value)
-        _readable(find, path, _FUNCTION_MODULES)
+        path = public_path(value, FUNCTIONS)
+        if path is None:
+            raise NotPlainError(f"your own code: {path_of(value)!r} is nothing that a card may name")
         return {"function": path}
-    path = path_of(type(value))
-    _readable(_find_class, path)
-    return {"class": path, "arguments": _constructor_arguments(value)}
+    path = public_path(type(value), CLASSES)
+    if path is None:
+        raise NotPlainError(f"your own code: {path_of(type(value))!r} is nothing that a card may name")
+    return {"class": path, "arguments": _constructor_arguments(value, kinds_of(path))}
 
 
 def path_of(thing: Any) -> str:
-    """Return `module:name` of a class or function."""
+    """Return `module:name` of a class or function, for a message."""
     return f"{thing.__module__}:{thing.__qualname__}"
-
-
-def _readable(read: Callable[..., Any], *arguments: Any) -> None:
-    """Write nothing that reading would refuse."""
-    try:
-        read(*arguments)
-    except ValueError as error:
-        raise NotPlainError(f"your own code: {error}") from None
 
 
 def from_plain(value: Any) -> Any:
     """
-    Return what [`to_plain`] described.
+    Return what [`to_plain`] described: an object, a function, or a list of them. See `hf_effi.hub.admitted`.
 
     Raises:
-        ValueError: it names something that a card may not name, or that this version does not have.
+        NotAdmittedError: it names something that a card may not name, or that this version does not have.
     """
     if isinstance(value, list):
+        if len(value) > LARGEST_LIST:
+            raise NotAdmittedError(f"a list of {len(value)} objects, where at most {LARGEST_LIST} are allowed")
         return [from_plain(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) == {"function"}:
-        return find(value["function"], _FUNCTION_MODULES)
-    if set(value) == {"class", "arguments"}:
-        arguments = {name: from_plain(inner) for name, inner in value["arguments"].items()}
+    if isinstance(value, dict) and set(value) == {"function"}:
+        return find(value["function"], FUNCTIONS)
+    if isinstance(value, dict) and set(value) == {"class", "arguments"} and isinstance(value["arguments"], dict):
+        cls = find(value["class"], CLASSES)
+        kinds = kinds_of(value["class"])
+        arguments = {name: _argument(name, inner, kinds) for name, inner in value["arguments"].items()}
         try:
-            return _find_class(value["class"])(**arguments)
-        except TypeError as error:
-            raise ValueError(f"{value['class']}: {error}") from error
-    return {key: from_plain(inner) for key, inner in value.items()}
+            return cls(**arguments)
+        except Exception as error:  # whatever a constructor says of numbers and words that do not fit
+            raise NotAdmittedError(f"{value['class']}: {str(error)[:300]}") from None
+    raise NotAdmittedError("it is neither an object nor a function of a card")
 
 
-def find(path: str, modules: tuple[str, ...]) -> Any:
-    """
-    Import `module:name` from a module whose name begins with one of `modules`.
-
-    Raises:
-        ValueError: it is elsewhere, or not there.
-    """
-    module, _, name = path.partition(":")
-    if not f"{module}.".startswith(modules) or not name.isidentifier():
-        raise ValueError(f"{path!r} is not part of {', '.join(m.rstrip('.') for m in modules)}")
-    found = getattr(import_module_or_none(module), name, None)
-    if found is None:
-        raise ValueError(f"{path!r} is not in the installed version")
-    # A module also holds what it imports; a name must not reach further than it seems.
-    if getattr(found, "__module__", None) != module:
-        raise ValueError(f"{path!r} is not defined there")
-    return found
+def _argument(name: str, value: Any, kinds: Mapping[str, str]) -> Any:
+    if not isinstance(name, str) or name not in kinds:
+        raise NotAdmittedError(f"{str(name)[:80]!r} is no argument that a card may set there")
+    if _is_object(value):
+        check_object(name, value["class"], kinds[name])
+        return from_plain(value)
+    if isinstance(value, list) and any(map(_is_object, value)):
+        for item in value:
+            check_object(name, item.get("class") if isinstance(item, dict) else item, kinds[name])
+        return tuple(from_plain(item) for item in value)
+    check_value(name, value, kinds[name])
+    return float(value) if value in ("inf", "-inf", "nan") else value
 
 
-def _find_class(path: str) -> type:
-    if path.startswith("peft."):
-        from peft import PeftConfig
-
-        found = find(path, ("peft.",))
-        if not (isinstance(found, type) and issubclass(found, PeftConfig)):
-            raise ValueError(f"{path!r} is not a PEFT config")
-        return found
-    found = find(path, _CLASS_MODULES)
-    if not isinstance(found, type):
-        raise ValueError(f"{path!r} is not a class")
-    return found
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) and "class" in value
 
 
-def _constructor_arguments(thing: Any) -> dict[str, Any]:
+def _constructor_arguments(thing: Any, kinds: Mapping[str, str]) -> dict[str, Any]:
     """Read the arguments that differ from their defaults off the attributes of the same names."""
-    if hasattr(thing, "peft_type"):
-        return _peft_arguments(thing)
+    found = _peft_arguments(thing) if hasattr(thing, "peft_type") else _own_arguments(thing)
+    for name, value in found.items():
+        try:  # write nothing that reading would refuse
+            _argument(name, value, kinds)
+        except NotAdmittedError as error:
+            raise NotPlainError(f"a value that a card may not hold: {error}") from None
+    return found
+
+
+def _own_arguments(thing: Any) -> dict[str, Any]:
     name_of, found = _STORED_AS.get(type(thing).__name__, {}), {}
     for name, parameter in inspect.signature(type(thing)).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

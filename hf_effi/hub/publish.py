@@ -11,7 +11,9 @@ from typing import Any
 
 from .._compat import installed_versions
 from .._environment import describe_machine
+from .._files import CHECKPOINT_PREFIXES
 from .._run_record import EVENTS, SUMMARY, read_run
+from ..functional.probes import without_probes
 from .model_card import PICTURE, add_section
 from .recipe import RECIPE_FILE, recipe_of
 from .uploads import HubUploader
@@ -21,7 +23,15 @@ CARD = "README.md"
 #: `training_args.bin` is a pickle with the write token in it; the recipe has the same arguments without.
 NOT_UPLOADED = ("_*", "checkpoint-*", "**/training_args.bin", "training_args.bin")
 #: Of a checkpoint, what continues the training and is no part of the model.
-_TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args", "effi_sampler")
+_TRAINING_STATE = (
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "trainer_state",
+    "training_args",
+    *CHECKPOINT_PREFIXES,
+)
 
 
 #: Of `ddp_timeout`, after which the other processes give up on the first one, what it may wait for the Hub.
@@ -37,11 +47,8 @@ def uploader_for(args: Any, repo_id: str, seconds: float | None) -> HubUploader:
     """
     if seconds is None:
         seconds = _SHARE_OF_TIMEOUT * args.ddp_timeout
-    elif args.world_size > 1 and seconds >= args.ddp_timeout:
-        raise ValueError(
-            f"Waiting {seconds:g} s for the Hub must be shorter than ddp_timeout={args.ddp_timeout}, as the other "
-            "processes wait too. Lower it, or raise ddp_timeout."
-        )
+    else:
+        check_seconds(args, seconds)
     return HubUploader(
         repo_id,
         token=args.hub_token,
@@ -50,6 +57,22 @@ def uploader_for(args: Any, repo_id: str, seconds: float | None) -> HubUploader:
         seconds=seconds,
         keep_all=args.hub_always_push,
     )
+
+
+def check_seconds(args: Any, seconds: float) -> None:
+    """
+    Check how long a run may wait for the Hub.
+
+    Raises:
+        ValueError: no number above 0, or one that is no less than `ddp_timeout` with several processes.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"Waiting {seconds!r} s for the Hub: it must be a number above 0.")
+    if args.world_size > 1 and seconds >= args.ddp_timeout:
+        raise ValueError(
+            f"Waiting {seconds:g} s for the Hub must be shorter than ddp_timeout={args.ddp_timeout}, as the other "
+            "processes wait too. Lower it, or raise ddp_timeout."
+        )
 
 
 def write_section(trainer: Any, repo_id: str) -> None:
@@ -65,7 +88,7 @@ def write_section(trainer: Any, repo_id: str) -> None:
 
 def _run_without_a_record(trainer: Any) -> dict[str, Any]:
     return {
-        "log_history": trainer.state.log_history,
+        "log_history": without_probes(trainer.state.log_history),
         "machine": describe_machine(),
         "versions": installed_versions(),
         "processes": trainer.args.world_size,

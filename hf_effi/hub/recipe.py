@@ -10,12 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from .._run_record import REDACTED, redact
-from ..callbacks.run_record import describe_data, describe_model, methods_by_name, methods_of, schedule_of
+from ..callbacks.run_record import describe_data, describe_model, methods_of, methods_of_parts, schedule_of
 from ._worker import describe_failure
-from .objects import TRAINER_PACKAGES, NotPlainError, find, from_plain, path_of, to_plain
+from .admitted import (
+    ARGUMENTS,
+    CONFIGS,
+    TRAINERS,
+    NotAdmittedError,
+    check_size,
+    check_value,
+    find,
+    public_path,
+)
+from .objects import NotPlainError, from_plain, to_plain
 
 RECIPE_FILE = "effi_recipe.json"
 SCHEMA = 1
@@ -31,13 +41,10 @@ _OBJECTS = {
     "batch_transform": None,
     "sequence_length": None,
 }
-#: Arguments that belong to one run of one person, or that would run code of the repository: never taken from a card.
-LEFT_TO_THE_USER = frozenset(
-    "push_to_hub hub_model_id hub_token hub_private_repo hub_revision push_to_hub_token push_to_hub_model_id"
-    " push_to_hub_organization resume_from_checkpoint trust_remote_code run_name local_rank deepspeed output_dir"
-    " model_init_kwargs logging_dir trackio_space_id trackio_bucket_id"
-    " trackio_static_space_id log_completions_hub_repo vllm_server_base_url vllm_server_host".split()
-)
+#: a recipe is a page or two; what is longer is none
+_LARGEST_RECIPE, _LARGEST_CARD = 2**20, 2**24
+#: what an own section of a card begins and ends with; a recipe is looked for inside only
+SECTION_BEGIN, SECTION_END = "<!-- hf_effi section -->", "<!-- end of hf_effi section -->"
 #: argument -> the one it was computed from; giving both is an error or says the same twice
 _DERIVED = {"generation_batch_size": "steps_per_generation"}
 
@@ -83,12 +90,12 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     schedule = schedule_of(trainer.args, trainer.state, trainer.lr_scheduler)
     parts = [*own_callbacks(trainer), *(getattr(trainer, name, None) for name in _OBJECTS)]
-    methods = {*methods_of(trainer.args, trainer.state, schedule), *methods_by_name({type(p).__name__ for p in parts})}
+    methods = {*methods_of(trainer.args, trainer.state, schedule), *methods_of_parts(parts)}
     return redact(
         {
             "schema": SCHEMA,
-            "trainer": _path_of(type(trainer), missing, "trainer"),
-            "arguments_class": _path_of(type(trainer.args), missing, "arguments"),
+            "trainer": _path_of(type(trainer), TRAINERS, missing, "trainer"),
+            "arguments_class": _path_of(type(trainer.args), CONFIGS, missing, "arguments"),
             "arguments": arguments,
             "objects": objects,
             "schedule": schedule,
@@ -101,8 +108,12 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
 
 
 def own_callbacks(trainer: Any) -> list[TrainerCallback]:
-    """Return the trainer's callbacks that are methods of this package, without those that only observe or publish."""
-    silent = {"RunRecordCallback", "HubCallback"}
+    """
+    Return the trainer's callbacks that are methods of this package.
+
+    Without those that only observe or publish, and the one that the arguments make (`lr_schedule`).
+    """
+    silent = {"RunRecordCallback", "HubCallback", "ConfigSchedule"}
     return [
         callback
         for callback in trainer.callback_handler.callbacks
@@ -110,18 +121,15 @@ def own_callbacks(trainer: Any) -> list[TrainerCallback]:
     ]
 
 
-def _path_of(cls: type, missing: dict[str, str], name: str) -> str:
+def _path_of(cls: type, table: Mapping[str, Any], missing: dict[str, str], name: str) -> str:
     """Return `module:name` of the class, or of its nearest base that a card may name."""
     for base in cls.__mro__:
-        path = path_of(base)
-        try:
-            find(path, TRAINER_PACKAGES)
-        except ValueError:
+        if (path := public_path(base, table)) is None:
             continue
         if base is not cls:
             missing[name] = f"{cls.__name__} is your own class; its base {base.__name__} stands for it"
         return path
-    raise RecipeError(f"{cls!r} has no base in transformers, trl or hf_effi.")
+    raise RecipeError(f"{cls!r} has no base that a card may name: {', '.join(n for t in table.values() for n in t)}.")
 
 
 def _arguments_of(args: Any, missing: dict[str, str]) -> dict[str, Any]:
@@ -185,8 +193,8 @@ def from_card(
     """
     Read the recipe of a run back from its model card.
 
-    Only classes and functions of hf_effi, trl, peft and transformers are made from it, and `push_to_hub`,
-    `trust_remote_code` and the like are left out: a card cannot run code, or push in your name.
+    A card comes from the Internet: what it may name is an allow-list (`docs/card_and_report.md`), by class, by argument and by
+    kind of value. Nothing of it loads a model, imports code, opens a file or connects; the rest is in `missing`.
 
     Args:
         source (`str` or `Path`): A card, a folder with one, an `effi_recipe.json`, or a repository on the Hub.
@@ -206,24 +214,59 @@ def from_card(
     ```
     """
     data = read_recipe(source, token=token, revision=revision)
-    if data.get("schema") != SCHEMA:
-        raise RecipeError(f"{source} has a recipe of schema {data.get('schema')!r}; this version reads {SCHEMA}.")
-    missing = dict(data["not_carried"])
+    _check_form(data, source)
+    missing = {str(name)[:200]: str(reason)[:500] for name, reason in data["not_carried"].items()}
     args = _make_arguments(data, overrides, missing)
     objects: dict[str, Any] = {}
     for name, plain in data["objects"].items():
-        items = [(f"callbacks: {p['class']}", p) for p in plain] if name == "callbacks" else [(name, plain)]
-        for label, item in items:
+        if name not in _OBJECTS and name not in ("callbacks", "reward_funcs", "peft_config"):
+            missing[str(name)[:200]] = "it is no argument that a card may set"
+            continue
+        several = name == "callbacks" and isinstance(plain, list)
+        for label, item in [(f"callbacks: {_class_in(p)}", p) for p in plain] if several else [(name, plain)]:
             try:
                 value = from_plain(item)
-            except (ValueError, TypeError) as error:
+                _check_role(name, value)
+            except NotAdmittedError as error:
                 missing[label] = str(error)
                 continue
-            if name == "callbacks":
+            if several:
                 objects.setdefault(name, []).append(value)
             else:
                 objects[name] = value
-    return Recipe(_find(data["trainer"], Trainer), args, objects, missing, data)
+    return Recipe(_find(data["trainer"], TRAINERS), args, objects, missing, data)
+
+
+def _class_in(plain: Any) -> str:
+    return str(plain.get("class", "?") if isinstance(plain, dict) else type(plain).__name__)[:200]
+
+
+def _check_role(name: str, value: Any) -> None:
+    """A callback in the place of a sampler would fail far from here."""
+    if name == "callbacks" and not isinstance(value, TrainerCallback):
+        raise NotAdmittedError(f"{type(value).__name__} is no callback")
+    if name != "callbacks" and isinstance(value, TrainerCallback):
+        raise NotAdmittedError(f"{type(value).__name__} is a callback and no {name}")
+
+
+def _check_form(data: Mapping[str, Any], source: Any) -> None:
+    """One sentence for whatever is not a recipe of this schema."""
+    if data.get("schema") != SCHEMA:
+        schema = repr(data.get("schema"))[:80]
+        raise RecipeError(f"{source} has a recipe of schema {schema}; this version reads {SCHEMA}.")
+    for name, kind in (
+        ("arguments", dict),
+        ("objects", dict),
+        ("not_carried", dict),
+        ("trainer", str),
+        ("arguments_class", str),
+    ):
+        if not isinstance(data.get(name), kind):
+            raise RecipeError(f"The recipe of {source} is damaged: its {name!r} is {type(data.get(name)).__name__}.")
+    try:
+        check_size({name: data[name] for name in ("arguments", "objects", "not_carried")})
+    except NotAdmittedError as error:
+        raise RecipeError(f"The recipe of {source} is not read: {error}.") from None
 
 
 def read_recipe(source: str | Path, *, token: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -266,54 +309,105 @@ def _download_card(repo_id: str, token: str | None, revision: str | None) -> Pat
 
 
 def _recipe_in(path: Path) -> dict[str, Any] | None:
-    text = path.read_text(encoding="utf-8")
+    if path.stat().st_size > _LARGEST_CARD:
+        raise RecipeError(f"{path} has {path.stat().st_size:,} bytes; a card has at most {_LARGEST_CARD:,}.")
+    text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix != ".json":
-        block = re.search(re.escape(RECIPE_MARK) + r".*?```json\n(.*?)\n```", text, re.DOTALL)
-        if block is None:
+        found = _block_in(text)
+        if found is None:
             return None
-        text = block.group(1)
+        text = found
+    if len(text) > _LARGEST_RECIPE:
+        raise RecipeError(f"The recipe in {path} has {len(text):,} characters; at most {_LARGEST_RECIPE:,} are read.")
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"The recipe in {path} is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RecipeError(f"The recipe in {path} is not JSON: {reason}.") from None
     return found if isinstance(found, dict) else None
 
 
-def _find(path: str, base: type) -> Any:
+def _block_in(text: str) -> str | None:
+    """
+    Return the JSON behind the last mark of our section.
+
+    Values of a card can hold a mark of their own, before ours; the section is written last, and its recipe last in it.
+    """
+    begin = text.rfind(SECTION_BEGIN)
+    section = text[begin:] if begin >= 0 else text
+    if begin >= 0 and (end := section.find(SECTION_END)) >= 0:
+        section = section[:end]
+    mark = section.rfind(RECIPE_MARK)
+    if mark < 0:
+        return None
+    start = section.find("```json\n", mark)
+    stop = section.find("\n```", start) if start >= 0 else -1
+    return section[start + len("```json\n") : stop] if stop >= 0 else None
+
+
+def _find(path: Any, table: Mapping[str, Any]) -> Any:
     try:
-        found = find(path, TRAINER_PACKAGES)
-    except ValueError as error:
+        return find(path, table)
+    except NotAdmittedError as error:
         raise RecipeError(f"{error}.") from None
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise RecipeError(f"{path!r} is not a {base.__name__}.")
-    return found
 
 
 def _make_arguments(data: Mapping[str, Any], overrides: Mapping[str, Any], missing: dict[str, str]) -> Any:
     """Pass on what differs from the defaults of the installed version; equal values need no passing."""
-    cls = _find(data["arguments_class"], TrainingArguments)
+    cls = _find(data["arguments_class"], CONFIGS)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(set(overrides) - set(fields)):
         raise RecipeError(f"{cls.__name__} has no argument {', '.join(unknown)}.")
     kwargs: dict[str, Any] = {}
     for name, value in data["arguments"].items():
+        label = f"arguments: {str(name)[:200]}"
         if name not in fields:
-            missing[f"arguments: {name}"] = "the installed version does not have it"
+            missing[label] = "the installed version does not have it"
             continue
         default = fields[name].default
         if fields[name].default_factory is not dataclasses.MISSING:
             default = fields[name].default_factory()
-        if value == _plain(default) or name in overrides:
+        if value == _plain(default) or name in overrides or name == "output_dir":
             continue
-        if name in LEFT_TO_THE_USER or value == REDACTED:
-            missing[f"arguments: {name}"] = "it is left to you"
+        if name not in ARGUMENTS and not value:
+            continue  # switched off, which is what a new config is without it
+        if name not in ARGUMENTS or value == REDACTED:
+            missing[label] = "it is left to you"
+            continue
+        try:
+            check_value(name, value, ARGUMENTS[name])
+        except NotAdmittedError as error:
+            missing[label] = str(error)
             continue
         kwargs[name] = float(value) if value in ("inf", "-inf", "nan") else value
     for derived, origin in _DERIVED.items():
         if {derived, origin} <= set(data["arguments"]):
             kwargs.pop(derived, None)
     missing.pop("arguments: output_dir", None)
-    return cls(**{"output_dir": data["arguments"].get("output_dir", "out"), **kwargs, **overrides})
+    if "output_dir" not in overrides:
+        kwargs["output_dir"] = _new_folder(data["arguments"].get("output_dir"))
+    try:
+        return cls(**{**kwargs, **overrides})
+    except Exception as error:  # what the class says of a combination that it does not take
+        raise RecipeError(f"{cls.__name__} does not take the recipe's arguments: {str(error)[:500]}") from None
+
+
+def _new_folder(stored: Any) -> str:
+    """
+    Return the last part of the stored folder's name, in the working directory.
+
+    Raises:
+        RecipeError: there are files in it: another run's checkpoints could be rotated away.
+    """
+    name = re.split(r"[/\\]", str(stored))[-1] if isinstance(stored, str) else ""
+    if not re.fullmatch(r"[\w][\w.+ -]{0,199}", name):
+        name = "out"
+    if Path(name).exists() and (not Path(name).is_dir() or any(Path(name).iterdir())):
+        raise RecipeError(
+            f"The recipe's output_dir is {name!r}, and there is something of that name here. Pass from_card(..., "
+            "output_dir=...) with a folder of your choice."
+        )
+    return name
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, get_token
 
 from .._run_record import redact
 
@@ -198,7 +198,7 @@ class HubUploader:
         text = json.dumps(
             {
                 "repo_id": self.repo_id,
-                "token": self.token.strip() if self.token else None,  # a file with a token ends in a line break
+                "token": self._token_to_pass(),
                 "private": self.private,
                 "revision": self.revision,
                 "folder": None if job.folder is None else str(job.folder),
@@ -206,10 +206,12 @@ class HubUploader:
                 "ignore": list(job.ignore),
             }
         )
-        path = os.pathsep.join(filter(None, [str(_PACKAGE_FOLDER), os.environ.get("PYTHONPATH")]))
+        # Nothing is imported from the folder that the run happens to be in: neither by `-m` (`-P`) nor by a relative path.
+        paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
+        path = os.pathsep.join([str(_PACKAGE_FOLDER), *paths])
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "hf_effi.hub._worker"],
+                [sys.executable, "-P", "-m", "hf_effi.hub._worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -227,6 +229,11 @@ class HubUploader:
             return _own_failure(f"the upload process failed: {''.join(last)}", retry=False)
         finally:
             self._process = None
+
+    def _token_to_pass(self) -> str | None:
+        """The token, unless the process finds the same one by itself."""
+        token = self.token.strip() if self.token else None  # a file with a token ends in a line break
+        return None if token == get_token() else token
 
     def _fail(self, reason: str) -> None:
         self.failure = redact(reason)

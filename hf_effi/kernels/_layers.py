@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ._errors import PatchError
-from ._targets import ROTARY_FUNCTION, Target
+from ._targets import ROTARY_FUNCTION, Target, calling, decorated, holds
 
 #: Hugging Face's contract for a kernel layer: no state and no members of its own but these.
 _CONTRACT = {"forward", "has_backward", "can_torch_compile"}
@@ -123,22 +123,31 @@ def with_globals(function: Callable[..., Any], **changed: Any) -> Callable[..., 
     """
     Return a copy of `function` that sees other values for some globals of its module.
 
-    The copy changes one instance, where an assignment to the global would change every model of the process.
+    The copy changes one instance, where an assignment to the global would change every model of the process. Decorators
+    that hold what they wrap in their closure are copied around it.
     """
-    names = {**function.__globals__, **changed}
-    del names["__name__"]  # by this name the compiler would look the function up in its module again
-    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    inner = decorated(function)
+    names, closure = function.__globals__, function.__closure__
+    if inner is not None:
+        copied = with_globals(inner, **changed)
+        closure = tuple(types.CellType(copied) if holds(cell, inner) else cell for cell in closure)
+    if inner is None or changed.keys() & set(function.__code__.co_names):
+        names = {**names, **changed}
+        del names["__name__"]  # by this name the compiler would look the function up in its module again
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__, copy.__module__ = function.__kwdefaults__, function.__module__
+    if inner is not None:  # the names of the arguments are read off it
+        copy.__wrapped__ = copied
     return copy
 
 
 def _with_rotary(target: Target, rotary: Callable[..., Any]) -> Callable[..., Any]:
     """Return the attention's own forward with another rotary function, which is a global of the modeling file."""
     forward = _unbound(target.original, target.module)
-    if ROTARY_FUNCTION not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+    if calling(forward, ROTARY_FUNCTION) is None:
         raise PatchError(
-            f"{target.name} ({type(target.module).__name__}): its forward is wrapped or does not call "
-            f"`{ROTARY_FUNCTION}` itself, so its rotary embedding cannot be replaced."
+            f"{target.name} ({type(target.module).__name__}): its forward does not call `{ROTARY_FUNCTION}` itself, or "
+            "under a decorator that cannot be copied, so its rotary embedding cannot be replaced."
         )
     return with_globals(forward, **{ROTARY_FUNCTION: rotary})
 
@@ -164,7 +173,8 @@ def layer_unit(layer: type[nn.Module], target: Target) -> Unit:
         run = _guarded(function, target.original, layer)
         return Unit((target,), (run,), target.original, run, (), layer.__name__, has_backward)
     forward = _unbound(target.original, target.module)
-    original = getattr(forward, "__globals__", {}).get(ROTARY_FUNCTION)
+    calls = calling(forward, ROTARY_FUNCTION)
+    original = None if calls is None else calls.__globals__.get(ROTARY_FUNCTION)
     run = _guarded(function, original, layer)
     installed = types.MethodType(_with_rotary(target, run), target.module)
     return Unit((target,), (installed,), original, run, (), layer.__name__, has_backward)

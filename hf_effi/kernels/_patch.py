@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..functional.options import refuse_idle
 from ..parallel.patch_handle import CLAIM, Claim
 from ._errors import KernelMismatchError, PatchError
 from ._layers import LayerGroup, Unit, layer_unit
@@ -361,6 +362,10 @@ def patch(
     """
     if on_mismatch not in ("error", "eager"):
         raise PatchError(f"on_mismatch={on_mismatch!r} must be 'error' or 'eager'.")
+    refuse_idle(
+        "on_mismatch", on_mismatch, "error", verify, "on what the self-check finds: with verify=True", PatchError
+    )
+    refuse_idle("inputs", inputs, None, verify, "in the self-check: with verify=True", PatchError)
     _check_model(model)
     layers = _as_mapping(model, layers)
     if unknown := [key for key in inputs or {} if key not in layers]:

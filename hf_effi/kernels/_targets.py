@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any, Literal
 
 from torch import nn
@@ -49,9 +50,26 @@ class Target:
     kind: Kind
 
 
-def _calls_rotary(module: nn.Module) -> bool:
-    # Not through decorators: of a wrapped forward no copy with other globals can be made.
-    return ROTARY_FUNCTION in getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+def holds(cell: CellType, value: Any) -> bool:
+    """Return whether a cell of a closure holds this very object."""
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # empty
+        return False
+
+
+def decorated(function: Any) -> FunctionType | None:
+    """Return what a decorator wraps, where it holds it in its closure, so that the decorator can be copied around it."""
+    inner = getattr(function, "__wrapped__", None)
+    is_held = any(holds(cell, inner) for cell in getattr(function, "__closure__", None) or ())
+    return inner if isinstance(inner, FunctionType) and is_held else None
+
+
+def calling(function: Any, name: str) -> FunctionType | None:
+    """Return `function`, or what its decorators wrap, whichever calls the global `name`; `None` where neither does."""
+    while function is not None and name not in getattr(getattr(function, "__code__", None), "co_names", ()):
+        function = decorated(function)
+    return function
 
 
 def _has_trl_head(module: nn.Module) -> bool:
@@ -82,7 +100,7 @@ def kernel_name(module: nn.Module) -> str | None:
         return "RMSNorm"
     if gated := _gated_mlp_name(module):
         return gated
-    if _calls_rotary(module):
+    if calling(type(module).forward, ROTARY_FUNCTION) is not None:
         return ROTARY_NAME
     if getattr(module, "loss_type", None) == "ForCausalLM" and hasattr(type(module), "loss_function"):
         return LOSS_NAME

@@ -199,7 +199,7 @@ def _check_call(name: str, query: Tensor, key: Tensor, cu_seq_lens: Tensor, pref
     if tokens != key.shape[2]:
         raise SharedPrefixError(
             f"{name}: {tokens} queries and {key.shape[2]} keys. Shared prompts are for training and scoring: call the model "
-            "without past_key_values."
+            "without a cache."
         )
     laid_out = prefix.num_keys + prefix.num_queries
     if cu_seq_lens.device.type == "cpu":

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..functional.sequence import shard_sequence
 from .attention import LAYOUT
 from .checks import attention_layers
 from .exchange import GatherGradient
 from .groups import SequenceGroup, SequenceParallelError
 from .layout import SequenceLayout, split_batch
+from .positions import PositionRule, position_rule
 
 
 @contextlib.contextmanager
@@ -25,8 +27,10 @@ def sharded_forward(model: nn.Module, layout: SequenceLayout) -> Iterator[None]:
     Outputs stay local: the caller's loss must be a sum over distinct tokens divided by a global count.
     """
 
+    rule = position_rule(model)
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        return (), _model_inputs(layout, _named(module, args, kwargs))
+        return (), _model_inputs(layout, _named(module, args, kwargs), rule)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         _check_entered(module, layout)
@@ -41,12 +45,15 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
     Let each model, called with the whole batch, compute on its shard and return the whole outputs.
 
     Args:
-        models (`Iterable[nn.Module]`): Policy and reference models, unwrapped. A sequence classifier is split at its
+        models (`Iterable[nn.Module]`): Policy and reference models, unwrapped; one that is named twice counts once. A sequence classifier is split at its
             backbone: its head pools over whole hidden states.
         group ([`SequenceGroup`]): The ranks of the sequence, which call with the same batch.
         gradient (`str`): `"sum"` for replicated batches, `"slice"` for rounds; see [`gather_sequence`].
     """
-    points = [(model, split_point(model)) for model in models]
+    points = [(model, split_point(model)) for model in {id(model): model for model in models}.values()]
+    rules = {
+        point: position_rule(point) for _, point in points
+    }  # before the hooks, which these forwards must not meet
     if gradient == "slice" and torch.is_grad_enabled() and any(point is not model for model, point in points):
         raise SequenceParallelError(
             "A sequence classifier cannot be trained in rounds: its head runs on whole hidden states, so that every rank "
@@ -65,7 +72,7 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
         layout, shard = split_batch(inputs, group)
         # TRL scores all positions of pre-shifted labels; called with labels it returns one column less.
         open_calls.append((layout, layout.length - 1 if fused and "labels" in shard else layout.length))
-        return (), _model_inputs(layout, shard)
+        return (), _model_inputs(layout, shard, rules[module])
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout, length = open_calls.pop()
@@ -95,7 +102,10 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
-def _model_inputs(layout: SequenceLayout, shard: dict[str, Any]) -> dict[str, Any]:
+def _model_inputs(layout: SequenceLayout, shard: dict[str, Any], rule: PositionRule) -> dict[str, Any]:
+    if layout.padding_mask is not None:
+        positions = rule(layout.padding_mask)
+        shard = {**shard, "position_ids": shard_sequence(positions, layout.group.size, layout.group.rank)}
     # transformers passes a 4-d mask through as it is, and so builds none for the shard; the dispatcher ignores it.
     stub = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.documents.device)
     layout.inputs |= set(shard)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..functional.layer_plan import MODES
+from ..functional.options import refuse_idle
 from .offload import ActivationOffloader
 
 #: attention operators whose output is cheap to keep and dear to recompute; a name a torch build lacks is skipped
@@ -191,6 +192,13 @@ class LayerModes:
             raise LayerModeError(f"unknown modes {unknown}. Known: {', '.join(MODES)}.")
         if len(self.modes) != len(self.layers):
             raise LayerModeError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one a layer.")
+        save_ops = tuple(save_ops)
+        refuse_idle(
+            "save_ops", save_ops, (), "selective" in self.modes, "in layers of mode 'selective'", LayerModeError
+        )
+        refuse_idle(
+            "offloader", offloader, None, "offload" in self.modes, "in layers of mode 'offload'", LayerModeError
+        )
         self.offloader = (offloader or ActivationOffloader()) if "offload" in self.modes else None
         self._context_fn = selective_contexts(save_ops)
         self._installed: list[_LayerMode] = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -41,6 +42,8 @@ class SequenceLayout:
         documents (`Tensor`): `(B, S)` with `S` a multiple of `group.size`, from `document_ids`.
         length (`int`): `S` before padding.
         inputs (`set[str]`): Names of what the model is called with; `position_ids` included, which models also make.
+        padding_mask (`Tensor`, *optional*): `(B, S)`, 1 on real tokens, where the batch came without `position_ids`: the model
+            that is called then says how it counts them.
     """
 
     group: SequenceGroup
@@ -48,6 +51,7 @@ class SequenceLayout:
     length: int
     inputs: set[str] = field(default_factory=lambda: {"position_ids"})
     entered: set[int] = field(default_factory=set)
+    padding_mask: Tensor | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
@@ -142,7 +146,8 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
     """
     Split a whole batch, the same on every rank of `group`, along the sequence.
 
-    Positions stay global, labels also come as `shift_labels`, and rows are padded at the end to a multiple of `P`.
+    Positions stay global (counted by column where none are given; `sharded_forward` and `gathered_forward` then ask the
+    model), labels also come as `shift_labels`, and rows are padded at the end to a multiple of `P`.
 
     Args:
         inputs (`Mapping[str, Any]`): What the model takes: `input_ids` or `inputs_embeds`, and any of `labels`,
@@ -158,7 +163,7 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
     tokens = tokens_of(inputs)
     rows, length = tokens.shape[:2]
     _check_inputs(inputs, rows, length)
-    positions = inputs.get("position_ids")
+    positions, counted = inputs.get("position_ids"), None
     documents = document_ids(
         (rows, length),
         position_ids=positions,
@@ -166,9 +171,12 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
         cu_seqlens=inputs.get("cu_seq_lens_q"),
         device=tokens.device,
     )
+    missing = -length % group.size
     if positions is None:
         positions = torch.arange(length, device=tokens.device)[None]
-    missing = -length % group.size
+        given = inputs.get("attention_mask")
+        counted = torch.ones_like(documents) if given is None else given.to(documents)
+        counted = F.pad(counted, (0, missing))
     # Padding at the end of a row stays in its last document: causality hides it, and no mask is needed for it.
     documents = torch.cat([documents, documents[:, -1:].expand(-1, missing)], dim=1)
     shard = {
@@ -185,9 +193,19 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
     if shifted is None and inputs.get("labels") is not None:
         shifted = shift_labels(inputs["labels"])
     if shifted is not None:
+        _check_labels(shifted, inputs.get("attention_mask"))
         shard["shift_labels"] = shard_sequence(shifted, group.size, group.rank, -100)
     shard["position_ids"] = shard_sequence(positions.expand(rows, -1), group.size, group.rank)
-    return SequenceLayout(group, documents, length), shard
+    return SequenceLayout(group, documents, length, padding_mask=counted), shard
+
+
+def _check_labels(shifted: Tensor, mask: Tensor | None) -> None:
+    """What padding attends to is the backend's own affair, so what it predicts is the same nowhere."""
+    if mask is not None and bool((shifted[:, : mask.shape[1]][mask == 0] != -100).any()):
+        raise SequenceParallelError(
+            "A padding token would have to predict a label, from keys that differ between backends. Pad on the right and "
+            "label padding -100, or give the first token of left-padded rows the label -100."
+        )
 
 
 def _check_inputs(inputs: Mapping[str, Any], rows: int, length: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .._compat import CACHE_ARGUMENTS
+from ..functional.probes import is_probed
 from ..functional.random_ltd import draw_kept, layer_tokens, uniform_scores
 from .patch_handle import PatchHandle
 
@@ -147,7 +148,7 @@ def _forward(layer: nn.Module, index: int, num_layers: int, dropping: TokenDropp
     call = dict(zip(names, args, strict=False)) | kwargs
     hidden_states = call.pop("hidden_states")
     batch, length = hidden_states.shape[:2]
-    if index == 1:
+    if index == 1 and not is_probed(layer):
         dropping.count(batch, length, num_layers)
     if dropping.kept is None or dropping.kept >= length:
         return forward(layer, *args, **kwargs)

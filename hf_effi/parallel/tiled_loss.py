@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .._compat import chunked_linear_cross_entropy
 from ..functional.sequence import logit_rows
@@ -232,7 +233,7 @@ def tile_loss(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
     prefix = f"{name}." if name else ""
     check_free(f"{prefix}_loss_function", causal)
     original = causal.loss_function
-    if getattr(original, "__name__", "") != "ForCausalLMLoss":
+    if original is not ForCausalLMLoss:  # a loss of the user may have the same name
         raise ValueError(
             f"tile_loss replaces transformers' ForCausalLMLoss; {type(causal).__name__} has {original!r}."
         )

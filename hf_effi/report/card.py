@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import save_text
 from ..hub.model_card import json_block, markdown_table
 
 __all__ = ["front_matter", "markdown_table", "render_card", "write_card"]
@@ -81,5 +82,5 @@ def render_card(
 def write_card(folder: Path, **fields: Any) -> Path:
     """Write [`render_card`] to `folder/README.md` and return its path."""
     path = folder / "README.md"
-    path.write_text(render_card(**fields), encoding="utf-8")
+    save_text(path, render_card(**fields))
     return path

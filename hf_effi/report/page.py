@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._compat import require
+from .._files import save_text
 from .._plots import draw_curves, draw_stacked_bars
 from .comparison import mean_curve, summarize
 
@@ -121,5 +122,5 @@ def render_page(result: Mapping[str, Any]) -> str:
 
 def write_page(result: Mapping[str, Any], path: Path) -> Path:
     """Write [`render_page`] to `path` and return it."""
-    path.write_text(render_page(result), encoding="utf-8")
+    save_text(path, render_page(result))
     return path

@@ -20,6 +20,7 @@ from ..functional.memory import (
     kv_cache_bytes,
     memory_table,
 )
+from ..functional.options import refuse_idle
 
 #: name on the command line -> what the data-parallel ranks share
 SHARDINGS = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
@@ -157,6 +158,8 @@ def plan_memory(
         raise ValueError(f"gpu_gib={gpu_gib!r} must be a number above 0.")
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom={headroom!r} must lie in [0, 1).")
+    refuse_idle("headroom", headroom, 0.1, gpu_gib is not None, "with gpu_gib=, the memory that it is a part of")
+    refuse_idle("lora_targets", lora_targets, "all-linear", lora_rank is not None, "with lora_rank=")
     if sharding not in SHARDINGS:
         raise ValueError(f"sharding={sharding!r} is not known. Known: {', '.join(SHARDINGS)}.")
     if seq_len % sequence_parallel_size:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._run_record import SUMMARY, read_run
+from ..functional.probes import without_probes
 
 STATE = "trainer_state.json"
 #: two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the normal one beyond
@@ -48,7 +49,7 @@ def _load(folder: Path) -> dict[str, Any]:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in states]
     state = max(found, key=lambda one: one["global_step"])
     return {
-        "log_history": state["log_history"],
+        "log_history": without_probes(state["log_history"]),
         "events": [],
         "totals": {},
         "progress": {"step": state["global_step"]},

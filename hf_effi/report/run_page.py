@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import save_text
 from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from ..functional.doctor import Finding
 from .page import environment
@@ -50,7 +51,10 @@ def curves(groups: Groups) -> dict[str, str]:
     phases = phases if len(phases) <= _MOST_PHASES else []
     found["Learning rate and its phases"] = _draw(rates, "learning rate", "lr", phases=phases, from_zero=True)
     rewards = _lines(groups, {"generated": "effi/reward_generated", "kept": "effi/reward_kept"}, {"reward": "reward"})
-    found["Reward before and after filters"] = _draw(rewards, "mean reward", "reward")
+    found["Reward before and after filters"] = _draw(rewards, "mean weighted reward", "reward")
+    decides = _lines(groups, {"generated": "effi/filter_reward_generated", "kept": "effi/filter_reward_kept"})
+    if decides != rewards:  # with one reward function of weight 1 they are the same
+        found["The reward that the filter looks at"] = _draw(decides, "mean of one function, unweighted", "decides")
     if len(groups) == 1:
         found["Completions dropped, by reason"] = _drops_over_time(next(iter(groups.values())))
     else:
@@ -277,8 +281,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.output or Path(folders[0]) / "report.html")
     if args.output or not args.json:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(render_run_page(groups), encoding="utf-8")
+            save_text(path, render_run_page(groups))
         except OSError as error:
             print(f"hf-effi report: cannot write {path}: {error.strerror}.", file=sys.stderr)
             return 1

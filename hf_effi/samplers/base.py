@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ..functional.class_paths import class_path, same_class_path
 from ..functional.curriculum import CurriculumError, check_count
 
 #: Indices turned into Python integers at once: bounds memory, and keeps the loop at C speed.
@@ -166,6 +167,7 @@ class EffiSampler(Sampler[int]):
         """Return the epoch, a fingerprint of all that shapes the order, and for rule B what was learned."""
         return {
             "sampler": type(self).__name__,
+            "class": self.identity(),
             "rule": self.rule,
             "epoch": self.epoch,
             "length": len(self),
@@ -186,15 +188,34 @@ class EffiSampler(Sampler[int]):
                     f"The checkpoint has a sampler with {key}={state.get(key)!r}, this run has {mine!r}. Build the "
                     "sampler as in the run that is resumed, or start a new run from the weights."
                 )
-        if state["fingerprint"] != self.fingerprint():
-            raise SamplerMismatchError(
-                f"The checkpoint was made by a {type(self).__name__} with other settings, seed or scores, so the order "
-                "cannot be continued. Build it as in the run that is resumed (the scores must be the same numbers), or "
-                "start a new run from the weights."
-            )
+        self.check_same_order(state)
         self.load_learned_state(state["learned"])
         self._cached = None
         self.epoch = state["epoch"]
+
+    def identity(self) -> str:
+        """Return the path of the class, `"module:Name"`: a class of yours may have the name of one of ours."""
+        return class_path(type(self))
+
+    def check_same_order(self, stored: dict[str, Any]) -> None:
+        """
+        Check class and fingerprint of a state, or of an entry in a checkpoint, against this sampler.
+
+        Raises:
+            SamplerMismatchError: another class, or other settings, seed, rows or scores.
+        """
+        # Earlier versions did not store the class.
+        if not same_class_path(stored.get("class", self.identity()), self.identity()):
+            raise SamplerMismatchError(
+                f"The checkpoint was made by {stored['class']}, this run has {self.identity()}. Build the sampler as in the "
+                "run that is resumed, or start a new run from the weights."
+            )
+        if stored["fingerprint"] != self.fingerprint():
+            raise SamplerMismatchError(
+                f"The checkpoint was made by a {stored['sampler']} with other settings, seed or scores, so the order "
+                "cannot be continued. Build the sampler as in the run that is resumed (the scores must be the same "
+                "numbers), or start a new run from the weights."
+            )
 
     def fingerprint(self) -> str:
         """Return a hash of class, seed, rows and settings: equal exactly where the orders are."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..functional.curriculum import check_count, repeat_layout
+from ..functional.curriculum import check_count
+from ..functional.rollouts import GenerationLayout
 from .base import EffiSampler, SamplerError
 
 
@@ -36,6 +37,8 @@ class GroupSampler(EffiSampler):
         self.mini_repeat_count = check_count("mini_repeat_count", mini_repeat_count)
         self.batch_size = check_count("batch_size", batch_size)
         self.repeat_count = check_count("repeat_count", repeat_count)
+        # A chunk of `batch_size` prompts, given `repeat_count` times, is one generation of so many micro-steps.
+        self.layout = GenerationLayout(mini_repeat_count * batch_size, mini_repeat_count, num_iterations=repeat_count)
         if len(sampler) < batch_size:
             raise SamplerError(
                 f"{type(sampler).__name__} gives {len(sampler)} prompts an epoch, but one generation needs {batch_size}. "
@@ -43,21 +46,23 @@ class GroupSampler(EffiSampler):
             )
 
     def __len__(self) -> int:
-        chunks = len(self.sampler) // self.batch_size
-        return chunks * self.batch_size * self.mini_repeat_count * self.repeat_count
+        return self.layout.rows_per_pass(len(self.sampler))
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
         super().set_epoch(epoch)
 
     def order(self, epoch: int) -> Tensor:
-        return repeat_layout(self.sampler.order(epoch), self.mini_repeat_count, self.batch_size, self.repeat_count)
+        return self.layout.order(self.sampler.order(epoch))
 
     def settings(self) -> dict[str, Any]:
         return {
             "sampler": self.sampler.fingerprint(),
             "layout": [self.mini_repeat_count, self.batch_size, self.repeat_count],
         }
+
+    def identity(self) -> str:
+        return f"{super().identity()}({self.sampler.identity()})"
 
     def learned_state(self) -> dict[str, Any]:
         return self.sampler.state_dict()

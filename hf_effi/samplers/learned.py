@@ -21,6 +21,7 @@ from ..functional.curriculum import (
     self_paced_weights,
     within_ability,
 )
+from ..functional.options import refuse_idle
 from .base import EffiSampler
 
 #: `measure(model, rows)` returns one number for each of these row numbers.
@@ -154,6 +155,8 @@ class SelfPacedSampler(MeasuringSampler):
             check_number("share", share, 0, 1, open_low=True)
         if threshold is not None:
             check_number("threshold", threshold, 0, open_low=True)
+        refuse_idle("share_step", share_step, 0.25, share is not None, "with share=", CurriculumError)
+        refuse_idle("growth", growth, 1.3, threshold is not None, "with threshold=", CurriculumError)
         self.share, self.share_step = share, check_number("share_step", share_step, 0)
         self.threshold, self.growth = threshold, check_number("growth", growth, 1)
         self.min_rows = check_count("min_rows", min_rows)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import save_json
+from ..functional.class_paths import class_path
 from ..functional.curriculum import CurriculumError, check_count, perplexity, word_rarity
 from .measure import RowLoss
 
@@ -90,8 +92,12 @@ class ModelScore(RowScorer):
         # Weights alone do not fix the loss: heads, rotary base and the like stand in the config.
         settings = config.to_json_string(use_diff=True) if hasattr(config, "to_json_string") else ""
         adapters = [_adapter_state(module) for module in self.model.modules() if hasattr(module, "active_adapters")]
-        parts = (self.kind, type(self.model).__name__, settings, adapters or "", model_fingerprint(self.model))
-        return " ".join(["ModelScore", *map(str, parts)])
+        # A class of yours may have a name of transformers', and a subclass of this one computes something else.
+        model = type(self.model)
+        named = model.__name__ if model.__module__.startswith(("transformers.", "peft.")) else class_path(model)
+        parts = (self.kind, named, settings, adapters or "", model_fingerprint(self.model))
+        own = [] if type(self).__module__.startswith("hf_effi.") else [class_path(type(self))]
+        return " ".join([*own, "ModelScore", *map(str, parts)])
 
     def __call__(self, batch: Batch) -> Tensor:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -239,11 +245,7 @@ class _Shards:
         return scores
 
     def write(self, marks: list[int], scores: list[float]) -> None:
-        path = self.path(marks)
-        # Renamed into place, so that a shard is there in full or not at all, also when two processes write it.
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(scores), encoding="utf-8")
-        os.replace(part, path)
+        save_json(self.path(marks), scores)  # in full or not at all, also when two processes write it
 
 
 def _identify(score_fn: Any, fingerprint: str | None, columns: Sequence[str] | None, names: list[str]) -> tuple:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from .._files import save_aside, save_json
 from ..functional.curriculum import (
     CurriculumError,
     check_count,
@@ -21,6 +22,7 @@ from ..functional.curriculum import (
     keep_by_length,
     majority_answers,
 )
+from ..functional.options import refuse_idle
 
 #: `answer(prompts)` returns one completion a prompt, `None` where there is none.
 Answerer = Callable[[list[str]], Sequence[str | None]]
@@ -162,6 +164,9 @@ class SelfImprovement:
         self.min_agreement = check_number("min_agreement", min_agreement, 0, 1, open_low=True)
         self.length_slack = None if length_slack is None else check_count("length_slack", length_slack, 0)
         self.length_quantile = check_number("length_quantile", length_quantile, 0, 1, open_low=True)
+        refuse_idle(
+            "length_quantile", length_quantile, 1.0, length_slack is not None, "with length_slack=", CurriculumError
+        )
         self.seed = check_count("seed", seed, 0)
         self.finished = 0
         self.history: list[dict[str, Any]] = []
@@ -221,7 +226,7 @@ class SelfImprovement:
         if len(self.history) != self.finished + 1:
             raise CurriculumError("There is no round to finish. Call extend(...) and train on its rows first.")
         if model is not None and _rank() == 0:
-            model.save_pretrained(self.folder / f"model-{self.finished + 1}")
+            save_aside(self.folder / f"model-{self.finished + 1}", model.save_pretrained)
         self.finished += 1
         self._save()
 
@@ -250,6 +255,8 @@ class SelfImprovement:
     def _answer(self, answerers: Sequence[Answerer]) -> dict[str, Any]:
         if not answerers:
             raise CurriculumError("extend() needs somebody who answers: extend(GreedyAnswers(model, tokenizer, ...)).")
+        needs = "where two or more answerers vote"
+        refuse_idle("min_agreement", self.min_agreement, 0.5, len(answerers) > 1, needs, CurriculumError)
         problems = self.prompts(self.finished + 1)
         texts = [prompt for _, prompt in problems]
         answers = [_answers_of(answerer, texts) for answerer in answerers]
@@ -324,10 +331,7 @@ class SelfImprovement:
             self._write("state.json", state)
 
     def _write(self, name: str, content: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{name}.part"
-        part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, self.folder / name)
+        save_json(self.folder / name, content)
 
     def _read(self, number: int) -> dict[str, Any] | None:
         path = self.folder / f"round-{number}.json"

@@ -9,7 +9,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import IterableDataset
 
 from ..functional.schedules import warn_decay_to_zero
-from .base import EffiSampler, SamplerError
+from .base import EffiSampler, SamplerError, SamplerMismatchError
 from .group import GroupSampler
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,38 @@ def in_layout_of(stock: Any, sampler: EffiSampler) -> EffiSampler:
     if stock is None or not hasattr(stock, "mini_repeat_count"):
         return sampler
     return GroupSampler(sampler, stock.mini_repeat_count, stock.batch_size, stock.repeat_count)
+
+
+#: key of the entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
+STATE_KEY = "hf_effi.sampler"
+
+
+def store_order(state: Any, served: EffiSampler) -> None:
+    """Write into the state that gets saved which sampler orders the rows of the run, up to this update."""
+    state.stateful_callbacks[STATE_KEY] = {
+        "sampler": type(getattr(served, "sampler", served)).__name__,
+        "class": served.identity(),
+        "fingerprint": served.fingerprint(),
+        "step": state.global_step,
+    }
+
+
+def check_stored_order(state: Any, served: EffiSampler) -> None:
+    """
+    Compare the sampler with the one that ordered the rows of a checkpoint.
+
+    Raises:
+        SamplerMismatchError: there was none up to the end, or another one.
+    """
+    stored = state.stateful_callbacks.get(STATE_KEY)
+    # An entry that is not of the last update was carried along by a run in another order.
+    if stored is None or stored.get("step", state.global_step) != state.global_step:
+        since = "" if stored is None else f" since update {stored['step']}"
+        raise SamplerMismatchError(
+            f"The checkpoint at step {state.global_step} was trained without train_sampler or SamplerCallback{since}, in "
+            "another order. Resume without a sampler, or start a new run from the weights."
+        )
+    served.check_same_order(stored)
 
 
 def check_plan(sampler: EffiSampler, max_steps: int, dataloader: Any, accumulation: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import IterableDataset
 
+from ..callbacks.probing import trained_steps, trained_total
 from ..functional.curriculum import CurriculumError, seeded
 
 
@@ -25,7 +26,12 @@ class BatchTransform:
     def __call__(
         self, batch: dict[str, Any], step: int, total_steps: int, generator: torch.Generator
     ) -> dict[str, Any]:
-        """Return the batch to train on; `step` is the number of finished updates. All chance comes from `generator`."""
+        """
+        Return the batch to train on; all chance comes from `generator`.
+
+        `step` is the number of finished updates and `total_steps` that of the run; updates that a search tries and undoes
+        (`AutoLRSCallback`) count in neither, and get the setting of the update of training that follows them.
+        """
         raise NotImplementedError
 
     def at_evaluation(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +90,11 @@ class BatchTransformMixin:
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         if self.batch_transform is not None:
-            step, total = self.state.global_step, self.state.max_steps
+            step, total = trained_steps(self.state), trained_total(self.state)
+            seed = (self.args.seed, self.state.global_step)
             # Lazily, over the same iterator: only the batches of this update are changed.
             epoch_iterator = (
-                self.batch_transform(batch, step, total, seeded(self.args.seed, step, micro, self.args.process_index))
+                self.batch_transform(batch, step, total, seeded(*seed, micro, self.args.process_index))
                 for micro, batch in enumerate(epoch_iterator)
             )
             self._transform_metrics = self.batch_transform.metrics(step, total)

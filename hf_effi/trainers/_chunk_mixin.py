@@ -64,6 +64,10 @@ class ChunkFlowMixin:
             "the loss has to be the model's: leave out label_smoothing_factor and compute_loss_func": (
                 self.label_smoother is not None or self.compute_loss_func is not None
             ),
+            # Of two caches in one call, the model ignores one.
+            "PEFT's prompt learning puts tokens of its own in front of every call": (
+                getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
+            ),
             "the model takes no num_items_in_batch, so that its loss is a mean over each call": (
                 not self.model_accepts_loss_kwargs
             ),

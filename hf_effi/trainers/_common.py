@@ -30,7 +30,12 @@ def check_config(args: Any) -> None:
     Check the fields that the mixins read when a trainer is built, which is after its model was loaded.
 
     Raises:
-        ValueError: a kernel patch or a sequence parallel size that no trainer would take.
+        ValueError: a kernel patch or a sequence parallel size that no trainer would take, or an option of GRPO whose method
+            is off.
     """
     layers_from_config(args)
     resolve_size(None, args.sequence_parallel_size)
+    if hasattr(args, "prune_rate"):
+        from .grpo_config import check_methods  # which imports this module
+
+        check_methods(args)

@@ -6,13 +6,22 @@ the loss code downstream, with its eight normalisers, is TRL's own and needs no 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..functional.rollouts import Bucket, concat_rows, contiguous_rows, plan_buckets, scatter_completion, take_rows
+from ..functional.rollouts import (
+    Bucket,
+    concat_rows,
+    contiguous_rows,
+    plan_buckets,
+    rows_with_gradient,
+    scatter_completion,
+    take_rows,
+)
 from ._exact_probe import measured_reasons
 from .grpo_config import EXACT_SAVINGS, own_setting, parse_exact_savings
 
@@ -23,6 +32,8 @@ class ExactSavingsMixin:
     """Overrides the log-prob forward, the loss call and the batch split of `GRPOTrainer` through `super()`."""
 
     _active_rows: Tensor | None = None
+    #: why a saving is not used, by name
+    _savings_left_out: dict[str, str] = {}
 
     def _init_exact_savings(self) -> None:
         wanted = parse_exact_savings(own_setting(self.args, "exact_savings"))
@@ -31,6 +42,7 @@ class ExactSavingsMixin:
         reasons |= measured_reasons(
             self.accelerator.unwrap_model(self.model), open_ones, self._longest_row(), self._tokenizer.pad_token_id
         )
+        self._savings_left_out = reasons
         for name in wanted or ():
             if name in reasons:
                 raise ValueError(
@@ -62,12 +74,29 @@ class ExactSavingsMixin:
             reasons["sort"] = (
                 "loss_type='bnpo' divides by the tokens of each micro-batch, so rows cannot change places."
             )
-        elif self._chunks_per_window() is None:
+        elif self._layout.micro_batches_per_update is None:
             reasons["sort"] = (
                 f"steps_per_generation={self.args.steps_per_generation} and gradient_accumulation_steps="
                 f"{self.args.gradient_accumulation_steps} are not multiples, so optimizer steps straddle generations."
             )
         return reasons
+
+    # --- importance ratios of vLLM: what they do to the loss, and how they are laid out ------------------------------
+
+    @property
+    def _ratio_multiplies(self) -> bool:
+        """Whether a ratio of exactly 0 takes a token out of the policy term; VESPO takes its logarithm instead."""
+        return self.loss_type != "vespo"
+
+    @property
+    def _ratio_layout(self) -> dict[str, Any]:
+        """How [`concat_rows`] must treat `importance_sampling_ratio`: by the mode, which the shape does not tell."""
+        mode = self.vllm_importance_sampling_mode
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        clipped = min(max(1.0, low), high)
+        padding = clipped if mode.endswith("truncate") else float(clipped == 1.0)
+        return {"sequence_ratio": mode.startswith("sequence"), "ratio_padding": padding}
 
     def _longest_row(self) -> int | None:
         """The most columns that a forward of this run can have, or `None` where prompts are as long as they come."""
@@ -75,13 +104,6 @@ class ExactSavingsMixin:
         if longest_prompt is None or self.max_completion_length is None:
             return None
         return longest_prompt + self.max_completion_length
-
-    def _chunks_per_window(self) -> int | None:
-        """How many micro-batches of one generation belong to one optimizer step; `None` if that shifts."""
-        chunks, window = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if chunks % window == 0:
-            return window
-        return chunks if window % chunks == 0 else None
 
     # --- sort: rows change places only among the micro-batches of one optimizer step -------------------------------
 
@@ -92,18 +114,19 @@ class ExactSavingsMixin:
             return inputs
         if "sort" in self.exact_savings:
             self._buffered_inputs = self._sort_windows(self._buffered_inputs)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self._buffered_inputs[self._layout.micro_batch(self._step)]
 
     def _sort_windows(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        window = self._chunks_per_window()
+        window = self._layout.micro_batches_per_update
         if window == 1 or any(chunk.get("num_images") is not None for chunk in chunks):
             return chunks
         out = []
         for start in range(0, len(chunks), window):
-            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id)
+            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id, **self._ratio_layout)
             lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
             # Rows without a gradient go first: whole micro-batches of them then cost one dummy row.
-            order = torch.argsort(torch.where(_has_gradient(rows), lengths, lengths - lengths.max() - 1), stable=True)
+            active = rows_with_gradient(rows, self._ratio_multiplies)
+            order = torch.argsort(torch.where(active, lengths, lengths - lengths.max() - 1), stable=True)
             size = len(order) // window
             out += [take_rows(rows, order[i * size : (i + 1) * size]) for i in range(window)]
         return out
@@ -113,7 +136,7 @@ class ExactSavingsMixin:
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if not self.model.training or "skip" not in self.exact_savings:
             return super()._compute_loss(model, inputs)
-        self._active_rows = _has_gradient(inputs)
+        self._active_rows = rows_with_gradient(inputs, self._ratio_multiplies)
         try:
             return super()._compute_loss(model, inputs)
         finally:
@@ -224,15 +247,6 @@ class ExactSavingsMixin:
             self._effi_counters["tokens_real"] += real
             self._effi_counters["tokens_forward"] += forwarded
             self._effi_counters["tokens_saved"] += saved
-
-
-def _has_gradient(rows: dict[str, Any]) -> Tensor:
-    """Rows with a non-zero advantage and at least one token in the loss."""
-    advantages, mask = rows["advantages"], rows["completion_mask"]
-    if "tool_mask" in rows:
-        mask = mask * rows["tool_mask"]
-    nonzero = advantages != 0 if advantages.ndim == 1 else ((advantages != 0) & (mask != 0)).any(1)
-    return nonzero & (mask.sum(1) > 0)
 
 
 def _missing(order: list[int], rows: int) -> list[int]:

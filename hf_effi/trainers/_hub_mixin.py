@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from ..hub.publish import NOT_UPLOADED, push_checkpoint, uploader_for, write_section
+from ..callbacks.probing import holds_training_weights
+from ..hub.publish import NOT_UPLOADED, check_seconds, push_checkpoint, uploader_for, write_section
 from ..hub.uploads import HubUploader
 
 
@@ -31,6 +32,12 @@ class HubArguments:
             "0.8 of ddp_timeout without it."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # of TrainingArguments
+        # Also without push_to_hub: `trainer.push_to_hub()` waits as long.
+        if self.hub_wait_seconds is not None:
+            check_seconds(self, self.hub_wait_seconds)
 
 
 class HubMixin:
@@ -105,6 +112,8 @@ class HubMixin:
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == "end":
             return
+        if not holds_training_weights(self.state):
+            return  # inside of a probe: no model to publish
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         name = Path(checkpoint_folder).name

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..callbacks._owners import claim
+from ..callbacks.multigrid import SEQUENCE_LENGTH
+from ..callbacks.probing import trained_steps, trained_total
 from ..functional.curriculum import CurriculumError, rechunk
 
 #: what fills up the last piece of a row, by the name of the input
@@ -23,7 +26,7 @@ class SequenceLengthMixin:
 
     Args:
         sequence_length (`Callable[[int, int], int]`, *optional*): `(finished updates, max_steps) -> length`. Without it
-            nothing changes.
+            nothing changes. Updates that a search tries and undoes (`AutoLRSCallback`) count in neither number.
 
     Raises:
         CurriculumError: the rows are padded or carry `position_ids`, or the length is below 2.
@@ -48,9 +51,14 @@ class SequenceLengthMixin:
         self.sequence_length = sequence_length
         super().__init__(*args, **kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sequence_length is not None:
+            claim(self.state, SEQUENCE_LENGTH, self.sequence_length, "sequence_length=")
+        return super()._prepare_for_training(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         if self.sequence_length is not None:
-            length = self.sequence_length(self.state.global_step, self.state.max_steps)
+            length = self.sequence_length(trained_steps(self.state), trained_total(self.state))
             if not isinstance(length, int) or length < 2:
                 raise CurriculumError(
                     f"sequence_length gave {length!r}: a row needs at least 2 tokens to predict one."

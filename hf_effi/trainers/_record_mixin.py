@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._run_record import read_run
-from ..callbacks.run_record import RunRecordCallback, methods_by_name
+from ..callbacks.run_record import RunRecordCallback, methods_of_parts
 from ..callbacks.run_summary import summary_lines
+
+#: attributes of trainers that hold objects of methods
+_OBJECTS = ("train_sampler", "prompt_selector", "group_filter", "rollout_pruner", "batch_transform", "sequence_length")
 
 
 @dataclass
@@ -46,8 +49,8 @@ class RunRecordMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         record = self._run_record
         if record is not None:
-            parts = [*self.callback_handler.callbacks, getattr(self, "train_sampler", None)]
-            found = methods_by_name({type(part).__name__ for part in parts} - {"RunRecordCallback"})
+            objects = (getattr(self, name, None) for name in _OBJECTS)
+            found = methods_of_parts([*self.callback_handler.callbacks, *objects])
             record.methods = tuple(sorted({*record.methods, *found}))
         result = super().train(*args, **kwargs)
         if record is not None and not self.args.disable_tqdm and self.is_world_process_zero():

@@ -10,9 +10,8 @@ rows per rank and of collectives is the same on every rank.
 from __future__ import annotations
 
 import contextlib
-import math
+import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,57 +21,31 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from ..functional.rollouts import (
+    REASONS,
     AdvantagePruner,
     PassRateBand,
     ShuffledPrompts,
     concat_rows,
     deal_rows,
     equal_reward_groups,
-    group_pass_rates,
+    even_repeats,
+    kept_share,
+    loss_mask,
     next_refill_size,
+    row_advantages,
+    rows_with_gradient,
     take_rows,
     trim_rows,
 )
 from ..protocols import GroupFilter, PromptSelector, RolloutGroups, RolloutPruner
+from ._rollout_rows import ROW_KEYS, GatheredRows, Generation, as_groups, join_rounds
+from ._step_prompts import StepPrompts, check_selector
 from .grpo_config import own_setting
 
-#: The batch entries that can move between ranks. Image tensors are indexed by patch, not by row, and cannot.
-ROW_KEYS = frozenset(
-    "prompt_ids prompt_mask completion_ids completion_mask advantages num_items_in_batch old_per_token_logps "
-    "ref_per_token_logps sampling_per_token_logps importance_sampling_ratio tool_mask".split()
-)
-
-
-@dataclass
-class Generation:
-    """All rounds of one generation. Row `i` of the lists below is row `i` of the gathered rounds, in round order."""
-
-    batches: list[dict[str, Any]] = field(default_factory=list)
-    rows_per_rank: list[int] = field(default_factory=list)
-    advantages: list[Tensor] = field(default_factory=list)
-    rewards: list[Tensor] = field(default_factory=list)
-    lengths: list[Tensor] = field(default_factory=list)
-
-    def add(self, batch: dict[str, Any], advantages: Tensor, rewards: Tensor, lengths: Tensor) -> None:
-        self.batches.append(batch)
-        self.rows_per_rank.append(batch["advantages"].size(0))
-        self.advantages.append(advantages)
-        self.rewards.append(rewards)
-        self.lengths.append(lengths)
-
-    def groups(self, group_size: int, step: int) -> RolloutGroups:
-        parts = (torch.cat(values).view(-1, group_size) for values in (self.rewards, self.advantages, self.lengths))
-        return RolloutGroups(*parts, step=step)
-
-    def owner(self, row: int, world: int) -> tuple[int, int]:
-        """Return `(rank, index in that rank's joined rounds)` of a global row."""
-        local_offset = 0
-        for size in self.rows_per_rank:
-            if row < size * world:
-                return row // size, local_offset + row % size
-            row -= size * world
-            local_offset += size
-        raise IndexError(f"row {row} is past the last round.")
+#: Losses that divide by tokens; the others divide by rows.
+TOKEN_LOSSES = ("dapo", "cispo", "vespo", "bnpo")
+#: The batch entry that a loss is multiplied by, a tensor without dimensions. TRL passes it through.
+LOSS_SCALE = "effi_loss_scale"
 
 
 class RolloutMixin:
@@ -86,20 +59,25 @@ class RolloutMixin:
     ) -> None:
         args = self.args
         band, rate = own_setting(args, "difficulty_range"), own_setting(args, "prune_rate")
-        if group_filter is not None and band is not None:
-            raise ValueError("pass either `group_filter=` or `difficulty_range`, not both.")
-        if rollout_pruner is not None and rate:
-            raise ValueError("pass either `rollout_pruner=` or `prune_rate`, not both.")
         self.group_filter = group_filter or (PassRateBand(*band) if band is not None else None)
         self.rollout_pruner = rollout_pruner
         if rate:
             self.rollout_pruner = AdvantagePruner(
-                rate, args.prune_metric, args.prune_scope, args.prune_balance_signs, seed=args.seed
+                rate,
+                args.prune_metric,
+                args.prune_scope,
+                args.prune_balance_signs,
+                seed=args.seed if args.prune_metric == "random" else 0,
             )
+        if prompt_selector is not None:
+            check_selector(prompt_selector)
         self.prompt_selector = prompt_selector
         self._refill_prompts: PromptSelector | None = prompt_selector
+        self._step_prompts: StepPrompts | None = None
         self._generations_done = 0
         self._last_rewards: Tensor | None = None
+        self._last_advantages: Tensor | None = None
+        self._last_lengths: list[int] | None = None
         self._deferred: list[dict[str, Any]] | None = None
         if self._selects:
             self._check_selection_inputs()
@@ -119,22 +97,26 @@ class RolloutMixin:
             if value:
                 raise ValueError(f"{on} do not work with `{name}` yet. Turn them off, or drop `{name}`.")
         refills = self.group_filter is not None and own_setting(self.args, "difficulty_max_rounds") > 1
-        if (refills or self.prompt_selector is not None) and not hasattr(self.train_dataset, "__len__"):
-            raise ValueError(
-                "refilling and prompt selection pick rows by number, which a streaming dataset cannot serve. Use a "
-                "map-style dataset, or difficulty_max_rounds=1."
-            )
+        if refills or self.prompt_selector is not None:
+            if not hasattr(self.train_dataset, "__len__"):
+                raise ValueError(
+                    "refilling and prompt selection pick rows by number, which a streaming dataset cannot serve. Use a "
+                    "map-style dataset, or difficulty_max_rounds=1."
+                )
+            self._step_prompts = StepPrompts(self.train_dataset)
         names, wanted = self.reward_func_names, own_setting(self.args, "difficulty_reward")
-        if self.group_filter is None:
-            return
         if wanted is not None and wanted not in names:
             raise ValueError(f"difficulty_reward={wanted!r} is not a reward function here. Known: {', '.join(names)}.")
-        if wanted is None and len(names) > 1:
+        if wanted is None and len(names) > 1 and self.group_filter is not None:
             raise ValueError(
                 f"with several reward functions ({', '.join(names)}) the filter must know which one says right or "
                 f"wrong: set difficulty_reward, e.g. difficulty_reward={names[0]!r}."
             )
-        self._difficulty_column = names.index(wanted) if wanted is not None else 0
+        # A selector alone gets the weighted reward where nobody says which function decides.
+        self._difficulty_column = names.index(wanted) if wanted is not None else 0 if len(names) == 1 else None
+        pruner = self.rollout_pruner
+        parameters = inspect.signature(pruner.keep).parameters.values() if pruner is not None else ()
+        self._pruner_takes_live = any(p.name == "live" or p.kind is p.VAR_KEYWORD for p in parameters)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
@@ -145,21 +127,24 @@ class RolloutMixin:
         if not self._selects:
             self._metrics["train"]["effi/gen_rounds"].append(1.0)
             return self._finish_batch(self._generate_round(inputs))
-        target = self._target_groups(len(inputs))
+        target = self._whole_generation(inputs)
         generation = self._generate_rounds(inputs, target)
-        groups = generation.groups(self.num_generations, self.state.global_step)
-        kept = self._choose_groups(groups, target)
-        rows = self._choose_rows(groups, kept)
-        batch = self._redistribute(generation, rows)
-        self._log_selection(generation, rows)
+        everything = join_rounds(generation.rounds)
+        groups = self._as_groups(everything)
+        chosen = self._choose_groups(groups, target)
+        rows = self._choose_rows(groups, chosen)
+        batch = self._redistribute(generation, everything, rows)
+        if self.rollout_pruner is not None and own_setting(self.args, "prune_normalizer") == "original":
+            original = [group * self.num_generations + i for group in chosen for i in range(self.num_generations)]
+            share = kept_share(rows, original, everything.loss_tokens, self.loss_type in TOKEN_LOSSES)
+            batch[LOSS_SCALE] = torch.tensor(share, device=self.accelerator.device)
+        self._log_selection(everything, rows)
         return self._finish_batch(batch)
-
-    def _target_groups(self, local_rows: int) -> int:
-        return local_rows * self.accelerator.num_processes // self.num_generations
 
     def _generate_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """One call of TRL's generation, with its log-prob forwards put off where dropped rows would pay for them."""
         self._deferred = [] if self._defers_logps() else None
+        self._last_lengths = None
         records: list[dict[str, Any]] = []
         try:
             batch = super()._generate_and_score_completions(inputs)
@@ -167,38 +152,57 @@ class RolloutMixin:
         finally:
             self._deferred = None
         batch["_deferred"] = [record["key"] for record in records]
-        self._zero_equal_groups(batch)
+        self._settle_advantages(batch)
         self._count_rows("rows_generated", batch["advantages"].size(0))
         return batch
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        generated = super()._generate(prompts)
+        self._last_lengths = [len(ids) for ids in generated[1]]
+        return generated
+
+    def _gather_rows(self, batch: dict[str, Any]) -> GatheredRows:
+        """What all ranks must know of the round that was just made."""
+        tokens = loss_mask(batch).sum(1)
+        # The mask of a truncated completion may have been cleared; its length is that of what was generated.
+        lengths = tokens if self._last_lengths is None else tokens.new_tensor(self._last_lengths)
+        gathered = (
+            self._filter_rewards(),
+            self._summed_rewards(),
+            self._last_rewards,
+            self._last_advantages,
+            self.accelerator.gather(lengths),
+            self.accelerator.gather(tokens),
+        )
+        return GatheredRows(*(value.cpu() for value in gathered))
+
+    def _as_groups(self, rows: GatheredRows) -> RolloutGroups:
+        one_function = self._difficulty_column is not None
+        return as_groups(rows, self.num_generations, self.state.global_step, self.reward_func_names, one_function)
+
     def _generate_rounds(self, inputs: list[dict[str, Any]], target: int) -> Generation:
-        generation, world = Generation(), self.accelerator.num_processes
+        generation = Generation()
         rounds = own_setting(self.args, "difficulty_max_rounds") if self.group_filter is not None else 1
+        if self._step_prompts is not None:
+            self._step_prompts.begin(self.state.global_step)
+            if self.prompt_selector is None:
+                self._step_prompts.note(inputs)
         rows = self._select_rows(target) if self.prompt_selector is not None else None
-        kept = 0
         for number in range(rounds):
             local = inputs if number == 0 and rows is None else self._rows_of_this_rank(rows)
             batch = self._generate_round(local)
             self._check_movable(batch)
-            generation.add(
-                batch,
-                self.accelerator.gather(batch["advantages"]).cpu(),
-                self._filter_rewards().cpu(),
-                self.accelerator.gather(batch["completion_mask"].sum(1)).cpu(),
-            )
+            generation.add(batch, self._gather_rows(batch))
             if rows is not None:
-                rates = group_pass_rates(generation.rewards[-1].view(-1, self.num_generations)).tolist()
-                self._refill_prompts.observe(rows, rates)
+                self._refill_prompts.observe(rows, self._as_groups(generation.rounds[-1]))
             if self.group_filter is None:
                 break
-            groups = generation.groups(self.num_generations, self.state.global_step)
+            groups = self._as_groups(join_rounds(generation.rounds))
             kept = int(self.group_filter.decide(groups).keep.sum())
             if kept >= target or number == rounds - 1:
                 break
             size = next_refill_size(target - kept, kept, len(groups.rewards), cap=target)
-            # A round must deal out evenly: its groups times their size is a multiple of the ranks.
-            unit = world // math.gcd(world, self.num_generations)
-            rows = self._select_rows(-(-size // unit) * unit)
+            rows = self._select_rows(self._layout.even_groups(size))
         self._metrics["train"]["effi/gen_rounds"].append(float(len(generation.batches)))
         return generation
 
@@ -225,7 +229,7 @@ class RolloutMixin:
             chosen = self.group_filter.fill_order(groups)[:1]
             counts[decision.reasons[chosen[0]]] -= 1
         self._metrics["train"]["effi/underfilled"].append(float(missing > 0))
-        for reason in dict.fromkeys(("too_hard", "too_easy", "zero_variance", "unscorable", "surplus", *counts)):
+        for reason in dict.fromkeys((*REASONS[1:], "surplus", *counts)):
             dropped = counts.get(reason, 0) * self.num_generations
             self._metrics["train"][f"effi/dropped/{reason}"].append(float(dropped))
         return chosen
@@ -234,33 +238,37 @@ class RolloutMixin:
         """Return the global row numbers to train on: whole groups, less what is pruned, dealt evenly."""
         size, world = self.num_generations, self.accelerator.num_processes
         rows = [group * size + i for group in chosen for i in range(size)]
-        advantages = groups.advantages.reshape(-1)
-        chunks = world * self.args.steps_per_generation
+        advantages, live = groups.advantages.reshape(-1), groups.live.reshape(-1)
+        chunks = self._layout.micro_batches
         if self.rollout_pruner is not None:
             # The pool of a rank is a contiguous slice; rows that do not divide are competed for by all.
             pools = world if len(rows) % world == 0 else 1
-            keep = self.rollout_pruner.keep(advantages[rows], size, pools, self._generations_done)
+            known = {"live": live[rows]} if self._pruner_takes_live else {}
+            keep = self.rollout_pruner.keep(advantages[rows], size, pools, self._generations_done, **known)
             self._metrics["train"]["effi/dropped/pruned"].append(float(len(rows) - int(keep.sum())))
             self._log_pruning(advantages[rows], keep, size)
             rows = [row for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
-        usable = len(rows) // chunks * chunks
-        if usable == 0:
-            # Fewer rows than micro-batches: every micro-batch needs one, and repeating leaves a mean as it is.
-            rows = (rows * chunks)[:chunks]
-        elif usable < len(rows):
-            by_weight = sorted(range(len(rows)), key=lambda i: (-abs(float(advantages[rows[i]])), i))[:usable]
-            self._metrics["train"]["effi/dropped/uneven"].append(float(len(rows) - usable))
-            rows = [rows[i] for i in sorted(by_weight)]
-        return rows
+        usable, repeats = len(rows) // chunks * chunks, 1
+        if usable == 0:  # fewer rows than micro-batches, each of which needs one
+            usable, repeats = even_repeats(len(rows), chunks, self.args.per_device_train_batch_size)
+        if usable < len(rows):
 
-    def _redistribute(self, generation: Generation, rows: list[int]) -> dict[str, Any]:
+            def worth(i: int) -> tuple[float, bool, int]:
+                return (-abs(float(advantages[rows[i]])), not live[rows[i]], i)
+
+            by_worth = sorted(range(len(rows)), key=worth)[:usable]
+            self._metrics["train"]["effi/dropped/uneven"].append(float(len(rows) - usable))
+            rows = [rows[i] for i in sorted(by_worth)]
+        return rows * repeats
+
+    def _redistribute(self, generation: Generation, everything: GatheredRows, rows: list[int]) -> dict[str, Any]:
         """Give every rank the same number of the chosen rows, moving them only where the counts differ."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         pad = self._tokenizer.pad_token_id
         deferred = generation.batches[0].pop("_deferred")
         for batch in generation.batches[1:]:
             batch.pop("_deferred")
-        local = concat_rows(generation.batches, pad)
+        local = concat_rows(generation.batches, pad, **self._ratio_layout)
         owners = [generation.owner(row, world) for row in rows]
         share = len(rows) // world
         counts = [sum(owner == r for owner, _ in owners) for r in range(world)]
@@ -268,13 +276,9 @@ class RolloutMixin:
             batch = take_rows(local, [index for owner, index in owners if owner == rank])
         else:
             mine = trim_rows(take_rows(local, [index for owner, index in owners if owner == rank]))
-            batch = self._exchange(mine, owners, torch.cat(generation.lengths)[rows].tolist(), pad)
-        total_before = sum(int(value.sum()) for value in generation.lengths)
+            batch = self._exchange(mine, owners, everything.loss_tokens[rows].tolist(), pad)
         batch = trim_rows(batch)
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        batch["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
-        if own_setting(self.args, "prune_normalizer") == "original" and self.rollout_pruner is not None:
-            batch["advantages"] = batch["advantages"] * self._kept_share(generation, rows, batch, total_before)
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask(batch).sum()).sum()
         batch["_deferred"] = deferred
         return batch
 
@@ -291,15 +295,19 @@ class RolloutMixin:
             seen[owner] += 1
         hand = deal_rows(costs, world)[rank]
         parts = [take_rows(pools[owner], [index]) for owner, index in (position[i] for i in hand)]
-        joined = concat_rows(parts, pad)
+        joined = concat_rows(parts, pad, **self._ratio_layout)
         device = self.accelerator.device
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in joined.items()}
 
-    def _kept_share(self, generation: Generation, rows: list[int], batch: dict[str, Any], total_tokens: int) -> float:
-        """`kept / generated`, in the unit the loss divides by: tokens for token-level losses, rows for the others."""
-        if self.loss_type in ("dapo", "cispo", "vespo", "bnpo"):
-            return float(batch["num_items_in_batch"]) / max(1, total_tokens)
-        return len(rows) / sum(size * self.accelerator.num_processes for size in generation.rows_per_rank)
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """
+        With `prune_normalizer="original"`, the loss of the kept rows times `kept / original`.
+
+        The loss, not the advantages: so the KL term is averaged over the original rows as well.
+        """
+        loss = super()._compute_loss(model, inputs)
+        scale = inputs.get(LOSS_SCALE)
+        return loss if scale is None else loss * scale
 
     # --- log-probs of the kept rows only ----------------------------------------------------------------------------
 
@@ -316,8 +324,7 @@ class RolloutMixin:
         ):
             return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
         attention_mask, columns = args[0], args[1]
-        window = self.args.steps_per_generation * self.num_iterations
-        is_old = not self._deferred and self.args.gradient_accumulation_steps % window != 0
+        is_old = not self._deferred and self._layout.policy_moves
         self._deferred.append({"key": "old_per_token_logps" if is_old else "ref_per_token_logps"})
         return attention_mask.new_zeros(input_ids.size(0), columns, dtype=torch.float32), None, None
 
@@ -325,14 +332,14 @@ class RolloutMixin:
         """Compute the log-probs that were put off, for the rows that stayed."""
         for key in batch.pop("_deferred"):
             batch[key] = self._logps_of(batch, reference=key == "ref_per_token_logps")
-        self._count_rows("rows_trained", int((batch["advantages"] != 0).sum()))
+        self._count_rows("rows_trained", int(rows_with_gradient(batch, self._ratio_multiplies).sum()))
         return batch
 
     def _logps_of(self, batch: dict[str, Any], reference: bool) -> Tensor:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         if "skip" in self.exact_savings:
-            self._active_rows = batch["advantages"] != 0
+            self._active_rows = rows_with_gradient(batch, self._ratio_multiplies)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         try:
             with torch.no_grad(), checkpointing, self._scoring_model(reference) as model:
@@ -356,41 +363,45 @@ class RolloutMixin:
     # --- rewards ----------------------------------------------------------------------------------------------------
 
     def _filter_rewards(self) -> Tensor:
-        """The gathered reward that the filter looks at, shape `(rows,)`."""
-        if self.group_filter is None:
+        """The gathered reward that decides, shape `(rows,)`: of one function as it is, or TRL's weighted sum."""
+        if self._difficulty_column is None:
             return self._summed_rewards()
         return self._last_rewards[:, self._difficulty_column]
 
     def _summed_rewards(self) -> Tensor:
+        """TRL's `reward` of every row: the weighted sum of what applies, NaN where no function does."""
         per_func = self._last_rewards
         summed = (per_func * self.reward_weights.to(per_func.device).unsqueeze(0)).nansum(dim=1)
         summed[torch.isnan(per_func).all(dim=1)] = torch.nan
         return summed
 
-    def _zero_equal_groups(self, batch: dict[str, Any]) -> None:
+    def _settle_advantages(self, batch: dict[str, Any]) -> None:
         """Make advantages that are zero but for rounding exactly zero: the mean of equal fp32 rewards can be off."""
-        rewards = self._summed_rewards().view(-1, self.num_generations)
-        equal = equal_reward_groups(rewards).repeat_interleave(self.num_generations)
-        self._metrics["train"]["effi/frac_zero_var_groups"].append(float(equal.float().mean()))
+        equal = equal_reward_groups(self._summed_rewards().view(-1, self.num_generations))
+        advantages = batch["advantages"]
         used = self._selects or "skip" in self.exact_savings
-        if self.multi_objective_aggregation != "sum_then_normalize" or not used:
-            return
-        rows = batch["advantages"].size(0)
-        first = self.accelerator.process_index * rows
-        batch["advantages"] = batch["advantages"].masked_fill(equal[first : first + rows], 0.0)
+        # Advantages per token are those of a subclass, which need not come from these rewards.
+        if used and self.multi_objective_aggregation == "sum_then_normalize" and advantages.ndim == 1:
+            zero = equal.repeat_interleave(self.num_generations)
+            mine = self._layout.rows_of(self.accelerator.process_index, len(zero))
+            batch["advantages"] = advantages.masked_fill(zero[mine.start : mine.stop], 0.0)
+        known = row_advantages(batch, self._ratio_multiplies)
+        self._last_advantages = self.accelerator.gather(known)
+        dead = equal | ~(self._last_advantages.view(-1, self.num_generations) != 0).any(dim=1)
+        self._metrics["train"]["effi/frac_zero_var_groups"].append(float(dead.float().mean()))
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
     def _select_rows(self, count: int) -> list[int]:
+        """Draw rows whose prompts the step does not have yet; `0` only makes the stream, for its state to be loaded."""
         if self._refill_prompts is None:
             self._refill_prompts = ShuffledPrompts(len(self.train_dataset), seed=self.args.seed + 1)
-        return self._refill_prompts.select(count)
+        return self._step_prompts.draw(self._refill_prompts, count, gather_object) if count else []
 
     def _rows_of_this_rank(self, rows: list[int]) -> list[dict[str, Any]]:
         repeated = [row for row in rows for _ in range(self.num_generations)]
-        share = len(repeated) // self.accelerator.num_processes
-        first = self.accelerator.process_index * share
-        return [dict(self.train_dataset[row]) for row in repeated[first : first + share]]
+        mine = self._layout.rows_of(self.accelerator.process_index, len(repeated))
+        return [dict(self.train_dataset[repeated[position]]) for position in mine]
 
     @staticmethod
     def _check_movable(batch: dict[str, Any]) -> None:
@@ -403,11 +414,14 @@ class RolloutMixin:
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 
-    def _log_selection(self, generation: Generation, rows: list[int]) -> None:
-        metrics = self._metrics["train"]
-        rewards = torch.cat(generation.rewards)
-        metrics["effi/reward_generated"].append(float(torch.nanmean(rewards)))
-        metrics["effi/reward_kept"].append(float(torch.nanmean(rewards[rows])))
+    def _log_selection(self, everything: GatheredRows, rows: list[int]) -> None:
+        metrics, kept = self._metrics["train"], sorted(set(rows))
+        rewards = {"reward": everything.weighted_rewards}
+        if self.group_filter is not None:
+            rewards["filter_reward"] = everything.rewards
+        for name, values in rewards.items():
+            metrics[f"effi/{name}_generated"].append(float(torch.nanmean(values)))
+            metrics[f"effi/{name}_kept"].append(float(torch.nanmean(values[kept])))
 
     def _log_pruning(self, advantages: Tensor, keep: Tensor, group_size: int) -> None:
         metrics, kept = self._metrics["train"], advantages[keep]

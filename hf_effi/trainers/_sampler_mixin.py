@@ -9,14 +9,20 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import Sampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .._files import load_state, save_bytes, state_bytes
+from ..callbacks._owners import claim
+from ..callbacks.probing import training_weights
+from ..callbacks.sampler import ROW_ORDER
 from ..samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
+    STATE_KEY,
     check_plan,
+    check_stored_order,
     check_trainer,
     in_layout_of,
     resume_in_dispatcher,
+    store_order,
     warn_order_against_decay,
 )
 from ._token_budget import rank_batches
@@ -62,6 +68,7 @@ class SamplerMixin:
         super().__init__(*args, **kwargs)
         if train_sampler is not None:
             check_trainer(self.args, self.train_dataset, train_sampler)
+            claim(self.state, ROW_ORDER, train_sampler, "train_sampler=", at="built")
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         stock = super()._get_train_sampler(*args, **kwargs)
@@ -78,9 +85,11 @@ class SamplerMixin:
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self._served_sampler is not None:
+            claim(self.state, ROW_ORDER, self.train_sampler, "train_sampler=")
             check_plan(self.train_sampler, max_steps, train_dataloader, self.args.gradient_accumulation_steps)
             if resume_from_checkpoint is not None:
                 self._load_sampler(resume_from_checkpoint)
+            store_order(self.state, self._served_sampler)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,8 +128,9 @@ class SamplerMixin:
         if rows:
             was_training = self.model.training
             self.model.eval()
-            # What a measure draws at random must not shift the random numbers of the training that follows.
-            with torch.no_grad(), torch.random.fork_rng():
+            # What a measure draws at random must not shift the random numbers of the training that follows; an epoch that
+            # begins inside of a probe looks at the weights of training.
+            with torch.no_grad(), torch.random.fork_rng(), training_weights(self.state):
                 mine = [float(value) for value in sampler.measure(self.model, rows[rank::world])]
             self.model.train(was_training)
         parts = gather_object([mine]) if world > 1 else [mine]
@@ -134,21 +144,27 @@ class SamplerMixin:
             values[part::world] = found
         sampler.observe(epoch, values)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._served_sampler is not None and self.args.should_save and not self.args.save_only_model:
-            folder = os.path.join(
-                self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Before `trainer_state.json` is written and the checkpoint is pushed: whatever has the one also has the other.
+        if self._served_sampler is not None:
+            if STATE_KEY in self.state.stateful_callbacks:
+                self.state.stateful_callbacks[STATE_KEY]["step"] = self.state.global_step
+            content = state_bytes(
+                self._served_sampler.state_dict(), f"train_sampler ({type(self.train_sampler).__name__})"
             )
-            os.makedirs(folder, exist_ok=True)
-            # Before the rest: whatever has a trainer_state.json then also has this file, and the hub upload includes it.
-            torch.save(self._served_sampler.state_dict(), os.path.join(folder, SAMPLER_FILE))
-        super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                save_bytes(os.path.join(output_dir, SAMPLER_FILE), content)
+        super()._save_rng_state(output_dir)
 
     def _load_sampler(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, SAMPLER_FILE)
         if not os.path.exists(path):
-            raise SamplerMismatchError(
-                f"{checkpoint} has no {SAMPLER_FILE}: it was trained without train_sampler, in another order. Resume "
-                "without train_sampler, or start a new run from the weights."
-            )
-        self._served_sampler.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            check_stored_order(self.state, self._served_sampler)  # of SamplerCallback, which writes no file
+            if self.train_sampler.rule != "A":
+                raise SamplerMismatchError(
+                    f"{checkpoint} has no {SAMPLER_FILE}, which holds what {type(self.train_sampler).__name__} has learned: "
+                    "it was saved with save_only_model, or copied in part. Resume from a checkpoint that has it, or start "
+                    "a new run from the weights."
+                )
+            return
+        self._served_sampler.load_state_dict(load_state(path))

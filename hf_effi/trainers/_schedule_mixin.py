@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
-from ..callbacks.lr_schedule import check_arguments
-from ..functional.schedules import Schedule, ScheduleError, ScheduleLR, make_schedule
+from ..callbacks.lr_schedule import LRScheduleCallback, check_arguments, check_scheduler, note_optimizer
+from ..functional.schedules import Schedule, ScheduleError, make_schedule
 from ..functional.schedules.base import check_choice
 
 
@@ -22,7 +23,7 @@ class ScheduleArguments:
         lr_schedule (`str`, *optional*): Name of a schedule, for example `"wsd"`; `None` leaves the Trainer as it is.
         lr_schedule_kwargs (`dict` or `str`, *optional*): Its arguments, as a dict or as JSON.
         lr_schedule_on_mismatch (`str`, *optional*, defaults to `"error"`): What to do on resume when the checkpoint
-            holds another schedule: `"error"`, `"stored"` or `"new"`.
+            was trained with another schedule, length or learning rate: `"error"`, `"stored"` or `"new"`.
     """
 
     lr_schedule: str | None = field(
@@ -55,6 +56,10 @@ def schedule_from_config(args: Any) -> Schedule | None:
     if name is None:
         if kwargs:
             raise ScheduleError(f"lr_schedule_kwargs={kwargs!r} needs lr_schedule, e.g. lr_schedule='wsd'.")
+        if args.lr_schedule_on_mismatch != "error":
+            raise ScheduleError(
+                f"lr_schedule_on_mismatch={args.lr_schedule_on_mismatch!r} needs lr_schedule, e.g. lr_schedule='wsd'."
+            )
         return None
     if isinstance(kwargs, str):
         try:
@@ -79,28 +84,80 @@ def schedule_from_config(args: Any) -> Schedule | None:
     return schedule
 
 
+class ConfigSchedule(LRScheduleCallback):
+    """The [`LRScheduleCallback`] that `lr_schedule=` of a config is."""
+
+    name = "lr_schedule in the config"
+
+
+class FollowedLR(LambdaLR):
+    """
+    The scheduler that a [`ConfigSchedule`] takes over. Until then it is constant.
+
+    In place of it earlier versions had one that kept the schedule in `scheduler.pt`; such a file is read, and its content
+    handed over as `earlier`.
+    """
+
+    __slots__ = ("earlier",)  # no attribute: those go into `state_dict`
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.earlier: dict[str, Any] | None = None
+        super().__init__(optimizer, lambda step: 1.0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the progress, also of a file of an earlier version."""
+        if "built" not in state_dict:
+            super().load_state_dict(state_dict)
+            return
+        known = {name: state_dict[name] for name in ("base_lrs", "last_epoch", "_step_count", "_last_lr")}
+        super().load_state_dict({**known, "lr_lambdas": [None] * len(self.lr_lambdas)})
+        self.earlier = {"built": state_dict["built"], "current": state_dict["schedule"]}
+
+
 class ScheduleMixin:
     """
-    Overrides `create_scheduler` so that `args.lr_schedule` is what the Trainer follows. Put it before the Trainer class.
+    Makes `args.lr_schedule` what the Trainer follows, by a [`LRScheduleCallback`] of its own: one contract, one state in
+    the checkpoint, and the same errors as with the callback. Put it before the Trainer class.
 
-    The scheduler is a [`ScheduleLR`]: it stores the schedule in `scheduler.pt` and compares it on resume. With
-    `lr_schedule=None` nothing changes.
+    With `lr_schedule=None` nothing changes.
+
+    Attributes:
+        lr_schedule ([`LRScheduleCallback`]): The callback, for example for `start_decay`; `None` where the config names no
+            schedule.
     """
+
+    lr_schedule: LRScheduleCallback | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        schedule = schedule_from_config(self.args)
-        if schedule is not None and self.lr_scheduler is not None:
+        if self._sync_schedule() is not None and self.lr_scheduler is not None:
             raise ScheduleError(
                 "`optimizers` brings a scheduler and lr_schedule names another. Pass (optimizer, None)."
             )
+        note_optimizer(self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        made = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._sync_schedule() is not None and made:
+            check_scheduler(scheduler)
+            scheduler = self.lr_scheduler = FollowedLR(scheduler.optimizer)
+        return scheduler
+
+    def _sync_schedule(self) -> LRScheduleCallback | None:
+        """Let the callback be the one that the config names now; a search over hyperparameters changes the config."""
         schedule = schedule_from_config(self.args)
-        if schedule is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        optimizer = self.optimizer if optimizer is None else optimizer
-        self.lr_scheduler = ScheduleLR(optimizer, schedule.bind(num_training_steps), self.args.lr_schedule_on_mismatch)
-        # Without the mark a second train() would go on with the exhausted scheduler.
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
+        callbacks = self.callback_handler.callbacks
+        if schedule is None:
+            if self.lr_schedule in callbacks:
+                callbacks.remove(self.lr_schedule)
+            self.lr_schedule = None
+            return None
+        if self.lr_schedule is None:
+            # DeepSpeed makes its scheduler with a shallow copy of the trainer, which has the same list.
+            made = (callback for callback in callbacks if isinstance(callback, ConfigSchedule))
+            self.lr_schedule = next(made, None) or ConfigSchedule(schedule)
+        self.lr_schedule.built, self.lr_schedule.on_mismatch = schedule, self.args.lr_schedule_on_mismatch
+        if self.lr_schedule not in callbacks:
+            callbacks.insert(0, self.lr_schedule)  # before the callbacks that read the LR
+        return self.lr_schedule

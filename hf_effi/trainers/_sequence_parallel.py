@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..parallel import (
     gathered_forward,
     implementation_of,
     make_sequence_group,
+    prove_split,
     sharded_forward,
     split_batch,
 )
@@ -93,6 +94,7 @@ class SequenceParallelMixin:
     _sequence_group: SequenceGroup | None = None
     _round: int | None = None  # whose batch the group works on
     _wants_logits = True
+    _split_is_proven = False
 
     def __init__(self, *args: Any, sequence_parallel_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,6 +110,8 @@ class SequenceParallelMixin:
             self._sequence_group = make_sequence_group(size, self.args.device.type)
             if self.sequence_parallel_mode == "replicated" and hasattr(self, "_tp_size"):
                 self._tp_size = size  # TRL's divisor of its token count: ranks with the same batch
+            if not self.is_fsdp_enabled:
+                self._prove_split(self.model)
             self.accelerator.print(self._description())
 
     def _check_settings(self, size: int) -> None:
@@ -139,10 +143,21 @@ class SequenceParallelMixin:
                 ),
             }
         else:
-            refused["a loss_is_scaled_for_ga of None"] = (
-                mode == "rounds" and self.loss_is_scaled_for_ga is None,
-                "set the class attribute to whether compute_loss divides by the accumulation steps",
-            )
+            rounds = mode == "rounds"
+            refused |= {
+                "a loss_is_scaled_for_ga of None": (
+                    rounds and self.loss_is_scaled_for_ga is None,
+                    "set the class attribute to whether compute_loss divides by the accumulation steps",
+                ),
+                "top_entropy_quantile": (
+                    rounds and getattr(self, "top_entropy_quantile", 1.0) < 1.0,
+                    "its threshold is one of the batches of all ranks at once; set it to 1.0",
+                ),
+                "use_adaptive_entropy": (
+                    rounds and getattr(self, "use_adaptive_entropy", False),
+                    "its coefficient would move in every round; set it to False",
+                ),
+            }
         if mode != "rounds":
             data = self.train_dataset
             streams = isinstance(data, IterableDataset) or (data is not None and not hasattr(data, "__len__"))
@@ -207,14 +222,23 @@ class SequenceParallelMixin:
 
     # --- forward and backward ------------------------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _prove_split(self, model: nn.Module) -> None:
+        """Once; under FSDP at the first step, when every rank has the weights."""
+        if self._sequence_group is None or self._split_is_proven:
+            return
+        prove_split(self._split_models(model), self._sequence_group, self.sequence_parallel_mode == "token")
+        self._split_is_proven = True
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        self._prove_split(model)
         with self._attention():
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
         self._wants_logits = not prediction_loss_only
+        self._prove_split(model)
         with self._attention():
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
@@ -225,7 +249,9 @@ class SequenceParallelMixin:
 
     def _split_models(self, model: nn.Module) -> list[nn.Module]:
         models = [model, getattr(self, "ref_model", None)]
-        return [self.accelerator.unwrap_model(found) for found in models if found is not None]
+        found = [self.accelerator.unwrap_model(each) for each in models if each is not None]
+        # The log-probs of the reference are asked of it by name: it is one model all the same.
+        return list({id(each): each for each in found}.values())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -255,30 +281,32 @@ class SequenceParallelMixin:
         """
         group = self._sequence_group
         scale = 1.0 if self.loss_is_scaled_for_ga else 1.0 / self.current_gradient_accumulation_steps
-        for owner, batch in self._rounds(inputs):
-            last = owner == group.size - 1
-            # Without synchronization FSDP2 would keep whole gradients.
-            wait = contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
-            with wait:
-                with gathered_forward(self._split_models(model), group, "slice"):
-                    loss = super().compute_loss(model, batch, num_items_in_batch=num_items)
-                if owner == group.rank:
-                    own = loss.detach()
-                if not last:
-                    self.accelerator.backward(loss * scale)
+        with self._pool() as pool:
+            for owner, batch in self._rounds(inputs):
+                last = owner == group.size - 1
+                # Without synchronization FSDP2 would keep whole gradients.
+                wait = contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
+                with wait:
+                    with gathered_forward(self._split_models(model), group, "slice"), pool.round():
+                        loss = super().compute_loss(model, batch, num_items_in_batch=num_items)
+                    if owner == group.rank:
+                        own = loss.detach()
+                    if not last:
+                        self.accelerator.backward(loss * scale)
         return loss + (own - loss.detach())
 
     def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
         """Evaluation always runs in rounds, so that every rank returns what it would without splitting."""
         group = self._sequence_group
-        for owner, batch in self._rounds(inputs):
-            if self.sequence_parallel_mode == "token":
-                result = self._evaluate_tokens(model, batch, return_outputs, num_items)
-            else:
-                with gathered_forward(self._split_models(model), group, "slice"):
-                    result = super().compute_loss(model, batch, return_outputs)
-            if owner == group.rank:
-                own = result
+        with self._pool() as pool:
+            for owner, batch in self._rounds(inputs):
+                if self.sequence_parallel_mode == "token":
+                    result = self._evaluate_tokens(model, batch, return_outputs, num_items)
+                else:
+                    with gathered_forward(self._split_models(model), group, "slice"), pool.round():
+                        result = super().compute_loss(model, batch, return_outputs)
+                if owner == group.rank:
+                    own = result
         return own
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -318,9 +346,69 @@ class SequenceParallelMixin:
         finally:
             self._round = None
 
+    def _pool(self) -> contextlib.AbstractContextManager[_Pool]:
+        """What a micro-batch logs is pooled over its rounds, in the trainers whose loss logs for the ranks together."""
+        if self.sequence_parallel_mode != "rounds":
+            return contextlib.nullcontext(_Pool(None, {}, 0))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        return _Pool(self.accelerator, metrics, self._sequence_group.size)
+
     @property
     def _works_on_own_batch(self) -> bool:
         return self._round is None or self._round == self._sequence_group.rank
+
+
+class _Pool:
+    """
+    Pools what TRL's loss logs over the rounds, as it is pooled over the ranks without splitting.
+
+    That loss reduces and gathers for its metrics only. Inside, round `k` gets the sum, or the values, of rounds 1 to `k`,
+    and what the rounds before the last have logged is taken back.
+
+    Args:
+        accelerator (`Accelerator`): Whose `reduce` and `gather` are replaced; `None` leaves everything as it is.
+        metrics (`dict[str, list[float]]`): Where the loss logs.
+        rounds (`int`): How many there are.
+    """
+
+    def __init__(self, accelerator: Any, metrics: dict[str, list[float]], rounds: int) -> None:
+        self.accelerator, self.metrics, self.rounds = accelerator, metrics, rounds
+        self._results: list[Tensor] = []
+        self._calls = self._round = 0
+
+    def __enter__(self) -> _Pool:
+        if (stock := self.accelerator) is not None:
+            stock.reduce, stock.gather = self._reduce, self._gather
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.accelerator is not None:
+            del self.accelerator.reduce, self.accelerator.gather
+
+    @contextlib.contextmanager
+    def round(self) -> Iterator[None]:
+        self._calls, self._round = 0, self._round + 1
+        before = {name: len(values) for name, values in self.metrics.items()}
+        yield
+        if self._round < self.rounds:
+            for name, values in self.metrics.items():
+                del values[before.get(name, 0) :]
+
+    def _reduce(self, tensor: Tensor, reduction: str = "mean", scale: float = 1.0) -> Tensor:
+        if reduction != "sum":
+            raise SequenceParallelError(f"The loss reduces by {reduction!r}, which rounds cannot pool: use 'sum'.")
+        return self._join(type(self.accelerator).reduce(self.accelerator, tensor, reduction, scale), torch.add)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        return self._join(type(self.accelerator).gather(self.accelerator, tensor), lambda *both: torch.cat(both))
+
+    def _join(self, value: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        if self._calls == len(self._results):
+            self._results.append(value)
+        else:
+            self._results[self._calls] = join(self._results[self._calls], value)
+        self._calls += 1
+        return self._results[self._calls - 1]
 
 
 def resolve_size(argument: int | None, from_config: int | None) -> int:

@@ -21,7 +21,7 @@ from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
 from ._sequence_parallel import SequenceParallelMixin
-from .grpo_config import EffiGRPOConfig
+from .grpo_config import EffiGRPOConfig, check_methods, own_setting, refuse_unused
 
 
 class EffiGRPOTrainer(
@@ -95,12 +95,20 @@ class EffiGRPOTrainer(
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = EffiGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
         _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
+        check_methods(args, prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
         self._init_accounting()
         self._init_prompt_length()
         self._init_exact_savings()
+        self._check_buckets()
         self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
         self._route_checkpointing_options()
+
+    def _check_buckets(self) -> None:
+        """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
+        if own_setting(self.args, "forward_buckets") and "trim" not in self.exact_savings:
+            reason = self._savings_left_out.get("trim", "it is off.")
+            refuse_unused(self.args, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
 
     def _route_checkpointing_options(self) -> None:
         """

@@ -7,12 +7,16 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES
+from ..functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES, GenerationLayout
 from ..functional.rollouts.selection import check_difficulty_range, pruned_count
 from ._common import EffiArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
+
+#: Options that act only where completions are pruned by `prune_rate`, and only where groups are filtered.
+_OF_PRUNING = ("prune_metric", "prune_scope", "prune_allocation", "prune_balance_signs")
+_OF_FILTERING = ("difficulty_reward", "difficulty_max_rounds", "difficulty_underfill")
 
 
 @dataclass
@@ -137,11 +141,17 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_exact_savings(self.exact_savings)
+        wanted = parse_exact_savings(self.exact_savings)
         if isinstance(self.forward_buckets, bool) or not isinstance(self.forward_buckets, int):
             raise TypeError(f"forward_buckets must be an int >= 0, got {self.forward_buckets!r}.")
         if self.forward_buckets < 0:
             raise ValueError(f"forward_buckets must be >= 0 (0 chooses), got {self.forward_buckets}.")
+        if "trim" not in (EXACT_SAVINGS if wanted is None else wanted):
+            refuse_unused(
+                self,
+                ("forward_buckets",),
+                f"acts only with 'trim', which exact_savings={self.exact_savings!r} leaves out. Set exact_savings='auto'",
+            )
         self._check_filter()
         self._check_pruning()
 
@@ -156,7 +166,8 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         if self.difficulty_range is not None:
             self.difficulty_range = _as_pair(self.difficulty_range)
             check_difficulty_range(*self.difficulty_range)
-        if not isinstance(self.difficulty_max_rounds, int) or self.difficulty_max_rounds < 1:
+        rounds = self.difficulty_max_rounds
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ValueError(
                 f"difficulty_max_rounds must be an int >= 1 (the first round counts), got {self.difficulty_max_rounds!r}."
             )
@@ -168,12 +179,21 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
             raise TypeError(f"prune_rate must be a number in [0, 1), got {rate!r}.")
         if not 0 <= rate < 1:
             raise ValueError(f"prune_rate must be in [0, 1), got {rate}. CPPO uses 0.5, 0.75, 0.875 or 0.9375.")
+        for name in ("prune_allocation", "prune_balance_signs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         _check_choice("prune_metric", self.prune_metric, PRUNE_METRICS)
         _check_choice("prune_scope", self.prune_scope, PRUNE_SCOPES)
         _check_choice("prune_normalizer", self.prune_normalizer, ("kept", "original"))
         if rate and self.prune_metric == "random" and self.prune_balance_signs:
             raise ValueError("prune_balance_signs has no meaning with prune_metric='random'. Turn one of them off.")
         if not rate:
+            refuse_unused(
+                self,
+                _OF_PRUNING,
+                "acts only with completion pruning by prune_rate, which is 0. Set it, e.g. prune_rate=0.5 (a "
+                "rollout_pruner= object has options of its own)",
+            )
             return
         group = self.num_generations
         if self.prune_allocation and abs(rate - (1 - 1 / self.prune_oversample)) > 1e-3:
@@ -186,6 +206,8 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         if self.prune_scope == "group" and pruned_count(group, rate) < 1:
             raise ValueError(f"prune_rate={rate} leaves no completion of num_generations={group}. Lower it.")
         if self.prune_allocation:
+            if self.prune_oversample == 1:
+                raise ValueError(f"prune_rate={rate} drops nothing. Use 0.5 or more, or prune_allocation=False.")
             if self.prune_scope == "group" and group % self.prune_oversample:
                 raise ValueError(
                     f"prune_rate={rate} keeps 1 of {self.prune_oversample} completions, which does not divide "
@@ -196,16 +218,77 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
 
     def _check_shrunk_rows(self) -> None:
         """Without allocation fewer rows are trained, and each micro-batch of each rank must get the same number."""
-        rows = self.generation_batch_size
-        pool = {"group": self.num_generations, "rank": rows // self.world_size, "global": rows}[self.prune_scope]
+        layout = GenerationLayout.of(self)
+        rows, chunks = layout.generated_rows, layout.micro_batches
+        pool = {"group": layout.num_generations, "rank": layout.loader_rows, "global": rows}[self.prune_scope]
         kept = pruned_count(pool, self.prune_rate) * (rows // pool)
-        chunks = self.steps_per_generation * self.world_size
+        if kept == rows:
+            raise ValueError(
+                f"prune_rate={self.prune_rate} drops none of the {pool} completions that compete "
+                f"(prune_scope={self.prune_scope!r}). Use at least {1 / pool:.4g}, or a larger pool."
+            )
         if kept < chunks or kept % chunks:
             raise ValueError(
                 f"prune_rate={self.prune_rate} with prune_allocation=False keeps {kept} of {rows} completions, which "
                 f"cannot be split evenly over {self.world_size} processes x {self.steps_per_generation} micro-batches "
                 f"(steps_per_generation). Choose a rate that keeps a multiple of {chunks}, or prune_allocation=True."
             )
+
+
+def refuse_unused(args: Any, names: tuple[str, ...], why: str) -> None:
+    """
+    Raise for an own field that was set while nothing reads it.
+
+    Args:
+        args: A config of any class.
+        names (`tuple[str, ...]`): Own fields of [`EffiGRPOConfig`].
+        why (`str`): What the field acts with, and what to set; begins with a verb and ends without a full stop.
+
+    Raises:
+        ValueError: naming the field, its value, and its default.
+    """
+    for name in names:
+        value, default = own_setting(args, name), EffiGRPOConfig.__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(f"{name}={value!r} {why}, or leave {name} at its default {default!r}.")
+
+
+def check_methods(
+    args: Any,
+    prompt_selector: Any = None,
+    group_filter: Any = None,
+    rollout_pruner: Any = None,
+    train_sampler: Any = None,
+) -> None:
+    """
+    Check the config and the objects of a trainer against each other, before a model is loaded.
+
+    Raises:
+        ValueError: two ways to give the same method, or an option whose method is off.
+    """
+    band, rate = own_setting(args, "difficulty_range"), own_setting(args, "prune_rate")
+    if group_filter is not None and band is not None:
+        raise ValueError("pass either `group_filter=` or `difficulty_range`, not both.")
+    if rollout_pruner is not None and rate:
+        raise ValueError("pass either `rollout_pruner=` or `prune_rate`, not both.")
+    if prompt_selector is not None and train_sampler is not None:
+        raise ValueError(
+            "`prompt_selector=` chooses the prompts of every generation, so that `train_sampler=` would order rows that "
+            "nobody reads. Drop one of the two."
+        )
+    if group_filter is None and band is None:
+        refuse_unused(
+            args,
+            _OF_FILTERING,
+            "acts only where groups are filtered, which they are not. Set difficulty_range, e.g. (0, 1), or pass "
+            "group_filter=",
+        )
+    if rollout_pruner is None and not rate:
+        refuse_unused(
+            args,
+            ("prune_normalizer",),
+            "acts only where completions are pruned, which they are not. Set prune_rate, e.g. 0.5, or pass rollout_pruner=",
+        )
 
 
 def own_setting(args: GRPOConfig, name: str) -> Any:

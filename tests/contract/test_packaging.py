@@ -12,8 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import hf_effi
+from bench import tables
 from tests.contract._sources import PACKAGE, ROOT, committed_files
 from tests.helpers.distributed import child_environment
 
@@ -63,15 +67,28 @@ def test_no_second_source_of_metadata():
     assert [path.name for path in ROOT.glob("requirements*.txt")] == []
 
 
-def test_trl_is_capped_at_the_next_minor(setup_cfg):
-    required = setup_cfg["options"]["install_requires"].split()
-    assert "trl>=1.16,<1.17" in required, "test_upstream_seams.py was written for trl 1.16; move both together"
+@pytest.mark.parametrize("name", tables.MATRIX)
+def test_the_range_of_a_package_is_what_was_run(name):
+    """From the oldest to the newest release in the committed result, and none beyond: not even the next minor."""
+    (allowed,) = (SpecifierSet(package.accepted) for package in tables.packages(ROOT) if package.name == name)
+    versions = [Version(text) for text in tables.versions_run(tables.compatibility_result(ROOT))[name]]
+    bounds = {part.operator: Version(part.version) for part in allowed}
+    assert set(bounds) == {">=", "<"}, f"{name}: give a lower and an upper bound"
+    rerun = "run `make compat`, then commit its result"
+    assert bounds[">="] == versions[0], f"the oldest {name} that was run is {versions[0]}: {rerun}"
+    cap = Version(f"{versions[-1].major}.{versions[-1].minor + 1}")
+    assert bounds["<"] == cap, f"the newest {name} that was run is {versions[-1]}, so the cap is {cap}: {rerun}"
+    assert all(version in allowed for version in versions)
+
+
+def test_torch_is_accepted_from_the_oldest_release_that_was_run():
+    (allowed,) = (SpecifierSet(p.accepted) for p in tables.packages(ROOT) if p.name == "torch")
+    (bound,) = allowed
+    versions = tables.versions_run(tables.compatibility_result(ROOT))["torch"]
+    assert bound.operator == ">=" and Version(bound.version) == Version(Version(versions[0]).public)
 
 
 def test_constraints_satisfy_the_requirements(setup_cfg):
-    from packaging.requirements import Requirement
-    from packaging.version import Version
-
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     texts = [setup_cfg["options"]["install_requires"], *setup_cfg["options.extras_require"].values()]

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_effi._compat import CACHE_ARGUMENT, release_of
 from tests.contract._sources import python_files, shown
 from tests.contract._sources import tree_of as source_tree
 from tests.helpers import (
@@ -38,8 +40,9 @@ UTILS = "trl.trainer.utils"
 TRAINER = "transformers.trainer:Trainer"
 EVENTS = "transformers.trainer_callback"
 
-#: callable -> its parameter names in order; `*` and `**` mark the variadic ones
-SIGNATURES = {
+#: callable -> its parameter names in order; `*` and `**` mark the variadic ones. Where they differ between the releases
+#: that setup.cfg allows: release -> names, from that one on.
+SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     # What EffiGRPOTrainer overrides or calls.
     f"{GRPO}.__init__": "self model reward_funcs args train_dataset eval_dataset processing_class"
     " reward_processing_classes callbacks optimizers quantization_config peft_config tools rollout_func"
@@ -98,6 +101,8 @@ SIGNATURES = {
     f"{TRAINER}._run_epoch": "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial"
     " ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
     f"{TRAINER}._prepare_for_training": "self max_steps train_dataloader resume_from_checkpoint",
+    f"{TRAINER}._init_training_state": "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint"
+    " trial",
     f"{TRAINER}._maybe_log_save_evaluate": "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time"
     " learning_rate",
     f"{TRAINER}.get_batch_samples": "self epoch_iterator num_batches device",
@@ -144,10 +149,15 @@ SIGNATURES = {
     # Layers, attention and masks.
     "transformers.modeling_utils:AttentionInterface.register": "key value",
     "transformers.masking_utils:AttentionMaskInterface.register": "key value",
+    "transformers.masking_utils:causal_mask_function": "batch_idx head_idx q_idx kv_idx",
+    "transformers.masking_utils:sdpa_mask": "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask"
+    " local_size allow_is_causal_skip allow_is_bidirectional_skip use_vmap device **kwargs",
     "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
     " attention_mask **kwargs",
-    "transformers.integrations.sdpa_attention:sdpa_attention_forward": "module query key value attention_mask dropout"
-    " scaling is_causal position_bias cache **kwargs",
+    "transformers.integrations.sdpa_attention:sdpa_attention_forward": {
+        (5, 23): "module query key value attention_mask dropout scaling is_causal position_bias cache **kwargs",
+        (5, 24): "module query key value attention_mask dropout scaling is_causal position_bias **kwargs",
+    },
     "transformers.loss.loss_utils:ForCausalLMLoss": "logits labels vocab_size num_items_in_batch ignore_index"
     " shift_labels **kwargs",
     "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
@@ -251,6 +261,9 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "use_transformers_continuous_batching": bool,
     "use_vllm": bool,
     "vllm_importance_sampling_correction": bool,
+    "vllm_importance_sampling_mode": str,
+    "vllm_importance_sampling_clip_min": type(None),
+    "vllm_importance_sampling_clip_max": float,
     "accelerator": None,
     "args": None,
     "callback_handler": None,
@@ -314,7 +327,8 @@ CALLS = {
     f"{TRAINER}._prepare_for_training": "create_optimizer create_scheduler _load_optimizer_and_scheduler",
     f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state",
     f"{TRAINER}._maybe_log_save_evaluate": "log _save_checkpoint",
-    f"{TRAINER}._save_checkpoint": "_get_output_dir save_model",
+    f"{TRAINER}._save_checkpoint": "_get_output_dir save_model _save_rng_state _push_from_checkpoint",
+    f"{TRAINER}._inner_training_loop": "get_train_dataloader _init_training_state _prepare_for_training _run_epoch",
     f"{TRAINER}.prediction_step": "compute_loss",
     f"{TRAINER}._get_num_items_in_batch": "get_cp_size",
     f"{TRAINER}.get_total_train_batch_size": "get_cp_size",
@@ -325,13 +339,15 @@ CALLS = {
 HELPERS_CALLED = {
     f"{GRPO}._prepare_inputs": "shuffle_sequence_dict split_tensor_dict",
     f"{GRPO}._get_train_sampler": "RepeatSampler",
+    f"{GRPO}.get_train_dataloader": "repeat_iterable_dataset",
     f"{GRPO}._generate_and_score_completions": "use_adapter disable_gradient_checkpointing gather_object",
 }
 
 #: method -> attributes of `self` (dotted) that its result depends on, and that we change or rely on
 READS = {
     f"{GRPO}._prepare_inputs": "_step _buffered_inputs num_iterations args.steps_per_generation model.training",
-    f"{GRPO}.get_train_dataloader": "_train_batch_size args.steps_per_generation train_dataset",
+    f"{GRPO}.get_train_dataloader": "_train_batch_size args.steps_per_generation args.generation_batch_size"
+    " num_generations num_iterations train_dataset",
     f"{GRPO}._get_train_sampler": "num_generations num_iterations args.generation_batch_size"
     " args.steps_per_generation shuffle_dataset args.seed",
     f"{GRPO}._compute_loss": "current_gradient_accumulation_steps args.steps_per_generation accelerator.num_processes"
@@ -339,6 +355,7 @@ READS = {
     " aux_loss_enabled importance_sampling_level",
     f"{GRPO}._generate_and_score_completions": "num_generations num_generations_eval reward_weights scale_rewards"
     " multi_objective_aggregation reward_func_names beta ref_model use_vllm vllm_importance_sampling_correction"
+    " vllm_importance_sampling_mode vllm_importance_sampling_clip_min vllm_importance_sampling_clip_max"
     " num_iterations args.steps_per_generation args.gradient_accumulation_steps accelerator.process_index"
     " mask_truncated_completions args.per_device_train_batch_size",
     f"{GRPO}.training_step": "_step current_gradient_accumulation_steps",
@@ -598,7 +615,11 @@ def test_every_config_field_we_read_is_listed():
 
 @pytest.mark.parametrize("path", SIGNATURES)
 def test_signature(path):
-    assert parameters_of(path) == SIGNATURES[path], f"{path}: the parameters moved"
+    expected = SIGNATURES[path]
+    if isinstance(expected, dict):
+        installed = release_of(path.split(".")[0])
+        expected = expected[max(release for release in expected if release <= installed)]
+    assert parameters_of(path) == expected, f"{path}: the parameters moved"
 
 
 def test_fused_head_calls_these_globals():
@@ -648,6 +669,23 @@ def test_log_probs_come_before_rewards_in_stock():
 def test_scheduler_is_made_before_the_checkpoint_is_loaded():
     calls = calls_in_order(f"{TRAINER}._prepare_for_training")
     assert calls.index("create_scheduler") < calls.index("_load_optimizer_and_scheduler")
+
+
+def test_a_checkpoint_is_pushed_after_the_random_states_and_before_on_save():
+    """Why resume files are written with the random states, and those of callbacks when a push begins."""
+    saved = calls_in_order(f"{TRAINER}._save_checkpoint")
+    order = [saved.index(name) for name in ("save_model", "_save_rng_state", "_push_from_checkpoint")]
+    assert order == sorted(order)
+    calls = calls_in_order(f"{TRAINER}._maybe_log_save_evaluate")
+    assert calls.index("_save_checkpoint") < calls.index("callback_handler.on_save")
+    source = inspect.getsource(resolve(f"{TRAINER}._save_checkpoint"))
+    assert source.index("save_to_json") < source.index("_push_from_checkpoint")
+    source = inspect.getsource(resolve(f"{TRAINER}._push_from_checkpoint"))
+    assert source.index("callback_handler.on_push_begin") < source.index("upload_folder")
+    source = inspect.getsource(resolve(f"{EVENTS}:CallbackHandler.on_save"))
+    assert "control.should_save = False" in source, (
+        "`should_save` tells a push inside a save from one of a finished model"
+    )
 
 
 def test_callback_events():
@@ -729,6 +767,32 @@ def test_normaliser_divides_by(loss_type):
     (source,) = [source for types, source in normaliser_chain() if loss_type in types]
     missing = {term for term in NORMALISER_TERMS[loss_type] if term not in source.replace('"', "'")}
     assert not missing, f"loss_type={loss_type!r} no longer divides by {sorted(missing)}:\n{source}"
+
+
+def test_losses_that_divide_by_tokens_are_those_that_we_count_tokens_for():
+    from hf_effi.trainers._rollouts import TOKEN_LOSSES
+
+    assert set(TOKEN_LOSSES) == {"bnpo"} | NORMALISERS[3]
+
+
+def test_the_ratio_has_these_modes_and_multiplies_every_loss_but_one():
+    source = textwrap.dedent(inspect.getsource(resolve(f"{GRPO}._generate_and_score_completions")))
+    modes = {
+        text for text in re.findall(r'"(\w+_(?:mask|truncate))"', source) if text.startswith(("token", "sequence"))
+    }
+    assert modes == {"token_mask", "token_truncate", "sequence_mask", "sequence_truncate"}
+    # A difference of 0, on padding, is a ratio of 1 before it is clipped.
+    assert "(old_per_token_logps - sampling_per_token_logps) * mask" in source and "torch.exp(logps_diff)" in source
+    loss = textwrap.dedent(inspect.getsource(resolve(f"{GRPO}._compute_loss")))
+    assert (
+        'and self.loss_type != "vespo":\n        per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]'
+        in (loss)
+    )
+
+
+def test_generation_returns_completions_second():
+    returned = [node.value for node in ast.walk(tree_of(f"{GRPO}._generate")) if isinstance(node, ast.Return)][-1]
+    assert [element.id for element in returned.elts[:3]] == ["prompt_ids", "completion_ids", "tool_mask"]
 
 
 # --- a real run ----------------------------------------------------------------------------------------------------
@@ -1037,6 +1101,27 @@ def test_callback_events_in_order_with_their_parts_and_state(tmp_path):
     assert recorder.rates[0] == pytest.approx(0.5 / 3), "after a resume the scheduler goes on where it was"
 
 
+def test_what_probes_and_factors_of_the_lr_lean_on(tmp_path):
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import Trainer, TrainingArguments
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    scheduler = LambdaLR(torch.optim.SGD([parameter], lr=0.5), lambda step: 1.0)
+    mine = scheduler._last_lr = [0.25]
+    assert scheduler.get_last_lr() == [0.25], "what the Trainer logs is what was put there"
+    scheduler.optimizer.step()
+    scheduler.step()
+    assert scheduler._last_lr is not mine and scheduler._last_lr == [0.5], "a step puts a list of its own there"
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = Trainer(tiny_qwen3(), args, train_dataset=lm_dataset(4))
+    first = type(trainer.callback_handler.callbacks[0]).__name__
+    assert first == "DefaultFlowCallback", "what falls due is decided before any callback of the user"
+    trainer.state._hf_effi_test = object()
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    assert "_hf_effi_test" not in (tmp_path / "state.json").read_text(), "attributes that are no fields are not saved"
+
+
 # --- layers and attention ------------------------------------------------------------------------------------------
 
 
@@ -1160,7 +1245,7 @@ def test_attention_takes_its_keys_from_a_cache_of_any_class():
 
     layer = tiny_qwen3().model.layers[1]
     cos = torch.ones(1, 3, 8)
-    layer(torch.zeros(1, 3, 32), position_embeddings=(cos, 0 * cos), past_key_values=Cache())
+    layer(torch.zeros(1, 3, 32), position_embeddings=(cos, 0 * cos), **{CACHE_ARGUMENT: Cache()})
     assert calls == [((1, 2, 3, 8), 1)]
 
 

@@ -396,7 +396,4 @@ def test_rounds_are_data_parallel_training(ranks, trainer) -> None:
             assert torch.allclose(weights[name], value, rtol=1e-4, atol=1e-6), name
         for entry, true in zip(history, logs, strict=True):
             same = {k: v for k, v in true.items() if "time" not in k and "runtime" not in k and "per_second" not in k}
-            # A mean over tokens in each round, then over the rounds.
-            for name in {"entropy", "eval_entropy"} & set(same):
-                assert entry[name] == pytest.approx(same.pop(name), rel=1e-2)
             assert {k: entry[k] for k in same} == pytest.approx(same, rel=1e-4, abs=1e-5, nan_ok=True)

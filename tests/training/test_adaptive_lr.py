@@ -1,6 +1,10 @@
+import itertools
+
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback
 
+from hf_effi import Multigrid, MultigridLRCallback, SequenceLengthMixin
 from hf_effi.callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional.schedules import ScheduleError, wsd
@@ -62,6 +66,101 @@ def test_accuracy_gradient_cuts_on_a_flat_metric(tmp_path):
     lrs = [g[0] for g in recorder.applied]
     assert lrs[0] == 1e-2 and lrs[-1] < 1e-2 and recorder.logged == lrs
     assert all(a >= b for a, b in zip(lrs, lrs[1:], strict=False))
+
+
+class Rules(TrainerCallback):
+    """Notes the multiplier of each rule when the optimizer steps."""
+
+    def __init__(self, *callbacks):
+        self.callbacks, self.seen = callbacks, []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.seen.append([callback.rule.multiplier for callback in self.callbacks])
+
+
+FLAT = {"window": 1, "quiet": 1, "threshold": 10.0, "greater_is_better": False}
+THREE = {
+    "gradient_accumulation_steps": 3,
+    "per_device_train_batch_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "eval_dataset": rows(4),
+}
+
+
+def three():
+    return (
+        AccuracyGradientCallback("eval_loss", **FLAT),
+        GradientSNRCallback(0.5, 0.01),
+        HypergradientCallback(kappa=0.2),
+    )
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_multipliers_compose_in_any_order(tmp_path, order):
+    """The LR of each update is the scheduled one times all three multipliers."""
+    callbacks = three()
+    rules = Rules(*callbacks)
+    lrs, logged, trainer = run(tmp_path, [callbacks[i] for i in order] + [rules], **THREE)
+    assert min(len({seen[i] for seen in rules.seen}) for i in range(3)) > 1, "each of them acts"
+    expected = [1e-2 * (1 - t / 12) * a * b * c for t, (a, b, c) in enumerate(rules.seen)]
+    assert lrs == pytest.approx(expected, rel=1e-12) and logged == lrs
+    names = ("accuracy_gradient", "gradient_snr", "hypergradient")
+    entries = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [[entry[f"effi/lr_factor/{name}"] for name in names] for entry in entries] == rules.seen
+    one = run(tmp_path, list(three()), **THREE)
+    assert one[0] == lrs and same(one[2], trainer), "the order of the callbacks changes no bit"
+
+
+def test_three_multipliers_and_a_schedule_resume(tmp_path):
+    def build(folder, *more, resume=None):
+        callbacks = [LRScheduleCallback(wsd(warmup_steps=2)), *three(), *more]
+        return run(tmp_path / folder, callbacks, resume=resume, save_strategy="steps", save_steps=100, **THREE)
+
+    whole, _, trainer = build("whole")
+    first, _, _ = build("cut", StopAt(7))
+    rest, logged, resumed = build("cut", resume=str(tmp_path / "cut" / "checkpoint-7"))
+    assert first + rest == whole and logged == rest and same(trainer, resumed)
+
+
+def test_a_multiplier_that_is_taken_out_leaves_the_others(tmp_path):
+    class TakeOut(TrainerCallback):
+        def __init__(self):
+            self.trainer = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (4, 8):
+                self.trainer.remove_callback(GradientSNRCallback if state.global_step == 4 else HypergradientCallback)
+
+    _, snr, hyper = three()
+    rules, recorder, take_out = Rules(snr, hyper), Recorder(), TakeOut()
+    changes = {"gradient_accumulation_steps": 3, "lr_scheduler_type": "constant"}
+    trainer = take_out.trainer = make_trainer(tmp_path, [snr, hyper, rules, recorder, take_out], **changes)
+    trainer.train()
+    lrs = [groups[0] for groups in recorder.applied]
+    expected = [a * b if t < 4 else b if t < 8 else 1.0 for t, (a, b) in enumerate(rules.seen)]
+    assert lrs == pytest.approx([1e-2 * m for m in expected], rel=1e-12)
+    assert len(set(expected[4:8])) > 1
+
+
+def test_the_rule_of_shapes_composes(tmp_path):
+    shapes = Multigrid(8, long_cycle=(2, 1), short_cycle=(2, 1), final_share=0.2)
+
+    class Shaped(SequenceLengthMixin, Trainer):
+        def __init__(self, **kwargs):
+            super().__init__(sequence_length=shapes, **kwargs)
+
+    hyper = HypergradientCallback(kappa=0.2)
+    rules, settings = Rules(hyper), {"lr_scheduler_type": "constant", "trainer_class": Shaped}
+    lrs, _, _ = run(tmp_path, [hyper, MultigridLRCallback(shapes), rules], **settings)
+    divisors = [shapes.divisor(t, 12) for t in range(12)]
+    assert set(divisors) == {1, 2, 4}
+    assert lrs == pytest.approx([1e-2 * c * m for c, (m,) in zip(divisors, rules.seen, strict=True)], rel=1e-12)
+
+
+def test_two_of_a_kind_are_refused(tmp_path):
+    with pytest.raises(ScheduleError, match="Two callbacks multiply the LR by one rule"):
+        run(tmp_path, [HypergradientCallback(), HypergradientCallback(kappa=0.3)])
 
 
 def test_what_cannot_work_is_refused(tmp_path):

@@ -2,9 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from bench._counters import LiveBytes
+from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.parallel.chunk_flow import ChunkFlow, ChunkFlowError
 from hf_effi.trainers._chunk_mixin import ChunkFlowMixin
 from tests.helpers import compare_runs, lm_dataset, record_run, sft_dataset, tiny_gemma, tiny_llama, tiny_qwen3
@@ -124,6 +126,29 @@ def test_gradients_in_double(tmp_path, monkeypatch, build, tolerance):
         assert_equal_gradients(wanted, grads, tolerance)
 
 
+class OfACheckpoint(Qwen3ForCausalLM):
+    """Code that came with a checkpoint: it keeps the name that the cache had when it was written."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, labels=None, **kwargs
+    ):
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
+            **{CACHE_ARGUMENT: past_key_values}, **kwargs,
+        )  # fmt: skip
+
+
+def test_code_of_a_checkpoint_gets_its_cache_by_its_own_name(tmp_path):
+    def train(chunk_flow):
+        model = tiny_qwen3()
+        model.__class__ = OfACheckpoint
+        trainer = make(tmp_path, chunk_flow, model=model)
+        trainer.train()
+        return series(trainer, "loss")
+
+    torch.testing.assert_close(train(ChunkFlow(5, 2)), train(None), rtol=0, atol=1e-5)
+
+
 def test_activations_are_bounded_by_the_live_chunks(tmp_path):
     row = collate([{"input_ids": [5] * 512, "labels": [5] * 512, "attention_mask": [1] * 512}])
 
@@ -193,10 +218,16 @@ def test_sft(tmp_path, packing):
     assert torch.equal(our_tokens, tokens)
 
 
+def with_prompt(config):
+    return get_peft_model(tiny_qwen3(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 @pytest.mark.parametrize(
     ("over", "message"),
     [
         ({"activation_checkpointing": True}, "gradient checkpointing empties the cache"),
+        ({"model": lambda: with_prompt(PrefixTuningConfig)}, "PEFT's prompt learning"),
+        ({"model": lambda: with_prompt(PromptTuningConfig)}, "PEFT's prompt learning"),
         (
             {"model": lambda: tiny_qwen3(attention_dropout=0.1)},
             r"relative difference of .*{'config.attention_dropout': 0.1",

@@ -6,8 +6,26 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import AttentionInterface, DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    SequentialLR,
+    StepLR,
+)
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
@@ -15,7 +33,7 @@ from trl import GRPOTrainer, SFTConfig, SFTTrainer
 from hf_effi import EffiGRPOTrainer
 from hf_effi.callbacks.doctor import GRPODoctor, TrainDoctor, document_leak, optimizer_steps
 from hf_effi.callbacks.forward_watch import ForwardWatch
-from hf_effi.functional.doctor import GRPOLimits, TrainLimits
+from hf_effi.functional.doctor import TRAIN_RULES, GRPOLimits, TrainLimits
 from tests.helpers import (
     TableReward,
     compare_runs,
@@ -143,6 +161,131 @@ def test_a_schedule_counted_in_batches(tmp_path):
     assert rules(doctor) == ["plan_too_long"] and "4 times the 8 updates" in doctor.findings[0].problem
 
 
+TORCH_PLANS = {
+    "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-4),
+    "linear": lambda optimizer, steps: LinearLR(optimizer, 1.0, 0.1, total_iters=steps),
+    "polynomial": lambda optimizer, steps: PolynomialLR(optimizer, total_iters=steps, power=2.0),
+    "one cycle": lambda optimizer, steps: OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps + 1),
+    "sequential": lambda optimizer, steps: SequentialLR(
+        optimizer,
+        [LinearLR(optimizer, 0.1, 1.0, total_iters=2), CosineAnnealingLR(optimizer, T_max=steps - 2, eta_min=1e-4)],
+        milestones=[2],
+    ),
+    "chained": lambda optimizer, steps: ChainedScheduler(
+        [LinearLR(optimizer, 0.5, 1.0, total_iters=2), CosineAnnealingLR(optimizer, T_max=steps)]
+    ),
+    "stairs": lambda optimizer, steps: MultiStepLR(optimizer, [steps // 2, steps - 2]),
+}
+
+
+def run_of(folder, plan, length, *callbacks):
+    model = tiny_qwen3(num_hidden_layers=1)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    optimizers = (optimizer, TORCH_PLANS[plan](optimizer, length))
+    return train(folder, *callbacks, model=model, optimizers=optimizers, gradient_accumulation_steps=4)
+
+
+@pytest.mark.parametrize("plan", sorted(TORCH_PLANS))
+def test_torchs_own_schedules_counted_in_batches(tmp_path, plan):
+    """Made for the batches: found. Made for the updates: nothing to find."""
+    for length, expected in ((8 * 4, ["plan_too_long"]), (8, [])):
+        doctor = silent()
+        run_of(tmp_path, plan, length, doctor)
+        assert rules(doctor) == expected
+
+
+def test_a_scheduler_that_was_looked_ahead_goes_on_as_before(tmp_path):
+    compare_runs(run_of(tmp_path, "chained", 32), run_of(tmp_path, "chained", 32, silent()))
+
+
+def test_a_cosine_with_a_floor_counted_in_batches(tmp_path):
+    """What transformers builds from `lr_scheduler_type`, for four times the updates."""
+    model = tiny_qwen3(num_hidden_layers=1)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    for length, expected in ((8 * 4, ["plan_too_long"]), (8, [])):
+        scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 1, length, min_lr_rate=0.2)
+        doctor = silent()
+        train(tmp_path, doctor, model=model, optimizers=(optimizer, scheduler), gradient_accumulation_steps=4)
+        assert rules(doctor) == expected
+
+
+def two_groups(model, *lrs):
+    weights = list(model.parameters())
+    return AdamW([{"params": weights[:3], "lr": lrs[0]}, {"params": weights[3:], "lr": lrs[1]}])
+
+
+def test_a_second_group_of_weights_that_stands_still(tmp_path):
+    model = tiny_qwen3(num_hidden_layers=1)
+    optimizer = two_groups(model, 1e-3, 0.0)
+    doctor = silent()
+    train(tmp_path, doctor, model=model, optimizers=(optimizer, LambdaLR(optimizer, lambda step: 1.0)))
+    assert rules(doctor) == ["lr_zero"] and "parameter group 1" in doctor.findings[0].problem
+    frozen = tiny_qwen3(num_hidden_layers=1)
+    for weight in list(frozen.parameters())[3:]:
+        weight.requires_grad_(False)
+    optimizer = two_groups(frozen, 1e-3, 0.0)
+    doctor = silent()
+    train(tmp_path, doctor, model=frozen, optimizers=(optimizer, LambdaLR(optimizer, lambda step: 1.0)))
+    assert rules(doctor) == []
+
+
+def test_a_staircase_of_another_optimizer(tmp_path):
+    model = tiny_qwen3(num_hidden_layers=1)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    scheduler = StepLR(AdamW(tiny_qwen3(num_hidden_layers=1).parameters(), lr=1e-3), step_size=4)
+    doctor = silent()
+    with pytest.warns(UserWarning, match="lr_scheduler.step"):
+        train(tmp_path, doctor, model=model, optimizers=(optimizer, scheduler))
+    assert rules(doctor) == ["lr_not_applied"] and doctor.findings[0].step == 5
+    doctor = silent()
+    train(tmp_path, doctor, model=model, optimizers=(optimizer, StepLR(optimizer, step_size=4)))
+    assert rules(doctor) == []
+
+
+@pytest.mark.parametrize("over", [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.0}])
+def test_labels_that_are_all_masked(tmp_path, over):
+    rows = lm_dataset(32, length=8).map(lambda row: {"labels": [-100] * 8})
+    doctor = silent()
+    train(tmp_path, doctor, rows=rows, **over)
+    assert rules(doctor) == ["no_gradient"] and "every label is -100" in doctor.findings[0].problem
+    assert doctor.findings[0].step == 3
+
+
+class Breaks(TrainDoctor):
+    """A doctor with a rule that fails."""
+
+    def __init__(self, place):
+        super().__init__(say=self.speak if place == "say" else lambda sentence: None)
+        if place == "rule":
+            self.rules = (lambda trace, facts, limits: 1 / 0,)
+
+    def speak(self, sentence):
+        if "finding" not in sentence:
+            raise OSError("disk full")
+
+
+@pytest.mark.parametrize("place", ["rule", "say"])
+def test_a_doctor_that_fails_says_so_and_the_run_goes_on(tmp_path, caplog, place):
+    Breaks.rules = TRAIN_RULES
+    watched = train(tmp_path, Breaks(place), learning_rate=0.0)
+    assert watched.state.global_step == 8 and not watched.model._forward_pre_hooks
+    assert any("Breaks stopped watching, and the run goes on" in message for message in caplog.messages)
+
+
+def test_a_model_that_cannot_be_probed(tmp_path, caplog):
+    model = tiny_qwen3(num_hidden_layers=1)
+    model.get_input_embeddings = lambda: 1 / 0
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), **QUIET, max_steps=2, save_strategy="no"),
+        train_dataset=lm_dataset(32, length=8),
+        data_collator=DataCollatorWithFlattening(),
+        callbacks=[silent()],
+    )
+    trainer.train()
+    assert any("stopped watching" in message for message in caplog.messages)
+
+
 def test_a_gradient_that_is_always_clipped(tmp_path):
     doctor = silent(clip_logs=6)
     train(tmp_path, doctor, max_grad_norm=1e-3)
@@ -260,6 +403,55 @@ def test_flattened_batches_on_a_stock_trainer(tmp_path, use_cache):
     assert rules(doctor) == (["documents_mix"] if use_cache else [])
 
 
+class PackedLater:
+    """The first batches hold one document each, as packing makes them of long ones; then several."""
+
+    def __init__(self):
+        self.calls, self.flatten = 0, DataCollatorWithFlattening()
+
+    def __call__(self, rows):
+        self.calls += 1
+        return self.flatten(rows[:1] if self.calls <= 3 else rows)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packing_that_begins_after_the_first_batch(tmp_path, use_cache):
+    doctor = silent()
+    trainer = Trainer(
+        tiny_qwen3(num_hidden_layers=1),
+        TrainingArguments(str(tmp_path), **QUIET, max_steps=6, save_strategy="no", use_cache=use_cache),
+        train_dataset=lm_dataset(64, length=8),
+        data_collator=PackedLater(),
+        callbacks=[doctor],
+    )
+    trainer.train()
+    assert rules(doctor) == (["documents_mix"] if use_cache else [])
+    assert not use_cache or doctor.findings[0].step == 4
+
+
+def test_what_counts_as_packed():
+    model = tiny_qwen3(num_hidden_layers=1)
+    tokens = torch.arange(4, 12).view(2, 4)
+
+    def seen(**kwargs):
+        watch = ForwardWatch(model)
+        model(input_ids=tokens, **kwargs)
+        watch.close()
+        return watch.take_packed()
+
+    assert seen() is None
+    assert seen(position_ids=torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]])) is None
+    left = {"position_ids": torch.tensor([[0, 0, 0, 1], [0, 1, 2, 3]]), "attention_mask": torch.ones(2, 4).long()}
+    left["attention_mask"][0, :2] = 0
+    assert seen(**left) is None, "padding on the left"
+    assert seen(position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])) == {"input_ids": True, "position_ids": True}
+    assert seen(position_ids=torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0]])) is not None, "documents of one token"
+    watch = ForwardWatch(model)
+    model(input_ids=tokens, labels=torch.tensor([[1, -100, 3, 4], [-100, -100, -100, -100]]))
+    assert watch.take_label_ratio() == 3 / 8 and watch.take_label_ratio() is None
+    watch.close()
+
+
 def test_the_packing_probe_leaves_modes_and_random_numbers():
     model = tiny_qwen3(num_hidden_layers=1).train()
     model.lm_head.eval()
@@ -310,6 +502,54 @@ def test_grpo_reward_that_never_varies(tmp_path, trainer):
     doctor = silent(GRPODoctor)
     grpo(tmp_path, doctor, trainer, reward=never(0.0))
     assert rules(doctor) == ["reward_never_varies"]
+
+
+def missing(value):
+    def reward(completions, **kwargs):
+        return [value] * len(completions)
+
+    return reward
+
+
+@pytest.mark.parametrize("trainer", [GRPOTrainer, EffiGRPOTrainer])
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_grpo_reward_that_is_never_a_number(tmp_path, trainer, value):
+    doctor = silent(GRPODoctor)
+    trained = grpo(tmp_path, doctor, trainer, reward=missing(value))
+    assert trained.state.log_history[0]["reward"] is None
+    assert rules(doctor) == ["reward_missing"]
+
+
+def test_grpo_one_function_that_never_applies(tmp_path):
+    doctor = silent(GRPODoctor, trend_logs=5)
+    grpo(tmp_path, doctor, reward=[length_reward, missing(None)])
+    assert [str(finding) for finding in doctor.findings if finding.rule == "reward_missing"]
+
+
+def test_grpo_noise_on_a_dead_reward(tmp_path):
+    """TRL sees no group of equal rewards, and divides the noise by itself plus 1e-4."""
+
+    def reward(completions, **kwargs):
+        return [1e-5 * value for value in length_reward(completions)]
+
+    doctor = silent(GRPODoctor)
+    trained = grpo(tmp_path, doctor, reward=reward)
+    assert max(entry["frac_reward_zero_std"] for entry in trained.state.log_history[:6]) < 1
+    assert "reward_never_varies" in rules(doctor)
+
+
+def test_grpo_entropy_that_had_collapsed_before_a_resume(tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    grpo(tmp_path, silent(GRPODoctor), **save)
+    checkpoint = str(tmp_path / "checkpoint-4")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.norm.weight *= 300
+    model.save_pretrained(checkpoint)
+    doctor = silent(GRPODoctor)
+    args = grpo_args(tmp_path, **{"max_grad_norm": 100.0, **save})
+    run_grpo(GRPOTrainer, args, callbacks=[doctor], resume_from_checkpoint=checkpoint)
+    assert "entropy_collapse" in rules(doctor)
 
 
 def test_grpo_groups_without_variance(tmp_path):

@@ -174,8 +174,8 @@ def test_an_own_filter_and_selector_plug_in(tmp_path: Any) -> None:
             return list(range(len(groups.rewards)))
 
     class Recording(ShuffledPrompts):
-        def observe(self, rows: list[int], pass_rates: list[float]) -> None:
-            self.seen = [*getattr(self, "seen", []), *zip(rows, pass_rates, strict=True)]
+        def observe(self, rows: list[int], groups: Any) -> None:
+            self.seen = [*getattr(self, "seen", []), *zip(rows, groups.pass_rates.tolist(), strict=True)]
 
     selector = Recording(16, seed=3)
     trainer = train(

@@ -126,7 +126,8 @@ def test_full_circle_of_an_effi_trainer(hub, tmp_path, caplog):
     recipe = from_card(served, output_dir=str(tmp_path / "again"), save_strategy="no")
     assert recipe.trainer_class is EffiTrainer and recipe.args.lr_schedule_kwargs == {"warmup_steps": 1}
     assert recipe.args.max_grad_norm == float("inf") and recipe.args.push_to_hub is False
-    assert set(recipe.missing) == {f"arguments: {name}" for name in ("push_to_hub", "hub_model_id", "hub_token")}
+    left = ("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_always_push")
+    assert set(recipe.missing) == {f"arguments: {name}" for name in left}
     repeated = recipe.make_trainer(tiny_qwen3(), train_dataset=rows, processing_class=tiny_tokenizer())
     repeated.train()
     for name, value in trainer.model.state_dict().items():

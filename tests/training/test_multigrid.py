@@ -30,6 +30,7 @@ def test_full_length_throughout_is_the_stock_trainer(tmp_path):
     ours.train()
     for entry in ours.state.log_history:
         entry.pop("effi/sequence_length", None)
+        assert entry.pop("effi/lr_factor/multigrid", 1.0) == 1.0
     compare_runs(stock, ours)
 
 

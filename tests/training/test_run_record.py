@@ -26,6 +26,7 @@ from tests.helpers import (
     grpo_args,
     kill_and_resume,
     lm_dataset,
+    prompt_dataset,
     record_run,
     run_distributed,
     run_grpo,
@@ -223,6 +224,28 @@ def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_
     assert {"difficulty_filter", "exact_savings"} <= set(found["methods"])
     assert found["totals"]["tokens_forwarded_per_real_token"] >= 1
     assert found["totals"]["tokens"]["saved"] >= 0
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_rows_of_updates_that_hold_several_generations_or_end_a_pass(tmp_path, logging_steps):
+    """Five generations of two groups a pass, accumulated 2 + 2 + 1: ten generations in six updates, half of each dead."""
+    args = grpo_args(
+        tmp_path,
+        EffiGRPOConfig,
+        max_steps=6,
+        logging_steps=logging_steps,
+        gradient_accumulation_steps=2,
+        steps_per_generation=1,
+        shuffle_dataset=False,
+        difficulty_range=(0, 1),
+        difficulty_max_rounds=1,
+        difficulty_underfill="shrink",
+    )
+    reward = TableReward([[1, 0], [1, 1]])
+    run_grpo(EffiGRPOTrainer, args, reward_funcs=reward, train_dataset=prompt_dataset(10))
+    totals = read_run(tmp_path)["totals"]
+    assert totals["rows"] == {"generated": 40, "trained": 20}
+    assert {reason: n for reason, n in totals["drops"].items() if n} == {"zero_variance": 20}
 
 
 def test_sft(tmp_path):

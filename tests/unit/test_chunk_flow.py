@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from hf_effi._compat import CACHE_ARGUMENTS, cache_argument
 from hf_effi.functional.sequence import chunk_schedule, plan_chunks
 from hf_effi.parallel.chunk_flow import ChunkFlow, ChunkFlowError, make_groups
+from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
 
 
 def test_plan_by_hand():
@@ -69,7 +71,7 @@ def test_padding_and_rows_without_labels_go():
     assert group.tokens["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert group.tokens["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert group.tokens["shift_labels"].tolist() == [[6, 7, -100, 9, -100]]
-    assert "past_key_values" not in group.inputs(0) and group.inputs(0)["use_cache"] is False
+    assert not {*CACHE_ARGUMENTS} & {*group.inputs(0)} and group.inputs(0)["use_cache"] is False
 
 
 def test_packed_rows_fall_into_their_segments():
@@ -83,6 +85,41 @@ def test_packed_rows_fall_into_their_segments():
 def test_a_batch_without_labels_leaves_one_token():
     (group,) = make_groups(batch(labels=torch.full((1, 10), -100)), 4)
     assert group.tokens["input_ids"].tolist() == [[10]] and group.tokens["shift_labels"].tolist() == [[-100]]
+
+
+def losses_of(model, ids):
+    """The summed loss of each chunk of a row, run one after the other as the Trainer does."""
+    (group,) = make_groups({"input_ids": ids, "labels": ids}, 4, cache_argument(model.forward))
+    found = []
+    for index in range(len(group)):
+        inputs = group.inputs(index)
+        found.append(model(**inputs, num_items_in_batch=1).loss)
+        group.ran(index, inputs[group.cache_name])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_llama, tiny_mistral, tiny_gemma, tiny_gpt2])
+@torch.no_grad()
+def test_a_chunk_uses_the_keys_of_the_chunks_before_it(make):
+    model, ids = make().eval(), torch.arange(10, 20)[None]
+    losses = losses_of(model, ids)
+    torch.testing.assert_close(losses.sum(), model(input_ids=ids, labels=ids, num_items_in_batch=1).loss)
+    other = torch.cat([ids[:, :3].flip(1), ids[:, 3:]], dim=1)
+    assert ((losses_of(model, other) - losses)[1:].abs() > 1e-4).all(), "later chunks do not see the first"
+
+
+@torch.no_grad()
+def test_a_model_that_leaves_its_cache_alone_is_refused():
+    """As one does that takes it in `**kwargs` under a name of another release."""
+    model = tiny_qwen3().eval()
+    forward = model.forward
+
+    def deaf(input_ids, labels=None, position_ids=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        return forward(input_ids=input_ids, labels=labels, position_ids=position_ids, use_cache=False)
+
+    model.forward = deaf
+    with pytest.raises(ChunkFlowError, match="did not put the keys and values"):
+        losses_of(model, torch.arange(10, 20)[None])
 
 
 @pytest.mark.parametrize(

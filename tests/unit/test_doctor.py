@@ -64,6 +64,7 @@ def constant(value):
 
 BROKEN = {
     "not_finite": ({"grad_norm": constant(math.nan)}, {}),
+    "no_gradient": ({"loss": constant(0.0), "grad_norm": constant(0.0)}, {}),
     "lr_zero": ({"learning_rate": constant(0.0)}, {}),
     "scheduler_rate": ({"scheduler_steps": lambda s: 2 * s}, {}),
     "lr_not_applied": ({"optimizer_lr": constant(1e-3)}, {}),
@@ -73,11 +74,13 @@ BROKEN = {
     "mostly_padding": ({"pad_ratio": constant(0.71)}, {}),
     "documents_mix": ({}, {"leak": 0.2}),
     "all_truncated": ({"completions/clipped_ratio": constant(1.0)}, {}),
+    "reward_missing": ({"reward": constant(None), "reward_std": constant(None)}, {}),
     "reward_never_varies": (
         {"reward": constant(0.0), "reward_std": constant(0.0), "frac_reward_zero_std": constant(1.0)},
         {},
     ),
     "zero_variance": ({"frac_reward_zero_std": constant(1.0)}, {}),
+    "no_loss_tokens": ({"effi/frac_zero_var_groups": constant(1.0)}, {}),
     "entropy_collapse": ({"entropy": lambda s: 1.2 * 0.9**s}, {}),
     "length_without_reward": (
         {"completions/mean_length": lambda s: 100.0 + 5 * s, "reward": lambda s: 1 - 0.01 * s},
@@ -108,6 +111,13 @@ def test_a_healthy_trace_has_no_finding():
     assert found(trace(1)) == {}
 
 
+def test_cut_completions_are_unfinished_answers_or_no_longer_in_the_loss():
+    entries = trace(**{"completions/clipped_ratio": constant(1.0)})
+    assert "answers are scored unfinished" in found(entries)["all_truncated"].problem
+    masked = dataclasses.replace(FACTS, mask_truncated=True)
+    assert "mask_truncated_completions leaves next to nothing" in found(entries, masked)["all_truncated"].problem
+
+
 def test_what_has_been_said_is_not_said_again():
     entries = trace(pad_ratio=constant(0.9))
     assert diagnose(entries, FACTS, GRPOLimits(), GRPO_RULES, said=["mostly_padding"]) == []
@@ -128,6 +138,13 @@ def test_what_has_been_said_is_not_said_again():
         ("reward_never_varies", {"reward": constant(0.5), "reward_std": constant(0.5)}, {}),
         ("zero_variance", {"frac_reward_zero_std": lambda s: 1.0 if s % 4 else 0.5}, {}),
         ("length_without_reward", {"completions/mean_length": lambda s: 100.0 + 5 * s}, {}),
+        ("reward_missing", {"reward": lambda s: None if s % 2 else 0.3, "reward_std": constant(0.4)}, {}),
+        ("reward_missing", {"rewards/rare/mean": lambda s: 1.0 if s % 15 == 0 else None}, {}),
+        ("no_gradient", {"grad_norm": lambda s: 0.0 if s % 3 else 0.5}, {}),
+        ("no_gradient", {"grad_norm": constant(0.0), "frac_reward_zero_std": constant(1.0)}, {}),  # dead groups
+        ("no_gradient", {"grad_norm": constant(0.0), "reward": constant(None)}, {}),
+        ("lr_not_applied", {"optimizer_lr": constant(5e-4), "learning_rate": constant(1e-3)}, {}),  # a multiplier
+        ("entropy_collapse", {"entropy": constant(0.05)}, {}),  # a model that starts like that
         ("loss_zero_is_fine", {"loss": constant(0.0)}, {"beta": 0.04}),
         ("loss_zero_is_fine", {"loss": constant(0.0), "grad_norm": constant(0.0)}, {}),
     ],
@@ -135,6 +152,104 @@ def test_what_has_been_said_is_not_said_again():
 def test_what_only_looks_alike_is_left_alone(rule, over, facts):
     facts = dataclasses.replace(FACTS, **facts)
     assert rule not in found(trace(start=facts.start_step, **over), facts)
+
+
+def test_a_group_of_weights_at_lr_zero_is_named():
+    groups = {"scheduler_lrs": constant({0: 1e-3, 1: 0.0}), "optimizer_lrs": constant({0: 1e-3, 1: 0.0})}
+    finding = found(trace(**groups))["lr_zero"]
+    assert "The LR of parameter group 1 has been 0" in finding.problem and "requires_grad_" in finding.advice
+
+
+def staircase(step):
+    return 1e-3 * 0.1 ** ((step - 1) // 20)
+
+
+def test_a_staircase_that_the_optimizer_does_not_follow():
+    over = {"learning_rate": staircase, "scheduler_lrs": lambda s: {0: staircase(s), 1: staircase(s)}}
+    followed = {"optimizer_lr": staircase, "optimizer_lrs": lambda s: {0: staircase(s), 1: staircase(s)}}
+    second = {"optimizer_lr": staircase, "optimizer_lrs": lambda s: {0: staircase(s), 1: 1e-3}}
+    assert found(trace(60, **over, **followed)) == {}
+    assert found(trace(21, **over, **second)) == {}, "the step has just been made"
+    finding = found(trace(22, **over, **second))["lr_not_applied"]
+    assert "says LR 0.0001 of parameter group 1 and the optimizer keeps 0.001" in finding.problem
+
+
+def floor_at(length, floor):
+    return lambda step: max(1 - step / length, floor)
+
+
+def cosine_at(length, floor):
+    return lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / length))
+
+
+@pytest.mark.parametrize(
+    ("plan", "factor"),
+    [
+        (floor_at(800, 0.1), 4),
+        (lambda step: 0.6 + 0.4 * max(1 - step / 800, 0), 4),
+        (cosine_at(400, 0.1), 2),  # and rises again behind its end, like those of transformers and torch
+        (cosine_at(1600, 0.2), 8),
+        (lambda step: max(1 - step / 800, 0) ** 3, 4),
+        (lambda step: 1.0 if step < 720 else 0.0, 4),  # a plateau, and a short decay at its end
+        (lambda step: 0.1 ** sum(step >= mark for mark in (250, 500, 750)), 4),  # three stairs
+        (lambda step: min(step / 50, 1.0) * max(1 - step / 800, 0.05), 4),  # with a warm-up from 0
+        (floor_at(200, 0.3), None),
+        (cosine_at(200, 0.1), None),
+        (floor_at(210, 0.0), None),  # by less than `plan_end`
+        (lambda step: 1 / math.sqrt(step + 1), None),
+        (lambda step: 0.99**step, None),
+        (lambda step: 0.995**step, None),
+        (lambda step: 0.999**step, None),
+        (lambda step: 0.5 ** (step // 60), None),  # stairs without an end
+        (lambda step: abs(1 - step % 80 / 40), None),  # a triangular wave, high at 200, low at 400 and 800
+        (lambda step: 0.5 * (1 + math.cos(math.pi * (step % 150) / 150)), None),  # warm restarts
+        (lambda step: min(step / 1000, 1.0), None),  # a warm-up longer than the run is no end
+    ],
+)
+def test_plans_of_all_shapes(plan, factor):
+    findings = found([], dataclasses.replace(FACTS, plan=plan))
+    assert set(findings) == (set() if factor is None else {"plan_too_long"})
+    if factor is not None:
+        assert f"made for {factor} times the 200 updates" in findings["plan_too_long"].problem
+
+
+@pytest.mark.parametrize("noise", [1e-8, 1e-5])
+@pytest.mark.parametrize("level", [0.0, -3.0, 1000.0])
+def test_noise_on_a_dead_reward_is_no_reward(noise, level):
+    # Three thousandths of single precision are noise on a thousand.
+    scale = max(1.0, abs(level) / 20)
+    over = {
+        "reward": lambda s: level + noise * scale * math.sin(s),
+        "reward_std": lambda s: noise * scale,
+        "frac_reward_zero_std": constant(0.0),
+    }
+    assert set(found(trace(**over))) == {"reward_never_varies"}
+    live = {**over, "reward_std": constant(0.01)}
+    assert found(trace(**live)) == {}
+
+
+def test_missing_rewards_of_one_function_are_named():
+    finding = found(trace(30, **{"rewards/format/mean": constant(None), "rewards/right/mean": constant(0.5)}))
+    assert "rewards/format/mean was None or NaN" in finding["reward_missing"].problem
+    nan = found(trace(**{"reward": constant(math.nan), "reward_std": constant(math.nan)}))
+    assert set(nan) == {"not_finite", "reward_missing"}
+
+
+def test_every_label_masked_is_told_apart():
+    over = {"loss": constant(0.0), "grad_norm": constant(0.0)}
+    assert "every label is -100" in found(trace(labels_in_loss=constant(0.0), **over))["no_gradient"].problem
+    assert "nothing of the loss" in found(trace(labels_in_loss=constant(0.5), **over))["no_gradient"].problem
+    late = {**over, "frac_reward_zero_std": lambda s: 1.0 if s < 50 else 0.4}
+    assert "no_gradient" in found(trace(60, **late)) and "no_gradient" not in found(trace(49, **late))
+
+
+def test_entropy_that_had_collapsed_before_a_resume():
+    facts = dataclasses.replace(FACTS, start_step=50, optimizer_steps=50, scheduler_start=50)
+    after = trace(10, start=50, entropy=constant(0.02))
+    assert found(after, facts) == {}
+    finding = found(after, dataclasses.replace(facts, entropies=(1.2, 1.3, 1.1)))["entropy_collapse"]
+    assert "from 1.2 to 0.02" in finding.problem
+    assert found(after, dataclasses.replace(facts, entropies=(0.03, 0.02, 0.02))) == {}
 
 
 def test_lr_zero_at_the_end_of_a_decay_is_the_plan():

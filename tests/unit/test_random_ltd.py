@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM
 
+from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.functional.random_ltd import draw_kept, kept_tokens, layer_tokens, ramp_length, uniform_scores
 from hf_effi.parallel.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
 from tests.helpers import assert_bitwise_equal, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3, weights_of
@@ -226,7 +227,7 @@ def test_refusals_name_the_reason():
     model = model_of()
     with drop_layer_tokens(model, dropping_of(4)):
         with pytest.raises(RandomLTDError, match="use_cache=False"):
-            model(IDS, past_key_values=DynamicCache(config=model.config))
+            model(IDS, **{CACHE_ARGUMENT: DynamicCache(config=model.config)})
         with pytest.raises(RandomLTDError, match="cu_seq_lens_q"):
             model(IDS, use_cache=False, cu_seq_lens_q=torch.tensor([0, 12, 24]))
         with pytest.raises(ValueError, match="replaced before"):

@@ -104,9 +104,21 @@ class TestLayout:
         assert first["prompt_ids"].tolist() == [[11, 12, 13, 14]] and first["completion_ids"].tolist() == [[200]]
         assert first["old_per_token_logps"].tolist() == [[-200.0]]
 
-    def test_sequence_level_ratio_is_never_padded(self) -> None:
-        parts = [{"importance_sampling_ratio": torch.ones(2, 1)}, {"importance_sampling_ratio": torch.ones(1, 1)}]
-        assert concat_rows(parts, 0)["importance_sampling_ratio"].shape == (3, 1)
+    def test_a_ratio_per_row_is_never_padded_and_one_per_token_always(self) -> None:
+        def part(rows: int, columns: int, ratio: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"completion_mask": torch.ones(rows, columns), "importance_sampling_ratio": ratio}
+
+        per_row = [part(2, 5, torch.full((2, 1), 0.5)), part(1, 1, torch.full((1, 1), 0.25))]
+        joined = concat_rows(per_row, 0, sequence_ratio=True)["importance_sampling_ratio"]
+        assert joined.tolist() == [[0.5], [0.5], [0.25]]
+        # One token in every completion of the second part: the same shape, and another meaning.
+        per_token = [part(2, 3, torch.full((2, 3), 0.5)), part(1, 1, torch.full((1, 1), 0.25))]
+        joined = concat_rows(per_token, 0)["importance_sampling_ratio"]
+        assert joined.tolist() == [[0.5] * 3, [0.5] * 3, [0.25, 1.0, 1.0]]
+        joined = concat_rows(per_token[::-1], 0, ratio_padding=1.5)["importance_sampling_ratio"]
+        assert joined.tolist() == [[0.25, 1.5, 1.5], [0.5] * 3, [0.5] * 3]
+        single = [part(1, 1, torch.full((1, 1), 0.5))] * 2
+        assert concat_rows(single, 0)["importance_sampling_ratio"].shape == (2, 1)
 
     def test_trim_keeps_a_column_when_everything_is_masked(self) -> None:
         batch = ragged([1], [2])

@@ -1,7 +1,6 @@
 """The record on disk: what is written, what is left out, and what a reader gets after a kill."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from hf_effi._run_record import EVENTS, REDACTED, SUMMARY, RunStore, read_run, r
 from hf_effi.callbacks.run_record import (
     RunRecordCallback,
     describe_data,
-    generations_between,
     methods_by_name,
 )
 
@@ -132,19 +130,6 @@ def test_a_resume_into_another_folder_starts_its_record_there(tmp_path):
 def test_no_record_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="RunRecordCallback"):
         read_run(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("spg", "iterations", "accumulation", "counts"),
-    [(1, 1, 1, [1, 1, 1, 1]), (4, 1, 4, [1, 1, 1, 1]), (4, 1, 1, [1, 0, 0, 0]), (2, 1, 4, [2, 2, 2, 2])],
-)
-def test_generations_of_each_update(spg, iterations, accumulation, counts):
-    args = SimpleNamespace(
-        steps_per_generation=spg, num_iterations=iterations, gradient_accumulation_steps=accumulation
-    )
-    assert [generations_between(args, step, step + 1) for step in range(4)] == counts
-    assert generations_between(args, 0, 4) == sum(counts)
-    assert generations_between(SimpleNamespace(), 0, 4) == 0
 
 
 def test_fingerprint_of_data():

@@ -94,6 +94,17 @@ def test_a_record_fills_every_figure(tmp_path):
     assert table["tokens saved"] == "40.0 %"  # 80 of 200 a step
 
 
+def test_the_reward_of_the_filter_has_a_figure_of_its_own_where_it_is_another(tmp_path):
+    group = {"a": load_group(write_run(tmp_path / "a"))}
+    for entry in group["a"][0]["log_history"]:
+        entry |= {f"effi/filter_reward_{which}": entry[f"effi/reward_{which}"] for which in ("generated", "kept")}
+    assert list(curves(group)) == CAPTIONS  # one function of weight 1
+    for entry in group["a"][0]["log_history"]:
+        entry["effi/filter_reward_kept"] = 1.0
+    assert list(curves(group)) == [*CAPTIONS[:3], "The reward that the filter looks at", *CAPTIONS[3:]]
+    assert "mean weighted reward" in curves(group)["Reward before and after filters"]
+
+
 def test_a_stock_state_gives_what_it_has(tmp_path):
     write_state(tmp_path / "out" / "checkpoint-2", 2)
     write_state(tmp_path / "out" / "checkpoint-10", 10)

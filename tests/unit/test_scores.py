@@ -409,3 +409,16 @@ def test_column_score_of_named_indicators(tmp_path):
 def test_scorers_refuse(make, message):
     with pytest.raises(CurriculumError, match=message):
         make()
+
+
+def test_a_class_of_ones_own_is_not_taken_for_the_one_whose_name_it_has():
+    model = tiny_qwen3(0)
+
+    class Twice(ModelScore):
+        """The same model and kind, and other numbers."""
+
+    fork = type(type(model).__name__, (type(model),), {"__module__": __name__})
+    other = fork(model.config)
+    other.load_state_dict(model.state_dict())
+    found = [scorer.fingerprint() for scorer in (ModelScore(model), Twice(model), ModelScore(other))]
+    assert len(set(found)) == 3 and found[0] == ModelScore(tiny_qwen3(0)).fingerprint()

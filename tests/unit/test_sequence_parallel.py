@@ -33,6 +33,7 @@ from hf_effi.parallel import attention as attention_module
 from hf_effi.parallel.attention import attend, prove_isolation
 from hf_effi.parallel.groups import check_heads
 from hf_effi.parallel.layout import MASK_LIMIT
+from hf_effi.parallel.positions import position_rule, positions_by_column, positions_by_token
 from tests.helpers import tiny_gpt2, tiny_llama, tiny_qwen3
 
 
@@ -122,7 +123,8 @@ def test_split_batch_takes_boundaries_and_given_labels():
         ({"attention_mask": torch.zeros(1, 1, 4, 4)}, "'attention_mask' of shape"),
         ({"position_ids": torch.zeros(3, 1, 4)}, "'position_ids' of shape"),
         ({"labels": torch.zeros(1, 3)}, "'labels' of shape"),
-        ({"past_key_values": object()}, "past_key_values"),
+        ({"past_key_values": object()}, "past_key_values: a forward with a cache"),
+        ({"cache": object()}, "cache: a forward with a cache"),
         ({"logits_to_keep": 1}, "logits_to_keep=1"),
         ({"input_ids": None}, "input_ids or inputs_embeds"),
     ],
@@ -184,6 +186,29 @@ def test_models_that_would_not_be_exact_are_refused(change, message):
         object.__setattr__(model.config, name, value)
     with pytest.raises(SequenceParallelError, match=message):
         check_model(model, 2)
+
+
+def test_padding_that_would_predict_a_label_is_refused():
+    ids, mask = torch.arange(3, 11)[None], torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    labels = ids.masked_fill(mask == 0, -100)
+    with pytest.raises(SequenceParallelError, match="A padding token would have to predict a label"):
+        split_batch({"input_ids": ids, "attention_mask": mask, "labels": labels}, group_of(2))
+    labels[0, 2] = -100
+    _, shard = split_batch({"input_ids": ids, "attention_mask": mask, "labels": labels}, group_of(2))
+    assert shard["shift_labels"].tolist() == [[-100, -100, 6, 7]]
+
+
+def test_the_rule_of_positions_is_the_models_own():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 97}
+    opt = OPTForCausalLM(OPTConfig(**small, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.5)).eval()
+    state, gpt2 = torch.get_rng_state(), tiny_gpt2()
+    assert position_rule(opt) is positions_by_token and position_rule(gpt2) is positions_by_column
+    assert torch.equal(state, torch.get_rng_state()) and opt.training is False
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert positions_by_token(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+    assert positions_by_column(mask).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_what_is_no_transformers_model_is_refused():

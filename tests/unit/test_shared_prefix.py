@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.functional import partial_attention as partial
 from hf_effi.functional.partial_attention import partial_attention, partial_attention_backward
 from hf_effi.functional.segment_attention import AttentionPattern
@@ -439,9 +440,9 @@ def test_models_that_cannot_share_are_refused(model):
 
 def test_calls_that_cannot_share_are_refused(model):
     batch = SharedPrefixCollator(model)(answers())
-    cache = model(input_ids=torch.tensor([[1, 2]]), use_cache=True).past_key_values
-    with pytest.raises(SharedPrefixError, match="without past_key_values"):
-        model(**batch, past_key_values=cache)
+    cache = model(input_ids=torch.tensor([[1, 2]]), use_cache=True)[CACHE_ARGUMENT]
+    with pytest.raises(SharedPrefixError, match="without a cache"):
+        model(**batch, **{CACHE_ARGUMENT: cache})
     with pytest.raises(SharedPrefixError, match="a batch of 2"):
         model(
             **{

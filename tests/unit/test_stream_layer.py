@@ -5,6 +5,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bench._counters import GemmCounter, LiveBytes
+from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.functional.sequence import chunk_bounds, chunk_segments
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from hf_effi.parallel.stream_layer import stream_layers
@@ -279,9 +280,9 @@ def test_a_filled_cache_is_refused():
     from transformers import DynamicCache
 
     model, cache = tiny_qwen3().train(), DynamicCache()
-    model(IDS[:, :3], past_key_values=cache, use_cache=True)
+    model(IDS[:, :3], **{CACHE_ARGUMENT: cache}, use_cache=True)
     with stream_layers(model), pytest.raises(ValueError, match="the cache holds keys already"):
-        model(IDS[:, 3:], past_key_values=cache)
+        model(IDS[:, 3:], **{CACHE_ARGUMENT: cache})
 
 
 @pytest.mark.parametrize("num_chunks", [0, -1, 2.0, True, "3"])

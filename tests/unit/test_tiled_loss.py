@@ -289,10 +289,14 @@ def test_logits_that_are_missing_say_why(use):
 def test_other_losses_and_fused_heads_are_refused():
     from trl.trainer.utils import add_fused_lm_head
 
-    model = tiny_qwen3()
-    model.loss_function = lambda **kwargs: 0
-    with pytest.raises(ValueError, match="replaces transformers' ForCausalLMLoss"):
-        tile_loss(model)
+    def ForCausalLMLoss(**kwargs):
+        return 0
+
+    for own in (lambda **kwargs: 0, ForCausalLMLoss):
+        model = tiny_qwen3()
+        model.loss_function = own
+        with pytest.raises(ValueError, match="replaces transformers' ForCausalLMLoss"):
+            tile_loss(model)
     model = tiny_qwen3()
     add_fused_lm_head(model)
     with pytest.raises(ValueError, match="TRL has fused this model's head already"):

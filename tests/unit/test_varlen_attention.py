@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.masking_utils import AttentionMaskInterface
 
+from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.functional.segment_attention import AttentionPattern
 from hf_effi.parallel import varlen
 from hf_effi.parallel.varlen import (
@@ -165,7 +166,7 @@ def test_decoding_with_patterns_equals_one_forward():
     set_attention_patterns(ours, [AttentionPattern(window=3, sink=1)] * 2)
     whole = ours(input_ids=IDS).logits
     first = ours(input_ids=IDS[:, :7], use_cache=True)
-    rest = ours(input_ids=IDS[:, 7:], past_key_values=first.past_key_values).logits
+    rest = ours(input_ids=IDS[:, 7:], **{CACHE_ARGUMENT: first[CACHE_ARGUMENT]}).logits
     assert_close(torch.cat([first.logits, rest], dim=1), whole)
 
 

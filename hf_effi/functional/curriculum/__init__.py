@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
 from .agreement import keep_by_length, majority_answers
+from .apportion import apportion
 from .attention import copy_probe, copy_scores, relative_increase, top_heads
 from .denoising import (
     UL2_DENOISERS,
@@ -66,6 +67,7 @@ __all__ = [
     "Denoiser",
     "Dip",
     "Multigrid",
+    "apportion",
     "batch_costs",
     "check_count",
     "check_lengths",

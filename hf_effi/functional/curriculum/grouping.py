@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..rollouts.layout import GenerationLayout
 from ._checks import check_count
 
 
@@ -35,6 +36,5 @@ def repeat_layout(order: Tensor, mini_repeat_count: int, batch_size: int = 1, re
     check_count("mini_repeat_count", mini_repeat_count)
     check_count("batch_size", batch_size)
     check_count("repeat_count", repeat_count)
-    chunks = order.numel() // batch_size
-    prompts = order[: chunks * batch_size].view(chunks, 1, batch_size, 1)
-    return prompts.expand(chunks, repeat_count, batch_size, mini_repeat_count).reshape(-1)
+    rows = mini_repeat_count * batch_size
+    return GenerationLayout(rows, mini_repeat_count, num_iterations=repeat_count).order(order)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..options import refuse_idle
 from ._checks import CurriculumError, check_count, check_number
 
 
@@ -118,6 +119,8 @@ class Multigrid:
                 raise CurriculumError(f"{name} is empty. Use (1,) for none.")
             for divisor in cycle:
                 check_count(f"a divisor of {name}", divisor)
+        needs = "with a short_cycle of two or more divisors"
+        refuse_idle("short_steps", self.short_steps, 1, len(self.short_cycle) > 1, needs, CurriculumError)
         for divisor in (a * b for a in self.long_cycle for b in self.short_cycle):
             if self.max_length % divisor or self.max_length // divisor < 2:
                 raise CurriculumError(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..options import refuse_idle
 from ._checks import CurriculumError, check_count, check_number
 
 
@@ -46,6 +47,7 @@ def masking_ratio(
     for name, value in (("start", start), ("end", end), ("warmup_from", warmup_from)):
         check_number(name, value, 0, 1, open_low=True)
     rise = check_number("warmup_fraction", warmup_fraction, 0, 1, open_high=True)
+    refuse_idle("warmup_from", warmup_from, 0.15, rise > 0, "with a warmup_fraction above 0", CurriculumError)
     done = min(max(check_number("progress", progress, -math.inf), 0.0), 1.0)
     if done < rise:
         return warmup_from + (start - warmup_from) * done / rise

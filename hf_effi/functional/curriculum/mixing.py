@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from ._checks import CurriculumError, check_count, check_number, seeded
+from .apportion import apportion
 
 Waypoints = Sequence[tuple[float, Mapping[Hashable, float]]]
 
@@ -66,8 +69,9 @@ def mixture_counts(num_samples: int, block: int, waypoints: Waypoints, smooth: b
     """
     Return how many samples of each domain every block of `block` samples holds.
 
-    Shares are rounded by largest remainder on the running totals, so that after every block each domain is within one
-    sample of what it is owed, and each block is full. The share of a block is that of its first sample.
+    Shares are rounded on the running totals by [`apportion`]: after every block each domain has got what it is owed,
+    rounded down or up, no count is negative, and each block is full. A domain whose share is 0 gets nothing. The share of
+    a block is that of its first sample. Weights count as the decimal numbers that they are printed as: 0.05 is 1/20.
 
     Args:
         num_samples (`int`): Samples of the run.
@@ -85,26 +89,41 @@ def mixture_counts(num_samples: int, block: int, waypoints: Waypoints, smooth: b
     """
     check_count("num_samples", num_samples)
     check_count("block", block)
-    owed: dict[Hashable, float] = {}
-    blocks = []
-    for first in range(0, num_samples, block):
-        size = min(block, num_samples - first)
-        shares = mixture_at(first / num_samples, waypoints, smooth)
-        for name, share in shares.items():
-            owed[name] = owed.get(name, 0.0) + share * size
-        counts = {name: min(max(int(owed[name] + 1e-9), 0), size) if shares[name] > 0 else 0 for name in shares}
-        # A domain whose share is 0 gets nothing, also where rounding owes it a part of a sample.
-        open_names = [name for name in shares if shares[name] > 0]
-        while sum(counts.values()) > size:
-            name = max(open_names, key=lambda n: (counts[n] - owed[n], -open_names.index(n)))
-            counts[name] -= 1
-        while sum(counts.values()) < size:
-            name = max(open_names, key=lambda n: (owed[n] - counts[n] + 1e-9, -open_names.index(n)))
-            counts[name] += 1
-        for name, count in counts.items():
-            owed[name] -= count
-        blocks.append(counts)
-    return blocks
+    names = list(_check_waypoints(waypoints)[1][0])
+    starts = range(0, num_samples, block)
+    sizes = [min(block, num_samples - first) for first in starts]
+    shares = _whole_shares(waypoints, num_samples, starts, smooth)
+    return [dict(zip(names, counts, strict=True)) for counts in apportion(sizes, shares)]
+
+
+def _whole_shares(waypoints: Waypoints, num_samples: int, starts: Sequence[int], smooth: bool) -> list[list[int]]:
+    """Return the shares of [`mixture_at`] at each of `starts` as whole numbers, all rows with the same sum."""
+    names = list(dict.fromkeys(name for _, weights in waypoints for name in weights))
+    marks = [_as_printed(mark) for mark, _ in waypoints]
+    table = [[_as_printed(weights.get(name, 0)) for name in names] for _, weights in waypoints]
+    table = [[weight / sum(weights) for weight in weights] for weights in table]
+    # Between two way-points a share is `level + slope * first sample`.
+    lines: list[list[tuple[Fraction, Fraction]]] = []
+    for index, shares in enumerate(table):
+        later = min(index + 1, len(table) - 1) if smooth else index
+        run = (marks[later] - marks[index] or 1) * num_samples
+        slopes = [(end - share) / run for share, end in zip(shares, table[later], strict=True)]
+        lines.append(
+            [(s - slope * marks[index] * num_samples, slope) for s, slope in zip(shares, slopes, strict=True)]
+        )
+    scale = math.lcm(*(number.denominator for line in lines for pair in line for number in pair))
+    whole = [[(int(level * scale), int(slope * scale)) for level, slope in line] for line in lines]
+    rows = []
+    for first in starts:
+        # A switch is where `mixture_at` has it, in floats; on a line both sides of a way-point agree.
+        done = Fraction(first, num_samples) if smooth else first / num_samples
+        last = max(i for i, mark in enumerate(marks) if (mark if smooth else float(mark)) <= done)
+        rows.append([level + slope * first for level, slope in whole[last]])
+    return rows
+
+
+def _as_printed(number: float) -> Fraction:
+    return Fraction(number) if isinstance(number, int) else Fraction(repr(float(number)))
 
 
 def mixture_order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,9 @@ def take_rows(batch: Rows, rows: Sequence[int] | Tensor) -> Rows:
     return {key: pick(value) for key, value in batch.items()}
 
 
-def concat_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
+def concat_rows(
+    batches: Sequence[Rows], pad_token_id: int, sequence_ratio: bool = False, ratio_padding: float = 1.0
+) -> Rows:
     """
     Join batches along the rows, padding prompts on the left and completions on the right to the widest.
 
@@ -54,6 +57,11 @@ def concat_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
         batches (`Sequence[dict]`): Batches with the same keys.
         pad_token_id (`int`): Fills `prompt_ids` and `completion_ids`; masks and log-probs are filled with 0,
             `tool_mask` with 1 as TRL does.
+        sequence_ratio (`bool`, *optional*, defaults to `False`): Whether `importance_sampling_ratio` is one number per
+            row, shape `(rows, 1)`, which the loss broadcasts and nothing may pad. The shape cannot tell: one number per
+            token has it too where every completion is one token long.
+        ratio_padding (`float`, *optional*, defaults to `1.0`): Fills a ratio per token. TRL's padding has a difference
+            of log-probs of 0, hence a ratio of 1 before it is clipped; VESPO sums its logarithm over all columns.
 
     Example:
     ```python
@@ -61,30 +69,27 @@ def concat_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
     >>> b = {"completion_ids": torch.tensor([[7]]), "completion_mask": torch.tensor([[1]])}
     >>> concat_rows([a, b], pad_token_id=0)["completion_ids"].tolist()
     [[5, 6], [7, 0]]
+    >>> a, b = {"importance_sampling_ratio": torch.full((1, 2), 0.5)}, {"importance_sampling_ratio": torch.tensor([[0.25]])}
+    >>> concat_rows([a, b], pad_token_id=0)["importance_sampling_ratio"].tolist()
+    [[0.5, 0.5], [0.25, 1.0]]
     ```
     """
     if len(batches) == 1:
         return dict(batches[0])
+    fills = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
+    fills["importance_sampling_ratio"] = ratio_padding
     joined: Rows = {}
     for key, first in batches[0].items():
         values = [batch[key] for batch in batches]
         if isinstance(first, list):
             joined[key] = [entry for value in values for entry in value]
+        elif isinstance(first, Tensor) and (first.ndim == 1 or key == "importance_sampling_ratio" and sequence_ratio):
+            joined[key] = torch.cat(values)
         elif isinstance(first, Tensor) and first.ndim == 2:
             width = max(value.size(1) for value in values)
-            fill = pad_token_id if key in ("prompt_ids", "completion_ids") else int(key == "tool_mask")
-            left = key in PROMPT_KEYS
-            joined[key] = torch.cat(
-                [
-                    F.pad(v, (width - v.size(1), 0) if left else (0, width - v.size(1)), value=fill)
-                    # A sequence-level ratio has one column and is broadcast, never padded.
-                    if key != "importance_sampling_ratio" or v.size(1) > 1
-                    else v
-                    for v in values
-                ]
-            )
-        elif isinstance(first, Tensor) and first.ndim == 1:
-            joined[key] = torch.cat(values)
+            gaps = [(width - v.size(1), 0) if key in PROMPT_KEYS else (0, width - v.size(1)) for v in values]
+            padded = [F.pad(v, gap, value=fills.get(key, 0)) for v, gap in zip(values, gaps, strict=True)]
+            joined[key] = torch.cat(padded)
         else:
             joined[key] = first
     return joined
@@ -94,7 +99,8 @@ def trim_rows(batch: Rows) -> Rows:
     """
     Cut the columns that are padding in every row, keeping at least one on each side.
 
-    Widths come from the masks: a row whose mask was cleared because it was truncated takes no part in the loss.
+    Widths come from the masks. A row whose completion mask was cleared because it was truncated takes no part in the
+    loss, and its tokens are cut where the other rows end: what is left of it is its prompt, as far as a forward sees it.
 
     Example:
     ```python
@@ -286,3 +292,30 @@ def deal_rows(costs: Sequence[float], num_hands: int) -> list[list[int]]:
         hands[rank].append(row)
         load[rank] += costs[row]
     return [sorted(hand) for hand in hands]
+
+
+def even_repeats(rows: int, chunks: int, most: int) -> tuple[int, int]:
+    """
+    How to fill `chunks` micro-batches of equal size with fewer rows than there are micro-batches.
+
+    A mean over micro-batches stays the mean over the rows only if each row comes equally often.
+
+    Args:
+        rows (`int`): Rows at hand, in [1, chunks).
+        chunks (`int`): Micro-batches, times the ranks.
+        most (`int`): Most rows of one micro-batch, >= 1.
+
+    Returns:
+        `tuple[int, int]`: how many of the rows to take (as many as can be), and how often each.
+
+    Example:
+    ```python
+    >>> even_repeats(4, chunks=8, most=1), even_repeats(3, chunks=8, most=1), even_repeats(3, chunks=8, most=4)
+    ((4, 2), (2, 4), (3, 8))
+    ```
+    """
+    for kept in range(rows, 0, -1):
+        size = kept // math.gcd(chunks, kept)
+        if size <= most:
+            return kept, chunks * size // kept
+    raise ValueError(f"rows and most must be at least 1, got {rows} and {most}.")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import refuse_idle
 from .selection import (
     GroupDecision,
     check_difficulty_range,
@@ -44,16 +45,18 @@ class PassRateBand:
         check_difficulty_range(self.low, self.high)
 
     def decide(self, groups: Any) -> GroupDecision:
-        return keep_groups_by_pass_rate(groups.rewards, self.low, self.high)
+        return keep_groups_by_pass_rate(groups.rewards, self.low, self.high, groups.has_gradient)
 
     def fill_order(self, groups: Any) -> list[int]:
-        return fill_order(groups.rewards, self.low, self.high)
+        return fill_order(groups.rewards, self.low, self.high, groups.has_gradient, groups.live)
 
 
 @dataclass(frozen=True)
 class AdvantagePruner:
     """
     CPPO completion pruning over all rows of a generation.
+
+    A place that a pool cannot fill with a row that has a token in the loss goes to the best such row left in the others.
 
     Args:
         prune_rate (`float`): Share of rows dropped, in [0, 1).
@@ -86,13 +89,30 @@ class AdvantagePruner:
             raise ValueError(f"prune_metric must be one of {PRUNE_METRICS}, got {self.metric!r}.")
         if self.scope not in PRUNE_SCOPES:
             raise ValueError(f"prune_scope must be one of {PRUNE_SCOPES}, got {self.scope!r}.")
+        refuse_idle("balance_signs", self.balance_signs, False, self.metric != "random", "without metric='random'")
+        refuse_idle("seed", self.seed, 0, self.metric == "random", "with metric='random'")
 
-    def keep(self, advantages: Tensor, group_size: int, num_pools: int, step: int) -> Tensor:
+    def keep(
+        self, advantages: Tensor, group_size: int, num_pools: int, step: int, live: Tensor | None = None
+    ) -> Tensor:
         pool_size = {"group": group_size, "rank": advantages.numel() // num_pools, "global": advantages.numel()}
         size = pool_size[self.scope]
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        generator = None
+        if self.metric == "random":
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        advantages = advantages.detach().cpu()
+        live = torch.ones_like(advantages, dtype=torch.bool) if live is None else live.cpu()
         masks = [
-            keep_by_advantage(pool, pruned_count(size, self.prune_rate), self.metric, self.balance_signs, generator)
-            for pool in advantages.split(size)
+            keep_by_advantage(
+                pool, pruned_count(size, self.prune_rate), self.metric, self.balance_signs, generator, alive
+            )
+            for pool, alive in zip(advantages.split(size), live.split(size), strict=True)
         ]
-        return torch.cat(masks)
+        mask = torch.cat(masks)
+        empty, left = (mask & ~live).nonzero().flatten(), (live & ~mask).nonzero().flatten()
+        moved = min(len(empty), len(left))
+        if moved:
+            best = keep_by_advantage(advantages[left], moved, self.metric, generator=generator)
+            mask[left[best]] = True
+            mask[empty[len(empty) - moved :]] = False
+        return mask

@@ -2,9 +2,75 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def prompt_key(prompt: Any) -> int:
+    """
+    64 bits of a hash of a prompt's content: a string, or a conversation.
+
+    The same on every rank and in every run, and the same for two rows of a dataset that hold the same prompt.
+
+    Example:
+    ```python
+    >>> prompt_key("1+1=") == prompt_key("1+1="), prompt_key("1+1=") == prompt_key("1+2=")
+    (True, False)
+    >>> prompt_key([{"role": "user", "content": "hi"}]) == prompt_key([{"content": "hi", "role": "user"}])
+    True
+    ```
+    """
+    text = json.dumps(prompt, sort_keys=True, default=repr)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def draw_fresh(
+    select: Callable[[int], list[int]], count: int, is_fresh: Callable[[int], bool], most: int
+) -> list[int]:
+    """
+    Draw rows and pass over those that are not fresh, while there are others.
+
+    Args:
+        select (`Callable[[int], list[int]]`): Gives that many row numbers.
+        count (`int`): Rows wanted.
+        is_fresh (`Callable[[int], bool]`): Asked once for each row that was drawn, in order. It must say `False` for a
+            row that it has accepted before.
+        most (`int`): Rows drawn before the search is given up; what is missing is then taken from those passed over, in
+            the order in which they were first drawn.
+
+    Returns:
+        `list[int]`: `count` row numbers.
+
+    Example:
+    ```python
+    >>> stream = iter([3, 1, 3, 4, 5])
+    >>> seen = {1}
+    >>> def is_fresh(row):
+    ...     fresh = row not in seen
+    ...     seen.add(row)
+    ...     return fresh
+    >>> draw_fresh(lambda count: [next(stream) for _ in range(count)], 3, is_fresh, most=5)
+    [3, 4, 5]
+    ```
+    """
+    fresh: list[int] = []
+    passed: list[int] = []
+    draws: list[list[int]] = []
+    # Who gives the same rows three times has no others. (A shuffled stream can give a row twice, between two passes.)
+    while len(fresh) < count and len(fresh) + len(passed) < max(most, count) and not _repeats(draws):
+        draws.append(select(count - len(fresh)))
+        for row in draws[-1]:
+            (fresh if is_fresh(row) else passed).append(row)
+    spare = list(dict.fromkeys(passed))  # each of them once before any of them twice
+    return (fresh + spare * count)[:count]
+
+
+def _repeats(draws: list[list[int]]) -> bool:
+    return len(draws) >= 3 and draws[-1] == draws[-2] == draws[-3]
 
 
 class ShuffledPrompts:
@@ -37,7 +103,7 @@ class ShuffledPrompts:
 
     @property
     def passes(self) -> float:
-        """How often the dataset has been served."""
+        """How often the stream has gone through the dataset, with the rows that a refill passed over."""
         return self.cursor / self.size
 
     def select(self, count: int) -> list[int]:
@@ -49,7 +115,7 @@ class ShuffledPrompts:
         self.cursor += count
         return rows
 
-    def observe(self, rows: list[int], pass_rates: list[float]) -> None:
+    def observe(self, rows: list[int], groups: Any) -> None:
         """Take no notice: a shuffled stream does not depend on rewards."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..options import refuse_idle
+
 #: Pass rates are small-denominator fractions; this absorbs the rounding of `k / G` and nothing else.
 _RATE_TOLERANCE = 1e-9
 
-REASONS = ("kept", "too_hard", "too_easy", "zero_variance", "unscorable")
+REASONS = ("kept", "too_hard", "too_easy", "zero_variance", "no_loss_tokens", "unscorable")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class GroupDecision:
 
     Args:
         keep (`torch.Tensor`): Boolean, shape `(num_groups,)`.
-        reasons (`tuple[str, ...]`): One word a group; `"kept"` where `keep` is true.
+        reasons (`tuple[str, ...]`): One word per group; `"kept"` where `keep` is true.
     """
 
     keep: Tensor
@@ -54,6 +57,34 @@ def group_pass_rates(rewards: Tensor) -> Tensor:
     return torch.nanmean(rewards.to(torch.float64), dim=1)
 
 
+def binary_pass_rates(rewards: Tensor) -> Tensor:
+    """
+    Pass rate of each group where there is one: where every scorable reward of the generation is 0 or 1.
+
+    A mean of other rewards is no rate of anything: a reward of -1 for a wrong answer or a bonus for brevity gives
+    numbers that look like one. All rows of a group count, also those that a truncation took out of the loss: they are
+    answers that the policy gave, and they are in the mean that TRL's advantages are measured from.
+
+    Args:
+        rewards (`torch.Tensor`): Shape `(num_groups, group_size)`; NaN rows are ignored.
+
+    Returns:
+        `torch.Tensor`: float64, shape `(num_groups,)`; NaN where a group is unscorable, and everywhere if a reward is
+        neither 0 nor 1.
+
+    Example:
+    ```python
+    >>> binary_pass_rates(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])).tolist()
+    [0.25, 0.75]
+    >>> binary_pass_rates(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).tolist()
+    [nan, nan]
+    ```
+    """
+    rates = group_pass_rates(rewards)
+    scorable = rewards[~torch.isnan(rewards)]
+    return rates if bool(((scorable == 0) | (scorable == 1)).all()) else torch.full_like(rates, math.nan)
+
+
 def equal_reward_groups(rewards: Tensor) -> Tensor:
     """
     Whether all scorable rewards of a group are exactly equal, so that every advantage of the group is exactly zero.
@@ -79,9 +110,11 @@ def equal_reward_groups(rewards: Tensor) -> Tensor:
     return (highest <= lowest) | missing.all(dim=1)
 
 
-def keep_groups_by_pass_rate(rewards: Tensor, low: float = 0.2, high: float = 0.8) -> GroupDecision:
+def keep_groups_by_pass_rate(
+    rewards: Tensor, low: float = 0.2, high: float = 0.8, has_gradient: Tensor | None = None
+) -> GroupDecision:
     """
-    Balanced online difficulty filtering: keep a group iff `low <= p <= high` and its rewards differ.
+    Balanced online difficulty filtering: keep a group iff `low <= p <= high`, its rewards differ and it has a gradient.
 
     The ends 0 and 1 are open: a group that is all wrong or all right has no gradient, so `(0, 1)` is the zero-variance
     filter of DAPO's dynamic sampling. Note the discretisation: with 8 completions a group, 0.2-0.8 means 2 to 6 right.
@@ -95,9 +128,15 @@ def keep_groups_by_pass_rate(rewards: Tensor, low: float = 0.2, high: float = 0.
             any finite reward will do; NaN rows are ignored.
         low (`float`, *optional*, defaults to `0.2`): Lower end, in [0, 1), inclusive unless 0.
         high (`float`, *optional*, defaults to `0.8`): Upper end, in (low, 1], inclusive unless 1.
+        has_gradient (`torch.Tensor`, *optional*): Boolean, shape `(num_groups, group_size)`: rows with a non-zero
+            advantage and a token in the loss, see [`rows_with_gradient`]. A group without one is dropped. By default
+            every row of a group whose rewards differ has a gradient. The pass rate is that of all scorable rows: a
+            completion that was cut off and masked is an answer that the policy gave.
 
     Returns:
-        [`GroupDecision`]: the mask and a reason a group: `kept`, `too_hard`, `too_easy`, `zero_variance`, `unscorable`.
+        [`GroupDecision`]: the mask and a reason per group: `kept`, `unscorable`, `too_hard`, `too_easy`,
+        `zero_variance`, or `no_loss_tokens` where the rewards would do and no row with a token in the loss has an
+        advantage. The first that applies, in this order.
 
     Raises:
         ValueError: the band is empty or outside [0, 1], or a reward is outside [0, 1] with a band inside it.
@@ -109,6 +148,9 @@ def keep_groups_by_pass_rate(rewards: Tensor, low: float = 0.2, high: float = 0.
     ('kept', 'too_easy', 'kept', 'too_hard')
     >>> keep_groups_by_pass_rate(rewards, 0.0, 1.0).reasons
     ('kept', 'zero_variance', 'kept', 'zero_variance')
+    >>> cut = torch.tensor([[True, False, False, False], [True] * 4, [False] * 4, [True] * 4])
+    >>> keep_groups_by_pass_rate(rewards, 0.0, 1.0, has_gradient=cut).reasons
+    ('kept', 'zero_variance', 'no_loss_tokens', 'zero_variance')
     ```
     """
     check_difficulty_range(low, high)
@@ -122,8 +164,9 @@ def keep_groups_by_pass_rate(rewards: Tensor, low: float = 0.2, high: float = 0.
             )
     rates = group_pass_rates(rewards).tolist()
     equal = equal_reward_groups(rewards).tolist()
+    dead = [False] * len(rates) if has_gradient is None else (~has_gradient.any(dim=1)).tolist()
     reasons = []
-    for rate, is_equal in zip(rates, equal, strict=True):
+    for rate, is_equal, is_dead in zip(rates, equal, dead, strict=True):
         if math.isnan(rate):
             reasons.append("unscorable")
         elif not variance_only and (rate < low - _RATE_TOLERANCE or (low == 0 and rate <= 0)):
@@ -131,7 +174,7 @@ def keep_groups_by_pass_rate(rewards: Tensor, low: float = 0.2, high: float = 0.
         elif not variance_only and (rate > high + _RATE_TOLERANCE or (high == 1 and rate >= 1)):
             reasons.append("too_easy")
         else:
-            reasons.append("zero_variance" if is_equal else "kept")
+            reasons.append("zero_variance" if is_equal else "no_loss_tokens" if is_dead else "kept")
     keep = torch.tensor([reason == "kept" for reason in reasons], dtype=torch.bool)
     return GroupDecision(keep=keep, reasons=tuple(reasons))
 
@@ -145,17 +188,23 @@ def check_difficulty_range(low: float, high: float) -> None:
         )
 
 
-def fill_order(rewards: Tensor, low: float, high: float) -> list[int]:
+def fill_order(
+    rewards: Tensor, low: float, high: float, has_gradient: Tensor | None = None, live: Tensor | None = None
+) -> list[int]:
     """
     In which order rejected groups are taken when a filtered batch cannot be filled.
 
-    Groups whose rewards differ come first, by the distance of their pass rate from the middle of the band; then groups
-    of equal rewards; then unscorable ones. Ties go to the lower index.
+    Groups with a gradient come first, by the distance of their pass rate from the middle of the band; then those
+    without one; then those without any token in the loss; then unscorable ones. Ties go to the lower index.
 
     Args:
         rewards (`torch.Tensor`): Shape `(num_groups, group_size)`.
         low (`float`): Lower end of the band.
         high (`float`): Upper end of the band.
+        has_gradient (`torch.Tensor`, *optional*): As in [`keep_groups_by_pass_rate`]. By default all rows of the groups
+            whose rewards differ.
+        live (`torch.Tensor`, *optional*): Boolean, shape `(num_groups, group_size)`: rows with a token in the loss. By
+            default all.
 
     Returns:
         `list[int]`: every group index once.
@@ -168,13 +217,17 @@ def fill_order(rewards: Tensor, low: float, high: float) -> list[int]:
     """
     middle = (low + high) / 2
     rates = group_pass_rates(rewards).tolist()
-    equal = equal_reward_groups(rewards).tolist()
+    dead = equal_reward_groups(rewards)
+    if has_gradient is not None:
+        dead = dead | ~has_gradient.any(dim=1)
+    empty = torch.zeros_like(dead) if live is None else ~live.any(dim=1)
+    rank = (dead.int() + (dead & empty).int()).tolist()
 
     def key(index: int) -> tuple[int, float, int]:
         rate = rates[index]
         if math.isnan(rate):
-            return (2, 0.0, index)
-        return (int(equal[index]), round(abs(rate - middle), 9), index)
+            return (3, 0.0, index)
+        return (rank[index], round(abs(rate - middle), 9), index)
 
     return sorted(range(len(rates)), key=key)
 
@@ -207,6 +260,36 @@ def next_refill_size(missing: int, kept: int, generated: int, cap: int, factor: 
     return max(1, min(cap, max(missing, wanted)))
 
 
+def kept_share(kept: Sequence[int], original: Sequence[int], loss_tokens: Tensor, by_token: bool) -> float:
+    """
+    What the loss of the kept rows is multiplied by so that it is averaged over the original rows.
+
+    `L = (1 / Z_original) * sum_{i kept} l_i = (Z_kept / Z_original) * L_kept`: a dropped row counts as one without any
+    loss. `Z` is what the loss divides by: rows, or tokens in the loss.
+
+    Args:
+        kept (`Sequence[int]`): Rows that are trained on; one that comes several times counts once.
+        original (`Sequence[int]`): Rows that were there before pruning; those of groups that a filter dropped are not.
+        loss_tokens (`torch.Tensor`): Tokens in the loss of every row, shape `(rows,)`.
+        by_token (`bool`): Whether the loss divides by tokens (dapo, cispo, vespo, bnpo) or by rows (grpo, dr_grpo,
+            sapo, luspo).
+
+    Returns:
+        `float`: in [0, 1].
+
+    Example:
+    ```python
+    >>> tokens = torch.tensor([10, 20, 30, 40])
+    >>> kept_share([3, 1], range(4), tokens, by_token=False), kept_share([3, 1], range(4), tokens, by_token=True)
+    (0.5, 0.6)
+    ```
+    """
+    kept = sorted(set(kept))
+    if not by_token:
+        return len(kept) / len(original)
+    return float(loss_tokens[kept].sum()) / max(1.0, float(loss_tokens[list(original)].sum()))
+
+
 def pruned_count(rows: int, prune_rate: float) -> int:
     """
     How many of `rows` remain after pruning: `rows - int(rows * prune_rate)`, as in CPPO's released code.
@@ -226,6 +309,7 @@ def keep_by_advantage(
     metric: str = "smallest",
     balance_signs: bool = False,
     generator: torch.Generator | None = None,
+    live: Tensor | None = None,
 ) -> Tensor:
     """
     CPPO completion pruning inside one pool of rows: which `keep` rows survive.
@@ -236,6 +320,8 @@ def keep_by_advantage(
     With binary rewards the largest `|A|` belong to the rarer outcome, so a kept set can have one sign only, which
     trains like rejection sampling; `balance_signs` first gives each sign half of the places, as far as it has rows.
 
+    A row without a token in the loss counts as `A_i = 0` and is kept only when no other row is left, whatever the metric.
+
     Args:
         advantages (`torch.Tensor`): Shape `(rows,)`.
         keep (`int`): Rows to keep, in [1, rows].
@@ -243,12 +329,13 @@ def keep_by_advantage(
             or `"random"` rows (the control that a claim needs; takes `generator`).
         balance_signs (`bool`, *optional*, defaults to `False`): See above. Not for `"random"`.
         generator (`torch.Generator`, *optional*): Source of the random metric, seeded alike on all ranks.
+        live (`torch.Tensor`, *optional*): Boolean, shape `(rows,)`: rows with a token in the loss. By default all.
 
     Returns:
         `torch.Tensor`: Boolean, shape `(rows,)`, exactly `keep` true.
 
     Raises:
-        ValueError: `keep` or `metric` is outside its range.
+        ValueError: `keep` or `metric` is outside its range, or `balance_signs` or `generator` would do nothing.
 
     Example:
     ```python
@@ -256,21 +343,31 @@ def keep_by_advantage(
     [False, True, True, False]
     >>> keep_by_advantage(torch.tensor([3.0, 2.0, 0.1, -0.2]), keep=2, balance_signs=True).tolist()
     [True, False, False, True]
+    >>> keep_by_advantage(torch.tensor([3.0, 2.0, 0.1, -0.2]), 2, live=torch.tensor([False, True, False, True])).tolist()
+    [False, True, False, True]
     ```
     """
     rows = advantages.numel()
+    advantages = advantages.detach()
+    if live is not None:
+        advantages = torch.where(live, advantages, torch.zeros_like(advantages))
     if not 1 <= keep <= rows:
         raise ValueError(f"keep must be in [1, {rows}] (the rows of the pool), got {keep}. Lower `prune_rate`.")
+    refuse_idle("balance_signs", balance_signs, False, metric != "random", "without metric='random'")
+    refuse_idle("generator", generator, None, metric == "random", "with metric='random'")
     if metric == "random":
         score = torch.rand(rows, generator=generator)
     elif metric in ("smallest", "largest"):
-        score = advantages.detach().abs().to("cpu", torch.float64) * (1 if metric == "smallest" else -1)
+        score = advantages.abs().to("cpu", torch.float64) * (1 if metric == "smallest" else -1)
     else:
         raise ValueError(f"prune_metric must be 'smallest', 'largest' or 'random', got {metric!r}.")
     # A stable sort keeps the lower index first among equal scores, whatever the backend.
     order = torch.sort(score, descending=True, stable=True).indices.tolist()
-    if balance_signs and metric != "random":
-        sign = torch.sign(advantages.detach()).tolist()
+    if live is not None:
+        dead = (~live).tolist()
+        order.sort(key=lambda row: dead[row])
+    if balance_signs:
+        sign = torch.sign(advantages).tolist()
         half = keep // 2
         chosen = [i for i in order if sign[i] > 0][:half] + [i for i in order if sign[i] < 0][:half]
         taken = set(chosen)

@@ -14,6 +14,7 @@ from .compose import TokenCounter, join, scale, token_indexed
 from .continual import infinite, power, power_lr, rewarm_redecay
 from .cyclic import one_cycle, slow_start_fast_decay, table, triangular
 from .extend import extend_to
+from .followed import Followed, check_storable, classes_in, settle
 from .gallery import gallery
 from .param_groups import layerwise_param_groups
 from .planner_bound import lr_transfer, omega, plan_extension
@@ -33,6 +34,7 @@ from .torch_lr import (
 __all__ = [
     "SHAPES",
     "DecayToZeroWarning",
+    "Followed",
     "PastEndWarning",
     "Schedule",
     "ScheduleError",
@@ -41,6 +43,8 @@ __all__ = [
     "TokenCounter",
     "apply_momentum",
     "apply_multiplier",
+    "check_storable",
+    "classes_in",
     "constant",
     "cosine",
     "cosine_power",
@@ -73,6 +77,7 @@ __all__ = [
     "rex",
     "same_schedule",
     "scale",
+    "settle",
     "slow_start_fast_decay",
     "table",
     "to_lambda_lr",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from ..options import refuse_idle
 from ._checks import (
     PastEndWarning,
     ScheduleError,
@@ -19,12 +20,10 @@ from ._checks import (
     check_one_of,
     check_steps,
 )
+from ._kinds import class_of, kind_of
 
 OnMismatch = Literal["error", "stored", "new"]
 DecayOffset = Literal["start", "end", "inside"]
-
-#: kind -> class, filled as the schedule classes are defined; only `from_spec` reads it
-_KINDS: dict[str, type[Schedule]] = {}
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,6 @@ class Schedule:
     absolute: ClassVar[bool] = False
     #: the argument of `__call__` is progress in equivalent steps, which a token counter has to supply
     needs_counter: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if not cls.__name__.startswith("_"):
-            _KINDS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, (Schedule, str, list, tuple, dict)):
@@ -132,31 +126,32 @@ class Schedule:
         return self
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON dict from which [`~Schedule.from_spec`] builds an equal schedule."""
+        """
+        Return a JSON dict from which [`~Schedule.from_spec`] builds an equal schedule.
+
+        One of ours is named by its name, a class of your own by its import path, `"my_module:MySchedule"`.
+        """
         params = {}
         for field in dataclasses.fields(self):
             params[field.name] = _to_json(getattr(self, field.name))
-        return {"kind": type(self).__name__, "params": params}
+        return {"kind": kind_of(type(self)), "params": params}
 
     @staticmethod
-    def from_spec(spec: dict[str, Any]) -> Schedule:
+    def from_spec(spec: dict[str, Any], prefer: Sequence[type[Schedule]] = ()) -> Schedule:
         """
         Build the schedule that [`~Schedule.spec`] described.
 
+        No module is imported for it: a class of your own must exist already.
+
+        Args:
+            spec (`dict`): What [`~Schedule.spec`] returned.
+            prefer (`Sequence[type[Schedule]]`, *optional*): Classes of your own that are meant where several have the
+                path that the spec names, as after a notebook cell that was run twice.
+
         Raises:
-            ScheduleError: unknown kind or parameter.
+            ScheduleError: unknown kind or parameter, or several classes of your own with this name.
         """
-        kind = spec.get("kind")
-        if kind not in _KINDS:
-            near = difflib.get_close_matches(str(kind), _KINDS, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ScheduleError(f"kind={kind!r} is not a schedule. Known: {', '.join(sorted(_KINDS))}.{hint}")
-        cls = _KINDS[kind]
-        known = {field.name for field in dataclasses.fields(cls)}
-        params = spec.get("params", {})
-        if unknown := sorted(set(params) - known):
-            raise ScheduleError(f"{kind} has no argument {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
-        return cls(**{name: _from_json(value) for name, value in params.items()})
+        return _build(spec, prefer, own=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint has to hold. A schedule has no state besides its arguments."""
@@ -179,20 +174,29 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _from_json(value: Any) -> Any:
+def _build(spec: dict[str, Any], prefer: Sequence[type[Schedule]], own: bool) -> Schedule:
+    kind, params = spec.get("kind"), spec.get("params", {})
+    cls = class_of(kind, Schedule, prefer, own)
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(params) - known):
+        raise ScheduleError(f"{kind} has no argument {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
+    return cls(**{name: _from_json(value, prefer, own) for name, value in params.items()})
+
+
+def _from_json(value: Any, prefer: Sequence[type[Schedule]], own: bool) -> Any:
     if isinstance(value, dict) and "kind" in value:
-        return Schedule.from_spec(value)
+        return _build(value, prefer, own)
     if isinstance(value, list):
-        return tuple(_from_json(item) for item in value)
+        return tuple(_from_json(item, prefer, own) for item in value)
     return value
 
 
 def make_schedule(name: str, **kwargs: Any) -> Schedule:
     """
-    Build a schedule from scalars, as they stand in a config file.
+    Build a schedule of this package from scalars, as they stand in a config file or a card.
 
     Args:
-        name (`str`): Name of the schedule, for example `"wsd"`.
+        name (`str`): Name of the schedule, for example `"wsd"`. Never a class of a user, whatever it is called.
         kwargs: Its arguments.
 
     Raises:
@@ -204,7 +208,7 @@ def make_schedule(name: str, **kwargs: Any) -> Schedule:
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     ```
     """
-    return Schedule.from_spec({"kind": name, "params": kwargs})
+    return _build({"kind": name, "params": kwargs}, (), own=False)
 
 
 def same_schedule(one: Schedule, other: Schedule) -> bool:
@@ -293,6 +297,7 @@ class _Warm(Schedule):
         if self.warmup_start is not None:
             check_number("warmup_start", self.warmup_start, 0.0, 1.0)
         check_choice("warmup_offset", self.warmup_offset, (0, 1))
+        self._check_idle()
         if self.total_steps is not None and self.warmup > self.total_steps:
             warnings.warn(
                 f"{type(self).__name__}: the warm-up of {self.warmup} steps is longer than the run of "
@@ -300,6 +305,16 @@ class _Warm(Schedule):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _check_idle(self) -> None:
+        """Refuse settings of a warm-up where none is asked for; one of 0 updates, which a sweep may have, is."""
+        asked, needs = self._asks_for_warmup, "with a warm-up: pass warmup_steps or warmup_fraction"
+        refuse_idle("warmup_start", self.warmup_start, None, asked, needs, ScheduleError)
+        refuse_idle("warmup_offset", self.warmup_offset, 1, asked, needs, ScheduleError)
+
+    @property
+    def _asks_for_warmup(self) -> bool:
+        return self.warmup_steps is not None or self.warmup_fraction is not None
 
     @property
     def warmup(self) -> int:

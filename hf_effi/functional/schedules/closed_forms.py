@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..options import refuse_idle
 from ._checks import ScheduleError, check_number, check_steps
 from .base import _Warm
 
@@ -22,6 +23,11 @@ class constant(_Warm):
     [0.5, 1.0, 1.0, 1.0]
     ```
     """
+
+    def _check(self) -> None:
+        super()._check()
+        acts = self._asks_for_warmup and self.warmup_start is None
+        refuse_idle("floor", self.floor, 0.0, acts, "as the start of a warm-up without warmup_start", ScheduleError)
 
     def _after_warmup(self, t: float) -> float:
         return 1.0

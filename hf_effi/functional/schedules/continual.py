@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from ..options import refuse_idle
 from ._checks import ScheduleError, check_choice, check_number, check_one_of, check_steps
 from .base import DecayOffset, _Warm, decay_position, round_share
 from .shapes import check_shape, decay
@@ -64,6 +65,8 @@ class infinite(_Warm):
         check_one_of("anneal_steps", self.anneal_steps, "anneal_fraction", self.anneal_fraction)
         check_choice("cooldown", self.cooldown, ("cosine", "inverse-sqrt", "linear"))
         check_number("alpha", self.alpha, 0.0, math.inf, low_open=True)
+        needs = "with cooldown='inverse-sqrt'"
+        refuse_idle("alpha", self.alpha, 10.0, self.cooldown == "inverse-sqrt", needs, ScheduleError)
         check_number("constant_ratio", self.constant_ratio, 0.0, 1.0, low_open=True)
         check_number("floor", self.floor, 0.0, self.constant_ratio, low_open=True, fix="The anneal is exponential.")
         if self.anneal_start is not None:
@@ -200,6 +203,10 @@ class rewarm_redecay(_Warm):
                 raise ScheduleError(f"peaks has {len(self.peaks)} values for {count} data sets. Pass one for each.")
             for peak in self.peaks:
                 check_number("peaks", peak, self.floor, 1.0)
+
+    def _check_idle(self) -> None:
+        needs = "in other schedules: here every ramp starts from floor"
+        refuse_idle("warmup_start", self.warmup_start, None, False, needs, ScheduleError)
 
     def _ends(self) -> list[int]:
         if self.data_steps is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..options import refuse_idle
 from ._checks import ScheduleError, check_choice, check_steps
 from .base import Schedule
 from .closed_forms import linear
@@ -47,6 +48,7 @@ def extend_to(
         raise ScheduleError(f"{type(schedule).__name__} has no end to extend: bind it to the new length instead.")
     check_choice("method", method, ("cooldown", "plateau", "naive"))
     check_steps("transition_steps", transition_steps)
+    refuse_idle("transition_steps", transition_steps, 0, method == "plateau", "with method='plateau'", ScheduleError)
     check_steps("total_steps", total_steps, old_total + 1, f"The schedule already has {old_total} updates.")
     plain = type(schedule) is wsd and schedule.decay_begin is not None
     if at is None:
@@ -59,6 +61,7 @@ def extend_to(
         )
     if plain and at <= schedule.decay_begin:
         return _extend_plateau(schedule, old_total, total_steps, at, method, transition_steps)
+    refuse_idle("method", method, "cooldown", False, "for a wsd that is still on its plateau", ScheduleError)
     return _hold_then_fall(schedule, total_steps, at)
 
 

@@ -41,7 +41,7 @@ def gallery(total_steps: int) -> list[Schedule]:
         wsd(n, open_ended=True),
         wsd(n, shape="half-life", half_life_steps=20.0, floor=0.01),
     ]
-    schedules += [wsd(n, shape=shape, floor=0.1, power=2.0) for shape in sorted(SHAPES)]
+    schedules += [wsd(n, shape=shape, floor=0.1, power=2.0 if shape == "power" else 1.0) for shape in sorted(SHAPES)]
     schedules += [wsd(n, decay_offset=offset) for offset in ("start", "end")]
     schedules += [
         infinite(n, cooldown=kind, warmup_fraction=0.05, warmup_start=0.0)

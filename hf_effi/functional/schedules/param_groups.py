@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..options import refuse_idle
 from ._checks import ScheduleError, check_number
 
+_NO_DECAY = ("bias", "norm")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -30,7 +32,7 @@ def layerwise_param_groups(
     head_factor: float = 1.0,
     backbone_factor: float = 1.0,
     weight_decay: float = 0.0,
-    no_decay: Sequence[str] = ("bias", "norm"),
+    no_decay: Sequence[str] = _NO_DECAY,
     head: Sequence[str] = ("lm_head", "classifier", "score"),
     embeddings: Sequence[str] = ("embed", "wte", "wpe"),
 ) -> list[dict[str, Any]]:
@@ -76,7 +78,11 @@ def layerwise_param_groups(
         raise ScheduleError("The model has no trainable parameter. Unfreeze some before building groups.")
     numbers = [int(m.group(1)) for n, _ in named if (m := _LAYER.search(n))]
     layers = max(numbers, default=-1)
+    needs = "where weight_decay is above 0"
+    refuse_idle("no_decay", tuple(no_decay), _NO_DECAY, weight_decay > 0, needs, ScheduleError)
     heads = {n for n, _ in named if any(part in n.lower() for part in head)}
+    needs = f"on parameters of the head, and no trainable one has a part of head={tuple(head)} in its name"
+    refuse_idle("head_factor", head_factor, 1.0, bool(heads), needs, ScheduleError)
     embedded = {n for n, _ in named if any(part in n.lower() for part in embeddings)}
     depth: dict[int, int] = {}
     undecayed: dict[int, bool] = {}

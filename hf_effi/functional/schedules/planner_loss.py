@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..probes import stored_plan, without_probes
 from ._checks import ScheduleError, check_steps
 from .base import Schedule
 
@@ -54,7 +55,9 @@ def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> Los
     """
     path = Path(path)
     state = json.loads((path / "trainer_state.json" if path.is_dir() else path).read_text())
-    history = state["log_history"]
+    probes = stored_plan(state.get("stateful_callbacks") or {})
+    # Updates of training count on; what was only tried has no part in the curve.
+    history = [{**row, "step": probes.trained(row["step"])} for row in without_probes(state["log_history"])]
     if metric is None:
         metric = "eval_loss" if sum("eval_loss" in row for row in history) >= 4 else "loss"
     points = {row["step"]: row[metric] for row in history if metric in row and row["step"] > 0}
@@ -62,12 +65,19 @@ def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> Los
         raise ScheduleError(f"{path} has {len(points)} values of {metric}; at least 4 are needed. Log more often.")
     total = max(points)
     stored = state.get("stateful_callbacks", {}).get("hf_effi.lr_schedule")
+    logged = {row["step"]: row["learning_rate"] for row in history if "learning_rate" in row}
+    etas = None
     if stored:
-        schedule, lr = Schedule.from_spec(stored["current"]), stored["learning_rate"]
+        schedule, lr = Schedule.from_spec(stored["current"]), stored.get("base_lrs", [stored["learning_rate"]])[0]
         etas = tuple(lr * schedule(t) for t in range(total))
-    else:
-        etas = _interpolate({row["step"]: row["learning_rate"] for row in history if "learning_rate" in row}, total)
+        if "base_lrs" in stored and not _agree(etas, logged):
+            etas = None  # the run was resumed with another schedule or LR on its way
+    etas = _interpolate(logged, total) if etas is None else etas
     return LossCurve(etas, tuple(sorted(points)), tuple(float(points[s]) for s in sorted(points)))
+
+
+def _agree(etas: Sequence[float], logged: dict[int, float]) -> bool:
+    return all(math.isclose(etas[step - 1], lr, rel_tol=1e-6) for step, lr in logged.items() if 0 < step <= len(etas))
 
 
 def _interpolate(known: dict[int, float], total: int) -> tuple[float, ...]:

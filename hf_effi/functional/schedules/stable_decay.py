@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+from ..options import refuse_idle
 from ._checks import ScheduleError, check_choice, check_number, check_one_of, check_steps
 from .base import DecayOffset, _Warm, decay_position, round_share
 from .shapes import check_shape, decay, half_life
@@ -62,6 +63,7 @@ class wsd(_Warm):
 
     def _check(self) -> None:
         super()._check()
+        refuse_idle("power", self.power, 1.0, self.shape == "power", "with shape='power'", ScheduleError)
         check_one_of("decay_steps", self.decay_steps, "decay_fraction", self.decay_fraction)
         check_choice("decay_offset", self.decay_offset, ("start", "end", "inside"))
         self._check_shape()
@@ -130,12 +132,14 @@ class wsd(_Warm):
         begin = self.decay_begin
         if begin is not None and at > begin:
             raise ScheduleError(f"at={at} is after the decay has begun at {begin}. A decay starts once.")
+        if power is None:
+            power = self.power if shape in (None, self.shape) else 1.0  # the exponent belongs to the shape
         return self.replace(
             decay_start=at,
             decay_steps=self.decay_length if decay_steps is None else decay_steps,
             decay_fraction=None,
             shape=self.shape if shape is None else shape,
-            power=self.power if power is None else power,
+            power=power,
         )
 
     def _multiplier(self, t: float) -> float:
@@ -266,9 +270,11 @@ class wsd_s(_Warm):
         object.__setattr__(self, "budgets", tuple(self.budgets))
         super()._check()
         check_shape(self.shape, self.floor, self.power)
+        refuse_idle("power", self.power, 1.0, self.shape == "power", "with shape='power'", ScheduleError)
         check_choice("decay_offset", self.decay_offset, ("start", "end", "inside"))
         check_number("decay_fraction", self.decay_fraction, 0.0, 1.0)
         check_steps("rewarm_steps", self.rewarm_steps)
+        refuse_idle("rewarm_steps", self.rewarm_steps, 0, len(self.budgets) > 1, "between two budgets", ScheduleError)
         for budget in self.budgets:
             check_number("budgets", budget, 0.0, 1.0, low_open=True, fix="Budgets are fractions of the run.")
         rising = all(a < b for a, b in zip(self.budgets, self.budgets[1:], strict=False))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..options import refuse_idle
 from ._checks import DecayToZeroWarning, ScheduleError, check_choice
-from .base import OnMismatch, Schedule, reconcile, same_schedule
+from .base import OnMismatch, Schedule
+from .followed import Followed, check_storable, classes_in, settle
 
 
 class ScheduleLR(LambdaLR):
@@ -19,9 +22,12 @@ class ScheduleLR(LambdaLR):
     Args:
         optimizer (`torch.optim.Optimizer`): Its groups' LRs are the base LRs.
         schedule (`Schedule`): Bound to the length of the run, or open-ended.
-        on_mismatch (`str`, *optional*, defaults to `"error"`): What `load_state_dict` does when the checkpoint holds
-            another schedule: `"error"`, `"stored"` or `"new"`.
+        on_mismatch (`str`, *optional*, defaults to `"error"`): What `load_state_dict` does when the checkpoint was
+            trained with another schedule, length or LR: `"error"`, `"stored"` or `"new"`; see [`settle`].
         allow_lr_jump (`bool`, *optional*, defaults to `False`): Whether `"new"` may lift the LR of a decaying run.
+
+    Raises:
+        ScheduleError: not a schedule or optimizer, or a schedule of your own that a checkpoint cannot hold.
     """
 
     def __init__(
@@ -36,11 +42,22 @@ class ScheduleLR(LambdaLR):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ScheduleError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer. Pass the run's optimizer.")
         check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
-        self.built = self.schedule = schedule
+        needs = "with on_mismatch='new'"
+        refuse_idle("allow_lr_jump", allow_lr_jump, False, on_mismatch == "new", needs, ScheduleError)
+        self.schedule = schedule
         self.on_mismatch = on_mismatch
         self.allow_lr_jump = allow_lr_jump
         super().__init__(optimizer, lambda step: self.schedule(step))
+        check_storable(schedule)
         apply_momentum(optimizer, schedule, self.last_epoch)
+        lrs = tuple(float(lr) for lr in self.base_lrs)
+        self._asked = Followed(schedule, schedule, lrs, optimizer_lrs=lrs, run_steps=schedule.total_steps)
+        self._followed = self._asked
+
+    @property
+    def built(self) -> Schedule:
+        """The schedule as it was built; after a resume with `"stored"` the checkpoint's."""
+        return self._followed.built
 
     def step(self, epoch: int | None = None) -> None:
         """Go on to the next update."""
@@ -56,38 +73,38 @@ class ScheduleLR(LambdaLR):
     def start_decay(self, decay_steps: int | None = None, **kwargs: Any) -> None:
         """Start the decay of a WSD-like schedule with the next update; see `wsd.start_decay`."""
         self.follow(self.schedule.start_decay(at=self.last_epoch, decay_steps=decay_steps, **kwargs))
+        self._followed = dataclasses.replace(self._followed, decay_asked_at=self.last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return progress and schedule in plain containers, which `torch.load(weights_only=True)` accepts."""
+        """Return progress and what is followed in plain containers, which `torch.load(weights_only=True)` accepts."""
         return {
-            "base_lrs": list(self.base_lrs),
+            **dataclasses.replace(self._followed, current=self.schedule).state_dict(),
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
             "_last_lr": [float(lr) for lr in self._last_lr],
-            "built": self.built.spec(),
-            "schedule": self.schedule.spec(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Restore progress; decide between stored and new schedule by `on_mismatch`; write the LR into the optimizer.
+        Restore progress; decide what is followed by `on_mismatch`; write the LR into the optimizer.
 
         Raises:
-            ScheduleMismatchError: see [`reconcile`].
+            ScheduleError: not a state of this class.
+            ScheduleMismatchError: see [`settle`].
         """
-        stored_built = Schedule.from_spec(state_dict["built"])
-        stored = Schedule.from_spec(state_dict["schedule"])
-        step = state_dict["last_epoch"]
-        if same_schedule(stored_built, self.built):
-            chosen = stored
-        else:
-            chosen = reconcile(stored, self.built, self.on_mismatch, step=step, allow_lr_jump=self.allow_lr_jump)
-        self.base_lrs = list(state_dict["base_lrs"])
+        if "built" not in state_dict:
+            raise ScheduleError(
+                f"The state of the scheduler holds no schedule, only {', '.join(sorted(state_dict))}: it was written by "
+                "another scheduler. Start a new one at its last_epoch, or load it into the scheduler that wrote it."
+            )
+        # Earlier versions called what is followed "schedule".
+        state = {"current": state_dict.get("schedule"), **state_dict}
+        stored, step = Followed.from_state(state, classes_in(self._asked.built)), state_dict["last_epoch"]
+        found = settle(stored, self._asked, self.on_mismatch, step=step, allow_lr_jump=self.allow_lr_jump)
+        self._followed, self.base_lrs = found, list(found.base_lrs)
         self.last_epoch = step
         self._step_count = state_dict["_step_count"]
-        if self.on_mismatch == "stored":
-            self.built = stored_built
-        self.follow(chosen)
+        self.follow(found.current)
 
 
 def apply_multiplier(scheduler: LambdaLR, multiplier: float) -> None:
@@ -161,6 +178,7 @@ def to_lambda_lr(
     *,
     total_steps: int | None = None,
     on_mismatch: OnMismatch = "error",
+    allow_lr_jump: bool = False,
 ) -> ScheduleLR:
     """
     Make a torch scheduler of a schedule: call `.step()` once per optimizer update.
@@ -169,7 +187,7 @@ def to_lambda_lr(
         schedule (`Schedule`): Any schedule of this package.
         optimizer (`torch.optim.Optimizer`): Multipliers apply to the LR each of its groups has now.
         total_steps (`int`, *optional*): Length of the run, where the schedule was built without it.
-        on_mismatch (`str`, *optional*, defaults to `"error"`): See [`ScheduleLR`].
+        on_mismatch, allow_lr_jump (*optional*): See [`ScheduleLR`].
 
     Example:
     ```python
@@ -188,4 +206,4 @@ def to_lambda_lr(
     """
     if total_steps is not None and isinstance(schedule, Schedule):
         schedule = schedule.bind(total_steps)
-    return ScheduleLR(optimizer, schedule, on_mismatch)
+    return ScheduleLR(optimizer, schedule, on_mismatch, allow_lr_jump)

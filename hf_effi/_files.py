@@ -1,0 +1,177 @@
+"""
+What a run leaves on the disk: written aside, forced to the disk, renamed into place.
+
+A reader sees the old file or the new one, each whole, whatever ends the process in between. A name beside the target that
+starts with `_` is not uploaded by any Trainer.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: How the names of our files in a checkpoint begin. They continue a training and are no part of the model.
+CHECKPOINT_PREFIXES = ("effi_", "hf_effi_")
+
+
+class StateFileError(ValueError):
+    """A state file of a checkpoint is missing, damaged, of a newer version, or cannot be written."""
+
+
+def save_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """
+    Write a file or a folder under another name beside `path`, force it to the disk, and rename it.
+
+    Missing parents are made. What stood at `path` stays until the new one is whole, and stays for good where `write` fails;
+    a symbolic link is replaced, not followed.
+
+    Args:
+        path (`str` or `Path`): Where it goes.
+        write (`Callable[[Path], Any]`): Writes a file, or makes a folder, at the path that it is given. That has the
+            ending of `path`.
+
+    Example:
+    ```python
+    save_aside("out/state.json", lambda part: part.write_text("{}"))
+    ```
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"_{uuid.uuid4().hex[:8]}_{path.name}")
+    try:
+        write(part)
+        for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
+            _sync(file)
+        if path.is_dir() and not path.is_symlink():
+            old = part.with_name(f"{part.name}_old")
+            path.rename(old)  # a folder cannot be replaced in one step
+            part.rename(path)
+            _remove(old)
+        else:
+            os.replace(part, path)
+    finally:
+        _remove(part)
+    _sync(path.parent)
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """[`save_aside`] of a text, as UTF-8."""
+    save_aside(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def save_bytes(path: str | Path, content: bytes) -> None:
+    """[`save_aside`] of bytes."""
+    save_aside(path, lambda part: part.write_bytes(content))
+
+
+def save_json(path: str | Path, value: Any, **options: Any) -> None:
+    """[`save_aside`] of a value as JSON; `options` are those of `json.dumps`."""
+    save_text(path, json.dumps(value, **options) + "\n")
+
+
+def state_bytes(state: Any, whose: str) -> bytes:
+    """
+    Return a state as `torch.save` writes it, having checked that a checkpoint can give it back.
+
+    Args:
+        state: Tensors, numbers, strings, `None`, and lists, tuples and dicts of them.
+        whose (`str`): Names the state in the error.
+
+    Raises:
+        StateFileError: it holds something else, which a resume would refuse to load.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle raises what it likes
+        raise StateFileError(
+            f"The state of {whose} cannot be stored in a checkpoint: {str(error).strip().splitlines()[0]} Return tensors, "
+            "numbers, strings, None, and lists, tuples and dicts of them (array.tolist() or torch.from_numpy(array) in "
+            "place of a numpy array)."
+        ) from error
+    return buffer.getvalue()
+
+
+def save_state(path: str | Path, state: Any) -> None:
+    """[`save_aside`] of a state by `torch.save`, without a check: for tensors that are large and known."""
+    import torch
+
+    save_aside(path, lambda part: torch.save(state, part))
+
+
+def load_state(path: str | Path, map_location: Any = "cpu") -> Any:
+    """
+    Return what [`save_state`] or [`state_bytes`] stored. Nothing in the file is run.
+
+    Raises:
+        StateFileError: there is no such file, or it is damaged.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise missing_file(path) from None
+    except Exception as error:  # a torn archive, a pickle of something else
+        raise StateFileError(
+            f"{path} is damaged or not a state of hf_effi ({str(error).strip().splitlines()[0]}). Resume from another "
+            "checkpoint."
+        ) from error
+
+
+def load_json(path: str | Path) -> Any:
+    """
+    Return what [`save_json`] stored.
+
+    Raises:
+        StateFileError: there is no such file, or it is damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise missing_file(path) from None
+    except ValueError as error:
+        raise StateFileError(f"{path} is damaged ({error}). Resume from another checkpoint.") from error
+
+
+def missing_file(path: str | Path) -> StateFileError:
+    """Return the error that says that a checkpoint has lost a file."""
+    path = Path(path)
+    return StateFileError(
+        f"{path.parent} has no {path.name}, which was written with it: the checkpoint was copied or uploaded in part. "
+        "Copy the file too, or resume from another checkpoint."
+    )
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk, where the system can."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return  # Windows opens no folder
+        raise
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # "not here"; a full disk is an error
+            raise
+    finally:
+        os.close(number)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

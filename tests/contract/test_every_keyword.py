@@ -1,0 +1,366 @@
+"""
+Every keyword of a public object acts or raises.
+
+A keyword that acts whatever the others are is in `ACTS`, and its source reads it. One that another keyword can turn off is in
+`IDLE`, with a call that turns it off and has to raise. A new keyword is in neither, and fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import hf_effi
+from hf_effi import samplers
+from hf_effi.functional import rollouts
+from hf_effi.functional.averaging import averaging_weights
+from hf_effi.functional.schedules import SHAPES, Schedule, ScheduleLR, linear
+from tests.contract._sources import PACKAGE, python_files, tree_of
+
+ACTS = {
+    "AccuracyGradientCallback": "metric min_lr",
+    "ActivationOffloadCallback": "keep_last",
+    "AdaLoRACallback": "set_total_step",
+    "AttentionPattern": "window",
+    "AutoLRSCallback": "stage_steps probes max_stage_steps seed validation",
+    "BatchTransformMixin": "batch_transform",
+    "ChunkFlow": "max_live_chunks",
+    "ChunkFlowMixin": "chunk_flow",
+    "EffiGRPOTrainer": "reward_funcs args train_dataset prompt_selector group_filter rollout_pruner",
+    "EffiSFTTrainer": "args data_collator train_dataset",
+    "FusedLMHead": "column_eps grad_in_forward",
+    "FusedLoRALinear": "siblings",
+    "GRPODoctor": "limits say",
+    "GRPOLimits": "lr_zero_logs scheduler_updates scheduler_low scheduler_high lr_frozen_logs plan_end clip_logs"
+    " resume_fraction padding padding_logs leak truncated zero_std group_logs constant_logs entropy_ratio"
+    " entropy_logs trend_logs length_growth reward_fall zero_loss zero_loss_logs constant_spread no_gradient_logs",
+    "GradientSNRCallback": "memory lowest",
+    "HubCallback": "seconds",
+    "HypergradientCallback": "kappa limit step_limit",
+    "LRScheduleCallback": "on_mismatch",
+    "LowBitLoRALinear": "siblings",
+    "MaskingRatioCurriculum": "start end warmup_fraction continues random_share keep_share eval_ratio",
+    "MemoryBudgetCallback": "max_tokens offload",
+    "MetadataCollator": "bos_token_id eos_token_id max_length",
+    "MetadataConditioning": "where cooldown_fraction dropout",
+    "Multigrid": "long_cycle short_cycle final_share",
+    "MultigridLRCallback": "exponent",
+    "RandomLTDCallback": "ramp_fraction multiple",
+    "RunRecordCallback": "methods",
+    "SamplerMixin": "train_sampler",
+    "Schedule": "total_steps",
+    "SelectiveCheckpointCallback": "save_ops",
+    "SequenceLengthMixin": "sequence_length",
+    "SequenceParallelMixin": "sequence_parallel_size",
+    "TokenBudgetBatchSampler": "cost padding_free length_multiple seed",
+    "TrainDoctor": "limits say",
+    "TrainLimits": "lr_zero_logs scheduler_updates scheduler_low scheduler_high lr_frozen_logs plan_end clip_logs"
+    " resume_fraction padding padding_logs leak no_gradient_logs",
+    "UL2Denoising": "max_target_length denoisers mode_ids eos_token_id",
+    "WeightAveragingCallback": "last every_steps kind swap_in folder",
+    "average_checkpoints": "last kind",
+    "branch_cooldown": "shape schedule",
+    "cdma": "final_ratio decay_fraction warmup_fraction average",
+    "cma": "warmup_fraction average",
+    "constant": "total_steps warmup_steps warmup_fraction",
+    "cosine": "total_steps warmup_steps warmup_fraction floor",
+    "cosine_power": "total_steps warmup_steps warmup_fraction floor base spread",
+    "damped_cosine": "total_steps warmup_steps warmup_fraction floor cycles gamma",
+    "extend_rope": "theta",
+    "extend_to": "at",
+    "from_card": "token revision",
+    "group_by_prompt": "max_completions",
+    "infinite": "total_steps warmup_steps warmup_fraction floor cooldown_steps cooldown_fraction anneal_steps"
+    " anneal_fraction constant_ratio cooldown first_task open_ended anneal_start",
+    "inverse_sqrt": "total_steps warmup_steps warmup_fraction floor timescale_steps",
+    "join": "total_steps schedules boundaries",
+    "lambda_patterns": "sink",
+    "layerwise_param_groups": "decay backbone_factor weight_decay head embeddings",
+    "linear": "total_steps warmup_steps warmup_fraction floor",
+    "longgen_patterns": "sink stride full_fraction",
+    "lr_range_test": "loss_fn low high repeats stop_factor",
+    "one_cycle": "total_steps up_fraction down_fraction div final_div momentum_low momentum_high",
+    "patch": "verify",
+    "plan_memory": "batch gpu_gib dtype autocast optimizer sharding ranks sequence_parallel_size lora_rank four_bit"
+    " generate",
+    "plot_schedules": "steps path base_lr title panels",
+    "power": "total_steps warmup_steps warmup_fraction floor tokens_per_step max_lr a b sequence_length"
+    " reference_lr decay_steps decay_fraction shape decay_offset",
+    "refined_by_gradient_norm": "optimizer smooth total_steps",
+    "rewarm_redecay": "total_steps warmup_steps warmup_fraction warmup_offset floor data_fractions data_steps peaks",
+    "rex": "total_steps warmup_steps warmup_fraction floor kappa",
+    "scale": "total_steps schedule factor",
+    "slow_start_fast_decay": "total_steps rise_fraction start floor",
+    "stability_gap": "keep epochs new_share old_weights schedule seed",
+    "stream_layers": "num_chunks verify",
+    "table": "total_steps values end",
+    "tile_loss": "num_shards",
+    "tile_mlp": "num_shards",
+    "tiled_cross_entropy": "num_items_in_batch transform num_shards",
+    "to_lambda_lr": "total_steps on_mismatch",
+    "token_indexed": "total_steps schedule",
+    "triangular": "total_steps half_cycle_steps low",
+    "uba": "total_steps warmup_steps warmup_fraction floor phi",
+    "wsd": "total_steps warmup_steps warmup_fraction floor decay_steps decay_fraction shape decay_offset"
+    " open_ended decay_start",
+    "wsd_s": "total_steps warmup_steps warmup_fraction floor budgets decay_fraction shape decay_offset",
+    "wsdc": "total_steps warmup_steps warmup_fraction floor decay_steps decay_fraction shape decay_offset"
+    " open_ended decay_start constant_steps constant_fraction",
+    "AdvantagePruner": "metric scope",
+    "GenerationLayout": "steps_per_generation num_iterations accumulation_steps world_size oversample",
+    "PassRateBand": "low high",
+    "ShuffledPrompts": "seed",
+    "concat_rows": "ratio_padding sequence_ratio",
+    "fill_order": "has_gradient live",
+    "keep_by_advantage": "metric live",
+    "keep_groups_by_pass_rate": "low high has_gradient",
+    "policy_mask": "ratio_multiplies",
+    "row_advantages": "ratio_multiplies",
+    "rows_with_gradient": "ratio_multiplies",
+    "next_refill_size": "factor",
+    "plan_buckets": "max_rows",
+    "AbilitySampler": "lower upper min_rows full_from_epoch max_probe min_change shift num_samples seed",
+    "CompetenceSampler": "num_samples start root full_at seed nan",
+    "CyclicalSampler": "start end alpha full_epochs seed nan",
+    "EffiSampler": "seed",
+    "GreedyAnswers": "batch_size",
+    "GroupSampler": "batch_size repeat_count",
+    "InterleavedSampler": "seed",
+    "MeasuringSampler": "num_samples seed",
+    "MixtureSampler": "num_samples smooth in_order seed",
+    "ModelScore": "kind",
+    "MultistageSampler": "warmup_rounds threshold_rows switch_loss switch_rows seed",
+    "QualityAscendingSampler": "buckets folds descending sources seed nan",
+    "ReplaySampler": "num_samples in_order seed",
+    "RowCorrect": "batch_size",
+    "RowLoss": "batch_size",
+    "SelfImprovement": "length_slack keep exclude seed",
+    "SelfPacedSampler": "share threshold min_rows num_samples seed",
+    "ShuffledSampler": "seed",
+    "add_score": "batch_size shard_size cache_dir nan overwrite progress",
+    "copy_head_scores": "num_rows length token_ids batch_size seed",
+    "retrieval_heads": "share",
+}
+
+
+def of_warmup(name: str, **rest: Any) -> dict[tuple[str, str], Callable[[], Any]]:
+    """Without a length there is no warm-up, and nothing reads how it goes."""
+    schedule = getattr(hf_effi, name)
+    return {
+        (name, "warmup_start"): lambda: schedule(100, warmup_start=0.5, **rest),
+        (name, "warmup_offset"): lambda: schedule(100, warmup_offset=0, **rest),
+    }
+
+
+def sgd(head: str = "top") -> torch.nn.ModuleDict:
+    return torch.nn.ModuleDict({head: torch.nn.Linear(2, 2)})
+
+
+@functools.cache
+def tiny() -> Any:
+    from tests.helpers import tiny_qwen3
+
+    model = tiny_qwen3()
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def planned(**over: Any) -> Any:
+    return hf_effi.plan_memory(tiny().config, seq_len=8, **over)
+
+
+def of_modes(mode: str, **over: Any) -> Any:
+    return hf_effi.LayerModes(tiny(), mode, **over)
+
+
+def improved(folder: Any = "unused", **over: Any) -> samplers.SelfImprovement:
+    settings = {"rows": [], "problem": lambda level, rng: str(level), "levels": [1], "per_round": 1}
+    return samplers.SelfImprovement(folder, **{**settings, **over})
+
+
+def one_vote() -> Any:
+    return improved(min_agreement=0.9)._answer([lambda prompts: ["1"] * len(prompts)])
+
+
+def paced(**over: Any) -> Any:
+    return samplers.SelfPacedSampler(4, lambda model, rows: [], **over)
+
+
+def denoised(**over: Any) -> Any:
+    return hf_effi.UL2Denoising(range(90, 100), 0, 32, **over)
+
+
+def as_it_is(column: list[float]) -> list[float]:
+    return column
+
+
+def scored(**over: Any) -> Any:
+    from datasets import Dataset
+
+    scorer = samplers.ColumnScore(as_it_is, ["x"])
+    return samplers.add_score(Dataset.from_dict({"x": [1.0]}), "score", scorer, **over)
+
+
+def auto(**over: Any) -> Any:
+    return hf_effi.AutoLRSCallback(1e-4, 1e-2, probes=1, **over)
+
+
+PATTERN, WSD = hf_effi.AttentionPattern, hf_effi.wsd
+CALLBACK, PRUNER, KEEP = hf_effi.LRScheduleCallback, rollouts.AdvantagePruner, rollouts.keep_by_advantage
+
+#: (object, keyword) -> a call in which nothing would read the keyword
+IDLE: dict[tuple[str, str], Callable[[], Any]] = {
+    ("AdvantagePruner", "balance_signs"): lambda: PRUNER(0.5, metric="random", balance_signs=True),
+    ("AdvantagePruner", "seed"): lambda: PRUNER(0.5, seed=3),
+    ("AttentionPattern", "sink"): lambda: PATTERN(sink=2),
+    ("AttentionPattern", "stride"): lambda: PATTERN(stride=2),
+    ("AttentionPattern", "stride_block"): lambda: PATTERN(window=4, stride_block=2),
+    ("AutoLRSCallback", "evaluate"): lambda: auto(evaluate=lambda model: 0.0),
+    ("AutoLRSCallback", "kappa"): lambda: auto(kappa=1e6),
+    ("FusedLMHead", "filter_weight"): lambda: hf_effi.FusedLMHead(filter_weight=True),
+    ("LRScheduleCallback", "allow_lr_jump"): lambda: CALLBACK(WSD(), "stored", allow_lr_jump=True),
+    ("LRScheduleCallback", "counter"): lambda: CALLBACK(WSD(), counter=lambda: 1.0),
+    ("LRScheduleCallback", "stop_when_decayed"): lambda: CALLBACK(linear(), stop_when_decayed=False),
+    ("LayerModes", "offloader"): lambda: of_modes("checkpoint", offloader=object()),
+    ("LayerModes", "save_ops"): lambda: of_modes("checkpoint", save_ops=[torch.ops.aten.mm.default]),
+    ("MaskingRatioCurriculum", "warmup_from"): lambda: hf_effi.MaskingRatioCurriculum(4, [0], 100, warmup_from=0.2),
+    ("Multigrid", "short_steps"): lambda: hf_effi.Multigrid(64, short_cycle=(1,), short_steps=2),
+    ("SelfImprovement", "length_quantile"): lambda: improved(length_quantile=0.5),
+    ("SelfImprovement", "min_agreement"): one_vote,
+    ("SelfPacedSampler", "growth"): lambda: paced(share=0.5, growth=1.5),
+    ("SelfPacedSampler", "share_step"): lambda: paced(threshold=1.0, share_step=0.5),
+    ("to_lambda_lr", "allow_lr_jump"): lambda: hf_effi.to_lambda_lr(
+        linear(4), torch.optim.SGD(sgd().parameters(), 0.1), allow_lr_jump=True
+    ),
+    ("UL2Denoising", "separator_id"): lambda: denoised(max_target_length=32, separator_id=80),
+    ("WeightAveragingCallback", "alpha"): lambda: hf_effi.WeightAveragingCallback(kind="uniform", alpha=0.5),
+    ("add_score", "columns"): lambda: scored(columns=["x"]),
+    ("add_score", "fingerprint"): lambda: scored(fingerprint="v1"),
+    ("average_checkpoints", "alpha"): lambda: hf_effi.average_checkpoints("a", "b", kind="linear", alpha=0.5),
+    ("constant", "floor"): lambda: hf_effi.constant(100, floor=0.1),
+    ("extend_to", "method"): lambda: hf_effi.extend_to(linear(100, floor=0.1), 200, method="plateau"),
+    ("extend_to", "transition_steps"): lambda: hf_effi.extend_to(WSD(100), 200, transition_steps=5),
+    ("infinite", "alpha"): lambda: hf_effi.infinite(100, alpha=5.0),
+    ("keep_by_advantage", "balance_signs"): lambda: KEEP(torch.ones(4), 2, "random", balance_signs=True),
+    ("keep_by_advantage", "generator"): lambda: KEEP(torch.ones(4), 2, generator=torch.Generator()),
+    ("layerwise_param_groups", "head_factor"): lambda: hf_effi.layerwise_param_groups(sgd(), 1e-3, head_factor=2.0),
+    ("layerwise_param_groups", "no_decay"): lambda: hf_effi.layerwise_param_groups(sgd(), 1e-3, no_decay=["norm"]),
+    ("longgen_patterns", "stride_block"): lambda: hf_effi.longgen_patterns(6, window=4, stride_block=2),
+    ("patch", "inputs"): lambda: hf_effi.patch(tiny(), {"RMSNorm": "liger"}, verify=False, inputs={"RMSNorm": print}),
+    ("patch", "on_mismatch"): lambda: hf_effi.patch(tiny(), {"RMSNorm": "liger"}, verify=False, on_mismatch="eager"),
+    ("plan_memory", "headroom"): lambda: planned(headroom=0.2),
+    ("plan_memory", "lora_targets"): lambda: planned(lora_targets=["q_proj"]),
+    ("rewarm_redecay", "warmup_start"): lambda: hf_effi.rewarm_redecay(100, data_fractions=(1.0,), warmup_start=0.5),
+    ("wsd", "half_life_steps"): lambda: WSD(100, half_life_steps=5.0),
+    ("wsd", "power"): lambda: WSD(100, power=2.0),
+    ("wsd_s", "power"): lambda: hf_effi.wsd_s(100, power=2.0),
+    ("wsd_s", "rewarm_steps"): lambda: hf_effi.wsd_s(100, budgets=(1.0,), rewarm_steps=5),
+    ("wsdc", "half_life_steps"): lambda: hf_effi.wsdc(100, half_life_steps=5.0),
+    ("wsdc", "power"): lambda: hf_effi.wsdc(100, power=2.0),
+    **of_warmup("constant"),
+    **of_warmup("cosine"),
+    **of_warmup("cosine_power"),
+    **of_warmup("damped_cosine"),
+    **of_warmup("infinite"),
+    **of_warmup("inverse_sqrt"),
+    **of_warmup("linear"),
+    **of_warmup("power", tokens_per_step=1000),
+    **of_warmup("rex"),
+    **of_warmup("uba"),
+    **of_warmup("wsd"),
+    **of_warmup("wsd_s"),
+    **of_warmup("wsdc"),
+}
+
+
+def public_objects() -> dict[str, Any]:
+    """Return public callables by name: not the configs, which `test_every_option.py` walks, nor what only tells."""
+    found = {name: getattr(hf_effi, name) for name in hf_effi.__all__}
+    found |= {name: getattr(room, name) for room in (rollouts, samplers) for name in room.__all__}
+    return {
+        name: value
+        for name, value in found.items()
+        if callable(value)
+        and not name.endswith(("Config", "Arguments", "Error"))
+        and name not in ("Finding", "Method")
+    }
+
+
+def keywords_of(value: Any) -> list[str]:
+    """Return the parameters with a default."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(value).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds and p.default is not inspect.Parameter.empty]
+
+
+def test_every_keyword_is_in_one_of_the_tables():
+    found = {(name, keyword) for name, value in public_objects().items() for keyword in keywords_of(value)}
+    acts = {(name, keyword) for name, keywords in ACTS.items() for keyword in keywords.split()}
+    assert not acts & set(IDLE)
+    assert not found - acts - set(IDLE), f"say how these act or raise: {sorted(found - acts - set(IDLE))}"
+    assert not (acts | set(IDLE)) - found, f"these are gone: {sorted((acts | set(IDLE)) - found)}"
+
+
+@pytest.mark.parametrize("case", IDLE, ids=".".join)
+def test_a_keyword_that_nothing_reads_raises(case: tuple[str, str], tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for those that make a folder
+    with pytest.raises(Exception, match=case[1]) as caught:
+        IDLE[case]()
+    assert isinstance(caught.value, (ValueError, RuntimeError)) and not isinstance(caught.value, NotImplementedError)
+
+
+@functools.cache
+def attributes_read() -> frozenset[str]:
+    """Return all attributes that the package reads."""
+    nodes = (node for path in python_files(PACKAGE.name) for node in ast.walk(tree_of(path)))
+    return frozenset(n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load))
+
+
+def reads(value: Any, keyword: str) -> bool:
+    """Whether the source of a function, of a class's constructor, or of anybody who has the dataclass, reads it."""
+    if dataclasses.is_dataclass(value):
+        return keyword in attributes_read()
+    owner = next(c for c in value.__mro__ if "__init__" in vars(c)).__init__ if isinstance(value, type) else value
+    tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    return any(isinstance(n, ast.Name) and n.id == keyword and isinstance(n.ctx, ast.Load) for n in ast.walk(tree))
+
+
+@pytest.mark.parametrize("name", sorted(ACTS))
+def test_a_keyword_that_acts_is_read(name: str):
+    value = public_objects()[name]
+    unread = [keyword for keyword in ACTS[name].split() if not reads(value, keyword)]
+    assert not unread, f"{name} takes {unread} and nobody reads them"
+
+
+def test_shared_checks_reach_their_pure_functions():
+    with pytest.raises(ValueError, match="alpha=0.5 only acts with kind='ema'. Leave it at 0.2"):
+        averaging_weights(3, "linear", 0.5)
+    with pytest.raises(ValueError, match="allow_lr_jump=True only acts with on_mismatch='new'"):
+        ScheduleLR(torch.optim.SGD(sgd().parameters(), 0.1), linear(4), allow_lr_jump=True)
+
+
+@pytest.mark.parametrize("shape", sorted({*SHAPES, "half-life"} - {"power"}))
+def test_a_power_is_for_the_shape_of_that_name(shape: str):
+    over = {"half_life_steps": 5.0} if shape == "half-life" else {}
+    with pytest.raises(ValueError, match="power=2.0 only acts with shape='power'"):
+        WSD(100, shape=shape, power=2.0, floor=0.1, **over)
+
+
+def test_another_shape_at_the_start_of_a_decay_leaves_the_power_behind():
+    schedule = WSD(100, shape="power", power=3.0, open_ended=True)
+    assert schedule.start_decay(50).power == 3.0
+    assert (schedule.start_decay(50, shape="linear").power, schedule.start_decay(50, power=2.0).power) == (1.0, 2.0)
+
+
+def test_a_warm_up_of_no_updates_is_a_warm_up():
+    """What a sweep over its length comes to."""
+    schedule: Schedule = WSD(10, warmup_steps=0, warmup_start=0.5, warmup_offset=0)
+    assert schedule.trace()[0] == 1.0

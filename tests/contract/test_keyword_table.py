@@ -1,0 +1,417 @@
+"""Every keyword that a call of ours gives to upstream code, with the test that shows that it is used there."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+import torch
+
+from hf_effi._compat import CACHE_ARGUMENTS
+from tests.contract._sources import ROOT, python_files, shown, tree_of
+from tests.helpers import grpo_args, lm_dataset, run_grpo, save_tiny, tiny_qwen3, tiny_tokenizer
+
+UPSTREAM = ("transformers", "trl", "accelerate", "peft", "datasets", "huggingface_hub")
+#: names in our code behind which objects of upstream stand
+_OBJECT = re.compile(r"(^|\.)_?(model|trainer|accelerator|tokenizer|processing_class|api|layer|core|decoder)$")
+_TORCHS = ("named_parameters", "register_forward_pre_hook", "register_forward_hook")
+_KEYWORDS = "tests/contract/test_upstream_keywords.py::"
+_HERE = "tests/contract/test_keyword_table.py::"
+
+#: what is called -> its keywords, and the test that shows that each is used, or after "why:" the reason for none
+CALLS: dict[str, tuple[str, str]] = {
+    # models, layers, attention
+    "model": (
+        "input_ids attention_mask labels num_items_in_batch use_cache fused_lm_head",
+        f"{_HERE}test_the_forward_of_a_probe_uses",
+    ),
+    "transformers.masking_utils:sdpa_mask": (
+        "batch_size q_length kv_length q_offset kv_offset mask_function allow_is_causal_skip use_vmap device",
+        f"{_HERE}test_a_row_of_a_mask_is_made_as_it_is_asked_for",
+    ),
+    "transformers.masking_utils:flash_attention_mask": (
+        "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask",
+        f"{_HERE}test_the_padding_mask_comes_through",
+    ),
+    "self.model": ("input_ids labels logits_to_keep", f"{_KEYWORDS}test_a_model_uses"),
+    "type(self.layer).forward": ("attention_mask", f"{_KEYWORDS}test_a_layer_uses_its_mask_and_its_position_embeddings"),
+    "self.model.generate": (
+        "input_ids attention_mask do_sample max_new_tokens pad_token_id eos_token_id",
+        f"{_HERE}test_generate_uses",
+    ),
+    "transformers:AutoModelForCausalLM.from_config": (
+        "dtype attn_implementation",
+        f"{_HERE}test_models_are_made_as_they_are_asked_for",
+    ),
+    "transformers:Qwen3ForCausalLM.from_pretrained": ("dtype", f"{_HERE}test_models_are_made_as_they_are_asked_for"),
+    "transformers:Qwen3Config": (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
+        " max_position_embeddings tie_word_embeddings pad_token_id eos_token_id bos_token_id",
+        f"{_HERE}test_the_demos_config_has_these_fields",
+    ),
+    "peft:LoraConfig": ("r target_modules task_type", f"{_HERE}test_lora_is_made_as_it_is_asked_for"),
+    # trainers
+    "super().compute_loss": ("num_items_in_batch", f"{_HERE}test_trainers_divide_by_the_number_of_items"),
+    "super()._get_per_token_logps_and_entropies": (
+        "compute_entropy",
+        f"{_HERE}test_grpo_computes_entropies_where_it_is_asked_to",
+    ),
+    "trainer.prediction_step": ("prediction_loss_only", f"{_HERE}test_a_prediction_can_be_the_loss_alone"),
+    "self.trainer.create_model_card": ("model_name", f"{_HERE}test_the_model_card_has_the_name"),
+    "transformers:Trainer": ("data_collator train_dataset", "why: no run without them"),
+    "transformers:TrainingArguments": (
+        "output_dir max_steps per_device_train_batch_size train_sampling_strategy learning_rate warmup_steps"
+        " lr_scheduler_type lr_scheduler_kwargs adam_beta2 max_grad_norm seed use_cpu bf16 logging_strategy save_strategy"
+        " report_to remove_unused_columns disable_tqdm",
+        "why: a dataclass, which raises for a field that it does not have",
+    ),
+    "trl.trainer.utils:use_adapter": (
+        "adapter_name",
+        "tests/contract/test_upstream_seams.py::test_use_adapter_sets_and_restores",
+    ),
+    "self.accelerator.reduce": (
+        "reduction",
+        "tests/contract/test_upstream_seams.py::test_collectives_are_rank_major_and_flat",
+    ),
+    # tokenizers and texts
+    "self.tokenizer.pad": ("padding_side return_tensors", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
+    "self.tokenizer.decode": ("skip_special_tokens", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
+    "tokenizer": ("padding return_tensors", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
+    "tokenizer.batch_decode": (
+        "skip_special_tokens",
+        f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to",
+    ),
+    "transformers:PreTrainedTokenizerFast": (
+        "tokenizer_object pad_token eos_token unk_token padding_side",
+        "tests/unit/test_demo_task.py::test_tokenizer_has_one_token_a_character_and_survives_a_round_trip",
+    ),
+    "transformers.utils:logging.tqdm": ("total desc unit disable", "why: a progress line"),
+    "trl:TrlParser": ("prog usage description epilog formatter_class", "why: the text of --help"),
+    # the Hub
+    "huggingface_hub:HfApi": ("library_name token", "tests/training/test_hub_uploads.py::test_a_wrong_token_is_told_before_training"),
+    "huggingface_hub:hf_hub_download": (
+        "token revision",
+        "tests/training/test_hub_recipe.py::test_what_keeps_a_card_away_is_told",
+    ),
+    "api.create_repo": ("private exist_ok", "tests/training/test_hub.py::test_full_circle_of_an_effi_trainer"),
+    "api.upload_folder": (
+        "repo_id folder_path commit_message revision ignore_patterns",
+        "tests/training/test_hub_uploads.py::test_a_folder_arrives_whole_in_one_commit",
+    ),
+}  # fmt: skip
+
+
+def _imported(tree: ast.AST) -> dict[str, str]:
+    """Return `{name here: "module:name"}` of what a file imports from upstream."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] in UPSTREAM:
+            names |= {alias.asname or alias.name: f"{node.module}:{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in UPSTREAM}
+    return names
+
+
+def _callee(node: ast.Call, names: dict[str, str], in_trainers: bool) -> str | None:
+    text = ast.unparse(node.func)
+    head, _, rest = text.partition(".")
+    if head in names:
+        return ".".join(filter(None, [names[head], rest]))
+    method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    if text.startswith("super().") and in_trainers and method != "__init__":
+        return text
+    if method == "forward" and text.startswith("type("):
+        return text
+    if method in _TORCHS or not (_OBJECT.search(text) or method and _OBJECT.search(ast.unparse(node.func.value))):
+        return None
+    return text
+
+
+def found_calls() -> dict[str, dict[str, str]]:
+    """Return `{callee: {keyword: where}}` of all calls in the package."""
+    found: dict[str, dict[str, str]] = {}
+    for path in python_files("hf_effi"):
+        names = _imported(tree_of(path))
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Call) and any(keyword.arg for keyword in node.keywords):
+                callee = _callee(node, names, shown(path).startswith("hf_effi/trainers"))
+                if callee is not None:
+                    where = f"{shown(path)}:{node.lineno}"
+                    found.setdefault(callee, {}).update({k.arg: where for k in node.keywords if k.arg})
+    return found
+
+
+def test_every_keyword_is_in_the_table():
+    found = found_calls()
+    missing = [
+        f"{where}: {callee}({keyword}=...)"
+        for callee, keywords in sorted(found.items())
+        for keyword, where in sorted(keywords.items())
+        if keyword not in CALLS.get(callee, ("", ""))[0].split()
+    ]
+    assert not missing, "add each to CALLS, with a test that shows that upstream uses it:\n" + "\n".join(missing)
+    gone = {
+        (callee, k)
+        for callee, (keywords, _) in CALLS.items()
+        for k in keywords.split()
+        if k not in found.get(callee, {})
+    }
+    assert not gone, f"CALLS lists what is no longer passed: {sorted(gone)}"
+
+
+@pytest.mark.parametrize("callee", CALLS)
+def test_the_test_that_shows_it_exists(callee):
+    where = CALLS[callee][1]
+    if where.startswith("why: "):
+        return
+    file, _, name = where.partition("::")
+    assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{callee}: there is no {where}"
+
+
+def test_only_compat_knows_what_differs_between_releases():
+    """No other file names an argument by the name that some release has for it, or asks for a version."""
+    wrong = []
+    for path in python_files("hf_effi"):
+        if path.name == "_compat.py":
+            continue
+        for node in ast.walk(tree_of(path)):
+            named = isinstance(node, ast.Constant) and node.value in CACHE_ARGUMENTS
+            named |= isinstance(node, ast.keyword) and node.arg in CACHE_ARGUMENTS
+            asked = isinstance(node, (ast.Import, ast.ImportFrom)) and "packaging" in ast.unparse(node)
+            asked |= isinstance(node, ast.Name) and node.id == "release_of"
+            if (named and ast.unparse(node) != "'cache'") or asked:
+                wrong.append(f"{shown(path)}:{getattr(node, 'lineno', '?')}: {ast.unparse(node)}")
+    assert not wrong, "move this into _compat.py:\n" + "\n".join(wrong)
+
+
+# --- models and tokenizers -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_generate_uses():
+    model = tiny_qwen3().eval()
+    prompts = torch.tensor([[0, 0, 4, 9], [5, 11, 7, 12]])
+    common = {"input_ids": prompts, "attention_mask": (prompts != 0).long(), "do_sample": False, "max_new_tokens": 4}
+    ends = {"pad_token_id": 0, "eos_token_id": [60]}
+    plain = model.generate(**common, **ends)
+    assert plain.shape == (2, 8) and torch.equal(model.generate(**common, **ends), plain)
+    alone = model.generate(**{**common, "input_ids": prompts[:1, 2:], "attention_mask": torch.ones(1, 2)}, **ends)
+    assert torch.equal(alone[0, 2:], plain[0, 4:]), "attention_mask: padding is not read"
+    assert not torch.equal(model.generate(**{**common, "input_ids": prompts.flip(1)}, **ends), plain)
+    assert model.generate(**{**common, "max_new_tokens": 2}, **ends).shape == (2, 6)
+    torch.manual_seed(1)
+    assert not torch.equal(model.generate(**{**common, "do_sample": True}, **ends), plain)
+    first = plain[1, 4].item()  # ends the second row at once, and the rest is padding
+    ended = model.generate(**common, pad_token_id=3, eos_token_id=[60, first])
+    assert ended[1, 4:6].tolist() == [first, 3] != plain[1, 4:6].tolist()
+
+
+def test_models_are_made_as_they_are_asked_for(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_qwen3().config
+    for dtype in (torch.float32, torch.bfloat16):
+        for attention in ("sdpa", "eager"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            assert model.dtype == dtype and model.config._attn_implementation == attention
+    folder = save_tiny(tiny_qwen3(), tiny_tokenizer(), tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert type(tiny_qwen3()).from_pretrained(folder, dtype=dtype).dtype == dtype
+
+
+def test_the_demos_config_has_these_fields():
+    """A config takes any keyword; one that no class reads would change nothing."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    keywords = CALLS["transformers:Qwen3Config"][0].split()
+    unset = [name for name in keywords if not hasattr(Qwen3Config(), name)]
+    assert not unset, f"Qwen3Config no longer has {unset}"
+    base = {
+        "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "head_dim": 8, "intermediate_size": 24, "tie_word_embeddings": False,
+    }  # fmt: skip
+    other = {
+        "vocab_size": 24, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 4, "intermediate_size": 32, "tie_word_embeddings": True,
+    }  # fmt: skip
+
+    def count(**over):
+        return sum(parameter.numel() for parameter in Qwen3ForCausalLM(Qwen3Config(**{**base, **over})).parameters())
+
+    assert [name for name, value in other.items() if count(**{name: value}) == count()] == []
+
+
+def test_lora_is_made_as_it_is_asked_for():
+    from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
+
+    def made(**over):
+        return get_peft_model(
+            tiny_qwen3(), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **over})
+        )
+
+    sizes = [sum(p.numel() for p in made(**over).parameters() if p.requires_grad) for over in ({}, {"r": 4})]
+    assert sizes[1] == 2 * sizes[0]
+    adapted = [name for name, module in made(target_modules=["k_proj"]).named_modules() if hasattr(module, "lora_A")]
+    assert adapted and all(name.endswith("k_proj") for name in adapted)
+    assert isinstance(made(), PeftModelForCausalLM) and not isinstance(made(task_type=None), PeftModelForCausalLM)
+
+
+def test_tokenizers_pad_and_decode_as_they_are_asked_to():
+    tokenizer = tiny_tokenizer()
+    rows = {"input_ids": [[5, 6, 7], [8]]}
+    pad = tokenizer.pad_token_id
+    for side, short in (("left", [pad, pad, 8]), ("right", [8, pad, pad])):
+        found = tokenizer.pad(rows, padding_side=side, return_tensors="pt")["input_ids"]
+        assert torch.is_tensor(found) and found.tolist() == [[5, 6, 7], short]
+    assert tokenizer(["ab", "a"], padding=True, return_tensors="pt")["input_ids"].shape == (2, 2)
+    ids = [tokenizer.eos_token_id, *tokenizer("ab")["input_ids"]]
+    assert tokenizer.decode(ids, skip_special_tokens=True) != tokenizer.decode(ids, skip_special_tokens=False)
+    assert tokenizer.batch_decode([ids], skip_special_tokens=True) == [tokenizer.decode(ids, skip_special_tokens=True)]
+
+
+# --- trainers --------------------------------------------------------------------------------------------------------
+
+
+def stock_trainer(folder, kind="transformers"):
+    settings = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+    if kind == "trl":
+        from trl import SFTConfig, SFTTrainer
+
+        args = SFTConfig(**settings, gradient_checkpointing=False)
+        return SFTTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(4), processing_class=tiny_tokenizer())
+    from transformers import Trainer, TrainingArguments
+
+    return Trainer(tiny_qwen3(), TrainingArguments(**settings), train_dataset=lm_dataset(4))
+
+
+def batch_of(trainer):
+    return {
+        name: value for name, value in next(iter(trainer.get_train_dataloader())).items() if torch.is_tensor(value)
+    }
+
+
+@pytest.mark.parametrize("kind", ["transformers", "trl"])
+def test_trainers_divide_by_the_number_of_items(tmp_path, kind):
+    trainer = stock_trainer(tmp_path, kind)
+    batch = batch_of(trainer)
+    batch.setdefault("labels", batch["input_ids"].clone())
+    few, many = (
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(items)) for items in (50, 100)
+    )
+    torch.testing.assert_close(many, few / 2)
+
+
+def test_a_prediction_can_be_the_loss_alone(tmp_path):
+    trainer = stock_trainer(tmp_path)
+    batch = batch_of(trainer)
+    batch.setdefault("labels", batch["input_ids"].clone())
+    loss, logits, _ = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=False)
+    alone, nothing, _ = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=True)
+    assert torch.equal(loss, alone) and logits is not None and nothing is None
+
+
+def test_the_model_card_has_the_name(tmp_path):
+    trainer = stock_trainer(tmp_path)
+    trainer.create_model_card(model_name="a-name-of-its-own")
+    assert "a-name-of-its-own" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_grpo_computes_entropies_where_it_is_asked_to(tmp_path):
+    from trl import GRPOTrainer
+
+    trainer = run_grpo(GRPOTrainer, grpo_args(tmp_path), train=False)
+    ids = torch.tensor([[4, 9, 5, 11], [7, 12, 6, 8]])
+    calls = []
+    trainer.model.register_forward_hook(lambda module, args, output: calls.append(1))
+
+    def scored(*positional, **keywords):
+        calls.clear()
+        return trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, torch.ones_like(ids), 2, *positional, **keywords
+        )
+
+    logps, none, _ = scored(compute_entropy=False)
+    same, entropies, _ = scored(compute_entropy=True)
+    assert torch.equal(logps, same) and none is None and entropies.shape == (2, 2) and len(calls) == 1
+    split, _, _ = scored(1)  # batch_size, by its place
+    assert len(calls) == 2
+    torch.testing.assert_close(split, logps)
+    masked = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), 2
+    )[0]
+    assert not torch.allclose(masked[0], logps[0]) and torch.allclose(masked[1], logps[1])
+
+
+@pytest.mark.parametrize(
+    "keyword", ["input_ids", "attention_mask", "labels", "num_items_in_batch", "use_cache", "fused_lm_head"]
+)
+def test_the_forward_of_a_probe_uses(tmp_path, keyword):
+    from trl import GRPOTrainer
+
+    model = run_grpo(GRPOTrainer, grpo_args(tmp_path), train=False).model.eval()
+    ids = torch.tensor([[4, 9, 5, 11], [7, 12, 6, 8]])
+    values = {
+        "input_ids": (ids, ids.flip(1)),
+        "attention_mask": (torch.ones_like(ids), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])),
+        "labels": (ids, ids.flip(1)),
+        "num_items_in_batch": (3, 6),
+        "use_cache": (False, True),
+        "fused_lm_head": (False, True),
+    }
+    results = []
+    for value in values[keyword]:
+        given = {"input_ids": ids, "labels": ids, "use_cache": False, keyword: value}
+        with torch.no_grad():
+            results.append(model(**given))
+    if keyword == "use_cache":
+        assert results[0].keys() < results[1].keys()
+    elif keyword == "fused_lm_head":
+        assert hasattr(results[1], "log_probs") and not hasattr(results[0], "log_probs")
+    else:
+        assert not torch.allclose(results[0].loss, results[1].loss)
+
+
+def test_a_row_of_a_mask_is_made_as_it_is_asked_for():
+    from transformers.masking_utils import sdpa_mask
+
+    def window(batch, head, query, key):
+        return (key <= query) & (key > query - 2) & (batch < 2)
+
+    def row(query, first_key, use_vmap):
+        return sdpa_mask(
+            batch_size=3,
+            q_length=1,
+            kv_length=4,
+            q_offset=query,
+            kv_offset=first_key,
+            mask_function=window,
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=torch.device("cpu"),
+        )
+
+    for use_vmap in (False, True):
+        mask = row(5, 2, use_vmap)
+        assert mask.shape == (3, 1, 1, 4) and mask.device.type == "cpu"
+        assert mask[0, 0, 0].tolist() == [False, False, True, True]  # keys 2 to 5, of which 4 and 5 are in the window
+        assert not mask[2].any()
+    assert row(2, 2, False)[0, 0, 0].tolist() == [True, False, False, False]
+
+
+def test_the_padding_mask_comes_through():
+    from transformers.masking_utils import causal_mask_function, flash_attention_mask
+
+    def made(attention_mask):
+        return flash_attention_mask(
+            batch_size=1,
+            q_length=3,
+            kv_length=3,
+            q_offset=0,
+            kv_offset=0,
+            mask_function=causal_mask_function,
+            attention_mask=attention_mask,
+        )
+
+    assert made(None) is None and made(torch.ones(1, 3, dtype=torch.bool)) is None
+    assert made(torch.tensor([[False, True, True]])).tolist() == [[False, True, True]]
