@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import tables
+from bench import _zoo_tables, tables
 from bench._schema import RESULTS, ROOT, load_results
 from hf_effi.report.card import markdown_table
 
@@ -117,7 +117,13 @@ def provenance(result: Mapping[str, Any]) -> str:
     )
 
 
-_VIEWS = {"": headline_table, "arms": arms_table, "parity": parity_table, "ladder": ladder_table}
+_VIEWS = {
+    "": headline_table,
+    "arms": arms_table,
+    "parity": parity_table,
+    "ladder": ladder_table,
+    **{f"zoo_{name}": view for name, view in _zoo_tables.VIEWS.items()},
+}
 
 
 def render_text(text: str, results: Mapping[str, Mapping[str, Any]], source: str = "text") -> str:

@@ -111,7 +111,9 @@ def fused_lora(x: Tensor, linears: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, enabled=False):
         if len(dtypes := {adapter_dtype, *(form.dtype for form in forms)}) == 1:
             x = x.to(dtypes.pop())  # outside of the Function: what is saved is the narrow copy
-        return _FusedLoRA.apply(x, forms, adapter_dtype, *tensors)
+        outputs = _FusedLoRA.apply(x, forms, adapter_dtype, *tensors)
+        # Views are made here: one that a Function returns could not be changed in place by the model.
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 def _base_output(
@@ -143,7 +145,7 @@ class _FusedLoRA(torch.autograd.Function):
         for form, (weight, bias, _, b), u in zip(forms, linears, _split(inner, linears), strict=True):
             y = _base_output(rows, quantized, weight, bias, form).to(adapter_dtype)
             y = y.addmm_(u, b.to(adapter_dtype).t(), alpha=form.scale).to(form.out_dtype)
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            outputs.append(y)
         ctx.save_for_backward(x, inner, *tensors)
         ctx.forms, ctx.adapter_dtype = forms, adapter_dtype
         ctx.set_materialize_grads(False)

@@ -90,6 +90,7 @@ def drop_layer_tokens(model: nn.Module, dropping: TokenDropping) -> PatchHandle:
     """
     name, layers = _layer_stack(model)
     _check_config(model)
+    _check_layers(layers)
     handle = PatchHandle("drop_layer_tokens")
     for index in range(1, len(layers) - 1):
         forward = functools.partial(_forward, layers[index], index, len(layers), dropping)
@@ -127,6 +128,15 @@ def _check_config(model: nn.Module) -> None:
         raise RandomLTDError(
             "output_router_logits=True: the router loss expects every token in every layer. Set it to False in the config."
         )
+
+
+def _check_layers(layers: nn.ModuleList) -> None:
+    for kind in dict.fromkeys(map(type, layers)):
+        names = list(inspect.signature(kind.forward).parameters)
+        if "hidden_states" not in names:
+            raise RandomLTDError(
+                f"{kind.__name__} takes {', '.join(names[1:])}, and random-LTD cuts the hidden_states of a layer."
+            )
 
 
 def _forward(layer: nn.Module, index: int, num_layers: int, dropping: TokenDropping, *args: Any, **kwargs: Any) -> Any:

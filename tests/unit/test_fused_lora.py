@@ -89,6 +89,22 @@ def test_an_output_that_nothing_uses():
             torch.testing.assert_close(a, b)
 
 
+def test_the_model_may_change_an_output_in_place():
+    """As Gemma 3n does with its projections: what PEFT's layers return is no view of a Function of ours."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    eye = torch.eye(4, dtype=torch.float64)
+    a, b = (torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    linears = [LoRAWeights(eye, None, a, b.t(), 0.5)] * 2
+    results = []
+    for function in (fused_lora_reference, fused_lora):
+        first, second = function(x, linears)
+        first.mul_(2.0)
+        second[..., 0] = 0.0
+        results.append(torch.autograd.grad((first.square() + second).sum(), (x, a, b)))
+    for expected, found in zip(*results, strict=True):
+        assert (expected - found).abs().max() < 1e-12
+
+
 def test_x_that_is_not_contiguous():
     linears, x = [weights(4)], torch.randn(3, 5, dtype=torch.float64).t().requires_grad_()
     torch.testing.assert_close(fused_lora(x, linears), fused_lora_reference(x, linears))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM
 
 from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.functional.random_ltd import draw_kept, kept_tokens, layer_tokens, ramp_length, uniform_scores
@@ -235,6 +235,9 @@ def test_refusals_name_the_reason():
         model(IDS, use_cache=False)
     with pytest.raises(RandomLTDError, match="only 2"):
         drop_layer_tokens(model_of(layers=2), dropping_of(4))
+    rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=3, context_length=8))
+    with pytest.raises(RandomLTDError, match="RwkvBlock takes hidden, .*hidden_states of a layer"):
+        drop_layer_tokens(rwkv, TokenDropping(0))
     with pytest.raises(RandomLTDError, match="one stack"):
         drop_layer_tokens(torch.nn.Linear(2, 2), dropping_of(4))
     model.config._attn_implementation = "flash_attention_2"

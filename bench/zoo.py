@@ -1,0 +1,136 @@
+"""Every model class of transformers against every feature that promises the untouched model's numbers. `python -m bench.zoo`.
+
+Writes `bench/results/zoo.json`, from which `bench.render` makes the tables of `docs/zoo.md`. Each class is built tiny from
+its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`). Takes 15 to 20
+minutes on one core; `--only CLASS` runs one class and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from bench._schema import command_line, headline, write_result
+from tests.zoo.builders import SEED, Family
+from tests.zoo.cases import describe
+from tests.zoo.features import FEATURES, Outcome
+from tests.zoo.ranks import SEQUENCE_PARALLEL, run_pair
+from tests.zoo.run import Result, everything, number, rows_of, run_family
+
+#: of the rows of a class, for sequence parallelism
+_ROWS_ON_RANKS = 3
+_REASON = 160
+
+
+def on_ranks(built: Iterable[Family]) -> list[Result]:
+    """Run sequence parallelism over two processes for every third causal class."""
+    chosen = [f for f in built if f.kind == "causal" and number(f.name) % 3 == 0]
+    jobs = [(family, row) for family in chosen for row in rows_of(family)[:_ROWS_ON_RANKS]]
+    outcomes = run_pair([(family.kind, family.name, family.model_type, row) for family, row in jobs])
+    return [
+        Result(family, SEQUENCE_PARALLEL.key, row, outcome)
+        for (family, row), outcome in zip(jobs, outcomes, strict=True)
+    ]
+
+
+def mark_of(outcomes: Sequence[Outcome]) -> str:
+    """
+    Return what a class and a feature come to over all settings.
+
+    `neither`: some difference or foreign error; `n/a`: the untouched model never ran; `partly`: equal with some settings and
+    refused with others.
+    """
+    statuses = {outcome.status for outcome in outcomes} - {"stock"}
+    if statuses & {"different", "error"}:
+        return "neither"
+    if not statuses:
+        return "n/a"
+    return "partly" if len(statuses) > 1 else statuses.pop()
+
+
+def rows_of_table(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return one row a class, then one row a setting."""
+    classes: dict[Family, dict[str, list[Result]]] = {}
+    for result in results:
+        classes.setdefault(result.family, {}).setdefault(result.feature, []).append(result)
+    return [_class_row(family, cells) for family, cells in classes.items()] + _setting_rows(results)
+
+
+def _class_row(family: Family, cells: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": family.kind, "class": family.name, "model_type": family.model_type}
+    if "" in cells:
+        return {**row, "error": cells[""][0].outcome.note[: 2 * _REASON]}
+    return {**row, "cells": {feature: _cell(found) for feature, found in cells.items()}}
+
+
+def _cell(found: Sequence[Result]) -> dict[str, str]:
+    mark = mark_of([result.outcome for result in found])
+    wanted = {"neither": ("different", "error"), "n/a": ("stock",)}.get(mark, ("refused",))
+    notes = [result.outcome.note for result in found if result.outcome.status in wanted]
+    return {"mark": mark} | ({"why": notes[0][:_REASON]} if notes else {})
+
+
+def _setting_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """How often each level of each axis was equal and refused, by feature, on classes where the plain row is equal."""
+    plain = {(r.family, r.feature) for r in results if describe(r.row) == "plain" and r.outcome.status == "equal"}
+    counts: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for result in results:
+        for axis, level in result.row.items() if (result.family, result.feature) in plain else ():
+            cell = counts.setdefault((axis, level), {}).setdefault(result.feature, [0, 0])
+            cell[0] += result.outcome.status == "equal"
+            cell[1] += result.outcome.status == "refused"
+    return [{"axis": axis, "level": level, "counts": cells} for (axis, level), cells in sorted(counts.items())]
+
+
+def headlines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the counts of classes and of cells."""
+    classes = [row for row in rows if "class" in row]
+    marks = [cell["mark"] for row in classes for cell in row.get("cells", {}).values()]
+    return [
+        headline("classes", len(classes)),
+        headline("classes_built", sum("cells" in row for row in classes)),
+        headline("cells", len(marks) - marks.count("n/a")),
+        headline("cells_equal", marks.count("equal")),
+        headline("cells_equal_or_refused_by_setting", marks.count("partly")),
+        headline("cells_refused", marks.count("refused")),
+        headline("cells_neither", marks.count("neither"), "= 0"),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", metavar="CLASS", help="run one class, print its results, write nothing")
+    args = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    found = [family for family in everything() if args.only in (None, family.name, family.model_type)]
+    results: list[Result] = []
+    start = time.perf_counter()
+    for place, family in enumerate(found):
+        mine = list(run_family(family))
+        results += mine
+        for result in mine if args.only else (result for result in mine if not result.outcome.ok):
+            print(result, flush=True)
+        if place % 20 == 19:
+            print(f"{place + 1} of {len(found)} classes, {time.perf_counter() - start:.0f} s", flush=True)
+    if args.only:
+        return any(not result.outcome.ok for result in results)
+    on_two = on_ranks(dict.fromkeys(result.family for result in results if result.feature))
+    print(*(result for result in on_two if not result.outcome.ok), sep="\n", flush=True)
+    rows = rows_of_table(results + on_two)
+    figures = headlines(rows)
+    print(f"{len(FEATURES) + 1} features;", ", ".join(f"{f['name']} {f['value']}" for f in figures))
+    print("wrote", write_result("zoo", command=command_line("bench.zoo"), seeds=[SEED], headline=figures, rows=rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
