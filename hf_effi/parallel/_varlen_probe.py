@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from ..patching import Finding, call, compare, output_of, probing, tiny_tokens
 
+#: field of the model config with one entry a layer: the arguments of an `AttentionPattern`, or `None` for full attention
+PATTERNS_FIELD = "hf_effi_attention_patterns"
 #: How the rows of a call are laid out: single ones, several documents in a row, or rows with padding.
 Layout = Literal["plain", "packed", "padded"]
 _LENGTHS = (5, 7, 4)
@@ -55,10 +57,12 @@ def _ask(model: nn.Module, layout: Layout, name: str) -> Finding:
         return Finding(None, reason="the weights are sharded, and their forward is running")
 
     def stock(model: nn.Module) -> Tensor:
+        _without_patterns(model)
         _set_implementation(model, name, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
         return _rows_alone(model) if layout == "packed" else _forward(model, layout)
 
     def ours(model: nn.Module) -> Tensor:
+        _without_patterns(model)
         return _forward(model, layout)
 
     return compare(model, stock, ours)
@@ -69,6 +73,14 @@ def _set_implementation(model: nn.Module, before: str, after: str) -> None:
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == before:
             vars(config)["_attn_implementation_internal"] = after
+
+
+def _without_patterns(model: nn.Module) -> None:
+    """Patterns are there to give something else."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, PATTERNS_FIELD, None):
+            vars(config)[PATTERNS_FIELD] = None
 
 
 def _documents(model: nn.Module) -> list[Tensor]:

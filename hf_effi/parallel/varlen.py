@@ -19,9 +19,8 @@ from ..functional.segment_attention import AttentionPattern, segment_attention
 from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
 from ..patching import probing
 from ._varlen_masks import LEDGER, VARLEN_ATTENTION, Document, VarlenAttentionError, View, varlen_mask
+from ._varlen_probe import PATTERNS_FIELD
 
-#: field of the model config with one entry a layer: the arguments of an `AttentionPattern`, or `None` for full attention
-PATTERNS_FIELD = "hf_effi_attention_patterns"
 _MAX_HEAD_DIM = 256
 
 
