@@ -89,14 +89,15 @@ class ExactSavingsMixin:
         return self.loss_type != "vespo"
 
     @property
-    def _ratio_layout(self) -> dict[str, Any]:
-        """How [`concat_rows`] must treat `importance_sampling_ratio`: by the mode, which the shape does not tell."""
+    def _ratio_padding(self) -> float | None:
+        """What a ratio per token is padded with, as in TRL; `None` where the mode has one ratio per sequence."""
         mode = self.vllm_importance_sampling_mode
+        if mode.startswith("sequence"):
+            return None
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         low, high = -math.inf if low is None else low, math.inf if high is None else high
         clipped = min(max(1.0, low), high)
-        padding = clipped if mode.endswith("truncate") else float(clipped == 1.0)
-        return {"sequence_ratio": mode.startswith("sequence"), "ratio_padding": padding}
+        return clipped if mode.endswith("truncate") else float(clipped == 1.0)
 
     def _longest_row(self) -> int | None:
         """The most columns that a forward of this run can have, or `None` where prompts are as long as they come."""
@@ -122,7 +123,7 @@ class ExactSavingsMixin:
             return chunks
         out = []
         for start in range(0, len(chunks), window):
-            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id, **self._ratio_layout)
+            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id, self._ratio_padding)
             lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
             # Rows without a gradient go first: whole micro-batches of them then cost one dummy row.
             active = rows_with_gradient(rows, self._ratio_multiplies)

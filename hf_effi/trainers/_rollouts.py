@@ -269,7 +269,7 @@ class RolloutMixin:
         deferred = generation.batches[0].pop("_deferred")
         for batch in generation.batches[1:]:
             batch.pop("_deferred")
-        local = concat_rows(generation.batches, pad, **self._ratio_layout)
+        local = concat_rows(generation.batches, pad, self._ratio_padding)
         owners = [generation.owner(row, world) for row in rows]
         share = len(rows) // world
         counts = [sum(owner == r for owner, _ in owners) for r in range(world)]
@@ -296,7 +296,7 @@ class RolloutMixin:
             seen[owner] += 1
         hand = deal_rows(costs, world)[rank]
         parts = [take_rows(pools[owner], [index]) for owner, index in (position[i] for i in hand)]
-        joined = concat_rows(parts, pad, **self._ratio_layout)
+        joined = concat_rows(parts, pad, self._ratio_padding)
         device = self.accelerator.device
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in joined.items()}
 

@@ -109,7 +109,7 @@ class TestLayout:
             return {"completion_mask": torch.ones(rows, columns), "importance_sampling_ratio": ratio}
 
         per_row = [part(2, 5, torch.full((2, 1), 0.5)), part(1, 1, torch.full((1, 1), 0.25))]
-        joined = concat_rows(per_row, 0, sequence_ratio=True)["importance_sampling_ratio"]
+        joined = concat_rows(per_row, 0, ratio_padding=None)["importance_sampling_ratio"]
         assert joined.tolist() == [[0.5], [0.5], [0.25]]
         # One token in every completion of the second part: the same shape, and another meaning.
         per_token = [part(2, 3, torch.full((2, 3), 0.5)), part(1, 1, torch.full((1, 1), 0.25))]

@@ -47,9 +47,7 @@ def take_rows(batch: Rows, rows: Sequence[int] | Tensor) -> Rows:
     return {key: pick(value) for key, value in batch.items()}
 
 
-def concat_rows(
-    batches: Sequence[Rows], pad_token_id: int, sequence_ratio: bool = False, ratio_padding: float = 1.0
-) -> Rows:
+def concat_rows(batches: Sequence[Rows], pad_token_id: int, ratio_padding: float | None = 1.0) -> Rows:
     """
     Join batches along the rows, padding prompts on the left and completions on the right to the widest.
 
@@ -57,11 +55,11 @@ def concat_rows(
         batches (`Sequence[dict]`): Batches with the same keys.
         pad_token_id (`int`): Fills `prompt_ids` and `completion_ids`; masks and log-probs are filled with 0,
             `tool_mask` with 1 as TRL does.
-        sequence_ratio (`bool`, *optional*, defaults to `False`): Whether `importance_sampling_ratio` is one number per
-            row, shape `(rows, 1)`, which the loss broadcasts and nothing may pad. The shape cannot tell: one number per
-            token has it too where every completion is one token long.
-        ratio_padding (`float`, *optional*, defaults to `1.0`): Fills a ratio per token. TRL's padding has a difference
-            of log-probs of 0, hence a ratio of 1 before it is clipped; VESPO sums its logarithm over all columns.
+        ratio_padding (`float` or `None`, *optional*, defaults to `1.0`): Fills an `importance_sampling_ratio` per token.
+            TRL's padding has a difference of log-probs of 0, hence a ratio of 1 before it is clipped; VESPO sums its
+            logarithm over all columns. `None` where the ratio is one number per row, shape `(rows, 1)`, which the loss
+            broadcasts and nothing may pad. The shape cannot tell: a ratio per token has it too where every completion
+            is one token long.
 
     Example:
     ```python
@@ -83,7 +81,7 @@ def concat_rows(
         values = [batch[key] for batch in batches]
         if isinstance(first, list):
             joined[key] = [entry for value in values for entry in value]
-        elif isinstance(first, Tensor) and (first.ndim == 1 or key == "importance_sampling_ratio" and sequence_ratio):
+        elif isinstance(first, Tensor) and (first.ndim == 1 or fills.get(key, 0) is None):
             joined[key] = torch.cat(values)
         elif isinstance(first, Tensor) and first.ndim == 2:
             width = max(value.size(1) for value in values)
