@@ -11,6 +11,7 @@ names it: a checkpoint that has lost a file is refused, one of the stock trainer
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset, Sampler
 from transformers.utils import logging
+from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .._files import (
@@ -95,6 +97,10 @@ class GRPOResumeMixin:
     def _layout(self) -> GenerationLayout:
         return GenerationLayout.of(self.args)
 
+    @property
+    def _streams(self) -> bool:
+        return isinstance(self.train_dataset, datasets.IterableDataset)
+
     # ---- prompts, in the layout of the run ----
 
     def get_train_dataloader(self) -> Any:
@@ -111,6 +117,7 @@ class GRPOResumeMixin:
         finally:
             self._train_batch_size, self.args.generation_batch_size = saved
 
+    @functools.wraps(GRPOTrainer._get_dataloader)  # the mixins above bind calls by these names
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(super()._get_dataloader).bind(*args, **kwargs).arguments
         dataset, world = call["dataset"], self._layout.world_size
@@ -161,13 +168,14 @@ class GRPOResumeMixin:
             )
         return layout.prompts
 
+    @functools.wraps(GRPOTrainer._run_epoch)  # the mixins above bind calls by these names
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
         resumed = call["resume_from_checkpoint"] is not None and call["epoch"] == call["epochs_trained"]
         self._pass = call["epoch"]
         self._pass_began_at = self._step - (call["steps_trained_in_current_epoch"] if resumed else 0)
         result = super()._run_epoch(*args, **kwargs)
-        if self._step == self._pass_began_at and self._train_sampler is None:
+        if self._step == self._pass_began_at and self._streams:
             raise ValueError(
                 f"train_dataset is a stream that ends before the {self._layout.prompts} prompts of one generation batch. "
                 "Add prompts, or lower per_device_train_batch_size, steps_per_generation or prune_rate."
@@ -211,6 +219,7 @@ class GRPOResumeMixin:
 
     # ---- load ----
 
+    @functools.wraps(GRPOTrainer._init_training_state)  # the mixins above bind calls by these names
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         call = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
         place = super()._init_training_state(*args, **kwargs)
@@ -227,7 +236,7 @@ class GRPOResumeMixin:
         self._load_prompts(Path(checkpoint), state)
         if state["inside_block"]:
             self._load_buffer(Path(checkpoint), state)
-        if self._train_sampler is None and "pass" in state and not self.args.ignore_data_skip:
+        if self._streams and "pass" in state and not self.args.ignore_data_skip:
             # The Trainer does not know how long a stream is, and takes it that the run is in the first pass.
             return state["pass"], state["steps_in_pass"]
         return place

@@ -56,6 +56,8 @@ def test_a_good_file_is_valid(tmp_path, capsys):
         ({"lr_schedule_kwargs": {"warmup_steps": 3}}, ["needs lr_schedule"]),
         ({"kernel_patch": "ligr"}, ["kernel_patch='ligr'", "'liger'"]),
         ({"sequence_parallel_size": 0}, ["sequence_parallel_size=0", "at least 1"]),
+        ({"difficulty_max_rounds": 5}, ["difficulty_max_rounds=5 acts only where groups are filtered"]),
+        ({"prune_normalizer": "original"}, ["prune_normalizer='original'", "Set prune_rate"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
