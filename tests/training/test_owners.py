@@ -9,6 +9,8 @@ from hf_effi import (
     ActivationOffloadCallback,
     AdaLoRACallback,
     AutoLRSCallback,
+    EffiTrainer,
+    EffiTrainingArguments,
     HubCallback,
     HypergradientCallback,
     LRScheduleCallback,
@@ -21,6 +23,7 @@ from hf_effi import (
     constant,
 )
 from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.hub.recipe import read_recipe
 from hf_effi.samplers import ShuffledSampler
 from tests.helpers import LocalHub, assert_bitwise_equal, lm_dataset, push_args, tiny_qwen3, tiny_tokenizer
 from tests.helpers.sampling import sampler_trainer
@@ -127,3 +130,24 @@ def test_two_repositories_get_the_same_run_each_with_a_card_of_its_own(tmp_path,
             served = load_from(hub, name, tmp_path / name.replace("/", "-"))
             assert f'from_card("{name}"' in (served / "README.md").read_text()
             assert_bitwise_equal(type(trainer.model).from_pretrained(served), trainer.model)
+
+
+def test_pushes_by_callback_and_by_argument_leave_the_same(tmp_path, monkeypatch):
+    with LocalHub(token=TOKEN) as hub:
+        hub.use(monkeypatch)
+        served, over = {}, {"hub_token": TOKEN, "hub_always_push": True, "run_record": False}
+        for door in ("callback", "argument"):
+            pushing = {"push_to_hub": True, "hub_model_id": "tester/argument"} if door == "argument" else {}
+            args = push_args(tmp_path / door, EffiTrainingArguments, hub_wait_seconds=60, **over, **pushing)
+            trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), processing_class=tiny_tokenizer())
+            if door == "callback":
+                trainer.add_callback(HubCallback(trainer, "tester/callback", seconds=60))
+            trainer.train()
+            served[door] = load_from(hub, f"tester/{door}", tmp_path / f"served-{door}")
+        names = [{path.name for path in folder.iterdir()} - {".cache"} for folder in served.values()]
+        assert names[0] == names[1]
+        assert_bitwise_equal(*(tiny_qwen3().from_pretrained(folder) for folder in served.values()))
+        one, other = (read_recipe(folder) for folder in served.values())
+        differing = {name for name in one["arguments"] if one["arguments"][name] != other["arguments"][name]}
+        assert differing <= {"push_to_hub", "hub_model_id", "output_dir", "logging_dir"}
+        assert {name for name in one if one[name] != other[name]} == {"arguments"}
