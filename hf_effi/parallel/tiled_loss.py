@@ -5,6 +5,7 @@ TRL's trainers and Liger have such a loss; a plain `transformers.Trainer` has no
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from types import MethodType
@@ -19,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .._compat import chunked_linear_cross_entropy
 from ..functional.sequence import logit_rows
+from ..patching import CannotLook, Results, call, compare, gradients, remembered, tiny_tokens
 from .patch_handle import PatchHandle, check_free
 
 IGNORED = -100
@@ -153,6 +155,10 @@ def _check_shards(num_shards: Any) -> None:
 # --- on a model ------------------------------------------------------------------------------------------------------
 
 
+class _LogitsAsked(AttributeError):
+    """Logits that are never made were asked for something; an AttributeError, so that `hasattr` gets its answer."""
+
+
 class _DeferredLogits:
     """
     What the head returns in training: its input, and what the model did to the logits before it asked for the loss.
@@ -173,6 +179,12 @@ class _DeferredLogits:
 
     def float(self) -> _DeferredLogits:
         return self.then(lambda logits: logits.float())
+
+    def contiguous(self) -> _DeferredLogits:
+        return self
+
+    def tanh(self) -> _DeferredLogits:
+        return self.then(torch.tanh)
 
     def __mul__(self, factor: Any) -> _DeferredLogits:
         return self.then(lambda logits: logits * factor)
@@ -196,13 +208,14 @@ class _DeferredLogits:
 
     @staticmethod
     def _refuse(what: str) -> NoReturn:
-        raise AttributeError(
+        raise _LogitsAsked(
             f"tile_loss is on, so that a training forward has no logits ({what!r} was asked of them). It needs the labels "
-            "in the forward: leave out label_smoothing_factor and compute_loss_func, or revert tile_loss."
+            "in the forward: leave out label_smoothing_factor and compute_loss_func, or revert tile_loss.",
+            name=what,
         )
 
 
-def tile_loss(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
+def tile_loss(model: nn.Module, num_shards: int | None = None, *, verify: bool = True) -> PatchHandle:
     """
     Compute a causal language model's training loss by [`tiled_cross_entropy`], without ever making its logits.
 
@@ -215,13 +228,15 @@ def tile_loss(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
     Args:
         model (`torch.nn.Module`): A causal language model of transformers, plain or wrapped by PEFT.
         num_shards (`int`, *optional*): As in [`tiled_cross_entropy`].
+        verify (`bool`, *optional*, defaults to `True`): Whether to compare loss and gradients on a few tokens, with and
+            without; `False` for a model whose weights are sharded already, on your own account.
 
     Returns:
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no causal language model, TRL's fused head, another loss than transformers' for causal models, or a
-            bad `num_shards`.
+        ValueError: no causal language model, TRL's fused head, another loss than transformers' for causal models, a forward
+            that uses its logits or computes its loss in a way of its own, or a bad `num_shards`.
 
     Example:
     ```python
@@ -239,12 +254,44 @@ def tile_loss(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
         )
     if "fused_lm_head" in getattr(getattr(causal.__dict__.get("forward"), "__code__", None), "co_varnames", ()):
         raise ValueError("TRL has fused this model's head already, which does the same. Leave tile_loss out.")
-    head_name = next(path for path, module in causal.named_modules() if module is head)
-    handle = PatchHandle("tile_loss")
-    handle.replace(prefix + head_name, head, "forward", MethodType(_defer, head))
-    loss = functools.partial(_causal_loss, original=original, head=head, num_shards=num_shards)
-    handle.replace(name, causal, "_loss_function", loss)
-    return handle
+    head_name = prefix + next(path for path, module in causal.named_modules() if module is head)
+
+    def patched() -> PatchHandle:
+        handle = PatchHandle("tile_loss")
+        handle.replace(head_name, head, "forward", MethodType(_defer, head))
+        loss = functools.partial(_causal_loss, original=original, head=head, num_shards=num_shards)
+        handle.replace(name, causal, "_loss_function", loss)
+        return handle
+
+    patched().revert()  # where another patch has the head, that is said first
+    if verify:
+        _check_equal(model, causal, patched)
+    return patched()
+
+
+def _check_equal(model: nn.Module, causal: nn.Module, patched: Callable[[], PatchHandle]) -> None:
+    """Compare loss and gradients on a few tokens, one row of them padded, with and without the patch."""
+    kind = type(causal).__name__
+
+    def step(model: nn.Module, tiled: bool) -> Results:
+        tokens = tiny_tokens(model, 2, 8)
+        mask = torch.ones_like(tokens)
+        mask[1, 6:] = 0
+        labels = tokens.masked_fill(mask == 0, IGNORED)
+        with patched() if tiled else contextlib.nullcontext():
+            try:
+                loss = call(model, tokens, mask, labels=labels).loss
+            except _LogitsAsked as error:
+                raise CannotLook(f"its forward uses the logits in a way of its own ({error.name!r})") from error
+        if loss is None:
+            raise CannotLook("it returns no loss for labels")
+        return {"the loss": loss, **gradients(model, loss)}
+
+    plain, ours = (functools.partial(step, tiled=value) for value in (False, True))
+    found = remembered(model, "tile_loss", lambda: compare(model, plain, ours))
+    if not found.equal:
+        fix = "" if found.looked else ", patch before the weights are sharded, or pass verify=False"
+        raise ValueError(f"tile_loss would not give the loss that {kind} gives without it: {found}. Leave it out{fix}.")
 
 
 def _find_head(model: nn.Module) -> tuple[str, Any, nn.Module]:
