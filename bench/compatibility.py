@@ -40,6 +40,7 @@ _LEFT_OUT = (
     "tests/contract/test_packaging.py::test_the_range_of_a_package_is_what_was_run",
     "tests/contract/test_packaging.py::test_torch_is_accepted_from_the_oldest_release_that_was_run",
 )
+_SUITES = ("contract", "zoo", "affected")
 #: what the tests need beside the pins
 _TOOLS = ("pytest-xdist>=3.6", "build>=1.2", "setuptools>=77")
 
@@ -217,21 +218,22 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def run_environment(environment: Environment, pinned: dict[str, str], workers: int, fresh: bool) -> dict[str, Any]:
+def run_environment(environment: Environment, pinned: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
     """Return `{versions, suites}` of an environment; each suite that is done is kept in `bench/cache/compatibility`."""
     python = python_of(environment, pinned)
     kept = CACHE / "compatibility" / f"{environment.name.replace(' ', '-')}.json"
     found: dict[str, Any] = {"sources": fingerprint(), "suites": {}}
     found["versions"] = versions_in(python, [package.name for package in packages(ROOT)])
-    if kept.exists() and not fresh:
+    if kept.exists() and not args.fresh:
         before = json.loads(kept.read_text(encoding="utf-8"))
         if {k: before[k] for k in ("sources", "versions")} == {k: found[k] for k in ("sources", "versions")}:
             found = before
     kept.parent.mkdir(parents=True, exist_ok=True)
     for name, arguments in suites(environment).items():
-        if name in found["suites"] and not found["suites"][name]["failed"]:
+        if name not in args.suites or name in found["suites"] and not found["suites"][name]["failed"]:
             continue
-        outcome = found["suites"][name] = run_tests(python, arguments, workers)
+        print(f"  {name} ...", flush=True)
+        outcome = found["suites"][name] = run_tests(python, arguments, args.workers)
         kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         told = ", ".join(f"{outcome[key]} {key}" for key in ("passed", "failed", "skipped"))
         print(f"  {name}: {told}, {outcome['seconds']:.0f} s", flush=True)
@@ -294,6 +296,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME==VERSION",
         help="another release, only to look; nothing is written",
     )
+    parser.add_argument(
+        "--suites", nargs="+", default=list(_SUITES), choices=_SUITES, help="only these suites (default: all)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of pytest (default: 2)")
     return parser.parse_args(arguments)
 
@@ -309,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     for index, environment in enumerate(chosen):
         print(f"[{index + 1}/{len(chosen)}] {environment.name}", flush=True)
         if not args.list:
-            outcomes[environment] = run_environment(environment, pinned, args.workers, args.fresh)
+            outcomes[environment] = run_environment(environment, pinned, args)
     failed = sum(outcome["failed"] for found in outcomes.values() for outcome in found["suites"].values())
     if not args.list and not args.release:
         before = compatibility_result(ROOT) or {"rows": []}

@@ -1,8 +1,8 @@
 """Every model class of transformers against every feature that promises the untouched model's numbers. `python -m bench.zoo`.
 
 Writes `bench/results/zoo.json`, from which `bench.render` makes the tables of `docs/zoo.md`. Each class is built tiny from
-its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`). Takes 15 to 20
-minutes on one core; `--only CLASS` runs one class and writes nothing.
+its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`), on one core.
+`--only CLASS` runs one class and writes nothing.
 """
 
 from __future__ import annotations

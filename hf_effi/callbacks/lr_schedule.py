@@ -180,7 +180,7 @@ class LRScheduleCallback(OwningCallback):
             self.followed = self._resumed(asked, args, state, scheduler, optimizer)
         if list(self.followed.base_lrs) != scheduler.base_lrs:
             scheduler.base_lrs = list(self.followed.base_lrs)
-        _note_asked(asked, self.followed, optimizer)
+        _note_asked(asked, self.followed, scheduler.optimizer)
         self._scheduler, self._state = scheduler, state
         check_reference(self.current, scheduler)
         # Momentum and token counters move with every update; an LR alone is kept by the scheduler.
@@ -278,8 +278,8 @@ def note_optimizer(optimizer: Any) -> None:
 
 
 def _innermost(optimizer: Any) -> Any:
-    """Return the optimizer inside the wrappers of accelerate and DeepSpeed."""
-    while hasattr(optimizer, "optimizer"):
+    """Return the optimizer inside the wrappers of accelerate and DeepSpeed; an optimizer of a user may wrap one too."""
+    while hasattr(optimizer, "optimizer") and type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")):
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -311,7 +311,7 @@ def _note_asked(asked: Followed, followed: Followed, optimizer: Optimizer) -> No
     lrs = asked.base_lrs
     if asked.optimizer_lrs is None and followed.learning_rate:
         lrs = tuple(lr * (asked.learning_rate / followed.learning_rate) for lr in followed.base_lrs)
-        _MADE_FOR[optimizer] = asked.learning_rate
+        _MADE_FOR[_innermost(optimizer)] = asked.learning_rate
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
         if "initial_lr" not in group or float(group["initial_lr"]) != lr:
             group["initial_lr"] = lr

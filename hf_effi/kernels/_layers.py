@@ -35,7 +35,6 @@ class Unit:
         install (`Callable`, *optional*): Called for each target once the self-check has passed; returns what undoes it.
         error_budget (`float`): Relative error, by the Frobenius norm, that outputs and gradients of inputs may have beyond
             rounding, for a replacement that approximates. Gradients of weights get none.
-        each_mode (`bool`): Whether the self-check runs in training and in evaluation mode, or in the present one only.
     """
 
     targets: Sequence[Target]
@@ -49,7 +48,6 @@ class Unit:
     switch_off: Callable[[], None] | None = None
     install: Callable[[Target], Callable[[], None]] | None = None
     error_budget: float = 0.0
-    each_mode: bool = False
 
 
 @runtime_checkable
@@ -166,7 +164,6 @@ def layer_unit(layer: type[nn.Module], target: Target) -> Unit:
             (target.module,),
             layer.__name__,
             has_backward,
-            each_mode=has_backward,  # without one it only ever computes evaluations
         )
     function = layer().forward
     if target.kind == "loss":

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..functional.options import refuse_idle
 from ..parallel.patch_handle import CLAIM, Claim
+from ..patching import set_mode
 from ._errors import KernelMismatchError, PatchError
 from ._layers import LayerGroup, Unit, layer_unit
 from ._sources import candidates, liger_layers
@@ -243,7 +244,8 @@ class _Checker:
                     "Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."
                 )
         deviations = []
-        for training in (False, True) if unit.each_mode else (None,):
+        # A model is loaded in evaluation mode, without dropout; without modules there is no mode.
+        for training in (False, True) if unit.modules else (True,):
             with _mode(unit.modules, training):
                 deviations += compare(
                     unit.modules,
@@ -284,12 +286,12 @@ class _Checker:
 
 
 @contextlib.contextmanager
-def _mode(modules: Sequence[nn.Module], training: bool | None) -> Iterator[None]:
-    """Put modules into training or evaluation mode; `None`: leave them. A model is loaded in the latter, without dropout."""
+def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
+    """Put modules into training or evaluation mode, and back."""
     before = [(part, part.training) for module in modules for part in module.modules()]
     try:
-        for part, was in before:
-            part.training = was if training is None else training
+        for module in modules:
+            set_mode(module, training)
         yield
     finally:
         for part, was in before:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..patching._state import Trace
 from ._errors import KernelMismatchError, PatchError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -97,46 +98,6 @@ def _form(value: Any) -> str:
     return type(value).__name__
 
 
-class _Trace:
-    """What the modules hold before a call: their `__dict__` and the containers in it."""
-
-    def __init__(self, call: nn.Module) -> None:
-        self._before = [
-            (
-                name,
-                module,
-                dict(module.__dict__),
-                {k: v.copy() for k, v in module.__dict__.items() if _is_container(v)},
-            )
-            for name, module in call.named_modules()
-        ]
-
-    def undo(self) -> list[str]:
-        """Put everything back; return the names of what was changed."""
-        changed = []
-        for name, module, entries, contents in self._before:
-            now = module.__dict__
-            replaced = [key for key in {**entries, **now} if key not in now or now[key] is not entries.get(key, now)]
-            written = [key for key, was in contents.items() if _identities(entries[key]) != _identities(was)]
-            changed += [_short(f"{name}.{key}") for key in (*replaced, *written)]
-            for key in written:
-                entries[key].clear()
-                (entries[key].extend if isinstance(entries[key], list) else entries[key].update)(contents[key])
-            if replaced:
-                now.clear()
-                now.update(entries)
-        return changed
-
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, (dict, list, set))
-
-
-def _identities(container: Any) -> list[Any]:
-    items = container.items() if isinstance(container, dict) else ((None, item) for item in container)
-    return [(key, id(item)) for key, item in items]
-
-
 def _short(name: str) -> str:
     """Leave out what [`_Call`] puts before the names of a single module."""
     return name.removeprefix("modules_used.").removeprefix("0.")
@@ -168,7 +129,7 @@ def _results(
     device = next((tensor.device for tensor in _floats((args, kwargs))), torch.device("cpu"))
     # A seed of its own: dropout draws the same mask each time, and the global generators stay where they are.
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    trace = _Trace(call)
+    trace = Trace(call.named_modules())
     try:
         with forked, torch.set_grad_enabled(backward), torch.autocast(device.type, enabled=False):
             torch.manual_seed(0)
@@ -177,7 +138,7 @@ def _results(
             found: dict[str, torch.Tensor | None] = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
             found |= {f"returns {_form(result)}": None, **_gradients(outputs, leaves)}
     finally:
-        changed = trace.undo()
+        changed = [_short(name) for name in trace.undo()]
     found |= dict.fromkeys(f"{entry}{_LEFT}" for entry in changed)
     written = {name: now for name, (was, now) in given.items() if not torch.equal(was.to(now.dtype), now)}
     return found | {f"{name} after the call": now.detach() for name, now in written.items()}

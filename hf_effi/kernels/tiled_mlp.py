@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..functional.sequence import tile_rows
-from ..parallel.patch_handle import PatchHandle
+from ..parallel.patch_handle import PatchHandle, check_free
+from ..patching import Results, compare, gradients
 from ._errors import PatchError
 from ._gated_mlp import GatedMLP, Keep, Linear, TiledFunction
 from ._layers import Unit
@@ -66,12 +67,20 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
         raise ValueError(
             f"{type(model).__name__} has no gated MLP: none of its modules has {', '.join(_PROJECTIONS)} and act_fn."
         )
-    forwards = {name: tiled_forward(name, module, num_shards) for name, module in found.items()}
     for name, module in found.items():
-        _check_formula(name, module, forwards[name])
+        check_free(f"{name}.forward", module)
+    forwards = {name: tiled_forward(name, module, num_shards) for name, module in found.items()}
+    checked: set[Any] = set()
+    for name, module in found.items():
+        if (kind := _kind(module)) not in checked and not _is_sharded(module):
+            _check_formula(name, module, forwards[name])
+            checked.add(kind)
     handle = PatchHandle("tile_mlp")
     for name, module in found.items():
-        handle.replace(name, module, "forward", MethodType(forwards[name], module))
+        forward = forwards[name]
+        if _kind(module) not in checked:  # whose weights come together at its call
+            forward = _CheckedAtFirst(name, forward, checked)
+        handle.replace(name, module, "forward", MethodType(forward, module))
     return handle
 
 
@@ -196,16 +205,71 @@ def _activation_of(name: str, module: Any) -> str:
     )
 
 
-@torch.no_grad()
+def _kind(module: nn.Module) -> Any:
+    """Return what the computation of an MLP depends on: modules that have it in common are checked once."""
+    settings = [
+        (
+            name,
+            sorted(
+                (k, str(v))
+                for k, v in vars(part).items()
+                if isinstance(v, (bool, int, float, str)) and k != "training"
+            ),
+        )
+        for name, part in module.named_modules()
+    ]
+    hooks = [(name, len(part._forward_hooks), len(part._forward_pre_hooks)) for name, part in module.named_modules()]
+    return type(module), repr(module), str(settings), str(hooks)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(
+        isinstance(p, DTensor) or hasattr(p, "ds_id") or p.is_meta or not p.numel() for p in module.parameters()
+    )
+
+
+class _CheckedAtFirst:
+    """A tiled forward of a module whose weights are sharded: compared with the module's own at the first call."""
+
+    def __init__(self, name: str, forward: Callable[..., Tensor], checked: set[Any]) -> None:
+        self.name, self.forward, self.checked = name, forward, checked
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        if (kind := _kind(module)) not in self.checked:
+            _check_formula(self.name, module, self.forward)
+            self.checked.add(kind)
+        return self.forward(module, x)
+
+
 def _check_formula(name: str, module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    """Compare on a few tokens: a class may have the names of a gated MLP and scale or clip on top."""
+    """
+    Compare output and gradients on a few tokens, in both modes: a class may have the names of a gated MLP and scale, clip or
+    drop on top, and models are loaded in evaluation mode.
+    """
     base = getattr(module.gate_proj, "base_layer", module.gate_proj)
     weight = base.weight
-    if isinstance(weight, DTensor):
-        return  # sharded already: only FSDP's hooks around the layer could run it
-    dtype = weight.dtype if weight.is_floating_point() else getattr(base, "compute_dtype", None) or torch.float32
     size = getattr(base, "in_features", weight.shape[-1])
-    x = torch.linspace(-1, 1, 3 * size, device=weight.device).view(3, size).to(dtype)
-    expected, ours = module(x), forward(module, x)
-    if not torch.allclose(expected, ours, rtol=0.02, atol=0.02 * float(expected.abs().max())):
-        raise ValueError(f"TiledMLP: {name} ({type(module).__name__}) does not compute down(act(gate(x)) * up(x)).")
+    places = torch.linspace(-1, 1, 3 * size, device=weight.device).view(3, size)
+
+    def run(module: nn.Module, compute: Callable[..., Tensor]) -> Results:
+        x = places.to(_input_dtype(base)).requires_grad_()
+        out = compute(module, x)
+        found = {"the output": out, **gradients(module, out, also=[x])}
+        return found if x.grad is None else {**found, "the gradient of the input": x.grad}
+
+    own = functools.partial(run, compute=type(module).forward)
+    tiled = functools.partial(run, compute=forward)
+    for training in (True, False):
+        # Dropout drops everything at the low end, which tiles would not.
+        found = compare(module, own, tiled, level="low", training=training)
+        if not found.equal:
+            mode = "in training" if training else "in evaluation"
+            raise ValueError(
+                f"TiledMLP: {name} ({type(module).__name__}) does not compute down(act(gate(x)) * up(x)) {mode}: {found}."
+            )
+
+
+def _input_dtype(base: nn.Module) -> torch.dtype:
+    if base.weight.is_floating_point():
+        return base.weight.dtype
+    return getattr(base, "compute_dtype", None) or torch.float32

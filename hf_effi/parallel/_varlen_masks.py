@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
+from transformers.utils import logging
+
+from ..patching import Finding
+from ._varlen_probe import Layout, ask, problem_of, running_model
+
+logger = logging.get_logger(__name__)
+
+#: what `attn_implementation=` takes
+VARLEN_ATTENTION = "hf_effi_varlen"
+
+
+_OTHERS = "Use attn_implementation='sdpa' or 'eager'."
+
+
+class VarlenAttentionError(ValueError):
+    """The call asks for something that this attention does not do; the message names what does."""
 
 
 class View(NamedTuple):
@@ -90,6 +106,28 @@ class MaskLedger:
         self._views: dict[View, bool] = {}
         self._shape: tuple[int, int] | None = None
         self._read = True
+        self._findings: dict[str, Finding | None] = {}
+
+    def ask_model(self, layout: Layout) -> None:
+        """Ask the model whose forward is running, the first time that it makes masks; see [`ask`]."""
+        model, state = running_model(), dict(vars(self))
+        findings = {kind: ask(model, kind, VARLEN_ATTENTION) for kind in ("plain", layout)}
+        vars(self).update(state)  # what the model ran for the answer left its own masks
+        self._findings = findings
+        for kind, found in findings.items():
+            if found is not None and found.failed:  # as it will here, with an error of its own
+                raise VarlenAttentionError(f"The model {problem_of(found, kind)}. {_OTHERS}")
+
+    def said(self, layouts: Iterable[Layout]) -> str | None:
+        """Return what the running model's own answers say against these layouts of a call, or `None`."""
+        self._read = True
+        for layout in layouts:
+            found = self._findings.get(layout)
+            if found is not None and not found.looked and not found.failed:
+                logger.warning_once(f"Whether {VARLEN_ATTENTION} is exact for this model is not known: {found}.")
+            elif problem := problem_of(found, layout):
+                return problem
+        return None
 
     def note(self, made: _Made) -> None:
         """Note a mask; the first one after a layer ran belongs to the next forward."""
@@ -101,7 +139,9 @@ class MaskLedger:
         """Return the smallest window or chunk among the masks of this forward, `None` where there is none."""
         return min((m.local_size for m in self._made if m.local_size is not None), default=None)
 
-    def problem(self, view: View, shape: tuple[int, int], longest: Callable[[], Document]) -> str | None:
+    def problem(
+        self, view: View, shape: tuple[int, int], longest: Callable[[], Document], one_kind: bool
+    ) -> str | None:
         """
         Return what is wrong with a layer, or `None`.
 
@@ -109,6 +149,7 @@ class MaskLedger:
             view ([`View`]): What the layer computes.
             shape (`tuple[int, int]`): Queries and keys of a row.
             longest (`Callable`): Finds the document that is looked at; called once a forward.
+            one_kind (`bool`): Whether causal layers and layers open to both sides cannot be in one stack.
         """
         made = [m for m in self._made if (m.q_length, m.kv_length) == shape]
         if not made:
@@ -118,7 +159,10 @@ class MaskLedger:
         self._read, self._shape = True, shape
         document = longest()
         last = len(document.places) - 1
-        picked = [last] if shape[0] != shape[1] else [0, last // 2, last]
+        # Neighbours among them: a chunk and a window of one size look alike from the last token of a chunk.
+        picked = (
+            [last] if shape[0] != shape[1] else sorted({0, last // 3, last // 2, 2 * last // 3, last - 1, last} - {-1})
+        )
         queries = [document.places[i] for i in picked]
         rows = [torch.stack([m.row(query, document) for query in queries]) for m in made]
         followed = self._followed(made, rows, queries, document, view)
@@ -126,6 +170,9 @@ class MaskLedger:
             if not views:
                 size = f" of {mask.local_size} tokens" if mask.local_size is not None else ""
                 return f"has layers whose mask{size} is neither causal, nor a sliding window, nor open to both sides"
+        one_sided = any(all(v.causal for v in views) for views in followed)
+        if one_kind and one_sided and not view.causal:
+            return "sees what is behind a token, and the model makes a mask that hides it"
         self._views = {v: any(v in views for views in followed) for v in {view, *self._views}}
         return None if self._views[view] else self._unseen(view)
 
@@ -161,12 +208,12 @@ def varlen_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """What transformers calls to make a mask: notes which one is meant, and returns the padding mask, where there is any."""
-    if not torch.compiler.is_compiling():
-        made = _Made(
-            q_length, kv_length, int(q_offset), int(kv_offset), mask_function, local_size, use_vmap, batch_size
+    if indexer := _indexer_of(kwargs.get("config")):
+        raise VarlenAttentionError(
+            f"{indexer} says that the model chooses tokens by a mask that hf_effi_varlen does not build. Use "
+            "attn_implementation='sdpa' or 'eager'."
         )
-        LEDGER.note(made)
-    return flash_attention_mask(
+    padding = flash_attention_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -176,3 +223,16 @@ def varlen_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+    if not torch.compiler.is_compiling():
+        LEDGER.ask_model("packed" if padding is None else "padded")
+        made = _Made(
+            q_length, kv_length, int(q_offset), int(kv_offset), mask_function, local_size, use_vmap, batch_size
+        )
+        LEDGER.note(made)
+    return padding
+
+
+def _indexer_of(config: Any) -> str | None:
+    """Name a setting of sparse attention: such models stop at a mask that is not there, with an error of their own."""
+    names = (name for name, value in vars(config).items() if value) if hasattr(config, "__dict__") else ()
+    return next((name for name in names if name.startswith(("index_topk", "index_n_heads", "indexer_"))), None)

@@ -291,7 +291,9 @@ def _check_equal(model: nn.Module, causal: nn.Module, patched: Callable[[], Patc
     found = remembered(model, "tile_loss", lambda: compare(model, plain, ours))
     if not found.equal:
         fix = "" if found.looked else ", patch before the weights are sharded, or pass verify=False"
-        raise ValueError(f"tile_loss would not give the loss that {kind} gives without it: {found}. Leave it out{fix}.")
+        raise ValueError(
+            f"tile_loss would not give the loss that {kind} gives without it: {found}. Leave it out{fix}."
+        )
 
 
 def _find_head(model: nn.Module) -> tuple[str, Any, nn.Module]:

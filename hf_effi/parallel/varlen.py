@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from .._compat import CACHE_ARGUMENTS
 from ..functional.segment_attention import AttentionPattern, segment_attention
 from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
 from ..patching import probing
-from ._varlen_masks import LEDGER, Document, View, varlen_mask
+from ._varlen_masks import LEDGER, VARLEN_ATTENTION, Document, VarlenAttentionError, View, varlen_mask
 
-#: what `attn_implementation=` takes
-VARLEN_ATTENTION = "hf_effi_varlen"
 #: field of the model config with one entry a layer: the arguments of an `AttentionPattern`, or `None` for full attention
 PATTERNS_FIELD = "hf_effi_attention_patterns"
 _MAX_HEAD_DIM = 256
-
-
-class VarlenAttentionError(ValueError):
-    """The call asks for something that this attention does not do; the message names what does."""
 
 
 class _Segments(NamedTuple):
@@ -159,6 +157,12 @@ def _refuse(module: Any, attention_mask: torch.Tensor | None, dropout: float, kw
     for argument, what in (("softcap", "soft-capped logits"), ("s_aux", "learned attention sinks")):
         if kwargs.get(argument) is not None:
             raise VarlenAttentionError(f"{name}: {VARLEN_ATTENTION} has no {what}. Use attn_implementation='eager'.")
+    for argument in _arguments_of_others(type(module)):
+        if kwargs.get(argument) is not None:
+            raise VarlenAttentionError(
+                f"{name}: {VARLEN_ATTENTION} does not read {argument}, which the attention of this model is given. Use "
+                "attn_implementation='sdpa' or 'eager'."
+            )
     if kwargs.get("output_attentions"):
         raise VarlenAttentionError(f"{name}: attention weights are never formed. Use attn_implementation='eager'.")
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -166,6 +170,25 @@ def _refuse(module: Any, attention_mask: torch.Tensor | None, dropout: float, kw
             f"{name}: got an attention mask of shape {tuple(attention_mask.shape)}; {VARLEN_ATTENTION} takes a padding "
             "mask of shape (batch, length). Use attn_implementation='sdpa'."
         )
+
+
+#: what this attention reads, and what says nothing about the result
+_READ = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window"}
+
+
+@functools.cache
+def _arguments_of_others(attention: type) -> tuple[str, ...]:
+    """Return the arguments of SDPA and of the model's own eager attention that are not read here, such as a position bias."""
+    functions = [sdpa_attention_forward]
+    functions.append(getattr(sys.modules.get(attention.__module__), "eager_attention_forward", None))
+    names = {
+        name
+        for function in functions
+        if function is not None
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    return tuple(sorted(names - _READ - set(CACHE_ARGUMENTS)))
 
 
 def _check_masks(module: Any, view: View, segments: _Segments, batch: int, length_q: int, length_k: int) -> None:
@@ -181,7 +204,15 @@ def _check_masks(module: Any, view: View, segments: _Segments, batch: int, lengt
         places = places if segments.index_k is None else segments.index_k[places]
         return Document(int(places[0]) // length_k, places % length_k)
 
-    if problem := LEDGER.problem(view, (length_q, length_k), longest):
+    layouts = (
+        ["plain"] + ["packed"] * (segments.bounds_q.numel() - 1 > batch) + ["padded"] * (segments.index_q is not None)
+    )
+    if problem := LEDGER.said(layouts):
+        raise VarlenAttentionError(
+            f"The model {problem}. Use attn_implementation='sdpa' or 'eager', and rows of their own."
+        )
+    two_sided = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    if problem := LEDGER.problem(view, (length_q, length_k), longest, one_kind=two_sided):
         raise VarlenAttentionError(
             f"{type(module).__name__} {problem}: {VARLEN_ATTENTION} would compute something else here. Use "
             "attn_implementation='sdpa' or 'eager'."

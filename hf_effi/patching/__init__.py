@@ -1,5 +1,6 @@
 """What is asked and kept of a model before it is changed: measured questions about it, and its state put back."""
 
+from ._state import set_mode
 from .probe import (
     CannotLook,
     Finding,
@@ -44,6 +45,7 @@ __all__ = [
     "probing",
     "remembered",
     "rows_see_each_other",
+    "set_mode",
     "short_reach",
     "tiny_tokens",
 ]

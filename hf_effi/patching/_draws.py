@@ -37,10 +37,12 @@ class PinnedDraws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or not _draws(func, args, kwargs):
-            return func(*args, **kwargs)
-        self.drawn[func._schema.name.partition("::")[2]] = None
-        return self._outcome(func, args, kwargs)
+        # What a mode of functions had to say about the call, it has said.
+        with torch._C.DisableTorchFunction():
+            if torch.Tag.nondeterministic_seeded not in func.tags or not _draws(func, args, kwargs):
+                return func(*args, **kwargs)
+            self.drawn[func._schema.name.partition("::")[2]] = None
+            return self._outcome(func, args, kwargs)
 
     def _outcome(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.partition("::")[2].rstrip("_")

@@ -54,6 +54,17 @@ def _identities(container: Any) -> list[Any]:
     return [(key, id(item)) for key, item in items]
 
 
+def set_mode(model: nn.Module, training: bool) -> None:
+    """
+    Put all modules into training or evaluation mode, but for packed 4-bit layers, which stay in training mode.
+
+    In evaluation bitsandbytes repacks their weights on a CPU, for good and in a form that only its own kernel reads; they
+    compute the same in both.
+    """
+    for module in model.modules():
+        module.training = training or hasattr(getattr(module, "weight", None), "quant_state")
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """
@@ -71,7 +82,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     trace = Trace([*modules, *((f"config.{type(c).__name__}", c) for c in configs.values())])
     weights = [(p, p.data, dict(p.__dict__)) for p in model.parameters()]
     loose = {id(t): t for _, m in modules for t in _loose_tensors(m)}
-    values = [(t, t.detach().clone()) for t in loose.values()]
+    values = [(t, t.detach().clone(), _version(t)) for t in loose.values()]
     generators = [_Generator(g) for _, m in modules for g in vars(m).values() if isinstance(g, _GENERATORS)]
     states = _global_states()
     try:
@@ -92,11 +103,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 parameter.__dict__.clear()
                 parameter.__dict__.update(entries)
         with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
+            for tensor, value, version in values:
+                if version is None or _version(tensor) != version:  # a graph may hold what nobody wrote to
+                    tensor.copy_(value)
         for generator in generators:
             generator.restore()
         _restore_global(states)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _configs(config: Any) -> list[Any]:

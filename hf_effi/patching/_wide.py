@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,8 +56,14 @@ class Wide(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._property(func, args[0])
-        if name in _FACTS or name == "__set__" or _is_foreign(func):
+        if name in _FACTS or name == "__set__":
             return func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            return self._gradients(*args, **kwargs)
+        if foreign := _namespace(func):
+            # An operator of another package has a contract on dtypes that only it knows.
+            single = functools.partial(_in_single, foreign == "bitsandbytes")
+            return func(*map(single, args), **{key: single(value) for key, value in kwargs.items()})
         if name in _CASTS:
             with torch._C.DisableTorchFunction():
                 return args[0].to(self.dtype)
@@ -84,6 +92,29 @@ class Wide(TorchFunctionMode):
             return func(*self._cast(args), **self._cast(kwargs))
         finally:
             self._sources = {}
+
+    def _gradients(
+        self,
+        outputs: Any,
+        inputs: Any,
+        grad_outputs: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        allow_unused: bool | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """What `torch.autograd.grad` does, which torch would run without this mode: backwards compute forwards again."""
+        outputs, inputs = ((t,) if isinstance(t, Tensor) else tuple(t) for t in (outputs, inputs))
+        given = (grad_outputs,) if isinstance(grad_outputs, Tensor) else grad_outputs or (None,) * len(outputs)
+        with torch._C.DisableTorchFunction():
+            pairs = zip(outputs, given, strict=True)
+            grads = tuple(torch.ones_like(out) if grad is None else grad.to(out.dtype) for out, grad in pairs)
+        keep = create_graph if retain_graph is None else retain_graph
+        with self:
+            found = _engine_run_backward(outputs, grads, keep, create_graph, inputs, True, accumulate_grad=False)
+        if not allow_unused and any(grad is None for grad in found):
+            raise RuntimeError("One of the differentiated tensors appears to not have been used in the graph.")
+        return found
 
     def _property(self, func: Any, tensor: Tensor) -> Any:
         found = func(tensor)
@@ -174,8 +205,17 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
 
 
-def _is_foreign(func: Any) -> bool:
-    """An operator of another package has a contract on dtypes that only it knows."""
+def _namespace(func: Any) -> str | None:
+    """Return whose operator a function is, `None` where it is torch's own."""
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return not str(func).startswith("aten")
-    return False
+        name = str(func).partition(".")[0]
+        return None if name in ("aten", "prims") else name
+    return None
+
+
+def _in_single(wanted: bool, value: Any) -> Any:
+    """Return the statistics of packed weights as they were before this mode widened them: their kernels read fp32."""
+    with torch._C.DisableTorchFunction():
+        if wanted and isinstance(value, Tensor) and value.dtype == torch.float64:
+            return value.float()
+    return value

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ._draws import Level, PinnedDraws, pin_other_generators
-from ._state import untouched
+from ._state import set_mode, untouched
 from ._wide import Wide
 
 #: largest relative difference that is rounding, by the dtype that the model could be run in
@@ -61,6 +61,7 @@ class Finding:
         allowed (`float`): What rounding may be responsible for.
         reason (`str`): Why it could not be measured.
         drawn (`tuple[str, ...]`): Names of the random operations that were met, where the question is about them.
+        failed (`bool`): Whether the model ran in the first way and not in the second.
     """
 
     gap: float | None
@@ -68,6 +69,7 @@ class Finding:
     allowed: float = 0.0
     reason: str = ""
     drawn: tuple[str, ...] = ()
+    failed: bool = False
 
     @property
     def looked(self) -> bool:
@@ -118,14 +120,17 @@ def probing() -> bool:
 
 
 @contextlib.contextmanager
-def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle") -> Iterator[Look]:
+def looking(
+    model: nn.Module, dtype: torch.dtype | None, level: Level = "middle", training: bool = True
+) -> Iterator[Look]:
     """
-    The conditions of a probe: training mode, draws at `level`, operations in `dtype`, no autocast; afterwards no trace.
+    The conditions of a probe: draws at `level`, operations in `dtype`, no autocast; afterwards no trace.
 
     Args:
         model (`nn.Module`): The loaded model.
         dtype (`torch.dtype`, *optional*): Of all floating-point operations; `None`: as they are.
         level (`str`, *optional*, defaults to `"middle"`): What random operations give.
+        training (`bool`, *optional*, defaults to `True`): The mode.
     """
     global _now
     outer, look = _now, Look(dtype, PinnedDraws(level), _watched(model))
@@ -133,8 +138,8 @@ def looking(model: nn.Module, dtype: torch.dtype | None, level: Level = "middle"
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(torch.inference_mode(False))
+        set_mode(model, training)
         for module in model.modules():
-            module.training = True
             if getattr(module, "gradient_checkpointing", False) is True:
                 module.__dict__["gradient_checkpointing"] = False  # reentrant, it knows no `torch.autograd.grad`
         with contextlib.suppress(Exception):  # no embeddings, or none to be found: their gradient is left out
@@ -206,7 +211,7 @@ def _keep_embedded(look: Look, module: nn.Module, args: Any, output: Any) -> Any
     return output
 
 
-def compare(model: nn.Module, one: Run, other: Run) -> Finding:
+def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", training: bool = True) -> Finding:
     """
     Measure how far two ways of running a model are apart.
 
@@ -216,6 +221,9 @@ def compare(model: nn.Module, one: Run, other: Run) -> Finding:
         model (`nn.Module`): The loaded model.
         one, other (`Callable`): Called with `model`; each returns a tensor or tensors by name. Gradients are results, from
             [`gradients`]. [`CannotLook`] ends the question with a reason.
+        level (`str`, *optional*, defaults to `"middle"`): What random operations give: `"low"` shows dropout of which one of
+            the two knows nothing.
+        training (`bool`, *optional*, defaults to `True`): The mode.
 
     Returns:
         [`Finding`]: of the result that differs most.
@@ -234,17 +242,17 @@ def compare(model: nn.Module, one: Run, other: Run) -> Finding:
     for dtype in _dtypes(model):
         running = "the model does not run on a few tokens: "
         try:
-            with looking(model, dtype):
+            with looking(model, dtype, level, training):
                 first = _named(one(model))
             running = ""
-            with looking(model, dtype):
+            with looking(model, dtype, level, training):
                 second = _named(other(model))
             return _gap(first, second, _precision(dtype, first))
         except CannotLook as error:
             return Finding(None, reason=str(error))
         except Exception as error:  # whatever a model raises on input that it was not made for
             failures.append(f"{running}{said(error)}")
-    return Finding(None, reason=failures[-1])
+    return Finding(None, reason=failures[-1], failed=not running)
 
 
 def said(error: Exception) -> str:

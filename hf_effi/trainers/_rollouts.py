@@ -10,7 +10,6 @@ rows per rank and of collectives is the same on every rank.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +38,7 @@ from ..functional.rollouts import (
 )
 from ..protocols import GroupFilter, PromptSelector, RolloutGroups, RolloutPruner
 from ._rollout_rows import ROW_KEYS, GatheredRows, Generation, as_groups, join_rounds
-from ._step_prompts import StepPrompts, check_selector
+from ._step_prompts import StepPrompts, check_selector, takes_keyword
 from .grpo_config import own_setting
 
 #: Losses that divide by tokens; the others divide by rows.
@@ -114,9 +113,6 @@ class RolloutMixin:
             )
         # A selector alone gets the weighted reward where nobody says which function decides.
         self._difficulty_column = names.index(wanted) if wanted is not None else 0 if len(names) == 1 else None
-        pruner = self.rollout_pruner
-        parameters = inspect.signature(pruner.keep).parameters.values() if pruner is not None else ()
-        self._pruner_takes_live = any(p.name == "live" or p.kind is p.VAR_KEYWORD for p in parameters)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
@@ -243,8 +239,13 @@ class RolloutMixin:
         if self.rollout_pruner is not None:
             # The pool of a rank is a contiguous slice; rows that do not divide are competed for by all.
             pools = world if len(rows) % world == 0 else 1
-            known = {"live": live[rows]} if self._pruner_takes_live else {}
+            known = {"live": live[rows]} if takes_keyword(self.rollout_pruner.keep, "live") else {}
             keep = self.rollout_pruner.keep(advantages[rows], size, pools, self._generations_done, **known)
+            if keep.shape != (len(rows),) or not keep.any():
+                raise ValueError(
+                    f"{type(self.rollout_pruner).__name__}.keep must return a mask over the {len(rows)} rows with at "
+                    f"least one of them kept, got shape {tuple(keep.shape)} with {int(keep.sum())} kept."
+                )
             self._metrics["train"]["effi/dropped/pruned"].append(float(len(rows) - int(keep.sum())))
             self._log_pruning(advantages[rows], keep, size)
             rows = [row for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
@@ -379,15 +380,16 @@ class RolloutMixin:
         """Make advantages that are zero but for rounding exactly zero: the mean of equal fp32 rewards can be off."""
         equal = equal_reward_groups(self._summed_rewards().view(-1, self.num_generations))
         advantages = batch["advantages"]
-        used = self._selects or "skip" in self.exact_savings
         # Advantages per token are those of a subclass, which need not come from these rewards.
-        if used and self.multi_objective_aggregation == "sum_then_normalize" and advantages.ndim == 1:
+        centred = self.multi_objective_aggregation == "sum_then_normalize" and advantages.ndim == 1
+        if centred and (self._selects or "skip" in self.exact_savings):
             zero = equal.repeat_interleave(self.num_generations)
             mine = self._layout.rows_of(self.accelerator.process_index, len(zero))
             batch["advantages"] = advantages.masked_fill(zero[mine.start : mine.stop], 0.0)
         known = row_advantages(batch, self._ratio_multiplies)
         self._last_advantages = self.accelerator.gather(known)
-        dead = equal | ~(self._last_advantages.view(-1, self.num_generations) != 0).any(dim=1)
+        dead = ~(self._last_advantages.view(-1, self.num_generations) != 0).any(dim=1)
+        dead = dead | equal if centred else dead
         self._metrics["train"]["effi/frac_zero_var_groups"].append(float(dead.float().mean()))
 
     # --- prompts ----------------------------------------------------------------------------------------------------

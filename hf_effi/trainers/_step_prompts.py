@@ -76,7 +76,7 @@ class StepPrompts:
     def _checked(self, selector: PromptSelector) -> Callable[[int], list[int]]:
         """Wrap `select`, so that a wrong answer is named where it is given."""
         name, size = type(selector).__name__, len(self._dataset)
-        excludes = "exclude" in _parameters(selector.select)
+        excludes = takes_keyword(selector.select, "exclude")
 
         def select(count: int) -> list[int]:
             rows = selector.select(count, exclude=frozenset(self._rows)) if excludes else selector.select(count)
@@ -111,7 +111,7 @@ def check_selector(selector: Any) -> None:
             f"prompt_selector={name} has no {', '.join(missing)}. It must offer what "
             "hf_effi.protocols.PromptSelector lists."
         )
-    if "pass_rates" in _parameters(selector.observe):
+    if any(parameter.name == "pass_rates" for parameter in _parameters(selector.observe)):
         raise TypeError(
             f"{name}.observe(rows, pass_rates) is the old form. It is now observe(rows, groups) with the "
             "hf_effi.protocols.RolloutGroups of those rows: rename the argument and read groups.pass_rates.tolist(), "
@@ -123,8 +123,13 @@ def _has(selector: Any, method: str) -> bool:
     return callable(getattr(selector, method, None))
 
 
-def _parameters(method: Callable[..., Any]) -> Sequence[str]:
+def takes_keyword(method: Callable[..., Any], name: str) -> bool:
+    """Return whether a method of an object of the user's can be given this argument by name."""
+    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(method))
+
+
+def _parameters(method: Callable[..., Any]) -> Sequence[inspect.Parameter]:
     try:
-        return list(inspect.signature(method).parameters)
+        return list(inspect.signature(method).parameters.values())
     except (TypeError, ValueError):  # compiled code need not have a signature
         return []

@@ -688,6 +688,54 @@ def test_a_checkpoint_is_pushed_after_the_random_states_and_before_on_save():
     )
 
 
+def test_one_state_is_shared_by_the_callbacks_of_a_run_and_each_training_has_a_new_one(tmp_path):
+    """Claims of one owner lie on the state; what is no field of it goes into no file."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Notes(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_init_end(self, args, state, control, **kwargs):
+            self.seen.append(state)
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.seen.append(state)
+
+    one, two = Notes(), Notes()
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    trainer = Trainer(tiny_qwen3(num_hidden_layers=1), args, train_dataset=lm_dataset(8), callbacks=[one, two])
+    trainer.train()
+    trainer.train()
+    assert [id(state) for state in one.seen] == [id(state) for state in two.seen]
+    assert len({id(state) for state in one.seen}) == 3, "when it is built, and for each training"
+    trainer.state.is_no_field = object()
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    assert "is_no_field" not in (tmp_path / "state.json").read_text()
+
+
+def test_a_lambda_scheduler_restores_these_and_keeps_slots_and_functions_out_of_its_state():
+    from hf_effi.trainers._schedule_mixin import FollowedLR
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = FollowedLR(optimizer)
+    assert set(scheduler.state_dict()) >= {"base_lrs", "last_epoch", "_step_count", "_last_lr", "lr_lambdas"}
+    assert scheduler.state_dict()["lr_lambdas"] == [None] and "earlier" not in scheduler.state_dict()
+    assert optimizer.param_groups[0]["initial_lr"] == 1.0, "from which the next scheduler takes its base LR"
+
+
+def test_deepspeed_wraps_a_scheduler_as_this_attribute():
+    from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    inner = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    wrapper = DeepSpeedSchedulerWrapper(inner, optimizer)
+    wrapper.step()
+    assert wrapper.scheduler is inner and inner.last_epoch == 0 and wrapper.get_last_lr() == [1.0]
+
+
 def test_callback_events():
     found = {name for name in dir(resolve(f"{EVENTS}:TrainerCallback")) if name.startswith("on_")}
     missing, new = set(CALLBACK_EVENTS.split()) - found, found - set(CALLBACK_EVENTS.split())

@@ -116,6 +116,15 @@ def test_an_own_pruner_is_told_which_rows_are_alive_if_it_asks(tmp_path: Any) ->
         assert alive is None or torch.equal(alive, live(whole))
 
 
+def test_a_pruner_that_keeps_nothing_is_named(tmp_path: Any) -> None:
+    class Nothing:
+        def keep(self, advantages: torch.Tensor, *args: Any) -> torch.Tensor:
+            return torch.zeros_like(advantages, dtype=torch.bool)
+
+    with pytest.raises(ValueError, match=r"Nothing.keep must return a mask over the 8 rows with at least one of them"):
+        train(tmp_path, rollout_pruner=Nothing())
+
+
 def test_the_filter_drops_groups_that_cannot_teach_and_refills_them(tmp_path: Any) -> None:
     # Rewards differ in every group, so that only the mask can make one dead.
     table = TableReward([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])

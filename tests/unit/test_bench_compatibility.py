@@ -134,9 +134,12 @@ def test_what_is_finished_with_these_sources_is_not_run_again(monkeypatch, tmp_p
         return outcome(failed=int(arguments == ["a"] and runs.count("a") == 1))
 
     monkeypatch.setattr(compatibility, "run_tests", run_tests)
+    args = compatibility.parse([])
+    compatibility.run_environment(Environment("", ""), PINS, compatibility.parse(["--suites", "contract"]))
+    assert runs == ["c"]
     for _ in range(3):
-        compatibility.run_environment(Environment("", ""), PINS, 1, fresh=False)
+        compatibility.run_environment(Environment("", ""), PINS, args)
     assert runs == ["c", "a", "a"], "what failed is run again, what passed is not"
     monkeypatch.setattr(compatibility, "fingerprint", lambda: "other")
-    compatibility.run_environment(Environment("", ""), PINS, 1, fresh=False)
+    compatibility.run_environment(Environment("", ""), PINS, args)
     assert runs == ["c", "a", "a", "c", "a"]

@@ -316,7 +316,13 @@ def test_other_losses_and_fused_heads_are_refused():
 
 
 def opt():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 24, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "ffn_dim": 24,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
     return OPTForCausalLM(OPTConfig(vocab_size=40, max_position_embeddings=32, dropout=0.0, pad_token_id=0, **sizes))
 
 
@@ -344,10 +350,18 @@ def test_logits_that_are_made_contiguous_or_capped_by_a_function(make_model):
 
 def test_a_forward_that_needs_its_logits_is_refused_when_the_patch_is_put_on():
     """Bart's decoder asks them for their device and computes its loss by itself, without `num_items_in_batch`."""
-    sizes = {"d_model": 16, "decoder_layers": 1, "encoder_layers": 1, "decoder_ffn_dim": 24, "decoder_attention_heads": 2}
+    sizes = {
+        "d_model": 16,
+        "decoder_layers": 1,
+        "encoder_layers": 1,
+        "decoder_ffn_dim": 24,
+        "decoder_attention_heads": 2,
+    }
     model = BartForCausalLM(BartConfig(vocab_size=40, max_position_embeddings=32, is_decoder=True, **sizes))
     before = dict(model.lm_head.__dict__)
-    with pytest.raises(ValueError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'device'"):
+    with pytest.raises(
+        ValueError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'device'"
+    ):
         tile_loss(model)
     assert model.lm_head.__dict__ == before, "and nothing is left of it"
     handle = tile_loss(model, verify=False)

@@ -37,7 +37,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "num_hidden_layers": 5,
         "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "layer_types": [
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0, 0.0],
         "intermediate_size": [48] * 5,
     },

@@ -62,7 +62,15 @@ _SIZES = tuple((re.compile(pattern), size) for pattern, size in SIZES)
 #: what a field is where the default is None, which a tiny model cannot be derived from
 FILLED = {"head_dim": 8, "num_key_value_heads": 2}
 _KEY_VALUE_HEADS = re.compile(r".*key_value_heads|num_kv_heads|num_query_groups")
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "num_blocks")
+_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "decoder_layers",
+    "num_blocks",
+)
 #: chunked feed-forward is an option of its own, off by default
 _LEFT = {"chunk_size_feed_forward", "chunk_size_lm_head", "window_size_unused"}
 _DROPOUT = re.compile(r".*(dropout|pdrop|dropout_p|dropout_prob|layerdrop|jitter_noise)")
@@ -336,7 +344,7 @@ def randomize(model: nn.Module) -> None:
     Draws from the global generator.
     """
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for _name, weight in model.named_parameters():
             if not weight.is_floating_point():
                 continue
             noise = torch.randn(weight.shape)

@@ -19,7 +19,15 @@ from transformers import Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 import hf_effi
-from hf_effi import ChunkFlow, ChunkFlowMixin, plan_shared_prefix, register_varlen_attention, stream_layers, tile_loss, tile_mlp
+from hf_effi import (
+    ChunkFlow,
+    ChunkFlowMixin,
+    plan_shared_prefix,
+    register_varlen_attention,
+    stream_layers,
+    tile_loss,
+    tile_mlp,
+)
 from hf_effi.kernels import patch
 from hf_effi.kernels._targets import kernel_name
 from hf_effi.kernels.shared_prefix import check_shared_prefix
@@ -148,7 +156,9 @@ def _compare(case: Case, pair: Pair) -> Outcome:
             return Outcome("equal", "other dropout masks of the same law")
         return Outcome("different", problem, worst)
     if pair.model is None:
-        return Outcome("different", f"{name}: planned {float(actual[name]):.0f}, real {float(shared[name]):.0f}", worst)
+        return Outcome(
+            "different", f"{name}: planned {float(actual[name]):.0f}, real {float(shared[name]):.0f}", worst
+        )
     return Outcome("different", f"{name} off by {worst:.1e}", worst)
 
 
@@ -367,7 +377,7 @@ def _chunk_flow(case: Case) -> Iterator[Pair]:
             Trainer(model, args, train_dataset=rows)
         trainer = _ChunkFlowTrainer(model, args, train_dataset=rows, chunk_flow=ChunkFlow(chunk_size=6))
         trainer.current_gradient_accumulation_steps = 1
-        batch = {name: value for name, value in case.batch.items()}
+        batch = dict(case.batch.items())
         labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
         count = (labels != -100).sum()
 
@@ -409,9 +419,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature("ChunkFlow", _chunk_flow),
     Feature("offload", lambda case: _modes(case, ("offload",)), EVERY),
     Feature("layer modes", lambda case: _modes(case, ("selective", "keep", "checkpoint", "offload")), EVERY),
-    Feature("random-LTD off", _patched(lambda model: drop_layer_tokens(model, TokenDropping(seed=0))), EVERY, layers=3),
+    Feature(
+        "random-LTD off", _patched(lambda model: drop_layer_tokens(model, TokenDropping(seed=0))), EVERY, layers=3
+    ),
     Feature("fused LoRA", _fused_lora, EVERY),
     Feature("LM head", _head, dtype=torch.float32),
     Feature("kernel patch", _patched(lambda model: patch(model, {_gated_mlp_key(model): "hf_effi"})), EVERY),
-    Feature("memory planner", _planner, without=("padding", "packing", "softcap", "rope", "router"), dtype=torch.float32),
+    Feature(
+        "memory planner", _planner, without=("padding", "packing", "softcap", "rope", "router"), dtype=torch.float32
+    ),
 )

@@ -42,7 +42,9 @@ def test_every_allowed_pair_of_levels_comes_together(seed):
 
 def test_rows_of_a_class_cover_all_pairs_that_can_be():
     axes = axes_of(build(Family("causal", "mixtral", "MixtralForCausalLM")).model.config)
-    assert {"padding", "packing", "lora", "checkpointing", "heads", "window", "tied", "dropout", "router", "rope"} == {*axes}
+    assert {"padding", "packing", "lora", "checkpointing", "heads", "window", "tied", "dropout", "router", "rope"} == {
+        *axes
+    }
     rows = covering_design(axes, allowed=compatible)
     assert all(map(compatible, rows))
     seen = {pair for row in rows for pair in itertools.combinations(sorted(row.items()), 2)}
@@ -184,7 +186,9 @@ def test_what_the_untouched_model_cannot_do_says_nothing_of_a_feature(monkeypatc
 
 
 def test_no_gradient_is_no_equality():
-    outcome = run(planted(lambda model, call: lambda m: tuple(x.detach() for x in (call(m)[0],)) + ({},)), Case(LLAMA, {}))
+    outcome = run(
+        planted(lambda model, call: lambda m: tuple(x.detach() for x in (call(m)[0],)) + ({},)), Case(LLAMA, {})
+    )
     assert outcome.status == "error" and "no gradient" in outcome.note
 
 
