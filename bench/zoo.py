@@ -1,8 +1,8 @@
 """Every model class of transformers against every feature that promises the untouched model's numbers. `python -m bench.zoo`.
 
 Writes `bench/results/zoo.json`, from which `bench.render` makes the tables of `docs/zoo.md`. Each class is built tiny from
-its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`). Takes 15 to 20
-minutes on one core; `--only CLASS` runs one class and writes nothing.
+its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`), on one core.
+`--only CLASS` runs one class and writes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,16 @@ from tests.zoo.builders import SEED, Family
 from tests.zoo.cases import describe
 from tests.zoo.features import FEATURES, Outcome
 from tests.zoo.ranks import SEQUENCE_PARALLEL, run_pair
-from tests.zoo.run import Result, everything, number, rows_of, run_family
+from tests.zoo.run import Result, everything, jobs_on_ranks, run_family
 
 #: of the rows of a class, for sequence parallelism
 _ROWS_ON_RANKS = 3
 _REASON = 160
 
 
-def on_ranks(built: Iterable[Family]) -> list[Result]:
+def on_ranks(items: Sequence[Family]) -> list[Result]:
     """Run sequence parallelism over two processes for every third causal class."""
-    chosen = [f for f in built if f.kind == "causal" and number(f.name) % 3 == 0]
-    jobs = [(family, row) for family in chosen for row in rows_of(family)[:_ROWS_ON_RANKS]]
+    jobs = jobs_on_ranks(items, _ROWS_ON_RANKS)
     outcomes = run_pair([(family.kind, family.name, family.model_type, row) for family, row in jobs])
     return [
         Result(family, SEQUENCE_PARALLEL.key, row, outcome)
@@ -123,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{place + 1} of {len(found)} classes, {time.perf_counter() - start:.0f} s", flush=True)
     if args.only:
         return any(not result.outcome.ok for result in results)
-    on_two = on_ranks(dict.fromkeys(result.family for result in results if result.feature))
+    on_two = on_ranks(found)
     print(*(result for result in on_two if not result.outcome.ok), sep="\n", flush=True)
     rows = rows_of_table(results + on_two)
     figures = headlines(rows)

@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import pytest
@@ -5,6 +6,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from bench._counters import GemmCounter, LiveBytes
 from hf_effi.functional.sequence import logit_rows
@@ -300,4 +309,76 @@ def test_other_losses_and_fused_heads_are_refused():
     model = tiny_qwen3()
     add_fused_lm_head(model)
     with pytest.raises(ValueError, match="TRL has fused this model's head already"):
+        tile_loss(model)
+
+
+# --- models that make something of their own of their logits ---------------------------------------------------------
+
+
+def opt():
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "ffn_dim": 24,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
+    return OPTForCausalLM(OPTConfig(vocab_size=40, max_position_embeddings=32, dropout=0.0, pad_token_id=0, **sizes))
+
+
+def recurrent_gemma():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "lru_width": 16, "head_dim": 8}
+    config = RecurrentGemmaConfig(vocab_size=40, num_hidden_layers=2, block_types=["recurrent", "attention"], **sizes)
+    return RecurrentGemmaForCausalLM(config)
+
+
+@pytest.mark.parametrize("make_model", [opt, recurrent_gemma])
+def test_logits_that_are_made_contiguous_or_capped_by_a_function(make_model):
+    """`logits.contiguous()` and `torch.nn.functional.tanh(logits / cap) * cap` are recorded as others are."""
+    model = make_model().double().train()
+    ids = torch.randint(3, 40, (2, 7))
+    results = []
+    for patch in (contextlib.nullcontext, lambda: tile_loss(model, num_shards=3)):
+        with patch():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        results.append((loss.item(), gradients(model)))
+    (expected, plain), (found, ours) = results
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert_equal_gradients(plain, ours, 1e-5)
+
+
+def test_a_forward_that_needs_its_logits_is_refused_when_the_patch_is_put_on():
+    """Bart's decoder asks them for their device and computes its loss by itself, without `num_items_in_batch`."""
+    sizes = {
+        "d_model": 16,
+        "decoder_layers": 1,
+        "encoder_layers": 1,
+        "decoder_ffn_dim": 24,
+        "decoder_attention_heads": 2,
+    }
+    model = BartForCausalLM(BartConfig(vocab_size=40, max_position_embeddings=32, is_decoder=True, **sizes))
+    before = dict(model.lm_head.__dict__)
+    with pytest.raises(
+        ValueError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'device'"
+    ):
+        tile_loss(model)
+    assert model.lm_head.__dict__ == before, "and nothing is left of it"
+    handle = tile_loss(model, verify=False)
+    with pytest.raises(AttributeError, match="'device' was asked of them"):
+        model.train()(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long))
+    handle.revert()
+
+
+def test_a_loss_that_is_another_is_refused_with_the_difference():
+    class Doubled(type(tiny_qwen3())):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            if torch.is_tensor(outputs.logits):  # not what stands for them under the patch
+                outputs.loss = outputs.loss * 2
+            return outputs
+
+    model = tiny_qwen3()
+    model.__class__ = Doubled
+    with pytest.raises(ValueError, match=r"Doubled gives without it: the loss: a relative difference of 5\.0e-01"):
         tile_loss(model)

@@ -425,5 +425,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("fused LoRA", _fused_lora, EVERY),
     Feature("LM head", _head, dtype=torch.float32),
     Feature("kernel patch", _patched(lambda model: patch(model, {_gated_mlp_key(model): "hf_effi"})), EVERY),
-    Feature("memory planner", _planner, without=("padding", "packing"), dtype=torch.float32),
+    Feature(
+        "memory planner", _planner, without=("padding", "packing", "softcap", "rope", "router"), dtype=torch.float32
+    ),
 )

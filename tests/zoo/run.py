@@ -18,7 +18,7 @@ from .design import Row, axes_of, compatible, covering_design
 from .features import FEATURES, Outcome, run
 
 #: rows of the design that each class is tried with, the plain one among them
-ROWS_PER_CLASS = 5
+ROWS_PER_CLASS = 3
 #: parts of the zoo, of which a plain `pytest` runs the first
 SHARDS = 16
 VARIABLE = "HF_EFFI_ZOO"
@@ -117,7 +117,10 @@ def rows_of(family: Family, count: int = ROWS_PER_CLASS) -> list[Row]:
 
 
 def run_family(
-    family: Family, rows: Sequence[Row] | None = None, wanted: Callable[[str], bool] = lambda key: True
+    family: Family,
+    rows: Sequence[Row] | None = None,
+    wanted: Callable[[str], bool] = lambda key: True,
+    count: int | None = None,
 ) -> Iterator[Result]:
     """
     Yield the results of one class: each feature with each row.
@@ -126,10 +129,11 @@ def run_family(
         family ([`Family`]): The class.
         rows (`Sequence[dict]`, *optional*): Instead of those of its design.
         wanted (`Callable`, *optional*): Which features are run, by key.
+        count (`int`, *optional*): Rows of its design.
     """
     features = [f for f in FEATURES if family.kind in f.kinds and wanted(f.key)]
     try:
-        rows = rows_of(family) if rows is None and features else rows
+        rows = rows_of(family, count or ROWS_PER_CLASS) if rows is None and features else rows
     except CannotBuild as error:
         yield Result(family, "", {}, Outcome("not built", str(error)))
         return
@@ -146,3 +150,15 @@ def run_family(
             start = time.perf_counter()
             outcome = run(feature, case)
             yield Result(family, feature.key, mine, outcome, time.perf_counter() - start)
+
+
+def jobs_on_ranks(items: Sequence[Family], count: int) -> list[tuple[Family, Row]]:
+    """Return the class and row of each case of sequence parallelism: a third of the causal classes, with `count` rows each."""
+    jobs = []
+    for family in items:
+        if family.kind == "causal" and number(family.name) % 3 == 0:
+            try:
+                jobs += [(family, row) for row in rows_of(family, count)]
+            except CannotBuild:
+                continue  # `run_family` lists it
+    return jobs
