@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,10 +18,19 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def python_files(*folders: str) -> list[Path]:
-    """Return the `.py` files below these folders of the repository, sorted; a folder that is absent has none."""
-    return sorted(
-        path for folder in folders for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts
-    )
+    """
+    Return the `.py` files below these folders of the repository, sorted; a folder that is absent has none.
+
+    Without what `make compat` and the benchmarks keep below `bench/cache`, which holds whole environments.
+    """
+    found = []
+    for folder in folders:
+        for parent, below, names in os.walk(ROOT / folder):
+            below[:] = [
+                name for name in below if name != "__pycache__" and Path(parent, name) != ROOT / "bench" / "cache"
+            ]
+            found += [Path(parent, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def shown(path: Path) -> str:
