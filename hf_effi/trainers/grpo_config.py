@@ -277,9 +277,11 @@ def check_methods(
             "nobody reads. Drop one of the two."
         )
     if group_filter is None and band is None:
+        # `difficulty_reward` also says which function's pass rates a selector is told.
+        read = ("difficulty_reward",) if prompt_selector is not None else ()
         refuse_unused(
             args,
-            _OF_FILTERING,
+            tuple(name for name in _OF_FILTERING if name not in read),
             "acts only where groups are filtered, which they are not. Set difficulty_range, e.g. (0, 1), or pass "
             "group_filter=",
         )

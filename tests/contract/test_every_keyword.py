@@ -118,7 +118,7 @@ ACTS = {
     "GenerationLayout": "steps_per_generation num_iterations accumulation_steps world_size oversample",
     "PassRateBand": "low high",
     "ShuffledPrompts": "seed",
-    "concat_rows": "ratio_padding sequence_ratio",
+    "concat_rows": "ratio_padding",
     "fill_order": "has_gradient live",
     "keep_by_advantage": "metric live",
     "keep_groups_by_pass_rate": "low high has_gradient",
