@@ -408,7 +408,8 @@ def no_loss_tokens(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding
     """Rewards differ within groups, but not where a token is in the loss. (Only `EffiGRPOTrainer` logs it.)"""
     dead = _latest(trace, "effi/frac_zero_var_groups", limits.group_logs)
     equal = _latest(trace, "frac_reward_zero_std", limits.group_logs)
-    if not dead or not equal or min(dead) < limits.zero_std or min(equal) >= limits.zero_std:
+    means, _ = _rewards(trace, limits, limits.group_logs)
+    if not means or not dead or not equal or min(dead) < limits.zero_std or min(equal) >= limits.zero_std:
         return None
     return Finding(
         "no_loss_tokens",

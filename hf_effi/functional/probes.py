@@ -7,9 +7,10 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:  # the command line reads records without it
+    from torch import nn
 
 #: what marks the log entries of probes, so that curves and trackers can leave them out
 PROBE_METRIC = "effi/probe"

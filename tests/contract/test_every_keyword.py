@@ -102,7 +102,7 @@ ACTS = {
     "stability_gap": "keep epochs new_share old_weights schedule seed",
     "stream_layers": "num_chunks verify",
     "table": "total_steps values end",
-    "tile_loss": "num_shards",
+    "tile_loss": "num_shards verify",
     "tile_mlp": "num_shards",
     "tiled_cross_entropy": "num_items_in_batch transform num_shards",
     "to_lambda_lr": "total_steps on_mismatch",

@@ -97,7 +97,7 @@ def test_sharded_engines_are_refused(engine):
 def test_an_overflow_of_fp16_leaves_the_averages_alone():
     """The scaler skips the update; infinite gradients must not enter averages that never forget them."""
     callback, model = AdaLoRACallback(), adapter_of()
-    state = SimpleNamespace(max_steps=10, global_step=0)
+    state = SimpleNamespace(max_steps=10, global_step=0, log_history=[], stateful_callbacks={})
     callback.on_train_begin(SimpleNamespace(deepspeed=None, fsdp=[]), state, None, model=model)
     model(torch.ones(1, 4)).sum().mul(float("inf")).backward()
     callback.on_optimizer_step(None, state, None, optimizer=SimpleNamespace(step_was_skipped=True))
