@@ -345,7 +345,10 @@ def test_logits_that_are_made_contiguous_or_capped_by_a_function(make_model):
         results.append((loss.item(), gradients(model)))
     (expected, plain), (found, ours) = results
     assert found == pytest.approx(expected, rel=1e-6)
-    assert_equal_gradients(plain, ours, 1e-5)
+    # A bias of the keys moves no softmax: what stands for its gradient is rounding, on both sides.
+    nothing = {name for name, gradient in plain.items() if gradient.abs().max() < 1e-12}
+    assert all(ours[name].abs().max() < 1e-12 for name in nothing) and len(nothing) < len(plain) // 2
+    assert_equal_gradients(*({n: g for n, g in found.items() if n not in nothing} for found in (plain, ours)), 1e-5)
 
 
 def test_a_forward_that_needs_its_logits_is_refused_when_the_patch_is_put_on():
@@ -380,5 +383,5 @@ def test_a_loss_that_is_another_is_refused_with_the_difference():
 
     model = tiny_qwen3()
     model.__class__ = Doubled
-    with pytest.raises(ValueError, match=r"Doubled gives without it: the loss: a relative difference of 5\.0e-01"):
+    with pytest.raises(ValueError, match=r"Doubled gives without it: the .*: a relative difference of 5\.0e-01"):
         tile_loss(model)
