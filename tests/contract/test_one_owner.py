@@ -129,14 +129,15 @@ def test_two_kinds_of_one_role_are_refused(tmp_path, one, other):
 
 def test_all_that_may_meet_can_be_built_together(tmp_path):
     names = "HypergradientCallback LRScheduleCallback ReptileCallback RunRecordCallback SamplerCallback TrainDoctor"
-    build(tmp_path, *map(make, [*names.split(), "WeightAveragingCallback", "MemoryBudgetCallback", "GRPODoctor"]))
+    those = [*map(make, [*names.split(), "WeightAveragingCallback", "MemoryBudgetCallback", "GRPODoctor"])]
+    assert set(those) <= set(build(tmp_path, *those).callback_handler.callbacks)
 
 
 @pytest.mark.parametrize("name", sorted(set(MAKE) - COMPOSE))
 def test_one_object_may_be_in_two_trainers(tmp_path, name):
     one = make(name)
-    build(tmp_path, one)
-    build(tmp_path, one)
+    first, second = build(tmp_path, one), build(tmp_path, one)
+    assert one in first.callback_handler.callbacks and one in second.callback_handler.callbacks
 
 
 def test_a_subclass_of_a_user_has_the_role_of_its_base(tmp_path):
