@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..patching.probe import ALLOWED, looking, out_of_reach, output_of, tiny_tokens
+from ..patching.probe import ALLOWED, dtypes_to_try, looking, out_of_reach, output_of, tiny_tokens
 from .groups import SequenceParallelError
 
 PositionRule = Callable[[Tensor], Tensor]
@@ -99,7 +99,8 @@ def as_it_is_or_wide(model: nn.Module) -> Iterator[float]:
         `float`: The largest relative difference that is rounding.
     """
     dtypes = {weight.dtype for weight in model.parameters()}
-    if out_of_reach(model) is not None:  # whole only inside the forward, in whatever dtype they have
+    # Sharded weights are whole only inside of the forward, in whatever dtype they have there.
+    if out_of_reach(model) is not None or dtypes_to_try(model) == [None]:
         dtype, allowed = None, 5e-2 if dtypes & {torch.float16, torch.bfloat16} else 1e-4
     else:
         # Kernels for packed weights know single precision at most.

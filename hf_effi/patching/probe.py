@@ -149,9 +149,7 @@ def looking(
         stack.enter_context(torch.autocast(device, enabled=False))
         if dtype is not None:
             _without_flash(model)
-            for parameter in look.watched.values():
-                # A leaf in half precision would round its gradient at each of its uses.
-                parameter.data = parameter.data.to(dtype)
+            look.watched = _in_place_of(model, look.watched, dtype)
             wide = Wide(dtype)
             stack.enter_context(wide.saving())
         stack.enter_context(look.draws)
@@ -171,6 +169,24 @@ def _without_flash(model: nn.Module) -> None:
         if "flash" in str(getattr(config, "_attn_implementation", None)):
             name = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
             vars(config)["_attn_implementation_internal"] = name
+
+
+def _in_place_of(model: nn.Module, watched: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """
+    Put other parameters in `dtype` in the place of the watched ones: in half precision a leaf rounds at each of its uses.
+
+    The parameters themselves are left alone: a change of dtype by `.data` replaces the node that accumulates their gradient,
+    and with it go the hooks by which DDP and ZeRO reduce it, without a word.
+    """
+    wide = {id(p): nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in watched.values() if p.dtype != dtype}
+    for parameter in watched.values():
+        if id(parameter) in wide:
+            vars(wide[id(parameter)]).update(vars(parameter))
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in wide:
+                setattr(module, name, wide[id(parameter)])  # recurrent layers keep a list of them as well
+    return {name: wide.get(id(p), p) for name, p in watched.items()}
 
 
 @torch.no_grad()
@@ -239,7 +255,7 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
     if reason := out_of_reach(model):
         return Finding(None, reason=reason)
     failures = []
-    for dtype in _dtypes(model):
+    for dtype in dtypes_to_try(model):
         running = "the model does not run on a few tokens: "
         try:
             with looking(model, dtype, level, training):
@@ -261,8 +277,8 @@ def said(error: Exception) -> str:
     return f"{kind}{' '.join(str(error)[:400].split()).rstrip('.')}"
 
 
-def _dtypes(model: nn.Module) -> list[torch.dtype | None]:
-    """Return the dtypes to try: double precision where the device has it, then single precision, then as it is."""
+def dtypes_to_try(model: nn.Module) -> list[torch.dtype | None]:
+    """Return the dtypes of a probe: double precision where the device has it, then single precision, then `None`: as it is."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return [None]  # what brings the shards together has dtypes of its own
     devices = {p.device.type for p in model.parameters()}
