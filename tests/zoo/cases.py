@@ -120,6 +120,17 @@ class Case:
             _ = self.pristine
         return self.cache["expected"]
 
+    @functools.cached_property
+    def unsound(self) -> bool:
+        """Whether the untouched model computes with uninitialized memory: then even two of its own runs differ."""
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills such memory with NaN
+        try:
+            found = measure(self.ready(self.fresh()), self.call)
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        return not all(torch.isfinite(value).all() for value in found.values())
+
     # --- the batch -------------------------------------------------------------------------------------------------
 
     @functools.cached_property
