@@ -169,13 +169,13 @@ def _read_projection(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
 
 def _read_linear(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
     _check_bare(module, name)
-    bias = [] if module.bias is None else [module.bias]
+    bias = [] if getattr(module, "bias", None) is None else [module.bias]
     if type(module) is nn.Linear:
         return Linear(bool(bias)), [module.weight, *bias]
     if type(module).__name__ != "Linear4bit":
         raise ValueError(
             f"TiledMLP: {name} is a {type(module).__name__}, not a torch.nn.Linear or bitsandbytes' Linear4bit. "
-            "stream_layers can run it."
+            "stream_layers can run it; or pass the part of the model whose MLPs are plain, such as model.model.language_model."
         )
     state, dtype = module.weight.quant_state, module.compute_dtype
     if is_repacked(state):
@@ -246,6 +246,8 @@ def _check_formula(name: str, module: nn.Module, forward: Callable[..., Tensor])
     Compare output and gradients on a few tokens, in both modes: a class may have the names of a gated MLP and scale, clip or
     drop on top, and models are loaded in evaluation mode.
     """
+    for part in _PROJECTIONS:
+        _read_projection(getattr(module, part), f"{name}.{part}")
     base = getattr(module.gate_proj, "base_layer", module.gate_proj)
     weight = base.weight
     size = getattr(base, "in_features", weight.shape[-1])
