@@ -133,6 +133,12 @@ class Case:
         return min(largest_difference(self.expected(), measure(model, self.call))[0], 1e-6)
 
     @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether one seed gives the untouched model one loss."""
+        again = measure(self.ready(self.fresh()), self.call)
+        return torch.equal(self.expected()["loss"], again["loss"])
+
+    @functools.cached_property
     def unsound(self) -> bool:
         """Whether the untouched model computes with uninitialized memory: then even two of its own runs differ."""
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

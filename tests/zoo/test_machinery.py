@@ -198,6 +198,13 @@ def test_rounding_is_the_change_by_the_last_bits_of_the_weights():
     assert 1e-9 < ill_conditioned.rounding <= 1e-6
 
 
+def test_a_model_that_seeds_itself_does_not_repeat():
+    assert Case(SEED_OSS, {"dropout": "residual"}).repeats
+    assert not Case(
+        Family("classifier", "reformer", "ReformerForSequenceClassification"), {"dropout": "residual"}
+    ).repeats
+
+
 def test_memory_that_nobody_wrote_to_is_found():
     assert not Case(LLAMA, {}).unsound
     case = Case(LLAMA, {})
