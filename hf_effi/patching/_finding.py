@@ -85,9 +85,7 @@ def gap_of(one: Mapping[str, Tensor], other: Mapping[str, Tensor], precision: to
         return Finding(None, reason=reason)
     # A gradient that is zero by symmetry is all rounding: it is measured against the largest of them.
     floor = 1e-6 * max((_largest(t) for name, t in one.items() if name.startswith("the gradient")), default=0.0)
-    if not any(_largest(t) for results in (one, other) for t in results.values()):
-        return Finding(None, reason="all that it gives is zero, which shows nothing")
-    worst = Finding(0.0, next(iter(one)), ALLOWED[precision])
+    worst = Finding(0.0, next(iter(one), "nothing"), ALLOWED[precision])
     for name, a in one.items():
         gap = _relative(a, other[name], floor)
         if math.isnan(gap):
@@ -95,6 +93,11 @@ def gap_of(one: Mapping[str, Tensor], other: Mapping[str, Tensor], precision: to
         if gap > worst.gap:
             worst = Finding(gap, name, ALLOWED[precision])
     return worst
+
+
+def show_nothing(results: Mapping[str, Tensor]) -> bool:
+    """Whether there is no number but zero: two such runs are alike whatever the model does."""
+    return not any(_largest(tensor) for tensor in results.values())
 
 
 def _largest(tensor: Tensor) -> float:

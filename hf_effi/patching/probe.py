@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ._draws import PinnedDraws
-from ._finding import Finding, Results, gap_of, named_results
+from ._finding import Finding, Results, gap_of, named_results, show_nothing
 from ._generators import HeldGenerators, Level
 from ._inputs import CannotLook
 from ._reach import dtypes_to_try, out_of_reach, precision_of
@@ -43,6 +43,7 @@ _GRADIENT_ELEMENTS = 2**25
 
 #: begins the reason where no comparison would mean anything
 _UNSTEADY = "the model does not give one answer"
+ONLY_ZEROS = "all that the model gives is zero, which shows nothing"
 
 Run = Callable[[nn.Module], Results]
 
@@ -231,9 +232,9 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
             failed = True
             second, also_out = _results(model, other, dtype, level, training)
             found = gap_of(first, second, precision)
-            if ran_out or also_out:
-                return _unless_drawn(found, [*ran_out, *also_out])
-            return found
+            if found.equal and show_nothing(first):
+                return Finding(None, reason=ONLY_ZEROS)
+            return _unless_drawn(found, [*ran_out, *also_out])
         except CannotLook as error:
             return Finding(None, reason=str(error))
         except Exception as error:  # whatever a model raises on input that it was not made for
@@ -253,7 +254,7 @@ def _results(
 
 def _unless_drawn(found: Finding, generators: Sequence[str]) -> Finding:
     """A difference may be one of the numbers that were drawn."""
-    if found.equal:
+    if found.equal or not generators:
         return found
     names = ", ".join(dict.fromkeys(generators))
     return Finding(None, reason=f"the model draws from {names}, other numbers in each of the two ways")

@@ -18,7 +18,7 @@ from ._finding import ALLOWED, Finding, Results
 from ._generators import Level
 from ._inputs import CannotLook, output_of, tiny_tokens
 from ._reach import out_of_reach
-from .probe import Look, compare, contract, gradients, looking, said
+from .probe import ONLY_ZEROS, Look, compare, contract, gradients, looking, said
 
 #: `(prompt tokens, completion tokens)` of the rows of a probe: all offsets differ, and so do all lengths
 _ROWS = ((3, 9), (8, 4), (5, 12))
@@ -351,6 +351,8 @@ def draws_random_numbers(
     one, other = results
     scale = torch.maximum(one.abs(), other.abs()).nan_to_num(0, 0, 0).max().item()
     gap = (one - other).abs().max().item()
+    if not scale and not gap:
+        return Finding(None, reason=ONLY_ZEROS)
     gap = gap / scale if scale and gap == gap else float(gap != 0)
     names = f" (random operations: {', '.join(drawn)})" if drawn else ""
     # The same operations on the same numbers: only kernels that add in any order leave a rest.
