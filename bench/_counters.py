@@ -40,16 +40,18 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {
-            StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
+        before = {StorageWeakRef(storage) for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if (key := StorageWeakRef(storage)) not in before:
-                    self._alive[key] = storage.nbytes()
+        for storage in _storages(out):
+            if (key := StorageWeakRef(storage)) not in before:
+                self._alive[key] = storage.nbytes()
         self._alive = {key: size for key, size in self._alive.items() if not key.expired()}
         self.now = sum(self._alive.values())
         self.peak = max(self.peak, self.now)
         return out
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Return where the numbers of tensors lie; a sparse one only holds others."""
+    tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return [t.untyped_storage() for t in tensors if t.layout == torch.strided]

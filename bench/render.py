@@ -1,14 +1,16 @@
 """Write the tables of README and docs from `bench/results/*.json` and the sources: `python -m bench.render [--check]`.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME is a result file without `.json`
-(its headline figures), `NAME.arms` for the comparison of the demo's arms, `NAME.parity` for a table of errors, or
-`NAME.ladder` for the longest sequences. `<!-- table:NAME -->` and `<!-- /table -->` hold a table of `bench.tables`. With
-`--check` nothing is written, and the exit code is 1 if a table and its source differ.
+(its headline figures), `NAME.arms` for the comparison of the demo's arms, `NAME.parity` for a table of errors,
+`NAME.ladder` for the longest sequences, or `probe_cost.asks_FEATURE` for what one feature asks of a model at the start.
+`<!-- table:NAME -->` and `<!-- /table -->` hold a table of `bench.tables`. With `--check` nothing is written, and the exit code
+is 1 if a table and its source differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import statistics
 import sys
@@ -117,11 +119,30 @@ def provenance(result: Mapping[str, Any]) -> str:
     )
 
 
+def probe_table(feature: str, result: Mapping[str, Any]) -> str:
+    """Return one row a model of `bench.probe_cost`: what a feature asks when it is switched on, medians over the seeds."""
+    mine = [row for row in result["rows"] if row["feature"] == feature]
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in mine):
+        of_model = [row for row in mine if row["model"] == model]
+        seconds = statistics.median(row["cpu_seconds"] for row in of_model)
+        share = statistics.median(row["share_of_100_updates"] for row in of_model)
+        peak = next(row["peak_bytes"] for row in of_model if "peak_bytes" in row)
+        rows.append([f"{model} parameters", f"{seconds:.2f}", f"{peak / 2**20:,.0f}", f"{100 * share:.1f} %"])
+    header = ["asked once, at the start", "CPU seconds, one thread", "MiB beside the model, at most"]
+    header += ["of 100 updates of one row of 256 tokens"]
+    return markdown_table(header, rows) + "\n\n" + provenance(result)
+
+
+#: what `bench.probe_cost` measures; each is a view of its own, for the card of that name
+PROBED = "exact_savings", "chunk_flow", "varlen_attention", "shared_prefix", "stream_layer", "tiled_mlp", "tiled_loss"
+
 _VIEWS = {
     "": headline_table,
     "arms": arms_table,
     "parity": parity_table,
     "ladder": ladder_table,
+    **{f"asks_{feature}": functools.partial(probe_table, feature) for feature in PROBED},
     **{f"zoo_{name}": view for name, view in _zoo_tables.VIEWS.items()},
 }
 

@@ -254,7 +254,7 @@ def _check_formula(name: str, module: nn.Module, forward: Callable[..., Tensor])
     places = torch.linspace(-1, 1, 3 * size, device=weight.device).view(3, size)
 
     def run(module: nn.Module, compute: Callable[..., Tensor]) -> Results:
-        x = places.to(_input_dtype(base)).requires_grad_()
+        x = places.to(_input_dtype(base), copy=True).requires_grad_()  # a leaf of this run alone
         out = compute(module, x)
         found = {"the output": out, **gradients(module, out, also=[x])}
         return found if x.grad is None else {**found, "the gradient of the input": x.grad}

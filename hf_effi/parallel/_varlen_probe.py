@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
-from ..patching import Finding, call, compare, output_of, probing, tiny_tokens
+from ..patching import Finding, call, compare, is_sharded, output_of, probing, tiny_tokens
 
 #: field of the model config with one entry a layer: the arguments of an `AttentionPattern`, or `None` for full attention
 PATTERNS_FIELD = "hf_effi_attention_patterns"
@@ -53,7 +52,7 @@ def ask(model: nn.Module | None, layout: Layout, name: str) -> Finding | None:
 
 
 def _ask(model: nn.Module, layout: Layout, name: str) -> Finding:
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    if is_sharded(model):
         return Finding(None, reason="the weights are sharded, and their forward is running")
 
     def stock(model: nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..functional.layer_plan import MODES
 from ..functional.options import refuse_idle
+from ..patching import OtherStates
 from .offload import ActivationOffloader
 
 #: attention operators whose output is cheap to keep and dear to recompute; a name a torch build lacks is skipped
@@ -110,7 +111,37 @@ class _LayerMode:
             layer._gradient_checkpointing_func = self.upstream
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.run(self.upstream, function, *args)
+        return self.run(partial(_drawing_the_same, self.upstream), function, *args)
+
+
+class _SameDraws:
+    """
+    A layer's forward that draws the same numbers of Python's and numpy's generators when it is computed again.
+
+    torch.utils.checkpoint does so for torch's generators alone: a layer that is left out by `random.random()` would be there
+    in the forward and not in the backward.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.ran, self.before = function, False, None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.ran and self.before is None:
+            return self.function(*args)
+        now = OtherStates()
+        if not self.ran:
+            self.ran, out = True, self.function(*args)
+            self.before = None if now == OtherStates() else now
+            return out
+        self.before.restore()
+        try:
+            return self.function(*args)
+        finally:
+            now.restore()
+
+
+def _drawing_the_same(upstream: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return upstream(function if torch.compiler.is_compiling() else _SameDraws(function), *args, **options)
 
 
 def _installed_on(layer: torch.nn.Module) -> _LayerMode | None:
@@ -150,6 +181,8 @@ def _checkpoint(upstream: Callable[..., Any], function: Callable[..., Any], *arg
 class LayerModes:
     """
     Give each decoder layer its own way to keep activations for the backward pass. Gradients do not change.
+
+    A layer that is computed again draws the numbers of its first time, from torch's, Python's and numpy's own generators.
 
     | mode | kept on the device | recomputed |
     |---|---|---|

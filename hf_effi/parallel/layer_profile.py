@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..functional.layer_plan import LayerCost, mode_costs
 from ..functional.saved_bytes import SavedBytes
+from ..patching import untouched
 from .layer_modes import LayerModes, is_attention_op
 
 _SECONDS = ("forward_seconds", "attention_seconds")
@@ -58,8 +59,8 @@ class LayerProbe(LayerModes):
     """
     Plain checkpointing that measures each layer once, by running it twice more on the input it gets.
 
-    The extra runs see a copy of the random state and leave no trace in the outputs that the model collects, so the loss
-    and the gradients of the step are those of a step without them.
+    The extra runs see a copy of the random state (torch's, Python's and numpy's) and of what a layer counts, and leave no trace
+    in the outputs that the model collects, so the loss and the gradients of the step are those of a step without them.
 
     Args:
         model (`PreTrainedModel`): A model with gradient checkpointing on.
@@ -120,9 +121,7 @@ class LayerProbe(LayerModes):
         inputs = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
         # Masks and position embeddings are shared by all layers.
         shared = list(_tensors(function.keywords))
-        rng_devices = [] if device.type == "cpu" else [device]
-        device_type = "cuda" if device.type == "cpu" else device.type  # of `rng_devices`; none of them on a CPU
-        with torch.random.fork_rng(devices=rng_devices, device_type=device_type), _AttentionMeter(device) as attention:
+        with untouched(self.layers[index], watch_writes=False), _AttentionMeter(device) as attention:
             with SavedBytes(exclude=[*self.layers[index].parameters(), *shared]) as saved:
                 begin = _clock(device)
                 # In an empty context: what collects router logits or hidden states must not see these runs.

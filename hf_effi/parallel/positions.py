@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..patching.probe import ALLOWED, dtypes_to_try, looking, out_of_reach, output_of, tiny_tokens
+from ..patching import ALLOWED, dtypes_to_try, looking, out_of_reach, output_of, tiny_tokens
 from .groups import SequenceParallelError
 
 PositionRule = Callable[[Tensor], Tensor]
@@ -100,11 +100,10 @@ def as_it_is_or_wide(model: nn.Module) -> Iterator[float]:
     """
     dtypes = {weight.dtype for weight in model.parameters()}
     # Sharded weights are whole only inside of the forward, in whatever dtype they have there.
-    if out_of_reach(model) is not None or dtypes_to_try(model) == [None]:
-        dtype, allowed = None, 5e-2 if dtypes & {torch.float16, torch.bfloat16} else 1e-4
+    dtype = None if out_of_reach(model) is not None else dtypes_to_try(model)[0]
+    if dtype is None:
+        allowed = 5e-2 if dtypes & {torch.float16, torch.bfloat16} else 1e-4
     else:
-        # Kernels for packed weights know single precision at most.
-        dtype = torch.float64 if all(each.is_floating_point for each in dtypes) else torch.float32
         allowed = ALLOWED[dtype]
     with looking(model, dtype), torch.no_grad():
         yield allowed

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..patching import length_dependent_positions
-from ..patching.probe import output_of, tiny_tokens
+from ..patching import length_dependent_positions, output_of, tiny_tokens
 from .attention import attention_scope
 from .boundary import gathered_forward, sharded_forward, split_point
 from .checks import implementation_of

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .._compat import CACHE_ARGUMENTS, cache_argument, given_cache, recorded_outputs
 from ..functional.sequence import chunk_bounds, chunk_segments
 from ..patching import (
+    OtherStates,
     Results,
     compare,
     draws_random_numbers,
@@ -119,7 +120,8 @@ class _Call:
             return
         before = _random_states(device)
         yield
-        if any(not torch.equal(was, now) for was, now in zip(before, _random_states(device), strict=True)):
+        torchs, others = _random_states(device)
+        if others != before[1] or not all(map(torch.equal, before[0], torchs)):
             raise ValueError(
                 f"StreamLayer: {type(self.layer).__name__} draws random numbers (dropout, noise), and chunks are computed "
                 "twice, with other ones. Set its rates to 0."
@@ -188,9 +190,9 @@ class _StreamedLayer(torch.autograd.Function):
         return grad_x, None, *grads
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
+def _random_states(device: torch.device) -> tuple[list[Tensor], OtherStates]:
     on_device = [] if device.type == "cpu" else [getattr(torch, device.type).get_rng_state(device)]
-    return [torch.get_rng_state(), *on_device]
+    return [torch.get_rng_state(), *on_device], OtherStates()
 
 
 def _zeros(like: Tensor) -> Tensor:

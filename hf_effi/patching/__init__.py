@@ -1,19 +1,11 @@
 """What is asked and kept of a model before it is changed: measured questions about it, and its state put back."""
 
-from ._state import set_mode
-from .probe import (
-    CannotLook,
-    Finding,
-    Results,
-    agreed,
-    compare,
-    device_of,
-    gradients,
-    output_of,
-    probing,
-    remembered,
-    tiny_tokens,
-)
+from ._finding import ALLOWED, Finding, Results, agreed
+from ._generators import OtherStates
+from ._inputs import CannotLook, device_of, output_of, tiny_tokens
+from ._reach import dtypes_to_try, is_packed, is_sharded, out_of_reach
+from ._state import set_mode, untouched
+from .probe import compare, gradients, looking, probing, remembered
 from .questions import (
     call,
     draws_random_numbers,
@@ -28,21 +20,28 @@ from .questions import (
 )
 
 __all__ = [
+    "ALLOWED",
     "CannotLook",
     "Finding",
+    "OtherStates",
     "Results",
     "agreed",
     "call",
     "compare",
     "device_of",
     "draws_random_numbers",
+    "dtypes_to_try",
     "gradients",
+    "is_packed",
+    "is_sharded",
     "length_dependent_positions",
     "longest_exact_call",
+    "looking",
     "loss_and_gradients",
     "loss_by_item_count",
     "moved_in_padding",
     "named_draws",
+    "out_of_reach",
     "output_of",
     "probing",
     "remembered",
@@ -50,4 +49,5 @@ __all__ = [
     "set_mode",
     "short_reach",
     "tiny_tokens",
+    "untouched",
 ]

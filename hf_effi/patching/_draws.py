@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any, Literal
+import math
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Level = Literal["low", "middle", "high"]
-#: a uniform number at each level; never 0 itself, so that `draw <= 0.0` does not hold for a rate of zero
-_UNIFORM = {"low": 1e-6, "middle": 0.5, "high": 1 - 1e-6}
+from ._generators import UNIFORM, Level, accelerator_generators
+
 _NORMAL = {"low": -1.0, "middle": 0.0, "high": 1.0}
 
 
@@ -50,7 +48,7 @@ class PinnedDraws(TorchDispatchMode):
         if name == "native_dropout":
             return self._dropout(given["input"], given["p"])
         out = _shaped(func, name, args, kwargs)
-        uniform = _UNIFORM[self.level]
+        uniform = UNIFORM[self.level]
         if name in ("rand", "rand_like"):
             return out.fill_(uniform)
         if name == "uniform":
@@ -68,15 +66,15 @@ class PinnedDraws(TorchDispatchMode):
             low, high = given.get("low", given.get("from", 0)) or 0, given.get("high", given.get("to", 2)) or 2
             return out.fill_(low + int((high - 1 - low) * uniform))
         if name == "exponential":
-            return out.fill_(-float(np.log1p(-uniform)) / given.get("lambd", 1.0))
+            return out.fill_(-math.log1p(-uniform) / given.get("lambd", 1.0))
         if name == "randperm":
             return out.copy_(torch.arange(len(out), device=out.device).flip(0 if self.level == "high" else ()))
-        # Anything else draws, each time from the same seed.
-        torch.manual_seed(list(_UNIFORM).index(self.level))
-        return func(*args, **kwargs)
+        # Anything else draws, each time from the same seed and never from a generator of the model's own.
+        _seed(list(UNIFORM).index(self.level))
+        return func(*args, **{**kwargs, "generator": None} if "generator" in kwargs else kwargs)
 
     def _dropout(self, x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
-        keeps = self.level != "low" and 1 - p >= 1 - _UNIFORM[self.level]
+        keeps = self.level != "low" and 1 - p >= 1 - UNIFORM[self.level]
         mask = torch.full_like(x, keeps, dtype=torch.bool)
         return x * mask / (1 - p) if p < 1 else x * 0, mask
 
@@ -112,26 +110,12 @@ def _shaped(func: Any, name: str, args: Any, kwargs: Any) -> torch.Tensor:
     return func(*args, **kwargs)
 
 
-def pin_other_generators(level: Level) -> None:
+def _seed(seed: int) -> None:
     """
-    Put Python's and numpy's global generators where their next 300 numbers are at `level`.
+    Seed torch's generators that are in use.
 
-    Both are Mersenne twisters, whose state is its next 624 outputs in disguise. The caller restores them.
+    `torch.manual_seed` would also leave a seed for those of an accelerator that has not been used yet, which nobody restores.
     """
-    word = _disguised(int(_UNIFORM[level] * 2**32))
-    random.setstate((3, (*([word] * 624), 0), None))
-    np.random.set_state(("MT19937", np.full(624, word, dtype=np.uint32), 0))
-
-
-def _disguised(output: int) -> int:
-    """Return the word of the state that the twister's tempering turns into `output`."""
-    word = output
-    word ^= word >> 18
-    word ^= (word << 15) & 0xEFC60000
-    state = word
-    for _ in range(5):
-        state = word ^ ((state << 7) & 0x9D2C5680)
-    word = state
-    for _ in range(3):
-        state = word ^ (state >> 11)
-    return state & 0xFFFFFFFF
+    torch.default_generator.manual_seed(seed)
+    if devices := accelerator_generators():
+        devices.manual_seed_all(seed)

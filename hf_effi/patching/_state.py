@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PretrainedConfig
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from ._caches import SharedCaches
+from ._generators import KeptGenerator, generators_kept, owned_generators
+from ._walk import CONTAINERS, configs_of, parts, plain_objects, shared_spaces
 
 
 class Trace:
     """
-    What objects hold before a call: their `__dict__` and the containers in it.
+    What objects hold before a call: their `__dict__` and the containers in it, at any depth.
 
     Args:
         owners (`Iterable[tuple[str, Any]]`): Names and objects, such as `model.named_modules()`.
     """
 
     def __init__(self, owners: Iterable[tuple[str, Any]]) -> None:
-        self._before = [
-            (name, owner, dict(vars(owner)), {k: v.copy() for k, v in vars(owner).items() if _is_container(v)})
-            for name, owner in owners
-        ]
+        self._before = []
+        for name, owner in owners:
+            inside = [(key, held, held.copy()) for key, held in _containers(vars(owner))]
+            self._before.append((name, owner, dict(vars(owner)), inside))
 
     def undo(self) -> list[str]:
         """Put everything back; return the names of what was changed."""
@@ -34,19 +36,25 @@ class Trace:
         for name, owner, entries, contents in self._before:
             now = vars(owner)
             replaced = [key for key in {**entries, **now} if key not in now or now[key] is not entries.get(key, now)]
-            written = [key for key, was in contents.items() if _identities(entries[key]) != _identities(was)]
-            changed += [f"{name}.{key}" for key in (*replaced, *written)]
-            for key in written:
-                entries[key].clear()
-                (entries[key].extend if isinstance(entries[key], list) else entries[key].update)(contents[key])
+            written = [(key, held, was) for key, held, was in contents if _identities(held) != _identities(was)]
+            changed += [f"{name}.{key}" for key in dict.fromkeys((*replaced, *(key for key, *_ in written)))]
+            for _, held, was in written:
+                held.clear()
+                (held.update if isinstance(held, (dict, set)) else held.extend)(was)
             if replaced:
                 now.clear()
                 now.update(entries)
         return changed
 
 
-def _is_container(value: Any) -> bool:
-    return isinstance(value, (dict, list, set))
+def _containers(entries: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the containers among the values and inside of them, each once, with the name of the attribute."""
+    seen: set[int] = set()
+    for key, value in entries.items():
+        for part in parts(value):
+            if isinstance(part, CONTAINERS) and id(part) not in seen:
+                seen.add(id(part))
+                yield key, part
 
 
 def _identities(container: Any) -> list[Any]:
@@ -65,105 +73,138 @@ def set_mode(model: nn.Module, training: bool) -> None:
         module.training = training or hasattr(getattr(module, "weight", None), "quant_state")
 
 
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """
-    Leave a block of code with the model and all random generators as they were before it.
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 free the weights that its root keeps whole after a forward, and have the shards as parameters again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
-    Restored are the attributes of all modules and their configs (training flags, hooks, caches), the values of buffers and
-    of tensors that are attributes, which tensor each parameter holds, the state of Python's, numpy's and torch's generators
-    and of generators that modules own. Weights are not copied: nothing in the block may write to them.
+
+@contextlib.contextmanager
+def untouched(model: nn.Module, watch_writes: bool = True) -> Iterator[None]:
+    """
+    Leave a block of code with the model and all random generators as they were before it, to the bit.
+
+    Restored are the attributes of all modules, of their configs and of plain objects that are attributes (training flags,
+    hooks, caches, states of quantized layers), the containers in them, the values of buffers and of other tensors there,
+    tensors that a forward put into a cache of its class or file, and of each parameter which tensor it holds, its gradient,
+    its flags, and its values where the block wrote to them; the state of Python's, numpy's and torch's generators and of
+    generators that modules, their classes or files own. Weights are copied only when something is about to write to them.
 
     Args:
         model (`nn.Module`): Any model.
+        watch_writes (`bool`, *optional*, defaults to `True`): Whether to look at each operation for writes to weights, which
+            takes time; without it, nothing in the block may write to them.
     """
+    reshard(model)
     modules = list(model.named_modules())
-    configs = {id(c): c for _, m in modules for c in _configs(getattr(m, "config", None))}
-    trace = Trace([*modules, *((f"config.{type(c).__name__}", c) for c in configs.values())])
-    weights = [(p, p.data, dict(p.__dict__)) for p in model.parameters()]
-    loose = {id(t): t for _, m in modules for t in _loose_tensors(m)}
-    values = [(t, t.detach().clone(), _version(t)) for t in loose.values()]
-    generators = [_Generator(g) for _, m in modules for g in vars(m).values() if isinstance(g, _GENERATORS)]
-    states = _global_states()
-    try:
-        yield
-    finally:
-        for _, module in modules:
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the root keeps its weights whole after a forward
-        trace.undo()
-        for parameter, data, entries in weights:
-            if (
-                parameter.data_ptr() != data.data_ptr()
-                or parameter.dtype != data.dtype
-                or parameter.shape != data.shape
-            ):
-                parameter.data = data
-            if parameter.__dict__ != entries:
-                parameter.__dict__.clear()
-                parameter.__dict__.update(entries)
-        with torch.no_grad():
-            for tensor, value, version in values:
-                if version is None or _version(tensor) != version:  # a graph may hold what nobody wrote to
-                    tensor.copy_(value)
-        for generator in generators:
-            generator.restore()
-        _restore_global(states)
+    configs = {id(c): c for _, m in modules for c in configs_of(getattr(m, "config", None))}
+    objects = plain_objects(module for _, module in modules)
+    owners = [*modules, *((f"config.{type(c).__name__}", c) for c in configs.values())]
+    trace = Trace([*owners, *((type(o).__name__, o) for o in objects)])
+    weights = [_KeptWeight(p) for p in model.parameters()]
+    # Batch norm writes to its buffers without saying so to anybody: these are copied at once.
+    loose = {id(t): t for _, m in modules for t in (*m._buffers.values(), *vars(m).values()) if _is_loose(t)}
+    values = [(t, t.detach().clone()) for t in loose.values()]
+    inside = (t for o in (*(m for _, m in modules), *objects) for v in vars(o).values() for t in parts(v))
+    writes = _KeepWritten([t for w in weights for t in (w.data, w.grad)] + list(filter(_is_loose, inside)))
+    generators = [KeptGenerator(g) for g in owned_generators(model).values()]
+    caches = SharedCaches(shared_spaces(model.modules()).values())
+    with generators_kept():
+        try:
+            with writes if watch_writes else contextlib.nullcontext():
+                yield
+        finally:
+            reshard(model)
+            trace.undo()
+            for weight in weights:
+                weight.restore()
+            writes.undo()
+            for tensor, value in values:
+                if not _same_bits(tensor, value):  # a graph may hold what nobody wrote to
+                    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                        tensor.copy_(value)
+            for generator in generators:
+                generator.restore()
+            caches.undo()
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+class _KeptWeight:
+    """Which tensor a parameter holds, and all about it but its values."""
 
-
-def _configs(config: Any) -> list[Any]:
-    if not isinstance(config, PretrainedConfig):
-        return []
-    return [config, *(part for value in vars(config).values() for part in _configs(value))]
-
-
-def _loose_tensors(module: nn.Module) -> list[Tensor]:
-    """Buffers and plain attributes: what a forward may write to. Sharded and empty ones are their owner's business."""
-    found = [*module._buffers.values(), *(value for value in vars(module).values() if isinstance(value, Tensor))]
-    return [t for t in found if t is not None and type(t) in (Tensor, nn.Buffer) and t.device.type != "meta"]
-
-
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-
-
-class _Generator:
-    def __init__(self, generator: Any) -> None:
-        self.generator = generator
-        if isinstance(generator, np.random.Generator):
-            self.state = generator.bit_generator.state
-        else:
-            self.state = (getattr(generator, "getstate", None) or generator.get_state)()
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter, self.data, self.grad = parameter, parameter.data, parameter.grad
+        self.requires_grad, self.entries = parameter.requires_grad, dict(parameter.__dict__)
 
     def restore(self) -> None:
-        if isinstance(self.generator, np.random.Generator):
-            self.generator.bit_generator.state = self.state
-        else:
-            (getattr(self.generator, "setstate", None) or self.generator.set_state)(self.state)
+        parameter, data = self.parameter, self.data
+        if (parameter.data_ptr(), parameter.dtype, parameter.shape) != (data.data_ptr(), data.dtype, data.shape):
+            parameter.data = data
+        if parameter.grad is not self.grad:
+            parameter.grad = self.grad
+        if parameter.requires_grad != self.requires_grad and parameter.is_leaf:
+            parameter.requires_grad_(self.requires_grad)
+        now = parameter.__dict__
+        if now.keys() != self.entries.keys() or any(now[key] is not value for key, value in self.entries.items()):
+            now.clear()
+            now.update(self.entries)
 
 
-def _devices() -> Any:
-    """Return the module of the accelerator's generators, where one is in use."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module = getattr(torch, found.type, None) if found is not None else None
-    if module is None or not getattr(module, "is_initialized", lambda: False)():
-        return None
-    return module if hasattr(module, "get_rng_state_all") else None
+class _KeepWritten(TorchDispatchMode):
+    """
+    Copy a weight, or another tensor that is there, before the first operation that writes to it.
+
+    Some models do so in a forward: an embedding with `max_norm`, weights that are normalised or clipped in place.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+        super().__init__()
+        self._held: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor is not None and (address := _address(tensor)):
+                self._held.setdefault(address, []).append(tensor.detach())
+        self._kept: dict[int, list[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            with torch._C.DisableTorchFunction():
+                for argument, value in zip(func._schema.arguments, args, strict=False):
+                    self._look_at(argument, value)
+                for argument in func._schema.arguments:
+                    self._look_at(argument, kwargs.get(argument.name))
+        return func(*args, **kwargs)
+
+    def _look_at(self, argument: Any, value: Any) -> None:
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            return
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            address = _address(tensor) if isinstance(tensor, Tensor) else 0
+            if address in self._held and address not in self._kept:
+                self._kept[address] = [held.clone() for held in self._held[address]]
+
+    def undo(self) -> None:
+        """Put the values back, at the end."""
+        with torch.no_grad():
+            for address, values in self._kept.items():
+                for held, value in zip(self._held[address], values, strict=True):
+                    held.copy_(value)
 
 
-def _global_states() -> tuple[Any, ...]:
-    devices = _devices()
-    on_device = devices.get_rng_state_all() if devices else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices, on_device
+def _address(tensor: Tensor) -> int:
+    """Return where the numbers lie, 0 for those of another owner (sharded, packed by a wrapper) and for none."""
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+        return 0
+    return tensor.untyped_storage().data_ptr()
 
 
-def _restore_global(states: tuple[Any, ...]) -> None:
-    python, numpy, cpu, devices, on_device = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if devices:
-        devices.set_rng_state_all(on_device)
+def _same_bits(tensor: Tensor, value: Tensor) -> bool:
+    if tensor.layout != torch.strided:
+        return False
+    now, was = (t.detach().reshape(-1).view(torch.uint8) for t in (tensor, value))
+    return torch.equal(now, was)
+
+
+def _is_loose(value: Any) -> bool:
+    """Whether this is a tensor that a forward may write to. Sharded and empty ones are their owner's business."""
+    return type(value) in (Tensor, nn.Buffer) and value.device.type != "meta"

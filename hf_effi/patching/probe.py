@@ -22,75 +22,30 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ._draws import Level, PinnedDraws, pin_other_generators
+from ._draws import PinnedDraws
+from ._finding import Finding, Results, gap_of, named_results, show_nothing
+from ._generators import HeldGenerators, Level
+from ._inputs import CannotLook
+from ._reach import dtypes_to_try, out_of_reach, precision_of
 from ._state import set_mode, untouched
 from ._wide import Wide
 
-#: largest relative difference that is rounding, by the dtype that the model could be run in
-ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-3}
 #: parameters whose gradients are compared: all of a small model, of a large one the small ones of every layer
 _GRADIENT_ELEMENTS = 2**25
 
-Results = Tensor | Mapping[str, Tensor]
+#: begins the reason where no comparison would mean anything
+_UNSTEADY = "the model does not give one answer"
+ONLY_ZEROS = "all that the model gives is zero, which shows nothing"
+
 Run = Callable[[nn.Module], Results]
-
-
-class CannotLook(Exception):
-    """Raised by a run that finds out that its question cannot be asked of this model; the message says why."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """
-    The answer to a question.
-
-    Args:
-        gap (`float`, *optional*): Largest relative difference of the two runs; `None` where it could not be measured.
-        what (`str`): Which result that is, such as `"the logits"`.
-        allowed (`float`): What rounding may be responsible for.
-        reason (`str`): Why it could not be measured.
-        drawn (`tuple[str, ...]`): Names of the random operations that were met, where the question is about them.
-        failed (`bool`): Whether the model ran in the first way and not in the second.
-    """
-
-    gap: float | None
-    what: str = ""
-    allowed: float = 0.0
-    reason: str = ""
-    drawn: tuple[str, ...] = ()
-    failed: bool = False
-
-    @property
-    def looked(self) -> bool:
-        """Whether there is a measurement."""
-        return self.gap is not None
-
-    @property
-    def equal(self) -> bool:
-        """Whether the two runs agree up to rounding; never true where nothing could be measured."""
-        return self.gap is not None and self.gap <= self.allowed
-
-    def __str__(self) -> str:
-        if self.gap is None:
-            return f"this could not be measured: {self.reason}"
-        return f"{self.what}: a relative difference of {self.gap:.1e}"
-
-    def worst(self, other: Finding) -> Finding:
-        """Return the one that speaks more against equality."""
-        if not (self.equal and other.equal):
-            return self if not self.equal else other
-        return max(self, other, key=lambda finding: finding.gap)
 
 
 @dataclass
@@ -101,12 +56,14 @@ class Look:
     Args:
         dtype (`torch.dtype`, *optional*): Of all operations; `None`: as they are.
         draws ([`PinnedDraws`]): The random operations that were met are in its `drawn`.
+        others ([`HeldGenerators`]): Python's and numpy's generators.
         watched (`dict[str, nn.Parameter]`): Parameters whose gradients are results.
         embedded (`list[tuple[Tensor, Tensor]]`): Ids and embeddings of each call so far.
     """
 
     dtype: torch.dtype | None
     draws: PinnedDraws
+    others: HeldGenerators
     watched: dict[str, nn.Parameter]
     embedded: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -133,10 +90,11 @@ def looking(
         training (`bool`, *optional*, defaults to `True`): The mode.
     """
     global _now
-    outer, look = _now, Look(dtype, PinnedDraws(level), _watched(model))
+    outer = _now
     device = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(model))
+        look = Look(dtype, PinnedDraws(level), HeldGenerators(model), _watched(model))
         stack.enter_context(torch.inference_mode(False))
         set_mode(model, training)
         for module in model.modules():
@@ -145,7 +103,7 @@ def looking(
         with contextlib.suppress(Exception):  # no embeddings, or none to be found: their gradient is left out
             model.get_input_embeddings().register_forward_hook(functools.partial(_keep_embedded, look))
         _fill_zeros(model)
-        pin_other_generators(level)
+        look.others.hold(level)
         stack.enter_context(torch.autocast(device, enabled=False))
         if dtype is not None:
             _without_flash(model)
@@ -231,7 +189,8 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
     """
     Measure how far two ways of running a model are apart.
 
-    The gap of a result is `max |a - b| / max |a|`; names of results that only one of the two gives are a difference.
+    The first way is run twice: a model that does not give one answer to one question is not looked at. The gap of a result is
+    `max |a - b| / max |a|`; names of results that only one of the two gives are a difference.
 
     Args:
         model (`nn.Module`): The loaded model.
@@ -254,42 +213,57 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
     """
     if reason := out_of_reach(model):
         return Finding(None, reason=reason)
-    failures = []
+    failures: list[Finding] = []
     for dtype in dtypes_to_try(model):
-        running = "the model does not run on a few tokens: "
+        failed = False
         try:
-            with looking(model, dtype, level, training):
-                first = _named(one(model))
-            running = ""
-            with looking(model, dtype, level, training):
-                second = _named(other(model))
-            return _gap(first, second, _precision(dtype, first))
+            first, _ = _results(model, one, dtype, level, training)
+            again, ran_out = _results(model, one, dtype, level, training)
+            precision = precision_of(dtype, first)
+            once_more = gap_of(first, again, precision)
+            if not once_more.looked:
+                return once_more
+            if not once_more.equal:
+                failures.append(
+                    Finding(None, reason=f"{_UNSTEADY}, two runs of one and the same way differ in {once_more}")
+                )
+                continue
+            del again  # gradients of a large model are large
+            failed = True
+            second, also_out = _results(model, other, dtype, level, training)
+            found = gap_of(first, second, precision)
+            if found.equal and show_nothing(first):
+                return Finding(None, reason=ONLY_ZEROS)
+            return _unless_drawn(found, [*ran_out, *also_out])
         except CannotLook as error:
             return Finding(None, reason=str(error))
         except Exception as error:  # whatever a model raises on input that it was not made for
-            failures.append(f"{running}{said(error)}")
-    return Finding(None, reason=failures[-1], failed=not running)
+            running = "" if failed else "the model does not run on a few tokens: "
+            failures.append(Finding(None, reason=f"{running}{said(error)}", failed=failed))
+    unsteady = (found for found in failures if found.reason.startswith(_UNSTEADY))
+    return next(unsteady, failures[-1])
+
+
+def _results(
+    model: nn.Module, run: Run, dtype: torch.dtype | None, level: Level, training: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the results of a run, and the generators whose numbers could not be held still in it."""
+    with looking(model, dtype, level, training) as look:
+        return named_results(run(model)), look.others.ran_out()
+
+
+def _unless_drawn(found: Finding, generators: Sequence[str]) -> Finding:
+    """A difference may be one of the numbers that were drawn."""
+    if found.equal or not generators:
+        return found
+    names = ", ".join(dict.fromkeys(generators))
+    return Finding(None, reason=f"the model draws from {names}, other numbers in each of the two ways")
 
 
 def said(error: Exception) -> str:
     """Return what an error says, with its kind where that is no message of ours."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     return f"{kind}{' '.join(str(error)[:400].split()).rstrip('.')}"
-
-
-def dtypes_to_try(model: nn.Module) -> list[torch.dtype | None]:
-    """Return the dtypes of a probe: double precision where the device has it, then single precision, then `None`: as it is."""
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        return [None]  # what brings the shards together has dtypes of its own
-    devices = {p.device.type for p in model.parameters()}
-    return [*([] if "mps" in devices else [torch.float64]), torch.float32, None]
-
-
-def _precision(dtype: torch.dtype | None, results: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype that results were really computed in."""
-    found = {t.dtype for t in results.values()}
-    narrow = found & {torch.float16, torch.bfloat16}
-    return narrow.pop() if narrow else torch.float64 if dtype == torch.float64 else torch.float32
 
 
 #: the answers so far, by model and question: once its weights are sharded, a model cannot be asked again
@@ -311,161 +285,6 @@ def remembered(model: nn.Module, key: Any, ask: Callable[[], Finding]) -> Findin
     return found if found.looked else _answers.get(model, {}).get(key, found)
 
 
-def out_of_reach(model: nn.Module) -> str | None:
-    """Say why a model cannot be run here and now, or return `None`: sharded weights are whole only in a training step."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            return f"the weights are sharded by DeepSpeed ZeRO-3 ({name})"
-        if not parameter.numel():
-            return f"the weights are not here: {name} is empty, as in a shard of FSDP"
-        if parameter.device.type == "meta" and not _is_loaded_by_hook(model):
-            return f"the weights are on the meta device ({name})"
-    return None
-
-
-def _is_loaded_by_hook(model: nn.Module) -> bool:
-    """Weights that accelerate keeps elsewhere come in when a module is called."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
-
-
-def _named(results: Results) -> dict[str, Tensor]:
-    named = {"the results": results} if isinstance(results, Tensor) else dict(results)
-    with torch._C.DisableTorchFunction():
-        return {name: tensor.detach() for name, tensor in named.items()}
-
-
-def _gap(one: Mapping[str, Tensor], other: Mapping[str, Tensor], precision: torch.dtype) -> Finding:
-    if one.keys() != other.keys():
-        return Finding(math.inf, f"the results {sorted(one.keys() ^ other.keys())}", 0.0)
-    if precision not in ALLOWED:
-        reason = f"the model runs in {str(precision).removeprefix('torch.')} only here, whose rounding hides an effect"
-        return Finding(None, reason=reason)
-    # A gradient that is zero by symmetry is all rounding: it is measured against the largest of them.
-    floor = 1e-6 * max((_largest(t) for name, t in one.items() if name.startswith("the gradient")), default=0.0)
-    worst = Finding(0.0, next(iter(one), "nothing"), ALLOWED[precision])
-    for name, a in one.items():
-        gap = _relative(a, other[name], floor)
-        if math.isnan(gap):
-            return Finding(None, reason=f"{name} are not finite")
-        if gap > worst.gap:
-            worst = Finding(gap, name, ALLOWED[precision])
-    return worst
-
-
-def _largest(tensor: Tensor) -> float:
-    values = tensor.coalesce().values() if tensor.is_sparse else tensor
-    return values.abs().max().item() if values.numel() else 0.0
-
-
-def _relative(a: Tensor, b: Tensor, floor: float) -> float:
-    if a.shape != b.shape:
-        return math.inf
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = a.to(wide), b.to(wide)
-    if a.is_sparse:  # numbers by token id
-        difference, a, b = (t.coalesce().values() for t in (a - b, a, b))
-        return _ratio(a, b, difference, floor)
-    return _ratio(a, b, a - b, floor)
-
-
-def _ratio(a: Tensor, b: Tensor, difference: Tensor, floor: float) -> float:
-    if not (a.isfinite().all() and b.isfinite().all()):
-        return math.nan
-    scale = max(_largest(a), floor)
-    gap = _largest(difference)
-    return 0.0 if gap == 0.0 else gap / scale if scale else math.inf
-
-
-def agreed(finding: Finding) -> Finding:
-    """
-    Return one finding for all ranks: the worst of those that looked, else the first rank's reason. One collective.
-
-    A rank may hold weights that are not loaded yet (FSDP with `cpu_ram_efficient_loading`); all ranks have to decide alike.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return finding
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, finding)
-    looked = [f for f in found if f.looked]
-    return functools.reduce(Finding.worst, looked) if looked else found[0]
-
-
-# --- what the runs are made of ----------------------------------------------------------------------------------------
-
-
-def tiny_tokens(model: nn.Module, rows: int, length: int, seed: int = 0) -> Tensor:
-    """
-    Return token ids `(rows, length)` for a probe: any of the vocabulary but the special ones, on the model's device.
-
-    Args:
-        model (`nn.Module`): Gives the vocabulary by its input embeddings, else by its config.
-        rows, length (`int`): Shape.
-        seed (`int`, *optional*, defaults to 0): Other tokens for another seed.
-
-    Raises:
-        CannotLook: the model has no vocabulary.
-    """
-    size = vocabulary_of(model)
-    special = _special_ids(model)
-    usable = [i for i in range(min(size, 4096)) if i not in special] or list(range(size))
-    # Scattered by a multiplication: a generator's numbers would be pinned inside of a run.
-    places = torch.arange(1, rows * length + 1).view(rows, length) + 7919 * seed
-    picked = places * 2654435761 % 2**32 // 2**12 % len(usable)
-    return torch.tensor(usable)[picked].to(device_of(model))
-
-
-def vocabulary_of(model: nn.Module) -> int:
-    """Return the number of token ids that a model takes."""
-    sizes = []
-    with contextlib.suppress(Exception):  # some models raise NotImplementedError, wrappers have no such method
-        embeddings = model.get_input_embeddings()
-        sizes.append(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    sizes.append(getattr(text, "vocab_size", None))  # the table may have more rows than there are tokens
-    sizes = [size for size in sizes if isinstance(size, int) and size > 0]
-    if not sizes:
-        raise CannotLook(f"{type(model).__name__} has no vocabulary to make tokens from")
-    return min(sizes)
-
-
-def _special_ids(model: nn.Module) -> set[int]:
-    """Return ids with a meaning of their own, such as padding or the place of an image."""
-    found: set[int] = set()
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    for owner in (config, text, getattr(model, "generation_config", None)):
-        for name, value in (vars(owner) if owner is not None else {}).items():
-            if name.endswith(("token_id", "token_index", "token_ids")):
-                found |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)}
-    return found
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where the tokens of a model belong: on the device of its first weights that are not on the meta device."""
-    with contextlib.suppress(Exception):
-        weight = model.get_input_embeddings().weight
-        if weight.device.type != "meta":
-            return weight.device
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
-def output_of(outputs: Any) -> Tensor:
-    """Return the main result of a model's forward: logits, else the last hidden states, else the first floats."""
-    for name in ("logits", "last_hidden_state", "log_probs", "prediction_logits"):
-        if isinstance(found := getattr(outputs, name, None), Tensor):
-            return found
-    if isinstance(outputs, Tensor):
-        return outputs
-    values = (
-        outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (tuple, list)) else ()
-    )
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise CannotLook(f"the forward returns a {type(outputs).__name__} without logits or hidden states")
-
-
 def gradients(model: nn.Module, loss: Tensor, also: Sequence[Tensor] = ()) -> dict[str, Tensor]:
     """
     Return gradients as results for [`compare`], inside of one of its runs; nothing is written to `.grad`.
@@ -484,15 +303,16 @@ def gradients(model: nn.Module, loss: Tensor, also: Sequence[Tensor] = ()) -> di
     if not loss.requires_grad:
         return {}
     embedded = [(ids, values) for ids, values in look.embedded if values.requires_grad]
-    inputs = [*look.watched.values(), *(values for _, values in embedded), *also]
+    watched = {name: p for name, p in look.watched.items() if p.requires_grad}  # a forward may freeze some
+    inputs = [*watched.values(), *(values for _, values in embedded), *also]
     found = list(torch.autograd.grad(contract(loss), inputs, allow_unused=True)) if inputs else []
     for leaf, grad in zip(also, found[len(inputs) - len(also) :], strict=True):
         if grad is not None:
             leaf.grad = grad if leaf.grad is None else leaf.grad + grad
-    of_weights, of_tokens = found[: len(look.watched)], found[len(look.watched) : len(inputs) - len(also)]
+    of_weights, of_tokens = found[: len(watched)], found[len(watched) : len(inputs) - len(also)]
     results = {
         f"the gradient of {name}": torch.zeros_like(parameter) if grad is None else grad
-        for (name, parameter), grad in zip(look.watched.items(), of_weights, strict=True)
+        for (name, parameter), grad in zip(watched.items(), of_weights, strict=True)
     }
     parts = [(ids, grad) for (ids, _), grad in zip(embedded, of_tokens, strict=True) if grad is not None]
     if parts:

@@ -14,22 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._draws import Level, pin_other_generators
-from .probe import (
-    ALLOWED,
-    CannotLook,
-    Finding,
-    Look,
-    Results,
-    compare,
-    contract,
-    gradients,
-    looking,
-    out_of_reach,
-    output_of,
-    said,
-    tiny_tokens,
-)
+from ._finding import ALLOWED, Finding, Results
+from ._generators import Level
+from ._inputs import CannotLook, output_of, tiny_tokens
+from ._reach import out_of_reach
+from .probe import ONLY_ZEROS, Look, compare, contract, gradients, looking, said
 
 #: `(prompt tokens, completion tokens)` of the rows of a probe: all offsets differ, and so do all lengths
 _ROWS = ((3, 9), (8, 4), (5, 12))
@@ -355,8 +344,8 @@ def draws_random_numbers(
     """
     Ask whether two runs in training mode can differ: dropout in any form, layers that are skipped, noise in a router.
 
-    All random operations of torch, Python's and numpy's generators are pushed to the low and to the high end of their range;
-    a rate of zero makes no difference then, and any other does.
+    All random operations of torch, Python's and numpy's generators, and those that modules own, are pushed to the low and to
+    the high end of their range; a rate of zero makes no difference then, and any other does.
 
     Args:
         model (`nn.Module`): The loaded model.
@@ -376,9 +365,9 @@ def draws_random_numbers(
         results, drawn = [], {}
         for level in ("low", "high"):
             with looking(model, None, level if within is None else "middle") as look, torch.no_grad():
-                drawn_here = look.draws.drawn if within is None else _pin_within(look, within, level)
+                inside = None if within is None else _pin_within(look, within, level)
                 results.append(forward(model).double())
-            drawn |= drawn_here
+                drawn |= dict.fromkeys([*look.draws.drawn, *look.others.moved()]) if inside is None else inside
     except CannotLook as error:
         return Finding(None, reason=str(error))
     except Exception as error:  # whatever a model raises on input that it was not made for
@@ -386,6 +375,8 @@ def draws_random_numbers(
     one, other = results
     scale = torch.maximum(one.abs(), other.abs()).nan_to_num(0, 0, 0).max().item()
     gap = (one - other).abs().max().item()
+    if not scale and not gap:
+        return Finding(None, reason=ONLY_ZEROS)
     gap = gap / scale if scale and gap == gap else float(gap != 0)
     names = f" (random operations: {', '.join(drawn)})" if drawn else ""
     # The same operations on the same numbers: only kernels that add in any order leave a rest.
@@ -409,11 +400,12 @@ def _pin_within(look: Look, modules: Iterable[nn.Module], level: Level) -> dict[
 
     def enter(module: nn.Module, args: Any) -> None:
         look.draws.level, look.draws.drawn = level, drawn
-        pin_other_generators(level)
+        look.others.hold(level)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
+        drawn.update(dict.fromkeys(look.others.moved()))
         look.draws.level, look.draws.drawn = "middle", {}
-        pin_other_generators("middle")
+        look.others.hold("middle")
 
     for module in modules:
         module.register_forward_pre_hook(enter)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -352,3 +354,54 @@ def test_probe_agrees_with_the_bytes_of_a_whole_forward():
 
 def test_bandwidth_is_measured():
     assert measure_copy_bandwidth("cpu", 1 << 20) > 0
+
+
+# --- layers that draw with Python's or numpy's generator --------------------------------------------------------------
+
+
+def _left_out_at_random(model, draw):
+    """Let each MLP have its input once, or twice and a bit, by numbers that torch knows nothing of."""
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: (args[0] * ((draw() < 0.5) + draw()),))
+
+
+def _seeded(model):
+    random.seed(3)
+    np.random.seed(3)
+    grads = {name: grad for name, grad in backward(model).items() if grad is not None}
+    return grads, random.random(), float(np.random.rand())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_a_layer_that_is_computed_again_draws_pythons_and_numpys_numbers_again(mode, draw):
+    plain = tiny_qwen3(num_hidden_layers=LAYERS, use_cache=False).train()
+    _left_out_at_random(plain, draw)
+    model = checkpointed()
+    _left_out_at_random(model, draw)
+    wanted = _seeded(plain)
+    with LayerModes(model, mode):
+        found = _seeded(model)
+    assert_bitwise_equal(wanted[0], found[0])
+    assert wanted[1:] == found[1:]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_measuring_layers_takes_none_of_pythons_and_numpys_numbers_and_moves_no_counts(draw):
+    def made():
+        model = checkpointed()
+        _left_out_at_random(model, draw)
+        for layer in model.model.layers:
+            layer.mlp.counts = torch.nn.BatchNorm1d(32)
+            layer.mlp.register_forward_pre_hook(lambda module, args: (module.counts(args[0].flatten(0, 1)), None)[1])
+        return model
+
+    plain, model = made(), made()
+    with LayerModes(plain, "checkpoint"):
+        wanted = _seeded(plain)
+    with LayerProbe(model) as probe:
+        found = _seeded(model)
+    assert probe.complete
+    assert_bitwise_equal(wanted[0], found[0])
+    assert wanted[1:] == found[1:]
+    assert_bitwise_equal(dict(plain.named_buffers()), dict(model.named_buffers()))
