@@ -6,6 +6,7 @@ import functools
 import warnings
 from typing import Any
 
+import datasets
 from trl import GRPOConfig, GRPOTrainer
 
 from ..protocols import GroupFilter, PromptSelector, RolloutPruner
@@ -135,12 +136,12 @@ class EffiGRPOTrainer(
 
 
 def _check_dataset(dataset: Any, environment: Any) -> None:
-    """Say what is wrong with the dataset before a model is loaded."""
-    if dataset is None:
+    """Say what is wrong with the dataset before a model is loaded. What is no dataset at all, TRL names."""
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise ValueError("train_dataset is empty. GRPO needs at least one row with a `prompt` column.")
-    columns = getattr(dataset, "column_names", None)
+    columns = dataset.column_names
     if columns is not None and "prompt" not in columns and environment is None:
         raise ValueError(
             f"train_dataset has no `prompt` column; its columns are {', '.join(map(str, columns))}. Rename the column "
