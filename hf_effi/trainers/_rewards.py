@@ -151,10 +151,10 @@ class CheckedRewardsMixin:
         # The checkpoint must say that the last finished optimizer step is where to go on.
         self._step, self._buffered_inputs = self._step_after_update, None
         self.control.should_save = True  # as in a regular save, so that callbacks add what they store
-        self._save_checkpoint(self.model, trial=None)
+        self._save_checkpoint(self.model, trial=self._trial)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         error.add_note(
-            f"The {self.state.global_step} finished steps were saved to {self.args.output_dir}/checkpoint-"
+            f"The {self.state.global_step} finished steps were saved to {self._get_output_dir(self._trial)}/checkpoint-"
             f"{self.state.global_step}; fix the reward function and resume from there."
         )
 
