@@ -53,7 +53,7 @@ class RunRecordMixin:
         record = self._run_record
         if record is None:
             return super().train(*args, **kwargs)
-        objects = (self.__dict__.get(name) for name in _OBJECTS)
+        objects = (getattr(self, name, None) for name in _OBJECTS)
         found = methods_of_parts([*self.callback_handler.callbacks, *objects])
         record.methods = tuple(sorted({*record.methods, *found}))
         try:

@@ -132,7 +132,7 @@ class CheckedRewardsMixin:
         everyone = [problem for rank in gather_object([problems]) for problem in rank]
         if everyone:
             raise RewardError(everyone[0])
-        if self.model.training:
+        if self._in_training:
             check_sums(rewards, self.reward_weights, self.num_generations, self.reward_func_names)
             self._last_rewards = rewards
         return rewards

@@ -98,7 +98,6 @@ class EffiGRPOTrainer(
         _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
         check_methods(args, prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
-        self._init_accounting()
         self._init_prompt_length()
         self._init_exact_savings()
         self._check_buckets()
