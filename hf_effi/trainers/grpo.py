@@ -17,6 +17,7 @@ from ._hub_mixin import HubMixin
 from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
 from ._record_mixin import RunRecordMixin
+from ._resume_mixin import ResumeMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
@@ -26,6 +27,7 @@ from .grpo_config import EffiGRPOConfig, check_methods, own_setting, refuse_unus
 
 
 class EffiGRPOTrainer(
+    ResumeMixin,
     KernelPatchMixin,
     CheckedRewardsMixin,
     AccountingMixin,
