@@ -21,6 +21,8 @@ from .functional.probes import without_probes
 
 SUMMARY, EVENTS = "effi_run.json", "effi_events.jsonl"
 SCHEMA = 1
+#: a record holds no more of one value: depth, values in all, and bits of an integer, above which it is no float any more
+_DEEPEST, _MOST_VALUES, _MOST_BITS = 40, 20_000, 1023
 
 
 def redact(value: Any, name: str = "", hidden: bool = False) -> Any:
@@ -30,7 +32,7 @@ def redact(value: Any, name: str = "", hidden: bool = False) -> Any:
     Text goes when its key, or that of a mapping around it, names a secret (`hub_token`, `api_key`); the part of it that
     looks like one goes (a token of a known kind, `user:password@` in an address), and so does every value of an environment
     variable that names a secret: see `hf_effi._secrets`. Numbers that JSON cannot hold become `"nan"` and `"inf"`; other
-    objects become text.
+    objects become text. Never raises: what has no text, contains itself, or is too deep or too large is told as such.
 
     Args:
         name (`str`, *optional*): Key of the value.
@@ -42,19 +44,54 @@ def redact(value: Any, name: str = "", hidden: bool = False) -> Any:
     {'hub_token': '<redacted>', 'eos_token': '<end>', 'url': 'https://<redacted>@host/x', 'loss': 'nan'}
     ```
     """
-    hidden = hidden or is_secret_name(name)
-    if isinstance(value, Mapping):
-        return {hide_in_text(str(key)): redact(inner, str(key), hidden) for key, inner in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [redact(inner, name, hidden) for inner in value]
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return redact(value.item(), name, hidden)
-    text = str(value)
-    return REDACTED if text and hidden else hide_in_text(text)
+    return _Redactor().plain(value, name, hidden)
+
+
+class _Redactor:
+    """One walk through a value: bounded, whatever the value is."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_VALUES
+        self._inside: set[int] = set()  # the containers around the value that is looked at
+
+    def plain(self, value: Any, name: str, hidden: bool) -> Any:
+        try:
+            return self._plain(value, name, hidden or is_secret_name(name))
+        except Exception as error:  # a `repr` that raises, a mapping that does not give its items
+            return f"<{type(value).__name__} without a text: {type(error).__name__}>"
+
+    def _plain(self, value: Any, name: str, hidden: bool) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            return f"<not shown: more than {_MOST_VALUES} values>"
+        if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            return self._container(value, name, hidden)
+        if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > _MOST_BITS:
+            return f"<integer of {value.bit_length()} bits>"
+        if value is None or isinstance(value, (bool, int)):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else str(value)
+        if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+            return self.plain(value.item(), name, hidden)
+        text = str(value)
+        return REDACTED if text and hidden else hide_in_text(text)
+
+    def _container(self, value: Any, name: str, hidden: bool) -> Any:
+        if id(value) in self._inside:
+            return f"<{type(value).__name__} that contains itself>"
+        if len(self._inside) >= _DEEPEST:
+            return f"<{type(value).__name__} nested more than {_DEEPEST} deep>"
+        self._inside.add(id(value))
+        try:
+            if isinstance(value, Mapping):
+                return {self._key(key): self.plain(inner, self._key(key), hidden) for key, inner in value.items()}
+            return [self.plain(inner, name, hidden) for inner in value]
+        finally:
+            self._inside.discard(id(value))
+
+    def _key(self, key: Any) -> str:
+        return str(self.plain(str(key), "", False))
 
 
 def now() -> str:
@@ -88,7 +125,7 @@ class RunStore:
             self.summary = {}
         else:
             self.summary = read_run(self.folder) if (self.folder / SUMMARY).exists() else {}
-            for derived in ("events", "log_history", "totals"):
+            for derived in ("events", "log_history", "totals", "error"):
                 self.summary.pop(derived, None)
             self._end_torn_line()
         segment = {"started": now(), "start_step": step, "end_step": step, "totals": {}}
@@ -119,6 +156,11 @@ class RunStore:
         """Put new values into the summary and replace the file, so that a reader sees the old or the new one whole."""
         self.summary |= redact(fields) | {"updated": now()}
         save_json(self.folder / SUMMARY, self.summary, indent=1)
+
+    def end(self, status: str, error: str | None = None) -> None:
+        """Say how the run ended where training did not come to its end: `"failed"` or `"interrupted"`, and by what."""
+        self.event("end", step=self.summary["segments"][-1]["end_step"], status=status, error=error)
+        self.save(status=status, error=error)
 
     def _put_aside(self) -> None:
         """Number the record of an earlier run in the same folder."""

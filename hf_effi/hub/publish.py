@@ -13,6 +13,7 @@ from .._compat import installed_versions
 from .._environment import describe_machine
 from .._files import CHECKPOINT_PREFIXES
 from .._run_record import EVENTS, SUMMARY, read_run
+from ..callbacks._observer import describe
 from ..functional.probes import without_probes
 from .model_card import PICTURE, add_section
 from .recipe import RECIPE_FILE, recipe_of
@@ -76,14 +77,14 @@ def check_seconds(args: Any, seconds: float) -> None:
 
 
 def write_section(trainer: Any, repo_id: str) -> None:
-    """Add the section to the card in `output_dir`. A full disk is no reason to end a run: it becomes a warning."""
+    """Add the section to the card in `output_dir`. Whatever goes wrong is no reason to end a run: it becomes a warning."""
     folder = Path(trainer.args.output_dir)
     try:
         run = read_run(folder) if (folder / SUMMARY).exists() else _run_without_a_record(trainer)
         secrets = [trainer.args.hub_token] if trainer.args.hub_token else []
         add_section(folder / CARD, recipe_of(trainer), run, repo_id, secrets)
-    except OSError as error:
-        logger.warning("The model card is without its recipe: %s.", error)
+    except Exception as error:
+        logger.warning("The model card is without its recipe: %s", describe(error))
 
 
 def _run_without_a_record(trainer: Any) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def snapshot(output_dir: str | Path, checkpoint: str | Path, path_in_repo: str |
         for name in (CARD, PICTURE, RECIPE_FILE, SUMMARY, EVENTS):
             if (output_dir / name).exists():
                 shutil.copy2(output_dir / name, folder / name)
-    except OSError:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
@@ -143,7 +144,7 @@ def push_checkpoint(
     """Upload the model of a checkpoint beside training. Without room for the copy it is left out, with an error log."""
     try:
         folder = snapshot(output_dir, checkpoint, path_in_repo)
-    except OSError as error:
-        logger.error("%s was not pushed to %s: %s.", checkpoint, uploader.repo_id, error)
+    except Exception as error:
+        logger.error("%s was not pushed to %s: %s", checkpoint, uploader.repo_id, describe(error))
         return
     uploader.submit(folder, message, ignore=("training_args.bin",), temporary=True)

@@ -133,6 +133,7 @@ def tiled_forward(name: str, module: nn.Module, num_shards: int | None = None) -
     return functools.partial(_tiled_forward, activation=_activation_of(name, module), num_shards=num_shards)
 
 
+@torch.compiler.disable(reason="the backward reads tensors that another node saved")
 def _tiled_forward(module: nn.Module, x: Tensor, *, activation: str, num_shards: int | None) -> Tensor:
     parts = [_read_projection(getattr(module, name), name) for name in _PROJECTIONS]
     linears, tensors = [linear for linear, _ in parts], [tensor for _, own in parts for tensor in own]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class ChunkFlowMixin:
     ```
     """
 
+    chunk_flow: ChunkFlow | None = None
+    #: the layouts of batches that were asked about, and the tokens up to which positions do not depend on the length
+    _asked: Mapping[str, Any] = MappingProxyType({})
+    _longest_exact: int | None = None
     #: the chunk that is at work, and its loss where it was run and kept before
     _now: tuple[ChunkGroup, int] | None = None
     _loss_now: Tensor | None = None

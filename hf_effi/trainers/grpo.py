@@ -6,6 +6,7 @@ import functools
 import warnings
 from typing import Any
 
+import datasets
 from trl import GRPOConfig, GRPOTrainer
 
 from ..protocols import GroupFilter, PromptSelector, RolloutPruner
@@ -16,6 +17,7 @@ from ._hub_mixin import HubMixin
 from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
 from ._record_mixin import RunRecordMixin
+from ._resume_mixin import ResumeMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
@@ -25,6 +27,7 @@ from .grpo_config import EffiGRPOConfig, check_methods, own_setting, refuse_unus
 
 
 class EffiGRPOTrainer(
+    ResumeMixin,
     KernelPatchMixin,
     CheckedRewardsMixin,
     AccountingMixin,
@@ -97,7 +100,6 @@ class EffiGRPOTrainer(
         _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
         check_methods(args, prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
-        self._init_accounting()
         self._init_prompt_length()
         self._init_exact_savings()
         self._check_buckets()
@@ -135,12 +137,12 @@ class EffiGRPOTrainer(
 
 
 def _check_dataset(dataset: Any, environment: Any) -> None:
-    """Say what is wrong with the dataset before a model is loaded."""
-    if dataset is None:
+    """Say what is wrong with the dataset before a model is loaded. What is no dataset at all, TRL names."""
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise ValueError("train_dataset is empty. GRPO needs at least one row with a `prompt` column.")
-    columns = getattr(dataset, "column_names", None)
+    columns = dataset.column_names
     if columns is not None and "prompt" not in columns and environment is None:
         raise ValueError(
             f"train_dataset has no `prompt` column; its columns are {', '.join(map(str, columns))}. Rename the column "

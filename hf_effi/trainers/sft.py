@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 from trl import SFTConfig, SFTTrainer
 
 from ._common import EffiArguments, EffiMixin
@@ -43,7 +44,9 @@ class EffiSFTTrainer(EffiMixin, SFTTrainer):
 
 def _check_columns(dataset: Any, args: Any) -> None:
     """Say what is missing before a model is loaded; stock stops with a `KeyError` while it tokenizes."""
-    columns = getattr(dataset, "column_names", None)
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return  # TRL says what it takes
+    columns = dataset.column_names
     if not columns or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
         return
     text = getattr(args, "dataset_text_field", "text")

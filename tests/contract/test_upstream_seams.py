@@ -117,6 +117,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{TRAINER}._prepare_inputs": "self inputs",
     f"{TRAINER}._save_checkpoint": "self model trial",
     f"{TRAINER}._get_output_dir": "self trial",
+    "transformers.trainer_utils:get_last_checkpoint": "folder",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
     f"{TRAINER}._load_rng_state": "self checkpoint",
     f"{TRAINER}._save_rng_state": "self output_dir",
@@ -198,6 +199,9 @@ OPERATORS = {
 CONSTANTS = {
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "checkpoint",
     "transformers.trainer:TRAINER_STATE_NAME": "trainer_state.json",
+    "transformers.trainer:OPTIMIZER_NAME": "optimizer.pt",
+    "transformers.trainer:SCHEDULER_NAME": "scheduler.pt",
+    "transformers.trainer:SCALER_NAME": "scaler.pt",
     f"{GRPO}.loss_is_scaled_for_ga": True,
 }
 
@@ -278,7 +282,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
 }
 
 #: attributes that exist once a run has begun
-RUN_ATTRIBUTES = {"current_gradient_accumulation_steps"}
+RUN_ATTRIBUTES = {"_trial", "current_gradient_accumulation_steps"}
 
 #: submodules whose names are documented upstream for users
 PUBLIC_MODULES = {"transformers.utils", "transformers.trainer_callback", "accelerate.utils.dataclasses"}
