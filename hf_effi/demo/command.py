@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._files import save_json
+from .._untrusted import stored_json
 from ..report.card import markdown_table, write_card
 from ..report.comparison import summarize
 from ..report.page import write_page
@@ -116,7 +117,7 @@ def _records_of_seed(
 ) -> list[dict[str, Any]]:
     # Arms of a seed are one unit: a ratio of times needs both to have run side by side.
     cached, key = output_dir / "cache" / f"seed-{seed}.json", _fingerprint(settings, arms)
-    if cached.exists() and (stored := json.loads(cached.read_text()))["settings"] == key:
+    if (stored := stored_json(cached)) is not None and stored.get("settings") == key:
         return stored["records"]
     total, done = sum(settings.steps_of(arm.goes_on) for arm in arms), {}
     with tqdm(total=total, unit="step", disable=not show_progress, desc=f"seed {seed}", smoothing=0.05) as bar:

@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..callbacks._owners import OwningCallback, Role
 from ..callbacks.probing import holds_training_weights
-from .publish import push_checkpoint, uploader_for, write_section
+from .publish import make_room_for_card, push_checkpoint, uploader_for, write_section
 
 
 class HubCallback(OwningCallback):
@@ -85,6 +85,7 @@ class HubCallback(OwningCallback):
         if not state.is_world_process_zero:
             return
         self._pushed = name
+        make_room_for_card(args.output_dir)
         self.trainer.create_model_card(model_name=self.uploader.repo_id.split("/")[-1])
         if not getattr(self.trainer, "writes_recipe", False):  # an Effi trainer's card has it already
             write_section(self.trainer, self.uploader.repo_id)

@@ -117,16 +117,23 @@ def _drops_over_time(runs: Sequence[dict[str, Any]]) -> str:
         for name in names_of(runs, "effi/dropped/")
     }
     curves = {name: points for name, points in curves.items() if any(value for _, value, _ in points)}
+    curves = dict(list(curves.items())[: 2 * MAX_SERIES])
     if not curves:
         return ""
-    steps = [step for step, _, _ in next(iter(curves.values()))]
+    steps = sorted({step for points in curves.values() for step, _, _ in points})
+    # A reason that some log entries do not have dropped nothing there.
+    curves = {name: _filled(points, steps) for name, points in curves.items()}
     width = -(-len(steps) // _MOST_COLUMNS)
     columns = [steps[i] for i in range(0, len(steps), width)]
     parts = {}
-    for name, points in curves.items():
-        values = [value for _, value, _ in points]
+    for name, values in curves.items():
         parts[name] = [statistics.fmean(values[i : i + width]) for i in range(0, len(values), width)]
     return draw_stacked_areas(parts, columns, "optimizer steps", "completions dropped a generation", "drops")
+
+
+def _filled(points: Sequence[Point], steps: Sequence[float]) -> list[float]:
+    values = {step: value for step, value, _ in points}
+    return [values.get(step, 0.0) for step in steps]
 
 
 def _bars(
@@ -135,7 +142,7 @@ def _bars(
     parts = {title: [parts_of(run["totals"]) for run in runs] for title, runs in groups.items()}
     parts = {title: own for title, own in parts.items() if any(own)}
     names = dict.fromkeys(name for own in parts.values() for part in own for name in part)
-    names = sorted(names, key=lambda name: name == "other")  # what is left over goes last
+    names = sorted(list(names)[: 4 * MAX_SERIES], key=lambda name: name == "other")  # what is left over goes last
     found = {
         title: {name: statistics.fmean(part.get(name, 0) for part in own) for name in names}
         for title, own in parts.items()
@@ -157,7 +164,8 @@ def _tokens_of(totals: Mapping[str, Any]) -> dict[str, float]:
     tokens = totals.get("tokens", {})
     if not tokens.get("forwarded"):
         return {}
-    parts = {"real": tokens["real"], "padding": tokens["forwarded"] - tokens["real"]}
+    real = tokens.get("real", 0)
+    parts = {"real": real, "padding": max(0, tokens["forwarded"] - real)}
     parts["saved: not forwarded"] = tokens.get("saved", 0)
     return {name: value for name, value in parts.items() if value or name == "real"}
 
@@ -196,7 +204,7 @@ def facts(runs: Sequence[dict[str, Any]], as_text: bool = True) -> dict[str, Any
 
     def saved(run: dict[str, Any]) -> float | None:
         tokens = run["totals"].get("tokens", {})
-        return 100 * tokens["saved"] / (tokens["saved"] + tokens["forwarded"]) if tokens.get("saved") else None
+        return 100 * tokens["saved"] / (tokens["saved"] + tokens.get("forwarded", 0)) if tokens.get("saved") else None
 
     def peak(run: dict[str, Any], where: str) -> float | None:
         value = run["totals"].get("peak_memory_bytes", {}).get(where)

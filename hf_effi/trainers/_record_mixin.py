@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._run_record import read_run
+from .._untrusted import UntrustedFileError
 from ..callbacks.run_record import RunRecordCallback, methods_of_parts
 from ..callbacks.run_summary import summary_lines
 
@@ -19,13 +20,13 @@ class RunRecordArguments:
     Field that a config class gains.
 
     Args:
-        run_record (`bool`, *optional*, defaults to `True`): Write `effi_run.json` and `effi_events.jsonl` into
-            `output_dir`.
+        run_record (`bool`, *optional*, defaults to `True`): Write `effi_run.json` and `effi_events.jsonl` into the
+            folder `effi` of `output_dir`.
     """
 
     run_record: bool = field(
         default=True,
-        metadata={"help": "Write a record of the run (effi_run.json, effi_events.jsonl) into output_dir."},
+        metadata={"help": "Write a record of the run (effi_run.json, effi_events.jsonl) into output_dir/effi."},
     )
 
 
@@ -61,6 +62,6 @@ class RunRecordMixin:
         """Say what the run did, where the Trainer shows its progress too."""
         try:
             run = read_run(self.args.output_dir)
-        except FileNotFoundError:
-            return  # the disk was full; a warning said so
+        except (OSError, UntrustedFileError):
+            return  # the disk was full, a warning said so; or somebody else wrote there
         print("\n".join(summary_lines(run)))

@@ -19,6 +19,8 @@ FLOORS = {
     "_methods": 0,
     "_environment": 0,
     "_files": 0,
+    "_untrusted": 0,
+    "_record_check": 0,
     "_run_record": 0,
     "_secrets": 0,
     "_plots": 0,

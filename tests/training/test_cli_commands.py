@@ -81,7 +81,7 @@ WRONG = {
     "plan memory model --seq-len 16 --optimizer adamm": (2, ["'adamm'", "adamw_torch"]),
     "report": (2, ["folder", "--compare"]),
     "report nowhere": (1, ["nowhere is not a folder", "output_dir"]),
-    "report empty": (1, ["empty has no effi_run.json", "output_dir"]),
+    "report empty": (1, ["empty has no effi/effi_run.json", "output_dir"]),
     "report damaged": (1, ["damaged", "cannot be read"]),
     "report run --output rows.jsonl/page.html": (1, ["cannot write rows.jsonl/page.html"]),
     "preview-order shufled rows.jsonl --column q": (2, ["'shufled'", "'shuffled'"]),

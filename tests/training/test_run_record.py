@@ -15,7 +15,7 @@ from hf_effi import (
     EffiTrainer,
     EffiTrainingArguments,
 )
-from hf_effi._run_record import EVENTS, SUMMARY, RunStore, read_run
+from hf_effi._run_record import EVENTS, FOLDER, SUMMARY, RunStore, read_run
 from hf_effi.callbacks.doctor import TrainDoctor
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.callbacks.run_record import RunRecordCallback
@@ -71,7 +71,7 @@ def run(folder, *callbacks, resume=None, **over):
 def test_the_run_is_the_stock_one_to_the_bit(tmp_path):
     watched = run(tmp_path / "b", RunRecordCallback())
     compare_runs(run(tmp_path / "a"), watched)
-    assert not (tmp_path / "a" / SUMMARY).exists()
+    assert not (tmp_path / "a" / FOLDER / SUMMARY).exists()
     assert not watched.model._forward_pre_hooks
 
 
@@ -112,9 +112,9 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
     record.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     record.on_log(trainer.args, trainer.state, trainer.control, logs={"note": SECRET})
     for name in (SUMMARY, EVENTS):
-        text = (tmp_path / name).read_text()
+        text = (tmp_path / FOLDER / name).read_text()
         assert SECRET not in text and "very-private-value" not in text and "another one" not in text
-    assert json.loads((tmp_path / SUMMARY).read_text())["command"].startswith("train.py --hub_token")
+    assert json.loads((tmp_path / FOLDER / SUMMARY).read_text())["command"].startswith("train.py --hub_token")
 
 
 def test_a_resume_goes_on_in_the_same_record(tmp_path):
@@ -196,7 +196,7 @@ def test_an_effi_trainer_writes_one_and_names_its_callbacks(tmp_path):
 def test_an_effi_trainer_writes_none_when_told_so_and_not_two(tmp_path):
     effi = {"trainer": EffiTrainer, "config": EffiTrainingArguments}
     run(tmp_path / "off", run_record=False, **effi)
-    assert not (tmp_path / "off" / SUMMARY).exists()
+    assert not (tmp_path / "off" / FOLDER / SUMMARY).exists()
     trainer = make(tmp_path, RunRecordCallback(methods=["cppo"]), **effi)
     assert sum(isinstance(c, RunRecordCallback) for c in trainer.callback_handler.callbacks) == 1
     trainer.train()
