@@ -143,8 +143,7 @@ def load_state(path: str | Path, map_location: Any = "cpu") -> Any:
         raise missing_file(path) from None
     except Exception as error:  # a torn archive, a pickle of something else
         raise StateFileError(
-            f"{path} is damaged or not a state of hf_effi ({_first_line(error)}). Resume from another "
-            "checkpoint."
+            f"{path} is damaged or not a state of hf_effi ({_first_line(error)}). Resume from another checkpoint."
         ) from error
 
 

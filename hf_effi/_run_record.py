@@ -175,7 +175,10 @@ def adopt_old_record(output_dir: str | Path) -> None:
         return
     drop_link(old / FOLDER)
     (old / FOLDER).mkdir(exist_ok=True)
-    for path in (old / EVENTS, old / SUMMARY):  # the summary last: a reader finds the record in one place or in the other
+    for path in (
+        old / EVENTS,
+        old / SUMMARY,
+    ):  # the summary last: a reader finds the record in one place or in the other
         if path.is_file():
             path.rename(old / FOLDER / path.name)
 
@@ -198,7 +201,9 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """
     place = record_folder(folder)
     if not (place / SUMMARY).is_file():
-        raise FileNotFoundError(f"{folder} has no {FOLDER}/{SUMMARY}. RunRecordCallback() writes one while a run trains.")
+        raise FileNotFoundError(
+            f"{folder} has no {FOLDER}/{SUMMARY}. RunRecordCallback() writes one while a run trains."
+        )
     run = check_summary(load_json(place / SUMMARY), place / SUMMARY, SCHEMA)
     events = _read_events(place / EVENTS)
     segments = run["segments"]

@@ -169,4 +169,6 @@ def check_yaml(text: str, where: object) -> None:
                 raise UntrustedFileError(f"{where} has a value that holds itself (*{event.anchor[:40]}).")
             total += sizes.get(event.anchor, 1)
         if total > MOST_VALUES:
-            raise UntrustedFileError(f"{where} holds more than {MOST_VALUES:,} values, those of its aliases counted in.")
+            raise UntrustedFileError(
+                f"{where} holds more than {MOST_VALUES:,} values, those of its aliases counted in."
+            )

@@ -78,7 +78,9 @@ def branch_cooldown(
     state = load_trainer_state(source)
     stored = (state.get("stateful_callbacks") or {}).get(STATE_KEY)
     if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("current"), dict)):
-        raise ScheduleError(f"{state_file} is damaged: its {STATE_KEY!r} holds no schedule. Pass schedule=..., the trunk's.")
+        raise ScheduleError(
+            f"{state_file} is damaged: its {STATE_KEY!r} holds no schedule. Pass schedule=..., the trunk's."
+        )
     if stored is not None and stored.get("step", state["global_step"]) != state["global_step"]:
         stored = None  # carried along by a run that followed another schedule
     if schedule is None:

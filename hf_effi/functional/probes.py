@@ -117,7 +117,9 @@ def stored_plan(stateful_callbacks: Mapping[str, Any]) -> ProbePlan:
     except (TypeError, AttributeError, ValueError) as error:
         if isinstance(error, ProbeError):
             raise
-        raise ProbeError(f"The checkpoint's {PROBES_KEY!r} is damaged: it holds no list of blocks of three numbers.") from None
+        raise ProbeError(
+            f"The checkpoint's {PROBES_KEY!r} is damaged: it holds no list of blocks of three numbers."
+        ) from None
 
 
 def without_probes(log_history: Iterable[Mapping[str, Any]]) -> list[Any]:

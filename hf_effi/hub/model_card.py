@@ -180,7 +180,9 @@ def _schedule_words(schedule: Mapping[str, Any]) -> str:
     """Name the schedule with its plain arguments; tables and schedules inside of it are in the recipe."""
     name = schedule.get("kind") or schedule.get("lr_scheduler_type")
     arguments = schedule.get("params") or {k: v for k, v in schedule.items() if k not in ("kind", "lr_scheduler_type")}
-    words = ", ".join(f"{key}={value}" for key, value in arguments.items() if isinstance(value, (bool, int, float, str)))
+    words = ", ".join(
+        f"{key}={value}" for key, value in arguments.items() if isinstance(value, (bool, int, float, str))
+    )
     return f"Schedule: {code(f'{name}({words})')}."
 
 
@@ -304,7 +306,9 @@ def _load_card(path: Path) -> ModelCard:
     except (ValueError, yaml.YAMLError) as error:
         if isinstance(error, UntrustedFileError):
             raise
-        raise UntrustedFileError(f"The front matter of {path} is not that of a card: {one_line(error, 200)}.") from None
+        raise UntrustedFileError(
+            f"The front matter of {path} is not that of a card: {one_line(error, 200)}."
+        ) from None
 
 
 def _with_section(text: str, section: str) -> str:

@@ -202,7 +202,9 @@ def _read_curve(path: str, metric: str | None) -> LossCurve:
         state = check_state(load_json(file), file)
         steps = [entry.get("step", 0) for entry in state["log_history"]]
         if not all(isinstance(step, int) and 0 <= step <= _LONGEST_RUN for step in steps):
-            raise UnreadableRunError(f"{path} is damaged: a step in its log is no whole number up to {_LONGEST_RUN:,}.")
+            raise UnreadableRunError(
+                f"{path} is damaged: a step in its log is no whole number up to {_LONGEST_RUN:,}."
+            )
         return curve_from_trainer_state(path, metric)
     except ScheduleError:
         raise

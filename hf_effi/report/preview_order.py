@@ -162,7 +162,9 @@ def read_column(path: Path, column: str) -> list[Any]:
         raise CurriculumError(f"{path.name} has no rows.")
     for number, row in enumerate(rows):
         if column not in row:
-            raise CurriculumError(f"{path.name}, row {number}: no column {column!r}. It has {shorten(sorted(map(str, row)))}.")
+            raise CurriculumError(
+                f"{path.name}, row {number}: no column {column!r}. It has {shorten(sorted(map(str, row)))}."
+            )
     return [row[column] for row in rows]
 
 

@@ -172,4 +172,3 @@ def phases_of(points: Sequence[Point]) -> list[tuple[float, float, str]]:
         else:
             phases.append((start, end, kind))
     return phases
-

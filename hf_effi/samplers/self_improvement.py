@@ -352,9 +352,13 @@ def _stored(path: Path) -> dict[str, Any]:
     try:
         value = load_json(path)
     except StateFileError as error:
-        raise CurriculumError(f"{path} is damaged ({error.__cause__}). Delete {path.parent} to begin again.") from error
+        raise CurriculumError(
+            f"{path} is damaged ({error.__cause__}). Delete {path.parent} to begin again."
+        ) from error
     if not isinstance(value, dict):
-        raise CurriculumError(f"{path} is damaged: it holds {type(value).__name__}. Delete {path.parent} to begin again.")
+        raise CurriculumError(
+            f"{path} is damaged: it holds {type(value).__name__}. Delete {path.parent} to begin again."
+        )
     return value
 
 

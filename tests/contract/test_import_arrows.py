@@ -40,6 +40,8 @@ FLOORS = {
     "report": 4,
     "cli": 5,
     "cli_train": 5,
+    "cli_yaml": 5,
+    "cli_resolve": 5,
     "demo": 5,
     "__main__": 6,
 }

@@ -11,7 +11,17 @@ from typing import Any
 _EVENTS = ("open", "import", "socket", "subprocess", "os.system", "os.exec", "os.posix_spawn", "os.remove", "os.rename",
            "os.mkdir", "os.rmdir", "shutil", "urllib", "ctypes.dlopen", "exec", "webbrowser")  # fmt: skip
 #: what Python and the libraries do by themselves
-_SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "linecache", "/site-packages/", "/lib/python3", "<string>", "<module>")
+_SYSTEM = (
+    "/proc/",
+    "/sys/",
+    "/dev/null",
+    "/dev/urandom",
+    "linecache",
+    "/site-packages/",
+    "/lib/python3",
+    "<string>",
+    "<module>",
+)
 _seen: list[str] | None = None
 
 

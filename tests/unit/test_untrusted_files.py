@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_ordinary_yaml_with_aliases_passes():
         {7: 1, None: 2, True: 3},
         {"max_steps": {"a": [1] * 5000}},
     ],
-    ids=str,
+    ids=["a huge number", "infinity", "long text", "a long key", "many keys", "keys that are no text", "a deep value"],
 )
 def test_what_a_file_holds_is_told_in_bounds(tmp_path, capsys, values):
     path = tmp_path / "run.yaml"
@@ -134,9 +135,10 @@ def test_values_stay_values_in_the_text_of_the_card(tmp_path, value):
         "totals": {"rows": {"generated": 8}, "drops": {value: 2}, "peak_memory_bytes": {value: 1}},
     }
     text = training_section(recipe, run, value)
+    outside = re.sub(r"(?<!`)(`+)(?!`)([^\n]*?[^\n`])\1(?!`)", "", text).replace("\\<", "")  # without inline code
     for mark in (SECTION_BEGIN, SECTION_END, "<script>", "\n# Not ours", "\n[click]"):
-        assert mark not in text.replace(f"\\{mark}", "")
-    assert text.count(RECIPE_MARK) == 1 and text.count("</details>") == 1
+        assert mark not in outside
+    assert text.count(RECIPE_MARK) == 1 and outside.count("</details>") == 1
     fences = [line for line in text.splitlines() if line.lstrip().startswith("```")]
     assert len(fences) % 2 == 0
     add_section(tmp_path / "README.md", recipe, run, value)
@@ -234,7 +236,12 @@ def test_a_malformed_trainer_state_gets_one_sentence(tmp_path, capsys, state):
 
 
 def test_a_damaged_plan_of_probes_gets_one_sentence(tmp_path):
-    state = {"global_step": 1, "max_steps": 2, "log_history": [], "stateful_callbacks": {PROBES_KEY: {"blocks": [1, "x"]}}}
+    state = {
+        "global_step": 1,
+        "max_steps": 2,
+        "log_history": [],
+        "stateful_callbacks": {PROBES_KEY: {"blocks": [1, "x"]}},
+    }
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(ProbeError, match="no list of blocks"):
         written_in_probe(tmp_path)
@@ -250,7 +257,13 @@ def test_a_folder_of_any_name_has_a_report(tmp_path, capsys, name):
 
 def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path):
     folder = record(tmp_path)
-    line = {"event": "log", "time": "x", "segment": 0, "step": 3, "values": {"loss": 10**400, "reward": 1e308, "step": "x"}}
+    line = {
+        "event": "log",
+        "time": "x",
+        "segment": 0,
+        "step": 3,
+        "values": {"loss": 10**400, "reward": 1e308, "step": "x"},
+    }
     (folder / FOLDER / EVENTS).open("a").write(json.dumps(line) + "\n")
     run = load_run(folder)
     assert "<svg" in render_run_page({"run": [run]})
