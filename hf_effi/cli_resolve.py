@@ -145,6 +145,9 @@ def _ask_the_hub(key: str, name: str, revision: str | None, kind: str) -> Found:
 def _find_data(script: Any, training: Any, data: Any) -> Iterator[Found]:
     if data.datasets:
         for number, part in enumerate(data.datasets):
+            if not hasattr(part, "data_files"):
+                yield [f"datasets[{number}]: {shorten(part)} must be a mapping with `path`."], []
+                continue
             files = {"data_dir": part.data_dir, "data_files": part.data_files}
             yield _find_dataset(f"datasets[{number}]", part.path, part.name, [part.split], files)
     elif script.dataset_name:

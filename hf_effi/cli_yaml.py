@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import enum
+import functools
 import types
 import typing
 from pathlib import Path
@@ -79,13 +80,18 @@ def problems_of_keys(parser: Any, config: Any, others: dict[str, str] | None = N
             found.append(_unknown(key, fields, others or {}))
             if len(found) > _MOST_PROBLEMS:
                 break
-    hints = {cls: typing.get_type_hints(cls) for cls in parser.dataclass_types}
+    hints = {cls: _hints_of(cls) for cls in parser.dataclass_types}
     for key, value in config.items():
         if key in fields and (problem := _problem_of_value(key, value, hints[fields[key][0]][key])):
             found.append(problem)
     if len(found) > _MOST_PROBLEMS:
         found = [*found[:_MOST_PROBLEMS], f"and more than {_MOST_PROBLEMS} problems in all; these are the first."]
     return found
+
+
+@functools.cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _unknown(key: Any, fields: dict[str, Any], others: dict[str, str]) -> str:
@@ -102,10 +108,18 @@ def _problem_of_value(key: str, value: Any, hint: Any) -> str | None:
         if isinstance(value, bool) and _takes_text(hint):
             word = "no" if value is False else "yes"
             return f'{key}: YAML reads an unquoted {word} as {str(value).lower()}. Quote it: {key}: "{word}".'
+        if isinstance(value, str) and _takes_list(hint):  # upstream would take each letter of it for an item
+            return f"{key}: {shorten(redact(value, key))} is text, but must be a list, such as {key}: [{one_line(redact(value, key), 60)}]."
         return f"{key}: {shorten(redact(value, key))} is {type(value).__name__}, but must be {wanted}."
     if key in _LEAST and value is not None and float(value) < _LEAST[key]:
         return f"{key}: {shorten(value)} must be at least {_LEAST[key]}."
     return None
+
+
+def _takes_list(hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(map(_takes_list, typing.get_args(hint)))
+    return hint is list or typing.get_origin(hint) is list
 
 
 def _takes_text(hint: Any) -> bool:
@@ -118,7 +132,7 @@ def _takes_text(hint: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of YAML can stand for the type; argparse turns text into numbers, so such text is taken too."""
+    """Whether a value of YAML can stand for the type. Upstream turns text into numbers, and text into no list."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or isinstance(hint, typing.TypeVar):
         return True
@@ -127,7 +141,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is typing.Literal:
         return value in inner
     if origin in (list, tuple):
-        return isinstance(value, (list, tuple, str))
+        return isinstance(value, (list, tuple))
     if hint is type(None):
         return value is None
     if hint is bool:

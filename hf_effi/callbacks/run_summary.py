@@ -23,7 +23,8 @@ def summary_lines(run: Mapping[str, Any]) -> list[str]:
     whole = sum(seconds.values())
     shares = sorted(seconds.items(), key=lambda item: -item[1])
     split = ", ".join(f"{part} {100 * value / whole:.0f} %" for part, value in shares if value >= 0.01 * whole > 0)
-    lines = [f"***** hf_effi: {run['progress']['step']} steps in {whole:,.1f} s ({split}) *****"]
+    step = run.get("progress", {}).get("step", 0)
+    lines = [f"***** hf_effi: {step} steps in {whole:,.1f} s ({split}) *****"]
     rows = totals.get("rows", {})
     if rows.get("generated"):
         drops = ", ".join(

@@ -66,7 +66,8 @@ def plain(value: Any, limit: int = 200) -> str:
     a \\# \\<b\\>b\\</b\\> \\[c\\](d)
     ```
     """
-    return re.sub(r"([\\`*_\[\]<>#~$&!])", r"\\\1", one_line(value, limit))
+    special = r"([\\`*\[\]<>#~$&!]|(?<!\w)_|_(?!\w))"  # an underscore inside of a word is only that
+    return re.sub(special, r"\\\1", one_line(value, limit))
 
 
 def code(value: Any, limit: int = 400) -> str:
@@ -276,8 +277,9 @@ def add_section(
         secrets (`Sequence[str]`, *optional*): Values that must not be in it, on top of what looks like a secret.
     """
     card = _load_card(card_path)
-    tags = card.data.tags or []
-    card.data.tags = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "hf_effi", *recipe["methods"]]))
+    tags = [card.data.tags] if isinstance(card.data.tags, str) else card.data.tags
+    kept = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    card.data.tags = list(dict.fromkeys([*kept, "hf_effi", *recipe["methods"]]))
     picture = _write_picture(card_path.parent / PICTURE, run)
     section = f"{SECTION_BEGIN}\n{_hide(training_section(recipe, run, repo_id, picture), secrets)}\n{SECTION_END}"
     text = _with_section(card.text, section)

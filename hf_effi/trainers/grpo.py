@@ -21,9 +21,11 @@ from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
 from ._sequence_parallel import SequenceParallelMixin
+from ._signatures import with_signatures_of
 from .grpo_config import EffiGRPOConfig, check_methods, own_setting, refuse_unused
 
 
+@with_signatures_of(GRPOTrainer)
 class EffiGRPOTrainer(
     KernelPatchMixin,
     CheckedRewardsMixin,

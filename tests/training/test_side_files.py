@@ -99,7 +99,7 @@ def test_the_file_is_there_when_the_checkpoint_is_pushed(tmp_path: Path, hub: Hu
 def test_the_file_is_written_once_a_save_and_at_every_save(tmp_path: Path, hub: Hub, monkeypatch: Any) -> None:
     written: list[tuple[str, int]] = []
     monkeypatch.setattr(
-        "hf_effi.callbacks.side_file.save_state", lambda path, state: written.append((path.parent.name, len(state)))
+        "hf_effi.callbacks._side_file.save_state", lambda path, state: written.append((path.parent.name, len(state)))
     )
     callback = WeightAveragingCallback(last=4, every_steps=1)
     for pushed in (True, False):
