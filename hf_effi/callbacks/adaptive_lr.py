@@ -40,7 +40,7 @@ class _RuleCallback(LRFactorCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_scheduler(kwargs.get("lr_scheduler"))
+        check_scheduler(kwargs.get("lr_scheduler"), type(self).__name__)
         super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0 and self.key in state.stateful_callbacks:
             self.rule.load_state_dict(state.stateful_callbacks[self.key])

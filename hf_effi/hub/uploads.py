@@ -195,6 +195,8 @@ class HubUploader:
         return answer
 
     def _run(self, job: _Job, seconds: float) -> dict[str, Any]:
+        if is_offline():  # trying again would not change it
+            return _own_failure("HF_HUB_OFFLINE is set, which forbids to ask the Hub. Unset it to upload", retry=False)
         text = json.dumps(
             {
                 "repo_id": self.repo_id,
@@ -238,6 +240,12 @@ class HubUploader:
     def _fail(self, reason: str) -> None:
         self.failure = redact(reason)
         logger.error("Not on the Hub (%s): %s. The files are kept on this machine.", self.repo_id, self.failure)
+
+
+def is_offline() -> bool:
+    """Return whether the environment, which the upload process inherits, forbids to ask the Hub."""
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _own_failure(text: str, *, retry: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import numbers
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.trainer.utils import is_async_callable
+
+logger = logging.getLogger(__name__)
 
 
 class RewardError(ValueError):
@@ -22,7 +25,9 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
     Turn what a reward function returned into a list of floats, or say what is wrong with it.
 
     Args:
-        values (`Any`): A list, tuple, 1-D tensor or array; `None` and NaN mean "not applicable to this completion".
+        values (`Any`): A list, tuple, 1-D tensor or array; `None` and NaN mean "not applicable to this completion": the
+            other functions alone decide on it, and where none applies its advantage is 0 and it is left out of the group's
+            mean. A function that gives NaN for every completion is warned of, once: mostly it divides by 0.
         expected (`int`): Completions that were passed in.
         name (`str`): The function's name, for the message.
 
@@ -52,7 +57,21 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
             f"The reward function '{name}' returned {len(values)} rewards, but {expected} were expected (one per "
             "prompt-completion pair)."
         )
-    return [_as_reward(value, index, name) for index, value in enumerate(values)]
+    rewards = [_as_reward(value, index, name) for index, value in enumerate(values)]
+    if rewards and not any(reward is not None for reward in rewards) and any(value is not None for value in values):
+        _warn_of_nothing_but_nan(name, len(rewards))
+    return rewards
+
+
+@functools.cache
+def _warn_of_nothing_but_nan(name: str, number: int) -> None:
+    logger.warning(
+        "reward function '%s' returned NaN for all %d completions of a generation. NaN counts as None: the function has no "
+        "say in them, and without another one nothing is learned from them. Is it 0/0, or the logarithm of 0? Return 0.0 "
+        "for a completion that is worth nothing.",
+        name,
+        number,
+    )
 
 
 def _as_reward(value: Any, index: int, name: str) -> float | None:

@@ -190,7 +190,9 @@ def _build(spec: dict[str, Any], prefer: Sequence[type[Schedule]], own: bool) ->
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ScheduleError) and len(str(error)) < 1000:
             raise
-        raise ScheduleError(f"{kind} does not take its stored arguments: {' '.join(str(error).split())[:300]}") from error
+        raise ScheduleError(
+            f"{kind} does not take its stored arguments: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _from_json(value: Any, prefer: Sequence[type[Schedule]], own: bool) -> Any:
