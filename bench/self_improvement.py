@@ -39,7 +39,7 @@ BASE_LR, ROUND_LR, KEPT = 3e-3, 1e-3, 2000
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token a character."""
+    """Return a tokenizer of one token per character."""
     vocab = {token: place for place, token in enumerate(("_", "$", "^", ">", *string.ascii_lowercase))}
     core = Tokenizer(WordLevel(vocab=vocab, unk_token="_"))
     core.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")

@@ -119,7 +119,7 @@ def draw_curves(
     curves: Mapping[str, Sequence[Mapping[str, float]]], axis: str, axis_label: str, measure: str, salt: str
 ) -> str:
     """
-    Draw one line a series with its 95 % band.
+    Draw one line per series with its 95 % band.
 
     Args:
         curves (`Mapping`): Title -> points; a point has `axis`, `measure` and `<measure>_ci` (fractions of 1).
@@ -231,7 +231,7 @@ def draw_stacked_bars(
     name_one: bool = False,
 ) -> str:
     """
-    Draw one horizontal bar a row, split into parts, with the parts named in a legend and the totals at the ends.
+    Draw one horizontal bar per row, split into parts, with the parts named in a legend and the totals at the ends.
 
     Args:
         bars (`Mapping`): Row title -> part name -> size. All rows are drawn in the order of the first.

@@ -108,7 +108,7 @@ ROWS: tuple[Method, ...] = (
         key="cached_scores",
         title="Cached row scores",
         kind="sampler",
-        summary="Computes loss, perplexity, length, rarity or learnability once, as a column with a fingerprint a row.",
+        summary="Computes loss, perplexity, length, rarity or learnability once, as a column with a fingerprint per row.",
         entry_points=(
             "hf_effi.samplers:add_score",
             "hf_effi.samplers:ModelScore",

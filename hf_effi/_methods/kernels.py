@@ -43,7 +43,7 @@ ROWS: tuple[Method, ...] = (
         key="low_bit_lora",
         title="LoRA on an FP8 or INT8 base",
         kind="kernel",
-        summary="Keeps the frozen base in one byte a parameter while it trains, and multiplies in 8 bits.",
+        summary="Keeps the frozen base in one byte per parameter while it trains, and multiplies in 8 bits.",
         entry_points=(
             "hf_effi.kernels.low_bit_lora:LowBitLoRALinear",
             "hf_effi.kernels.low_bit:quantize_rows",

@@ -81,7 +81,7 @@ def preview(
     """
     for name, given in (("values", values), ("groups", groups)):
         if given is not None and len(given) != sampler.num_rows:
-            raise CurriculumError(f"{name} has {len(given)} entries for {sampler.num_rows} rows. Give one a row.")
+            raise CurriculumError(f"{name} has {len(given)} entries for {sampler.num_rows} rows. Give one per row.")
     for name, count in (("batch_size", batch_size), ("parts", parts), ("batches", batches)):
         if count < 1:
             raise CurriculumError(f"{name}={count} must be at least 1.")
@@ -157,7 +157,7 @@ def read_column(path: Path, column: str) -> list[Any]:
     except (ValueError, RecursionError, csv.Error) as error:
         raise CurriculumError(f"{path.name} cannot be read as {path.suffix}: {one_line(error, 200)}.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise CurriculumError(f'{path.name} must hold one object a row, such as {{"{column}": 0.5}}.')
+        raise CurriculumError(f'{path.name} must hold one object per row, such as {{"{column}": 0.5}}.')
     if not rows:
         raise CurriculumError(f"{path.name} has no rows.")
     for number, row in enumerate(rows):

@@ -112,7 +112,7 @@ def token_series(run: dict[str, Any]) -> dict[str, dict[float, float]]:
 
 
 def dropped_series(run: dict[str, Any]) -> dict[float, float]:
-    """Return step -> completions dropped a generation, for any reason."""
+    """Return step -> completions dropped per generation, for any reason."""
     total: dict[float, float] = {}
     for name in names_of([run], "effi/dropped/"):
         for step, value in series(run, name).items():

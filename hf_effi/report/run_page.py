@@ -60,7 +60,7 @@ def curves(groups: Groups) -> dict[str, str]:
     else:
         drops = _lines_of(groups, lambda run: {"dropped": dropped_series(run)})
         options = {"from_zero": True, "name_one": True}
-        found["Completions dropped"] = _draw(drops, "completions dropped a generation", "drops", **options)
+        found["Completions dropped"] = _draw(drops, "completions dropped per generation", "drops", **options)
     tokens = _lines_of(groups, token_series)
     found["Tokens so far, forwarded and real"] = _draw(tokens, "tokens", "tokens", from_zero=True)
     memory = _lines_of(groups, memory_series)
@@ -128,7 +128,7 @@ def _drops_over_time(runs: Sequence[dict[str, Any]]) -> str:
     parts = {}
     for name, values in curves.items():
         parts[name] = [statistics.fmean(values[i : i + width]) for i in range(0, len(values), width)]
-    return draw_stacked_areas(parts, columns, "optimizer steps", "completions dropped a generation", "drops")
+    return draw_stacked_areas(parts, columns, "optimizer steps", "completions dropped per generation", "drops")
 
 
 def _filled(points: Sequence[Point], steps: Sequence[float]) -> list[float]:

@@ -24,7 +24,7 @@ from ..functional.curriculum import (
 )
 from ..functional.options import refuse_idle
 
-#: `answer(prompts)` returns one completion a prompt, `None` where there is none.
+#: `answer(prompts)` returns one completion per prompt, `None` where there is none.
 Answerer = Callable[[list[str]], Sequence[str | None]]
 Row = dict[str, Any]
 

@@ -205,7 +205,7 @@ def test_an_effi_trainer_writes_none_when_told_so_and_not_two(tmp_path):
 
 @pytest.mark.parametrize("logging_steps", [1, 3, 4])
 def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_steps):
-    """Two groups a generation, one of them without variance: two completions of four dropped, in six generations."""
+    """Two groups per generation, one of them without variance: two completions of four dropped, in six generations."""
     args = grpo_args(
         tmp_path,
         EffiGRPOConfig,
@@ -228,7 +228,7 @@ def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_
 
 @pytest.mark.parametrize("logging_steps", [1, 2])
 def test_rows_of_updates_that_hold_several_generations_or_end_a_pass(tmp_path, logging_steps):
-    """Five generations of two groups a pass, accumulated 2 + 2 + 1: ten generations in six updates, half of each dead."""
+    """Five generations of two groups per pass, accumulated 2 + 2 + 1: ten generations in six updates, half of each dead."""
     args = grpo_args(
         tmp_path,
         EffiGRPOConfig,

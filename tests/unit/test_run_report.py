@@ -27,7 +27,7 @@ BARS = ["Completions of the run", "Tokens of the run", "Time of the run"]
 
 
 def write_run(folder, shift=0.0, steps=8):
-    """Write a record as RunRecordCallback does: 8 completions a step, 2 dropped at every second one."""
+    """Write a record as RunRecordCallback does: 8 completions per step, 2 dropped at every second one."""
     store, dropped = RunStore(folder), 0
     versions = {"torch": "2.13.0", "transformers": "5.23.0"}
     model = {"class": "Tiny", "name": "", "parameters": 1000, "trainable": 1000}

@@ -19,7 +19,7 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
     Return scores as a 1-D float64 CPU tensor.
 
     Args:
-        scores (`torch.Tensor` or `Sequence[float]`): One number a row, shape `(num_rows,)`.
+        scores (`torch.Tensor` or `Sequence[float]`): One number per row, shape `(num_rows,)`.
         name (`str`, *optional*, defaults to `"scores"`): What errors call it.
         nan (`str`, *optional*, defaults to `"error"`): `"error"`, or `"median"`: a NaN counts as the lower median of the
             others.
