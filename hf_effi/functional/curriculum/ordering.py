@@ -128,7 +128,7 @@ def interleave_levels(
     """
     if len(levels) != len(subjects) or len(levels) == 0:
         raise CurriculumError(
-            f"levels has {len(levels)} and subjects {len(subjects)} entries. Give one of each a row, at least one."
+            f"levels has {len(levels)} and subjects {len(subjects)} entries. Give one of each per row, at least one."
         )
     queues: dict[tuple[float, ...], dict[Hashable, list[int]]] = {}
     for row in torch.randperm(len(levels), generator=seeded(seed)).tolist():
