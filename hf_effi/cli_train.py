@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -193,6 +194,42 @@ def _trainer_in_place(kind: str) -> Iterator[None]:
 def train(kind: str, arguments: Sequence[str]) -> int:
     """Run TRL's training script with our config and trainer. `arguments` are those after `hf-effi grpo`."""
     arguments = [part for word in arguments for part in _split_config(word)]
+    with without_upstream_notices(_given_keys(arguments)):
+        return _train(kind, arguments)
+
+
+def _given_keys(arguments: Sequence[str]) -> set[str]:
+    """Return the options of a command line and the keys of its file."""
+    keys = {word[2:].partition("=")[0] for word in arguments if word.startswith("--")}
+    if "--config" in arguments and (path := arguments[arguments.index("--config") + 1 :][:1]):
+        config, _ = read_config(path[0])
+        keys |= {str(key) for key in config} if isinstance(config, dict) else set()
+    return keys
+
+
+@contextlib.contextmanager
+def without_upstream_notices(keys: set[str]) -> Iterator[None]:
+    """
+    While it lasts, a `FutureWarning` that names none of the keys is not shown: it is for whoever calls a library.
+
+    With `python -W` or `PYTHONWARNINGS` all is as they say.
+    """
+    if sys.warnoptions:
+        yield
+        return
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_what_can_be_acted_on(message: Any, category: Any, *rest: Any, **options: Any) -> None:
+            named = set(re.findall(r"\w+", str(message)))
+            if not issubclass(category, FutureWarning) or named & keys:
+                show(message, category, *rest, **options)
+
+        warnings.showwarning = show_what_can_be_acted_on
+        yield
+
+
+def _train(kind: str, arguments: list[str]) -> int:
     parsed, problems = _parse_command(kind, arguments)
     if problems:
         print("\n".join(f"hf-effi {kind}: {problem}" for problem in problems), file=sys.stderr)

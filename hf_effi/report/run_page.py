@@ -12,6 +12,7 @@ from typing import Any
 
 from .._files import save_text
 from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
+from ..callbacks.run_summary import time_parts
 from ..functional.doctor import Finding
 from .page import environment
 from .run_data import (
@@ -30,8 +31,6 @@ from .run_data import (
 TEMPLATE = "run.html.jinja"
 #: More phases than this are the wiggles of a learning rate, not phases.
 _MOST_PHASES = 6
-#: the trainer's name of a phase -> what the page calls it
-_PHASES = {"gen": "generation", "reward": "reward", "logp": "log-probs", "train": "training"}
 #: A stacked plot stays readable with this many steps.
 _MOST_COLUMNS = 200
 
@@ -73,7 +72,7 @@ def bars(groups: Groups) -> dict[str, str]:
     found = {
         "Completions of the run": _bars(groups, _rows_of, "completions", "rows", "{:,.0f}"),
         "Tokens of the run": _bars(groups, _tokens_of, "tokens", "tokensum", "{:,.0f}"),
-        "Time of the run": _bars(groups, _seconds_of, "seconds", "time", "{:,.1f}"),
+        "Time of the run": _bars(groups, time_parts, "seconds", "time", "{:,.1f}"),
     }
     return {caption: svg for caption, svg in found.items() if svg}
 
@@ -168,20 +167,6 @@ def _tokens_of(totals: Mapping[str, Any]) -> dict[str, float]:
     parts = {"real": real, "padding": max(0, tokens["forwarded"] - real)}
     parts["saved: not forwarded"] = tokens.get("saved", 0)
     return {name: value for name, value in parts.items() if value or name == "real"}
-
-
-def _seconds_of(totals: Mapping[str, Any]) -> dict[str, float]:
-    """Split the time of the steps into the trainer's own phases where it tells them; less than 1 % is no part."""
-    seconds = dict(totals.get("seconds", {}))
-    phases, step = totals.get("phases", {}), seconds.pop("train", 0.0)
-    parts = {word: phases.get(name, 0.0) for name, word in _PHASES.items()}
-    parts["whole step" if not phases else "other"] = max(0.0, step - sum(parts.values()))
-    for name, value in seconds.items():
-        parts[name] = parts.get(name, 0.0) + value
-    whole = sum(parts.values())
-    small = [name for name, value in parts.items() if name != "other" and value < 0.01 * whole]
-    parts["other"] = parts.pop("other", 0.0) + sum(parts.pop(name) for name in small)
-    return {name: value for name, value in parts.items() if value >= 0.005}
 
 
 def facts(runs: Sequence[dict[str, Any]], as_text: bool = True) -> dict[str, Any]:

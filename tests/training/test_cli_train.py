@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -269,3 +271,28 @@ def test_completion_completes(capsys):
     assert "cppo" in offered("hf-effi", "describe", "cp")
     assert offered("hf-effi", "validate", "--k") == ["--kind"]
     assert offered("hf-effi", "plan", "mem") == ["memory"]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_notices_to_programmers_are_not_shown_unless_the_file_has_the_key(tmp_path, given):
+    """TRL's and transformers' FutureWarnings about names that nobody wrote; in a process of its own, as pytest shows them all."""
+    code = (
+        "import sys, warnings\n"
+        "from hf_effi import cli_train\n"
+        "def script(kind, arguments):\n"
+        "    warnings.warn('`gradient_checkpointing` is deprecated', FutureWarning)\n"
+        "    warnings.warn('the data is odd', UserWarning)\n"
+        "    return 0\n"
+        "cli_train._train = script\n"
+        "sys.exit(cli_train.train('sft', sys.argv[1:]))\n"
+    )
+    path = write(tmp_path, **({"gradient_checkpointing": False} if given else {}))
+    command = [sys.executable, "-c", code, "--config", path]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "the data is odd" in done.stderr
+    assert ("FutureWarning" in done.stderr) is given
+    shown = subprocess.run(
+        [sys.executable, "-W", "default", *command[1:]], capture_output=True, text=True, env=environment
+    )
+    assert "FutureWarning" in shown.stderr, "who asks for them gets them"
