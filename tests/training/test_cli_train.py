@@ -211,6 +211,21 @@ def test_what_cannot_be_looked_up_is_a_note(tmp_path, capsys, whole):
     assert "read from an address" in capsys.readouterr().out
 
 
+def test_a_copy_in_the_cache_is_found_by_its_revision(tmp_path, capsys, monkeypatch, whole):
+    import huggingface_hub
+
+    cache = tmp_path / "cache" / "models--me--run"
+    (cache / "snapshots" / "a").mkdir(parents=True)
+    (cache / "snapshots" / "a" / "config.json").write_text("{}")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "first").write_text("a")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for revision, noted in (("first", False), ("second", True)):
+        path = write(tmp_path, **{**whole, "model_name_or_path": "me/run", "model_revision": revision})
+        assert cli.main(["validate", path]) == 0
+        assert ("has no copy here" in capsys.readouterr().out) is noted
+
+
 @pytest.mark.parametrize(
     "error, words",
     [
