@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from ._compat import MissingPackageError
 from ._version import __version__
-from .cli_train import EXIT_CODES, run_validate, train
+from .cli_train import EXIT_CODES, run_validate, train, without_upstream_notices
 
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`, help, example. A new planner is one
 #: line here.
@@ -354,7 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args, unknown = build_parser(arguments).parse_known_args(arguments)
         if unknown:
             raise UsageError(f"unknown argument {unknown[0]}. `{name} --help` lists what it takes.")
-        return args.run(args)
+        with without_upstream_notices(set()):
+            return args.run(args)
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -340,7 +340,7 @@ ROWS: tuple[Method, ...] = (
         paper="Efficient Long Context Fine-tuning with Chunk Flow",
         paper_id="2503.02356",
         authors="Yuan, Xiulong and others",
-        status="stable",
+        status="experimental",
         tests=(
             "tests/unit/test_token_budget.py",
             "tests/training/test_token_budget.py",

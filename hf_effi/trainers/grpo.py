@@ -51,7 +51,9 @@ class EffiGRPOTrainer(
     Args:
         model, reward_funcs, args, train_dataset, ...:
             As in [`~trl.GRPOTrainer`]. `args` may be an [`EffiGRPOConfig`] or a plain [`~trl.GRPOConfig`], which then
-            has the defaults of the former's own fields.
+            has the defaults of the former's own fields. A reward of `None` or NaN means that the function does not apply to
+            the completion: the others decide on it, and where none applies its advantage is 0 and the group's mean leaves
+            it out, as in TRL. A function that returns NaN for all completions of a generation is warned of, once.
         prompt_selector ([`~hf_effi.protocols.PromptSelector`], *optional*):
             Chooses the prompts of every generation in place of the data loader's order.
         group_filter ([`~hf_effi.protocols.GroupFilter`], *optional*):

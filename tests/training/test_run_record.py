@@ -282,3 +282,48 @@ def test_only_the_first_process_writes(tmp_path):
     (_, first), (_, second) = run_distributed(record_of_a_rank, 2, str(tmp_path))
     assert first[0] == "begin" and first[-1] == "end" and second == []
     assert read_run(tmp_path)["processes"] == 2
+
+
+def old_place(folder):
+    """Put a record where earlier versions wrote it: beside the checkpoints."""
+    for name in (SUMMARY, EVENTS):
+        (folder / FOLDER / name).rename(folder / name)
+    (folder / FOLDER).rmdir()
+
+
+def test_the_record_lies_in_a_folder_of_its_own(tmp_path):
+    run(tmp_path, RunRecordCallback())
+    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {SUMMARY, EVENTS}
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("effi_")]
+
+
+def test_a_record_of_an_earlier_version_is_read_by_every_reader(tmp_path, capsys):
+    from hf_effi import cli
+    from hf_effi.report.run_data import load_group
+
+    run(tmp_path / "old", RunRecordCallback())
+    whole = read_run(tmp_path / "old")
+    old_place(tmp_path / "old")
+    assert read_run(tmp_path / "old") == whole
+    assert load_group(tmp_path)[0]["run_id"] == whole["run_id"], "as one of the runs in a folder"
+    assert cli.main(["report", str(tmp_path / "old"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["old"]["facts"]["steps"] == 8
+
+
+def test_a_resumed_run_goes_on_in_the_record_of_an_earlier_version(tmp_path):
+    run(tmp_path, RunRecordCallback())
+    before = read_run(tmp_path)
+    old_place(tmp_path)
+    run(tmp_path, RunRecordCallback(), resume=str(tmp_path / "checkpoint-4"))
+    found = read_run(tmp_path)
+    assert found["run_id"] == before["run_id"] and len(found["segments"]) == 2
+    assert not (tmp_path / SUMMARY).exists() and (tmp_path / FOLDER / SUMMARY).exists()
+
+
+def test_a_new_run_puts_the_record_of_an_earlier_version_aside(tmp_path):
+    run(tmp_path, RunRecordCallback())
+    first = read_run(tmp_path)["run_id"]
+    old_place(tmp_path)
+    run(tmp_path, RunRecordCallback())
+    assert read_run(tmp_path)["run_id"] != first
+    assert json.loads((tmp_path / FOLDER / "effi_run-1.json").read_text())["run_id"] == first

@@ -323,6 +323,13 @@ def test_card_recipe_and_picture_replace_a_link(tmp_path, victim, name):
     assert victim.read_text() == "---\nlicense: mit\n---\nmine" and not (tmp_path / name).is_symlink()
 
 
+def test_the_report_replaces_a_link(tmp_path, victim):
+    record(tmp_path / "run")
+    (tmp_path / "run" / "report.html").symlink_to(victim)
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert victim.read_text() == "mine" and "<svg" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_what_a_link_leads_to_is_not_uploaded(tmp_path, victim, caplog):
     out = tmp_path / "out"
     (out / "checkpoint-1" / "inner").mkdir(parents=True)
