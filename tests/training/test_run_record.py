@@ -306,6 +306,7 @@ def test_a_record_of_an_earlier_version_is_read_by_every_reader(tmp_path, capsys
     old_place(tmp_path / "old")
     assert read_run(tmp_path / "old") == whole
     assert load_group(tmp_path)[0]["run_id"] == whole["run_id"], "as one of the runs in a folder"
+    capsys.readouterr()
     assert cli.main(["report", str(tmp_path / "old"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["old"]["facts"]["steps"] == 8
 
