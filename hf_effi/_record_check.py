@@ -8,8 +8,8 @@ from typing import Any
 
 from ._untrusted import UntrustedFileError, is_number, load_json, shorten
 
-#: a run of any trainer logs some hundred names; thousands would be no record
-_MOST_NAMES = 1000
+#: a run of any trainer logs some hundred names
+_MOST_NAMES = 5000
 _FINDING = {"rule": str, "problem": str, "advice": str, "severity": str}
 _TEXTS = ("status", "run_id", "command", "updated", "arguments_class")
 _MAPPINGS = ("arguments", "data", "machine", "versions", "commit", "schedule", "progress", "model")

@@ -117,9 +117,13 @@ def _find_repository(key: str, name: str, revision: str | None, kind: str) -> Fo
 
     if kind == "model" and isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return [], []
-    if constants.HF_HUB_OFFLINE:
-        return [], [f"{key}: {name!r} has no copy here, and HF_HUB_OFFLINE=1 forbids to ask the Hub for it."]
+    if constants.HF_HUB_OFFLINE:  # whether there is a copy of a dataset is for `datasets` to say
+        return [], [] if kind == "dataset" else [_no_copy(key, name)]
     return _ask_the_hub(key, name, revision, kind)
+
+
+def _no_copy(key: str, name: str) -> str:
+    return f"{key}: {name!r} has no copy here, and HF_HUB_OFFLINE=1 forbids to ask the Hub for it."
 
 
 def _ask_the_hub(key: str, name: str, revision: str | None, kind: str) -> Found:
@@ -166,7 +170,8 @@ def _find_dataset(key: str, path: Any, name: str | None, splits: list[str], file
 
     generic = path in _PACKAGED_DATASETS_MODULES
     if not os.path.exists(path) and not generic:
-        return _find_repository(key, path, None, "dataset")
+        found = _find_repository(key, path, None, "dataset")
+        return found if any(found) else _ask_datasets(key, path, name, splits, files)
     if generic and (absent := _absent_files(files)):
         return [f"{key}: there is no file {shorten(absent)}."], []
     places = [path] if not generic else [text for text in _texts(files) if os.path.isdir(text)]
@@ -181,10 +186,15 @@ def _find_dataset(key: str, path: Any, name: str | None, splits: list[str], file
 def _ask_datasets(key: str, path: str, name: str | None, splits: list[str], files: dict[str, Any]) -> Found:
     """Let `datasets` find the files, the configuration and the splits, without reading a row."""
     import datasets
+    from huggingface_hub import constants
 
     try:
         builder = datasets.load_dataset_builder(path, name, **{k: v for k, v in files.items() if v is not None})
         known = {str(split) for split in builder.info.splits or builder.config.data_files or ()}
+    except ConnectionError:
+        return [], [
+            _no_copy(key, path) if constants.HF_HUB_OFFLINE else f"{key}: {path!r} could not be looked up on the Hub."
+        ]
     except Exception as error:  # what `datasets` says of a folder without data, or a configuration that it has not
         return [f"{key}: {shorten(path)}: {one_line(error, 200).rstrip('.')}."], []
     wanted = [re.split(r"[\[+]", str(split))[0] for split in splits]

@@ -206,6 +206,8 @@ def test_rewards_of_this_folder_are_found_without_an_import(tmp_path, capsys, mo
 def test_what_cannot_be_looked_up_is_a_note(tmp_path, capsys, whole):
     assert cli.main(["validate", write(tmp_path, **{**whole, "model_name_or_path": "no/such-model"})]) == 0
     assert "note: model_name_or_path: 'no/such-model' has no copy here" in capsys.readouterr().out
+    assert cli.main(["validate", write(tmp_path, **{**whole, "dataset_name": "no/such-rows"})]) == 0
+    assert "note: dataset_name: 'no/such-rows' has no copy here" in capsys.readouterr().out
     mixture = [{"path": "json", "data_files": "https://example.com/rows.json"}]
     assert cli.main(["validate", write(tmp_path, **whole, datasets=mixture)]) == 0
     assert "read from an address" in capsys.readouterr().out
