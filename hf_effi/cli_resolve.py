@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import glob
 import importlib.machinery
@@ -257,12 +258,10 @@ def _spec_of(module: str) -> Any:
     path: list[str] | None = [os.getcwd(), *sys.path]
     spec = None
     for depth, part in enumerate(module.split(".")):
-        if depth == 0 and part in sys.builtin_module_names:
-            spec = importlib.machinery.BuiltinImporter.find_spec(part)
-        else:
-            spec = importlib.machinery.PathFinder.find_spec(part, path)
-            if spec is None and depth == 0 and part in sys.modules:  # such as a package that is installed as a link
-                spec = sys.modules[part].__spec__
+        spec = importlib.machinery.PathFinder.find_spec(part, path)
+        if spec is None and depth == 0:
+            with contextlib.suppress(ValueError):  # `__main__` has no spec
+                spec = importlib.util.find_spec(part)  # built in, or installed as a link with a finder of its own
         if spec is None:
             return None
         path = list(spec.submodule_search_locations or ())
