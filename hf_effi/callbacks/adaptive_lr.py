@@ -42,7 +42,7 @@ class _RuleCallback(LRFactorCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_scheduler(kwargs.get("lr_scheduler"))
+        check_scheduler(kwargs.get("lr_scheduler"), type(self).__name__)
         super().on_train_begin(args, state, control, **kwargs)
         # A callback may train again, as in a search, and then knows nothing of the last run.
         stored = state.stateful_callbacks.get(self.key) if state.global_step > 0 else None

@@ -169,7 +169,7 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     ) -> None:
         refuse_sharded(args, "AutoLRSCallback")
         self.side_file, self._written_at = f"hf_effi_auto_lrs_{args.process_index}.pt", None
-        check_scheduler(kwargs["lr_scheduler"])
+        check_scheduler(kwargs["lr_scheduler"], "AutoLRSCallback")
         super().on_train_begin(args, state, control, **kwargs)
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:

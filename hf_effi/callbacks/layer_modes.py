@@ -174,7 +174,7 @@ class MemoryBudgetCallback(_LayerModesCallback):
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"max_tokens={max_tokens!r} must be a positive integer or None.")
         self.budget_gib, self.max_tokens, self.offload = budget_gib, max_tokens, offload
-        #: one mode a layer, once the first micro-batch is done
+        #: one mode per layer, once the first micro-batch is done
         self.modes: Sequence[str] | None = None
 
     def on_train_begin(

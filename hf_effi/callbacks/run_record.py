@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
-from .._run_record import RunStore
+from .._run_record import FOLDER, RunStore, adopt_old_record
 from ..functional.rollouts import GenerationLayout
 from ..methods import METHODS, find_method
 from ..samplers.trainer_checks import STATE_KEY as ORDER_KEY
@@ -60,7 +60,7 @@ class RunRecordCallback(OwningCallback):
     """
     Write what a run was and did: arguments, schedule, methods, versions, hardware, commits, data, time, tokens, drops.
 
-    Two files in `output_dir`, written by the first process: `effi_events.jsonl`, appended to at every log entry,
+    Two files in `output_dir/effi`, written by the first process: `effi_events.jsonl`, appended to at every log entry,
     evaluation and checkpoint, and `effi_run.json`, the summary, replaced as a whole. Whatever kills the process, what it
     logged can be read with [`read_run`]. `status` is "running", "finished", "failed" (with the error) or "interrupted" (by
     Ctrl-C or SIGTERM); what SIGKILL ended stays "running", and `updated` says since when. A resumed run goes on in the
@@ -124,7 +124,7 @@ class RunRecordCallback(OwningCallback):
         self._counts = {part: defaultdict(float) for part in ("tokens", "drops", "rows", "phases")}
         self._logged_step = self._begun_at = state.global_step
         self._probes = 0
-        self._store = RunStore(args.output_dir)
+        self._store = RunStore(Path(args.output_dir) / FOLDER)
         loader = kwargs.get("train_dataloader")
         self._steps_per_pass = length_of(loader)
         header = {
@@ -140,6 +140,7 @@ class RunRecordCallback(OwningCallback):
             "commit": {"hf_effi": current_commit(), "project": commit_of(Path.cwd())},
         }
         self._watch = ForwardWatch(kwargs["model"])
+        adopt_old_record(args.output_dir)
         self._store.begin(header, state.global_step)
         watch_end(self._store)
         if torch.cuda.is_available():

@@ -49,7 +49,7 @@ def optimizer_bytes(parameters: Iterable[Parameter], optimizer: str) -> int:
     """
     Return the bytes of the optimizer's state.
 
-    `adamw_torch` keeps two values of the parameter's dtype and a step of 4 bytes a tensor; `adamw_8bit` (bitsandbytes)
+    `adamw_torch` keeps two values of the parameter's dtype and a step of 4 bytes per tensor; `adamw_8bit` (bitsandbytes)
     two 8-bit values with a scale for 256; `adafactor` (transformers) a row and a column of a matrix and one number in fp32; `sgd`
     (without momentum) nothing.
 

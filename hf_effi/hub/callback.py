@@ -13,7 +13,7 @@ from ..callbacks._observer import describe
 from ..callbacks._owners import OwningCallback, Role
 from ..callbacks._run_folder import run_folder
 from ..callbacks.probing import holds_training_weights
-from .publish import push_checkpoint, uploader_for, write_section
+from .publish import make_room_for_card, push_checkpoint, uploader_for, write_section
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class HubCallback(OwningCallback):
             return
         self._pushed = name
         try:
+            make_room_for_card(args.output_dir)
             self.trainer.create_model_card(model_name=self.uploader.repo_id.split("/")[-1])
         except Exception as error:  # a stock run without pushes writes no card
             logger.warning("%s is pushed without its model card: %s", name, describe(error))

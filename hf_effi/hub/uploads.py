@@ -203,6 +203,8 @@ class HubUploader:
         return answer
 
     def _run(self, job: _Job, seconds: float) -> dict[str, Any]:
+        if is_offline():  # trying again would not change it
+            return _own_failure("HF_HUB_OFFLINE is set, which forbids to ask the Hub. Unset it to upload", retry=False)
         text = json.dumps(
             {
                 "repo_id": self.repo_id,
@@ -255,6 +257,12 @@ def _checked(answer: Any) -> dict[str, Any]:
     if not isinstance(answer, dict) or not all(isinstance(answer.get(name), kind) for name, kind in wanted.items()):
         raise ValueError("its answer is not that of a worker")
     return answer
+
+
+def is_offline() -> bool:
+    """Return whether the environment, which the upload process inherits, forbids to ask the Hub."""
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _own_failure(text: str, *, retry: bool) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """
 LoRA on a frozen base of 8 bits: [`hf_effi.kernels.fused_lora`] with the products of [`hf_effi.kernels.low_bit`].
 
-While a layer is patched its wide weight lies in host memory, and the device holds one byte a parameter.
+While a layer is patched its wide weight lies in host memory, and the device holds one byte per parameter.
 """
 
 from __future__ import annotations

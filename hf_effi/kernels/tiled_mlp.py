@@ -31,7 +31,7 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
     Compute every gated MLP of a model in tiles of tokens: the same output and gradients, for a fraction of the memory.
 
     `down(act(gate(x)) * up(x))` acts on each token alone, so that it may run over `num_shards` tiles one after another;
-    the backward does a tile's forward again instead of keeping `8 I` bytes a token (bf16, `I` the intermediate size).
+    the backward does a tile's forward again instead of keeping `8 I` bytes per token (bf16, `I` the intermediate size).
     Under non-reentrant activation checkpointing this costs no further matrix product.
     ALST, https://arxiv.org/abs/2506.13996.
 

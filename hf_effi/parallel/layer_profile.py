@@ -139,7 +139,7 @@ class LayerProbe(LayerModes):
 
 def measure_copy_bandwidth(device: torch.device | str, size: int = 1 << 26) -> float:
     """
-    Return the bytes a second that go from `device` to (pinned) host memory.
+    Return the bytes per second that go from `device` to (pinned) host memory.
 
     Args:
         device (`torch.device` or `str`): Where the activations are.

@@ -137,7 +137,7 @@ def plan_memory(
         lora_rank (`int`, *optional*): Train LoRA matrices of this rank only.
         lora_targets (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): As in PEFT.
         four_bit (`bool`, *optional*, defaults to `False`): Keep the frozen linear weights in 4 bits.
-        generate (`tuple[int, int]`, *optional*): Sequences and tokens a sequence that GRPO generates at once on a
+        generate (`tuple[int, int]`, *optional*): Sequences and tokens per sequence that GRPO generates at once on a
             device.
 
     Raises:

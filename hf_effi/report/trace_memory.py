@@ -153,7 +153,7 @@ class TracedModel:
         )
 
     def flops(self, batch: int, seq_len: int) -> StepFlops:
-        """Return the forward FLOPs of a micro-batch: 2 a weight and token, and causal attention."""
+        """Return the forward FLOPs of a micro-batch: 2 per weight and token, and causal attention."""
         tokens = batch * seq_len
         linear = sum(p.numel() for layer in self.layers for p in layer.parameters() if p.dim() > 1)
         heads, head_dim = self.config.num_attention_heads, self._head_dim()

@@ -64,7 +64,7 @@ class ChunkFlowMixin:
             "gradient checkpointing empties the cache. Switch it off: chunks are run again by themselves": (
                 getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
             ),
-            "DataParallel splits the rows itself. Use one process a GPU": args.n_gpu > 1,
+            "DataParallel splits the rows itself. Use one process per GPU": args.n_gpu > 1,
             "FSDP and DeepSpeed need the same number of calls on every rank": args.fsdp or args.deepspeed,
             "the loss has to be the model's: leave out label_smoothing_factor and compute_loss_func": (
                 self.label_smoother is not None or self.compute_loss_func is not None

@@ -22,13 +22,13 @@ class RunRecordArguments:
     Field that a config class gains.
 
     Args:
-        run_record (`bool`, *optional*, defaults to `True`): Write `effi_run.json` and `effi_events.jsonl` into
-            `output_dir`.
+        run_record (`bool`, *optional*, defaults to `True`): Write `effi_run.json` and `effi_events.jsonl` into the
+            folder `effi` of `output_dir`.
     """
 
     run_record: bool = field(
         default=True,
-        metadata={"help": "Write a record of the run (effi_run.json, effi_events.jsonl) into output_dir."},
+        metadata={"help": "Write a record of the run (effi_run.json, effi_events.jsonl) into output_dir/effi."},
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.trainer.utils import is_async_callable
 
+logger = logging.getLogger(__name__)
 #: the largest reward: TRL stores rewards as float32
 LARGEST = torch.finfo(torch.float32).max
 
@@ -29,7 +31,9 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
     Args:
         values (`Any`): Anything that gives one value per completion when it is iterated over: a list, a generator, a tensor
             or array of shape `(N,)` or `(N, 1)`. A value is whatever `float` takes and is no text; `None` and NaN mean "not
-            applicable to this completion".
+            applicable to this completion": the other functions alone decide on it, and where none applies its advantage is
+            0 and it is left out of the group's mean. A function that gives NaN for every completion is warned of, once:
+            mostly it divides by 0.
         expected (`int`): Completions that were passed in, `N`.
         name (`str`): The function's name, for the message.
 
@@ -51,7 +55,7 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
     if hasattr(values, "tolist"):
         column = getattr(values, "ndim", None) == 2 and values.shape[1] == 1
         values = (values.reshape(-1) if column else values).tolist()
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise RewardError(
             f"reward function '{name}' returned {type(values).__name__} {values!r}. It must return a list with one "
             f"number per completion ({expected} here)."
@@ -65,7 +69,21 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
             f"The reward function '{name}' returned {count} rewards, but {expected} were expected (one per "
             "prompt-completion pair)."
         )
-    return [_as_reward(value, index, name) for index, value in enumerate(found)]
+    rewards = [_as_reward(value, index, name) for index, value in enumerate(found)]
+    if rewards and not any(reward is not None for reward in rewards) and any(value is not None for value in found):
+        _warn_of_nothing_but_nan(name, len(rewards))
+    return rewards
+
+
+@functools.cache
+def _warn_of_nothing_but_nan(name: str, number: int) -> None:
+    logger.warning(
+        "reward function '%s' returned NaN for all %d completions of a generation. NaN counts as None: the function has no "
+        "say in them, and without another one nothing is learned from them. Is it 0/0, or the logarithm of 0? Return 0.0 "
+        "for a completion that is worth nothing.",
+        name,
+        number,
+    )
 
 
 def _as_reward(value: Any, index: int, name: str) -> float | None:

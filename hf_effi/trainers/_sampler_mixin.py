@@ -142,7 +142,7 @@ class SamplerMixin:
             if len(found) != len(rows[part::world]):
                 raise SamplerError(
                     f"measure returned {len(found)} values for {len(rows[part::world])} rows on process {part}. Return "
-                    "one number a row."
+                    "one number per row."
                 )
             values[part::world] = found
         sampler.observe(epoch, values)

@@ -1,4 +1,4 @@
-"""How a Trainer takes `TokenBudgetBatchSampler`: as the batch sampler of its dataloader, one part a process."""
+"""How a Trainer takes `TokenBudgetBatchSampler`: as the batch sampler of its dataloader, one part per process."""
 
 from __future__ import annotations
 

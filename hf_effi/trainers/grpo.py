@@ -23,9 +23,11 @@ from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
 from ._sequence_parallel import SequenceParallelMixin
+from ._signatures import with_signatures_of
 from .grpo_config import EffiGRPOConfig, check_methods, own_setting, refuse_unused
 
 
+@with_signatures_of(GRPOTrainer)
 class EffiGRPOTrainer(
     ResumeMixin,
     KernelPatchMixin,
@@ -52,7 +54,9 @@ class EffiGRPOTrainer(
     Args:
         model, reward_funcs, args, train_dataset, ...:
             As in [`~trl.GRPOTrainer`]. `args` may be an [`EffiGRPOConfig`] or a plain [`~trl.GRPOConfig`], which then
-            has the defaults of the former's own fields.
+            has the defaults of the former's own fields. A reward of `None` or NaN means that the function does not apply to
+            the completion: the others decide on it, and where none applies its advantage is 0 and the group's mean leaves
+            it out, as in TRL. A function that returns NaN for all completions of a generation is warned of, once.
         prompt_selector ([`~hf_effi.protocols.PromptSelector`], *optional*):
             Chooses the prompts of every generation in place of the data loader's order.
         group_filter ([`~hf_effi.protocols.GroupFilter`], *optional*):

@@ -9,6 +9,7 @@ import datasets
 from trl import SFTConfig, SFTTrainer
 
 from ._common import EffiArguments, EffiMixin
+from ._signatures import with_signatures_of
 
 
 @dataclass
@@ -21,6 +22,7 @@ class EffiSFTConfig(EffiArguments, SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
+@with_signatures_of(SFTTrainer)
 class EffiSFTTrainer(EffiMixin, SFTTrainer):
     """
     `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it trains

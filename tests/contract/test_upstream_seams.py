@@ -923,7 +923,7 @@ def test_output_shapes(runs, name):
         assert tuple(value.shape) == tuple(sizes[axis] for axis in axes), f"{name}: {key} is {tuple(value.shape)}"
         assert value.dtype == dtype, f"{name}: {key} is {value.dtype}"
     assert output["num_items_in_batch"] == output["completion_mask"].sum()
-    assert len(trainer.rows[0]) == rows, "the trainer no longer gets one list of rows a generation"
+    assert len(trainer.rows[0]) == rows, "the trainer no longer gets one list of rows per generation"
     assert set(trainer.rows[0][0]) == {"prompt", "answer", "level"}, "dataset columns no longer reach the rollout"
 
 
@@ -1144,7 +1144,7 @@ def test_callback_events_in_order_with_their_parts_and_state(tmp_path):
     step = ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log"]
     expected = ["on_train_begin", "on_epoch_begin", *step, *step, "on_save", "on_epoch_end", "on_log", "on_train_end"]
     assert recorder.seen == expected
-    assert recorder.rates == [0.5, 0.25], "one scheduler step an optimizer step; the lambda can be replaced"
+    assert recorder.rates == [0.5, 0.25], "one scheduler step per optimizer step; the lambda can be replaced"
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert logged == recorder.rates, "the logged learning rate is the one that was used"
 

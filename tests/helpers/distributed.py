@@ -65,7 +65,7 @@ def _free_port() -> int:
 
 class Children:
     """
-    The processes of one job: one a rank, each in a session of its own, each with its own output file.
+    The processes of one job: one per rank, each in a session of its own, each with its own output file.
 
     With `world_size=1` there is no process group at all, as in a plain `python script.py`; from 2 on the variables are
     those that `torchrun` sets.

@@ -250,3 +250,16 @@ def test_image_tensors_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match="cannot pick rows of image_grid_thw, pixel_values yet"):
         RolloutMixin._check_movable({"pixel_values": torch.zeros(1), "image_grid_thw": torch.zeros(1)})
+
+
+def test_a_reward_of_nothing_but_nan_gets_a_sentence_of_its_own(caplog):
+    from hf_effi.trainers._rewards import _warn_of_nothing_but_nan, check_rewards
+
+    _warn_of_nothing_but_nan.cache_clear()
+    assert check_rewards([float("nan")] * 4, 4, "ratio") == [None] * 4
+    assert "reward function 'ratio' returned NaN for all 4 completions" in caplog.text and "Return 0.0" in caplog.text
+    caplog.clear()
+    check_rewards([float("nan")] * 4, 4, "ratio")
+    check_rewards([None] * 4, 4, "not for these rows")
+    check_rewards([float("nan"), 1.0], 2, "half")
+    assert not caplog.text, "once, and not where None was meant or some have a reward"
