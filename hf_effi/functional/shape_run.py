@@ -31,6 +31,7 @@ _CHOOSERS = {
 _RANDOM = {aten.rand.default, aten.randn.default, aten.bernoulli.default, aten.normal_.default, aten.uniform_.default}
 _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 _FUSED_ATTENTION_OF_CPUS = aten._scaled_dot_product_flash_attention_for_cpu.default
+_GROUPED_PRODUCT = aten._grouped_mm.default
 
 
 class TooManyOperations(RuntimeError):
@@ -129,7 +130,8 @@ class ShapeRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.operations += 1
-        if self.limit is not None and self.operations > self.limit:
+        if self.limit is not None and self.operations > self.limit and not func._schema.is_mutable:
+            # Not where an operator writes in place: autograd's code for those cannot be left by an error.
             raise TooManyOperations(f"more than {self.limit} operators have run.")
         tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
         if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
@@ -158,6 +160,8 @@ class ShapeRun(TorchDispatchMode):
             return aten.index.Tensor(args[0].expand(args[1].shape), places)
         if func in _INDEXED:
             args = (args[0], [place for index in args[1] for place in self._places(index)], *args[2:])
+        if func is _GROUPED_PRODUCT:
+            return _grouped_product(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is _FUSED_ATTENTION_OF_CPUS:
             # The kernel lays its output out like the queries; the shape function of torch does not.
@@ -194,6 +198,23 @@ class ShapeRun(TorchDispatchMode):
                 return (torch.arange(value.numel()) % max(size, 1)).view(value.shape)
             last = torch.arange(value.numel()).view(*value.movedim(dim, -1).shape) % max(size, 1)
             return last.movedim(-1, dim).contiguous()
+
+
+def _grouped_product(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The shape of a grouped product, for which torch's shape function allows bf16 only; its rows are padded to 16 bytes."""
+    dtype = out_dtype or rows.dtype
+    outer = () if rows.dim() != weight.dim() else (rows.shape[0] if offs is None else offs.shape[0],)
+    height, width = rows.shape[-2], weight.shape[-1]
+    per_row = 16 // dtype.itemsize
+    padded = -(-width // per_row) * per_row
+    strides = (height * padded, padded, 1)[-len(outer) - 2 :]
+    return rows.new_empty_strided((*outer, height, width), strides, dtype=dtype)
 
 
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Parameter]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_iter
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -46,6 +47,7 @@ class _Step:
     copies: int = 0
     passed: int = 0
     logits_width: int = 0
+    reached: set[int] = field(default_factory=set)
     calls: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -154,9 +156,15 @@ class TracedModel:
         with self._traceable():
             self._layers(checkpointing=False)
             keep = self._step(inputs)
+            self.parameters = self._with_gradients(keep.reached)
             layers = self._layers(checkpointing=True)
             kept_less = self._step(inputs, probe=True) if layers else keep
         return self._as_trace(keep, kept_less, shape)
+
+    def _with_gradients(self, reached: set[int]) -> list[Parameter]:
+        """Return the parameters; those that no gradient reaches are none of the trainable ones."""
+        weights = zip(self.parameters, self.model.parameters(), strict=True)
+        return [dataclasses.replace(p, trainable=p.trainable and id(w) in reached) for p, w in weights]
 
     def _as_trace(self, keep: _Step, kept_less: _Step, shape: Any) -> ForwardTrace:
         calls, backbone = kept_less.calls, keep.total if keep.backbone is None else keep.backbone
@@ -198,7 +206,7 @@ class TracedModel:
         with self.run, self._precision(), layers, self._limited():
             with SavedBytes(exclude=self.model.parameters()) as saved, self._at_head(step, saved, first):
                 out = self.model(**inputs)
-        step.total = saved.total
+        step.total, step.reached = saved.total, _reached_by_gradients(out)
         step.logits_width = out.logits.shape[-1] if getattr(out, "logits", None) is not None else 0
         if step.backbone is None:
             step.copies = self._copies(saved, first)
@@ -418,6 +426,23 @@ def _mlp_of(layer: torch.nn.Module) -> torch.nn.Module | None:
     return next(
         (getattr(layer, name) for name in _MLP_NAMES if isinstance(getattr(layer, name, None), torch.nn.Module)), None
     )
+
+
+def _reached_by_gradients(out: Any) -> set[int]:
+    """Return the ids of the tensors that get a gradient in the backward pass from the loss, or from all outputs without one."""
+    loss = getattr(out, "loss", None)
+    waiting = [t.grad_fn for t in tree_iter(dict(out) if loss is None else loss) if isinstance(t, torch.Tensor)]
+    seen, found = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        waiting += new
+    return found
 
 
 def _accepts(model: torch.nn.Module, name: str) -> bool:
