@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from .optimizer_states import OPTIMIZERS, Parameter, optimizer_bytes
 
@@ -50,6 +50,48 @@ class ForwardTrace:
     itemsize: int = 2
     kept: int | None = None
     passed: int = 0
+
+
+def extrapolated_trace(traces: Sequence[ForwardTrace], rows: Sequence[int], seq_len: int) -> ForwardTrace:
+    """
+    Return the trace of longer rows: every figure on the parabola through those of three lengths.
+
+    Args:
+        traces (`Sequence[ForwardTrace]`): Three, of one model and batch size.
+        rows (`Sequence[int]`): Their tokens in a row.
+        seq_len (`int`): Tokens of the row that is asked for.
+    """
+    values = {}
+    for column in fields(ForwardTrace):
+        found = [getattr(trace, column.name) for trace in traces]
+        if column.name in ("logits_width", "hidden_size", "attention_width", "itemsize"):
+            values[column.name] = found[0]
+        elif isinstance(found[0], tuple):
+            values[column.name] = tuple(
+                through_three_points(rows, points, seq_len) for points in zip(*found, strict=True)
+            )
+        else:
+            values[column.name] = through_three_points(rows, found, seq_len)
+    return ForwardTrace(**values)
+
+
+def through_three_points(places: Sequence[int], values: Sequence[int], at: int) -> int:
+    """
+    Return the value at another place of the parabola through three points, rounded.
+
+    Example:
+    ```python
+    >>> through_three_points([1, 2, 3], [2, 5, 10], 10)
+    101
+
+    ```
+    """
+    a, b, c = places
+    return round(
+        values[0] * (at - b) * (at - c) / ((a - b) * (a - c))
+        + values[1] * (at - a) * (at - c) / ((b - a) * (b - c))
+        + values[2] * (at - a) * (at - b) / ((c - a) * (c - b))
+    )
 
 
 @dataclass(frozen=True)

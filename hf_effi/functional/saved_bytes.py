@@ -52,7 +52,8 @@ class SavedBytes(saved_tensors_hooks):
         return _storage(tensor) in self._holders
 
     def _pack(self, tensor: torch.Tensor) -> _Held:
-        return _Held(self, tensor)
+        # Without its graph: an output that a node saves would keep the node alive, and itself with it.
+        return _Held(self, tensor.detach())
 
     def _take(self, tensor: torch.Tensor) -> None:
         key = _storage(tensor)

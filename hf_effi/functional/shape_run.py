@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -38,6 +39,19 @@ class TooManyOperations(RuntimeError):
     """A run was given up: its code loops over tokens, for example."""
 
 
+class _Limit(TorchFunctionMode):
+    """Looks before calls from Python: an error raised by an operator could leave autograd's own code half done."""
+
+    def __init__(self, run: ShapeRun, operations: int) -> None:
+        super().__init__()
+        self.run, self.operations, self.last = run, operations, run.operations + operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.run.operations > self.last:
+            raise TooManyOperations(f"more than {self.operations} operators have run.")
+        return func(*args, **(kwargs or {}))
+
+
 class ShapeRun(TorchDispatchMode):
     """
     A context in which a model runs without data, at no cost of memory and little of time.
@@ -51,7 +65,6 @@ class ShapeRun(TorchDispatchMode):
         invented (`set[str]`): `"routing"`: places picked by value (top-k, argmax), spread evenly. `"values"`: other
             numbers and branches that depend on activations; what follows from them may differ from a real run.
         operations (`int`): Operators dispatched so far.
-        limit (`int`, *optional*): Operators after which [`TooManyOperations`] is raised.
         used (`set`): Storages of the weights (see [`weights_of`]) that an operator has read.
         casts (`list[tuple[torch.Tensor, torch.Tensor]]`): Weights and what they were converted to, by autocast for
             example.
@@ -72,7 +85,7 @@ class ShapeRun(TorchDispatchMode):
         super().__init__()
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.invented: set[str] = set()
-        self.operations, self.limit = 0, None
+        self.operations = 0
         self.used: set[Any] = set()
         self.casts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._weights: dict[Any, torch.Tensor] = {}
@@ -85,6 +98,10 @@ class ShapeRun(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.fake_mode.__exit__(*error)
+
+    def limited(self, operations: int) -> TorchFunctionMode:
+        """Return a context in which [`TooManyOperations`] is raised once so many operators have run."""
+        return _Limit(self, operations)
 
     # ---- models ----
 
@@ -122,7 +139,7 @@ class ShapeRun(TorchDispatchMode):
         if not parameter and not tensor.is_floating_point() and tensor.numel() <= _FLOAT_LIMIT:
             return _counted_up(tensor) if tensor.is_meta else tensor.detach().cpu().clone()
         with self.fake_mode:
-            made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
             return torch.nn.Parameter(made, requires_grad=tensor.requires_grad) if parameter else made
 
     # ---- operators ----
@@ -130,9 +147,6 @@ class ShapeRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.operations += 1
-        if self.limit is not None and self.operations > self.limit and not func._schema.is_mutable:
-            # Not where an operator writes in place: autograd's code for those cannot be left by an error.
-            raise TooManyOperations(f"more than {self.limit} operators have run.")
         tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
         if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             if func not in _RANDOM and _is_small(func, args, kwargs, tensors):
@@ -144,15 +158,15 @@ class ShapeRun(TorchDispatchMode):
 
     def _note_weights(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
-            key = tensor.untyped_storage()._cdata
+            key = storage_of(tensor)
             if key in self._weights:
                 self.used.add(key)
 
     def _without_data(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in (aten._local_scalar_dense.default, aten.equal.default):
             self.invented.add("values")
-            scalar = args[0]
-            return False if func is aten.equal.default else torch.zeros((), dtype=scalar.dtype, device="cpu").tolist()
+            with unset_fake_temporarily():
+                return False if func is aten.equal.default else torch.zeros((), dtype=args[0].dtype).item()
         if func is aten.nonzero.default:
             return self._all_places(args[0])
         if func is aten.masked_select.default:
@@ -168,7 +182,7 @@ class ShapeRun(TorchDispatchMode):
             out = (torch.empty_like(args[0]), *out[1:])
         elif func in _CHOOSERS:
             out = tree_map(lambda value: self._spread(value, func, args, kwargs), out)
-        elif func is aten._to_copy.default and (weight := self._weights.get(_key(args[0]))) is not None:
+        elif func is aten._to_copy.default and (weight := self._weights.get(storage_of(args[0]))) is not None:
             self.casts.append((weight, out))
         return out
 
@@ -196,7 +210,11 @@ class ShapeRun(TorchDispatchMode):
         with unset_fake_temporarily():
             if value.dim() != source.dim() or not value.dim():
                 return (torch.arange(value.numel()) % max(size, 1)).view(value.shape)
-            last = torch.arange(value.numel()).view(*value.movedim(dim, -1).shape) % max(size, 1)
+            chosen = value.movedim(dim, -1)
+            rows = torch.arange(chosen.shape[:-1].numel()).view(*chosen.shape[:-1], 1)
+            # Each row goes on where the one before ended; a row that lists all places begins one place further on.
+            step = chosen.shape[-1] if chosen.shape[-1] < size else 1
+            last = (torch.arange(chosen.shape[-1]) + rows * step) % max(size, 1)
             return last.movedim(-1, dim).contiguous()
 
 
@@ -220,10 +238,11 @@ def _grouped_product(
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Parameter]]:
     """Yield the storage of each parameter, as [`ShapeRun.used`] names it, and the parameter."""
     for parameter in module.parameters():
-        yield _key(parameter), parameter
+        yield storage_of(parameter), parameter
 
 
-def _key(tensor: torch.Tensor) -> Any:
+def storage_of(tensor: torch.Tensor) -> Any:
+    """Return what names the storage of a tensor in [`ShapeRun.used`]."""
     return tensor.untyped_storage()._cdata
 
 

@@ -17,8 +17,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Attention that runs here as it does in training. Others are traced as fused attention without masks, as FlashAttention.
@@ -93,9 +97,19 @@ def build_on_meta(config: PreTrainedConfig, dtype: str, attention: str | None) -
     wanted = {} if attention is None else {"attn_implementation": attention}
     try:
         with torch.device("meta"):
-            return model_class._from_config(config, dtype=DTYPES[dtype], **wanted)
+            return _kept_in_fp32(model_class._from_config(config, dtype=DTYPES[dtype], **wanted), DTYPES[dtype])
     except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the model of {type(config).__name__} cannot be built: {_first_line(error)}") from error
+
+
+def _kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Convert back what `from_pretrained` leaves in fp32 where 16 bits are asked for, by its own rule: routers, for example."""
+    if patterns := list(model._get_dtype_plan(dtype)):
+        kept, *_ = build_glob_alternation(patterns)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if kept.search(name):
+                tensor.data = tensor.data.float()
+    return model
 
 
 def wanted_attention(config: PreTrainedConfig, attention: str | None) -> tuple[str | None, str | None]:
@@ -132,12 +146,45 @@ def plain_token(config: PreTrainedConfig) -> int:
     return next(token for token in range(len(special) + 1) if token not in special)
 
 
+def quantization_of(config: PreTrainedConfig) -> str | None:
+    """Return the method by which the weights of a checkpoint are quantized, as its config says, or `None`."""
+    wanted = getattr(config, "quantization_config", None)
+    if wanted is None:
+        return None
+    found = wanted.get("quant_method") if isinstance(wanted, dict) else getattr(wanted, "quant_method", None)
+    return str(getattr(found, "value", found))
+
+
 def setting(config: PreTrainedConfig, name: str) -> Any:
     """Return a field of a config, or `None` where there is none, or one for each layer."""
     try:
         return getattr(config, name)
     except Exception:  # transformers raises its own kind of error for fields that differ from layer to layer
         return None
+
+
+def four_bit_linears(model: Any) -> list[torch.nn.Module]:
+    """Return the layers that transformers stores in 4 bits, by its own rule: not the LM head, nor what is tied to it."""
+    left = get_keys_to_not_convert(model)
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is torch.nn.Linear]
+    return [module for name, module in linear if should_convert_module(name, left)]
+
+
+def with_lora(model: Any, rank: int, targets: list[str] | str) -> Any:
+    """Wrap a model by PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model of transformers below PEFT's wrapper."""
+    return model.getbase_model() if hasattr(model, "getbase_model") else model
+
+
+def base_model(model: Any) -> Any:
+    """Return the model without its LM head, also below PEFT's wrapper."""
+    return unwrapped(model).base_model
 
 
 def _first_line(error: Exception) -> str:

@@ -226,9 +226,9 @@ def _exact(traced: Any, optimizer: str | None, kv_cache: int | None) -> tuple[st
     """Return the columns of which every byte is known."""
     free = not traced.run.invented and traced.stand_in is None
     known = {
-        "parameters": True,
-        "gradients": True,
-        "optimizer": optimizer is not None,
+        "parameters": traced.quantization is None,
+        "gradients": "values" not in traced.run.invented,
+        "optimizer": optimizer is not None and "values" not in traced.run.invented,
         "activations (keep, checkpoint)": free,
         "kv_cache": kv_cache is not None and not traced.run.invented & {"values", "length"},
     }
@@ -239,10 +239,14 @@ def _left_out(traced: Any, trace: ForwardTrace) -> list[str]:
     """Say what the trace took for granted or did not see."""
     found = []
     if parts := traced.not_run():
-        names = ", ".join(f"{name} ({parameters:,} parameters)" for name, parameters in list(parts.items())[:5])
         found.append(
-            f"activations of {names}{' and others' * (len(parts) > 5)}: these parts do not run on rows of text alone"
+            f"activations, gradients and optimizer state of {_named(parts)}: these parts do not run on rows of text alone"
         )
+    if parts := traced.not_reached():
+        found.append(f"gradients and optimizer state of {_named(parts)}: no gradient of the loss reaches these parts")
+    if traced.recomputing:
+        functions = ", ".join(sorted(traced.recomputing))
+        found.append(f"what the backward pass of {functions} computes again: that is its own code")
     if "routing" in traced.run.invented:
         found.append("routing by value: experts (or selected keys) are taken to share the tokens evenly")
     if "values" in traced.run.invented:
@@ -251,11 +255,22 @@ def _left_out(traced: Any, trace: ForwardTrace) -> list[str]:
         found.append("rows of this length, since the model loops over tokens: figures of 192 tokens are continued")
     if traced.stand_in is not None:
         found.append(f"attention {traced.stand_in!r}: counted as fused attention without masks")
+    if traced.quantization is not None:
+        found.append(
+            f"quantization {traced.quantization!r} of the config: weights are counted in the dtype of the plan"
+        )
     if not trace.layer_inputs:
         found.append("ways to keep less: the model does not support activation checkpointing")
     if (buffers := traced.buffer_bytes()) >= 2**20:
         found.append(f"buffers of the model, {buffers:,} bytes")
     return found
+
+
+def _named(parts: dict[str, int]) -> str:
+    """Return the names of parts with their parameters, the five largest at most."""
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
+    names = ", ".join(f"{name} ({parameters:,} parameters)" for name, parameters in largest)
+    return names + " and others" * (len(parts) > len(largest))
 
 
 def planned_and_saved(model: Any, batch: Any, activations: str = "keep", autocast: bool = False) -> tuple[int, int]:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_iter
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..functional.memory import ForwardTrace, Parameter, StepFlops
+from .._compat import CACHE_ARGUMENTS
+from ..functional.memory import ForwardTrace, Parameter, StepFlops, extrapolated_trace, through_three_points
 from ..functional.saved_bytes import SavedBytes
-from ..functional.shape_run import ShapeRun, TooManyOperations, weights_of
-from ..parallel.layer_profile import LayerProbe
-from .model_shapes import build_on_meta, maskless_attention, plain_token, setting, wanted_attention
+from ..functional.shape_run import ShapeRun, TooManyOperations, storage_of, weights_of
+from .layer_trace import TraceProbe
+from .model_shapes import (
+    base_model,
+    build_on_meta,
+    four_bit_linears,
+    maskless_attention,
+    plain_token,
+    quantization_of,
+    setting,
+    unwrapped,
+    wanted_attention,
+    with_lora,
+)
+from .reachable import backward, bytes_of_cache, leaves_of_graph
 
-#: how the MLP of a decoder layer is called in transformers
-_MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 #: Operators of one forward pass after which it is given up: some 20 seconds. Loops over tokens get there.
 MAX_OPERATIONS = 300_000
 #: Rows of so many tokens, twice and three times as many, tell how bytes grow where a long row takes too long.
@@ -68,7 +74,8 @@ class TracedModel:
         four_bit (`bool`, *optional*, defaults to `False`): Keep the linear weights in 4 bits, but the LM head's.
 
     Attributes:
-        parameters (`list[Parameter]`): All parameters.
+        recomputing (`set[str]`): Functions whose backward pass runs parts of the model again, unseen by a forward pass.
+        quantization (`str` or `None`): The method by which the weights of a config are stored, which is not counted.
         stand_in (`str` or `None`): The attention that fused attention without masks stands for.
 
     Raises:
@@ -96,20 +103,31 @@ class TracedModel:
             attention, self.stand_in = wanted_attention(model, attention)
             with maskless_attention():
                 built: Any = build_on_meta(model, dtype, attention)
-            linears = _four_bit_linears(built) if four_bit else []
+            linears = four_bit_linears(built) if four_bit else []
             if lora_rank is not None:
-                built = _with_lora(built, lora_rank, lora_targets)
+                built = with_lora(built, lora_rank, lora_targets)
             self.model = self.run.emptied(built)
             packed = [linear.weight for linear in linears]
         self.model.train()
         self.config = self.model.config
+        self.quantization = quantization_of(self.config) if isinstance(model, PreTrainedConfig) else None
         self._packed = {id(weight) for weight in packed}
-        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
-        self.parameters = [
-            Parameter(tuple(p.shape), p.element_size(), p.requires_grad, id(p) in self._packed, id(p) in embeddings)
+        self._embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
+        self._reached: set[int] | None = None
+        self.recomputing: set[str] = set()
+        self.extra: dict[str, Any] = {}
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All parameters. After a trace only those that a gradient reaches in it count as trainable."""
+
+        def trained(weight: torch.Tensor) -> bool:
+            return weight.requires_grad and (self._reached is None or id(weight) in self._reached)
+
+        return [
+            Parameter(tuple(p.shape), p.element_size(), trained(p), id(p) in self._packed, id(p) in self._embeddings)
             for p in self.model.parameters()
         ]
-        self.extra: dict[str, Any] = {}
 
     # ---- what a step saves ----
 
@@ -131,7 +149,7 @@ class TracedModel:
             self.run.invented.add("length")
             rows = [_SHORT_ROW, 2 * _SHORT_ROW, 3 * _SHORT_ROW]
             traces = [self._trace(batch, row, padded) for row in rows]
-            return _extrapolated(traces, rows, seq_len)
+            return extrapolated_trace(traces, rows, seq_len)
 
     def trace_batch(self, batch: Mapping[str, Any]) -> ForwardTrace:
         """Return what a forward pass of this batch saves; its tensors are used for what they are."""
@@ -151,20 +169,15 @@ class TracedModel:
         return self._measured(inputs, ids.shape)
 
     def _measured(self, inputs: dict[str, Any], shape: Any) -> ForwardTrace:
-        if _accepts(_unwrapped(self.model), "use_cache"):
+        if _accepts(unwrapped(self.model), "use_cache"):
             inputs = {"use_cache": False, **inputs}
         with self._traceable():
             self._layers(checkpointing=False)
             keep = self._step(inputs)
-            self.parameters = self._with_gradients(keep.reached)
+            self._reached = keep.reached
             layers = self._layers(checkpointing=True)
             kept_less = self._step(inputs, probe=True) if layers else keep
         return self._as_trace(keep, kept_less, shape)
-
-    def _with_gradients(self, reached: set[int]) -> list[Parameter]:
-        """Return the parameters; those that no gradient reaches are none of the trainable ones."""
-        weights = zip(self.parameters, self.model.parameters(), strict=True)
-        return [dataclasses.replace(p, trainable=p.trainable and id(w) in reached) for p, w in weights]
 
     def _as_trace(self, keep: _Step, kept_less: _Step, shape: Any) -> ForwardTrace:
         calls, backbone = kept_less.calls, keep.total if keep.backbone is None else keep.backbone
@@ -202,38 +215,54 @@ class TracedModel:
 
     def _run_step(self, inputs: dict[str, Any], probe: bool) -> _Step:
         step, first = _Step(), len(self.run.casts)
-        layers = _TraceProbe(self.model, self.run, self._counts_as_copy) if probe else contextlib.nullcontext()
-        with self.run, self._precision(), layers, self._limited():
+        layers = TraceProbe(self.model, self.run, self._counts_as_copy) if probe else contextlib.nullcontext()
+        with self.run, self._precision(), layers, self.run.limited(MAX_OPERATIONS):
             with SavedBytes(exclude=self.model.parameters()) as saved, self._at_head(step, saved, first):
                 out = self.model(**inputs)
-        step.total, step.reached = saved.total, _reached_by_gradients(out)
-        step.logits_width = out.logits.shape[-1] if getattr(out, "logits", None) is not None else 0
-        if step.backbone is None:
-            step.copies = self._copies(saved, first)
-        if probe:
-            step.calls = layers.calls
-            step.passed = sum(t.untyped_storage().nbytes() for t in layers.passed.values() if not saved.holds(t))
+            step.total = saved.total
+            step.logits_width = out.logits.shape[-1] if getattr(out, "logits", None) is not None else 0
+            if step.backbone is None:
+                step.copies = self._copies(saved, first)
+            if probe:
+                step.calls = layers.calls
+                step.passed = sum(t.untyped_storage().nbytes() for t in layers.passed.values() if not saved.holds(t))
+            else:
+                step.reached = self._reached_from(out)
         del out, self.run.casts[first:]
         return step
 
+    def _reached_from(self, out: Any) -> set[int]:
+        """Return the ids of the weights that get a gradient, by the graph, or by a backward pass where that says too little."""
+        reached, functions = leaves_of_graph(out)
+        used = {id(w) for key, w in weights_of(self.model) if w.requires_grad and key in self.run.used}
+        if functions and not used <= reached:
+            backward(out)
+            found = {id(w) for w in self.model.parameters() if w.grad is not None}
+            self.model.zero_grad(set_to_none=True)
+            if not found <= reached:
+                self.recomputing = functions
+            reached |= found
+        return reached
+
     @contextlib.contextmanager
     def _at_head(self, step: _Step, saved: SavedBytes, first: int) -> Iterator[None]:
-        """Note what is saved when the model below the LM head is done, or else when the LM head begins."""
+        """Note what is saved when the model below the LM head is done, or when the LM head begins, as not all call the former."""
 
         def note(*args: Any) -> None:
             step.backbone, step.copies = saved.now, self._copies(saved, first)
 
-        base, head = _base_model(self.model), _unwrapped(self.model).get_output_embeddings()
-        if base is not _unwrapped(self.model):
-            handle = base.register_forward_hook(note)
-        elif isinstance(head, torch.nn.Module):
-            handle = head.register_forward_pre_hook(note)
-        else:
-            handle = None
+        def note_once(*args: Any) -> None:
+            if step.backbone is None:
+                note()
+
+        base, head = base_model(self.model), unwrapped(self.model).get_output_embeddings()
+        handles = [base.register_forward_hook(note)] if base is not unwrapped(self.model) else []
+        if isinstance(head, torch.nn.Module):
+            handles.append(head.register_forward_pre_hook(note_once))
         try:
             yield
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
 
     def _copies(self, saved: SavedBytes, first: int) -> int:
@@ -267,7 +296,7 @@ class TracedModel:
                     self.run.invented.add("length")
                     rows = [_SHORT_ROW, 2 * _SHORT_ROW, 3 * _SHORT_ROW]
                     found = [self._cache_bytes(sequences, row) for row in rows]
-                    return None if None in found else _through(rows, found, tokens)
+                    return None if None in found else through_three_points(rows, found, tokens)
         finally:
             for module, mode in zip(self.model.modules(), modes, strict=True):
                 module.training = mode
@@ -277,23 +306,36 @@ class TracedModel:
         inputs = {"input_ids": ids, "use_cache": True}
         if getattr(self.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids.clone()
-        with torch.no_grad(), self.run, self._precision(), self._limited():
+        with torch.no_grad(), self.run, self._precision(), self.run.limited(MAX_OPERATIONS):
             out = self.model(**self.extra, **inputs)
-        found: dict[Any, int] = {}
-        _cached(getattr(out, "past_key_values", None) or getattr(out, "cache_params", None), found, set())
-        return sum(found.values()) if found else None
+        return bytes_of_cache(*(out[name] for name in CACHE_ARGUMENTS if name in out)) or None
 
     # ---- what the plan cannot see ----
 
     def not_run(self) -> dict[str, int]:
         """Return the largest parts of the model whose weights no pass has used, with their parameters; `*` is any layer."""
+        return self._parts(lambda key, weight: key not in self.run.used)
+
+    def not_reached(self) -> dict[str, int]:
+        """Return the largest parts of the model that ran and that no gradient reached, though they are trainable."""
+        reached = self._reached or set()
+        return self._parts(
+            lambda key, weight: key in self.run.used and weight.requires_grad and id(weight) not in reached
+        )
+
+    def _parts(self, belongs: Callable[[Any, torch.nn.Parameter], bool]) -> dict[str, int]:
+        """Return the largest modules of which all weights belong, or else single weights, with their number of values."""
         found: dict[str, int] = {}
-        for name, module in self.model.named_modules():
-            weights = list(weights_of(module))
-            if not weights or any(key in self.run.used for key, _ in weights):
-                continue
-            if not any(name.startswith(f"{other}.") for other in found):
+
+        def add(name: str, weights: list[Any]) -> None:
+            covered = any(name.startswith(f"{other}.") for other in found)
+            if weights and not covered and all(belongs(*weight) for weight in weights):
                 found[name] = sum(parameter.numel() for _, parameter in weights)
+
+        for name, module in self.model.named_modules():
+            add(name, list(weights_of(module)))
+        for name, weight in self.model.named_parameters():
+            add(name, [(storage_of(weight), weight)])
         grouped: dict[str, int] = {}
         for name, parameters in found.items():
             alike = re.sub(r"\.\d+(?=\.|$)", ".*", name)
@@ -313,7 +355,7 @@ class TracedModel:
         linear = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
         heads = setting(text, "num_attention_heads") or 0
         attention = 2 * batch * seq_len**2 * heads * self._head_dim() * len(layers)
-        head = _unwrapped(self.model).get_output_embeddings()
+        head = unwrapped(self.model).get_output_embeddings()
         width = head.weight.numel() if hasattr(head, "weight") else 0
         return StepFlops(max(2.0 * tokens * linear, 1.0), float(attention), 2.0 * tokens * width)
 
@@ -336,22 +378,13 @@ class TracedModel:
             for layer in layers:
                 layer.gradient_checkpointing = False
             return layers
-        if not layers or not getattr(_unwrapped(self.model), "supports_gradient_checkpointing", False):
+        if not layers or not getattr(unwrapped(self.model), "supports_gradient_checkpointing", False):
             return []
         self.model.activation_checkpointing_enable()
         return layers
 
     def _precision(self) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _limited(self) -> Iterator[None]:
-        """Give up after `MAX_OPERATIONS`."""
-        self.run.limit = self.run.operations + MAX_OPERATIONS
-        try:
-            yield
-        finally:
-            self.run.limit = None
 
     @contextlib.contextmanager
     def _traceable(self) -> Iterator[None]:
@@ -366,160 +399,6 @@ class TracedModel:
             raise ValueError(f"{type(self.model).__name__} cannot be traced without data: {line}") from error
 
 
-class _TraceProbe(LayerProbe):
-    """Measures a layer each time that it runs: a shared layer keeps as much again."""
-
-    def __init__(self, model: Any, run: ShapeRun, counts_as_copy: Any) -> None:
-        super().__init__(model)
-        self._shapes, self._counts_as_copy, self._first = run, counts_as_copy, len(run.casts)
-        self.calls: list[dict[str, float]] = []
-        self.passed: dict[Any, torch.Tensor] = {}
-
-    def _probe(self, index: int, upstream: Any, function: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled():
-            with _Difference(_mlp_of(self.layers[index]), self._kept_now) as mlp:
-                measured = self._run(index, function, args)
-            self.calls.append({**measured, "mlp_bytes": mlp.size, "width": args[0].shape[-1]})
-            for value in function.keywords.values():
-                if isinstance(value, torch.Tensor):
-                    self.passed[value.untyped_storage()._cdata] = value
-        return upstream(function, *args)
-
-    def _kept(self, index: int, saved: SavedBytes) -> int:
-        return saved.total - self._copies(saved)
-
-    def _kept_now(self) -> int:
-        return self.saved.now - self._copies(self.saved)
-
-    def _copies(self, saved: SavedBytes) -> int:
-        casts = self._shapes.casts[self._first :]
-        return sum(t.untyped_storage().nbytes() for w, t in casts if self._counts_as_copy(w) and saved.holds(t))
-
-
-class _Difference:
-    """How much a figure grows while a module runs; 0 where there is no module."""
-
-    def __init__(self, module: torch.nn.Module | None, figure: Any) -> None:
-        self.size, self._before = 0, 0
-        self._module, self._figure, self._handles = module, figure, []
-
-    def __enter__(self) -> _Difference:
-        if self._module is not None:
-            self._handles = [
-                self._module.register_forward_pre_hook(self._begin),
-                self._module.register_forward_hook(self._end),
-            ]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, *args: Any) -> None:
-        self._before = self._figure()
-
-    def _end(self, *args: Any) -> None:
-        self.size += self._figure() - self._before
-
-
-def _mlp_of(layer: torch.nn.Module) -> torch.nn.Module | None:
-    return next(
-        (getattr(layer, name) for name in _MLP_NAMES if isinstance(getattr(layer, name, None), torch.nn.Module)), None
-    )
-
-
-def _reached_by_gradients(out: Any) -> set[int]:
-    """Return the ids of the tensors that get a gradient in the backward pass from the loss, or from all outputs without one."""
-    loss = getattr(out, "loss", None)
-    waiting = [t.grad_fn for t in tree_iter(dict(out) if loss is None else loss) if isinstance(t, torch.Tensor)]
-    seen, found = set(waiting), set()
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found.add(id(leaf))
-        new = {following for following, _ in node.next_functions} - seen
-        seen |= new
-        waiting += new
-    return found
-
-
 def _accepts(model: torch.nn.Module, name: str) -> bool:
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
-def _extrapolated(traces: list[ForwardTrace], rows: list[int], seq_len: int) -> ForwardTrace:
-    """Return the trace of longer rows: every figure on the parabola through those of three lengths."""
-    values = {}
-    for column in dataclasses.fields(ForwardTrace):
-        found = [getattr(trace, column.name) for trace in traces]
-        if column.name in ("logits_width", "hidden_size", "attention_width", "itemsize"):
-            values[column.name] = found[0]
-        elif isinstance(found[0], tuple):
-            values[column.name] = tuple(_through(rows, points, seq_len) for points in zip(*found, strict=True))
-        else:
-            values[column.name] = _through(rows, found, seq_len)
-    return ForwardTrace(**values)
-
-
-def _through(rows: list[int], values: Any, at: int) -> int:
-    """
-    Return where the parabola through three points is at another length.
-
-    Example:
-    ```python
-    >>> _through([1, 2, 3], [2, 5, 10], 10)
-    101
-
-    ```
-    """
-    a, b, c = rows
-    return round(
-        values[0] * (at - b) * (at - c) / ((a - b) * (a - c))
-        + values[1] * (at - a) * (at - c) / ((b - a) * (b - c))
-        + values[2] * (at - a) * (at - b) / ((c - a) * (c - b))
-    )
-
-
-def _cached(value: Any, found: dict[Any, int], seen: set[int]) -> None:
-    """Collect the bytes of the tensors of floats in a cache, each storage once."""
-    if id(value) in seen or value is None:
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point():
-            key = value.untyped_storage()._cdata
-            found[key] = max(found.get(key, 0), value.numel() * value.element_size())
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            _cached(part, found, seen)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _cached(part, found, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, (torch.nn.Module, PreTrainedConfig, type)):
-        _cached(vars(value), found, seen)
-
-
-def _four_bit_linears(model: Any) -> list[torch.nn.Module]:
-    """Return the layers that transformers stores in 4 bits, by its own rule: not the LM head, nor what is tied to it."""
-    left = get_keys_to_not_convert(model)
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is torch.nn.Linear]
-    return [module for name, module in linear if should_convert_module(name, left)]
-
-
-def _with_lora(model: Any, rank: int, targets: list[str] | str) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
-
-
-def _unwrapped(model: Any) -> Any:
-    """Return the model of transformers below PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _base_model(model: Any) -> Any:
-    """Return the model without its LM head, also below PEFT's wrapper."""
-    return _unwrapped(model).base_model

@@ -22,7 +22,8 @@ def cache_bytes(model: Any, ids: torch.Tensor) -> int:
         out = model.eval()(**inputs)
     model.train(training)
     tensors: dict[int, torch.Tensor] = {}
-    waiting: list[Any] = [getattr(out, "past_key_values", None), getattr(out, "cache_params", None)]
+    names = ("cache", "past_key_values", "cache_params")
+    waiting: list[Any] = [out[name] for name in names if name in out]
     seen: set[int] = set()
     while waiting:
         value = waiting.pop()
