@@ -55,33 +55,33 @@ class SavedBytes(saved_tensors_hooks):
         # Without its graph: an output that a node saves would keep the node alive, and itself with it.
         return _Held(self, tensor.detach())
 
-    def _take(self, tensor: torch.Tensor) -> None:
-        key = _storage(tensor)
-        if key not in self._holders and key not in self._excluded:
-            self.now += tensor.untyped_storage().nbytes()
+    def _take(self, held: _Held) -> None:
+        if held.key not in self._holders and held.key not in self._excluded:
+            self.now += held.size
             self.total = max(self.total, self.now)
-        self._holders[key] = self._holders.get(key, 0) + 1
+        self._holders[held.key] = self._holders.get(held.key, 0) + 1
 
-    def _release(self, tensor: torch.Tensor) -> None:
-        key = _storage(tensor)
-        self._holders[key] -= 1
-        if self._holders[key] == 0:
-            del self._holders[key]
-            if key not in self._excluded:
-                self.now -= tensor.untyped_storage().nbytes()
+    def _release(self, held: _Held) -> None:
+        self._holders[held.key] -= 1
+        if self._holders[held.key] == 0:
+            del self._holders[held.key]
+            if held.key not in self._excluded:
+                self.now -= held.size
 
 
 class _Held:
     """A saved tensor in the hands of autograd, which lets go of it with the node of the graph."""
 
-    __slots__ = ("owner", "tensor")
+    __slots__ = ("key", "owner", "size", "tensor")
 
     def __init__(self, owner: SavedBytes, tensor: torch.Tensor) -> None:
         self.owner, self.tensor = owner, tensor
-        owner._take(tensor)
+        # Noted now, as nothing of torch may be called while it is thrown away.
+        self.key, self.size = _storage(tensor), tensor.untyped_storage().nbytes()
+        owner._take(self)
 
     def __del__(self) -> None:
-        self.owner._release(self.tensor)
+        self.owner._release(self)
 
 
 def _storage(tensor: torch.Tensor) -> Any:

@@ -33,10 +33,10 @@ class _SavedInLayer(SavedBytes):
         super().__init__(exclude)
         self.length, self.square = length, 0
 
-    def _take(self, tensor: torch.Tensor) -> None:
-        before = self.now
-        super()._take(tensor)
-        if tensor.dim() >= 4 and tuple(tensor.shape[-2:]) == (self.length, self.length):
+    def _take(self, held: Any) -> None:
+        before, shape = self.now, held.tensor.shape
+        super()._take(held)
+        if len(shape) >= 4 and tuple(shape[-2:]) == (self.length, self.length):
             self.square += max(self.now - before, 0)
 
 

@@ -98,7 +98,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: str, attention: str | None) -
     try:
         with torch.device("meta"):
             return _kept_in_fp32(model_class._from_config(config, dtype=DTYPES[dtype], **wanted), DTYPES[dtype])
-    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # of upstream's code for this class, which may raise anything
         raise ValueError(f"the model of {type(config).__name__} cannot be built: {_first_line(error)}") from error
 
 

@@ -210,7 +210,7 @@ def plan_memory(
     if generate is not None and kv_cache is None:
         left_out.append(f"the KV cache, counted as 0: {type(traced.model).__name__} returns none")
     left_out += _left_out(traced, trace)
-    return dataclasses.replace(plan, exact=_exact(traced, counted, kv_cache), not_modelled=tuple(left_out))
+    return dataclasses.replace(plan, exact=_exact(traced, base, kv_cache), not_modelled=tuple(left_out))
 
 
 def _counted_optimizer(optimizer: str) -> str | None:
@@ -222,21 +222,25 @@ def _counted_optimizer(optimizer: str) -> str | None:
     return optimizer
 
 
-def _exact(traced: Any, optimizer: str | None, kv_cache: int | None) -> tuple[str, ...]:
-    """Return the columns of which every byte is known."""
-    free = not traced.run.invented and traced.stand_in is None
+def _exact(traced: Any, base: Switches, kv_cache: int | None) -> tuple[str, ...]:
+    """Return the columns of which every byte is known: none that ranks share, which pad their shares, or that is guessed."""
+    shared = base.shard_stage if base.shard_ranks > 1 else 0
+    guessed = traced.run.invented
+    as_stored = traced.quantization is None and not any(parameter.four_bit for parameter in traced.parameters)
     known = {
-        "parameters": traced.quantization is None,
-        "gradients": "values" not in traced.run.invented,
-        "optimizer": optimizer is not None and "values" not in traced.run.invented,
-        "activations (keep, checkpoint)": free,
-        "kv_cache": kv_cache is not None and not traced.run.invented & {"values", "length"},
+        "parameters": as_stored and shared < 3,
+        "gradients": "values" not in guessed and shared < 2,
+        "optimizer": "values" not in guessed and shared < 1 and base.optimizer is not None,
+        "activations (keep, checkpoint)": not guessed and traced.stand_in is None and base.sequence_parallel_size == 1,
+        "kv_cache": kv_cache is not None and not guessed & {"values", "length"},
     }
     return tuple(name for name, is_known in known.items() if is_known)
 
 
 def _left_out(traced: Any, trace: ForwardTrace) -> list[str]:
     """Say what the trace took for granted or did not see."""
+    from .trace_memory import SHORT_ROWS
+
     found = []
     if parts := traced.not_run():
         found.append(
@@ -252,7 +256,10 @@ def _left_out(traced: Any, trace: ForwardTrace) -> list[str]:
     if "values" in traced.run.invented:
         found.append("branches that depend on the values of activations, which are guessed")
     if "length" in traced.run.invented:
-        found.append("rows of this length, since the model loops over tokens: figures of 192 tokens are continued")
+        found.append(
+            f"rows of this length, since the model loops over tokens: figures of up to {SHORT_ROWS[-1]} tokens are continued, "
+            "in which longer windows do not show"
+        )
     if traced.stand_in is not None:
         found.append(f"attention {traced.stand_in!r}: counted as fused attention without masks")
     if traced.quantization is not None:
@@ -419,6 +426,6 @@ def format_plan(plan: MemoryPlan) -> str:
                 f"The smallest set needs {least / 2**30:.1f} GiB. Ways on: --sharding fsdp --ranks N, "
                 "--sequence-parallel-size N, --lora-rank, --load-in-4bit, --optimizer adamw_8bit, a shorter --seq-len."
             )
-    lines.append(f"Exact: {', '.join(plan.exact)}. Estimated: {ESTIMATED}.")
+    lines.append(f"Exact: {', '.join(plan.exact) or 'nothing'}. Estimated: {ESTIMATED}.")
     lines.append(f"Not counted: {NOT_COUNTED}.")
     return "\n".join([*lines, *(f"Not modelled: {sentence}." for sentence in plan.not_modelled)])

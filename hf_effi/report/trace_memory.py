@@ -34,8 +34,9 @@ from .reachable import backward, bytes_of_cache, leaves_of_graph
 
 #: Operators of one forward pass after which it is given up: some 20 seconds. Loops over tokens get there.
 MAX_OPERATIONS = 300_000
-#: Rows of so many tokens, twice and three times as many, tell how bytes grow where a long row takes too long.
-_SHORT_ROW = 64
+#: What tells how bytes grow where a long row takes too long: the first three have to foretell the last. Whole chunks of
+#: linear attention, and more than one.
+SHORT_ROWS = (128, 192, 256, 320)
 #: what else a model may ask for in a step on text alone
 _EXTRA_INPUTS = ("token_type_ids", "mm_token_type_ids")
 
@@ -146,10 +147,27 @@ class TracedModel:
         try:
             return self._trace(batch, seq_len, padded)
         except TooManyOperations:
-            self.run.invented.add("length")
-            rows = [_SHORT_ROW, 2 * _SHORT_ROW, 3 * _SHORT_ROW]
-            traces = [self._trace(batch, row, padded) for row in rows]
-            return extrapolated_trace(traces, rows, seq_len)
+            return self._continued(lambda row: self._trace(batch, row, padded), extrapolated_trace, seq_len)
+
+    def _continued(self, measure: Callable[[int], Any], through: Callable[..., Any], tokens: int) -> Any:
+        """Return what `measure` gives for short rows, continued to longer ones; refuse where it does not grow evenly."""
+        self.run.invented.add("length")
+        name, (*first, last) = type(self.model).__name__, SHORT_ROWS
+        try:
+            found = [measure(row) for row in SHORT_ROWS]
+        except TooManyOperations as error:
+            raise ValueError(
+                f"{name} loops over tokens: rows of {last} tokens take more than {MAX_OPERATIONS} operators already, so "
+                f"that {tokens} tokens cannot be planned."
+            ) from error
+        for value, expected in zip(_numbers(found[-1]), _numbers(through(found[:-1], first, last)), strict=True):
+            if abs(value - expected) > 0.01 * abs(value):
+                raise ValueError(
+                    f"{name} loops over tokens, so that {tokens} tokens are too long to be traced, and {last} tokens take "
+                    f"{value:,} bytes where rows of {', '.join(map(str, first))} tokens foretell {expected:,}: longer rows "
+                    "cannot be planned."
+                )
+        return through(found[1:], SHORT_ROWS[1:], tokens)
 
     def trace_batch(self, batch: Mapping[str, Any]) -> ForwardTrace:
         """Return what a forward pass of this batch saves; its tensors are used for what they are."""
@@ -238,7 +256,8 @@ class TracedModel:
         if functions and not used <= reached:
             backward(out)
             found = {id(w) for w in self.model.parameters() if w.grad is not None}
-            self.model.zero_grad(set_to_none=True)
+            for weight in self.model.parameters():
+                weight.grad = None
             if not found <= reached:
                 self.recomputing = functions
             reached |= found
@@ -293,10 +312,11 @@ class TracedModel:
                 try:
                     return self._cache_bytes(sequences, tokens)
                 except TooManyOperations:
-                    self.run.invented.add("length")
-                    rows = [_SHORT_ROW, 2 * _SHORT_ROW, 3 * _SHORT_ROW]
-                    found = [self._cache_bytes(sequences, row) for row in rows]
-                    return None if None in found else through_three_points(rows, found, tokens)
+
+                    def through(found: Any, rows: Any, at: int) -> int:
+                        return through_three_points(rows, found, at)
+
+                    return self._continued(lambda row: self._cache_bytes(sequences, row) or 0, through, tokens) or None
         finally:
             for module, mode in zip(self.model.modules(), modes, strict=True):
                 module.training = mode
@@ -397,6 +417,13 @@ class TracedModel:
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{type(self.model).__name__} cannot be traced without data: {line}") from error
+
+
+def _numbers(measured: ForwardTrace | int) -> tuple[int, ...]:
+    """Return the figures that have to grow evenly."""
+    if isinstance(measured, int):
+        return (measured,)
+    return (measured.kept or 0) + measured.outside, sum(measured.layer_kept), measured.logits
 
 
 def _accepts(model: torch.nn.Module, name: str) -> bool:

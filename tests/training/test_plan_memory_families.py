@@ -389,16 +389,25 @@ def test_packed_rows_are_read_as_they_are():
 
 def test_a_row_that_loops_too_long_is_continued_and_named(monkeypatch):
     config = config_of("RecurrentGemmaConfig", attention_window_size=2048)
-    whole = plan_memory(config, seq_len=512)
+    whole = plan_memory(config, seq_len=96)
     assert not any("loops" in sentence for sentence in whole.not_modelled)
-    monkeypatch.setattr(trace_memory, "MAX_OPERATIONS", 16_000)
-    with pytest.raises(trace_memory.TooManyOperations, match="more than 16000 operators"):
-        TracedModel(config)._trace(1, 512, padded=False)
-    continued = plan_memory(config, seq_len=512)
-    assert any("loops over tokens" in sentence for sentence in continued.not_modelled)
+    monkeypatch.setattr(trace_memory, "MAX_OPERATIONS", 4000)
+    monkeypatch.setattr(trace_memory, "SHORT_ROWS", (16, 24, 32, 40))
+    with pytest.raises(trace_memory.TooManyOperations, match="more than 4000 operators"):
+        TracedModel(config)._trace(1, 96, padded=False)
+    continued = plan_memory(config, seq_len=96)
+    assert any("loops over tokens: figures of up to 40 tokens" in sentence for sentence in continued.not_modelled)
     assert "activations (keep, checkpoint)" not in continued.exact
     for (_, one, _), (_, other, _) in zip(whole.rows, continued.rows, strict=True):
         assert one.activations == pytest.approx(other.activations, rel=0.01)
+    # what does not grow evenly is refused, and what takes too long even so
+    monkeypatch.setattr(trace_memory, "MAX_OPERATIONS", 5000)
+    uneven = config_of("RecurrentGemmaConfig", attention_window_size=32)
+    with pytest.raises(ValueError, match="40 tokens take .* bytes where rows of 16, 24, 32 tokens foretell"):
+        plan_memory(uneven, seq_len=96)
+    monkeypatch.setattr(trace_memory, "MAX_OPERATIONS", 1000)
+    with pytest.raises(ValueError, match="rows of 40 tokens take more than 1000 operators already"):
+        plan_memory(config, seq_len=96)
 
 
 def test_models_without_checkpointing_have_the_rows_that_they_can_have():

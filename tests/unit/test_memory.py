@@ -298,6 +298,26 @@ def test_figures_of_longer_rows_lie_on_a_parabola():
     assert (found.logits_width, found.hidden_size, found.itemsize) == (20, 50, 2)
 
 
+@pytest.mark.parametrize(
+    ("over", "lost"),
+    [
+        ({}, set()),
+        ({"sharding": "zero1", "ranks": 2}, {"optimizer"}),
+        ({"sharding": "zero2", "ranks": 2}, {"optimizer", "gradients"}),
+        ({"sharding": "fsdp", "ranks": 2}, {"optimizer", "gradients", "parameters"}),
+        ({"sharding": "fsdp"}, set()),
+        ({"sequence_parallel_size": 2}, {"activations (keep, checkpoint)"}),
+        ({"lora_rank": 2, "four_bit": True}, {"parameters"}),
+        ({"optimizer": "lomo"}, {"optimizer"}),
+    ],
+)
+def test_what_is_called_exact(over, lost):
+    every = {"parameters", "gradients", "optimizer", "activations (keep, checkpoint)", "kv_cache"}
+    plan = plan_memory(CONFIG, seq_len=16, generate=(1, 16), **over)
+    assert set(plan.exact) == every - lost and set(plan.as_dict()["exact"]) == every - lost
+    assert set(plan_memory(CONFIG, seq_len=16, **over).exact) == every - lost - {"kv_cache"}
+
+
 def test_quantization_of_a_checkpoint_is_named():
     config = Qwen3Config(**{**CONFIG.to_diff_dict(), "quantization_config": {"quant_method": "mxfp4"}})
     plan = plan_memory(config, seq_len=64)
