@@ -147,7 +147,9 @@ ROWS: tuple[Method, ...] = (
         tests=(
             "tests/unit/test_memory.py",
             "tests/unit/test_layer_plan.py",
+            "tests/unit/test_shape_run.py",
             "tests/training/test_plan_memory.py",
+            "tests/training/test_plan_memory_families.py",
             "tests/training/test_layer_modes.py",
             "tests/distributed/test_layer_modes_ranks.py",
         ),

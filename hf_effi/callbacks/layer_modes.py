@@ -149,7 +149,7 @@ class MemoryBudgetCallback(_LayerModesCallback):
         budget_gib (`float`): Memory for the activations of all layers, in GiB: what they keep, and what recomputing one
             layer takes.
         max_tokens (`int`, *optional*): Tokens of the largest micro-batch (padding included), where the first one may be
-            smaller. Bytes grow in proportion.
+            smaller. Bytes grow in proportion, masks of SDPA with the square.
         offload (`bool`, *optional*, defaults to `False`): Whether layers may be offloaded to the host. Measures the
             bandwidth first.
 

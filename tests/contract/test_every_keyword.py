@@ -91,7 +91,7 @@ ACTS = {
     "lr_range_test": "loss_fn low high repeats stop_factor",
     "one_cycle": "total_steps up_fraction down_fraction div final_div momentum_low momentum_high",
     "patch": "verify",
-    "plan_memory": "batch gpu_gib dtype autocast optimizer sharding ranks sequence_parallel_size lora_rank four_bit"
+    "plan_memory": "batch gpu_gib dtype autocast attention padded optimizer sharding ranks sequence_parallel_size lora_rank four_bit"
     " generate",
     "plot_schedules": "steps path base_lr title panels",
     "power": "total_steps warmup_steps warmup_fraction floor tokens_per_step max_lr a b sequence_length"

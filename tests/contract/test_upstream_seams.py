@@ -159,6 +159,13 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
         (5, 23): "module query key value attention_mask dropout scaling is_causal position_bias cache **kwargs",
         (5, 24): "module query key value attention_mask dropout scaling is_causal position_bias **kwargs",
     },
+    # What the memory planner asks about a model that it builds without data.
+    "transformers:PreTrainedModel._from_config": "config **kwargs",
+    "transformers:PreTrainedModel._get_dtype_plan": "self dtype",
+    "transformers.core_model_loading:build_glob_alternation": "globs",
+    "transformers.quantizers.base:get_keys_to_not_convert": "model",
+    "transformers.quantizers.quantizers_utils:should_convert_module": "full_name patterns",
+    "transformers.pytorch_utils:Conv1D.__init__": "self nf nx",
     "transformers.loss.loss_utils:ForCausalLMLoss": "logits labels vocab_size num_items_in_batch ignore_index"
     " shift_labels **kwargs",
     "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
@@ -202,6 +209,7 @@ CONSTANTS = {
     "transformers.trainer:OPTIMIZER_NAME": "optimizer.pt",
     "transformers.trainer:SCHEDULER_NAME": "scheduler.pt",
     "transformers.trainer:SCALER_NAME": "scaler.pt",
+    "transformers.training_args:OptimizerNames.ADAMW_8BIT": "adamw_8bit",
     f"{GRPO}.loss_is_scaled_for_ga": True,
 }
 

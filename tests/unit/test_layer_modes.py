@@ -352,6 +352,24 @@ def test_probe_agrees_with_the_bytes_of_a_whole_forward():
     assert costs.modes["checkpoint"].size == 2 * INPUT_BYTES
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_are_scaled_by_the_square_of_the_length(attention):
+    """What SDPA and eager attention keep for each pair of tokens, planned for rows of twice the length from shorter ones."""
+    measured = {}
+    for length in (24, 48):
+        model = checkpointed()
+        model.set_attn_implementation(attention)
+        ids = torch.arange(2 * length).view(2, length) % 40
+        mask = torch.ones_like(ids)
+        mask[0, -3:] = 0
+        with LayerProbe(model) as probe:
+            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        measured[length] = probe
+    assert measured[24].measured[0]["square_bytes"] >= 2 * 24**2 * 4
+    planned = [cost.modes["keep"].size for cost in measured[24].costs(tokens=2 * 48)]
+    assert planned == [cost.modes["keep"].size for cost in measured[48].costs()]
+
+
 def test_bandwidth_is_measured():
     assert measure_copy_bandwidth("cpu", 1 << 20) > 0
 
