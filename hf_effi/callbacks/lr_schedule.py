@@ -166,11 +166,11 @@ class LRScheduleCallback(OwningCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scheduler = taken_over(kwargs.get("lr_scheduler"), self.name or "LRScheduleCallback")
+        scheduler = taken_over(kwargs.get("lr_scheduler"), self.name or type(self).__name__)
         if isinstance(scheduler, ScheduleLR):
             raise ScheduleError(f"{LEARNING_RATE.problem}: the Trainer's ScheduleLR and this one. {LEARNING_RATE.fix}")
         super().on_train_begin(args, state, control, **kwargs)
-        check_arguments(args, self.name or "LRScheduleCallback")
+        check_arguments(args, self.name or type(self).__name__)
         optimizer = _innermost(scheduler.optimizer)
         check_schedule_free(type(optimizer).__name__, self.built.spec()["kind"], "constant")
         bound = self.built.bind(state.max_steps)
@@ -320,7 +320,7 @@ def _note_asked(asked: Followed, followed: Followed, optimizer: Optimizer) -> No
             group["initial_lr"] = lr
 
 
-def taken_over(scheduler: Any, name: str) -> LambdaLR:
+def taken_over(scheduler: Any, name: str = "LRScheduleCallback") -> LambdaLR:
     """
     Return the scheduler to take over: the Trainer's, or the Trainer's inside DeepSpeed's wrapper.
 
@@ -334,7 +334,7 @@ def taken_over(scheduler: Any, name: str) -> LambdaLR:
     return scheduler
 
 
-def check_scheduler(scheduler: Any, asker: str) -> None:
+def check_scheduler(scheduler: Any, asker: str = "LRScheduleCallback") -> None:
     """
     Refuse a scheduler that cannot be taken over.
 
@@ -369,7 +369,7 @@ def check_scheduler(scheduler: Any, asker: str) -> None:
         )
 
 
-def check_arguments(args: TrainingArguments, asker: str) -> None:
+def check_arguments(args: TrainingArguments, asker: str = "LRScheduleCallback") -> None:
     """
     Refuse training arguments that ask for a second schedule, which would be ignored in silence.
 
