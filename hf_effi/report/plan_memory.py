@@ -139,7 +139,7 @@ def plan_memory(
 
     Args:
         config (`PreTrainedConfig`, `torch.nn.Module` or `str`): The model: a config, a folder, a `config.json`, a name on
-            the Hub, or a model, which is left as it is (`dtype`, `attention` and LoRA are then its own).
+            the Hub, or a model, which is left as it is (`dtype`, `attention`, LoRA and 4 bits are then its own).
         seq_len (`int`): Tokens of a row; of the encoder and of the decoder, where there are two.
         batch (`int`, *optional*, defaults to `1`): Rows of a micro-batch on one device.
         gpu_gib (`float`, *optional*): Memory of a device in GiB; without it nothing is chosen.
@@ -162,7 +162,7 @@ def plan_memory(
             device.
 
     Raises:
-        ValueError: an argument out of range, or a model that cannot be traced.
+        ValueError: an argument out of range, one that does nothing beside the others, or a model that cannot be traced.
 
     Example:
     ```python
@@ -170,6 +170,8 @@ def plan_memory(
     print(plan.chosen, plan.rows[0][1].peak / 2**30)
     ```
     """
+    from torch.nn import Module
+
     from .model_shapes import load_config
     from .trace_memory import TracedModel
 
@@ -182,6 +184,9 @@ def plan_memory(
         raise ValueError(f"headroom={headroom!r} must lie in [0, 1).")
     refuse_idle("headroom", headroom, 0.1, gpu_gib is not None, "with gpu_gib=, the memory that it is a part of")
     refuse_idle("lora_targets", lora_targets, "all-linear", lora_rank is not None, "with lora_rank=")
+    own = {"dtype": (dtype, "float32"), "attention": (attention, None), "lora_rank": (lora_rank, None)}
+    for name, (value, default) in {**own, "four_bit": (four_bit, False)}.items():
+        refuse_idle(name, value, default, not isinstance(config, Module), "with a config: a model has its own")
     if sharding not in SHARDINGS:
         raise ValueError(f"sharding={sharding!r} is not known. Known: {', '.join(SHARDINGS)}.")
     if seq_len % sequence_parallel_size:
@@ -293,6 +298,9 @@ def planned_and_saved(model: Any, batch: Any, activations: str = "keep", autocas
             checkpointing on.
         autocast (`bool`, *optional*, defaults to `False`): Whether the pass runs under bf16 autocast.
 
+    Raises:
+        ValueError: another way to keep activations, or a model that cannot be traced.
+
     Example:
     ```python
     planned, saved = planned_and_saved(model, {"input_ids": ids, "labels": ids})
@@ -304,6 +312,8 @@ def planned_and_saved(model: Any, batch: Any, activations: str = "keep", autocas
     from ..functional.saved_bytes import SavedBytes
     from .trace_memory import TracedModel
 
+    if activations not in ("keep", "checkpoint"):
+        raise ValueError(f"activations={activations!r} must be 'keep' or 'checkpoint': the others are estimates.")
     traced = TracedModel(model, autocast=autocast)
     table = memory_table(traced.parameters, traced.trace_batch(batch), Switches(activations=activations))
     planned = table.saved + (table.weight_copies if activations == "keep" else 0)

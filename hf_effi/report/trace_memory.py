@@ -290,7 +290,7 @@ class TracedModel:
 
     def _counts_as_copy(self, weight: torch.Tensor) -> bool:
         """Autocast keeps the copies of trainable weights for the whole pass; those of 4-bit weights do not exist."""
-        return weight.requires_grad or id(weight) in self._packed
+        return id(weight) in self._packed or (self.autocast and weight.requires_grad)
 
     # ---- generation ----
 
