@@ -78,7 +78,11 @@ def probing() -> bool:
 
 @contextlib.contextmanager
 def looking(
-    model: nn.Module, dtype: torch.dtype | None, level: Level = "middle", training: bool = True
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    level: Level = "middle",
+    training: bool = True,
+    with_graph: bool = True,
 ) -> Iterator[Look]:
     """
     The conditions of a probe: draws at `level`, operations in `dtype`, no autocast; afterwards no trace.
@@ -88,6 +92,7 @@ def looking(
         dtype (`torch.dtype`, *optional*): Of all floating-point operations; `None`: as they are.
         level (`str`, *optional*, defaults to `"middle"`): What random operations give.
         training (`bool`, *optional*, defaults to `True`): The mode.
+        with_graph (`bool`, *optional*, defaults to `True`): Whether there will be gradients; a graph takes memory.
     """
     global _now
     outer = _now
@@ -96,6 +101,7 @@ def looking(
         stack.enter_context(untouched(model))
         look = Look(dtype, PinnedDraws(level), HeldGenerators(model), _watched(model))
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(with_graph))  # leaving inference mode switches it on
         set_mode(model, training)
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False) is True:
@@ -185,7 +191,15 @@ def _keep_embedded(look: Look, module: nn.Module, args: Any, output: Any) -> Any
     return output
 
 
-def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", training: bool = True) -> Finding:
+def compare(
+    model: nn.Module,
+    one: Run,
+    other: Run,
+    *,
+    level: Level = "middle",
+    training: bool = True,
+    with_graph: bool = True,
+) -> Finding:
     """
     Measure how far two ways of running a model are apart.
 
@@ -199,6 +213,7 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
         level (`str`, *optional*, defaults to `"middle"`): What random operations give: `"low"` shows dropout of which one of
             the two knows nothing.
         training (`bool`, *optional*, defaults to `True`): The mode.
+        with_graph (`bool`, *optional*, defaults to `True`): `False` where no gradient is a result: it takes less memory.
 
     Returns:
         [`Finding`]: of the result that differs most.
@@ -215,10 +230,10 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
         return Finding(None, reason=reason)
     failures: list[Finding] = []
     for dtype in dtypes_to_try(model):
-        failed = False
+        failed, conditions = False, (dtype, level, training, with_graph)
         try:
-            first, _ = _results(model, one, dtype, level, training)
-            again, ran_out = _results(model, one, dtype, level, training)
+            first, _ = _results(model, one, conditions)
+            again, ran_out = _results(model, one, conditions)
             precision = precision_of(dtype, first)
             once_more = gap_of(first, again, precision)
             if not once_more.looked:
@@ -230,7 +245,7 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
                 continue
             del again  # gradients of a large model are large
             failed = True
-            second, also_out = _results(model, other, dtype, level, training)
+            second, also_out = _results(model, other, conditions)
             found = gap_of(first, second, precision)
             if found.equal and show_nothing(first):
                 return Finding(None, reason=ONLY_ZEROS)
@@ -244,11 +259,9 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
     return next(unsteady, failures[-1])
 
 
-def _results(
-    model: nn.Module, run: Run, dtype: torch.dtype | None, level: Level, training: bool
-) -> tuple[dict[str, Tensor], list[str]]:
+def _results(model: nn.Module, run: Run, conditions: tuple[Any, ...]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the results of a run, and the generators whose numbers could not be held still in it."""
-    with looking(model, dtype, level, training) as look:
+    with looking(model, *conditions) as look:
         return named_results(run(model)), look.others.ran_out()
 
 
