@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# One thread a process: two threads on two busy cores were seen 40 times slower.
+# One thread per process: two threads on two busy cores were seen 40 times slower.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quality compat zoo bench docs clean
+.PHONY: help setup demo test fuzz quality compat zoo bench docs clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ demo: $(STAMP) ## the main job: EffiGRPOTrainer against TRL's GRPOTrainer on the
 
 test: $(STAMP) ## the whole CPU test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+fuzz: $(STAMP) ## files of strangers (records, states, cards, YAML, side files), changed at random: some minutes
+	HF_EFFI_FUZZ=30 $(BIN)/python -m pytest -q tests/unit/test_fuzz_files.py
 
 quality: $(STAMP) ## lint and format check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from bench._progress import with_line
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.callbacks.weight_averaging import WeightAveragingCallback
 from hf_effi.functional.schedules import constant, cosine
@@ -126,7 +127,7 @@ def _run_arm(seed: int, order: str, schedule: str, folder: str) -> dict[str, Any
         callbacks=callbacks,
         train_sampler=sampler,
     )
-    trainer.train()
+    with_line(trainer, f"{order}, {schedule}, seed {seed}").train()
     return {
         "part": "study",
         "seed": seed,

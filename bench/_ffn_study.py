@@ -84,7 +84,7 @@ def train(
 
 
 def tuned(arm: str, run: Callable[[float, int], dict[str, Any]], seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
-    """Return one row a seed at the learning rate that is best on a seed that is not counted."""
+    """Return one row per seed at the learning rate that is best on a seed that is not counted."""
     tuning = {lr: run(lr, TUNING_SEED)["loss"] for lr in LEARNING_RATES}
     best = min(tuning, key=tuning.__getitem__)
     rows = [{"arm": arm, "learning_rate": best, "seed": s, **run(best, s), "tuning": tuning} for s in seeds]

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bench._curriculum_study import heldout_loss, pieces, small_llama
+from bench._progress import with_line
 from hf_effi.functional.curriculum import staged_length
 from hf_effi.trainers._length_mixin import SequenceLengthMixin
 
@@ -78,7 +79,7 @@ def run_arm(seed: int, arm: str, steps: int) -> dict[str, Any]:
         callbacks=[watch],
         sequence_length=None if arm == "fixed" else lambda step, total: staged_length(step / total, LENGTHS),
     )
-    trainer.train()
+    with_line(trainer, f"{arm} length, seed {seed}").train()
     return {
         "part": "length",
         "seed": seed,

@@ -257,7 +257,7 @@ def step_seconds(card: Card, rate: float, pass_bytes: float, products: float = 3
     return max(2 * macs / rate, scaling) + pass_bytes * OPERANDS / card.bandwidth
 
 
-#: Bytes a quantise pass moves for each bf16 element: read 2, write 1 in each layout that the products want. A scale a row
+#: Bytes a quantise pass moves for each bf16 element: read 2, write 1 in each layout that the products want. A scale per row
 #: depends on the contracted dimension, so the operand is read once for each; a square block or a tensor scale is not.
 ROW_PASS, BLOCK_PASS, TENSOR_AMAX_PASS = 2 * (2 + 1), 2 + 1 + 1, 2 + 2 + 1 + 1
 

@@ -122,7 +122,7 @@ def reasons_table(result: Mapping[str, Any]) -> str:
 
 
 def settings_table(result: Mapping[str, Any]) -> str:
-    """Return one row a setting: whether the features were equal with it, refused it, or both."""
+    """Return one row per setting: whether the features were equal with it, refused it, or both."""
     rows = [row for row in result["rows"] if "counts" in row]
     lines = [
         [f"{row['axis']}: {row['level']}", *(_share(row["counts"].get(feature, (0, 0))) for feature in COLUMNS)]

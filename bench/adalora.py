@@ -20,6 +20,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from bench._progress import with_line
 from bench._schema import command_line, headline, write_result
 from bench.schedules import BATCH, LENGTH, Data, build, train
 from hf_effi.callbacks.adalora import AdaLoRACallback
@@ -94,7 +95,8 @@ def adapt(data: ReferenceData, weights: dict[str, torch.Tensor], arm: str, lr: f
             warmup_steps=15,
             seed=seed,
         )
-        Trainer(model, args, train_dataset=rows, callbacks=[AdaLoRACallback()] if moved else []).train()
+        trainer = Trainer(model, args, train_dataset=rows, callbacks=[AdaLoRACallback()] if moved else [])
+        with_line(trainer, f"{arm}, lr {lr:g}, seed {seed}").train()
     model.eval()
     with torch.no_grad():  # of the base model: AdaLoRA's own forward adds its orthogonality penalty
         loss = model.base_model.model(data.held_out, labels=data.held_out).loss.item()

@@ -88,7 +88,7 @@ def counted_activations(card: low.Card) -> dict[str, float]:
     layer = 3 * forward + 3.5 * attention
     fp8 = (ACTIVATIONS * (1 + 4 / 128) + 2 * ATTENTION, 6 * low.TOKENS * ACTIVATIONS / card.bandwidth)
     norms, product = 2 * WIDTH, MLP
-    exact = [  # bytes a token, seconds a layer
+    exact = [  # bytes per token, seconds per layer
         (2 * (ACTIVATIONS + ATTENTION), 0.0),
         # norm outputs and the gated product again, from what is kept: torch.compile's partitioner does it
         (2 * (ACTIVATIONS - norms - product + ATTENTION), 2 * low.TOKENS * (2 * norms + 3 * product) / card.bandwidth),

@@ -249,7 +249,7 @@ def result_rows(
     outcomes: dict[Environment, dict[str, Any]], before: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """
-    Return the pinned versions, one row a package, and then one row an environment and suite.
+    Return the pinned versions, one row per package, and then one row an environment and suite.
 
     Rows `before` of environments that are too large to be run each time, those of torch, stay where they were not run.
     """

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bench import _curriculum_study, _growlength_study
+from bench._progress import with_line
 from bench._schema import RESULTS, command_line, headline, write_result
 from hf_effi.samplers import ShuffledSampler
 from hf_effi.trainers._sampler_mixin import SAMPLER_FILE, SamplerMixin
@@ -102,7 +103,8 @@ def trainer_for(arm: str, rows: int, seed: int, folder: Path) -> tuple[Any, Stop
     )
     extra = {"train_sampler": ShuffledSampler(rows, seed)} if arm == "ours" else {}
     cls = Timed if arm == "ours" else Trainer
-    return cls(model=Line(), args=args, train_dataset=Rows(rows), callbacks=[watch], **extra), watch
+    trainer = cls(model=Line(), args=args, train_dataset=Rows(rows), callbacks=[watch], **extra)
+    return with_line(trainer, f"{arm}, {rows:,} rows, seed {seed}", live=False), watch
 
 
 def make_checkpoint(arm: str, rows: int, seed: int, folder: Path) -> Path:

@@ -24,6 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
+from bench._progress import with_line
 from bench._schema import headline, write_result
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
 from hf_effi.demo.task import build_tokenizer
@@ -89,7 +90,7 @@ def build(savings: str | None, seed: int, **over: Any) -> GRPOTrainer:
     cls, args_cls = (GRPOTrainer, GRPOConfig) if savings is None else (EffiGRPOTrainer, EffiGRPOConfig)
     if savings is not None:
         settings["exact_savings"] = savings
-    return cls(
+    trainer = cls(
         model=Qwen3ForCausalLM(config),
         reward_funcs=reward,
         args=args_cls(**settings),
@@ -97,6 +98,7 @@ def build(savings: str | None, seed: int, **over: Any) -> GRPOTrainer:
         processing_class=tokenizer,
         rollout_func=ServedRollouts(seed, len(tokenizer), settings["max_completion_length"]),
     )
+    return with_line(trainer, f"{savings or 'stock'}, seed {seed}")
 
 
 def train_phase(savings: str | None, seed: int) -> tuple[list[float], float]:

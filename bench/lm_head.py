@@ -101,7 +101,7 @@ def compare(log_probs: LogProbs, case: Case, repeats: int) -> dict[str, float]:
 
 
 def measure(seed: int, repeats: int) -> list[dict[str, Any]]:
-    """Return one row a setting."""
+    """Return one row per setting."""
     counters = LMHeadCounters()
     filtered = ours(column_eps=PAPER_EPS, filter_weight=True, counters=counters)
     settings = {

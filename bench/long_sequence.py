@@ -177,11 +177,11 @@ def longest(arm: str, seed: int, cap_mib: int, guess: int) -> int:
     return low
 
 
-# --- time a token ----------------------------------------------------------------------------------------------------
+# --- time per token ----------------------------------------------------------------------------------------------------
 
 
 def seconds_per_token(seed: int, repeats: int) -> dict[str, float]:
-    """Return the median CPU seconds a token of each arm that runs in one process; arms take turns."""
+    """Return the median CPU seconds per token of each arm that runs in one process; arms take turns."""
     arms = [arm for arm, switches in ARMS.items() if "ranks" not in switches]
     found: dict[str, list[float]] = {arm: [] for arm in arms}
     model = build(seed)

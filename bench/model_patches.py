@@ -73,7 +73,7 @@ def _saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
 
 
 def _layer_bytes(seed: int, dtype: torch.dtype, autocast: bool) -> tuple[float, float]:
-    """Return bytes a token that one decoder layer keeps, with PEFT's forward and fused."""
+    """Return bytes per token that one decoder layer keeps, with PEFT's forward and fused."""
     model = _adapted(seed, dtype)
     inner = model.base_model.model.model
     layer, x = inner.layers[0], torch.randn(1, TOKENS, HIDDEN).to(dtype).requires_grad_() * 1

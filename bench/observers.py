@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from bench._progress import with_line
 from bench._schema import command_line, headline, write_result
 from bench.schedules import Data, build
 from hf_effi.callbacks.doctor import TrainDoctor
@@ -70,6 +71,7 @@ def run(arm: str, seed: int, rows: list[dict[str, torch.Tensor]]) -> dict[str, f
         )
         callbacks = [timed(callback, spent) for callback in callbacks_of(arm)]
         trainer = Trainer(build(seed), args, train_dataset=rows, callbacks=callbacks)
+        with_line(trainer, f"{arm}, seed {seed}", live=False)
         start = time.process_time()
         trainer.train()
         return {"total": time.process_time() - start, **spent}

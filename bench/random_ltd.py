@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from bench._progress import with_line
 from bench._schema import command_line, headline, write_result
 from bench.schedules import corpus
 from hf_effi import RandomLTDCallback
@@ -59,6 +60,7 @@ def run(train: torch.Tensor, held_out: torch.Tensor, seed: int, dropping: bool) 
             seed=seed,
         )
         trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback] if dropping else [])
+        with_line(trainer, f"{'random-LTD' if dropping else 'all tokens'}, seed {seed}")
         start = time.process_time()
         trainer.train()
         seconds = time.process_time() - start

@@ -46,7 +46,7 @@ def headline_table(result: Mapping[str, Any]) -> str:
 
 
 def arms_table(result: Mapping[str, Any]) -> str:
-    """Return one row an arm of the demo: medians over the seeds, lowest to highest in brackets."""
+    """Return one row per arm of the demo: medians over the seeds, lowest to highest in brackets."""
     from hf_effi.report.comparison import summarize
     from hf_effi.report.page import as_percent, as_points, as_times, speedup
 
@@ -90,7 +90,7 @@ def parity_table(result: Mapping[str, Any]) -> str:
 
 
 def ladder_table(result: Mapping[str, Any]) -> str:
-    """Return one row an arm of `bench.long_sequence`: medians over the seeds, lengths also over those of the first arm."""
+    """Return one row per arm of `bench.long_sequence`: medians over the seeds, lengths also over those of the first arm."""
     arms: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         if "arm" in row:
@@ -102,7 +102,7 @@ def ladder_table(result: Mapping[str, Any]) -> str:
         times = [row["time_over_checkpoint"] for row in mine if row["time_over_checkpoint"] is not None]
         time = f"{statistics.median(times):.2f}" if times else "not measured"
         rows.append([arm, f"{lengths[arm]:,.0f}", f"{lengths[arm] / shortest:.1f}x", time])
-    header = ["switches", "longest sequence, tokens", "over plain", "CPU time a token over plain checkpointing"]
+    header = ["switches", "longest sequence, tokens", "over plain", "CPU time per token over plain checkpointing"]
     return markdown_table(header, rows) + "\n\n" + provenance(result)
 
 

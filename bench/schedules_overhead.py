@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from bench import schedules as bench
+from bench._progress import with_line
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional import schedules as S
 
@@ -61,7 +62,8 @@ def _updates(model: LlamaForCausalLM, rows: list[dict[str, Any]], ours: bool, up
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        Trainer(model, args, train_dataset=rows, callbacks=[clock, *schedule]).train()
+        trainer = Trainer(model, args, train_dataset=rows, callbacks=[clock, *schedule])
+        with_line(trainer, "with the callback" if ours else "without it", live=False).train()
     # The first updates fill caches.
     return [b - a for a, b in zip(clock.times[2:], clock.times[3:], strict=False)]
 

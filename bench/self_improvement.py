@@ -28,6 +28,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from bench._progress import with_line
 from bench._schema import command_line, headline, write_result
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional.schedules import wsd
@@ -39,7 +40,7 @@ BASE_LR, ROUND_LR, KEPT = 3e-3, 1e-3, 2000
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token a character."""
+    """Return a tokenizer of one token per character."""
     vocab = {token: place for place, token in enumerate(("_", "$", "^", ">", *string.ascii_lowercase))}
     core = Tokenizer(WordLevel(vocab=vocab, unk_token="_"))
     core.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -106,7 +107,8 @@ def train(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int, ra
         seed=seed,
     )
     schedule = LRScheduleCallback(wsd(warmup_steps=steps // 30, decay_fraction=0.2, shape="linear"))
-    Trainer(model, args, train_dataset=rows, data_collator=partial(collate, tokenizer), callbacks=[schedule]).train()
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=partial(collate, tokenizer), callbacks=[schedule])
+    with_line(trainer, f"{len(rows)} rows, seed {seed}").train()
 
 
 def answers_of(model: Any, tokenizer: Any) -> GreedyAnswers:

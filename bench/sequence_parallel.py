@@ -71,7 +71,7 @@ def model_of(precision: str, seed: int, checkpointing: bool = False) -> nn.Modul
 
 
 def batch_of(kind: str, seed: int, index: int = 0) -> dict[str, Tensor]:
-    """Two rows. The first of two ranks has one valid label a row, the first of four none."""
+    """Two rows. The first of two ranks has one valid label per row, the first of four none."""
     random = torch.Generator().manual_seed(1000 * seed + index)
     ids = torch.randint(VOCABULARY, (2, LENGTH), generator=random)
     labels = ids.masked_fill(torch.arange(LENGTH) < 11, -100)

@@ -130,7 +130,7 @@ def counted() -> list[dict[str, Any]]:
     Return the times of one layer of Llama 3 8B, 16384 tokens in rows of 8192, forward and backward, by the model above.
 
     Per update a mask costs: read the bf16 weight and the mask, write the packed weight and its packed transpose (half of
-    the values and 2 bits for each: 1.125 bytes a weight); read `dy`, write it packed; every 40th update the search.
+    the values and 2 bits for each: 1.125 bytes per weight); read `dy`, write it packed; every 40th update the search.
     """
     weights, gradients = 3 * HIDDEN * FFN, TOKENS * (2 * FFN + HIDDEN)
     product = _milliseconds(2 * TOKENS * weights)

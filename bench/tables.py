@@ -25,7 +25,7 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(\[[^\]]*\])?([^;]*)")
 
 
 def papers_table(root: Path, methods: Sequence[Method] = METHODS) -> str:
-    """Return one row a method with a paper, by arXiv id, the newest first."""
+    """Return one row per method with a paper, by arXiv id, the newest first."""
     rows = [
         [f"[{m.paper_id}](https://arxiv.org/abs/{m.paper_id})", m.paper, f"[{m.title}](methods/{m.key}.md)", m.status]
         for m in sorted(methods, key=lambda m: (m.paper_id, m.key), reverse=True)
@@ -35,7 +35,7 @@ def papers_table(root: Path, methods: Sequence[Method] = METHODS) -> str:
 
 
 def other_sources_table(root: Path, methods: Sequence[Method] = METHODS) -> str:
-    """Return one row a method without an arXiv id: where it comes from."""
+    """Return one row per method without an arXiv id: where it comes from."""
     rows = [[f"[{m.title}](methods/{m.key}.md)", m.paper, m.status] for m in methods if not m.paper_id]
     return markdown_table(["card", "source", "status"], rows, numbers=False)
 
@@ -82,7 +82,7 @@ def versions_run(result: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def versions_table(root: Path) -> str:
-    """Return one row a package: the range that `setup.cfg` accepts, and the versions that were run."""
+    """Return one row per package: the range that `setup.cfg` accepts, and the versions that were run."""
     result = compatibility_result(root)
     if result is None:
         return "*Not tested yet: `python -m bench.compatibility` writes `bench/results/compatibility.json`.*"

@@ -2,7 +2,7 @@
 
 `python -m bench.token_budget` writes `bench/results/token_budget.json`. Lengths are log-normal, 8 processes of 4 accumulation
 steps. All arms serve each row once in about the same number of updates: the budget of ours is the smallest that needs no more.
-Beside it: random order, transformers' `group_by_length`, and its `batch_rebalance`, each with 8 rows a micro-batch on average.
+Beside it: random order, transformers' `group_by_length`, and its `batch_rebalance`, each with 8 rows per micro-batch on average.
 The cost of a row is that of a 7B model, `6 N l + 12 L H D l^2`, the same for all arms; and, in a second set of rows, the one
 that `batch_rebalance` assumes, `l + l^2 / 1000`. Times are CPU seconds of one thread: of making the sampler for a million rows, of
 finding the place in the middle of an epoch of them, and of forward and backward of a small model on rows of an eighth of the

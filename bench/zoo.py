@@ -55,7 +55,7 @@ def mark_of(outcomes: Sequence[Outcome]) -> str:
 
 
 def rows_of_table(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return one row a class, then one row a setting."""
+    """Return one row per class, then one row per setting."""
     classes: dict[Family, dict[str, list[Result]]] = {}
     for result in results:
         classes.setdefault(result.family, {}).setdefault(result.feature, []).append(result)

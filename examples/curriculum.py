@@ -1,7 +1,7 @@
 """
 A curriculum: rows in the order of a score, easy first, with a sampler that resumes exactly.
 
-The score here is the number of different tokens of a row; any number a row does (loss, length, a judge's mark).
+The score here is the number of different tokens of a row; any number per row does (loss, length, a judge's mark).
 
     python examples/curriculum.py
     python examples/curriculum.py --model Qwen/Qwen3-0.6B --dataset roneneldan/TinyStories --max-steps 500
@@ -39,7 +39,7 @@ else:
     model, rows, settings = demo.model, Dataset.from_list(demo.tokens), demo.cpu_args
     collate = DataCollatorForLanguageModeling(demo.tokenizer, mlm=False)
 
-# %% A score a row, and the sampler that follows it
+# %% A score per row, and the sampler that follows it
 scores = [len(set(ids)) for ids in rows["input_ids"]]
 seen = []
 
@@ -61,4 +61,4 @@ trainer = EffiTrainer(
 trainer.train()
 
 # %% What it did
-print("different tokens a row, batch by batch:", " ".join(f"{mean:.1f}" for mean in seen[: args.max_steps]))
+print("different tokens per row, batch by batch:", " ".join(f"{mean:.1f}" for mean in seen[: args.max_steps]))

@@ -131,7 +131,7 @@ def chunked_linear_cross_entropy() -> Callable[..., Any] | None:
     """
     Return torch's cross-entropy of a linear layer in chunks of rows, summed, or `None` before torch 2.13.
 
-    It is called as `(input, weight, target, bias, rows)`, with `rows` rows a chunk.
+    It is called as `(input, weight, target, bias, rows)`, with `rows` rows per chunk.
     """
     from torch.nn import functional
 

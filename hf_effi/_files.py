@@ -76,6 +76,25 @@ def save_json(path: str | Path, value: Any, **options: Any) -> None:
     save_text(path, json.dumps(value, **options) + "\n")
 
 
+def append_text(path: str | Path, text: str) -> None:
+    """
+    Append a text to a file of our own, as UTF-8. A symbolic link in its place is not followed.
+
+    Raises:
+        OSError: `path` is a link, or the disk does not take it.
+    """
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows makes a link for administrators only
+    number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | no_link, 0o666)
+    with open(number, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def drop_link(path: str | Path) -> None:
+    """Remove a symbolic link, so that what is written at `path` does not go where somebody else pointed it."""
+    if Path(path).is_symlink():
+        Path(path).unlink()
+
+
 def state_bytes(state: Any, whose: str) -> bytes:
     """
     Return a state as `torch.save` writes it, having checked that a checkpoint can give it back.
@@ -95,7 +114,7 @@ def state_bytes(state: Any, whose: str) -> bytes:
         torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle raises what it likes
         raise StateFileError(
-            f"The state of {whose} cannot be stored in a checkpoint: {str(error).strip().splitlines()[0]} Return tensors, "
+            f"The state of {whose} cannot be stored in a checkpoint: {_first_line(error)} Return tensors, "
             "numbers, strings, None, and lists, tuples and dicts of them (array.tolist() or torch.from_numpy(array) in "
             "place of a numpy array)."
         ) from error
@@ -124,8 +143,7 @@ def load_state(path: str | Path, map_location: Any = "cpu") -> Any:
         raise missing_file(path) from None
     except Exception as error:  # a torn archive, a pickle of something else
         raise StateFileError(
-            f"{path} is damaged or not a state of hf_effi ({str(error).strip().splitlines()[0]}). Resume from another "
-            "checkpoint."
+            f"{path} is damaged or not a state of hf_effi ({_first_line(error)}). Resume from another checkpoint."
         ) from error
 
 
@@ -140,8 +158,14 @@ def load_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise missing_file(path) from None
-    except ValueError as error:
-        raise StateFileError(f"{path} is damaged ({error}). Resume from another checkpoint.") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
+        raise StateFileError(f"{path} is damaged ({reason}). Resume from another checkpoint.") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error, or its class: some have no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def missing_file(path: str | Path) -> StateFileError:

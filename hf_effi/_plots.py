@@ -45,6 +45,21 @@ def short_number(value: float, position: int | None = None) -> str:
     return f"{value / size:g}{unit}"
 
 
+def as_label(name: object, limit: int = 60) -> str:
+    """
+    Return a name as text that is drawn as it is: no formula between two `$`, not left out of a legend, on one line.
+
+    Example:
+    ```python
+    >>> as_label("a$b$c"), as_label("_seed 0"), as_label("x" * 100, 10)
+    ('a\\\\$b\\\\$c', ' _seed 0', 'xxxxxxx...')
+    ```
+    """
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
+    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _figure(width: float, height: float, colours: Mapping[str, str] = _STAND_INS) -> tuple[Any, Any]:
     require("matplotlib", "Drawing a plot")
     from matplotlib.figure import Figure
@@ -104,7 +119,7 @@ def draw_curves(
     curves: Mapping[str, Sequence[Mapping[str, float]]], axis: str, axis_label: str, measure: str, salt: str
 ) -> str:
     """
-    Draw one line a series with its 95 % band.
+    Draw one line per series with its 95 % band.
 
     Args:
         curves (`Mapping`): Title -> points; a point has `axis`, `measure` and `<measure>_ci` (fractions of 1).
@@ -131,7 +146,7 @@ def draw_lines(
     name_one: bool = False,
 ) -> str:
     """
-    Draw one line a title, with its band where there is one.
+    Draw one line per title, with its band where there is one.
 
     Args:
         lines (`Mapping`): Title -> (x, y, half width of the band).
@@ -164,7 +179,7 @@ def draw_lines(
             axes.fill_between(x, low, high, color=colour, alpha=0.09, linewidth=0)
         marker = {"marker": "o", "markersize": 4} if len(points) == 1 else {}
         style = _DASHES[index % len(_DASHES)]
-        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=style, label=title, **marker)
+        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=style, label=as_label(title), **marker)
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
     axes.set_xlim(left=0)
@@ -186,7 +201,7 @@ def draw_stacked_areas(
     for index, (name, values) in enumerate(parts.items()):
         above = [a + b for a, b in zip(below, values, strict=True)]
         colour = _STAND_INS[f"series-{(index + 1) % MAX_SERIES}"]
-        axes.fill_between(x, below, above, step="mid", color=colour, alpha=0.85, linewidth=0, label=name)
+        axes.fill_between(x, below, above, step="mid", color=colour, alpha=0.85, linewidth=0, label=as_label(name))
         below = above
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
@@ -216,7 +231,7 @@ def draw_stacked_bars(
     name_one: bool = False,
 ) -> str:
     """
-    Draw one horizontal bar a row, split into parts, with the parts named in a legend and the totals at the ends.
+    Draw one horizontal bar per row, split into parts, with the parts named in a legend and the totals at the ends.
 
     Args:
         bars (`Mapping`): Row title -> part name -> size. All rows are drawn in the order of the first.
@@ -230,7 +245,7 @@ def draw_stacked_bars(
         sizes = [bars[title].get(part, 0.0) for title in titles]
         # The first part is what one wants to see shrink or stay; it gets the strongest colour, not the baseline's grey.
         colour = _STAND_INS[f"series-{(index + 1) % MAX_SERIES}"]
-        axes.barh(range(len(titles)), sizes, left=left, height=0.55, color=colour, label=part)
+        axes.barh(range(len(titles)), sizes, left=left, height=0.55, color=colour, label=as_label(part))
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for row, total in enumerate(left):
         axes.annotate(
@@ -244,7 +259,7 @@ def draw_stacked_bars(
         )
     # Titles sit above their bars: beside them they would take half of a phone's width.
     for row, title in enumerate(titles if len(titles) > 1 or name_one else []):
-        axes.text(0, row - 0.34, title, va="bottom", ha="left", fontsize=8.5, color=_STAND_INS["ink"])
+        axes.text(0, row - 0.34, as_label(title), va="bottom", ha="left", fontsize=8.5, color=_STAND_INS["ink"])
     axes.set_yticks([])
     axes.set_ylim(len(titles) - 0.5, -0.75)
     axes.set_xlim(0, 1.15 * max([*left, 1e-9]))

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from ._compat import MissingPackageError
 from ._version import __version__
-from .cli_train import EXIT_CODES, run_validate, train
+from .cli_train import EXIT_CODES, run_validate, train, without_upstream_notices
 
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`, help, example. A new planner is one
 #: line here.
@@ -278,8 +278,9 @@ def _add_training(commands: Any) -> None:
         "validate",
         "check a YAML before a model is loaded",
         "hf-effi validate run.yaml --kind grpo",
-        "Keys, types, ranges and combinations, as `hf-effi grpo` or `sft` will read them. Exit code 0: valid; what only "
-        "this machine would refuse is a note.",
+        "Keys, types, ranges and combinations, as `hf-effi grpo` or `sft` will read them; then whether model, data, reward "
+        "functions and packages are there. Nothing of it is loaded or imported. Exit code 0: valid; what only this machine "
+        "would refuse is a note.",
         has_json=True,
     )
     validate.add_argument("config", metavar="CONFIG.yaml", help="the file that `--config` would read")
@@ -353,7 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args, unknown = build_parser(arguments).parse_known_args(arguments)
         if unknown:
             raise UsageError(f"unknown argument {unknown[0]}. `{name} --help` lists what it takes.")
-        return args.run(args)
+        with without_upstream_notices(set()):
+            return args.run(args)
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

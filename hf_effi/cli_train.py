@@ -6,20 +6,21 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import io
 import json
 import logging
+import re
 import sys
 import traceback
-import types
-import typing
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from ._run_record import redact
+from ._untrusted import one_line
+from .cli_resolve import missing_of, resolve
+from .cli_yaml import problems_of_keys, read_config
 
 EXIT_CODES = "exit codes: 0 done, 1 it failed (the reason is on stderr), 2 it was called wrongly"
 #: command -> TRL's script, our config, our trainer, the trainer it stands for
@@ -32,16 +33,8 @@ TRAININGS = {
     "sft": ("trl.scripts.sft", "hf_effi.trainers.sft:EffiSFTConfig", "hf_effi.trainers.sft:EffiSFTTrainer"),
 }
 _CHECK = "hf_effi.trainers._common:check_config"
-#: keys that only this kind of training has
-_TELLS_GRPO = ("reward_funcs", "reward_model_name_or_path", "num_generations", "max_completion_length", "prune_rate")
-#: key -> smallest value that means anything, of those that upstream takes without a look
-_LEAST = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps"), 0),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), 0),
-    **dict.fromkeys(("max_length", "max_completion_length", "num_generations"), 1),
-    "max_steps": -1,  # no limit
-}
+#: keys that tell the kind of a file where as many speak for the one as for the other
+_TELLS_GRPO = ("reward_funcs", "reward_model_name_or_path", "num_generations", "max_completion_length")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -86,46 +79,56 @@ def problems_of(config: Any, kind: str) -> tuple[list[str], list[str]]:
         `tuple[list[str], list[str]]`: What is wrong, one sentence each, and what only this machine would refuse.
     """
     parser = make_parser(kind)
-    problems = problems_of_keys(parser, config)
+    problems = problems_of_keys(parser, config, other_keys(kind))
     if problems:
         return problems, []
     return _problems_of_values(parser, {key: value for key, value in config.items() if key != "env"}, kind)
 
 
-def problems_of_keys(parser: Any, config: Any) -> list[str]:
-    """Return one sentence for each unknown key and each value of a wrong type."""
-    if not isinstance(config, dict):
-        held = "is empty" if config is None else f"holds {type(config).__name__}"
-        return [f"the file {held}, but must be a mapping: lines of `key: value`."]
-    fields = {
-        field.name: (cls, field) for cls in parser.dataclass_types for field in dataclasses.fields(cls) if field.init
-    }
-    found = []
-    for key in config:
-        if key not in fields and key != "env":
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.6)
-            found.append(f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else ""))
-    hints = {cls: typing.get_type_hints(cls) for cls in parser.dataclass_types}
-    known = {key: value for key, value in config.items() if key in fields}
-    for key, value in known.items():
-        cls, _ = fields[key]
-        if not _fits(value, hints[cls][key]):
-            wanted = str(hints[cls][key]).removeprefix("<class '").removesuffix("'>").replace("typing.", "")
-            found.append(f"{key}: {redact(value, key)!r} is {type(value).__name__}, but must be {wanted}.")
-        elif key in _LEAST and value is not None and float(value) < _LEAST[key]:
-            found.append(f"{key}: {value!r} must be at least {_LEAST[key]}.")
-    return found
+@functools.cache
+def own_keys(kind: str) -> frozenset[str]:
+    """Return the keys that only this kind of training has."""
+    mine, others = (
+        {field.name for cls in make_parser(one).dataclass_types for field in dataclasses.fields(cls) if field.init}
+        for one in (kind, _other(kind))
+    )
+    return frozenset(mine - others)
+
+
+def other_keys(kind: str) -> dict[str, str]:
+    """Return key -> what it is, of the keys that only the other kind of training has."""
+    other = _other(kind)
+    word = f"a {'GRPO' if other == 'grpo' else 'SFT'} key, which does not act in `hf-effi {kind}`. Remove it"
+    return dict.fromkeys(own_keys(other), word)
+
+
+def _other(kind: str) -> str:
+    return "sft" if kind == "grpo" else "grpo"
+
+
+def kind_of(config: Any) -> str:
+    """Return `"grpo"` or `"sft"`: whose keys there are more of, also misspelt ones."""
+    keys = [str(key)[:60] for key in config][:200] if isinstance(config, dict) else []
+    grpo, sft = (
+        sum(bool(difflib.get_close_matches(key, own_keys(kind), 1, 0.9)) for key in keys) for kind in ("grpo", "sft")
+    )
+    if grpo == sft:
+        return "grpo" if any(key in _TELLS_GRPO for key in keys) else "sft"
+    return "grpo" if grpo > sft else "sft"
 
 
 def _problems_of_values(parser: Any, known: dict[str, Any], kind: str) -> tuple[list[str], list[str]]:
     """Tell what the configs refuse from what they accept on another machine."""
-    problems = _parse(parser, known)
-    if not problems or known.get("use_cpu"):
-        return problems, []
-    without_device = _parse(parser, {**known, "use_cpu": True})
-    if without_device == problems:
-        return problems, []
-    return without_device, [_no_gpu(kind, problems[0])]
+    parsed, problems = _parse(parser, known)
+    notes: list[str] = []
+    if problems and not known.get("use_cpu"):
+        parsed, without_device = _parse(parser, {**known, "use_cpu": True})
+        if without_device != problems:
+            problems, notes = without_device, [_no_gpu(kind, problems[0])]
+    if problems:
+        return problems, notes
+    problems, more = resolve(parsed, kind)
+    return problems, [*notes, *more]
 
 
 def _no_gpu(kind: str, reason: str) -> str:
@@ -135,81 +138,26 @@ def _no_gpu(kind: str, reason: str) -> str:
     )
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of YAML can stand for the type; argparse turns text into numbers, so such text is taken too."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or isinstance(hint, typing.TypeVar):
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple, str))
-    if hint is type(None):
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool) or str(value).lower() in ("true", "false", "0", "1", "yes", "no")
-    if hint in (int, float):
-        with contextlib.suppress(TypeError, ValueError):
-            return (
-                not isinstance(value, bool)
-                and float(value) == float(value)
-                and (hint is float or int(value) == float(value))
-            )
-        return False
-    if origin is dict or hint is dict:
-        return isinstance(value, (dict, str))
-    if isinstance(hint, type) and hint is not str:
-        return True  # enums and configs check themselves when they are made
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
-
-
-def _parse(parser: Any, values: dict[str, Any]) -> list[str]:
-    """Make the configs as `train` does, which checks ranges and combinations. No model is loaded."""
+def _parse(parser: Any, values: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Make the configs as `train` does, which checks ranges and combinations, and tell why not. No model is loaded."""
     parser.set_defaults_with_config(**values)
     complaint = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stderr(complaint):
         warnings.simplefilter("ignore")
         try:
-            _, training, *_ = parser.parse_args_into_dataclasses(args=[])
-            load(_CHECK)(training)
+            parsed = parser.parse_args_into_dataclasses(args=[])
+            load(_CHECK)(parsed[1])
         except SystemExit:
-            return [complaint.getvalue().strip().splitlines()[-1].partition("error: ")[2]]
+            return None, [one_line(complaint.getvalue().strip().splitlines()[-1].partition("error: ")[2])]
         except Exception as error:  # whatever a config raises is what is wrong with it
-            return [" ".join(str(error).split())]
-    return []
-
-
-def _read(path: str) -> tuple[Any, str | None]:
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        lines: dict[str, int] = {}
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
-            first = lines.setdefault(str(key.value), key.start_mark.line + 1)
-            if first != key.start_mark.line + 1:
-                return None, f"{path}: {key.value} is set in line {first} and again in line {key.start_mark.line + 1}."
-        return yaml.safe_load(text), None
-    except OSError as error:
-        return None, f"{path}: {error.strerror}."
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        advice = " Indent with spaces." if "\\t" in error.problem else ""
-        return None, f"{path} is not YAML: line {mark.line + 1}, column {mark.column + 1}: {error.problem}.{advice}"
-    except (ValueError, yaml.YAMLError) as error:  # not UTF-8, or control characters
-        return None, f"{path} is not a YAML file: {' '.join(str(error).split())}."
+            return None, [one_line(error) or type(error).__name__]
+    return parsed, []
 
 
 def run_validate(args: argparse.Namespace) -> int:
     """Print what is wrong, one line each; exit code 1 if anything is."""
-    config, failure = _read(args.config)
-    keys = config if isinstance(config, dict) else ()
-    kind = args.kind or (
-        "grpo" if any(difflib.get_close_matches(str(key), _TELLS_GRPO, 1, 0.9) for key in keys) else "sft"
-    )
+    config, failure = read_config(args.config)
+    kind = args.kind or kind_of(config)
     logging.disable(logging.WARNING)  # what the libraries warn about while a config is made is not about the file
     try:
         problems, notes = ([failure], []) if failure else problems_of(config, kind)
@@ -246,6 +194,42 @@ def _trainer_in_place(kind: str) -> Iterator[None]:
 def train(kind: str, arguments: Sequence[str]) -> int:
     """Run TRL's training script with our config and trainer. `arguments` are those after `hf-effi grpo`."""
     arguments = [part for word in arguments for part in _split_config(word)]
+    with without_upstream_notices(_given_keys(arguments)):
+        return _train(kind, arguments)
+
+
+def _given_keys(arguments: Sequence[str]) -> set[str]:
+    """Return the options of a command line and the keys of its file."""
+    keys = {word[2:].partition("=")[0] for word in arguments if word.startswith("--")}
+    if "--config" in arguments and (path := arguments[arguments.index("--config") + 1 :][:1]):
+        config, _ = read_config(path[0])
+        keys |= {str(key) for key in config} if isinstance(config, dict) else set()
+    return keys
+
+
+@contextlib.contextmanager
+def without_upstream_notices(keys: set[str]) -> Iterator[None]:
+    """
+    While it lasts, a `FutureWarning` that names none of the keys is not shown: it is for whoever calls a library.
+
+    With `python -W` or `PYTHONWARNINGS` all is as they say.
+    """
+    if sys.warnoptions:
+        yield
+        return
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_what_can_be_acted_on(message: Any, category: Any, *rest: Any, **options: Any) -> None:
+            named = set(re.findall(r"\w+", str(message)))
+            if not issubclass(category, FutureWarning) or named & keys:
+                show(message, category, *rest, **options)
+
+        warnings.showwarning = show_what_can_be_acted_on
+        yield
+
+
+def _train(kind: str, arguments: list[str]) -> int:
     parsed, problems = _parse_command(kind, arguments)
     if problems:
         print("\n".join(f"hf-effi {kind}: {problem}" for problem in problems), file=sys.stderr)
@@ -276,14 +260,14 @@ def _parse_command(kind: str, arguments: list[str]) -> tuple[Any, list[str]]:
         path = arguments[arguments.index("--config") + 1 :][:1]
         if not path:
             return None, ["--config needs a file, such as --config run.yaml."]
-        config, failure = _read(path[0])
-        problems = [failure] if failure else problems_of_keys(make_parser(kind), config)
+        config, failure = read_config(path[0])
+        problems = [failure] if failure else problems_of_keys(make_parser(kind), config, other_keys(kind))
         if problems:
             return None, problems
     try:
         parsed = make_parser(kind).parse_args_and_config(arguments)
     except ValueError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         with contextlib.suppress(ValueError):
             make_parser(kind).parse_args_and_config([*arguments, "--use_cpu", "true"])
             reason = _no_gpu(kind, reason)
@@ -291,18 +275,8 @@ def _parse_command(kind: str, arguments: list[str]) -> tuple[Any, list[str]]:
     try:
         load(_CHECK)(parsed[1])
     except ValueError as error:
-        return None, [" ".join(str(error).split())]
-    script, model, data = parsed[0], parsed[2], parsed[3]
-    missing = []
-    if not model.model_name_or_path:
-        missing.append("no model: give model_name_or_path in the file or on the command line.")
-    if not script.dataset_name and not data.datasets:
-        missing.append("no data: give dataset_name (or datasets) in the file or on the command line.")
-    if kind == "grpo" and not script.reward_funcs and not script.reward_model_name_or_path:
-        missing.append(
-            "no reward: give reward_funcs (or reward_model_name_or_path) in the file or on the command line."
-        )
-    return parsed, missing
+        return None, [one_line(error)]
+    return parsed, missing_of(parsed, kind)
 
 
 def _while_training(error: BaseException) -> bool:

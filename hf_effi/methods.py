@@ -1,4 +1,5 @@
-"""One static table: which method comes from which paper, where its code, card, tests and bench are, and its status.
+"""One static table: which method comes from which paper, where its code, card, tests and bench are, and its
+status with the evidence for it.
 
 Docs, `hf-effi list` and the contract tests read it. Nothing dispatches on it.
 """

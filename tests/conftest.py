@@ -1,4 +1,4 @@
-"""What every test run starts from: offline, one thread a process, fixed seeds."""
+"""What every test run starts from: offline, one thread per process, fixed seeds."""
 
 from __future__ import annotations
 

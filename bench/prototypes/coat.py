@@ -26,7 +26,7 @@ def power(ratio: torch.Tensor) -> torch.Tensor:
 
 
 class Expanded(NamedTuple):
-    """A tensor in e4m3, `(groups, 128)`, with three fp32 numbers a group."""
+    """A tensor in e4m3, `(groups, 128)`, with three fp32 numbers per group."""
 
     values: torch.Tensor
     scale: torch.Tensor

@@ -1,1 +1,1 @@
-"""Rows of the table in `hf_effi.methods`, one file a family. `METHODS` joins them."""
+"""Rows of the table in `hf_effi.methods`, one file per family. `METHODS` joins them."""

@@ -108,7 +108,7 @@ ROWS: tuple[Method, ...] = (
         key="cached_scores",
         title="Cached row scores",
         kind="sampler",
-        summary="Computes loss, perplexity, length, rarity or learnability once, as a column with a fingerprint a row.",
+        summary="Computes loss, perplexity, length, rarity or learnability once, as a column with a fingerprint per row.",
         entry_points=(
             "hf_effi.samplers:add_score",
             "hf_effi.samplers:ModelScore",
@@ -340,7 +340,7 @@ ROWS: tuple[Method, ...] = (
         paper="Efficient Long Context Fine-tuning with Chunk Flow",
         paper_id="2503.02356",
         authors="Yuan, Xiulong and others",
-        status="stable",
+        status="experimental",
         tests=(
             "tests/unit/test_token_budget.py",
             "tests/training/test_token_budget.py",

@@ -13,9 +13,15 @@ ROWS: tuple[Method, ...] = (
         entry_points=("hf_effi.trainers.grpo:EffiGRPOTrainer", "hf_effi.functional.rollouts:plan_buckets"),
         paper="none: bookkeeping that follows from the loss",
         paper_id="",
-        status="experimental",
+        status="stable",
         tests=("tests/unit/test_rollout_batching.py", "tests/training/test_grpo_exact.py"),
         bench="bench/grpo_exact.py",
+        exact="tests/training/test_grpo_exact.py::test_gradient_equals_stock",
+        zoo=(
+            "trim",
+            "sort",
+            "skip",
+        ),
     ),
     Method(
         key="difficulty_filter",

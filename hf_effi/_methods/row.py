@@ -25,11 +25,16 @@ class Method:
         entry_points (`tuple[str, ...]`): Dotted paths of the public objects, `module:attribute`.
         paper (`str`): Title of the source.
         paper_id (`str`): arXiv id, or `""` where there is no paper.
-        status (`str`): `experimental`, then `stable` once our own bench confirms it; `rejected` has a card, a bench and
-            its figures, and no entry point.
+        status (`str`): `stable` when it is exact by contract and passes the zoo, or when a bench of ours confirms its claim
+            on at least two tasks; both with three seeds. `rejected` has a card, a bench and its figures, and no entry
+            point. `experimental` otherwise.
         tests (`tuple[str, ...]`): Test files that prove it: the pure function and the run through `trainer.train()`.
         bench (`str`): The script in `bench/` whose committed JSON carries its figures.
         authors (`str`): Of the paper, as BibTeX writes them: `"Hu, Shengding and others"`.
+        exact (`str`): The test that holds loss and gradients against the untouched model's, `"file::function"`; `""` where
+            there is none, or where they are meant to differ.
+        zoo (`tuple[str, ...]`): Features of the model zoo that are this method (`tests/zoo/features.py`).
+        tasks (`tuple[str, ...]`): Headline figures of the bench that confirm the claim, each on a task of its own.
     """
 
     key: str
@@ -43,6 +48,9 @@ class Method:
     tests: tuple[str, ...]
     bench: str
     authors: str = ""
+    exact: str = ""
+    zoo: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
 
     @property
     def card(self) -> str:

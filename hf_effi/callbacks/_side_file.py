@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._files import save_state
+from ._run_folder import run_folder
 
 
 class SideFileCallback(TrainerCallback):
@@ -29,7 +30,7 @@ class SideFileCallback(TrainerCallback):
 
     def side_path(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Return where the file of this checkpoint is."""
-        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.side_file
+        return run_folder(args, state) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.side_file
 
     def write_side_file(self, args: TrainingArguments, state: TrainerState) -> None:
         """Write the file, once for each save."""

@@ -10,7 +10,7 @@ from peft.tuners.adalora import AdaLoraModel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from .._files import load_state
+from .._files import StateFileError, load_state
 from ._owners import Role
 from ._side_file import SideFileCallback
 from ._turns import LAST, WRITE, TurnCallback, in_turn
@@ -153,6 +153,8 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
             )
         device = next(self._adapter.model.parameters()).device
         stored = load_state(path, device)
+        if not isinstance(stored, dict) or stored.keys() != {*_AVERAGES, "pattern"}:
+            raise StateFileError(f"{path} is not a state of AdaLoRACallback. Resume from another checkpoint.")
         self._pattern = stored.pop("pattern")
         for name, averages in stored.items():
             setattr(self._allocator, name, averages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -28,6 +29,7 @@ class _RuleCallback(LRFactorCallback):
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
+        self._fresh = copy.deepcopy(rule.state_dict())
 
     @property
     def key(self) -> str:
@@ -40,10 +42,11 @@ class _RuleCallback(LRFactorCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_scheduler(kwargs.get("lr_scheduler"))
+        check_scheduler(kwargs.get("lr_scheduler"), type(self).__name__)
         super().on_train_begin(args, state, control, **kwargs)
-        if state.global_step > 0 and self.key in state.stateful_callbacks:
-            self.rule.load_state_dict(state.stateful_callbacks[self.key])
+        # A callback may train again, as in a search, and then knows nothing of the last run.
+        stored = state.stateful_callbacks.get(self.key) if state.global_step > 0 else None
+        self.rule.load_state_dict(copy.deepcopy(self._fresh if stored is None else stored))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

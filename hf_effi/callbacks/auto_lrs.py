@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._compat import require
+from .._files import load_state
 from ..functional.options import refuse_idle
 from ..functional.probes import is_probed
 from ..functional.schedules import ScheduleError
@@ -168,7 +169,7 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     ) -> None:
         refuse_sharded(args, "AutoLRSCallback")
         self.side_file, self._written_at = f"hf_effi_auto_lrs_{args.process_index}.pt", None
-        check_scheduler(kwargs["lr_scheduler"])
+        check_scheduler(kwargs["lr_scheduler"], "AutoLRSCallback")
         super().on_train_begin(args, state, control, **kwargs)
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
@@ -244,8 +245,7 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
                     f"The checkpoint at step {state.global_step} lies inside a search, and {file} with the weights "
                     "before it is missing. Resume with the output_dir that the checkpoint was written to."
                 )
-            # Our own file; it needs pickle because numpy's random state is an array.
-            self._snapshot = torch.load(file, map_location="cpu", weights_only=False)
+            self._snapshot = load_state(file)
         self.progress["world_size"] = args.world_size
 
     def _note_loss(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from .._files import save_aside, save_json
+from .._record_check import load_trainer_state
 from ..functional.schedules import Schedule, ScheduleError
 from ..functional.schedules._checks import check_steps
 from .lr_schedule import STATE_KEY, LRScheduleCallback
@@ -75,8 +75,12 @@ def branch_cooldown(
         raise ScheduleError(f"{source} has no trainer_state.json. Pass the folder of a Trainer checkpoint.")
     if written_in_probe(source):
         raise ScheduleError(f"{source} holds the weights of a probe, which was undone later. Branch from another one.")
-    state = json.loads(state_file.read_text())
-    stored = state.get("stateful_callbacks", {}).get(STATE_KEY)
+    state = load_trainer_state(source)
+    stored = (state.get("stateful_callbacks") or {}).get(STATE_KEY)
+    if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("current"), dict)):
+        raise ScheduleError(
+            f"{state_file} is damaged: its {STATE_KEY!r} holds no schedule. Pass schedule=..., the trunk's."
+        )
     if stored is not None and stored.get("step", state["global_step"]) != state["global_step"]:
         stored = None  # carried along by a run that followed another schedule
     if schedule is None:

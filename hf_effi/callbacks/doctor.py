@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from ..functional.doctor import (
     TrainLimits,
     diagnose,
 )
+from ._observer import describe, only_observes
 from ._owners import OwningCallback, Role
 from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
@@ -29,21 +29,6 @@ from .scheduler_plan import scheduler_plan
 
 logger = logging.getLogger(__name__)
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
-
-
-def _only_observes(event: Callable[..., None]) -> Callable[..., None]:
-    """What goes wrong in an event stops the watching, with a warning, and never the run."""
-
-    @functools.wraps(event)
-    def observed(self: TrainDoctor, *args: Any, **kwargs: Any) -> None:
-        try:
-            event(self, *args, **kwargs)
-        except Exception as error:
-            self._forget_model()
-            self._failed = True
-            logger.warning(f"{type(self).__name__} stopped watching, and the run goes on: {error!r}")
-
-    return observed
 
 
 class TrainDoctor(OwningCallback):
@@ -119,7 +104,7 @@ class TrainDoctor(OwningCallback):
         self.check(args)
         self._begin(args, state, **kwargs)
 
-    @_only_observes
+    @only_observes
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         self._facts = self.facts(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
         stored = state.stateful_callbacks.get(self._state_key, []) if state.global_step > 0 else []
@@ -134,7 +119,7 @@ class TrainDoctor(OwningCallback):
             self._measures_packing = not (args.deepspeed or args.fsdp)
             self._look(state)
 
-    @_only_observes
+    @only_observes
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -145,6 +130,7 @@ class TrainDoctor(OwningCallback):
         self._look(state)
         self._facts = dataclasses.replace(self._facts, plan=None)  # looked at once
 
+    @only_observes
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -152,7 +138,7 @@ class TrainDoctor(OwningCallback):
         self._used_lr = float(kwargs["optimizer"].param_groups[0]["lr"])
 
     @in_turn(READ)
-    @_only_observes
+    @only_observes
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         if self._watch is None or "loss" not in logs:
@@ -168,7 +154,7 @@ class TrainDoctor(OwningCallback):
         self._measure_packing(kwargs["model"])
         self._look(state)
 
-    @_only_observes
+    @only_observes
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -197,6 +183,13 @@ class TrainDoctor(OwningCallback):
             self.findings.append(finding)
             self.say(f"{type(self).__name__}, {finding}")
         state.stateful_callbacks[self._state_key] = [dataclasses.asdict(finding) for finding in self.findings]
+
+    def stop_observing(self, error: Exception) -> None:
+        """Say that the watching is over, and let go of the model."""
+        self._forget_model()
+        if not self._failed:
+            logger.warning(f"{type(self).__name__} stopped watching, and the run goes on: {describe(error)}")
+        self._failed = True
 
     def _forget_model(self) -> None:
         if self._watch is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..functional.probes import is_probed
+from ._observer import describe
 
 logger = logging.getLogger(__name__)
 #: what the losses of torch and transformers leave out
@@ -69,7 +70,7 @@ class ForwardWatch:
             self._look(module, args, kwargs)
         except Exception as error:  # whatever a model may be given: who watches must not end the run
             self.close()
-            logger.warning(f"The inputs of {type(module).__name__} are no longer watched: {error!r}")
+            logger.warning(f"The inputs of {type(module).__name__} are no longer watched: {describe(error)}")
 
     def _look(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)

@@ -17,7 +17,7 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise PatchError(
             f"{args.n_gpu} devices in one process: nn.DataParallel copies a patched module with the original's weights. "
-            "Start one process a device (torchrun, accelerate launch), or make one device visible."
+            "Start one process per device (torchrun, accelerate launch), or make one device visible."
         )
 
 

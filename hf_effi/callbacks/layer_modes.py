@@ -149,7 +149,7 @@ class MemoryBudgetCallback(_LayerModesCallback):
         budget_gib (`float`): Memory for the activations of all layers, in GiB: what they keep, and what recomputing one
             layer takes.
         max_tokens (`int`, *optional*): Tokens of the largest micro-batch (padding included), where the first one may be
-            smaller. Bytes grow in proportion.
+            smaller. Bytes grow in proportion, masks of SDPA with the square.
         offload (`bool`, *optional*, defaults to `False`): Whether layers may be offloaded to the host. Measures the
             bandwidth first.
 
@@ -174,7 +174,7 @@ class MemoryBudgetCallback(_LayerModesCallback):
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"max_tokens={max_tokens!r} must be a positive integer or None.")
         self.budget_gib, self.max_tokens, self.offload = budget_gib, max_tokens, offload
-        #: one mode a layer, once the first micro-batch is done
+        #: one mode per layer, once the first micro-batch is done
         self.modes: Sequence[str] | None = None
 
     def on_train_begin(

@@ -90,6 +90,9 @@ class LRScheduleCallback(OwningCallback):
 
     role = LEARNING_RATE
 
+    #: what a message calls the argument `on_mismatch`
+    option = "on_mismatch"
+
     def __init__(
         self,
         schedule: Schedule,
@@ -163,11 +166,11 @@ class LRScheduleCallback(OwningCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scheduler = taken_over(kwargs.get("lr_scheduler"))
+        scheduler = taken_over(kwargs.get("lr_scheduler"), self.name or "LRScheduleCallback")
         if isinstance(scheduler, ScheduleLR):
             raise ScheduleError(f"{LEARNING_RATE.problem}: the Trainer's ScheduleLR and this one. {LEARNING_RATE.fix}")
         super().on_train_begin(args, state, control, **kwargs)
-        check_arguments(args)
+        check_arguments(args, self.name or "LRScheduleCallback")
         optimizer = _innermost(scheduler.optimizer)
         check_schedule_free(type(optimizer).__name__, self.built.spec()["kind"], "constant")
         bound = self.built.bind(state.max_steps)
@@ -226,7 +229,7 @@ class LRScheduleCallback(OwningCallback):
                 since = "" if entry is None else f" since update {until}"
                 raise ScheduleMismatchError(
                     f"The checkpoint at step {state.global_step} was trained without LRScheduleCallback or lr_schedule"
-                    f"{since}, so its LR followed another schedule. Pass on_mismatch='new' to switch to this one from "
+                    f"{since}, so its LR followed another schedule. Pass {self.option}='new' to switch to this one from "
                     "here on."
                 )
             return asked
@@ -317,7 +320,7 @@ def _note_asked(asked: Followed, followed: Followed, optimizer: Optimizer) -> No
             group["initial_lr"] = lr
 
 
-def taken_over(scheduler: Any) -> LambdaLR:
+def taken_over(scheduler: Any, name: str) -> LambdaLR:
     """
     Return the scheduler to take over: the Trainer's, or the Trainer's inside DeepSpeed's wrapper.
 
@@ -327,13 +330,16 @@ def taken_over(scheduler: Any) -> LambdaLR:
     inner = getattr(scheduler, "scheduler", None)
     if type(scheduler).__name__ in _DEEPSPEED and isinstance(inner, LambdaLR):
         return inner  # DeepSpeed steps it, the Trainer made it
-    check_scheduler(scheduler)
+    check_scheduler(scheduler, name)
     return scheduler
 
 
-def check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Any, asker: str) -> None:
     """
     Refuse a scheduler that cannot be taken over.
+
+    Args:
+        asker (`str`): What wants to set the LR, as the user wrote it: a callback, or a field of the config.
 
     Raises:
         ScheduleError: DeepSpeed owns it, a metric drives it, each layer has its own, or it is not a `LambdaLR`.
@@ -343,8 +349,8 @@ def check_scheduler(scheduler: Any) -> None:
     owned = any(known in names for known in _DEEPSPEED) or type(scheduler).__module__.startswith("deepspeed")
     if owned:
         raise ScheduleError(
-            f"DeepSpeed owns the LR scheduler ({name}), so a callback cannot set the LR. Remove the 'scheduler' section from "
-            "the DeepSpeed config, and use LRScheduleCallback or lr_schedule=... of an Effi trainer."
+            f"DeepSpeed owns the LR scheduler ({name}), so {asker} cannot set the LR. Remove the 'scheduler' section from "
+            "the DeepSpeed config."
         )
     if any(known in names for known in _METRIC_DRIVEN):
         raise ScheduleError(
@@ -359,13 +365,16 @@ def check_scheduler(scheduler: Any) -> None:
     if not isinstance(scheduler, LambdaLR):
         raise ScheduleError(
             f"The Trainer's scheduler is {name}, which computes its own LRs. Leave lr_scheduler_type at its default "
-            "and do not pass a scheduler in `optimizers`, or drop LRScheduleCallback."
+            f"and do not pass a scheduler in `optimizers`, or drop {asker}."
         )
 
 
-def check_arguments(args: TrainingArguments) -> None:
+def check_arguments(args: TrainingArguments, asker: str) -> None:
     """
     Refuse training arguments that ask for a second schedule, which would be ignored in silence.
+
+    Args:
+        asker (`str`): What sets the LR, as the user wrote it: a callback, or a field of the config.
 
     Raises:
         ScheduleError: `lr_scheduler_type`, `lr_scheduler_kwargs` or `warmup_steps` is set.
@@ -373,7 +382,7 @@ def check_arguments(args: TrainingArguments) -> None:
     kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if kind not in ("linear", "constant"):
         raise ScheduleError(
-            f"lr_scheduler_type={kind!r} and LRScheduleCallback both set the LR. Leave lr_scheduler_type at its "
+            f"lr_scheduler_type={kind!r} and {asker} both set the LR. Leave lr_scheduler_type at its "
             "default ('linear') or say 'constant'."
         )
     if args.warmup_steps:

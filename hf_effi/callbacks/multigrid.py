@@ -53,7 +53,7 @@ class MultigridLRCallback(LRFactorCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        check_scheduler(kwargs.get("lr_scheduler"))
+        check_scheduler(kwargs.get("lr_scheduler"), type(self).__name__)
         cutter = owner_of(state, SEQUENCE_LENGTH)
         if cutter != self.shapes:
             raise CurriculumError(

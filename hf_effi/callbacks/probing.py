@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from .._record_check import load_trainer_state
 from ..functional.probes import PROBE_METRIC, PROBES_KEY, ProbeError, ProbePlan, stored_plan
 
 #: events of the update in progress, which `global_step` does not count yet; the others follow it
@@ -73,7 +73,7 @@ def written_in_probe(checkpoint: str | Path) -> bool:
     path = Path(checkpoint) / "trainer_state.json"
     if not path.is_file():
         return False
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = load_trainer_state(checkpoint)
     return not stored_plan(state.get("stateful_callbacks") or {}).undone(state["global_step"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import hashlib
 import logging
 import math
@@ -9,7 +11,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
-from .._run_record import RunStore
+from .._run_record import FOLDER, RunStore, adopt_old_record
 from ..functional.rollouts import GenerationLayout
 from ..methods import METHODS, find_method
 from ..samplers.trainer_checks import STATE_KEY as ORDER_KEY
+from ._endings import end_record, forget_end, watch_end
+from ._observer import describe, only_observes
 from ._owners import OwningCallback, Role, owner_of
 from ._turns import READ, in_turn
 from .forward_watch import ForwardWatch
@@ -37,6 +41,7 @@ logger = logging.getLogger(__name__)
 #: seconds between two summaries that only a log entry asks for
 _SUMMARY_EVERY = 30.0
 _SAMPLED_ROWS = 16
+_TOKENS = ("effi/tokens_forward", "effi/tokens_real", "effi/tokens_saved")
 #: argument -> method that it turns on, where its value is not one of these
 _METHOD_OF_ARGUMENT = {
     "exact_savings": ("exact_savings", (None, "off")),
@@ -55,11 +60,13 @@ class RunRecordCallback(OwningCallback):
     """
     Write what a run was and did: arguments, schedule, methods, versions, hardware, commits, data, time, tokens, drops.
 
-    Two files in `output_dir`, written by the first process: `effi_events.jsonl`, appended to at every log entry,
+    Two files in `output_dir/effi`, written by the first process: `effi_events.jsonl`, appended to at every log entry,
     evaluation and checkpoint, and `effi_run.json`, the summary, replaced as a whole. Whatever kills the process, what it
-    logged can be read with [`read_run`]. A resumed run goes on in the same record, as its next segment; a new run in the
-    same folder puts the old record aside. Nothing that looks like a token or password is written. The run never fails
-    because of the record: where the disk is full or read-only, recording ends with a warning.
+    logged can be read with [`read_run`]. `status` is "running", "finished", "failed" (with the error) or "interrupted" (by
+    Ctrl-C or SIGTERM); what SIGKILL ended stays "running", and `updated` says since when. A resumed run goes on in the
+    same record, as its next segment; a new run in the same folder puts the old record aside. Nothing that looks like a
+    token or password is written. The run never fails because of the record: whatever goes wrong ends the record with a
+    warning, and values that have no text or no end are told as such.
 
     Args:
         methods (`Sequence[str]`, *optional*): Keys of `hf_effi.METHODS` in use that arguments and checkpoints do not
@@ -107,19 +114,22 @@ class RunRecordCallback(OwningCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._close()
-        if not state.is_world_process_zero:
-            return
+        self.end(None)  # of an earlier call of `train` that did not come to its end
+        if state.is_world_process_zero:
+            self._begin(args, state, **kwargs)
+
+    @only_observes
+    def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         self._seconds.clear()
         self._counts = {part: defaultdict(float) for part in ("tokens", "drops", "rows", "phases")}
         self._logged_step = self._begun_at = state.global_step
         self._probes = 0
-        self._store = RunStore(args.output_dir)
+        self._store = RunStore(Path(args.output_dir) / FOLDER)
         loader = kwargs.get("train_dataloader")
         self._steps_per_pass = length_of(loader)
         header = {
             "arguments_class": type(args).__name__,
-            "arguments": args.to_dict(),
+            "arguments": arguments_of(args),
             "model": describe_model(kwargs["model"]),
             "data": {"train": describe_data(getattr(loader, "dataset", None))},
             "max_steps": state.max_steps,
@@ -130,7 +140,9 @@ class RunRecordCallback(OwningCallback):
             "commit": {"hf_effi": current_commit(), "project": commit_of(Path.cwd())},
         }
         self._watch = ForwardWatch(kwargs["model"])
-        self._write(lambda: self._store.begin(header, state.global_step))
+        adopt_old_record(args.output_dir)
+        self._store.begin(header, state.global_step)
+        watch_end(self._store)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._clock = self._saved_at = time.perf_counter()
@@ -138,6 +150,7 @@ class RunRecordCallback(OwningCallback):
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._charge("data")
 
+    @only_observes
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -146,9 +159,10 @@ class RunRecordCallback(OwningCallback):
             # Only now have all callbacks begun, and the schedule is the one that is followed.
             spec = schedule_of(args, state, kwargs["lr_scheduler"])
             methods = sorted({*self.methods, *methods_of(args, state, spec)})
-            self._write(lambda: self._store.save(schedule=spec, methods=methods))
+            self._store.save(schedule=spec, methods=methods)
 
     @in_turn(READ)
+    @only_observes
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = dict(kwargs.get("logs") or {})
         mark_log(state, logs)
@@ -162,6 +176,7 @@ class RunRecordCallback(OwningCallback):
         self._event("log", state, values=logs)
         self._summarize(state, force=False)
 
+    @only_observes
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -170,6 +185,7 @@ class RunRecordCallback(OwningCallback):
         if self._store is not None:
             self._add_evaluation_data(getattr(kwargs.get("eval_dataloader"), "dataset", None))
 
+    @only_observes
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -177,6 +193,7 @@ class RunRecordCallback(OwningCallback):
             self._charge("save")
             self._note_checkpoint(state)
 
+    @only_observes
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._charge("save")
         self._note_checkpoint(state)
@@ -188,6 +205,7 @@ class RunRecordCallback(OwningCallback):
         self._summarize(state, force=True)
         self._noted_checkpoint = state.global_step
 
+    @only_observes
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -212,12 +230,13 @@ class RunRecordCallback(OwningCallback):
         self._logged_step = state.global_step
         forwarded, real = self._watch.take()
         # The trainer's own count also has the passes without a gradient, on all processes.
-        self._counts["tokens"]["forwarded"] += logs.get("effi/tokens_forward", 0) * updates or forwarded
-        self._counts["tokens"]["real"] += logs.get("effi/tokens_real", 0) * updates or real
-        if "effi/tokens_saved" in logs:
-            self._counts["tokens"]["saved"] += logs["effi/tokens_saved"] * updates
+        told = {name: logs[name] for name in _TOKENS if _is_finite(logs.get(name))}
+        self._counts["tokens"]["forwarded"] += told.get("effi/tokens_forward", 0) * updates or forwarded
+        self._counts["tokens"]["real"] += told.get("effi/tokens_real", 0) * updates or real
+        if "effi/tokens_saved" in told:
+            self._counts["tokens"]["saved"] += told["effi/tokens_saved"] * updates
         for name, value in logs.items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not _is_finite(value):
                 continue
             prefix, _, last = name.rpartition("/")
             if prefix == "effi/dropped":
@@ -240,7 +259,7 @@ class RunRecordCallback(OwningCallback):
         found, data = describe_data(dataset), self._store.summary["data"]
         known = data.get("evaluation", [])
         if found is not None and found not in known:
-            self._write(lambda: self._store.save(data={**data, "evaluation": [*known, found]}))
+            self._store.save(data={**data, "evaluation": [*known, found]})
 
     def _totals(self) -> dict[str, Any]:
         parts = {name: {key: round(n) for key, n in part.items()} for name, part in self._counts.items() if part}
@@ -255,31 +274,58 @@ class RunRecordCallback(OwningCallback):
         }
 
     def _event(self, kind: str, state: TrainerState, **fields: Any) -> None:
-        self._write(lambda: self._store.event(kind, step=state.global_step, totals=self._totals(), **fields))
+        if self._store is not None:
+            self._store.event(kind, step=state.global_step, totals=self._totals(), **fields)
 
     def _summarize(self, state: TrainerState, force: bool, **fields: Any) -> None:
-        if not force and time.perf_counter() - self._saved_at < _SUMMARY_EVERY:
+        if self._store is None or (not force and time.perf_counter() - self._saved_at < _SUMMARY_EVERY):
             return
         found = [
             entry for key, entries in state.stateful_callbacks.items() if key.endswith("Doctor") for entry in entries
         ]
         progress = {"step": state.global_step, "epoch": state.epoch, "best_checkpoint": state.best_model_checkpoint}
-        self._write(lambda: self._store.save(progress=progress, findings=found, **fields))
+        self._store.save(progress=progress, findings=found, **fields)
         self._saved_at = time.perf_counter()
 
-    def _write(self, write: Callable[[], None]) -> None:
-        if self._store is None:
-            return
-        try:
-            write()
-        except OSError as error:
-            logger.warning("The run goes on without its record: %s.", error)
-            self._close()
+    def stop_observing(self, error: Exception) -> None:
+        """Say that the record is over, and let go of the model."""
+        if self._store is not None:
+            logger.warning("The run goes on without its record: %s", describe(error))
+        self._close()
+
+    def end(self, error: BaseException | None) -> None:
+        """Write how a run ended that did not come to its end: by an error, or, with Ctrl-C or `None`, interrupted."""
+        if self._store is not None:
+            end_record(self._store, error)
+        self._close()
 
     def _close(self) -> None:
         if self._watch is not None:
             self._watch.close()
+        if self._store is not None:
+            forget_end(self._store)
         self._store = self._watch = None
+
+
+def arguments_of(args: Any) -> dict[str, Any]:
+    """Return the arguments field by field. `to_dict` copies what they hold, which need not be possible, nor have an end."""
+    found = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(args) if field.init}
+    return {name: _named(value) for name, value in found.items()}
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, list):
+        return [inner.value if isinstance(inner, enum.Enum) else inner for inner in value]
+    return vars(value) if dataclasses.is_dataclass(value) else value
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def length_of(loader: Any) -> int | None:
@@ -322,9 +368,13 @@ def describe_data(dataset: Any) -> dict[str, Any] | None:
     if stream or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return {**found, "rows": None, "fingerprint": None}  # a stream: reading it would use it up
     rows, digest, random_state = len(dataset), hashlib.sha256(), take_rng()
-    for index in sorted({i * rows // _SAMPLED_ROWS for i in range(_SAMPLED_ROWS)}) if rows else []:
-        digest.update(repr(_plain(dataset[index])).encode())
-    restore_rng(random_state)
+    try:
+        for index in sorted({i * rows // _SAMPLED_ROWS for i in range(_SAMPLED_ROWS)}) if rows else []:
+            digest.update(repr(_plain(dataset[index])).encode())
+    except Exception:  # rows that cannot be read in this way; training may never ask for them
+        return {**found, "rows": rows, "fingerprint": None}
+    finally:
+        restore_rng(random_state)
     return {**found, "rows": rows, "fingerprint": digest.hexdigest()[:16]}
 
 

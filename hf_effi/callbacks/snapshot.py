@@ -21,10 +21,11 @@ def _clone(value: Any) -> Any:
 
 
 def take_rng() -> dict[str, Any]:
-    """Return the state of every random number generator."""
+    """Return the state of every random number generator, in a form that a checkpoint gives back without running code."""
+    name, keys, *rest = numpy.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
+        "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -13,6 +13,7 @@ from .._files import load_state, save_aside, save_json
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.schedules import warn_decay_to_zero
 from ._owners import Role
+from ._run_folder import run_folder
 from ._side_file import SideFileCallback
 from ._turns import READ, TurnCallback, in_turn
 from .probing import plan_of, trained_total
@@ -28,7 +29,7 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
     Average the weights at the last update, and at `last - 1` earlier ones, `every_steps` apart.
 
     Training itself is not changed. The average is held in fp32 on the CPU, and saved at the end in `output_dir/folder`,
-    with a file `average.json` that says of which updates it is. A checkpoint inside the window carries the average so
+    with a file `average.json` that says of which updates it is; in a hyperparameter search, in the folder of each trial. A checkpoint inside the window carries the average so
     far, so that a resumed run equals the uninterrupted one. Updates that a search tries and undoes ([`AutoLRSCallback`])
     are neither counted nor averaged; what another callback does to the weights after an update ([`ReptileCallback`]) is.
 
@@ -85,7 +86,7 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._check(args)
+        self._check(args, state)
         self._plan, self._average = {}, RunningAverage()
 
     def _make_plan(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -140,14 +141,14 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
         live, mean = _trained(kwargs["model"]), self._average.mean
         exchange(live, mean)
         if args.should_save:
-            save_aside(Path(args.output_dir) / self.folder, lambda folder: self._save(folder, steps, **kwargs))
+            save_aside(run_folder(args, state) / self.folder, lambda folder: self._save(folder, steps, **kwargs))
         if self.swap_in:
             logger.warning("The model now holds the average of its weights after updates %s, not the last.", steps)
         else:
             exchange(live, mean)
         self._average = RunningAverage()
 
-    def _check(self, args: TrainingArguments) -> None:
+    def _check(self, args: TrainingArguments, state: TrainerState) -> None:
         if args.deepspeed or args.fsdp:
             raise ValueError(
                 "WeightAveragingCallback reads whole weights, which DeepSpeed and FSDP keep in shards. Train with DDP or "
@@ -160,7 +161,7 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
                 "swap_in=True and load_best_model_at_end=True both say what the model holds at the end. Set one to False; "
                 f"the average is in {self.folder!r} either way."
             )
-        folder = Path(args.output_dir) / self.folder
+        folder = run_folder(args, state) / self.folder
         if folder.exists() and not (folder / _DESCRIPTION).exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(
                 f"{folder} exists and holds no average, and would be replaced by one. Choose another folder=, or move it."

@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._files import save_json
+from .._untrusted import stored_json
 from ..report.card import markdown_table, write_card
 from ..report.comparison import summarize
 from ..report.page import write_page
@@ -71,9 +72,14 @@ def run_demo(
     arms: Sequence[Arm] | None = None,
     command: str = "hf-effi demo",
     show_progress: bool = True,
+    goals: bool = True,
 ) -> dict[str, Any]:
     """
     Run the demo and leave `model/`, `report.html` and `results.json` in `output_dir`.
+
+    Args:
+        goals (`bool`, *optional*, defaults to `True`): Whether the headline figures have goals. A run that learns nothing
+            has none.
 
     A seed whose records are already in `output_dir / "cache"` for the same settings and arms is not run again.
 
@@ -97,7 +103,7 @@ def run_demo(
         records = []
         for seed in seeds:
             records += _records_of_seed(arms, settings, checkpoint, start, held_out, seed, output_dir, show_progress)
-    result = build_result(records, settings, arms, seeds, command)
+    result = build_result(records, settings, arms, seeds, command, goals)
     save_json(output_dir / "results.json", result, indent=1)
     write_page(result, output_dir / "report.html")
     write_model_card(result, settings, arms, output_dir)
@@ -116,7 +122,7 @@ def _records_of_seed(
 ) -> list[dict[str, Any]]:
     # Arms of a seed are one unit: a ratio of times needs both to have run side by side.
     cached, key = output_dir / "cache" / f"seed-{seed}.json", _fingerprint(settings, arms)
-    if cached.exists() and (stored := json.loads(cached.read_text()))["settings"] == key:
+    if (stored := stored_json(cached)) is not None and stored.get("settings") == key:
         return stored["records"]
     total, done = sum(settings.steps_of(arm.goes_on) for arm in arms), {}
     with tqdm(total=total, unit="step", disable=not show_progress, desc=f"seed {seed}", smoothing=0.05) as bar:
@@ -151,11 +157,19 @@ def _options(arm: Arm) -> dict[str, Any] | None:
 
 
 def build_result(
-    records: Sequence[dict[str, Any]], settings: DemoSettings, arms: Sequence[Arm], seeds: Sequence[int], command: str
+    records: Sequence[dict[str, Any]],
+    settings: DemoSettings,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    command: str,
+    goals: bool = True,
 ) -> dict[str, Any]:
     """Return the result file: headline figures, and one row a (seed, arm) that carries the shared settings too."""
     rows = [{**record, "settings": asdict(settings)} for record in records]
-    return make_record("demo", command, seeds, headlines(summarize(records), pick_result_arm(arms)), rows)
+    figures = headlines(summarize(records), pick_result_arm(arms))
+    if not goals:
+        figures = [headline(figure["name"], figure["value"]) for figure in figures]
+    return make_record("demo", command, seeds, figures, rows)
 
 
 def headlines(summary: dict[str, dict[str, Any]], ours: str) -> list[dict[str, Any]]:
@@ -234,16 +248,16 @@ def main(
     began, folder = time.perf_counter(), Path(output_dir)
     if as_json:
         with contextlib.redirect_stdout(sys.stderr):  # what it is doing now
-            result = run_demo(folder, settings, seeds, chosen, shlex.join(command))
+            result = run_demo(folder, settings, seeds, chosen, shlex.join(command), goals=not quick)
         print(json.dumps(result))
         return 0
-    result = run_demo(folder, settings, seeds, chosen, shlex.join(command))
+    result = run_demo(folder, settings, seeds, chosen, shlex.join(command), goals=not quick)
     print("\n" + render_table(summarize(result["rows"])))
     start = result["rows"][0]["curve"][0]
     low, high = USABLE_SAMPLED_ACCURACY
     if not quick and not low <= start["sampled"] <= high:
         print(f"Note: the start, {100 * start['sampled']:.1f} %, lies outside {low:.0%} to {high:.0%}.")
-    for item in [] if quick else result["headline"]:
+    for item in result["headline"]:
         if item["goal"] is not None:
             value = "not reached" if item["value"] is None else f"{item['value']:.3g}"
             print(f"  {'met    ' if item['met'] else 'NOT MET'}  {item['name']} = {value} (goal {item['goal']})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import ProgressCallback, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from .._files import save_json
+from .._untrusted import stored_json
 from .measure import Accuracy, evaluate_policy
 from .task import Problem, build_tokenizer, demonstration, held_out_problems, training_problems
 
@@ -165,7 +165,7 @@ def prepare_policy(
     """
     record = folder / "sft_settings.json"
     wanted = asdict(settings)
-    if not record.exists() or json.loads(record.read_text()) != wanted:
+    if stored_json(record) != wanted:
         folder.mkdir(parents=True, exist_ok=True)
         fine_tune(settings, folder, show_progress)
         save_json(record, wanted, indent=2)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from .._files import save_aside
 from .arms import Arm
 from .measure import Accuracy, Instrument, evaluate_policy
 from .policy import PolicySettings
@@ -244,8 +245,7 @@ def run_arms(
             job.pause()
             trainer.train()
             if arm.key == keep_policy_of:
-                trainer.model.save_pretrained(folder / "model")
-                tokenizer.save_pretrained(folder / "model")
+                save_aside(folder / "model", lambda part: _save_policy(trainer.model, tokenizer, part))
             return _record(arm, seed, start, recorder)
 
         return run
@@ -257,6 +257,11 @@ def run_arms(
         if job.finished:
             results[key] = job.result
     return [results[arm.key] for arm in arms]
+
+
+def _save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _record(arm: Arm, seed: int, start: Accuracy, recorder: _Recorder) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def exact_answer_reward(completions: list[str], answer: list[int], **kwargs: Any
 
 
 def build_tokenizer() -> Any:
-    """Return a tokenizer with one token a character, built in code: 16 tokens, left padding, nothing to download."""
+    """Return a tokenizer with one token per character, built in code: 16 tokens, left padding, nothing to download."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -17,7 +17,7 @@ class Toy:
 
     Args:
         model: A Qwen3 model of about 40 000 parameters with random weights.
-        tokenizer: One token a character.
+        tokenizer: One token per character.
         prompts (`datasets.Dataset`): Columns `prompt` (e.g. `"7-3+9="`) and `answer`.
         texts (`datasets.Dataset`): Column `text`, for language modelling.
         tokens (`list[dict]`): The same, tokenized, with `input_ids` and `labels` of one length, for a plain `Trainer`.

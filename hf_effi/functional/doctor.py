@@ -56,7 +56,7 @@ class TrainLimits:
         lr_zero_logs: Successive entries with an LR of exactly 0, before the last tenth of the run.
         no_gradient_logs: Successive entries with a gradient of exactly 0.
         scheduler_updates: Updates before the scheduler's steps are counted against them.
-        scheduler_low, scheduler_high: Scheduler steps an update below and above which the schedule is off.
+        scheduler_low, scheduler_high: Scheduler steps per update below and above which the schedule is off.
         lr_frozen_logs: Entries over which the scheduler's LR moves and the optimizer's does not.
         plan_end: Share of its peak by which a schedule may be above its own end when the run ends.
         clip_logs: Successive entries with a gradient norm above `max_grad_norm`.
@@ -227,7 +227,7 @@ def lr_zero(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | Non
 
 
 def scheduler_rate(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | None:
-    """The scheduler does not step once an update."""
+    """The scheduler does not step once per update."""
     done = _step(trace, facts) - facts.start_step
     if facts.scheduler_start is None or not trace or done < limits.scheduler_updates:
         return None
@@ -240,7 +240,7 @@ def scheduler_rate(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Findin
         "scheduler_rate",
         _step(trace, facts),
         f"The LR scheduler made {steps} steps in {done} updates, so {effect}",
-        "pass the Trainer a plain scheduler, not one prepared by accelerate (which steps once a process), and step it "
+        "pass the Trainer a plain scheduler, not one prepared by accelerate (which steps once per process), and step it "
         "nowhere else",
     )
 

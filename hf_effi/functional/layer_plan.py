@@ -91,7 +91,7 @@ def plan_bytes(layers: Sequence[LayerCost], modes: Sequence[str]) -> int:
 
     Args:
         layers (`Sequence[LayerCost]`): The layers.
-        modes (`Sequence[str]`): One mode a layer.
+        modes (`Sequence[str]`): One mode per layer.
     """
     stays = sum(layer.modes[mode].size for layer, mode in zip(layers, modes, strict=True))
     recomputed = [layer.working_bytes for layer, mode in zip(layers, modes, strict=True) if mode != "keep"]
@@ -100,7 +100,7 @@ def plan_bytes(layers: Sequence[LayerCost], modes: Sequence[str]) -> int:
 
 def plan_layer_modes(layers: Sequence[LayerCost], budget_bytes: int) -> tuple[str, ...]:
     """
-    Choose one mode a layer: least extra time with [`plan_bytes`] within the budget. The choice is optimal.
+    Choose one mode per layer: least extra time with [`plan_bytes`] within the budget. The choice is optimal.
 
     A multiple-choice knapsack, solved over the (bytes, time) pairs that no other pair beats. The working memory of the
     recomputed layers is a maximum, so that the knapsack is solved once for each value that it can have. Among equal
@@ -112,7 +112,7 @@ def plan_layer_modes(layers: Sequence[LayerCost], budget_bytes: int) -> tuple[st
         budget_bytes (`int`): Memory for the activations of all layers.
 
     Returns:
-        `tuple[str, ...]`: One mode a layer.
+        `tuple[str, ...]`: One mode per layer.
 
     Raises:
         ValueError: not even the smallest plan fits; the message says how much it needs.

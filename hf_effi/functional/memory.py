@@ -4,85 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
-#: bytes a block of 64 weights of bitsandbytes' 4-bit types takes: 32 of weights and one fp32 scale
-_FOUR_BIT_BYTES = (32 + 4) / 64
-#: bitsandbytes' 8-bit optimizers: one fp32 scale for 256 values; tensors below 4096 values stay in fp32
-_EIGHT_BIT_BYTES, _EIGHT_BIT_MIN = 1 + 4 / 256, 4096
+from .optimizer_states import OPTIMIZERS, Parameter, optimizer_bytes
 
-OPTIMIZERS = ("adamw_torch", "adamw_8bit", "adafactor", "sgd")
 #: how a layer's activations are kept; `stream` computes each layer in chunks of the sequence
 ACTIVATIONS = ("keep", "selective", "checkpoint", "offload", "stream")
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """
-    One parameter tensor.
-
-    Args:
-        shape (`tuple[int, ...]`): Its shape.
-        itemsize (`int`): Bytes of a value.
-        trainable (`bool`): Whether it gets a gradient.
-        four_bit (`bool`, *optional*, defaults to `False`): Whether it is stored in a 4-bit type of bitsandbytes.
-    """
-
-    shape: tuple[int, ...]
-    itemsize: int
-    trainable: bool
-    four_bit: bool = False
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the weights."""
-        return math.ceil(self.size * _FOUR_BIT_BYTES) if self.four_bit else self.size * self.itemsize
-
-
-def optimizer_bytes(parameters: Iterable[Parameter], optimizer: str) -> int:
-    """
-    Return the bytes of the optimizer's state.
-
-    `adamw_torch` keeps two values of the parameter's dtype and a step of 4 bytes a tensor; `adamw_8bit` (bitsandbytes)
-    two 8-bit values with a scale for 256; `adafactor` (transformers) a row and a column of a matrix and one number in fp32; `sgd`
-    (without momentum) nothing.
-
-    Args:
-        parameters (`Iterable[Parameter]`): All parameters; those without a gradient have no state.
-        optimizer (`str`): One of `OPTIMIZERS`.
-
-    Raises:
-        ValueError: unknown optimizer.
-
-    Example:
-    ```python
-    >>> weights = [Parameter((64, 100), itemsize=4, trainable=True)]
-    >>> [optimizer_bytes(weights, name) for name in OPTIMIZERS]
-    [51204, 13000, 660, 0]
-
-    ```
-    """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r} is not known. Known: {', '.join(OPTIMIZERS)}.")
-    return sum(_state_bytes(parameter, optimizer) for parameter in parameters if parameter.trainable)
-
-
-def _state_bytes(parameter: Parameter, optimizer: str) -> int:
-    size = parameter.size
-    if optimizer == "adamw_torch":
-        return 2 * size * parameter.itemsize + 4
-    if optimizer == "adamw_8bit":
-        return 8 * size if size < _EIGHT_BIT_MIN else 2 * (size + 4 * math.ceil(size / 256))
-    if optimizer == "adafactor":
-        *outer, last = parameter.shape or (1,)
-        return 4 + 4 * (size if not outer else math.prod(outer) + math.prod(outer[:-1]) * last)
-    return 0
 
 
 @dataclass(frozen=True)
@@ -92,15 +20,20 @@ class ForwardTrace:
 
     Args:
         tokens (`int`): Tokens of the micro-batch on one rank.
-        layer_inputs, layer_kept, layer_attention, layer_mlp (`tuple[int, ...]`): A number a decoder layer: its input;
-            all that it saves (input included); outputs of fused attention; what its MLP saves.
-        outside (`int`): Saved outside the decoder layers, without logits and loss.
+        layer_inputs, layer_kept, layer_attention, layer_mlp (`tuple[int, ...]`): One number per run of a layer that can be
+            checkpointed (a layer that is run twice counts twice): its input; all that it saves (input included); outputs
+            of fused attention; what its MLP saves. Empty for a model without such layers.
+        outside (`int`): Saved outside these layers, without logits and loss.
         logits (`int`): Saved by the LM head and the loss.
         logits_width (`int`): Vocabulary size.
         hidden_size (`int`): Width of the residual stream.
         weight_copies (`int`, *optional*, defaults to `0`): Weights that autocast has copied to the compute dtype.
         attention_width (`int`, *optional*, defaults to `0`): `(query heads + 2 KV heads) * head_dim`.
         itemsize (`int`, *optional*, defaults to `2`): Bytes of a value in the compute dtype.
+        kept (`int`, *optional*): What all layers save together, tensors that several save counted once; by default the sum
+            of `layer_kept`.
+        passed (`int`, *optional*, defaults to `0`): Masks and the like that are passed to layers, and that recomputing
+            keeps alive.
     """
 
     tokens: int
@@ -115,6 +48,50 @@ class ForwardTrace:
     weight_copies: int = 0
     attention_width: int = 0
     itemsize: int = 2
+    kept: int | None = None
+    passed: int = 0
+
+
+def extrapolated_trace(traces: Sequence[ForwardTrace], rows: Sequence[int], seq_len: int) -> ForwardTrace:
+    """
+    Return the trace of longer rows: every figure on the parabola through those of three lengths.
+
+    Args:
+        traces (`Sequence[ForwardTrace]`): Three, of one model and batch size.
+        rows (`Sequence[int]`): Their tokens in a row.
+        seq_len (`int`): Tokens of the row that is asked for.
+    """
+    values = {}
+    for column in fields(ForwardTrace):
+        found = [getattr(trace, column.name) for trace in traces]
+        if column.name in ("logits_width", "hidden_size", "attention_width", "itemsize"):
+            values[column.name] = found[0]
+        elif isinstance(found[0], tuple):
+            values[column.name] = tuple(
+                through_three_points(rows, points, seq_len) for points in zip(*found, strict=True)
+            )
+        else:
+            values[column.name] = through_three_points(rows, found, seq_len)
+    return ForwardTrace(**values)
+
+
+def through_three_points(places: Sequence[int], values: Sequence[int], at: int) -> int:
+    """
+    Return the value at another place of the parabola through three points, rounded.
+
+    Example:
+    ```python
+    >>> through_three_points([1, 2, 3], [2, 5, 10], 10)
+    101
+
+    ```
+    """
+    a, b, c = places
+    return round(
+        values[0] * (at - b) * (at - c) / ((a - b) * (a - c))
+        + values[1] * (at - a) * (at - c) / ((b - a) * (b - c))
+        + values[2] * (at - a) * (at - b) / ((c - a) * (c - b))
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +103,7 @@ class Switches:
         activations (`str`, *optional*, defaults to `"keep"`): One of `ACTIVATIONS`.
         tiled_loss (`bool`, *optional*, defaults to `False`): The LM head and the loss over tiles of tokens.
         tiled_mlp (`bool`, *optional*, defaults to `False`): The MLP over tiles of `hidden_size` tokens.
-        optimizer (`str`, *optional*, defaults to `"adamw_torch"`): One of `OPTIMIZERS`.
+        optimizer (`str`, *optional*, defaults to `"adamw_torch"`): One of `OPTIMIZERS`; `None`: its state is not counted.
         shard_stage (`int`, *optional*, defaults to `0`): What the data-parallel ranks share, as in ZeRO: 1 optimizer, 2
             and gradients, 3 and parameters (FSDP's full shard).
         shard_ranks (`int`, *optional*, defaults to `1`): Number of ranks that share.
@@ -139,7 +116,7 @@ class Switches:
     activations: str = "keep"
     tiled_loss: bool = False
     tiled_mlp: bool = False
-    optimizer: str = "adamw_torch"
+    optimizer: str | None = "adamw_torch"
     shard_stage: int = 0
     shard_ranks: int = 1
     sequence_parallel_size: int = 1
@@ -149,7 +126,7 @@ class Switches:
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations={self.activations!r} is not known. Known: {', '.join(ACTIVATIONS)}.")
-        if self.optimizer not in OPTIMIZERS:
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} is not known. Known: {', '.join(OPTIMIZERS)}.")
         if self.shard_stage not in (0, 1, 2, 3):
             raise ValueError(f"shard_stage={self.shard_stage!r} must be 0, 1, 2 or 3.")
@@ -164,13 +141,15 @@ class MemoryTable:
     Bytes on one device, by what they are for. `peak` is what the training step needs at its worst moment.
 
     Args:
-        parameters, gradients, optimizer (`int`): Held through the whole step. Exact.
+        parameters, gradients, optimizer (`int`): Held through the whole step.
         weight_copies (`int`): Copies in the compute dtype (autocast), or gathered layers (shard stage 3).
         activations (`int`): What the decoder layers and the embedding keep until the backward pass.
         working (`int`): Recomputing one layer.
         logits (`int`): LM head and loss, forward and backward.
         kv_cache (`int`): Keys and values of a generation. Not there during the training step.
         host (`int`): Bytes in host memory.
+        saved (`int`): What autograd saves in the forward pass, LM head and loss included: the figure to compare with
+            [`~hf_effi.functional.saved_bytes.SavedBytes`]. Not a part of the peak of its own.
     """
 
     parameters: int
@@ -182,6 +161,7 @@ class MemoryTable:
     logits: int
     kv_cache: int = 0
     host: int = 0
+    saved: int = 0
 
     @property
     def peak(self) -> int:
@@ -209,12 +189,12 @@ def memory_table(
     stays, host = _layers_stay(trace, switches.activations)
     stored = sum(parameter.stored_bytes for parameter in parameters)
     gradients = sum(parameter.size * parameter.itemsize for parameter in parameters if parameter.trainable)
-    state = optimizer_bytes(parameters, switches.optimizer)
+    state = 0 if switches.optimizer is None else optimizer_bytes(parameters, switches.optimizer)
     copies = trace.weight_copies
     if switches.shard_stage == 3 and switches.shard_ranks > 1:
         # The layer at work and the one fetched ahead, in the compute dtype; no other copies.
         values = sum(parameter.size for parameter in parameters)
-        copies = 2 * math.ceil(values / len(trace.layer_inputs)) * trace.itemsize
+        copies = 2 * math.ceil(values / max(len(trace.layer_inputs), 1)) * trace.itemsize
     ranks = switches.shard_ranks
     return MemoryTable(
         parameters=math.ceil(stored / ranks) if switches.shard_stage >= 3 else stored,
@@ -226,6 +206,7 @@ def memory_table(
         logits=_logits(trace, switches),
         kv_cache=kv_cache,
         host=host,
+        saved=stays + trace.outside + trace.logits,
     )
 
 
@@ -233,7 +214,7 @@ def _layers_stay(trace: ForwardTrace, activations: str) -> tuple[int, int]:
     """Return the bytes that the layers leave on the device and on the host."""
     inputs = sum(trace.layer_inputs)
     if activations == "keep":
-        return sum(trace.layer_kept), 0
+        return sum(trace.layer_kept) if trace.kept is None else trace.kept, 0
     if activations == "selective":
         return inputs + sum(trace.layer_attention), 0
     if activations == "offload":
@@ -258,7 +239,7 @@ def _working(trace: ForwardTrace, switches: Switches) -> int:
         if switches.activations == "stream":
             kept = math.ceil(kept / switches.stream_chunks) + trace.tokens * trace.attention_width * trace.itemsize
         largest = max(largest, kept)
-    return largest + exchange
+    return largest + exchange + trace.passed
 
 
 def _logits(trace: ForwardTrace, switches: Switches) -> int:
@@ -348,6 +329,11 @@ def exact_switch_sets(base: Switches) -> list[Switches]:
     ]
 
 
+def possible_switch_sets(trace: ForwardTrace, base: Switches) -> list[Switches]:
+    """Return the sets of [`exact_switch_sets`] that a model allows: without layers to recompute, those that keep all."""
+    return [switches for switches in exact_switch_sets(base) if trace.layer_inputs or switches.activations == "keep"]
+
+
 def cheapest_fit(
     parameters: Sequence[Parameter],
     trace: ForwardTrace,
@@ -367,7 +353,7 @@ def cheapest_fit(
     """
     fitting = [
         switches
-        for switches in exact_switch_sets(base)
+        for switches in possible_switch_sets(trace, base)
         if memory_table(parameters, trace, switches, kv_cache).peak <= budget_bytes
     ]
     return min(fitting, key=lambda switches: extra_time(switches, flops), default=None)

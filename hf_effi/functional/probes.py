@@ -106,8 +106,20 @@ class ProbePlan:
 
 
 def stored_plan(stateful_callbacks: Mapping[str, Any]) -> ProbePlan:
-    """Return the probes so far from what a checkpoint stores; none where no search ran."""
-    return ProbePlan(tuple(tuple(block) for block in stateful_callbacks.get(PROBES_KEY, {}).get("blocks", ())))
+    """
+    Return the probes so far from what a checkpoint stores; none where no search ran.
+
+    Raises:
+        ProbeError: what is stored is no list of blocks.
+    """
+    try:
+        return ProbePlan(tuple(tuple(block) for block in stateful_callbacks.get(PROBES_KEY, {}).get("blocks", ())))
+    except (TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ProbeError):
+            raise
+        raise ProbeError(
+            f"The checkpoint's {PROBES_KEY!r} is damaged: it holds no list of blocks of three numbers."
+        ) from None
 
 
 def without_probes(log_history: Iterable[Mapping[str, Any]]) -> list[Any]:

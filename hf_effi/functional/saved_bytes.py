@@ -13,11 +13,17 @@ class SavedBytes(saved_tensors_hooks):
     """
     Count the bytes of the tensors that autograd saves for the backward pass, each storage once.
 
-    A view counts as its whole storage, since that is what it keeps alive. Works on real, fake and meta tensors.
+    A view counts as its whole storage, since that is what it keeps alive. What is freed again before the end, with a part
+    of the graph that leads nowhere, no longer counts: `total` is the most that was saved at one time. Works on real, fake
+    and meta tensors.
 
     Args:
         exclude (`Iterable[torch.Tensor]`, *optional*, defaults to `()`): Tensors whose storage does not count, such as
             parameters, which are there anyway.
+
+    Attributes:
+        total (`int`): The most bytes that were saved at one time.
+        now (`int`): What is saved now.
 
     Example:
     ```python
@@ -31,21 +37,51 @@ class SavedBytes(saved_tensors_hooks):
     """
 
     def __init__(self, exclude: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__(self._pack, lambda tensor: tensor)
-        self._seen = {_storage(tensor) for tensor in exclude}
-        self.total = 0
+        super().__init__(self._pack, lambda held: held.tensor)
+        self._excluded = {_storage(tensor) for tensor in exclude}
+        #: storage -> how many saved tensors lie in it now
+        self._holders: dict[Any, int] = {}
+        self.now = self.total = 0
 
     def __enter__(self) -> SavedBytes:
         super().__enter__()
         return self
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        # The tensor itself is returned, so that its storage, and with it the key, stays taken.
-        key = _storage(tensor)
-        if key not in self._seen:
-            self._seen.add(key)
-            self.total += tensor.untyped_storage().nbytes()
-        return tensor
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Return whether autograd saves this tensor, or another one in the same storage, now."""
+        return _storage(tensor) in self._holders
+
+    def _pack(self, tensor: torch.Tensor) -> _Held:
+        # Without its graph: an output that a node saves would keep the node alive, and itself with it.
+        return _Held(self, tensor.detach())
+
+    def _take(self, held: _Held) -> None:
+        if held.key not in self._holders and held.key not in self._excluded:
+            self.now += held.size
+            self.total = max(self.total, self.now)
+        self._holders[held.key] = self._holders.get(held.key, 0) + 1
+
+    def _release(self, held: _Held) -> None:
+        self._holders[held.key] -= 1
+        if self._holders[held.key] == 0:
+            del self._holders[held.key]
+            if held.key not in self._excluded:
+                self.now -= held.size
+
+
+class _Held:
+    """A saved tensor in the hands of autograd, which lets go of it with the node of the graph."""
+
+    __slots__ = ("key", "owner", "size", "tensor")
+
+    def __init__(self, owner: SavedBytes, tensor: torch.Tensor) -> None:
+        self.owner, self.tensor = owner, tensor
+        # Noted now, as nothing of torch may be called while it is thrown away.
+        self.key, self.size = _storage(tensor), tensor.untyped_storage().nbytes()
+        owner._take(self)
+
+    def __del__(self) -> None:
+        self.owner._release(self)
 
 
 def _storage(tensor: torch.Tensor) -> Any:

@@ -148,7 +148,7 @@ def plan_shared_prefix(prompts: Sequence[Sequence[int]], completion_lengths: Seq
         completion_lengths (`Sequence[int]`): Tokens of each row's completion, 0 or more.
 
     Raises:
-        SharedPrefixError: no rows, an empty prompt, or not one length a row.
+        SharedPrefixError: no rows, an empty prompt, or not one length per row.
 
     Example:
     ```python

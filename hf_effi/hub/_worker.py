@@ -46,12 +46,14 @@ def describe_failure(error: Exception, token: str | None = None) -> dict[str, An
 
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
+    if not isinstance(status, int):
+        status = None
     if status is None:
         # The file system (it has an errno) and bad values stay as they are; a broken connection does not.
         retry = not isinstance(error, ValueError) and getattr(error, "errno", None) is None
     else:
         retry = status in _WORTH_ANOTHER_TRY or status >= 500
-    header = str(getattr(response, "headers", {}).get("Retry-After", ""))
+    header = str((getattr(response, "headers", None) or {}).get("Retry-After", ""))
     # Signed addresses carry their key behind the question mark.
     text = re.sub(r"\?[^\s'\")]+", "", f"{type(error).__name__}: {error}")
     for secret in filter(None, (token, get_token())):  # a server may repeat what it was sent
@@ -61,7 +63,7 @@ def describe_failure(error: Exception, token: str | None = None) -> dict[str, An
         "error": redact(" ".join(text.split())),
         "status": status,
         "retry": retry,
-        "retry_after": float(header) if header.isdigit() else None,
+        "retry_after": min(float(header), 1e9) if header.isascii() and header.isdigit() else None,
     }
 
 

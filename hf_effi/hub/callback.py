@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..callbacks._observer import describe
 from ..callbacks._owners import OwningCallback, Role
+from ..callbacks._run_folder import run_folder
 from ..callbacks.probing import holds_training_weights
-from .publish import push_checkpoint, uploader_for, write_section
+from .publish import make_room_for_card, push_checkpoint, uploader_for, write_section
+
+logger = logging.getLogger(__name__)
 
 
 class HubCallback(OwningCallback):
@@ -85,7 +90,11 @@ class HubCallback(OwningCallback):
         if not state.is_world_process_zero:
             return
         self._pushed = name
-        self.trainer.create_model_card(model_name=self.uploader.repo_id.split("/")[-1])
+        try:
+            make_room_for_card(args.output_dir)
+            self.trainer.create_model_card(model_name=self.uploader.repo_id.split("/")[-1])
+        except Exception as error:  # a stock run without pushes writes no card
+            logger.warning("%s is pushed without its model card: %s", name, describe(error))
         if not getattr(self.trainer, "writes_recipe", False):  # an Effi trainer's card has it already
             write_section(self.trainer, self.uploader.repo_id)
-        push_checkpoint(self.uploader, args.output_dir, Path(args.output_dir) / name, f"{message}, {name}")
+        push_checkpoint(self.uploader, args.output_dir, run_folder(args, state) / name, f"{message}, {name}")

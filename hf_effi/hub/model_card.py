@@ -9,17 +9,24 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from .._compat import MissingPackageError
 from .._files import save_bytes, save_text
 from .._plots import draw_picture
 from .._run_record import REDACTED, redact
+from .._untrusted import UntrustedFileError, check_yaml, is_number, one_line, read_text
 from ..functional.text_plot import text_plot
 from ..methods import METHODS, Method
 from .recipe import RECIPE_FILE, RECIPE_MARK, SECTION_BEGIN, SECTION_END
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
 _PLOT_COLUMNS = 60
+_LARGEST_CARD = 2**24
 #: The plot of the learning rate, beside the card.
 PICTURE = "effi_learning_rate.png"
 logger = logging.getLogger(__name__)
@@ -42,8 +49,41 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers
 
 
 def json_block(data: Any) -> str:
-    """Return data as a block of JSON that no value in it can end early."""
-    return "```json\n" + json.dumps(data, indent=2).replace("`", "\\u0060") + "\n```"
+    """Return data as a block of JSON: no value in it can end the block early, or hold a mark of a section."""
+    text = json.dumps(data, indent=2)
+    for character in "`<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f"```json\n{text}\n```"
+
+
+def plain(value: Any, limit: int = 200) -> str:
+    """
+    Return a value as text of one line in which nothing is Markdown or HTML.
+
+    Example:
+    ```python
+    >>> print(plain("a\\n# <b>b</b> [c](d)"))
+    a \\# \\<b\\>b\\</b\\> \\[c\\](d)
+    ```
+    """
+    special = r"([\\`*\[\]<>#~$&!]|(?<!\w)_|_(?!\w))"  # an underscore inside of a word is only that
+    return re.sub(special, r"\\\1", one_line(value, limit))
+
+
+def code(value: Any, limit: int = 400) -> str:
+    """
+    Return a value as inline code that it cannot leave.
+
+    Example:
+    ```python
+    >>> print(code("cosine(warmup_steps=5)"), code("a`b``c"))
+    `cosine(warmup_steps=5)` ``` a`b``c ```
+    ```
+    """
+    text = one_line(value, limit).replace("<!--", "<! --")
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence, pad = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def bibtex(methods: Sequence[Method]) -> str:
@@ -133,15 +173,18 @@ def _learning_rate(schedule: Mapping[str, Any], run: Mapping[str, Any], picture:
 
 def learning_rates(run: Mapping[str, Any]) -> list[tuple[int, float]]:
     """Return (step, learning rate) of each log entry that has both."""
-    return [(e["step"], e["learning_rate"]) for e in run["log_history"] if _is_number(e.get("learning_rate"))]
+    found = [(entry.get("step"), entry.get("learning_rate")) for entry in run["log_history"]]
+    return [(step, rate) for step, rate in found if is_number(step) and is_number(rate)]
 
 
 def _schedule_words(schedule: Mapping[str, Any]) -> str:
     """Name the schedule with its plain arguments; tables and schedules inside of it are in the recipe."""
     name = schedule.get("kind") or schedule.get("lr_scheduler_type")
     arguments = schedule.get("params") or {k: v for k, v in schedule.items() if k not in ("kind", "lr_scheduler_type")}
-    words = [f"{key}={value}" for key, value in arguments.items() if isinstance(value, (bool, int, float, str))]
-    return f"Schedule: `{name}({', '.join(words)})`."
+    words = ", ".join(
+        f"{key}={value}" for key, value in arguments.items() if isinstance(value, (bool, int, float, str))
+    )
+    return f"Schedule: {code(f'{name}({words})')}."
 
 
 def _text_curve(points: Sequence[tuple[int, float]]) -> str:
@@ -167,7 +210,7 @@ def _statistics(totals: Mapping[str, Any]) -> str:
         if not count:
             continue
         share = f" ({100 * count / generated:.1f} %)" if generated else ""
-        rows.append((f"dropped: {reason.replace('_', ' ')}", f"{count:,}{share}"))
+        rows.append((plain(f"dropped: {reason.replace('_', ' ')}"), f"{count:,}{share}"))
     if tokens.get("forwarded"):
         rows.append(("tokens forwarded", f"{tokens['forwarded']:,}"))
     if ratio := totals.get("tokens_forwarded_per_real_token"):
@@ -175,13 +218,13 @@ def _statistics(totals: Mapping[str, Any]) -> str:
     if totals.get("seconds"):
         rows.append(("wall-clock of the training process", f"{sum(totals['seconds'].values()):,.0f} s"))
     for where, peak in totals.get("peak_memory_bytes", {}).items():
-        rows.append((f"peak memory, {where}", f"{peak / 2**30:.2f} GiB"))
+        rows.append((plain(f"peak memory, {where}"), f"{peak / 2**30:.2f} GiB"))
     return "### What the run did\n\n" + markdown_table(["measure", "value"], rows) if rows else ""
 
 
 def _environment(run: Mapping[str, Any]) -> str:
-    machine = ", ".join(f"{name} {value}" for name, value in run.get("machine", {}).items())
-    versions = ", ".join(f"{name} {value}" for name, value in run.get("versions", {}).items())
+    machine = ", ".join(plain(f"{name} {value}") for name, value in run.get("machine", {}).items())
+    versions = ", ".join(plain(f"{name} {value}") for name, value in run.get("versions", {}).items())
     processes = f", processes {run['processes']}" if run.get("processes") else ""
     return f"Hardware: {machine}{processes}.\n\nVersions: {versions}."
 
@@ -193,27 +236,31 @@ def _snippet(recipe: Mapping[str, Any], repo_id: str) -> str:
         needed.append("reward_funcs=rewards")
     lines = ["from hf_effi import from_card"]
     if name and not _loads_models(recipe["trainer"]):
-        cls = "AutoModelForCausalLM" if cls.startswith("Peft") else cls
-        lines += [f"from transformers import {cls}", "", f"model = {cls}.from_pretrained({json.dumps(name)})"]
+        cls = cls if cls.isidentifier() and not cls.startswith("Peft") else "AutoModelForCausalLM"
+        lines += [f"from transformers import {cls}", "", f"model = {cls}.from_pretrained({in_code(name)})"]
     if not name:
         needed.append("processing_class=tokenizer")
-    model = json.dumps(name) if name and _loads_models(recipe["trainer"]) else "model"
+    model = in_code(name) if name and _loads_models(recipe["trainer"]) else "model"
     lines += [
         "",
-        f'recipe = from_card("{repo_id}", output_dir="again")',
+        f'recipe = from_card({in_code(repo_id)}, output_dir="again")',
         "print(recipe.missing)  # what has to be passed by hand, and why",
         f"recipe.make_trainer({model}, {', '.join(needed)}).train()",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
+def in_code(text: str) -> str:
+    """Return a text as a literal of Python that holds no backtick and no mark of a section."""
+    literal = json.dumps(one_line(text))
+    for character in "`<":
+        literal = literal.replace(character, f"\\u{ord(character):04x}")
+    return literal
+
+
 def _loads_models(trainer: str) -> bool:
     """Whether a trainer takes the name of a model: TRL's do, and load its tokenizer too."""
     return trainer.startswith("trl.") or trainer.endswith((":EffiGRPOTrainer", ":EffiSFTTrainer"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def add_section(
@@ -229,11 +276,10 @@ def add_section(
     Args:
         secrets (`Sequence[str]`, *optional*): Values that must not be in it, on top of what looks like a secret.
     """
-    from huggingface_hub import ModelCard
-
-    card = ModelCard.load(card_path) if card_path.exists() else ModelCard("---\nlibrary_name: transformers\n---\n")
-    tags = card.data.tags or []
-    card.data.tags = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "hf_effi", *recipe["methods"]]))
+    card = _load_card(card_path)
+    tags = [card.data.tags] if isinstance(card.data.tags, str) else card.data.tags
+    kept = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    card.data.tags = list(dict.fromkeys([*kept, "hf_effi", *recipe["methods"]]))
     picture = _write_picture(card_path.parent / PICTURE, run)
     section = f"{SECTION_BEGIN}\n{_hide(training_section(recipe, run, repo_id, picture), secrets)}\n{SECTION_END}"
     text = _with_section(card.text, section)
@@ -243,9 +289,34 @@ def add_section(
     save_text(card_path.parent / RECIPE_FILE, recipe_text + "\n")
 
 
+def _load_card(path: Path) -> ModelCard:
+    """
+    Return the card that is there, or a new one. Its front matter may be a stranger's: upstream copies it whole.
+
+    Raises:
+        UntrustedFileError: the card or its front matter is too large, nested too deeply, or no YAML.
+    """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, ModelCard
+
+    if not path.exists():
+        return ModelCard("---\nlibrary_name: transformers\n---\n")
+    try:
+        text = read_text(path, _LARGEST_CARD)
+        found = REGEX_YAML_BLOCK.search(text)  # what upstream takes for the front matter
+        check_yaml(found[2] if found else "", f"The front matter of {path}")
+        return ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, UntrustedFileError):
+            raise
+        raise UntrustedFileError(
+            f"The front matter of {path} is not that of a card: {one_line(error, 200)}."
+        ) from None
+
+
 def _with_section(text: str, section: str) -> str:
-    """Put the section in place of an older one, from its first mark to the last, or at the end."""
-    begin, end = text.find(SECTION_BEGIN), text.rfind(SECTION_END)
+    """Put the section in place of an older one, or at the end. Ours is the last: no value in it holds a mark."""
+    begin = text.rfind(SECTION_BEGIN)
+    end = text.find(SECTION_END, begin)
     if begin < 0 or end < begin:
         return f"{text.rstrip()}\n\n{section}\n"
     return text[:begin] + section + text[end + len(SECTION_END) :]

@@ -166,15 +166,23 @@ class HubUploader:
                     self._lock.notify_all()
                     break
                 job = self._jobs.popleft()
-            answer = self._try(job, self.seconds)
-            commit = None
-            if "error" not in answer:
-                self.repo_id, self.failure = answer["repo_id"], None
-                commit = CommitInfo(**answer["commit"])
-            elif not self._stopped.is_set():
-                self._fail(f"{answer['error']}{_advice(answer)}")
+            try:
+                commit = self._upload(job)
+            except Exception as error:  # else this thread would end, and whoever waits for it would wait for nothing
+                commit = None
+                self._fail(f"{type(error).__name__}: {error}")
             _discard(job, commit)
         atexit.unregister(self.stop)
+
+    def _upload(self, job: _Job) -> CommitInfo | None:
+        answer = self._try(job, self.seconds)
+        if "error" not in answer:
+            commit = CommitInfo(**answer["commit"])
+            self.repo_id, self.failure = answer["repo_id"], None
+            return commit
+        if not self._stopped.is_set():
+            self._fail(f"{answer['error']}{_advice(answer)}")
+        return None
 
     def _try(self, job: _Job, seconds: float) -> dict[str, Any]:
         """Run a job until it works, cannot work, or the time or the tries are used up."""
@@ -195,6 +203,8 @@ class HubUploader:
         return answer
 
     def _run(self, job: _Job, seconds: float) -> dict[str, Any]:
+        if is_offline():  # trying again would not change it
+            return _own_failure("HF_HUB_OFFLINE is set, which forbids to ask the Hub. Unset it to upload", retry=False)
         text = json.dumps(
             {
                 "repo_id": self.repo_id,
@@ -208,7 +218,7 @@ class HubUploader:
         )
         # Nothing is imported from the folder that the run happens to be in: neither by `-m` (`-P`) nor by a relative path.
         paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
-        path = os.pathsep.join([str(_PACKAGE_FOLDER), *paths])
+        path, errors = os.pathsep.join([str(_PACKAGE_FOLDER), *paths]), ""
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "hf_effi.hub._worker"],
@@ -219,13 +229,13 @@ class HubUploader:
                 env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
             )
             output, errors = self._process.communicate(text, timeout=max(0.1, seconds))
-            return json.loads(output)
+            return _checked(json.loads(output))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
             return _own_failure(f"the Hub did not answer within {seconds:.0f} s", retry=True)
         except (OSError, ValueError) as error:
-            last = (errors if isinstance(error, ValueError) else str(error)).strip().splitlines()[-1:]
+            last = (errors if isinstance(error, ValueError) and errors else str(error)).strip().splitlines()[-1:]
             return _own_failure(f"the upload process failed: {''.join(last)}", retry=False)
         finally:
             self._process = None
@@ -238,6 +248,21 @@ class HubUploader:
     def _fail(self, reason: str) -> None:
         self.failure = redact(reason)
         logger.error("Not on the Hub (%s): %s. The files are kept on this machine.", self.repo_id, self.failure)
+
+
+def _checked(answer: Any) -> dict[str, Any]:
+    """Return what a worker answered; whatever else stands there is no answer."""
+    failed = {"error": str, "retry": bool, "retry_after": (int, float, type(None)), "status": (int, type(None))}
+    wanted = failed if isinstance(answer, dict) and "error" in answer else {"repo_id": str}
+    if not isinstance(answer, dict) or not all(isinstance(answer.get(name), kind) for name, kind in wanted.items()):
+        raise ValueError("its answer is not that of a worker")
+    return answer
+
+
+def is_offline() -> bool:
+    """Return whether the environment, which the upload process inherits, forbids to ask the Hub."""
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _own_failure(text: str, *, retry: bool) -> dict[str, Any]:

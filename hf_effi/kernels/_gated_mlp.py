@@ -44,7 +44,7 @@ class Linear:
         return 1 + self.has_bias + 2 * len(self.scales)
 
     def unpacked(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-        """Return the tensors with `W` as numbers: once a call, for all tiles."""
+        """Return the tensors with `W` as numbers: once per call, for all tiles."""
         if self.quant_state is None:
             return tensors
         return [dense_weight(tensors[0], self.quant_state, dtype), *tensors[1:]]

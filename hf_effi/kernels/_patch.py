@@ -342,7 +342,7 @@ def patch(
             classes, `"liger"`, `"organisation/repository:Layer"` or a `kernels` repository object, `FusedLoRALinear()`,
             `LowBitLoRALinear("fp8")`, `FusedLMHead()`; or a list of these, of which the first that passes is taken.
         on_mismatch (`str`, *optional*, defaults to `"error"`): What a failed self-check does. `"eager"` leaves the
-            module as it is and logs one line a kind of module.
+            module as it is and logs one line per kind of module.
         verify (`bool`, *optional*, defaults to `True`): Whether to compare forward and backward on random input, once
             for each kind of module.
         inputs (`Mapping`, *optional*): Key -> function `(module, generator)` that returns the positional arguments for

@@ -76,7 +76,7 @@ def quantize_rows_reference(x: Tensor, format: str, column_scale: Tensor | None 
 
 def quantize_rows(x: Tensor, format: str, column_scale: Tensor | None = None) -> QuantizedRows:
     """
-    Round a matrix to 8 bits with one scale a row: `scale_i = max_j |x_ij c_j| / largest`, `values = round(x c / scale)`.
+    Round a matrix to 8 bits with one scale per row: `scale_i = max_j |x_ij c_j| / largest`, `values = round(x c / scale)`.
 
     Rounds to the nearest value, ties to even; `largest` is 448 for e4m3 (https://arxiv.org/abs/2209.05433) and 127 for int8
     (vector-wise quantization, https://arxiv.org/abs/2208.07339). A row with NaN or infinities gives no finite product. No gradient
@@ -129,7 +129,7 @@ def check_device(format: str, device: torch.device) -> None:
 @dataclass(frozen=True, eq=False)
 class LowBitWeight:
     """
-    A frozen weight of one byte a parameter and 4 bytes a row.
+    A frozen weight of one byte per parameter and 4 bytes per row.
 
     Args:
         format (`str`): `"fp8"` or `"int8"`.
@@ -173,7 +173,7 @@ class LowBitWeight:
         rounded.
         """
         rows = quantize_rows(grad, self.format, self.rows.scale.view(-1))
-        # Both products want the summed dimension last; one more copy of W would be one more byte a parameter.
+        # Both products want the summed dimension last; one more copy of W would be one more byte per parameter.
         return _product(rows, self.rows.values.t().contiguous(), None, dtype)
 
 

@@ -1,7 +1,7 @@
 """
 LoRA on a frozen base of 8 bits: [`hf_effi.kernels.fused_lora`] with the products of [`hf_effi.kernels.low_bit`].
 
-While a layer is patched its wide weight lies in host memory, and the device holds one byte a parameter.
+While a layer is patched its wide weight lies in host memory, and the device holds one byte per parameter.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .fused_lora import SIBLINGS, FusedLoRALinear, LoRAWeights, _check_layer, _r
 from .low_bit import FORMATS, LowBitWeight, check_device
 
 _HEAD = "lm_head"
+#: a method by which a layer of PEFT may say how it is unloaded
+_UNLOAD = "unload_and_optionally_merge_module"
 _TRAINED = (
     "its base weight is trained, and 8 bits take no updates. Freeze it (requires_grad=False), or use FusedLoRALinear."
 )
@@ -65,16 +67,20 @@ class _Base:
             layer.register_load_state_dict_pre_hook(functools.partial(_refuse_load, self)),
         ]
         self.module.__dict__["merge"] = functools.partial(_refuse_merge, self.name)
+        self.module.__dict__[_UNLOAD] = functools.partial(_unload, self)
         return self.restore
 
     def restore(self) -> None:
         """Put the wide weight back, on the device and in the dtype that the parameter has by now."""
+        if self.wide is None:
+            return  # by `unload()`
         weight = self.module.base_layer.weight
         weight.data = self.wide.to(weight.device, weight.dtype)
         self.low = self.wide = None
         for hook in self._hooks:
             hook.remove()
-        del self.module.__dict__["merge"]
+        for name in ("merge", _UNLOAD):
+            del self.module.__dict__[name]
 
 
 def _put_wide(base: _Base, layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -90,6 +96,14 @@ def _refuse_load(base: _Base, layer: nn.Module, state: dict[str, Any], prefix: s
 
 def _refuse_merge(name: str, *args: Any, **kwargs: Any) -> None:
     raise _reject(name, "an adapter cannot be merged into a base of 8 bits. Revert the patch, then merge.")
+
+
+def _unload(base: _Base, merge: bool, **kwargs: Any) -> nn.Module:
+    """What PEFT asks a layer to do when it takes the adapters off: the base layer goes out with its wide weight."""
+    if merge:
+        _refuse_merge(base.name)
+    base.restore()
+    return base.module.get_base_layer()
 
 
 class _LowBitSiblings(_Siblings):
@@ -129,7 +143,7 @@ class LowBitLoRALinear(FusedLoRALinear):
 
     The wide weight waits in host memory until the patch is reverted, and comes back to the bit. Meanwhile the parameter is
     empty, `state_dict()` gives the wide weight, and adapters are saved as always. With the adapter disabled the 8-bit base
-    runs: a reference model is then the one that training started from. The output head (`lm_head`) is left as it is.
+    runs: a reference model is then the one that training started from. `model.unload()` gives the wide base back. The output head (`lm_head`) is left as it is.
 
     Args:
         format (`str`): `"fp8"`: e4m3 on Hopper and B200. `"int8"`: from compute capability 7.5.

@@ -264,7 +264,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
 
 
 def _operators(query: Tensor) -> tuple[Any, Any]:
-    """Return the two directions of a part: torch's packed kernels on CUDA, a call a segment elsewhere."""
+    """Return the two directions of a part: torch's packed kernels on CUDA, a call per segment elsewhere."""
     return (_kernel, _kernel_backward) if _on_kernel(query) else (_by_segment, _by_segment_backward)
 
 

@@ -31,7 +31,7 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
     Compute every gated MLP of a model in tiles of tokens: the same output and gradients, for a fraction of the memory.
 
     `down(act(gate(x)) * up(x))` acts on each token alone, so that it may run over `num_shards` tiles one after another;
-    the backward does a tile's forward again instead of keeping `8 I` bytes a token (bf16, `I` the intermediate size).
+    the backward does a tile's forward again instead of keeping `8 I` bytes per token (bf16, `I` the intermediate size).
     Under non-reentrant activation checkpointing this costs no further matrix product.
     ALST, https://arxiv.org/abs/2506.13996.
 
@@ -133,6 +133,7 @@ def tiled_forward(name: str, module: nn.Module, num_shards: int | None = None) -
     return functools.partial(_tiled_forward, activation=_activation_of(name, module), num_shards=num_shards)
 
 
+@torch.compiler.disable(reason="the backward reads tensors that another node saved")
 def _tiled_forward(module: nn.Module, x: Tensor, *, activation: str, num_shards: int | None) -> Tensor:
     parts = [_read_projection(getattr(module, name), name) for name in _PROJECTIONS]
     linears, tensors = [linear for linear, _ in parts], [tensor for _, own in parts for tensor in own]
@@ -169,13 +170,13 @@ def _read_projection(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
 
 def _read_linear(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
     _check_bare(module, name)
-    bias = [] if module.bias is None else [module.bias]
+    bias = [] if getattr(module, "bias", None) is None else [module.bias]
     if type(module) is nn.Linear:
         return Linear(bool(bias)), [module.weight, *bias]
     if type(module).__name__ != "Linear4bit":
         raise ValueError(
             f"TiledMLP: {name} is a {type(module).__name__}, not a torch.nn.Linear or bitsandbytes' Linear4bit. "
-            "stream_layers can run it."
+            "stream_layers can run it; or pass the part of the model whose MLPs are plain, such as model.model.language_model."
         )
     state, dtype = module.weight.quant_state, module.compute_dtype
     if is_repacked(state):
@@ -246,6 +247,8 @@ def _check_formula(name: str, module: nn.Module, forward: Callable[..., Tensor])
     Compare output and gradients on a few tokens, in both modes: a class may have the names of a gated MLP and scale, clip or
     drop on top, and models are loaded in evaluation mode.
     """
+    for part in _PROJECTIONS:
+        _read_projection(getattr(module, part), f"{name}.{part}")
     base = getattr(module.gate_proj, "base_layer", module.gate_proj)
     weight = base.weight
     size = getattr(base, "in_features", weight.shape[-1])

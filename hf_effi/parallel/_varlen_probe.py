@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..patching import Finding, call, compare, is_sharded, output_of, probing, tiny_tokens
 
-#: field of the model config with one entry a layer: the arguments of an `AttentionPattern`, or `None` for full attention
+#: field of the model config with one entry per layer: the arguments of an `AttentionPattern`, or `None` for full attention
 PATTERNS_FIELD = "hf_effi_attention_patterns"
 #: How the rows of a call are laid out: single ones, several documents in a row, or rows with padding.
 Layout = Literal["plain", "packed", "padded"]

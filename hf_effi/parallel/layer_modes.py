@@ -196,12 +196,12 @@ class LayerModes:
 
     Args:
         model (`PreTrainedModel`): A model with gradient checkpointing on (non-reentrant, the default).
-        modes (`str` or `Sequence[str]`): One mode for all layers, or one a layer.
+        modes (`str` or `Sequence[str]`): One mode for all layers, or one per layer.
         save_ops (`Iterable`, *optional*): Operators that `selective` saves besides attention.
         offloader ([`ActivationOffloader`], *optional*): What `offload` uses; by default one with pinned host memory.
 
     Raises:
-        LayerModeError: a mode is unknown, there is not one a layer, checkpointing is off or reentrant.
+        LayerModeError: a mode is unknown, there is not one per layer, checkpointing is off or reentrant.
 
     Example:
     ```python
@@ -224,7 +224,7 @@ class LayerModes:
         if unknown:
             raise LayerModeError(f"unknown modes {unknown}. Known: {', '.join(MODES)}.")
         if len(self.modes) != len(self.layers):
-            raise LayerModeError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one a layer.")
+            raise LayerModeError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one per layer.")
         save_ops = tuple(save_ops)
         refuse_idle(
             "save_ops", save_ops, (), "selective" in self.modes, "in layers of mode 'selective'", LayerModeError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,6 +19,26 @@ from .layer_modes import LayerModes, is_attention_op
 
 _SECONDS = ("forward_seconds", "attention_seconds")
 _SIZES = ("kept_bytes", "attention_bytes", "input_bytes")
+
+
+class _SavedInLayer(SavedBytes):
+    """
+    Counts apart what grows with the square of the length, such as the masks of SDPA.
+
+    Args:
+        exclude: See [`SavedBytes`].
+        length (`int`): Tokens of a row.
+    """
+
+    def __init__(self, exclude: Iterable[torch.Tensor] = (), length: int = 0) -> None:
+        super().__init__(exclude)
+        self.length, self.square = length, 0
+
+    def _take(self, held: Any) -> None:
+        before, shape = self.now, held.tensor.shape
+        super()._take(held)
+        if len(shape) >= 4 and tuple(shape[-2:]) == (self.length, self.length):
+            self.square += max(self.now - before, 0)
 
 
 def _clock(device: torch.device) -> float:
@@ -78,6 +98,8 @@ class LayerProbe(LayerModes):
         #: by layer: the arguments of `mode_costs`
         self.measured: dict[int, dict[str, float]] = {}
         self.tokens = 0
+        #: of the run that goes on
+        self.saved = SavedBytes()
 
     @property
     def complete(self) -> bool:
@@ -91,7 +113,7 @@ class LayerProbe(LayerModes):
         Args:
             copy_bytes_per_second (`float`, *optional*): Bandwidth to the host; without it `offload` is not offered.
             tokens (`int`, *optional*): Size of the micro-batch to plan for, if not the one measured. Bytes and times
-                grow in proportion.
+                grow in proportion; masks of SDPA with the square, as for longer rows (for more rows that is too much).
         """
         scale = 1.0 if tokens is None else tokens / self.tokens
         costs = []
@@ -100,6 +122,7 @@ class LayerProbe(LayerModes):
             # Layers of one kind differ in time by chance only.
             seconds = {name: scale * median(layer[name] for layer in alike) for name in _SECONDS}
             sizes = {name: round(scale * self.measured[index][name]) for name in _SIZES}
+            sizes["kept_bytes"] += round((scale**2 - scale) * self.measured[index]["square_bytes"])
             costs.append(mode_costs(**seconds, **sizes, copy_bytes_per_second=copy_bytes_per_second))
         return costs
 
@@ -122,24 +145,32 @@ class LayerProbe(LayerModes):
         # Masks and position embeddings are shared by all layers.
         shared = list(_tensors(function.keywords))
         with untouched(self.layers[index], watch_writes=False), _AttentionMeter(device) as attention:
-            with SavedBytes(exclude=[*self.layers[index].parameters(), *shared]) as saved:
+            length = args[0].shape[-2] if args[0].dim() > 1 else 0
+            with _SavedInLayer([*self.layers[index].parameters(), *shared], length) as saved:
+                self.saved = saved
                 begin = _clock(device)
                 # In an empty context: what collects router logits or hidden states must not see these runs.
                 out = contextvars.Context().run(function, *inputs)
                 seconds = _clock(device) - begin
+            kept = self._kept(index, saved)
             del out
         return {
             "forward_seconds": seconds,
             "attention_seconds": attention.seconds,
-            "kept_bytes": saved.total,
+            "kept_bytes": kept,
+            "square_bytes": saved.square,
             "attention_bytes": attention.size,
             "input_bytes": sum(t.numel() * t.element_size() for t in inputs if isinstance(t, torch.Tensor)),
         }
 
+    def _kept(self, index: int, saved: SavedBytes) -> int:
+        """Return what the layer keeps, while its output is there."""
+        return saved.total
+
 
 def measure_copy_bandwidth(device: torch.device | str, size: int = 1 << 26) -> float:
     """
-    Return the bytes a second that go from `device` to (pinned) host memory.
+    Return the bytes per second that go from `device` to (pinned) host memory.
 
     Args:
         device (`torch.device` or `str`): Where the activations are.

@@ -84,12 +84,33 @@ class _HostCopy:
         self.size = tensor.numel() * tensor.element_size()
         buffer = buffers.take(self.size)
         weakref.finalize(self, buffers.give_back, buffer).atexit = False
-        self.host = buffer[: self.size].view(tensor.dtype).view(tensor.shape)
+        # In the order of its memory. A recomputation reads strides as well: which operators it takes, and so its last bits.
+        self.shape, self.stride, dense = (
+            tensor.shape,
+            tensor.stride(),
+            torch.empty_like(tensor, device="meta").stride(),
+        )
+        self.host = buffer[: self.size].view(tensor.dtype).as_strided(self.shape, dense)
         self.device = tensor.device
         self.on_device: torch.Tensor | None = None
         self.arrived: Any = None  # event of the copy back
         # Weak: a graph that was dropped without a backward pass must not live on in the chain.
         self.previous = weakref.ref(previous) if previous is not None else lambda: None
+
+    def empty(self) -> torch.Tensor:
+        """Return memory on the device for the tensor, strides included."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.host.dtype, device=self.device)
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Return whether some elements may share memory, as in an expanded tensor, which is smaller than it looks."""
+    end = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < end:
+                return True
+            end += stride * (size - 1)
+    return False
 
 
 class _Lane:
@@ -118,11 +139,11 @@ class _Lane:
 
     def fetch(self, saved: _HostCopy) -> None:
         if not self.asynchronous:
-            saved.on_device = saved.host.clone()
+            saved.on_device = saved.empty().copy_(saved.host)
             return
         self._let_go(keep=0)
         # Allocated on the compute stream, whose earlier work may still use that memory: the copy waits for it.
-        saved.on_device = torch.empty_like(saved.host, device=saved.device, pin_memory=False)
+        saved.on_device = saved.empty()
         self.stream.wait_stream(self.module.current_stream(saved.device))
         with self.module.stream(self.stream):
             saved.on_device.copy_(saved.host, non_blocking=True)
@@ -147,7 +168,7 @@ class ActivationOffloader:
     are exactly the inputs of the checkpointed function. In the backward pass each comes back when it is needed, and the
     one saved before it starts its way back at the same time, so that its copy runs beside the recomputation of one
     layer. On an accelerator the buffers are pinned and copies run on a stream of their own; on a CPU the same happens
-    synchronously. Values are copied bit by bit, so gradients do not change.
+    synchronously. Values are copied bit by bit and come back with their strides, so gradients do not change. Expanded tensors stay.
 
     ALST, arXiv:2506.13996.
 
@@ -179,7 +200,7 @@ class ActivationOffloader:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _HostCopy:
-        if not tensor.requires_grad or isinstance(tensor, torch.nn.Parameter):
+        if not tensor.requires_grad or isinstance(tensor, torch.nn.Parameter) or _overlaps(tensor):
             return tensor
         if type(tensor) is not torch.Tensor:
             raise TypeError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -329,8 +330,11 @@ def _is_decoder_layer(module: nn.Module) -> bool:
 
 
 def _streamed_forward(
-    layer: nn.Module, hidden_states: Tensor, *, num_chunks: int, may_draw: bool, **arguments: Any
+    layer: nn.Module, hidden_states: Tensor, *positional: Any, num_chunks: int, may_draw: bool, **arguments: Any
 ) -> Any:
+    if positional:  # some models call their layers so
+        names = list(inspect.signature(type(layer).forward).parameters)[2:]
+        arguments = {**dict(zip(names, positional, strict=False)), **arguments}
     if not (layer.training and torch.is_grad_enabled()):
         return type(layer).forward(layer, hidden_states, **arguments)
     _check_call(layer, arguments)
@@ -344,6 +348,10 @@ def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
         raise ValueError(f"StreamLayer: the cache holds keys already. In training pass no {name}.")
     if arguments.get(LAYOUT) is not None:
         raise ValueError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
+    if arguments.get("encoder_hidden_states") is not None:
+        raise ValueError(
+            f"StreamLayer: {type(layer).__name__} attends to an encoder's states as well, which chunks are not made for."
+        )
     if arguments.get("output_attentions"):
         raise ValueError("StreamLayer: output_attentions=True is not possible in training: weights come in chunks.")
     if recorded := recorded_outputs() - {"hidden_states"}:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NoReturn
@@ -169,6 +170,10 @@ class _DeferredLogits:
     def __init__(self, hidden: Tensor, steps: tuple[Step, ...] = ()) -> None:
         self.hidden, self.steps = hidden, steps
 
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
     def then(self, step: Step) -> _DeferredLogits:
         return _DeferredLogits(self.hidden, (*self.steps, step))
 
@@ -208,11 +213,27 @@ class _DeferredLogits:
 
     @staticmethod
     def _refuse(what: str) -> NoReturn:
+        asker = _model_that_asks()
+        fix = (
+            f"{asker} makes a loss of its own from them in its forward: leave tile_loss out for it."
+            if asker
+            else "It needs the labels in the forward: leave out label_smoothing_factor and compute_loss_func, or revert "
+            "tile_loss."
+        )
         raise _LogitsAsked(
-            f"tile_loss is on, so that a training forward has no logits ({what!r} was asked of them). It needs the labels "
-            "in the forward: leave out label_smoothing_factor and compute_loss_func, or revert tile_loss.",
+            f"tile_loss is on, so that a training forward has no logits, and {what!r} was asked of them. {fix}",
             name=what,
         )
+
+
+def _model_that_asks() -> str | None:
+    """Return the class of the model whose own forward is running, or `None`: for a message only."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and isinstance(module := frame.f_locals.get("self"), nn.Module):
+            return type(module).__name__
+        frame = frame.f_back
+    return None
 
 
 def tile_loss(model: nn.Module, num_shards: int | None = None, *, verify: bool = True) -> PatchHandle:

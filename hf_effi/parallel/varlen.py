@@ -80,11 +80,11 @@ def set_attention_patterns(model: Any, patterns: Sequence[AttentionPattern | Non
         patterns (`Sequence[AttentionPattern or None]`): One a layer; `None` is what the model does anyway.
 
     Raises:
-        VarlenAttentionError: not one pattern a layer.
+        VarlenAttentionError: not one pattern per layer.
     """
     layers = model.config.get_text_config().num_hidden_layers
     if len(patterns) != layers:
-        raise VarlenAttentionError(f"{len(patterns)} patterns for {layers} layers: give one a layer.")
+        raise VarlenAttentionError(f"{len(patterns)} patterns for {layers} layers: give one per layer.")
     model.set_attn_implementation(register_varlen_attention())
     stored = [None if pattern is None else pattern.as_dict() for pattern in patterns]
     setattr(model.config.get_text_config(), PATTERNS_FIELD, stored)

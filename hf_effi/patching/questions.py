@@ -8,7 +8,7 @@ import inspect
 import itertools
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +74,30 @@ def loss_and_gradients(
         return {"the logits": logits, **gradients(model, contract(logits))}
     # Of the loss alone: beside all logits the share of a router's loss would be small.
     return {"the loss": loss, "the logits": logits, **gradients(model, loss)}
+
+
+def loss_by_item_count(model: nn.Module) -> Finding:
+    """
+    Ask whether the loss of a model is a sum over tokens divided by `num_items_in_batch`: twice the number halves it.
+
+    A model may take the number, among its keywords, and average over each call all the same.
+
+    Args:
+        model (`nn.Module`): The loaded model.
+    """
+    ids = tiny_tokens_or_none(model, 2, 6)
+    if isinstance(ids, Finding):
+        return ids
+
+    def loss(model: nn.Module, count: int) -> Tensor:
+        outputs = call(model, ids, labels=ids, num_items_in_batch=torch.tensor(count, device=ids.device))
+        named = isinstance(outputs, Mapping)
+        found = outputs.get("loss") if named else outputs[0] if isinstance(outputs, tuple) else None
+        if found is None:
+            raise CannotLook(f"{type(model).__name__} returns no loss for labels")
+        return found
+
+    return compare(model, lambda m: {"the loss": loss(m, 7)}, lambda m: {"the loss": 2 * loss(m, 14)})
 
 
 def moved_in_padding(model: nn.Module, forward: Forward = plain_forward, pad_token_id: int = 0) -> Finding:

@@ -94,7 +94,7 @@ class LongContextStage:
 
     def training_arguments(self, devices: int, sequence_parallel_size: int = 1) -> dict[str, Any]:
         """
-        Return the arguments for `TrainingArguments` or `SFTConfig`, with one sequence a micro-batch.
+        Return the arguments for `TrainingArguments` or `SFTConfig`, with one sequence per micro-batch.
 
         Args:
             devices (`int`): Devices of the run.

@@ -91,7 +91,7 @@ def stability_gap(
 def _labels(scores: Tensor | Sequence[float], sources: list[Hashable], new: Hashable, keep: float) -> list[Hashable]:
     """Return the sources with the new rows split into those that are trained on and those that are not."""
     if len(scores) != len(sources):
-        raise CurriculumError(f"There are {len(scores)} scores and {len(sources)} sources. Give one of each a row.")
+        raise CurriculumError(f"There are {len(scores)} scores and {len(sources)} sources. Give one of each per row.")
     rows = [row for row, source in enumerate(sources) if source == new]
     if not rows:
         raise CurriculumError(f"new={new!r} is no source of the dataset: {sorted(set(map(str, sources)))}.")

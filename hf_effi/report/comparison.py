@@ -111,7 +111,7 @@ def mean_curve(records: Sequence[dict[str, Any]], arm: str) -> list[dict[str, fl
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """
-    Return one row an arm: its comparison, each figure the median over seeds, with lowest and highest.
+    Return one row per arm: its comparison, each figure the median over seeds, with lowest and highest.
 
     `None` where at least half of the seeds never reached the target.
     """

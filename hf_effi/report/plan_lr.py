@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .._plots import as_label
+from .._record_check import check_state
+from .._untrusted import UntrustedFileError, load_json, one_line
 from ..functional.schedules import Schedule, ScheduleError, make_schedule
 from ..functional.schedules.planner_bound import best_cooldown_fraction, omega, plan_extension
 from ..functional.schedules.planner_loss import LossCurve, curve_from_trainer_state, fit_annealing_law
@@ -19,6 +22,8 @@ from .schedule_plot import plot_schedules, text_curve
 
 #: What a sub-command found: for JSON, and as lines of text.
 Result = tuple[dict[str, Any], list[str]]
+#: a curve has a value for each update
+_LONGEST_RUN = 10_000_000
 
 
 class UnreadableRunError(Exception):
@@ -192,14 +197,23 @@ def _predict(args: argparse.Namespace) -> Result:
 
 
 def _read_curve(path: str, metric: str | None) -> LossCurve:
+    file = Path(path) / "trainer_state.json" if Path(path).is_dir() else Path(path)
     try:
+        state = check_state(load_json(file), file)
+        steps = [entry.get("step", 0) for entry in state["log_history"]]
+        if not all(isinstance(step, int) and 0 <= step <= _LONGEST_RUN for step in steps):
+            raise UnreadableRunError(
+                f"{path} is damaged: a step in its log is no whole number up to {_LONGEST_RUN:,}."
+            )
         return curve_from_trainer_state(path, metric)
     except ScheduleError:
         raise
     except OSError as error:
         raise UnreadableRunError(f"cannot read {error.filename}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnreadableRunError(f"{path} is no trainer_state.json: {error!r}.") from error
+    except UntrustedFileError as error:
+        raise UnreadableRunError(f"{path} is no trainer_state.json: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UnreadableRunError(f"{path} is no trainer_state.json: {one_line(repr(error), 200)}.") from error
 
 
 def plot_predictions(predictions: dict[str, Any], path: str) -> None:
@@ -212,7 +226,7 @@ def plot_predictions(predictions: dict[str, Any], path: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, prediction) in enumerate(predictions.items()):
-        axes.plot(prediction.steps, prediction.losses, color=f"C{i % 10}", label=name)
+        axes.plot(prediction.steps, prediction.losses, color=f"C{i % 10}", label=as_label(name))
         axes.fill_between(prediction.steps, prediction.low, prediction.high, color=f"C{i % 10}", alpha=0.2)
     axes.set_xlabel("finished updates")
     axes.set_ylabel("predicted loss")

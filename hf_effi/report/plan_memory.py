@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -11,14 +12,14 @@ from typing import Any
 
 from ..functional.memory import (
     OPTIMIZERS,
+    ForwardTrace,
     MemoryTable,
     StepFlops,
     Switches,
     cheapest_fit,
-    exact_switch_sets,
     extra_time,
-    kv_cache_bytes,
     memory_table,
+    possible_switch_sets,
 )
 from ..functional.options import refuse_idle
 
@@ -32,11 +33,12 @@ _ACTIVATION_SWITCHES = {
     "offload": "activation_checkpointing=True with ActivationOffloadCallback()",
     "stream": "PatchCallback(stream_layers)",
 }
-ESTIMATES = (
-    "Exact: parameters, gradients, optimizer state, KV cache, and what autograd saves, which is read off the model's own",
-    "forward pass with fused attention. Estimated: tiled loss, tiled MLP, stream, sequence parallelism, gathered layers,",
-    "the time column (FLOPs that are repeated). Not counted: temporaries, fragmentation, the CUDA context (--headroom).",
+#: what is an estimate in every plan, and what no plan counts
+ESTIMATED = (
+    "selective, offload, gradients of the logits, tiled loss, tiled MLP, stream, recomputed layers, exchange buffers of sequence parallelism, "
+    "layers gathered by ZeRO-3 or FSDP, the time column (FLOPs that are repeated)"
 )
+NOT_COUNTED = "temporaries, fragmentation, the CUDA context (leave --headroom)"
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,25 @@ class MemoryPlan:
             extra time of a step.
         chosen (`Switches` or `None`): The fastest set that fits; `None` if none does, or without a budget.
         budget_bytes (`int` or `None`): What had to fit, headroom taken off.
+        exact (`tuple[str, ...]`): Columns that are those of a real step to the byte.
+        not_modelled (`tuple[str, ...]`): What this plan leaves out or takes for granted, one sentence each.
     """
 
     rows: tuple[tuple[Switches, MemoryTable, float], ...]
     chosen: Switches | None
     budget_bytes: int | None
+    exact: tuple[str, ...] = ()
+    not_modelled: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, for JSON."""
         return {
             "budget_bytes": self.budget_bytes,
             "chosen": None if self.chosen is None else describe_switches(self.chosen),
+            "exact": list(self.exact),
+            "estimated": ESTIMATED,
+            "not_counted": NOT_COUNTED,
+            "not_modelled": list(self.not_modelled),
             "rows": [
                 {"switches": describe_switches(switches), "extra_time": round(time, 4), **table.as_dict()}
                 for switches, table, time in self.rows
@@ -110,6 +120,8 @@ def plan_memory(
     headroom: float = 0.1,
     dtype: str = "float32",
     autocast: bool = False,
+    attention: str | None = None,
+    padded: bool = False,
     optimizer: str = "adamw_torch",
     sharding: str = "ddp",
     ranks: int = 1,
@@ -122,22 +134,31 @@ def plan_memory(
     """
     Plan the memory of a training step from a model's config. No weights are read, and nothing runs on a device.
 
+    The model's own code runs on tensors without data, as it would on a CPU, so that any family is counted as it is:
+    `exact` of the result names the columns that are those of a real step, `not_modelled` what the plan leaves out.
+
     Args:
-        config (`PreTrainedConfig` or `str`): The model: a config, a folder, a `config.json` or a name on the Hub.
-        seq_len (`int`): Tokens of a row.
+        config (`PreTrainedConfig`, `torch.nn.Module` or `str`): The model: a config, a folder, a `config.json`, a name on
+            the Hub, or a model, which is left as it is (`dtype`, `attention` and LoRA are then its own).
+        seq_len (`int`): Tokens of a row; of the encoder and of the decoder, where there are two.
         batch (`int`, *optional*, defaults to `1`): Rows of a micro-batch on one device.
         gpu_gib (`float`, *optional*): Memory of a device in GiB; without it nothing is chosen.
         headroom (`float`, *optional*, defaults to `0.1`): Fraction of it left for what is not counted.
         dtype (`str`, *optional*, defaults to `"float32"`): Dtype of the weights.
         autocast (`bool`, *optional*, defaults to `False`): `bf16=True` of the training arguments.
-        optimizer (`str`, *optional*, defaults to `"adamw_torch"`): `adamw_torch`, `adamw_8bit`, `adafactor` or `sgd`.
+        attention (`str`, *optional*): `sdpa` or `eager`; any other, such as `flash_attention_2`, is counted as fused
+            attention without masks. By default what the config says, or what transformers takes.
+        padded (`bool`, *optional*, defaults to `False`): Whether rows are padded or packed: SDPA then keeps a mask of
+            `seq_len**2` values for each layer and row.
+        optimizer (`str`, *optional*, defaults to `"adamw_torch"`): A name of `TrainingArguments.optim`; `OPTIMIZERS` are
+            counted, the state of others is named as left out.
         sharding (`str`, *optional*, defaults to `"ddp"`): `ddp`, `zero1`, `zero2`, `zero3` or `fsdp`.
         ranks (`int`, *optional*, defaults to `1`): Devices that share under `sharding`.
         sequence_parallel_size (`int`, *optional*, defaults to `1`): Devices that share each row.
         lora_rank (`int`, *optional*): Train LoRA matrices of this rank only.
         lora_targets (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): As in PEFT.
         four_bit (`bool`, *optional*, defaults to `False`): Keep the frozen linear weights in 4 bits.
-        generate (`tuple[int, int]`, *optional*): Sequences and tokens a sequence that GRPO generates at once on a
+        generate (`tuple[int, int]`, *optional*): Sequences and tokens per sequence that GRPO generates at once on a
             device.
 
     Raises:
@@ -149,7 +170,8 @@ def plan_memory(
     print(plan.chosen, plan.rows[0][1].peak / 2**30)
     ```
     """
-    from .trace_memory import TracedModel, load_config
+    from .model_shapes import load_config
+    from .trace_memory import TracedModel
 
     _check(seq_len=seq_len, batch=batch, ranks=ranks, sequence_parallel_size=sequence_parallel_size)
     if generate is not None:
@@ -164,8 +186,9 @@ def plan_memory(
         raise ValueError(f"sharding={sharding!r} is not known. Known: {', '.join(SHARDINGS)}.")
     if seq_len % sequence_parallel_size:
         raise ValueError(f"seq_len={seq_len} is no multiple of sequence_parallel_size={sequence_parallel_size}.")
+    counted = _counted_optimizer(optimizer)
     base = Switches(
-        optimizer=optimizer,
+        optimizer=counted,
         shard_stage=SHARDINGS[sharding],
         shard_ranks=ranks,
         sequence_parallel_size=sequence_parallel_size,
@@ -174,15 +197,127 @@ def plan_memory(
         load_config(config) if isinstance(config, str) else config,
         dtype=dtype,
         autocast=autocast,
+        attention=attention,
         lora_rank=lora_rank,
         lora_targets=lora_targets,
         four_bit=four_bit,
     )
-    trace = traced.trace(batch, seq_len // sequence_parallel_size)
-    flops = traced.flops(batch, seq_len)
-    kv_cache = 0 if generate is None else kv_cache_bytes(*generate, **traced.kv_shape(), itemsize=trace.itemsize)
+    trace = traced.trace(batch, seq_len // sequence_parallel_size, padded)
+    kv_cache = None if generate is None else traced.cache_bytes(*generate)
     budget = None if gpu_gib is None else int(gpu_gib * (1 - headroom) * 2**30)
-    return _plan(traced.parameters, trace, flops, base, budget, kv_cache)
+    plan = _plan(traced.parameters, trace, traced.flops(batch, seq_len), base, budget, kv_cache or 0)
+    left_out = [f"the state of optimizer {optimizer!r}, counted as 0"] if counted is None else []
+    if generate is not None and kv_cache is None:
+        left_out.append(f"the KV cache, counted as 0: {type(traced.model).__name__} returns none")
+    left_out += _left_out(traced, trace)
+    return dataclasses.replace(plan, exact=_exact(traced, base, kv_cache), not_modelled=tuple(left_out))
+
+
+def _counted_optimizer(optimizer: str) -> str | None:
+    """Return a name of `OPTIMIZERS`, or `None` for another that transformers knows."""
+    from transformers.training_args import OptimizerNames
+
+    if optimizer not in OPTIMIZERS and optimizer in {name.value for name in OptimizerNames}:
+        return None
+    return optimizer
+
+
+def _exact(traced: Any, base: Switches, kv_cache: int | None) -> tuple[str, ...]:
+    """Return the columns of which every byte is known: none that ranks share, which pad their shares, or that is guessed."""
+    shared = base.shard_stage if base.shard_ranks > 1 else 0
+    guessed = traced.run.invented
+    as_stored = traced.quantization is None and not any(parameter.four_bit for parameter in traced.parameters)
+    known = {
+        "parameters": as_stored and shared < 3,
+        "gradients": "values" not in guessed and shared < 2,
+        "optimizer": "values" not in guessed and shared < 1 and base.optimizer is not None,
+        "activations (keep, checkpoint)": not guessed and traced.stand_in is None and base.sequence_parallel_size == 1,
+        "kv_cache": kv_cache is not None and not guessed & {"values", "length"},
+    }
+    return tuple(name for name, is_known in known.items() if is_known)
+
+
+def _left_out(traced: Any, trace: ForwardTrace) -> list[str]:
+    """Say what the trace took for granted or did not see."""
+    from .trace_memory import SHORT_ROWS
+
+    found = []
+    if parts := traced.not_run():
+        found.append(
+            f"activations, gradients and optimizer state of {_named(parts)}: these parts do not run on rows of text alone"
+        )
+    if parts := traced.not_reached():
+        found.append(f"gradients and optimizer state of {_named(parts)}: no gradient of the loss reaches these parts")
+    if traced.recomputing:
+        functions = ", ".join(sorted(traced.recomputing))
+        found.append(f"what the backward pass of {functions} computes again: that is its own code")
+    if "routing" in traced.run.invented:
+        found.append("routing by value: experts (or selected keys) are taken to share the tokens evenly")
+    if "values" in traced.run.invented:
+        found.append("branches that depend on the values of activations, which are guessed")
+    if "length" in traced.run.invented:
+        found.append(
+            f"rows of this length, since the model loops over tokens: figures of up to {SHORT_ROWS[-1]} tokens are continued, "
+            "in which longer windows do not show"
+        )
+    if traced.stand_in is not None:
+        found.append(f"attention {traced.stand_in!r}: counted as fused attention without masks")
+    if traced.quantization is not None:
+        found.append(
+            f"quantization {traced.quantization!r} of the config: weights are counted in the dtype of the plan"
+        )
+    if not trace.layer_inputs:
+        found.append("ways to keep less: the model does not support activation checkpointing")
+    if (buffers := traced.buffer_bytes()) >= 2**20:
+        found.append(f"buffers of the model, {buffers:,} bytes")
+    return found
+
+
+def _named(parts: dict[str, int]) -> str:
+    """Return the names of parts with their parameters, the five largest at most."""
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
+    names = ", ".join(f"{name} ({parameters:,} parameters)" for name, parameters in largest)
+    return names + " and others" * (len(parts) > len(largest))
+
+
+def planned_and_saved(model: Any, batch: Any, activations: str = "keep", autocast: bool = False) -> tuple[int, int]:
+    """
+    Return what the planner says a training forward of this model saves, and what it really saves, in bytes.
+
+    The model runs once for real; it must be on a CPU, and what [`plan_memory`] plans is what a CPU does.
+
+    Args:
+        model (`torch.nn.Module`): A model of transformers, also with adapters.
+        batch (`Mapping`): Arguments of its forward pass, labels included.
+        activations (`str`, *optional*, defaults to `"keep"`): `keep`, or `checkpoint` for a model with activation
+            checkpointing on.
+        autocast (`bool`, *optional*, defaults to `False`): Whether the pass runs under bf16 autocast.
+
+    Example:
+    ```python
+    planned, saved = planned_and_saved(model, {"input_ids": ids, "labels": ids})
+    assert abs(planned - saved) <= 0.01 * saved
+    ```
+    """
+    import torch
+
+    from ..functional.saved_bytes import SavedBytes
+    from .trace_memory import TracedModel
+
+    traced = TracedModel(model, autocast=autocast)
+    table = memory_table(traced.parameters, traced.trace_batch(batch), Switches(activations=activations))
+    planned = table.saved + (table.weight_copies if activations == "keep" else 0)
+    modes = [module.training for module in model.modules()]
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            with SavedBytes(exclude=model.parameters()) as saved:
+                out = model(**batch)
+            del out
+    finally:
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+    return planned, saved.total
 
 
 def _check(**values: int) -> None:
@@ -196,7 +331,7 @@ def _plan(
 ) -> MemoryPlan:
     rows = tuple(
         (switches, memory_table(parameters, trace, switches, kv_cache), extra_time(switches, flops))
-        for switches in exact_switch_sets(base)
+        for switches in possible_switch_sets(trace, base)
     )
     chosen = None if budget is None else cheapest_fit(parameters, trace, flops, base, budget, kv_cache)
     return MemoryPlan(rows, chosen, budget)
@@ -215,7 +350,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--headroom", type=float, default=0.1, help="fraction for what is not counted (default 0.1)")
     parser.add_argument("--dtype", default="float32", help="dtype of the weights (default float32)")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast, as bf16=True of the training arguments")
-    parser.add_argument("--optimizer", default="adamw_torch", help=f"{', '.join(OPTIMIZERS)} (default adamw_torch)")
+    parser.add_argument("--attention", help="sdpa, eager, flash_attention_2 ... (default: what transformers takes)")
+    parser.add_argument("--padded", action="store_true", help="rows are padded or packed, so that SDPA keeps masks")
+    parser.add_argument(
+        "--optimizer", default="adamw_torch", help="a name of TrainingArguments.optim (default adamw_torch)"
+    )
     parser.add_argument("--sharding", default="ddp", help=f"{', '.join(SHARDINGS)} (default ddp)")
     parser.add_argument("--ranks", type=int, default=1, help="devices that share under --sharding (default 1)")
     parser.add_argument("--sequence-parallel-size", type=int, default=1, help="devices that share a row (default 1)")
@@ -246,6 +385,8 @@ def run(args: argparse.Namespace) -> int:
             headroom=args.headroom,
             dtype=args.dtype,
             autocast=args.bf16,
+            attention=args.attention,
+            padded=args.padded,
             optimizer=args.optimizer,
             sharding=args.sharding,
             ranks=args.ranks,
@@ -285,4 +426,6 @@ def format_plan(plan: MemoryPlan) -> str:
                 f"The smallest set needs {least / 2**30:.1f} GiB. Ways on: --sharding fsdp --ranks N, "
                 "--sequence-parallel-size N, --lora-rank, --load-in-4bit, --optimizer adamw_8bit, a shorter --seq-len."
             )
-    return "\n".join([*lines, *ESTIMATES])
+    lines.append(f"Exact: {', '.join(plan.exact) or 'nothing'}. Estimated: {ESTIMATED}.")
+    lines.append(f"Not counted: {NOT_COUNTED}.")
+    return "\n".join([*lines, *(f"Not modelled: {sentence}." for sentence in plan.not_modelled)])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._untrusted import one_line, shorten
 from ..functional.curriculum import CurriculumError
 from ..samplers import (
     CompetenceSampler,
@@ -80,7 +81,7 @@ def preview(
     """
     for name, given in (("values", values), ("groups", groups)):
         if given is not None and len(given) != sampler.num_rows:
-            raise CurriculumError(f"{name} has {len(given)} entries for {sampler.num_rows} rows. Give one a row.")
+            raise CurriculumError(f"{name} has {len(given)} entries for {sampler.num_rows} rows. Give one per row.")
     for name, count in (("batch_size", batch_size), ("parts", parts), ("batches", batches)):
         if count < 1:
             raise CurriculumError(f"{name}={count} must be at least 1.")
@@ -153,15 +154,17 @@ def read_column(path: Path, column: str) -> list[Any]:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except OSError as error:
         raise CurriculumError(f"{path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise CurriculumError(f"{path.name} cannot be read as {path.suffix}: {error}.") from error
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise CurriculumError(f"{path.name} cannot be read as {path.suffix}: {one_line(error, 200)}.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise CurriculumError(f'{path.name} must hold one object a row, such as {{"{column}": 0.5}}.')
+        raise CurriculumError(f'{path.name} must hold one object per row, such as {{"{column}": 0.5}}.')
     if not rows:
         raise CurriculumError(f"{path.name} has no rows.")
     for number, row in enumerate(rows):
         if column not in row:
-            raise CurriculumError(f"{path.name}, row {number}: no column {column!r}. It has {sorted(row)}.")
+            raise CurriculumError(
+                f"{path.name}, row {number}: no column {column!r}. It has {shorten(sorted(map(str, row)))}."
+            )
     return [row[column] for row in rows]
 
 
@@ -171,8 +174,8 @@ def read_numbers(path: Path, column: str) -> list[float]:
     for row, value in enumerate(read_column(path, column)):
         try:
             numbers.append(float(value))
-        except (TypeError, ValueError):
-            raise CurriculumError(f"{path.name}, row {row}: {column}={value!r} is not a number.") from None
+        except (TypeError, ValueError, OverflowError):
+            raise CurriculumError(f"{path.name}, row {row}: {column}={shorten(value)} is not a number.") from None
     return numbers
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._run_record import SUMMARY, read_run
+from .._record_check import check_state
+from .._run_record import FOLDER, SUMMARY, has_record, read_run
+from .._untrusted import UntrustedFileError, is_number, load_json
 from ..functional.probes import without_probes
 
 STATE = "trainer_state.json"
@@ -33,20 +34,22 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     try:
         return {"title": folder.name, **_load(folder)}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise NoRunError(f"The run in {folder} cannot be read, a file of it is damaged: {error!r}.") from error
+    except UntrustedFileError as error:
+        raise NoRunError(f"The run in {folder} cannot be read: {error}") from error
+    except OSError as error:
+        raise NoRunError(f"The run in {folder} cannot be read: {error.strerror}.") from error
 
 
 def _load(folder: Path) -> dict[str, Any]:
-    if (folder / SUMMARY).exists():
+    if has_record(folder):
         return read_run(folder)
     states = [folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")]
-    states = [path for path in states if path.exists()]
+    states = [path for path in states if path.is_file()]
     if not states:
         raise NoRunError(
-            f"{folder} has no {SUMMARY} and no {STATE}. Give the output_dir of a run; RunRecordCallback() records one."
+            f"{folder} has no {FOLDER}/{SUMMARY} and no {STATE}. Give the output_dir of a run; RunRecordCallback() records one."
         )
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in states]
+    found = [check_state(load_json(path), path) for path in states]
     state = max(found, key=lambda one: one["global_step"])
     return {
         "log_history": without_probes(state["log_history"]),
@@ -71,7 +74,7 @@ def load_group(folder: str | Path) -> list[dict[str, Any]]:
         return [load_run(folder)]
     except NoRunError as error:
         inner = sorted(path for path in folder.iterdir() if path.is_dir())
-        runs = [load_run(path) for path in inner if (path / SUMMARY).exists() or _has_state(path)]
+        runs = [load_run(path) for path in inner if has_record(path) or _has_state(path)]
         if not runs:
             raise error
         return runs
@@ -84,7 +87,7 @@ def _has_state(folder: Path) -> bool:
 def series(run: dict[str, Any], name: str) -> dict[float, float]:
     """Return step -> value of a logged metric; what is not a finite number is left out."""
     found = ((entry.get("step"), entry.get(name)) for entry in run["log_history"])
-    return {step: float(value) for step, value in found if _is_finite(step) and _is_finite(value)}
+    return {step: float(value) for step, value in found if is_number(step) and is_number(value)}
 
 
 def memory_series(run: dict[str, Any]) -> dict[str, dict[float, float]]:
@@ -109,7 +112,7 @@ def token_series(run: dict[str, Any]) -> dict[str, dict[float, float]]:
 
 
 def dropped_series(run: dict[str, Any]) -> dict[float, float]:
-    """Return step -> completions dropped a generation, for any reason."""
+    """Return step -> completions dropped per generation, for any reason."""
     total: dict[float, float] = {}
     for name in names_of([run], "effi/dropped/"):
         for step, value in series(run, name).items():
@@ -169,7 +172,3 @@ def phases_of(points: Sequence[Point]) -> list[tuple[float, float, str]]:
         else:
             phases.append((start, end, kind))
     return phases
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .._files import save_text
 from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
+from ..callbacks.run_summary import time_parts
 from ..functional.doctor import Finding
 from .page import environment
 from .run_data import (
@@ -30,8 +31,6 @@ from .run_data import (
 TEMPLATE = "run.html.jinja"
 #: More phases than this are the wiggles of a learning rate, not phases.
 _MOST_PHASES = 6
-#: the trainer's name of a phase -> what the page calls it
-_PHASES = {"gen": "generation", "reward": "reward", "logp": "log-probs", "train": "training"}
 #: A stacked plot stays readable with this many steps.
 _MOST_COLUMNS = 200
 
@@ -60,7 +59,7 @@ def curves(groups: Groups) -> dict[str, str]:
     else:
         drops = _lines_of(groups, lambda run: {"dropped": dropped_series(run)})
         options = {"from_zero": True, "name_one": True}
-        found["Completions dropped"] = _draw(drops, "completions dropped a generation", "drops", **options)
+        found["Completions dropped"] = _draw(drops, "completions dropped per generation", "drops", **options)
     tokens = _lines_of(groups, token_series)
     found["Tokens so far, forwarded and real"] = _draw(tokens, "tokens", "tokens", from_zero=True)
     memory = _lines_of(groups, memory_series)
@@ -73,7 +72,7 @@ def bars(groups: Groups) -> dict[str, str]:
     found = {
         "Completions of the run": _bars(groups, _rows_of, "completions", "rows", "{:,.0f}"),
         "Tokens of the run": _bars(groups, _tokens_of, "tokens", "tokensum", "{:,.0f}"),
-        "Time of the run": _bars(groups, _seconds_of, "seconds", "time", "{:,.1f}"),
+        "Time of the run": _bars(groups, time_parts, "seconds", "time", "{:,.1f}"),
     }
     return {caption: svg for caption, svg in found.items() if svg}
 
@@ -117,16 +116,23 @@ def _drops_over_time(runs: Sequence[dict[str, Any]]) -> str:
         for name in names_of(runs, "effi/dropped/")
     }
     curves = {name: points for name, points in curves.items() if any(value for _, value, _ in points)}
+    curves = dict(list(curves.items())[: 2 * MAX_SERIES])
     if not curves:
         return ""
-    steps = [step for step, _, _ in next(iter(curves.values()))]
+    steps = sorted({step for points in curves.values() for step, _, _ in points})
+    # A reason that some log entries do not have dropped nothing there.
+    curves = {name: _filled(points, steps) for name, points in curves.items()}
     width = -(-len(steps) // _MOST_COLUMNS)
     columns = [steps[i] for i in range(0, len(steps), width)]
     parts = {}
-    for name, points in curves.items():
-        values = [value for _, value, _ in points]
+    for name, values in curves.items():
         parts[name] = [statistics.fmean(values[i : i + width]) for i in range(0, len(values), width)]
-    return draw_stacked_areas(parts, columns, "optimizer steps", "completions dropped a generation", "drops")
+    return draw_stacked_areas(parts, columns, "optimizer steps", "completions dropped per generation", "drops")
+
+
+def _filled(points: Sequence[Point], steps: Sequence[float]) -> list[float]:
+    values = {step: value for step, value, _ in points}
+    return [values.get(step, 0.0) for step in steps]
 
 
 def _bars(
@@ -135,7 +141,7 @@ def _bars(
     parts = {title: [parts_of(run["totals"]) for run in runs] for title, runs in groups.items()}
     parts = {title: own for title, own in parts.items() if any(own)}
     names = dict.fromkeys(name for own in parts.values() for part in own for name in part)
-    names = sorted(names, key=lambda name: name == "other")  # what is left over goes last
+    names = sorted(list(names)[: 4 * MAX_SERIES], key=lambda name: name == "other")  # what is left over goes last
     found = {
         title: {name: statistics.fmean(part.get(name, 0) for part in own) for name in names}
         for title, own in parts.items()
@@ -157,23 +163,10 @@ def _tokens_of(totals: Mapping[str, Any]) -> dict[str, float]:
     tokens = totals.get("tokens", {})
     if not tokens.get("forwarded"):
         return {}
-    parts = {"real": tokens["real"], "padding": tokens["forwarded"] - tokens["real"]}
+    real = tokens.get("real", 0)
+    parts = {"real": real, "padding": max(0, tokens["forwarded"] - real)}
     parts["saved: not forwarded"] = tokens.get("saved", 0)
     return {name: value for name, value in parts.items() if value or name == "real"}
-
-
-def _seconds_of(totals: Mapping[str, Any]) -> dict[str, float]:
-    """Split the time of the steps into the trainer's own phases where it tells them; less than 1 % is no part."""
-    seconds = dict(totals.get("seconds", {}))
-    phases, step = totals.get("phases", {}), seconds.pop("train", 0.0)
-    parts = {word: phases.get(name, 0.0) for name, word in _PHASES.items()}
-    parts["whole step" if not phases else "other"] = max(0.0, step - sum(parts.values()))
-    for name, value in seconds.items():
-        parts[name] = parts.get(name, 0.0) + value
-    whole = sum(parts.values())
-    small = [name for name, value in parts.items() if name != "other" and value < 0.01 * whole]
-    parts["other"] = parts.pop("other", 0.0) + sum(parts.pop(name) for name in small)
-    return {name: value for name, value in parts.items() if value >= 0.005}
 
 
 def facts(runs: Sequence[dict[str, Any]], as_text: bool = True) -> dict[str, Any]:
@@ -196,7 +189,7 @@ def facts(runs: Sequence[dict[str, Any]], as_text: bool = True) -> dict[str, Any
 
     def saved(run: dict[str, Any]) -> float | None:
         tokens = run["totals"].get("tokens", {})
-        return 100 * tokens["saved"] / (tokens["saved"] + tokens["forwarded"]) if tokens.get("saved") else None
+        return 100 * tokens["saved"] / (tokens["saved"] + tokens.get("forwarded", 0)) if tokens.get("saved") else None
 
     def peak(run: dict[str, Any], where: str) -> float | None:
         value = run["totals"].get("peak_memory_bytes", {}).get(where)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._compat import require
+from .._plots import as_label
 from ..functional.schedules import Schedule, ScheduleError
 from ..functional.schedules._checks import check_steps
 from ..functional.text_plot import text_plot
@@ -100,7 +101,7 @@ def plot_schedules(
         axes = figure.add_subplot()
         styles = ("-", "--", ":", "-.")
         for i, (name, schedule) in enumerate(named.items()):
-            draw(axes, schedule, label=name, linestyle=styles[i // 10 % len(styles)], linewidth=1.8)
+            draw(axes, schedule, label=as_label(name), linestyle=styles[i // 10 % len(styles)], linewidth=1.8)
         axes.set_xlabel("finished updates")
         axes.set_ylabel(unit)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
@@ -110,12 +111,12 @@ def plot_schedules(
         for i, (name, schedule) in enumerate(named.items()):
             axes = figure.add_subplot(rows, panels, i + 1)
             draw(axes, schedule, color="C0", linewidth=1.6)
-            axes.set_title(_wrap(name), fontsize=7.5)
+            axes.set_title(_wrap(as_label(name, 200)), fontsize=7.5)
             axes.tick_params(labelsize=7)
         figure.supylabel(unit, fontsize=9)
         figure.supxlabel("finished updates", fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(as_label(title, 200), fontsize=11)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)

@@ -32,7 +32,7 @@ class QualityAscendingSampler(EffiSampler):
     [`~hf_effi.functional.curriculum.score_order`].
 
     Args:
-        scores (`torch.Tensor` or `Sequence[float]`): One number a row of the training dataset.
+        scores (`torch.Tensor` or `Sequence[float]`): One number per row of the training dataset.
         buckets (`int`, *optional*): Shuffle inside this many equal parts; a full sort if `None`.
         folds (`int`, *optional*, defaults to 1): Interleaved ascending passes.
         descending (`bool`, *optional*, defaults to `False`): Highest first.

@@ -79,7 +79,7 @@ class MeasuringSampler(EffiSampler):
         rows = self.rows_to_measure(epoch)
         found = clean_scores(values, "measured values") if rows else torch.empty(0, dtype=torch.float64)
         if found.numel() != len(rows):
-            raise CurriculumError(f"measure returned {found.numel()} values for {len(rows)} rows. Return one a row.")
+            raise CurriculumError(f"measure returned {found.numel()} values for {len(rows)} rows. Return one per row.")
         self.chosen = self.choose(epoch, rows, found).nonzero().flatten()
         self.measured_epoch = epoch
         self._observations += 1

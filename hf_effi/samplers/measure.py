@@ -40,7 +40,7 @@ class RowLoss:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return one number a row from logits `(rows, tokens, vocabulary)` and the labels that they predict."""
+        """Return one number per row from logits `(rows, tokens, vocabulary)` and the labels that they predict."""
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
         return loss.sum(1) / (labels != -100).sum(1).clamp(min=1)
 

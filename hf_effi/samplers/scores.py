@@ -1,4 +1,4 @@
-"""Scores computed once: written into the dataset as a column, with a fingerprint a row, resumable after an interruption."""
+"""Scores computed once: written into the dataset as a column, with a fingerprint per row, resumable after an interruption."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ScoreMismatchError(CurriculumError):
 
 
 class RowScorer(ABC):
-    """A function of a batch (`dict` of columns) that returns one number a row and can say what it is."""
+    """A function of a batch (`dict` of columns) that returns one number per row and can say what it is."""
 
     @abstractmethod
     def __call__(self, batch: Batch) -> Tensor | Sequence[float]:
-        """Return one number a row. A row's number must not depend on the rows beside it."""
+        """Return one number per row. A row's number must not depend on the rows beside it."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -140,7 +140,7 @@ class ColumnScore(RowScorer):
     A pure function of columns that are there: `row_lengths`, `learnability`, `rarity_under`, `instruct_mining`, your own.
 
     Args:
-        function (`Callable`): Called with one list a column, and returns one number a row. It must be importable by name,
+        function (`Callable`): Called with one list per column, and returns one number per row. It must be importable by name,
             which is its fingerprint together with `settings`: rename it when you change what it computes.
         columns (`Sequence[str]` or `Mapping[str, str]`): Columns in the order of the arguments; a mapping is passed as one
             argument `{key: values of the column}`.
@@ -209,7 +209,7 @@ def _as_json(value: Any) -> str:
 
 
 def _marks(batch: Batch, scorer: str) -> list[int]:
-    """Return one signed 64-bit hash a row, of the scorer and of what it reads in this row."""
+    """Return one signed 64-bit hash per row, of the scorer and of what it reads in this row."""
     names = sorted(batch)
     head = hashlib.sha256(json.dumps([scorer, names]).encode())
     found = []
@@ -272,7 +272,7 @@ def _score(score_fn: Callable[[Batch], Any], batch: Batch, first: int, size: int
     scores = torch.as_tensor(score_fn(batch)).detach().to("cpu", torch.float64)
     if scores.shape != (size,):
         raise CurriculumError(
-            f"score_fn returned shape {tuple(scores.shape)} for {size} rows. Return one number a row."
+            f"score_fn returned shape {tuple(scores.shape)} for {size} rows. Return one number per row."
         )
     missing = scores.isnan().nonzero().flatten()
     if nan == "error" and missing.numel():
@@ -316,7 +316,7 @@ def add_score(
     progress: bool = True,
 ) -> Any:
     """
-    Return the dataset with the column `name`, one score a row, and `name + "_fingerprint"`, one hash a row.
+    Return the dataset with the column `name`, one score per row, and `name + "_fingerprint"`, one hash per row.
 
     The hash covers the scorer (weights, settings) and what it reads of the row, so that it stays right when rows are
     shuffled, filtered or concatenated. A dataset that has the column for these rows and this scorer comes back as it is.

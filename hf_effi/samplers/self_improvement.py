@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from .._files import save_aside, save_json
+from .._files import StateFileError, load_json, save_aside, save_json
 from ..functional.curriculum import (
     CurriculumError,
     check_count,
@@ -24,7 +24,7 @@ from ..functional.curriculum import (
 )
 from ..functional.options import refuse_idle
 
-#: `answer(prompts)` returns one completion a prompt, `None` where there is none.
+#: `answer(prompts)` returns one completion per prompt, `None` where there is none.
 Answerer = Callable[[list[str]], Sequence[str | None]]
 Row = dict[str, Any]
 
@@ -310,20 +310,26 @@ class SelfImprovement:
 
     def _restore(self) -> None:
         path = self.folder / "state.json"
-        state = json.loads(path.read_text(encoding="utf-8")) if _rank() == 0 and path.exists() else None
-        state = _from_main(state)
+        state = _from_main(_stored(path) if _rank() == 0 and path.exists() else None)
         if state is None:
             return
+        history, finished = state.get("history"), state.get("finished")
+        if (
+            not isinstance(history, list)
+            or not all(isinstance(entry, dict) and {"levels", "accepted"} <= set(entry) for entry in history)
+            or finished not in range(len(history) + 1)
+        ):
+            raise CurriculumError(f"{path} is damaged: it holds no rounds. Delete {self.folder} to begin again.")
         same_levels = all(
             entry["levels"] == [str(level) for level in levels]
-            for entry, levels in zip(state["history"], self.levels, strict=False)
+            for entry, levels in zip(history, self.levels, strict=False)
         )
-        if state["fingerprint"] != self._fingerprint() or not same_levels or len(state["history"]) > len(self.levels):
+        if state.get("fingerprint") != self._fingerprint() or not same_levels or len(history) > len(self.levels):
             raise CurriculumError(
                 f"{self.folder} holds rounds of other rows, levels or settings. Build SelfImprovement as they were built "
                 "(levels may be added at the end), or use another folder."
             )
-        self.finished, self.history = state["finished"], state["history"]
+        self.finished, self.history = finished, history
 
     def _save(self) -> None:
         if _rank() == 0:
@@ -335,10 +341,25 @@ class SelfImprovement:
 
     def _read(self, number: int) -> dict[str, Any] | None:
         path = self.folder / f"round-{number}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _stored(path) if path.exists() else None
 
     def _rows_of(self, number: int) -> list[Row]:
         return _from_main(self._read(number) if _rank() == 0 else None)["rows"]
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """Return what the main process stored; a file that somebody else damaged gets one sentence."""
+    try:
+        value = load_json(path)
+    except StateFileError as error:
+        raise CurriculumError(
+            f"{path} is damaged ({error.__cause__}). Delete {path.parent} to begin again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CurriculumError(
+            f"{path} is damaged: it holds {type(value).__name__}. Delete {path.parent} to begin again."
+        )
+    return value
 
 
 def _world() -> int:

@@ -28,7 +28,7 @@ def cost_of_model(model: Any) -> tuple[float, float]:
     Return `(a, b)` of the cost `a l + b l^2` of a row of `l` tokens for a dense transformer of transformers.
 
     Reads layers, query heads and head size from the text part of `model.config`; see [`flop_coefficients`]. A mixture of
-    experts multiplies fewer parameters a token than it has, and packed 4-bit weights hide some: call that function with the
+    experts multiplies fewer parameters per token than it has, and packed 4-bit weights hide some: call that function with the
     right number.
 
     Raises:
@@ -55,7 +55,7 @@ class TokenBudgetBatchSampler(EffiSampler):
 
     Padding-free rows are packed best fit decreasing, padded ones with their neighbours in length. The micro-batches are
     sorted by their cost and dealt back and forth to the `processes x accumulation steps` places of the updates, so that
-    those of one update cost the same. Each row is given once an epoch: where places would stay empty, dear micro-batches
+    those of one update cost the same. Each row is given once per epoch: where places would stay empty, dear micro-batches
     are halved. Every process gets the same number of micro-batches, the same in each epoch. The seed decides which rows
     of one length change places, and the order of the updates.
 

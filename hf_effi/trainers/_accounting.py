@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,15 +19,28 @@ COUNTERS = ("tokens_forward", "tokens_real", "tokens_saved", "rows_generated", "
 class AccountingMixin:
     """Times the phases of a step by wrapping the methods that do them, and sums counters over the ranks."""
 
-    def _init_accounting(self) -> None:
-        self._effi_seconds: dict[str, float] = defaultdict(float)
-        self._effi_counters: dict[str, int] = defaultdict(int)
-        self._in_phase: list[str] = []
+    # Made when they are first asked for: other code builds trainers without `__init__` and calls single methods.
+    @functools.cached_property
+    def _effi_seconds(self) -> dict[str, float]:
+        return defaultdict(float)
+
+    @functools.cached_property
+    def _effi_counters(self) -> dict[str, int]:
+        return defaultdict(int)
+
+    @functools.cached_property
+    def _in_phase(self) -> list[str]:
+        return []
+
+    @property
+    def _in_training(self) -> bool:
+        model = getattr(self, "model", None)
+        return model is not None and model.training
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """Add the seconds spent inside to `phase`, and take them from the phase around it."""
-        if not self.model.training:
+        if not self._in_training:
             yield
             return
         outer = self._in_phase[-1] if self._in_phase else None

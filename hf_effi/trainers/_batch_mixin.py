@@ -68,6 +68,7 @@ class BatchTransformMixin:
     ```
     """
 
+    batch_transform: BatchTransform | None = None
     _transform_metrics: dict[str, float] | None = None
 
     def __init__(self, *args: Any, batch_transform: BatchTransform | None = None, **kwargs: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class ChunkFlowMixin:
     ```
     """
 
+    chunk_flow: ChunkFlow | None = None
+    #: the layouts of batches that were asked about, and the tokens up to which positions do not depend on the length
+    _asked: Mapping[str, Any] = MappingProxyType({})
+    _longest_exact: int | None = None
     #: the chunk that is at work, and its loss where it was run and kept before
     _now: tuple[ChunkGroup, int] | None = None
     _loss_now: Tensor | None = None
@@ -59,7 +64,7 @@ class ChunkFlowMixin:
             "gradient checkpointing empties the cache. Switch it off: chunks are run again by themselves": (
                 getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
             ),
-            "DataParallel splits the rows itself. Use one process a GPU": args.n_gpu > 1,
+            "DataParallel splits the rows itself. Use one process per GPU": args.n_gpu > 1,
             "FSDP and DeepSpeed need the same number of calls on every rank": args.fsdp or args.deepspeed,
             "the loss has to be the model's: leave out label_smoothing_factor and compute_loss_func": (
                 self.label_smoother is not None or self.compute_loss_func is not None

@@ -8,6 +8,7 @@ from typing import Any
 from ._hub_mixin import HubArguments, HubMixin
 from ._kernel_mixin import KernelArguments, KernelPatchMixin, layers_from_config
 from ._record_mixin import RunRecordArguments, RunRecordMixin
+from ._resume_mixin import ResumeMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleArguments, ScheduleMixin
 from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin, resolve_size
@@ -21,7 +22,9 @@ class EffiArguments(KernelArguments, HubArguments, RunRecordArguments, ScheduleA
     """
 
 
-class EffiMixin(KernelPatchMixin, SamplerMixin, HubMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin):
+class EffiMixin(
+    ResumeMixin, KernelPatchMixin, SamplerMixin, HubMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin
+):
     """What every Effi trainer can do beside its base: follow these fields, and take a `train_sampler`."""
 
 

@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 class ExactSavingsMixin:
     """Overrides the log-prob forward, the loss call and the batch split of `GRPOTrainer` through `super()`."""
 
+    #: names of the savings that are on
+    exact_savings: tuple[str, ...] = ()
     _active_rows: Tensor | None = None
     #: why a saving is not used, by name
     _savings_left_out: dict[str, str] = {}

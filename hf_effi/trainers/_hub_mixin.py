@@ -11,7 +11,15 @@ from typing import Any
 from huggingface_hub import CommitInfo
 
 from ..callbacks.probing import holds_training_weights
-from ..hub.publish import NOT_UPLOADED, check_seconds, push_checkpoint, uploader_for, write_section
+from ..hub.publish import (
+    NOT_UPLOADED,
+    check_seconds,
+    links_out_of,
+    make_room_for_card,
+    push_checkpoint,
+    uploader_for,
+    write_section,
+)
 from ..hub.uploads import HubUploader
 
 
@@ -62,6 +70,8 @@ class HubMixin:
         self.hub_model_id = uploader.repo_id
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            make_room_for_card(self.args.output_dir)
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             write_section(self, self.hub_model_id or Path(self.args.output_dir).name)
@@ -101,7 +111,8 @@ class HubMixin:
         self.create_model_card(**{"model_name": uploader.repo_id.split("/")[-1], "tags": tags, **kwargs})
         end = time.monotonic() + uploader.seconds
         uploader.wait()  # those of the checkpoints come first
-        upload = uploader.submit(self.args.output_dir, commit_message, ignore=NOT_UPLOADED)
+        ignore = [*NOT_UPLOADED, *links_out_of(self.args.output_dir)]
+        upload = uploader.submit(self.args.output_dir, commit_message, ignore=ignore)
         if not blocking:
             return upload
         uploader.wait(max(1.0, end - time.monotonic()))  # both waits together stay below `ddp_timeout`

@@ -41,6 +41,7 @@ class SequenceLengthMixin:
     ```
     """
 
+    sequence_length: Callable[[int, int], int] | None = None
     _length_now: int | None = None
 
     def __init__(self, *args: Any, sequence_length: Callable[[int, int], int] | None = None, **kwargs: Any) -> None:

@@ -56,7 +56,7 @@ class MetadataCollator:
         packed = {key for row in rows for key in ("position_ids", "seq_lengths") if key in row}
         if packed:
             raise CurriculumError(
-                f"Rows carry {sorted(packed)}: they are packed. Pass one document a row, packing off."
+                f"Rows carry {sorted(packed)}: they are packed. Pass one document per row, packing off."
             )
         ids = [_tokens(row["input_ids"])[: self.max_length] for row in rows]
         if not all(ids):

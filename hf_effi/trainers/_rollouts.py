@@ -50,6 +50,21 @@ LOSS_SCALE = "effi_loss_scale"
 class RolloutMixin:
     """Overrides generation and rewards of `GRPOTrainer` through `super()`; see the module docstring."""
 
+    group_filter: GroupFilter | None = None
+    rollout_pruner: RolloutPruner | None = None
+    prompt_selector: PromptSelector | None = None
+    #: where further prompts come from, and which ones a step has
+    _refill_prompts: PromptSelector | None = None
+    _step_prompts: StepPrompts | None = None
+    _generations_done = 0
+    #: of the last generation: gathered rewards and advantages, this rank's lengths, batches whose log-probs wait
+    _last_rewards: Tensor | None = None
+    _last_advantages: Tensor | None = None
+    _last_lengths: list[int] | None = None
+    _deferred: list[dict[str, Any]] | None = None
+    #: the reward function that says right or wrong
+    _difficulty_column: int | None = None
+
     def _init_rollouts(
         self,
         prompt_selector: PromptSelector | None,
@@ -71,13 +86,7 @@ class RolloutMixin:
         if prompt_selector is not None:
             check_selector(prompt_selector)
         self.prompt_selector = prompt_selector
-        self._refill_prompts: PromptSelector | None = prompt_selector
-        self._step_prompts: StepPrompts | None = None
-        self._generations_done = 0
-        self._last_rewards: Tensor | None = None
-        self._last_advantages: Tensor | None = None
-        self._last_lengths: list[int] | None = None
-        self._deferred: list[dict[str, Any]] | None = None
+        self._refill_prompts = prompt_selector
         if self._selects:
             self._check_selection_inputs()
 

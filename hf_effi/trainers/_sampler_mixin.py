@@ -57,6 +57,10 @@ class SamplerMixin:
     ```
     """
 
+    train_sampler: EffiSampler | None = None
+    #: the one in the loader, in the layout of the trainer
+    _served_sampler: EffiSampler | None = None
+
     def __init__(self, *args: Any, train_sampler: EffiSampler | None = None, **kwargs: Any) -> None:
         if train_sampler is not None and not isinstance(train_sampler, EffiSampler):
             raise SamplerError(
@@ -64,7 +68,6 @@ class SamplerMixin:
                 "EffiSampler and implement order(epoch)."
             )
         self.train_sampler = train_sampler
-        self._served_sampler: EffiSampler | None = None
         super().__init__(*args, **kwargs)
         if train_sampler is not None:
             check_trainer(self.args, self.train_dataset, train_sampler)
@@ -139,7 +142,7 @@ class SamplerMixin:
             if len(found) != len(rows[part::world]):
                 raise SamplerError(
                     f"measure returned {len(found)} values for {len(rows[part::world])} rows on process {part}. Return "
-                    "one number a row."
+                    "one number per row."
                 )
             values[part::world] = found
         sampler.observe(epoch, values)

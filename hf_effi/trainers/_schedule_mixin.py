@@ -73,7 +73,7 @@ def schedule_from_config(args: Any) -> Schedule | None:
     schedule = make_schedule(name, **(kwargs or {}))
     if schedule.needs_counter:
         raise ScheduleError(f"lr_schedule={name!r} needs a token counter. Use LRScheduleCallback(..., counter=...).")
-    check_arguments(args)
+    check_arguments(args, f"lr_schedule={name!r}")
     # With such a section DeepSpeed never asks the Trainer for a scheduler, and lr_schedule would be ignored.
     deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", None) or {}
     if section := deepspeed.get("scheduler"):
@@ -87,7 +87,7 @@ def schedule_from_config(args: Any) -> Schedule | None:
 class ConfigSchedule(LRScheduleCallback):
     """The [`LRScheduleCallback`] that `lr_schedule=` of a config is."""
 
-    name = "lr_schedule in the config"
+    name, option = "lr_schedule in the config", "lr_schedule_on_mismatch"
 
 
 class FollowedLR(LambdaLR):
@@ -140,7 +140,7 @@ class ScheduleMixin:
         made = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self._sync_schedule() is not None and made:
-            check_scheduler(scheduler)
+            check_scheduler(scheduler, f"lr_schedule={self.args.lr_schedule!r}")
             scheduler = self.lr_scheduler = FollowedLR(scheduler.optimizer)
         return scheduler
 

@@ -181,7 +181,7 @@ class SequenceParallelMixin:
         layout = ", ".join(str([*range(i * group.size, (i + 1) * group.size)]) for i in range(group.count))
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         if self.sequence_parallel_mode == "rounds":
-            steps = f"each rank keeps its own batch ({rows} rows a step); steps are those of plain data parallelism"
+            steps = f"each rank keeps its own batch ({rows} rows per step); steps are those of plain data parallelism"
         else:
             steps = f"a step takes {rows * group.count} rows: {rows} a group; steps are those of {group.count} rank(s)"
         return (

@@ -1,13 +1,18 @@
-"""How a Trainer takes `TokenBudgetBatchSampler`: as the batch sampler of its dataloader, one part a process."""
+"""How a Trainer takes `TokenBudgetBatchSampler`: as the batch sampler of its dataloader, one part per process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.utils import logging
 
+from ..patching import agreed, loss_by_item_count, remembered
 from ..samplers import SamplerError, TokenBudgetBatchSampler
+
+logger = logging.get_logger(__name__)
 
 
 class RankBatches(BatchRebalanceSampler):
@@ -67,9 +72,27 @@ def rank_batches(trainer: Any, stock: Any, plan: TokenBudgetBatchSampler) -> Ran
             f"{type(trainer.model).__name__} takes no num_items_in_batch, so the {places} micro-batches of an update would "
             "count alike, whatever they hold. Pass compute_loss_func, which gets num_items_in_batch."
         )
+    if places > 1 and trainer.compute_loss_func is None:
+        _check_loss(trainer.model, places)
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise SamplerError(
             "average_tokens_across_devices=False lets every process count alike, whatever it holds. Set it to True."
         )
     plan.deal(args.world_size, args.gradient_accumulation_steps)
     return RankBatches(plan, args.process_index)
+
+
+def _check_loss(model: nn.Module, places: int) -> None:
+    """Measure what the signature only promises: that a micro-batch counts by its tokens."""
+    found = agreed(remembered(model, "loss by item count", lambda: loss_by_item_count(model)))
+    if found.looked and not found.equal:
+        raise SamplerError(
+            f"{type(model).__name__} takes num_items_in_batch and averages over each call all the same ({found}, where twice "
+            f"the number has to halve it), so the {places} micro-batches of an update would count alike, whatever they hold. "
+            "Pass compute_loss_func, which gets num_items_in_batch."
+        )
+    if not found.looked:
+        logger.warning(
+            f"Whether {type(model).__name__} divides its loss by num_items_in_batch could not be measured: "
+            f"{found.reason}. Its signature has it, and is taken at its word."
+        )

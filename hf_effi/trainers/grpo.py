@@ -6,6 +6,7 @@ import functools
 import warnings
 from typing import Any
 
+import datasets
 from trl import GRPOConfig, GRPOTrainer
 
 from ..protocols import GroupFilter, PromptSelector, RolloutPruner
@@ -16,15 +17,19 @@ from ._hub_mixin import HubMixin
 from ._kernel_mixin import KernelPatchMixin
 from ._prompt_length import PromptLengthMixin
 from ._record_mixin import RunRecordMixin
+from ._resume_mixin import ResumeMixin
 from ._rewards import CheckedRewardsMixin
 from ._rollouts import RolloutMixin
 from ._sampler_mixin import SamplerMixin
 from ._schedule_mixin import ScheduleMixin
 from ._sequence_parallel import SequenceParallelMixin
+from ._signatures import with_signatures_of
 from .grpo_config import EffiGRPOConfig, check_methods, own_setting, refuse_unused
 
 
+@with_signatures_of(GRPOTrainer)
 class EffiGRPOTrainer(
+    ResumeMixin,
     KernelPatchMixin,
     CheckedRewardsMixin,
     AccountingMixin,
@@ -49,7 +54,9 @@ class EffiGRPOTrainer(
     Args:
         model, reward_funcs, args, train_dataset, ...:
             As in [`~trl.GRPOTrainer`]. `args` may be an [`EffiGRPOConfig`] or a plain [`~trl.GRPOConfig`], which then
-            has the defaults of the former's own fields.
+            has the defaults of the former's own fields. A reward of `None` or NaN means that the function does not apply to
+            the completion: the others decide on it, and where none applies its advantage is 0 and the group's mean leaves
+            it out, as in TRL. A function that returns NaN for all completions of a generation is warned of, once.
         prompt_selector ([`~hf_effi.protocols.PromptSelector`], *optional*):
             Chooses the prompts of every generation in place of the data loader's order.
         group_filter ([`~hf_effi.protocols.GroupFilter`], *optional*):
@@ -97,7 +104,6 @@ class EffiGRPOTrainer(
         _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
         check_methods(args, prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
-        self._init_accounting()
         self._init_prompt_length()
         self._init_exact_savings()
         self._check_buckets()
@@ -135,12 +141,12 @@ class EffiGRPOTrainer(
 
 
 def _check_dataset(dataset: Any, environment: Any) -> None:
-    """Say what is wrong with the dataset before a model is loaded."""
-    if dataset is None:
+    """Say what is wrong with the dataset before a model is loaded. What is no dataset at all, TRL names."""
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise ValueError("train_dataset is empty. GRPO needs at least one row with a `prompt` column.")
-    columns = getattr(dataset, "column_names", None)
+    columns = dataset.column_names
     if columns is not None and "prompt" not in columns and environment is None:
         raise ValueError(
             f"train_dataset has no `prompt` column; its columns are {', '.join(map(str, columns))}. Rename the column "

@@ -86,7 +86,7 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         > Parameters of the record
 
         run_record (`bool`, *optional*, defaults to `True`):
-            Write `effi_run.json` and `effi_events.jsonl`, the record of the run, into `output_dir`.
+            Write `effi_run.json` and `effi_events.jsonl`, the record of the run, into `output_dir/effi`.
 
         > Parameters of the uploads
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 from trl import SFTConfig, SFTTrainer
 
 from ._common import EffiArguments, EffiMixin
+from ._signatures import with_signatures_of
 
 
 @dataclass
@@ -20,6 +22,7 @@ class EffiSFTConfig(EffiArguments, SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
+@with_signatures_of(SFTTrainer)
 class EffiSFTTrainer(EffiMixin, SFTTrainer):
     """
     `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it trains
@@ -43,7 +46,9 @@ class EffiSFTTrainer(EffiMixin, SFTTrainer):
 
 def _check_columns(dataset: Any, args: Any) -> None:
     """Say what is missing before a model is loaded; stock stops with a `KeyError` while it tokenizes."""
-    columns = getattr(dataset, "column_names", None)
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return  # TRL says what it takes
+    columns = dataset.column_names
     if not columns or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
         return
     text = getattr(args, "dataset_text_field", "text")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import Trainer, TrainingArguments
 
 from ._common import EffiArguments, EffiMixin
+from ._signatures import with_signatures_of
 
 
 @dataclass
@@ -24,6 +25,7 @@ class EffiTrainingArguments(EffiArguments, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
 
 
+@with_signatures_of(Trainer)
 class EffiTrainer(EffiMixin, Trainer):
     """
     `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it

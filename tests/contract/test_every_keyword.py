@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 import hf_effi
 from hf_effi import samplers
@@ -34,8 +35,9 @@ ACTS = {
     "BatchTransformMixin": "batch_transform",
     "ChunkFlow": "max_live_chunks",
     "ChunkFlowMixin": "chunk_flow",
-    "EffiGRPOTrainer": "reward_funcs args train_dataset prompt_selector group_filter rollout_pruner",
-    "EffiSFTTrainer": "args data_collator train_dataset",
+    "EffiGRPOTrainer": "prompt_selector group_filter rollout_pruner train_sampler sequence_parallel_size",
+    "EffiSFTTrainer": "train_sampler sequence_parallel_size",
+    "EffiTrainer": "train_sampler sequence_parallel_size",
     "FusedLMHead": "column_eps grad_in_forward",
     "FusedLoRALinear": "siblings",
     "GRPODoctor": "limits say",
@@ -89,7 +91,7 @@ ACTS = {
     "lr_range_test": "loss_fn low high repeats stop_factor",
     "one_cycle": "total_steps up_fraction down_fraction div final_div momentum_low momentum_high",
     "patch": "verify",
-    "plan_memory": "batch gpu_gib dtype autocast optimizer sharding ranks sequence_parallel_size lora_rank four_bit"
+    "plan_memory": "batch gpu_gib dtype autocast attention padded optimizer sharding ranks sequence_parallel_size lora_rank four_bit"
     " generate",
     "plot_schedules": "steps path base_lr title panels",
     "power": "total_steps warmup_steps warmup_fraction floor tokens_per_step max_lr a b sequence_length"
@@ -295,10 +297,14 @@ def public_objects() -> dict[str, Any]:
 
 
 def keywords_of(value: Any) -> list[str]:
-    """Return the parameters with a default."""
+    """Return the parameters with a default; of a trainer those that the stock one has not."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(value).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds and p.default is not inspect.Parameter.empty]
+    found = [p.name for p in parameters if p.kind in kinds and p.default is not inspect.Parameter.empty]
+    if not (isinstance(value, type) and issubclass(value, Trainer)):
+        return found
+    stock = next(base for base in value.__mro__ if base.__module__.startswith(("transformers.", "trl.")))
+    return [name for name in found if name not in inspect.signature(stock).parameters]
 
 
 def test_every_keyword_is_in_one_of_the_tables():
@@ -328,9 +334,16 @@ def reads(value: Any, keyword: str) -> bool:
     """Whether the source of a function, of a class's constructor, or of anybody who has the dataclass, reads it."""
     if dataclasses.is_dataclass(value):
         return keyword in attributes_read()
-    owner = next(c for c in value.__mro__ if "__init__" in vars(c)).__init__ if isinstance(value, type) else value
+    owner = constructor_of(value, keyword) if isinstance(value, type) else value
     tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
     return any(isinstance(n, ast.Name) and n.id == keyword and isinstance(n.ctx, ast.Load) for n in ast.walk(tree))
+
+
+def constructor_of(cls: type, keyword: str) -> Callable[..., None]:
+    """Return the constructor that has the keyword: the class's own, or that of a mixin which takes it from the others."""
+    own = [base.__init__ for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
+    having = (f for f in own if inspect.isfunction(f) and keyword in f.__code__.co_varnames)
+    return next(having, own[0])
 
 
 @pytest.mark.parametrize("name", sorted(ACTS))

@@ -12,14 +12,12 @@ from tests.contract._sources import PACKAGE, python_files, tree_of
 WRITERS = {"write_text", "write_bytes", "save_file", "save_pretrained", "copytree", "savefig"}
 #: (file, function) that may: why
 ALLOWED = {
-    ("_run_record.py", "event"): "appends a line; a torn one is skipped by readers",
-    ("_run_record.py", "_end_torn_line"): "appends the line break that a kill left out",
     ("callbacks/weight_averaging.py", "_save"): "into a folder that save_aside renames",
     ("callbacks/average_checkpoints.py", "_write"): "into a folder that save_aside renames",
     ("callbacks/branch.py", "copy"): "into a folder that save_aside renames",
     ("hub/_worker.py", "<module>"): "the answer of a process, to its standard output",
     ("demo/policy.py", "fine_tune"): "sealed by sft_settings.json, which is written last",
-    ("demo/run.py", "run"): "a result to look at; nothing goes on from it",
+    ("demo/run.py", "_save_policy"): "into a folder that save_aside renames",
     ("_plots.py", "*"): "into memory",
     ("report/schedule_plot.py", "*"): "a picture where the user asked for it",
     ("report/plan_lr.py", "*"): "a picture where the user asked for it",

@@ -19,6 +19,8 @@ FLOORS = {
     "_methods": 0,
     "_environment": 0,
     "_files": 0,
+    "_untrusted": 0,
+    "_record_check": 0,
     "_run_record": 0,
     "_secrets": 0,
     "_plots": 0,
@@ -38,6 +40,8 @@ FLOORS = {
     "report": 4,
     "cli": 5,
     "cli_train": 5,
+    "cli_yaml": 5,
+    "cli_resolve": 5,
     "demo": 5,
     "__main__": 6,
 }

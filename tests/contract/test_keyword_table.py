@@ -90,6 +90,10 @@ CALLS: dict[str, tuple[str, str]] = {
     "trl:TrlParser": ("prog usage description epilog formatter_class", "why: the text of --help"),
     # the Hub
     "huggingface_hub:HfApi": ("library_name token", "tests/training/test_hub_uploads.py::test_a_wrong_token_is_told_before_training"),
+    "huggingface_hub:try_to_load_from_cache": (
+        "revision",
+        "tests/training/test_cli_train.py::test_a_copy_in_the_cache_is_found_by_its_revision",
+    ),
     "huggingface_hub:hf_hub_download": (
         "token revision",
         "tests/training/test_hub_recipe.py::test_what_keeps_a_card_away_is_told",

@@ -11,6 +11,12 @@ MACHINE_PATHS = re.compile(
     r"(?<![\w.])/(?:" + "|".join(["wo" + "rk", "ho" + "me", "ro" + "ot", "Us" + "ers"]) + r")/[\w.]"
 )
 NOTES = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3]) + r")\b")
+#: "one number a" + " row" is "one number per row"; words after which `a row` is a row are let through
+RATES = re.compile(
+    r"\b(?:one|each|once|twice|bytes) (?!(?:and|after|as|at|before|while|but|by|for|from|in|into|is|of|on|or|than|to|with|has|share)\b)"
+    r"(?:\w+ )?an? (?:row|step|token|rank|layer|save|prompt|process|group|parameter|generation|epoch|method|element|update)"
+    r"\b(?! (?:is|has|of|keeps|that))"
+)
 TEXT = {
     ".py",
     ".md",
@@ -57,12 +63,20 @@ def test_no_note_to_oneself():
     assert not found, "finish it, or open an issue:\n" + "\n".join(found)
 
 
+def test_per_is_said_where_per_is_meant():
+    found = search(RATES)
+    assert not found, "say `one number per row`:\n" + "\n".join(found)
+
+
 def test_the_patterns_find_what_they_should():
     slash = "/"
     for path in (f"{slash}work{slash}x", f"cd {slash}home{slash}me", f'"{slash}root{slash}.cache"'):
         assert findings(MACHINE_PATHS, path, "f") == [f"f:1: {path}"]
     for fine in ("the work/life of", "frame.work/x", "https://host/work/", f"a{slash}work{slash}x"):
         assert not findings(MACHINE_PATHS, fine, "f")
+    for rate in ("one number a " + "row", "bytes a " + "token", "once an " + "epoch"):
+        assert findings(RATES, rate, "f")
+    assert not findings(RATES, "one after a layer ran; forward a prompt once for all; once a run has begun", "f")
     assert findings(NOTES, f"x = 1  # {chr(84)}ODO later", "f")
     assert not findings(NOTES, "todos; method", "f")
 

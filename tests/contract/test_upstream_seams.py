@@ -117,6 +117,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{TRAINER}._prepare_inputs": "self inputs",
     f"{TRAINER}._save_checkpoint": "self model trial",
     f"{TRAINER}._get_output_dir": "self trial",
+    "transformers.trainer_utils:get_last_checkpoint": "folder",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
     f"{TRAINER}._load_rng_state": "self checkpoint",
     f"{TRAINER}._save_rng_state": "self output_dir",
@@ -158,6 +159,13 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
         (5, 23): "module query key value attention_mask dropout scaling is_causal position_bias cache **kwargs",
         (5, 24): "module query key value attention_mask dropout scaling is_causal position_bias **kwargs",
     },
+    # What the memory planner asks about a model that it builds without data.
+    "transformers:PreTrainedModel._from_config": "config **kwargs",
+    "transformers:PreTrainedModel._get_dtype_plan": "self dtype",
+    "transformers.core_model_loading:build_glob_alternation": "globs",
+    "transformers.quantizers.base:get_keys_to_not_convert": "model",
+    "transformers.quantizers.quantizers_utils:should_convert_module": "full_name patterns",
+    "transformers.pytorch_utils:Conv1D.__init__": "self nf nx",
     "transformers.loss.loss_utils:ForCausalLMLoss": "logits labels vocab_size num_items_in_batch ignore_index"
     " shift_labels **kwargs",
     "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
@@ -198,6 +206,10 @@ OPERATORS = {
 CONSTANTS = {
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "checkpoint",
     "transformers.trainer:TRAINER_STATE_NAME": "trainer_state.json",
+    "transformers.trainer:OPTIMIZER_NAME": "optimizer.pt",
+    "transformers.trainer:SCHEDULER_NAME": "scheduler.pt",
+    "transformers.trainer:SCALER_NAME": "scaler.pt",
+    "transformers.training_args:OptimizerNames.ADAMW_8BIT": "adamw_8bit",
     f"{GRPO}.loss_is_scaled_for_ga": True,
 }
 
@@ -278,7 +290,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
 }
 
 #: attributes that exist once a run has begun
-RUN_ATTRIBUTES = {"current_gradient_accumulation_steps"}
+RUN_ATTRIBUTES = {"_trial", "current_gradient_accumulation_steps"}
 
 #: submodules whose names are documented upstream for users
 PUBLIC_MODULES = {"transformers.utils", "transformers.trainer_callback", "accelerate.utils.dataclasses"}
@@ -919,7 +931,7 @@ def test_output_shapes(runs, name):
         assert tuple(value.shape) == tuple(sizes[axis] for axis in axes), f"{name}: {key} is {tuple(value.shape)}"
         assert value.dtype == dtype, f"{name}: {key} is {value.dtype}"
     assert output["num_items_in_batch"] == output["completion_mask"].sum()
-    assert len(trainer.rows[0]) == rows, "the trainer no longer gets one list of rows a generation"
+    assert len(trainer.rows[0]) == rows, "the trainer no longer gets one list of rows per generation"
     assert set(trainer.rows[0][0]) == {"prompt", "answer", "level"}, "dataset columns no longer reach the rollout"
 
 
@@ -1140,7 +1152,7 @@ def test_callback_events_in_order_with_their_parts_and_state(tmp_path):
     step = ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log"]
     expected = ["on_train_begin", "on_epoch_begin", *step, *step, "on_save", "on_epoch_end", "on_log", "on_train_end"]
     assert recorder.seen == expected
-    assert recorder.rates == [0.5, 0.25], "one scheduler step an optimizer step; the lambda can be replaced"
+    assert recorder.rates == [0.5, 0.25], "one scheduler step per optimizer step; the lambda can be replaced"
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert logged == recorder.rates, "the logged learning rate is the one that was used"
 

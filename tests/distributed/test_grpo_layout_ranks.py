@@ -79,7 +79,7 @@ def test_a_generation_is_laid_out_and_resumed_over_both_ranks(tmp_path: Path) ->
     prompts = prompt_dataset(PROMPTS)["prompt"]
     for rank, found in enumerate(ranks):
         dataset, stream, shards = found["seen"]
-        # Two generations a pass of 16 prompts, 8 on each rank, and the third is the first of the second pass.
+        # Two generations per pass of 16 prompts, 8 on each rank, and the third is the first of the second pass.
         firsts = [0, 16, 0]
         assert [list(dict.fromkeys(seen)) for seen in dataset] == [
             prompts[first + 8 * rank : first + 8 * rank + 8] for first in firsts

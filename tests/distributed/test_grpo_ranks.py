@@ -121,7 +121,7 @@ METHODS = {
     "group": {"prune_rate": 0.5, "prune_scope": "group", "size": 32},
     "global": {"prune_rate": 0.5, "prune_scope": "global", "size": 32},
     "both": {"prune_rate": 0.75, "difficulty_range": (0, 1), "num_iterations": 2, "size": 64, "table": TABLE},
-    # A group spans both ranks: 16 completions, 8 rows a rank and micro-batch.
+    # A group spans both ranks: 16 completions, 8 rows per rank and micro-batch.
     "straddle": {
         "prune_rate": 0.5,
         "prune_scope": "global",
@@ -163,7 +163,7 @@ def test_ranks_agree_on_every_choice() -> None:
 
 
 def kept_by_group(world: int) -> list[float]:
-    """Same global batch on one and on two ranks: 8 groups of 4 a step."""
+    """Same global batch on one and on two ranks: 8 groups of 4 per step."""
     trainer = one(
         Recording,
         table=TABLE,

@@ -39,7 +39,7 @@ def gradients_of_all_cases(patch: str | None):
 
 def gradients_of_two_micro_batches(patch: str | None, wrapper: str, checkpoint: bool, lora: bool):
     """
-    Two accumulated micro-batches a rank on halves of the same rows; returns the gradients, whole and by name.
+    Two accumulated micro-batches per rank on halves of the same rows; returns the gradients, whole and by name.
 
     The first row of the first micro-batch has half of its labels, the second, which is all of rank 1's, none.
     """

@@ -1,4 +1,4 @@
-"""Token-budget batches at two ranks: each row once, as many batches a rank, the gradient of one big batch."""
+"""Token-budget batches at two ranks: each row once, as many batches per rank, the gradient of one big batch."""
 
 from __future__ import annotations
 

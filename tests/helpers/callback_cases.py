@@ -466,7 +466,7 @@ def _saved_average(folder: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "effi_events.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "effi" / "effi_events.jsonl").read_text(encoding="utf-8").splitlines()
     events = [event for event in map(json.loads, lines) if event["event"] == "log"]
     return [{"step": event["step"], "values": steady(event["values"])} for event in events]
 

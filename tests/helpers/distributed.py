@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .collectives import first_difference, read_collectives
+
 ROOT = Path(__file__).resolve().parents[2]
 _SHOWN_CHARACTERS = 6000
 
@@ -63,7 +65,7 @@ def _free_port() -> int:
 
 class Children:
     """
-    The processes of one job: one a rank, each in a session of its own, each with its own output file.
+    The processes of one job: one per rank, each in a session of its own, each with its own output file.
 
     With `world_size=1` there is no process group at all, as in a plain `python script.py`; from 2 on the variables are
     those that `torchrun` sets.
@@ -138,11 +140,18 @@ class Children:
     def failure(self, reason: str) -> ChildFailure:
         self.kill()
         parts = [f"{self.world_size} process(es): {reason}"]
+        if difference := self.unequal_collectives(whole=False):
+            parts.append(difference)
         for rank in range(self.world_size):
             text = self.output(rank).read_text(errors="replace").strip()
             shown = text if len(text) <= _SHOWN_CHARACTERS else "[...] " + text[-_SHOWN_CHARACTERS:]
             parts.append(f"--- rank {rank} ---\n{shown or '(no output)'}")
         return ChildFailure("\n".join(parts))
+
+    def unequal_collectives(self, whole: bool) -> str | None:
+        """Say where the ranks began to run different collectives, `None` where they agree."""
+        files = [self.directory / f"collectives{rank}.txt" for rank in range(self.world_size)]
+        return first_difference([read_collectives(path) for path in files], whole)
 
     def results(self) -> list[Any]:
         found = []
@@ -179,7 +188,7 @@ def run_distributed(
             Further environment variables.
 
     Raises:
-        ChildFailure: with the output of every rank.
+        ChildFailure: with the output of every rank; also where ranks ran different collectives of the whole group.
     """
     module, name, file = reference_to(function)
     job = {"module": module, "name": name, "file": file, "args": args, "kwargs": kwargs}
@@ -187,6 +196,9 @@ def run_distributed(
         children = Children(job, world_size, Path(directory), env)
         try:
             children.wait(timeout)
-            return children.results()
+            results = children.results()
+            if difference := children.unequal_collectives(whole=True):
+                raise children.failure(f"each rank came to its end, but {difference}")
+            return results
         finally:
             children.kill()

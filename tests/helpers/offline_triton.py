@@ -130,7 +130,7 @@ def _row_launches(architecture: int, dtype: torch.dtype) -> dict[str, Callable[[
 
 
 def compile_all(architecture: int) -> dict[str, dict[str, int]]:
-    """Return registers a thread, bytes spilled a thread, shared bytes a block and threads a block, by variant."""
+    """Return registers per thread, bytes spilled per thread, shared bytes per block and threads per block, by variant."""
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton_offline_")
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # triton 3.9 warns where it is not said
     from triton.runtime import driver

@@ -53,7 +53,7 @@ _shared = functools.cache(_build)
 
 def tiny_tokenizer(*, fresh: bool = False) -> PreTrainedTokenizerFast:
     """
-    Return the tiny tokenizer: one token a character of printable ASCII and newline, anything else is `<unk>`.
+    Return the tiny tokenizer: one token per character of printable ASCII and newline, anything else is `<unk>`.
 
     Args:
         fresh (`bool`, *optional*, defaults to `False`):

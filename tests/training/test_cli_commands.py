@@ -38,7 +38,7 @@ COMMANDS = [
 JSON = {
     "env --json": ["machine", "versions", "commit"],
     "describe wsd --json": ["key", "paper", "authors", "card"],
-    "validate ok.yaml --json": ["valid", "problems", "notes"],
+    "validate full.yaml --json": ["valid", "problems", "notes"],
     "validate gpu.yaml --kind grpo --json": ["valid", "problems", "notes"],
     "plan lr show --steps 20 --schedule wsd --schedule rex --json": ["steps", "schedules"],
     "plan lr transfer --steps 50 --from cosine --to wsd --lr 1e-3 --json": ["lr", "factor", "bound_ratio"],
@@ -81,7 +81,7 @@ WRONG = {
     "plan memory model --seq-len 16 --optimizer adamm": (2, ["'adamm'", "adamw_torch"]),
     "report": (2, ["folder", "--compare"]),
     "report nowhere": (1, ["nowhere is not a folder", "output_dir"]),
-    "report empty": (1, ["empty has no effi_run.json", "output_dir"]),
+    "report empty": (1, ["empty has no effi/effi_run.json", "output_dir"]),
     "report damaged": (1, ["damaged", "cannot be read"]),
     "report run --output rows.jsonl/page.html": (1, ["cannot write rows.jsonl/page.html"]),
     "preview-order shufled rows.jsonl --column q": (2, ["'shufled'", "'shuffled'"]),
@@ -113,6 +113,11 @@ WRONG = {
     "grpo --config": (2, ["--config needs a file"]),
     "grpo --config=key.yaml": (2, ["max_step: unknown key"]),
     "grpo --config tab.yaml": (2, ["line 2", "Indent with spaces"]),
+    "validate text.yaml": (
+        1,
+        ["reward_funcs: 'json.dumps' is text, but must be a list", "reward_funcs: [json.dumps]"],
+    ),
+    "validate ok.yaml": (1, ["no model", "no data"]),
     "grpo --config ok.yaml": (2, ["no model", "no data", "no reward"]),
     "grpo --config name.yaml": (2, ["'wsdd' is not a schedule", "Did you mean wsd?"]),
     "grpo --config tiny.yaml --reward_funcs f": (1, ["'f'", "accuracy_reward"]),
@@ -127,6 +132,9 @@ WRONG = {
     "completion fish": (2, ["'fish'", "'bash'"]),
     "nonsense": (2, ["'nonsense'", "'validate'"]),
 }
+
+
+TINY = "use_cpu: true\nbf16: false\nreport_to: none\nmodel_name_or_path: model\ndataset_name: data\n"
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +153,18 @@ def workplace(tmp_path_factory):
         "data/train.jsonl": "".join(json.dumps(row) + "\n" for row in prompt_dataset(4).to_list()),
         "ok.yaml": "use_cpu: true\nbf16: false\nreport_to: none\n",
         "words/train.jsonl": '{"q": 1, "word": "a"}\n',
-        "tiny.yaml": "use_cpu: true\nbf16: false\nreport_to: none\nmodel_name_or_path: model\ndataset_name: data\n",
+        "tiny.yaml": TINY,
         "name.yaml": "use_cpu: true\nbf16: false\nlr_schedule: wsdd\n",
-        "gpu.yaml": "prune_rate: 0.5\nreport_to: none\n",
+        "full.yaml": f"{TINY}reward_funcs: [json.dumps]\n",
+        "gpu.yaml": "prune_rate: 0.5\nreport_to: none\nmodel_name_or_path: model\ndataset_name: data\n"
+        "reward_funcs: [json.dumps]\n",
         "wrong_on_gpu.yaml": "prune_rate: 1.5\nreport_to: none\n",
         "tab.yaml": "output_dir: out\n\tbf16: false\n",
         "nothing.yaml": "",
         "twice.yaml": "max_steps: 3\nuse_cpu: true\nmax_steps: 4\n",
         "control.yaml": "a: \0",
         "number.yaml": "5\n",
+        "text.yaml": "reward_funcs: json.dumps\n",
         "type.yaml": "max_steps: many\n",
         "key.yaml": "max_step: 3\n",
         "least.yaml": "use_cpu: true\nsave_steps: -3\n",
@@ -239,7 +250,7 @@ def test_what_only_this_machine_refuses_is_a_note(capsys):
     assert run("validate gpu.yaml --json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["valid"] is True and found["problems"] == [] and "no GPU" in found["notes"][0]
-    assert run("validate ok.yaml --json") == 0
+    assert run("validate full.yaml --json") == 0
     assert json.loads(capsys.readouterr().out)["notes"] == []
 
 

@@ -165,3 +165,14 @@ def test_unknown_arm():
     with pytest.raises(ValueError, match="everything"):
         choose_arms(["nope"])
     assert [arm.key for arm in choose_arms(["exact"])] == [BASELINE, "exact"]
+
+
+def test_a_smoke_test_has_no_goals(demo, capsys):
+    """It learns nothing: a goal that it misses says nothing."""
+    result = json.loads((demo / "results.json").read_text())
+    assert result["headline"] and all(
+        figure["goal"] is None and figure["met"] is None for figure in result["headline"]
+    )
+    page = (demo / "report.html").read_text()
+    assert "goal" not in page.split('<div class="cards">')[1].split("<h2>")[0]
+    assert "A smoke test: every part ran once, and nothing was learned." in page

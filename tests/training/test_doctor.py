@@ -318,7 +318,7 @@ def test_an_optimizer_without_memory_is_not_accused():
 
 
 def prepared_by_accelerate(folder):
-    """What a user of accelerate does: prepare the scheduler, which then steps once a process."""
+    """What a user of accelerate does: prepare the scheduler, which then steps once per process."""
     from accelerate.scheduler import AcceleratedScheduler
 
     torch.set_num_threads(1)

@@ -92,7 +92,7 @@ def logged(name: str) -> Callable[[Any], Any]:
 
 
 def recorded(trainer: Any) -> bool:
-    return (Path(trainer.args.output_dir) / "effi_run.json").exists()
+    return (Path(trainer.args.output_dir) / "effi" / "effi_run.json").exists()
 
 
 def seconds_of_an_upload(trainer: Any) -> float:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
+from trl import GRPOTrainer, SFTTrainer
 
+from hf_effi import EffiSFTConfig, EffiSFTTrainer
 from hf_effi.trainers._rewards import RewardError
 from hf_effi.trainers.grpo import EffiGRPOTrainer
 from hf_effi.trainers.grpo_config import EffiGRPOConfig
@@ -18,8 +23,10 @@ from tests.helpers import (
     binary_hash_reward,
     grpo_args,
     prompt_dataset,
+    push_args,
     run_grpo,
     tiny_gpt2,
+    tiny_qwen3,
     weights_in,
 )
 
@@ -86,6 +93,15 @@ def constant(value: Any) -> Any:
         (lambda n: ["good"] * n, "returned 'good' for completion 0. A reward must be a finite number"),
         (lambda n: [float("inf")] * n, "returned inf for completion 0"),
         (lambda n: torch.zeros(n, 2), r"returned \[0.0, 0.0\] for completion 0"),
+        # Finite in double precision, infinite in float32, which the advantages are computed in.
+        (lambda n: [1.0, -1e39] * (n // 2), r"returned -1e\+39 for completion 1.*finite number in float32"),
+        (lambda n: [10**400] * n, "returned 1000.*for completion 0.*finite number in float32"),
+        (lambda n: [1.0, 3e38] * (n // 4) + [3e38] * (n // 2), "add up to more than float32 holds.*returned 3e"),
+        (lambda n: [3e38] * n, "'my_reward' returned 3e.*Divide its rewards by a constant"),
+        (lambda n: [1j] * n, "returned 1j for completion 0"),
+        (lambda n: [torch.ones(3)] * n, "returned tensor.* for completion 0"),
+        (lambda n: (1.0 for _ in range(n - 1)), "'my_reward' returned 3 rewards, but 4 were expected"),
+        (lambda n: itertools.repeat(1.0), "'my_reward' returned more than 4 rewards, but 4 were expected"),
     ],
 )
 def test_bad_rewards_are_named(tmp_path: Path, returned: Any, message: str) -> None:
@@ -103,11 +119,24 @@ def test_bad_rewards_are_named(tmp_path: Path, returned: Any, message: str) -> N
         lambda n: [True, False] * (n // 2),
         lambda n: [None, 1.0] * (n // 2),
         lambda n: [float("nan"), 1.0] * (n // 2),
+        lambda n: [np.bool_(i % 2) for i in range(n)],
+        lambda n: [np.isclose(i, 1) for i in range(n)],
+        lambda n: (float(i % 2) for i in range(n)),
+        lambda n: map(float, range(n)),
+        lambda n: {i: float(i) for i in range(n)}.values(),
+        lambda n: [Decimal(i) for i in range(n)],
+        lambda n: [Fraction(i, 3) for i in range(n)],
+        lambda n: torch.arange(n).float()[:, None],
+        lambda n: [torch.tensor([float(i)]) for i in range(n)],
+        lambda n: [np.float16(i) for i in range(n)],
     ],
 )
 def test_reasonable_rewards_are_taken(tmp_path: Path, returned: Any) -> None:
     trainer = train(tmp_path, constant(returned), max_steps=1)
-    assert trainer.state.global_step == 1
+    assert_bitwise_equal(
+        run_grpo(GRPOTrainer, grpo_args(tmp_path, max_steps=1), reward_funcs=constant(returned)).model,
+        train(tmp_path, constant(returned), max_steps=1, exact_savings="off").model,
+    )
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
@@ -155,6 +184,27 @@ def test_datasets_that_cannot_work(tmp_path: Path) -> None:
         train(tmp_path, data=prompt_dataset(3), prune_rate=0.5)
 
 
+@pytest.mark.parametrize(
+    "data", [DatasetDict(train=prompt_dataset(4)), DatasetDict(), {"train": 1}, [{"prompt": "1+"}]]
+)
+def test_what_is_no_dataset_gets_the_message_of_stock(tmp_path: Path, data: Any) -> None:
+    message = "`train_dataset` must be a `Dataset` or `IterableDataset`, got"
+    for trainer in (GRPOTrainer, EffiGRPOTrainer):
+        with pytest.raises(TypeError, match=message):
+            run_grpo(trainer, config(tmp_path), train_dataset=data)
+    for trainer in (SFTTrainer, EffiSFTTrainer):
+        with pytest.raises(TypeError, match=message):
+            trainer(tiny_qwen3(), push_args(tmp_path, EffiSFTConfig), train_dataset=data)
+
+
+def test_a_completion_may_be_as_long_as_the_generation_settings_say(tmp_path: Path) -> None:
+    over = {"max_completion_length": None, "generation_kwargs": {"max_length": 24}, "max_steps": 2}
+    stock = run_grpo(GRPOTrainer, grpo_args(tmp_path, **over))
+    ours = train(tmp_path, exact_savings="off", **over)
+    assert_bitwise_equal(stock.model, ours.model)
+    assert train(tmp_path, difficulty_range=(0, 1), prune_rate=0.5, **over).state.global_step == 2
+
+
 def test_streaming_data_works_without_refills_and_is_named_with_them(tmp_path: Path) -> None:
     stream = IterableDataset.from_generator(lambda: iter(prompt_dataset(16).to_list()))
     assert train(tmp_path, data=stream, max_steps=2).state.global_step == 2
@@ -171,6 +221,12 @@ def test_a_prompt_longer_than_the_model(tmp_path: Path) -> None:
         ValueError, match="prompt of 600 tokens and max_completion_length=8 do not fit into the model's 256"
     ):
         run_grpo(EffiGRPOTrainer, config(tmp_path), model=tiny_gpt2(), train_dataset=data)
+    # They fit where completions end in time: stock trains, and so do we.
+    data = Dataset.from_dict({"prompt": ["1+" * 125, "1+1="] * 8})
+    model = tiny_gpt2(end_tokens=96)
+    trainer = run_grpo(EffiGRPOTrainer, config(tmp_path, max_steps=2), model=model, train_dataset=data)
+    assert trainer.state.global_step == 2
+    data = Dataset.from_dict({"prompt": ["1+" * 300, "1+1="] * 8})
     # Rotary positions: counted and logged, and the run goes on.
     trainer = train(tmp_path, data=data, max_steps=2)
     counts = [e["effi/rows_over_max_positions"] for e in trainer.state.log_history if "grad_norm" in e]
@@ -194,3 +250,16 @@ def test_image_tensors_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match="cannot pick rows of image_grid_thw, pixel_values yet"):
         RolloutMixin._check_movable({"pixel_values": torch.zeros(1), "image_grid_thw": torch.zeros(1)})
+
+
+def test_a_reward_of_nothing_but_nan_gets_a_sentence_of_its_own(caplog):
+    from hf_effi.trainers._rewards import _warn_of_nothing_but_nan, check_rewards
+
+    _warn_of_nothing_but_nan.cache_clear()
+    assert check_rewards([float("nan")] * 4, 4, "ratio") == [None] * 4
+    assert "reward function 'ratio' returned NaN for all 4 completions" in caplog.text and "Return 0.0" in caplog.text
+    caplog.clear()
+    check_rewards([float("nan")] * 4, 4, "ratio")
+    check_rewards([None] * 4, 4, "not for these rows")
+    check_rewards([float("nan"), 1.0], 2, "half")
+    assert not caplog.text, "once, and not where None was meant or some have a reward"

@@ -57,7 +57,7 @@ def test_a_stream_serves_the_prompts_of_the_dataset(tmp_path: Path, case: str) -
 def test_a_stream_is_resumed_in_any_pass_and_inside_a_generation(
     tmp_path: Path, over: dict[str, Any], stops: tuple[int, ...]
 ) -> None:
-    # Two generations a pass, each in another order: buffered shuffling draws from the seed and the pass.
+    # Two generations per pass, each in another order: buffered shuffling draws from the seed and the pass.
     size = 2 * CASES["reuse" if "num_iterations" in over else "accumulation"][1]
     over = {"shuffle_dataset": True, "max_steps": 7, "save_strategy": "steps", "save_steps": 1, **over}
     whole, seen = train(tmp_path / "whole", prompt_dataset(size).to_iterable_dataset(), **over)
@@ -87,7 +87,7 @@ def test_stock_resumes_a_stream_in_another_pass(tmp_path: Path) -> None:
         return binary_hash_reward(prompts=prompts, **kwargs)
 
     for resume in (None, str(tmp_path / "checkpoint-5")):
-        rows = prompt_dataset(4).to_iterable_dataset()  # two generations a pass
+        rows = prompt_dataset(4).to_iterable_dataset()  # two generations per pass
         args = grpo_args(tmp_path, **over)
         run_grpo(GRPOTrainer, args, reward_funcs=reward, train_dataset=rows, resume_from_checkpoint=resume)
     whole, resumed = seen[:6], seen[6:]

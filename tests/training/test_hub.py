@@ -112,9 +112,15 @@ def test_full_circle_of_an_effi_trainer(hub, tmp_path, caplog):
         assert f"]({PICTURE})" in card and "Schedule: `wsd(total_steps=4, warmup_steps=1" in card
         assert picture.startswith(b"\x89PNG") and len(picture) < 30_000
     files = hub.files("tester/run")
-    assert {"README.md", "effi_recipe.json", "effi_run.json", "effi_events.jsonl", "model.safetensors"} <= set(files)
+    assert {
+        "README.md",
+        "effi_recipe.json",
+        "effi/effi_run.json",
+        "effi/effi_events.jsonl",
+        "model.safetensors",
+    } <= set(files)
     assert "last-checkpoint/optimizer.pt" in files and not any("training_args.bin" in path for path in files)
-    assert json.loads(files["effi_run.json"])["status"] == "finished"
+    assert json.loads(files["effi/effi_run.json"])["status"] == "finished"
     assert not list((tmp_path / "out").glob("_effi_upload_*"))
     assert_no_token(hub, tmp_path / "out")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM, Trainer
 
 from hf_effi import (
     EffiGRPOConfig,
@@ -18,6 +18,7 @@ from hf_effi import (
     EffiSFTTrainer,
     EffiTrainer,
     EffiTrainingArguments,
+    HubCallback,
     from_card,
     read_run,
 )
@@ -251,3 +252,21 @@ def test_lora_comes_back(tmp_path):
     trainer.create_model_card(model_name="demo")
     found = from_card(tmp_path).objects["peft_config"]
     assert isinstance(found, LoraConfig) and (found.r, found.lora_alpha, found.target_modules) == (2, 3, {"q_proj"})
+
+
+@pytest.mark.parametrize("effi", [True, False])
+def test_a_link_in_the_place_of_the_card_is_not_followed(tmp_path, monkeypatch, effi):
+    """Upstream writes through it; what it points at may be anybody's."""
+    victim, out = tmp_path / "victim.md", tmp_path / "out"
+    victim.write_text("mine")
+    out.mkdir()
+    (out / "README.md").symlink_to(victim)
+    args = push_args(out, EffiTrainingArguments if effi else None)
+    trainer = (EffiTrainer if effi else Trainer)(tiny_qwen3(), args, train_dataset=lm_dataset(8))
+    if effi:
+        trainer.create_model_card()
+    else:
+        monkeypatch.setattr("hf_effi.hub.callback.push_checkpoint", lambda *args: None)
+        HubCallback(trainer, "me/run")._push(trainer.args, trainer.state, "checkpoint-2", "Training in progress")
+    assert victim.read_text() == "mine" and not (out / "README.md").is_symlink()
+    assert "## Training recipe (hf_effi)" in (out / "README.md").read_text()

@@ -167,3 +167,17 @@ def test_the_newest_waiting_folder_wins_and_temporary_ones_go(hub, folder, tmp_p
 def test_impossible_limits_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         HubUploader("tester/run", **bad)
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_where_the_hub_may_not_be_asked_it_is_said_at_once(hub, folder, monkeypatch, caplog, name):
+    """Not after five tries with growing pauses: nothing would change."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("no process is started for it"))
+    upload = uploader(pause=1000.0)
+    assert upload.submit(folder, "never").result(timeout=30) is None
+    assert "HF_HUB_OFFLINE is set" in upload.failure and "try 2" not in caplog.text
+    with pytest.raises(HubRefusedError, match="HF_HUB_OFFLINE is set.*Unset it"):
+        uploader().create_repo()
+    assert hub.repos == {}

@@ -178,7 +178,7 @@ def test_grpo(tmp_path):
     compare_runs(stock, run(offload))
     stats = offload.stats
     assert stats["restored_bytes"] == stats["offloaded_bytes"] > 0
-    assert stats["prefetched"] == stats["waited"] == 3, "one training forward a step, two layers each"
+    assert stats["prefetched"] == stats["waited"] == 3, "one training forward per step, two layers each"
     assert stats["host_bytes_in_use"] == 0
     compare_runs(stock, run(SelectiveCheckpointCallback()))
     budget = MemoryBudgetCallback(1)

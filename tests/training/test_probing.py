@@ -293,7 +293,7 @@ def test_curves_and_records_are_of_training(tmp_path):
     marked = [event["step"] for event in record["events"] if "effi/probe" in event.get("values", {})]
     assert marked == PROBES, "probes are in the record, and marked"
     assert record["totals"]["probe_updates"] == 12 and record["totals"]["updates"] == 30
-    (tmp_path / "effi_run.json").unlink()
+    (tmp_path / "effi" / "effi_run.json").unlink()
     assert [entry["step"] for entry in load_run(tmp_path)["log_history"] if "loss" in entry] == TRAINING
     curve = curve_from_trainer_state(tmp_path / "checkpoint-30")
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}

@@ -15,7 +15,7 @@ from hf_effi import (
     EffiTrainer,
     EffiTrainingArguments,
 )
-from hf_effi._run_record import EVENTS, SUMMARY, RunStore, read_run
+from hf_effi._run_record import EVENTS, FOLDER, SUMMARY, RunStore, read_run
 from hf_effi.callbacks.doctor import TrainDoctor
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.callbacks.run_record import RunRecordCallback
@@ -71,7 +71,7 @@ def run(folder, *callbacks, resume=None, **over):
 def test_the_run_is_the_stock_one_to_the_bit(tmp_path):
     watched = run(tmp_path / "b", RunRecordCallback())
     compare_runs(run(tmp_path / "a"), watched)
-    assert not (tmp_path / "a" / SUMMARY).exists()
+    assert not (tmp_path / "a" / FOLDER / SUMMARY).exists()
     assert not watched.model._forward_pre_hooks
 
 
@@ -112,9 +112,9 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
     record.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     record.on_log(trainer.args, trainer.state, trainer.control, logs={"note": SECRET})
     for name in (SUMMARY, EVENTS):
-        text = (tmp_path / name).read_text()
+        text = (tmp_path / FOLDER / name).read_text()
         assert SECRET not in text and "very-private-value" not in text and "another one" not in text
-    assert json.loads((tmp_path / SUMMARY).read_text())["command"].startswith("train.py --hub_token")
+    assert json.loads((tmp_path / FOLDER / SUMMARY).read_text())["command"].startswith("train.py --hub_token")
 
 
 def test_a_resume_goes_on_in_the_same_record(tmp_path):
@@ -169,7 +169,7 @@ def test_a_run_that_raises_leaves_a_readable_record(tmp_path):
     with pytest.raises(Stop):
         trainer.train()
     found = read_run(tmp_path)
-    assert found["status"] == "running" and [e["step"] for e in found["log_history"]] == [2, 4]
+    assert found["status"] == "running" and [e["step"] for e in found["log_history"]] == [2, 4]  # until Python ends
     assert found["totals"]["tokens"]["real"] == 4 * 4 * 8
 
 
@@ -196,7 +196,7 @@ def test_an_effi_trainer_writes_one_and_names_its_callbacks(tmp_path):
 def test_an_effi_trainer_writes_none_when_told_so_and_not_two(tmp_path):
     effi = {"trainer": EffiTrainer, "config": EffiTrainingArguments}
     run(tmp_path / "off", run_record=False, **effi)
-    assert not (tmp_path / "off" / SUMMARY).exists()
+    assert not (tmp_path / "off" / FOLDER / SUMMARY).exists()
     trainer = make(tmp_path, RunRecordCallback(methods=["cppo"]), **effi)
     assert sum(isinstance(c, RunRecordCallback) for c in trainer.callback_handler.callbacks) == 1
     trainer.train()
@@ -205,7 +205,7 @@ def test_an_effi_trainer_writes_none_when_told_so_and_not_two(tmp_path):
 
 @pytest.mark.parametrize("logging_steps", [1, 3, 4])
 def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_steps):
-    """Two groups a generation, one of them without variance: two completions of four dropped, in six generations."""
+    """Two groups per generation, one of them without variance: two completions of four dropped, in six generations."""
     args = grpo_args(
         tmp_path,
         EffiGRPOConfig,
@@ -228,7 +228,7 @@ def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_
 
 @pytest.mark.parametrize("logging_steps", [1, 2])
 def test_rows_of_updates_that_hold_several_generations_or_end_a_pass(tmp_path, logging_steps):
-    """Five generations of two groups a pass, accumulated 2 + 2 + 1: ten generations in six updates, half of each dead."""
+    """Five generations of two groups per pass, accumulated 2 + 2 + 1: ten generations in six updates, half of each dead."""
     args = grpo_args(
         tmp_path,
         EffiGRPOConfig,
@@ -282,3 +282,49 @@ def test_only_the_first_process_writes(tmp_path):
     (_, first), (_, second) = run_distributed(record_of_a_rank, 2, str(tmp_path))
     assert first[0] == "begin" and first[-1] == "end" and second == []
     assert read_run(tmp_path)["processes"] == 2
+
+
+def old_place(folder):
+    """Put a record where earlier versions wrote it: beside the checkpoints."""
+    for name in (SUMMARY, EVENTS):
+        (folder / FOLDER / name).rename(folder / name)
+    (folder / FOLDER).rmdir()
+
+
+def test_the_record_lies_in_a_folder_of_its_own(tmp_path):
+    run(tmp_path, RunRecordCallback())
+    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {SUMMARY, EVENTS}
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("effi_")]
+
+
+def test_a_record_of_an_earlier_version_is_read_by_every_reader(tmp_path, capsys):
+    from hf_effi import cli
+    from hf_effi.report.run_data import load_group
+
+    run(tmp_path / "old", RunRecordCallback())
+    whole = read_run(tmp_path / "old")
+    old_place(tmp_path / "old")
+    assert read_run(tmp_path / "old") == whole
+    assert load_group(tmp_path)[0]["run_id"] == whole["run_id"], "as one of the runs in a folder"
+    capsys.readouterr()
+    assert cli.main(["report", str(tmp_path / "old"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["old"]["facts"]["steps"] == 8
+
+
+def test_a_resumed_run_goes_on_in_the_record_of_an_earlier_version(tmp_path):
+    run(tmp_path, RunRecordCallback())
+    before = read_run(tmp_path)
+    old_place(tmp_path)
+    run(tmp_path, RunRecordCallback(), resume=str(tmp_path / "checkpoint-4"))
+    found = read_run(tmp_path)
+    assert found["run_id"] == before["run_id"] and len(found["segments"]) == 2
+    assert not (tmp_path / SUMMARY).exists() and (tmp_path / FOLDER / SUMMARY).exists()
+
+
+def test_a_new_run_puts_the_record_of_an_earlier_version_aside(tmp_path):
+    run(tmp_path, RunRecordCallback())
+    first = read_run(tmp_path)["run_id"]
+    old_place(tmp_path)
+    run(tmp_path, RunRecordCallback())
+    assert read_run(tmp_path)["run_id"] != first
+    assert json.loads((tmp_path / FOLDER / "effi_run-1.json").read_text())["run_id"] == first

@@ -20,7 +20,7 @@ class Forward(EffiSampler):
 
 
 class Half(Forward):
-    """Gives half of the rows an epoch."""
+    """Gives half of the rows per epoch."""
 
     def __len__(self):
         return self.num_rows // 2

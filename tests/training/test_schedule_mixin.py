@@ -74,7 +74,10 @@ def test_resume_is_the_uninterrupted_run(tmp_path, cut):
         ({"lr_schedule": "wsd", "lr_schedule_kwargs": {"warmup": 3}}, "no argument warmup"),
         ({"lr_schedule": "wsd", "lr_schedule_kwargs": "warmup_steps=3"}, "is not JSON"),
         ({"lr_schedule_kwargs": {"warmup_steps": 3}}, "needs lr_schedule"),
-        ({"lr_schedule": "wsd", "lr_scheduler_type": "cosine"}, "both set the LR"),
+        (
+            {"lr_schedule": "wsd", "lr_scheduler_type": "cosine"},
+            "lr_scheduler_type='cosine' and lr_schedule='wsd' both set the LR",
+        ),
         ({"lr_schedule": "wsd", "warmup_steps": 5}, "would be ignored"),
         ({"lr_schedule": "wsd", "lr_schedule_on_mismatch": "maybe"}, "lr_schedule_on_mismatch='maybe'"),
     ],
@@ -82,6 +85,39 @@ def test_resume_is_the_uninterrupted_run(tmp_path, cut):
 def test_bad_configs_raise_before_training(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, [], trainer_class=EffiTrainer, args=arguments(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr_scheduler_type": "cosine"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 5},
+        {"warmup_steps": 5},
+        {"lr_scheduler_kwargs": {"a": 1}},
+    ],
+)
+def test_a_conflict_names_the_field_and_no_callback(tmp_path, change):
+    """Whoever writes a YAML has not written a callback."""
+    with pytest.raises(ScheduleError) as error:
+        arguments(tmp_path, lr_schedule="wsd", **change)
+    assert "LRScheduleCallback" not in str(error.value)
+
+
+def test_a_scheduler_that_appears_later_names_the_field_too(tmp_path):
+    trainer = make_trainer(tmp_path, [], trainer_class=EffiTrainer, args=arguments(tmp_path, lr_schedule="wsd"))
+    optimizer = trainer.create_optimizer()
+    stock = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(ScheduleError, match="The Trainer's scheduler is StepLR.*or drop lr_schedule in the config"):
+        trainer.lr_schedule.on_train_begin(trainer.args, trainer.state, trainer.control, lr_scheduler=stock)
+
+
+def test_a_checkpoint_of_another_schedule_names_the_field(tmp_path):
+    from tests.training.lr_schedule_run import StopAt
+
+    make_trainer(tmp_path, [StopAt(2)], trainer_class=EffiTrainer, args=arguments(tmp_path)).train()
+    trainer = make_trainer(tmp_path, [], trainer_class=EffiTrainer, args=arguments(tmp_path, lr_schedule="wsd"))
+    with pytest.raises(ScheduleMismatchError, match="Pass lr_schedule_on_mismatch='new'"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_arguments_parse_from_a_yaml_like_dict(tmp_path):

@@ -126,8 +126,8 @@ def test_a_loss_of_ones_own_must_say_its_mode(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "step"),
     [
-        ("token", "a step takes 32 rows: 16 a group; steps are those of 2 rank(s)"),
-        ("rounds", "each rank keeps its own batch (16 rows a step); steps are those of plain data parallelism"),
+        ("token", "a step takes 32 rows: 16 per group; steps are those of 2 rank(s)"),
+        ("rounds", "each rank keeps its own batch (16 rows per step); steps are those of plain data parallelism"),
     ],
 )
 def test_the_start_says_what_it_means(tmp_path, mode, step):

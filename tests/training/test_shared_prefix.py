@@ -72,7 +72,7 @@ def assert_same_run(padded, shared):
 @pytest.mark.parametrize("make_model", [tiny_qwen3, tiny_llama])
 @pytest.mark.parametrize("over", [{}, {"gradient_checkpointing": True}, {"dataloader_num_workers": 1}], ids=str)
 def test_a_stock_trainer_gives_the_run_of_padded_rows(tmp_path, padded_run, make_model, over):
-    """Two prompts a micro-batch, two micro-batches an update: the mean is over the completions' tokens of the update."""
+    """Two prompts per micro-batch, two micro-batches per update: the mean is over the completions' tokens of the update."""
     padded = padded_run(make_model)
     shared = run(tmp_path, True, make_model, **over)
     assert_same_run(padded, shared)

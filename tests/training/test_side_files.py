@@ -35,8 +35,8 @@ class Hub:
     def upload_folder(self, *, folder_path: str, **kwargs: Any) -> Future[None]:
         folder = Path(folder_path)
         self.seen[folder.name] = sorted(path.name for path in folder.iterdir())
-        if (folder / "effi_events.jsonl").exists():
-            self.records.append((folder / "effi_events.jsonl").read_text())
+        if (folder / "effi" / "effi_events.jsonl").exists():
+            self.records.append((folder / "effi" / "effi_events.jsonl").read_text())
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -121,7 +121,7 @@ def test_the_pushed_record_knows_of_the_checkpoint(tmp_path: Path, hub: Hub) -> 
     for number, text in enumerate(hub.records, 1):
         kinds = [json.loads(line)["event"] for line in text.splitlines()]
         assert kinds.count("checkpoint") == number and kinds[-1] == "checkpoint"
-    events = [json.loads(line) for line in (tmp_path / "out" / "effi_events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "out" / "effi" / "effi_events.jsonl").read_text().splitlines()]
     assert [event["path"] for event in events if event["event"] == "checkpoint"] == ["checkpoint-3", "checkpoint-4"]
 
 

@@ -94,6 +94,37 @@ class Mean(torch.nn.Module):
         return {"loss": self.embed(input_ids).mean()}
 
 
+class Ignoring(torch.nn.Module):
+    """Takes any keyword, and averages over each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(300, 300)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        logits = self.embed(input_ids)
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+class Counting(Ignoring):
+    def forward(self, input_ids, attention_mask=None, labels=None, num_items_in_batch=None, **kwargs):
+        out = super().forward(input_ids, attention_mask, labels)
+        return {**out, "loss": out["loss"] * labels.numel() / num_items_in_batch}
+
+
+def test_a_model_that_ignores_the_count_is_found_by_asking_it(tmp_path):
+    over = {"gradient_accumulation_steps": 2, "max_steps": 1}
+    with pytest.raises(
+        SamplerError, match="Ignoring takes num_items_in_batch and averages over each call all the same"
+    ):
+        ragged_trainer(tmp_path, LENGTHS, budget(), model=Ignoring(), **over).train()
+    ragged_trainer(tmp_path, LENGTHS, budget(), model=Counting(), **over).train()
+    ragged_trainer(tmp_path, LENGTHS, budget(), model=Ignoring(), **{**over, "gradient_accumulation_steps": 1}).train()
+
+
 @pytest.mark.parametrize(
     ("over", "message"),
     [

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
 import json
 import os
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,8 @@ from hf_effi.hub import admitted
 from hf_effi.hub.admitted import ARGUMENTS, CLASSES, CONFIGS, FUNCTIONS, KINDS, TRAINERS, NotAdmittedError
 from hf_effi.hub.objects import from_plain
 from hf_effi.hub.recipe import RECIPE_MARK, SECTION_BEGIN, SECTION_END, RecipeError
+from tests.helpers.audit import watched
+from tests.helpers.fuzz import mutated
 
 #: parts of argument names behind which upstream loads, opens, connects or imports
 _DANGEROUS = (
@@ -27,31 +25,6 @@ _DANGEROUS = (
     "use_vllm", "compile", "resume_from", "report_to", "deepspeed", "fsdp", "parallelism", "teacher", "template_path", "project",
     "megatron", "auto_mapping", "revision", "cache_file", "callable", "backend", "context", "continuous_batching", "generation_kwargs",
 )  # fmt: skip
-_WATCHED = ("open", "import", "socket", "subprocess", "os.system", "os.exec", "os.posix_spawn", "os.remove", "os.rename",
-            "os.mkdir", "os.rmdir", "shutil", "urllib", "ctypes.dlopen", "exec", "webbrowser")  # fmt: skip
-_seen: list[str] | None = None
-
-
-def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _seen is not None and event.startswith(_WATCHED):
-        _seen.append(f"{event} {arguments[0] if arguments else ''}")
-
-
-sys.addaudithook(_watch)  # cannot be taken out again; it is idle outside of `watched`
-
-
-@contextlib.contextmanager
-def watched(*allowed: str) -> Iterator[None]:
-    """Fail if anything is opened, imported, connected or started, but for paths and modules that contain one of `allowed`."""
-    global _seen
-    found = _seen = []
-    try:
-        yield
-    finally:
-        _seen = None
-    system = (*allowed, "/proc/", "/sys/", "/dev/null", "/dev/urandom", "linecache", "/site-packages/", "/lib/python3")
-    outside = [entry for entry in found if not any(part in entry for part in system)]
-    assert not outside, outside
 
 
 def recipe(**over: Any) -> dict[str, Any]:
@@ -306,6 +279,10 @@ HOSTILE: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+#: arguments that a mutation adds
+NAMES = (*ARGUMENTS_THAT_ACT, "folder", "checkpoint", "model", "evaluate", "callbacks", "args")
+
+
 def seeds() -> list[dict[str, Any]]:
     schedule = {"class": "hf_effi.functional.schedules:wsd", "arguments": {"warmup_steps": 2}}
     callbacks = [
@@ -329,33 +306,6 @@ def seeds() -> list[dict[str, Any]]:
     ]
 
 
-def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
-        yield from places(data[key], (*path, key))
-
-
-def mutated(data: dict[str, Any], rng: random.Random) -> Any:
-    data = copy.deepcopy(data)
-    for _ in range(rng.randint(1, 3)):
-        path = rng.choice([p for p in places(data) if p])
-        parent = data
-        for key in path[:-1]:
-            parent = parent[key]
-        action = rng.random()
-        if action < 0.55:
-            parent[path[-1]] = copy.deepcopy(rng.choice(HOSTILE))
-        elif action < 0.75 and isinstance(parent, dict):
-            parent[
-                rng.choice([*ARGUMENTS_THAT_ACT, "folder", "checkpoint", "model", "evaluate", "callbacks", "args"])
-            ] = copy.deepcopy(rng.choice([*HOSTILE, *ARGUMENTS_THAT_ACT.values()]))
-        elif action < 0.9 and isinstance(parent, dict):
-            del parent[path[-1]]
-        else:
-            parent[path[-1]] = [copy.deepcopy(parent[path[-1]])] * 2
-    return data
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_no_recipe_makes_anything_open_import_or_connect(tmp_path, seed):
     rng, bases = random.Random(seed), seeds()
@@ -363,7 +313,7 @@ def test_no_recipe_makes_anything_open_import_or_connect(tmp_path, seed):
         read(tmp_path, base)
     refused = read_back = 0
     for _ in range(400):
-        data = mutated(rng.choice(bases), rng)
+        data = mutated(rng.choice(bases), rng, HOSTILE, NAMES)
         before = set(os.listdir(tmp_path))
         with watched(str(tmp_path)):
             try:

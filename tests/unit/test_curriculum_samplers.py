@@ -205,3 +205,20 @@ def test_row_loss_and_row_correct_by_hand():
         assert losses.tolist() == pytest.approx([right, (right + wrong) / 2, 0.0], rel=1e-5)
         assert RowCorrect(rows, collate, batch_size)(Model(1, 1), [1, 0]).tolist() == [0.0, 1.0]
     assert RowLoss(rows, collate)(Model(1, 1), []).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (["easy"] * 64, r"row 0 has 'easy', which is no finite number\. Map words to numbers first"),
+        ([1.0, None], "row 1 has None"),
+        ([1.0, 10**400], "row 1 has 1000"),
+        ("easy", "is str 'easy'. Pass a list or a tensor"),
+        ({"a": 1}, "is dict"),
+        ([[1.0], [1.0, 2.0]], r"row 0 has \[1.0\]"),
+    ],
+)
+@pytest.mark.parametrize("sampler", [CompetenceSampler, QualityAscendingSampler])
+def test_scores_that_are_no_numbers_get_one_sentence(sampler, scores, words):
+    with pytest.raises(CurriculumError, match=f"scores must hold one number per row, and {words}"):
+        sampler(scores)

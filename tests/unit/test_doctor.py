@@ -273,7 +273,7 @@ def test_scheduler_that_never_steps():
 
 
 def test_entries_without_a_key_are_passed_over():
-    """With several updates a generation, TRL logs rewards only with some of them; a value may be None."""
+    """With several updates per generation, TRL logs rewards only with some of them; a value may be None."""
     entries = [e if i % 2 else {"step": e["step"], "loss": 0.1, "reward": None} for i, e in enumerate(trace())]
     assert found(entries) == {}
 

@@ -311,7 +311,7 @@ class TestRunDistributed:
         assert_bitwise_equal(one.weights, other.weights)
         wrapper, world, single = run_distributed(_train_and_report, 1, str(tmp_path / "one"), 8)[0]
         assert world == 1 and wrapper != "DistributedDataParallel"
-        # 2 ranks x 4 rows see the same 8 rows a step as 1 rank x 8, so that the runs agree but for rounding.
+        # 2 ranks x 4 rows see the same 8 rows per step as 1 rank x 8, so that the runs agree but for rounding.
         for name, tensor in single.weights.items():
             assert torch.allclose(tensor, one.weights[name], atol=1e-3), name
 

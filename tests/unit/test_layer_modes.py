@@ -182,6 +182,43 @@ def test_parameters_and_tensors_without_gradient_stay():
     y.backward()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: x.transpose(0, 1), lambda x: x[:, 1:], lambda x: x[:, ::2], lambda x: x[..., :3].permute(2, 0, 1)],
+    ids=["transposed", "part", "every second", "permuted part"],
+)
+def test_strides_come_back(make):
+    """A recomputation reads them: LED's encoder hands on transposed states, and a product of them is another operator."""
+    offloader, seen = ActivationOffloader(), []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            seen.append(x)
+            return grad.expand_as(x)
+
+    x = make(torch.randn(4, 6, 5, requires_grad=True) * 1)
+    with offloader.saving():
+        Look.apply(x).backward()
+    assert offloader.stats.offloaded_bytes == x.numel() * 4
+    assert seen[0].stride() == x.stride() and torch.equal(seen[0], x)
+
+
+def test_an_expanded_tensor_stays():
+    offloader, x = ActivationOffloader(), torch.randn(1, 5, requires_grad=True)
+    with offloader.saving():
+        out = (x * 1).expand(1000, 5).sin().sum()
+    out.backward()
+    assert offloader.stats.offloaded_bytes == 0
+    torch.testing.assert_close(x.grad, 1000 * x.detach().cos())
+
+
 def test_selective_keeps_attention_and_recomputes_the_rest():
     counts = {}
     for modes in ("checkpoint", "selective", "keep"):
@@ -313,6 +350,24 @@ def test_probe_agrees_with_the_bytes_of_a_whole_forward():
     assert kept.total - fewer.total == pytest.approx(difference, abs=shared)
     costs = probe.costs(tokens=96)[0]
     assert costs.modes["checkpoint"].size == 2 * INPUT_BYTES
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_are_scaled_by_the_square_of_the_length(attention):
+    """What SDPA and eager attention keep for each pair of tokens, planned for rows of twice the length from shorter ones."""
+    measured = {}
+    for length in (24, 48):
+        model = checkpointed()
+        model.set_attn_implementation(attention)
+        ids = torch.arange(2 * length).view(2, length) % 40
+        mask = torch.ones_like(ids)
+        mask[0, -3:] = 0
+        with LayerProbe(model) as probe:
+            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        measured[length] = probe
+    assert measured[24].measured[0]["square_bytes"] >= 2 * 24**2 * 4
+    planned = [cost.modes["keep"].size for cost in measured[24].costs(tokens=2 * 48)]
+    assert planned == [cost.modes["keep"].size for cost in measured[48].costs()]
 
 
 def test_bandwidth_is_measured():

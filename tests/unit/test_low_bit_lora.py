@@ -266,6 +266,23 @@ def test_merging_is_refused_and_works_again_after():
     assert relative(model.merge_and_unload()(input_ids=IDS).logits, expected) < 1e-5
 
 
+def test_unload_gives_the_wide_base_back():
+    model = lora_model()
+    wide = {name: layer.weight.detach().clone() for name, layer in bases_of(model).items()}
+    with model.disable_adapter():
+        expected = model(input_ids=IDS).logits
+    handle = patch(model, key("int8"))
+    base = model.unload()
+    names = {name.removeprefix("base_model.model."): weight for name, weight in wide.items()}
+    for name, weight in base.named_parameters():
+        if name.removesuffix(".weight") in names:
+            assert torch.equal(weight, names[name.removesuffix(".weight")])
+    assert torch.equal(base(input_ids=IDS).logits, expected)
+    handle.revert()
+    assert torch.equal(base(input_ids=IDS).logits, expected)
+    base.load_state_dict(base.state_dict())
+
+
 def test_a_merged_adapter_is_refused():
     model = lora_model()
     model.merge_adapter()

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from transformers import GPT2Config, Qwen3Config, Qwen3MoeConfig, T5Config
+from transformers import GPT2Config, Qwen3Config, Qwen3MoeConfig, ViTConfig
 
 from hf_effi import cli
 from hf_effi.functional.memory import (
@@ -18,6 +18,7 @@ from hf_effi.functional.memory import (
     cheapest_fit,
     exact_switch_sets,
     extra_time,
+    extrapolated_trace,
     kv_cache_bytes,
     memory_table,
     optimizer_bytes,
@@ -256,9 +257,73 @@ def test_bad_values_are_named(tmp_path, capsys, arguments, word):
     assert word in capsys.readouterr().err
 
 
-def test_only_causal_language_models_are_planned():
-    with pytest.raises(ValueError, match="T5Config is no config of a causal language model"):
-        plan_memory(T5Config(), seq_len=8)
+def test_models_without_a_language_head_are_refused_by_name():
+    with pytest.raises(ValueError, match="ViTConfig is no config of a causal language model or of an encoder-decoder"):
+        plan_memory(ViTConfig(), seq_len=8)
+
+
+def test_attention_and_padding_on_the_command_line(tmp_path, capsys):
+    CONFIG.save_pretrained(tmp_path)
+
+    def found(*arguments):
+        assert cli.main(["plan", "memory", str(tmp_path), "--seq-len", "64", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, padded, eager, flash = (
+        found(*arguments)
+        for arguments in ((), ("--padded",), ("--attention", "eager"), ("--attention", "flash_attention_2"))
+    )
+    kept = [plan["rows"][0]["activations"] for plan in (plain, padded, eager, flash)]
+    # Each of the 3 layers keeps a mask of 64 * 64 fp32 values, and keys and values of 4 heads in place of 2.
+    assert kept[1] - kept[0] == 3 * (64 * 64 * 4 + 2 * 64 * (4 - 2) * 8 * 4)
+    # Four heads of probabilities.
+    assert kept[2] - kept[0] > 3 * 4 * 64 * 64 * 4
+    assert kept[3] == kept[0]
+    named = "attention 'flash_attention_2': counted as fused attention without masks"
+    assert named in flash["not_modelled"] and named not in plain["not_modelled"]
+    assert (
+        "activations (keep, checkpoint)" in plain["exact"] and "activations (keep, checkpoint)" not in flash["exact"]
+    )
+    CONFIG.save_pretrained(tmp_path)
+    assert cli.main(["plan", "memory", str(tmp_path), "--seq-len", "64", "--attention", "flash_attention_2"]) == 0
+    assert f"Not modelled: {named}." in capsys.readouterr().out
+
+
+def test_figures_of_longer_rows_lie_on_a_parabola():
+    one = replace(TRACE, layer_kept=(100, 100, 120), logits=1000, kept=300)
+    two = replace(TRACE, layer_kept=(220, 220, 260), logits=2000, kept=660)
+    three = replace(TRACE, layer_kept=(360, 360, 420), logits=3000, kept=1080)
+    found = extrapolated_trace([one, two, three], [1, 2, 3], 10)
+    assert found.layer_kept == (1900, 1900, 2100) and found.logits == 10_000 and found.kept == 5700
+    assert (found.logits_width, found.hidden_size, found.itemsize) == (20, 50, 2)
+
+
+@pytest.mark.parametrize(
+    ("over", "lost"),
+    [
+        ({}, set()),
+        ({"sharding": "zero1", "ranks": 2}, {"optimizer"}),
+        ({"sharding": "zero2", "ranks": 2}, {"optimizer", "gradients"}),
+        ({"sharding": "fsdp", "ranks": 2}, {"optimizer", "gradients", "parameters"}),
+        ({"sharding": "fsdp"}, set()),
+        ({"sequence_parallel_size": 2}, {"activations (keep, checkpoint)"}),
+        ({"lora_rank": 2, "four_bit": True}, {"parameters"}),
+        ({"optimizer": "lomo"}, {"optimizer"}),
+    ],
+)
+def test_what_is_called_exact(over, lost):
+    every = {"parameters", "gradients", "optimizer", "activations (keep, checkpoint)", "kv_cache"}
+    plan = plan_memory(CONFIG, seq_len=16, generate=(1, 16), **over)
+    assert set(plan.exact) == every - lost and set(plan.as_dict()["exact"]) == every - lost
+    assert set(plan_memory(CONFIG, seq_len=16, **over).exact) == every - lost - {"kv_cache"}
+
+
+def test_quantization_of_a_checkpoint_is_named():
+    config = Qwen3Config(**{**CONFIG.to_diff_dict(), "quantization_config": {"quant_method": "mxfp4"}})
+    plan = plan_memory(config, seq_len=64)
+    assert plan.rows[0][1].parameters == plan_memory(CONFIG, seq_len=64).rows[0][1].parameters
+    assert any("quantization 'mxfp4' of the config" in sentence for sentence in plan.not_modelled)
+    assert "parameters" not in plan.exact
 
 
 def test_no_config_is_named(tmp_path, capsys):

@@ -14,7 +14,7 @@ from hf_effi.report.record import check_record, headline, make_record
 
 
 def curve(accuracies, seconds_a_step, rows_a_step=10):
-    """One point a step."""
+    """One point per step."""
     return [
         {
             "step": step,

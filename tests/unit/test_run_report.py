@@ -11,8 +11,9 @@ import pytest
 
 from hf_effi import cli
 from hf_effi._run_record import RunStore
+from hf_effi.callbacks.run_summary import time_parts
 from hf_effi.report.run_data import NoRunError, load_group, load_run, mean_and_band, phases_of, series, token_series
-from hf_effi.report.run_page import _seconds_of, bars, curves, facts, render_run_page
+from hf_effi.report.run_page import bars, curves, facts, render_run_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CAPTIONS = [
@@ -27,7 +28,7 @@ BARS = ["Completions of the run", "Tokens of the run", "Time of the run"]
 
 
 def write_run(folder, shift=0.0, steps=8):
-    """Write a record as RunRecordCallback does: 8 completions a step, 2 dropped at every second one."""
+    """Write a record as RunRecordCallback does: 8 completions per step, 2 dropped at every second one."""
     store, dropped = RunStore(folder), 0
     versions = {"torch": "2.13.0", "transformers": "5.23.0"}
     model = {"class": "Tiny", "name": "", "parameters": 1000, "trainable": 1000}
@@ -128,10 +129,10 @@ def test_parts_of_the_time_by_hand():
     phases = {"gen": 60.0, "train": 30.0, "reward": 0.1}
     seconds = {"train": 95.0, "data": 4.0, "log": 0.5, "other": 0.5}
     # 4.9 s of the steps are in no phase; reward, log and all that is less than 1 % join them.
-    parts = _seconds_of({"seconds": seconds, "phases": phases})
+    parts = time_parts({"seconds": seconds, "phases": phases})
     assert parts == pytest.approx({"generation": 60.0, "training": 30.0, "data": 4.0, "other": 6.0})
-    assert _seconds_of({"seconds": {"train": 9.0, "data": 1.0}}) == {"whole step": 9.0, "data": 1.0}
-    assert _seconds_of({}) == {}
+    assert time_parts({"seconds": {"train": 9.0, "data": 1.0}}) == {"whole step": 9.0, "data": 1.0}
+    assert time_parts({}) == {}
 
 
 def test_a_stock_run_beside_ours_shows_its_reward(tmp_path):

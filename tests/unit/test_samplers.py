@@ -152,7 +152,7 @@ def test_group_sampler_follows_epochs_state_and_fingerprint():
     assert list(again) == list(group)
     with pytest.raises(SamplerMismatchError):
         GroupSampler(ShuffledSampler(6, seed=1), 2, 2, 1).load_state_dict(group.state_dict())
-    with pytest.raises(SamplerError, match="3 prompts an epoch, but one generation needs 4"):
+    with pytest.raises(SamplerError, match="3 prompts per epoch, but one generation needs 4"):
         GroupSampler(ShuffledSampler(3), 2, 4)
 
 

@@ -291,6 +291,53 @@ def test_bad_numbers_of_chunks(num_chunks):
         stream_layers(tiny_qwen3(), num_chunks)
 
 
+@pytest.mark.parametrize("family", ["Bart", "Persimmon"])
+def test_layers_that_are_called_by_position_are_streamed(family):
+    """Bart hands mask and encoder's states over by position."""
+    import transformers
+
+    if family == "Bart":
+        sizes = {
+            "d_model": 16,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 32,
+            "dropout": 0.0,
+        }
+    else:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = getattr(transformers, f"{family}Config")(vocab_size=64, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    model = in_double(getattr(transformers, f"{family}ForCausalLM")(config))
+    for name, parameter in model.named_parameters():
+        # A softmax does not see what all keys have in common: their bias has no gradient but rounding.
+        parameter.requires_grad_(not name.endswith("k_proj.bias"))
+    assert_same(model, 3)
+
+
+def test_layers_that_attend_to_an_encoder_are_refused_by_name():
+    from transformers import BartConfig, BartForCausalLM
+
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "dropout": 0.0}
+    model = BartForCausalLM(BartConfig(vocab_size=64, **sizes)).train()
+    model.config.add_cross_attention = True
+    with (
+        stream_layers(model),
+        pytest.raises(ValueError, match="BartDecoderLayer attends to an encoder's states as well"),
+    ):
+        model(input_ids=IDS % 60, encoder_hidden_states=torch.zeros(2, 3, 16))
+
+
+def test_dropout_of_bart_is_named_with_its_settings():
+    from transformers import BartConfig, BartForCausalLM
+
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    with pytest.raises(
+        ValueError, match=r"random operations: bernoulli_.*Set dropout and noise to 0.*'config.dropout': 0.1"
+    ):
+        stream_layers(BartForCausalLM(BartConfig(vocab_size=64, **sizes)))
+
+
 def test_models_without_such_layers():
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no decoder layer that can be streamed"):
         stream_layers(tiny_gpt2())

@@ -352,7 +352,7 @@ def test_logits_that_are_made_contiguous_or_capped_by_a_function(make_model):
 
 
 def test_a_forward_that_needs_its_logits_is_refused_when_the_patch_is_put_on():
-    """Bart's decoder asks them for their device and computes its loss by itself, without `num_items_in_batch`."""
+    """Bart's decoder computes its loss by itself, without `num_items_in_batch`; asking for their device is no use of them."""
     sizes = {
         "d_model": 16,
         "decoder_layers": 1,
@@ -363,14 +363,35 @@ def test_a_forward_that_needs_its_logits_is_refused_when_the_patch_is_put_on():
     model = BartForCausalLM(BartConfig(vocab_size=40, max_position_embeddings=32, is_decoder=True, **sizes))
     before = dict(model.lm_head.__dict__)
     with pytest.raises(
-        ValueError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'device'"
+        ValueError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'view'"
     ):
         tile_loss(model)
     assert model.lm_head.__dict__ == before, "and nothing is left of it"
     handle = tile_loss(model, verify=False)
-    with pytest.raises(AttributeError, match="'device' was asked of them"):
+    message = "'view' was asked of them. BartForCausalLM makes a loss of its own .*: leave tile_loss out for it"
+    with pytest.raises(AttributeError, match=message) as error:
         model.train()(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long))
+    assert "label_smoothing" not in str(error.value), "nobody used it"
     handle.revert()
+
+
+@pytest.mark.parametrize("family", ["OPT", "RecurrentGemma"])
+def test_forwards_that_ask_their_logits_for_a_part_or_a_shape_are_tiled(family):
+    """OPT makes them contiguous, RecurrentGemma caps them by a function of torch."""
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    own = {
+        "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 64, "dropout": 0.0},
+        "RecurrentGemma": {"intermediate_size": 48, "num_key_value_heads": 1, "num_hidden_layers": 3, "lru_width": 16},
+    }[family]
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **own})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).train()
+    tokens = torch.randint(5, 60, (2, 12))
+    plain = model(input_ids=tokens, labels=tokens).loss
+    with tile_loss(model):
+        assert torch.allclose(model(input_ids=tokens, labels=tokens).loss, plain, atol=1e-6)
 
 
 def test_a_loss_that_is_another_is_refused_with_the_difference():

@@ -241,7 +241,7 @@ def test_reentrant_checkpointing_is_exact_too():
 
 
 def test_a_norm_behind_the_mlp_costs_its_forward_again_and_stays_exact():
-    """Gemma 2 norms the MLP's output, so a recompute needs it: one more MLP forward a layer, no more."""
+    """Gemma 2 norms the MLP's output, so a recompute needs it: one more MLP forward per layer, no more."""
     model = tiny_gemma().train()
     _, plain, _ = step(model, checkpoint=True)
     with tile_mlp(model, 5):

@@ -226,7 +226,7 @@ def _tokens(values: Mapping[str, Any], vocab: int) -> dict[str, Any]:
 
 
 def _layers(config_class: type, values: Mapping[str, Any], at_least: int | None) -> dict[str, Any]:
-    """The fewest layers, two at least, that show every entry of the lists that have one entry a layer."""
+    """The fewest layers, two at least, that show every entry of the lists that have one entry per layer."""
     count_name = next((name for name in _COUNTS if isinstance(values.get(name), int)), None)
     if count_name is None:
         return {}

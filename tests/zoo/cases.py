@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from .builders import PAD, VOCAB, CannotBuild, Family, build
-from .compare import measure
+from .compare import largest_difference, measure
 from .design import Row, change_config
 
 ROWS, LENGTH, PADDED = 2, 16, 5
@@ -119,6 +119,35 @@ class Case:
         with stock():
             _ = self.pristine
         return self.cache["expected"]
+
+    @functools.cached_property
+    def rounding(self) -> float:
+        """How far the untouched model is from itself with the last bit of each weight changed, at most 1e-6."""
+        model = self.ready(self.fresh())
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.is_floating_point():
+                    signs = torch.randint(0, 2, weight.shape, generator=generator).to(weight.dtype) * 2 - 1
+                    weight.mul_(1 + signs * torch.finfo(weight.dtype).eps)
+        return min(largest_difference(self.expected(), measure(model, self.call))[0], 1e-6)
+
+    @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether one seed gives the untouched model one loss."""
+        again = measure(self.ready(self.fresh()), self.call)
+        return torch.equal(self.expected()["loss"], again["loss"])
+
+    @functools.cached_property
+    def unsound(self) -> bool:
+        """Whether the untouched model computes with uninitialized memory: then even two of its own runs differ."""
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills such memory with NaN
+        try:
+            found = measure(self.ready(self.fresh()), self.call)
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        return not all(torch.isfinite(value).all() for value in found.values())
 
     # --- the batch -------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 MIXED_TOLERANCE = 1e-5
 
 _TORCH_FLOAT = torch.Tensor.float
+_SUMS = ("sum", "mean", "cumsum", "prod")
 
 
 @contextlib.contextmanager
@@ -29,8 +30,9 @@ def all_double() -> Iterator[None]:
     Norms, softmaxes and rotary embeddings of transformers compute in fp32 whatever they are given: their rounding would
     hide differences of that size.
     """
-    places = [(torch.Tensor, name) for name in ("to", "type", "softmax", "log_softmax", "sum", "cumsum")]
+    places = [(torch.Tensor, name) for name in ("to", "type", "softmax", "log_softmax", *_SUMS)]
     places += [(where, name) for where in (torch, F) for name in ("softmax", "log_softmax")]
+    places += [(torch, name) for name in _SUMS]
     originals = [getattr(where, name) for where, name in places]
     try:
         for (where, name), original in zip(places, originals, strict=True):

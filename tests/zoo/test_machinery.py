@@ -192,6 +192,29 @@ def test_no_gradient_is_no_equality():
     assert outcome.status == "error" and "no gradient" in outcome.note
 
 
+def test_rounding_is_the_change_by_the_last_bits_of_the_weights():
+    assert 0 < Case(LLAMA, {}).rounding < 1e-13
+    ill_conditioned = Case(Family("masked", "mobilebert", "MobileBertForMaskedLM"), {"lora": "yes"})
+    assert 1e-9 < ill_conditioned.rounding <= 1e-6
+
+
+def test_a_model_that_seeds_itself_does_not_repeat():
+    assert Case(SEED_OSS, {"dropout": "residual"}).repeats
+    assert not Case(
+        Family("classifier", "reformer", "ReformerForSequenceClassification"), {"dropout": "residual"}
+    ).repeats
+
+
+def test_memory_that_nobody_wrote_to_is_found():
+    assert not Case(LLAMA, {}).unsound
+    case = Case(LLAMA, {})
+    model = case.fresh()
+    norm = model.model.norm
+    norm.register_forward_hook(lambda module, args, out: out + torch.empty_like(out) * 0)
+    case.fresh = lambda: model
+    assert case.unsound
+
+
 def test_largest_difference_by_hand():
     one = {"loss": torch.tensor(2.0), "grad a": torch.tensor([4.0, -2.0]), "grad b": torch.tensor([1e-12])}
     two = {"loss": torch.tensor(2.0), "grad a": torch.tensor([4.0, -1.0])}

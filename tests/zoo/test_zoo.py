@@ -14,10 +14,6 @@ from tests.zoo.ranks import SEQUENCE_PARALLEL, run_pair
 from tests.zoo.run import everything, in_shard, jobs_on_ranks, read_shard, run_family
 
 SHARD = read_shard()
-#: Not yet within 1 % for every class: KV caches of windows and latent attention, layers that are called in a way of their
-#: own. `make zoo` lists them; what is wrong there is an estimate, and no gradient.
-LEFT_OUT = {"memory planner"}
-TESTED = [feature for feature in FEATURES if feature.key not in LEFT_OUT]
 #: rows of a class: the plain one and one more, all of them where the whole zoo is run
 ROWS = 2 if SHARD[1] > 1 else None
 
@@ -25,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about sett
 
 
 def _mine(kind: str) -> list[Family]:
-    return [f for f in everything() if f.kind == kind and any(in_shard(f, feature.key, SHARD) for feature in TESTED)]
+    return [f for f in everything() if f.kind == kind and any(in_shard(f, feature.key, SHARD) for feature in FEATURES)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,7 +30,7 @@ def test_equal_or_refused(kind):
     for family in _mine(kind):
 
         def wanted(key: str, family: Family = family) -> bool:
-            return key not in LEFT_OUT and in_shard(family, key, SHARD)
+            return in_shard(family, key, SHARD)
 
         results += run_family(family, wanted=wanted, count=ROWS)
     wrong = [f"{result}\n    {result.command}" for result in results if not result.outcome.ok]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
     Return scores as a 1-D float64 CPU tensor.
 
     Args:
-        scores (`torch.Tensor` or `Sequence[float]`): One number a row, shape `(num_rows,)`.
+        scores (`torch.Tensor` or `Sequence[float]`): One number per row, shape `(num_rows,)`.
         name (`str`, *optional*, defaults to `"scores"`): What errors call it.
         nan (`str`, *optional*, defaults to `"error"`): `"error"`, or `"median"`: a NaN counts as the lower median of the
             others.
@@ -34,7 +35,7 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
     """
     if nan not in ("error", "median"):
         raise CurriculumError(f"nan={nan!r} is not known. Use 'error' or 'median'.")
-    values = torch.as_tensor(scores).detach().to("cpu", torch.float64).clone()
+    values = _as_numbers(scores, name)
     if values.ndim != 1 or values.numel() == 0:
         raise CurriculumError(
             f"{name} has shape {tuple(values.shape)}. Pass one number for each row of the dataset, at least one."
@@ -52,6 +53,29 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
         raise CurriculumError(f"{name} is NaN in every row, so there is no median to use.")
     values[missing] = values[~missing].median()
     return values
+
+
+def _as_numbers(scores: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(scores).detach().to("cpu", torch.float64).clone()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        # What torch says of words tells neither which, nor what to do.
+        raise CurriculumError(f"{name} must hold one number per row, and {_why_no_numbers(scores)}") from error
+
+
+def _why_no_numbers(scores: Any) -> str:
+    if isinstance(scores, str) or not isinstance(scores, Sequence):
+        return f"is {type(scores).__name__} {repr(scores)[:60]}. Pass a list or a tensor."
+    for row, score in enumerate(scores):
+        try:
+            if not isinstance(score, str):
+                float(score)
+                continue
+        except (TypeError, ValueError, OverflowError):
+            pass
+        advice = " Map words to numbers first, such as {'easy': 0, 'hard': 1}[word]." if isinstance(score, str) else ""
+        return f"row {row} has {repr(score)[:60]}, which is no finite number.{advice}"
+    return "they are of kinds that do not go together."
 
 
 def check_number(

@@ -49,7 +49,7 @@ class BernoulliBayes:
         """
         classes = torch.as_tensor(labels).long()
         if classes.numel() != len(rows):
-            raise CurriculumError(f"{classes.numel()} labels for {len(rows)} rows. Give one label a row.")
+            raise CurriculumError(f"{classes.numel()} labels for {len(rows)} rows. Give one label per row.")
         place, token = self._occurrences(rows)
         self.rows += torch.bincount(classes, minlength=2)
         flat = classes[place] * self.num_tokens + token
@@ -83,7 +83,7 @@ class BernoulliBayes:
         self.rows, self.tokens = state["rows"].clone(), state["tokens"].clone()
 
     def _occurrences(self, rows: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the row number and the token of each occurrence, a token once a row."""
+        """Return the row number and the token of each occurrence, a token once per row."""
         bags = [torch.as_tensor(row, dtype=torch.long).unique() for row in rows]
         sizes = torch.tensor([bag.numel() for bag in bags], dtype=torch.long)
         token = torch.cat(bags) if bags else torch.empty(0, dtype=torch.long)

@@ -29,7 +29,7 @@ def score_order(
     only which of `buckets` equal parts a row lies in, and shuffle inside each.
 
     Args:
-        scores (`torch.Tensor` or `Sequence[float]`): One number a row, shape `(num_rows,)`.
+        scores (`torch.Tensor` or `Sequence[float]`): One number per row, shape `(num_rows,)`.
         seed (`int`, *optional*, defaults to 0): Seed of ties and of the shuffles in buckets.
         descending (`bool`, *optional*, defaults to `False`): Highest first.
         buckets (`int`, *optional*): In `[1, num_rows]`; a full sort if `None`.
@@ -84,7 +84,7 @@ def percentile_within(scores: Tensor, sources: Sequence[Hashable]) -> Tensor:
     ```
     """
     if len(sources) != scores.numel():
-        raise CurriculumError(f"sources has {len(sources)} entries for {scores.numel()} scores. Give one a row.")
+        raise CurriculumError(f"sources has {len(sources)} entries for {scores.numel()} scores. Give one per row.")
     members: dict[Hashable, list[int]] = {}
     for row, source in enumerate(sources):
         members.setdefault(source, []).append(row)
@@ -128,7 +128,7 @@ def interleave_levels(
     """
     if len(levels) != len(subjects) or len(levels) == 0:
         raise CurriculumError(
-            f"levels has {len(levels)} and subjects {len(subjects)} entries. Give one of each a row, at least one."
+            f"levels has {len(levels)} and subjects {len(subjects)} entries. Give one of each per row, at least one."
         )
     queues: dict[tuple[float, ...], dict[Hashable, list[int]]] = {}
     for row in torch.randperm(len(levels), generator=seeded(seed)).tolist():

@@ -130,7 +130,7 @@ def instruct_mining(
     columns = {name: clean_scores(indicators[name], name) for name in wanted}
     if len({column.numel() for column in columns.values()}) > 1:
         sizes = {name: column.numel() for name, column in columns.items()}
-        raise CurriculumError(f"indicators have different lengths: {sizes}. Give one number a row each.")
+        raise CurriculumError(f"indicators have different lengths: {sizes}. Give each of them one number per row.")
     result = torch.full_like(columns[wanted[0]], coefficients.get("intercept", 0.0))
     for name in coefficients:  # in the order of the rule, so that equal inputs give equal bits
         if name != "intercept":
@@ -209,6 +209,6 @@ def kept_shares(mask: Tensor | Sequence[bool], groups: Sequence[Hashable]) -> di
     """
     kept = torch.as_tensor(mask).bool().tolist()
     if len(kept) != len(groups):
-        raise CurriculumError(f"mask has {len(kept)} rows and groups has {len(groups)}. Give one group a row.")
+        raise CurriculumError(f"mask has {len(kept)} rows and groups has {len(groups)}. Give one group per row.")
     totals, hits = Counter(groups), Counter(group for group, keep in zip(groups, kept, strict=True) if keep)
     return {group: hits[group] / total for group, total in totals.items()}

@@ -117,7 +117,7 @@ def keep_groups_by_pass_rate(
     Balanced online difficulty filtering: keep a group iff `low <= p <= high`, its rewards differ and it has a gradient.
 
     The ends 0 and 1 are open: a group that is all wrong or all right has no gradient, so `(0, 1)` is the zero-variance
-    filter of DAPO's dynamic sampling. Note the discretisation: with 8 completions a group, 0.2-0.8 means 2 to 6 right.
+    filter of DAPO's dynamic sampling. Note the discretisation: with 8 completions per group, 0.2-0.8 means 2 to 6 right.
 
     Paper: [Online Difficulty Filtering for Reasoning Oriented Reinforcement
     Learning](https://huggingface.co/papers/2504.03380); dynamic sampling:

@@ -78,14 +78,14 @@ def class_of(kind: object, base: type[Schedule], prefer: Sequence[type[Schedule]
             )
         if matching:
             return matching.pop()
-    near = difflib.get_close_matches(name, BUILT_IN, n=1)
+    near = difflib.get_close_matches(name[:80], BUILT_IN, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     fix = (
         "If it is a class of your own, import its module before training: a checkpoint never does."
         if own
         else "A schedule of your own goes as an object into LRScheduleCallback: a config or card names only these."
     )
-    raise ScheduleError(f"kind={kind!r} is not a schedule. Known: {', '.join(sorted(BUILT_IN))}.{hint} {fix}")
+    raise ScheduleError(f"kind={repr(kind)[:80]} is not a schedule. Known: {', '.join(sorted(BUILT_IN))}.{hint} {fix}")
 
 
 def _subclasses(base: type[Schedule]) -> Iterator[type[Schedule]]:

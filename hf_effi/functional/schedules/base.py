@@ -176,11 +176,23 @@ def _to_json(value: Any) -> Any:
 
 def _build(spec: dict[str, Any], prefer: Sequence[type[Schedule]], own: bool) -> Schedule:
     kind, params = spec.get("kind"), spec.get("params", {})
+    if not isinstance(kind, str) or not isinstance(params, dict):
+        raise ScheduleError(
+            f"A stored schedule has a name as its 'kind' and a mapping as its 'params', not {repr(kind)[:80]} and "
+            f"{type(params).__name__}: the file that it is from is damaged."
+        )
     cls = class_of(kind, Schedule, prefer, own)
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(params) - known):
-        raise ScheduleError(f"{kind} has no argument {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
-    return cls(**{name: _from_json(value, prefer, own) for name, value in params.items()})
+        raise ScheduleError(f"{kind} has no argument {', '.join(unknown)[:200]}. It has: {', '.join(sorted(known))}.")
+    try:
+        return cls(**{name: _from_json(value, prefer, own) for name, value in params.items()})
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, ScheduleError) and len(str(error)) < 1000:
+            raise
+        raise ScheduleError(
+            f"{kind} does not take its stored arguments: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _from_json(value: Any, prefer: Sequence[type[Schedule]], own: bool) -> Any:

@@ -51,7 +51,7 @@ def omega(etas: Sequence[float], gradient_norms: Sequence[float] | None = None, 
     Large Model Training (2501.18965); theorem 10 of 2310.07831.
 
     Args:
-        etas (`Sequence[float]`): Learning rates, one an update; trailing zeros are dropped.
+        etas (`Sequence[float]`): Learning rates, one per update; trailing zeros are dropped.
         gradient_norms (`Sequence[float]`, *optional*): G_t, all 1 if `None`.
         distance (`float`, *optional*, defaults to 1.0): D.
 

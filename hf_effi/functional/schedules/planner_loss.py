@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,9 @@ def _interpolate(known: dict[int, float], total: int) -> tuple[float, ...]:
         raise ScheduleError("The log has no learning_rate. Set logging_steps, or use LRScheduleCallback.")
     steps, etas = sorted(known), []
     for t in range(1, total + 1):
-        left = max((s for s in steps if s <= t), default=steps[0])
-        right = min((s for s in steps if s >= t), default=steps[-1])
+        after = bisect_left(steps, t)  # the first logged step at or behind t
+        right = steps[min(after, len(steps) - 1)]
+        left = right if right == t else steps[max(after - 1, 0)]
         share = (t - left) / (right - left) if right > left else 0.0
         etas.append(known[left] + (known[right] - known[left]) * share)
     return tuple(etas)

@@ -1,0 +1,103 @@
+"""
+Each place that communicates with the other ranks, and why every rank comes there equally often.
+
+A rank that runs one collective more than another hangs the run, or joins the wrong tensors. A new place enters the table
+with its reason; what upstream calls once per row, per turn or under a condition of one rank's data is no place for one.
+`run_distributed` compares what the ranks really ran.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.contract._sources import PACKAGE, python_files, tree_of
+
+CALLS = {
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather_object",
+    "pad_across_processes",
+    "reduce_scatter_tensor",
+    "wait_for_everyone",
+}
+#: of an accelerator or of torch.distributed only: other things are called so, too
+OWNED = {"gather", "reduce"}
+#: what upstream calls as often as the data of one rank needs it
+PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", "_compute_loss", "compute_loss", "log"}
+
+#: (file, function) -> how often
+PLACES = {
+    ("callbacks/adaptive_lr.py", "on_substep_end"): "at two micro-batches of an update, which the config fixes",
+    ("callbacks/layer_modes.py", "_largest_of_ranks"): "when training begins",
+    ("callbacks/lr_search.py", "mean_over_ranks"): "at updates that the plan of the search fixes",
+    ("callbacks/lr_search.py", "same_on_ranks"): "at updates that the plan of the search fixes",
+    ("kernels/_lm_head_tiles.py", "__init__"): "once for each pass through the head, over the group that shares it",
+    ("kernels/_lm_head_tiles.py", "fetch"): "once for each tile of all ranks, in their order",
+    ("kernels/_lm_head_tiles.py", "give"): "once for each tile of all ranks, in their order",
+    ("parallel/exchange.py", "_all_gather"): "once for each layer, over the group that shares the rows",
+    ("parallel/exchange.py", "_exchange"): "once for each layer, over the group that shares the rows",
+    ("parallel/exchange.py", "backward"): "once for each layer, over the group that shares the rows",
+    ("parallel/proof.py", "_losses_apart"): "once for each model, when training begins",
+    ("parallel/proof.py", "prove_split"): "once for each model, when training begins",
+    ("patching/probe.py", "agreed"): "once for each question to a model, before training",
+    ("samplers/self_improvement.py", "_from_main"): "once for each step of a round",
+    ("samplers/self_improvement.py", "_answers_of"): "once for each answerer of a round",
+    ("trainers/_accounting.py", "_flush_accounting"): "once for each update",
+    ("trainers/_chunk_mixin.py", "training_step"): "once for each micro-batch",
+    ("trainers/_grpo_resume.py", "_save_grpo_state"): "once for each save",
+    ("trainers/_grpo_resume.py", "_load_buffer"): "once for a resume inside of a generation, which the file says",
+    ("trainers/_prompt_length.py", "_check_prompt_lengths"): "once for each generation",
+    ("trainers/_rewards.py", "_calculate_rewards"): "once for each generation",
+    ("trainers/_rollouts.py", "_exchange"): "once for each generation whose rows move, which gathered values say",
+    ("trainers/_rollouts.py", "_gather_rows"): "once for each round, whose number follows from gathered values",
+    ("trainers/_rollouts.py", "_redistribute"): "once for each generation",
+    ("trainers/_rollouts.py", "_settle_advantages"): "once for each generation",
+    ("trainers/_sampler_mixin.py", "_measure_before"): "once for each epoch",
+    ("trainers/_sequence_parallel.py", "_check_same_batch"): "once for each batch, over the group that shares it",
+    ("trainers/_sequence_parallel.py", "_rounds"): "once for each batch, over the group that shares it",
+}
+
+
+def _communicates(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+    return name in CALLS or (name in OWNED and owner.endswith(("accelerator", "dist")))
+
+
+def _inside(node: ast.AST, function: str = "<module>") -> Iterator[tuple[str, ast.Call]]:
+    for child in ast.iter_child_nodes(node):
+        inner = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
+        if isinstance(child, ast.Call):
+            yield function, child
+        yield from _inside(child, inner)
+
+
+def found_places() -> set[tuple[str, str]]:
+    return {
+        (str(path.relative_to(PACKAGE)), function)
+        for path in python_files("hf_effi")
+        for function, call in _inside(tree_of(path))
+        if _communicates(call)
+    }
+
+
+def test_every_collective_has_its_reason() -> None:
+    assert found_places() == set(PLACES)
+
+
+def test_none_stands_where_upstream_calls_as_often_as_a_rank_needs() -> None:
+    assert not [place for place in found_places() if place[1] in PER_RANK]
+
+
+def test_the_table_sees_a_collective(tmp_path: Path) -> None:
+    tree = ast.parse("def log(self):\n    self.accelerator.gather(x)\n    torch.gather(x, 0, i)\n")
+    assert [function for function, call in _inside(tree) if _communicates(call)] == ["log"]
