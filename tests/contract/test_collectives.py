@@ -48,7 +48,7 @@ PLACES = {
     ("parallel/exchange.py", "backward"): "once for each layer, over the group that shares the rows",
     ("parallel/proof.py", "_losses_apart"): "once for each model, when training begins",
     ("parallel/proof.py", "prove_split"): "once for each model, when training begins",
-    ("patching/probe.py", "agreed"): "once for each question to a model, before training",
+    ("patching/_finding.py", "agreed"): "once for each question to a model, before training",
     ("samplers/self_improvement.py", "_from_main"): "once for each step of a round",
     ("samplers/self_improvement.py", "_answers_of"): "once for each answerer of a round",
     ("trainers/_accounting.py", "_flush_accounting"): "once for each update",
