@@ -34,15 +34,11 @@ CALLS: dict[str, tuple[str, str]] = {
         "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask",
         f"{_HERE}test_the_padding_mask_comes_through",
     ),
-    "self.model": ("input_ids labels logits_to_keep", f"{_KEYWORDS}test_a_model_uses"),
+    "self.model": ("logits_to_keep", f"{_KEYWORDS}test_a_model_uses"),
     "type(self.layer).forward": ("attention_mask", f"{_KEYWORDS}test_a_layer_uses_its_mask_and_its_position_embeddings"),
     "self.model.generate": (
         "input_ids attention_mask do_sample max_new_tokens pad_token_id eos_token_id",
         f"{_HERE}test_generate_uses",
-    ),
-    "transformers:AutoModelForCausalLM.from_config": (
-        "dtype attn_implementation",
-        f"{_HERE}test_models_are_made_as_they_are_asked_for",
     ),
     "transformers:Qwen3ForCausalLM.from_pretrained": ("dtype", f"{_HERE}test_models_are_made_as_they_are_asked_for"),
     "transformers:Qwen3Config": (
@@ -212,13 +208,12 @@ def test_generate_uses():
 
 
 def test_models_are_made_as_they_are_asked_for(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_qwen3().config
+    model = tiny_qwen3()
+    config = model.config
     for dtype in (torch.float32, torch.bfloat16):
         for attention in ("sdpa", "eager"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-            assert model.dtype == dtype and model.config._attn_implementation == attention
+            made = type(model)._from_config(config, dtype=dtype, attn_implementation=attention)
+            assert made.dtype == dtype and made.config._attn_implementation == attention
     folder = save_tiny(tiny_qwen3(), tiny_tokenizer(), tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         assert type(tiny_qwen3()).from_pretrained(folder, dtype=dtype).dtype == dtype
