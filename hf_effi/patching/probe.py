@@ -41,8 +41,6 @@ from ._wide import Wide
 #: parameters whose gradients are compared: all of a small model, of a large one the small ones of every layer
 _GRADIENT_ELEMENTS = 2**25
 
-#: begins the reason where no comparison would mean anything
-_UNSTEADY = "the model does not give one answer"
 ONLY_ZEROS = "all that the model gives is zero, which shows nothing"
 
 Run = Callable[[nn.Module], Results]
@@ -228,7 +226,7 @@ def compare(
     """
     if reason := out_of_reach(model):
         return Finding(None, reason=reason)
-    failures: list[Finding] = []
+    failure, unsteady = None, None
     for dtype in dtypes_to_try(model):
         failed, conditions = False, (dtype, level, training, with_graph)
         try:
@@ -239,9 +237,8 @@ def compare(
             if not once_more.looked:
                 return once_more
             if not once_more.equal:
-                failures.append(
-                    Finding(None, reason=f"{_UNSTEADY}, two runs of one and the same way differ in {once_more}")
-                )
+                reason = f"the model does not give one answer, two runs of one and the same way differ in {once_more}"
+                unsteady = Finding(None, reason=reason)
                 continue
             del again  # gradients of a large model are large
             failed = True
@@ -249,14 +246,15 @@ def compare(
             found = gap_of(first, second, precision)
             if found.equal and show_nothing(first):
                 return Finding(None, reason=ONLY_ZEROS)
+            if not found.equal and unsteady is not None:
+                return unsteady  # the two were the same by chance
             return _unless_drawn(found, [*ran_out, *also_out])
         except CannotLook as error:
             return Finding(None, reason=str(error))
         except Exception as error:  # whatever a model raises on input that it was not made for
             running = "" if failed else "the model does not run on a few tokens: "
-            failures.append(Finding(None, reason=f"{running}{said(error)}", failed=failed))
-    unsteady = (found for found in failures if found.reason.startswith(_UNSTEADY))
-    return next(unsteady, failures[-1])
+            failure = Finding(None, reason=f"{running}{said(error)}", failed=failed)
+    return unsteady or failure
 
 
 def _results(model: nn.Module, run: Run, conditions: tuple[Any, ...]) -> tuple[dict[str, Tensor], list[str]]:
