@@ -46,7 +46,7 @@ def ask(model: nn.Module | None, layout: Layout, name: str) -> Finding | None:
     known = _found.setdefault(model, {})
     if layout not in known:
         # Inside of a forward: what watches its operations, such as selective checkpointing, is not to see these.
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes():
             known[layout] = _ask(model, layout, name)
     return known[layout]
 
@@ -64,7 +64,7 @@ def _ask(model: nn.Module, layout: Layout, name: str) -> Finding:
         _without_patterns(model)
         return _forward(model, layout)
 
-    return compare(model, stock, ours)
+    return compare(model, stock, ours, with_graph=False)
 
 
 def _set_implementation(model: nn.Module, before: str, after: str) -> None:

@@ -105,7 +105,7 @@ def as_it_is_or_wide(model: nn.Module) -> Iterator[float]:
         allowed = 5e-2 if dtypes & {torch.float16, torch.bfloat16} else 1e-4
     else:
         allowed = ALLOWED[dtype]
-    with looking(model, dtype), torch.no_grad():
+    with looking(model, dtype, with_graph=False):
         yield allowed
 
 

@@ -186,7 +186,8 @@ class Wide(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 source = self._sources.get(tensor.untyped_storage().data_ptr())
                 if source is None:
-                    return tensor
+                    # Not itself: an operation that saves its own output would hold itself, and its graph, for good.
+                    return tensor.detach()
                 return source.detach(), tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
 
         def unpack(packed: Any) -> Tensor:

@@ -41,8 +41,6 @@ from ._wide import Wide
 #: parameters whose gradients are compared: all of a small model, of a large one the small ones of every layer
 _GRADIENT_ELEMENTS = 2**25
 
-#: begins the reason where no comparison would mean anything
-_UNSTEADY = "the model does not give one answer"
 ONLY_ZEROS = "all that the model gives is zero, which shows nothing"
 
 Run = Callable[[nn.Module], Results]
@@ -78,7 +76,11 @@ def probing() -> bool:
 
 @contextlib.contextmanager
 def looking(
-    model: nn.Module, dtype: torch.dtype | None, level: Level = "middle", training: bool = True
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    level: Level = "middle",
+    training: bool = True,
+    with_graph: bool = True,
 ) -> Iterator[Look]:
     """
     The conditions of a probe: draws at `level`, operations in `dtype`, no autocast; afterwards no trace.
@@ -88,6 +90,7 @@ def looking(
         dtype (`torch.dtype`, *optional*): Of all floating-point operations; `None`: as they are.
         level (`str`, *optional*, defaults to `"middle"`): What random operations give.
         training (`bool`, *optional*, defaults to `True`): The mode.
+        with_graph (`bool`, *optional*, defaults to `True`): Whether there will be gradients; a graph takes memory.
     """
     global _now
     outer = _now
@@ -96,6 +99,7 @@ def looking(
         stack.enter_context(untouched(model))
         look = Look(dtype, PinnedDraws(level), HeldGenerators(model), _watched(model))
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(with_graph))  # leaving inference mode switches it on
         set_mode(model, training)
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False) is True:
@@ -185,7 +189,15 @@ def _keep_embedded(look: Look, module: nn.Module, args: Any, output: Any) -> Any
     return output
 
 
-def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", training: bool = True) -> Finding:
+def compare(
+    model: nn.Module,
+    one: Run,
+    other: Run,
+    *,
+    level: Level = "middle",
+    training: bool = True,
+    with_graph: bool = True,
+) -> Finding:
     """
     Measure how far two ways of running a model are apart.
 
@@ -199,6 +211,7 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
         level (`str`, *optional*, defaults to `"middle"`): What random operations give: `"low"` shows dropout of which one of
             the two knows nothing.
         training (`bool`, *optional*, defaults to `True`): The mode.
+        with_graph (`bool`, *optional*, defaults to `True`): `False` where no gradient is a result: it takes less memory.
 
     Returns:
         [`Finding`]: of the result that differs most.
@@ -213,42 +226,40 @@ def compare(model: nn.Module, one: Run, other: Run, *, level: Level = "middle", 
     """
     if reason := out_of_reach(model):
         return Finding(None, reason=reason)
-    failures: list[Finding] = []
+    failure, unsteady = None, None
     for dtype in dtypes_to_try(model):
-        failed = False
+        failed, conditions = False, (dtype, level, training, with_graph)
         try:
-            first, _ = _results(model, one, dtype, level, training)
-            again, ran_out = _results(model, one, dtype, level, training)
+            first, _ = _results(model, one, conditions)
+            again, ran_out = _results(model, one, conditions)
             precision = precision_of(dtype, first)
             once_more = gap_of(first, again, precision)
             if not once_more.looked:
                 return once_more
             if not once_more.equal:
-                failures.append(
-                    Finding(None, reason=f"{_UNSTEADY}, two runs of one and the same way differ in {once_more}")
-                )
+                reason = f"the model does not give one answer, two runs of one and the same way differ in {once_more}"
+                unsteady = Finding(None, reason=reason)
                 continue
             del again  # gradients of a large model are large
             failed = True
-            second, also_out = _results(model, other, dtype, level, training)
+            second, also_out = _results(model, other, conditions)
             found = gap_of(first, second, precision)
             if found.equal and show_nothing(first):
                 return Finding(None, reason=ONLY_ZEROS)
+            if not found.equal and unsteady is not None:
+                return unsteady  # the two were the same by chance
             return _unless_drawn(found, [*ran_out, *also_out])
         except CannotLook as error:
             return Finding(None, reason=str(error))
         except Exception as error:  # whatever a model raises on input that it was not made for
             running = "" if failed else "the model does not run on a few tokens: "
-            failures.append(Finding(None, reason=f"{running}{said(error)}", failed=failed))
-    unsteady = (found for found in failures if found.reason.startswith(_UNSTEADY))
-    return next(unsteady, failures[-1])
+            failure = Finding(None, reason=f"{running}{said(error)}", failed=failed)
+    return unsteady or failure
 
 
-def _results(
-    model: nn.Module, run: Run, dtype: torch.dtype | None, level: Level, training: bool
-) -> tuple[dict[str, Tensor], list[str]]:
+def _results(model: nn.Module, run: Run, conditions: tuple[Any, ...]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the results of a run, and the generators whose numbers could not be held still in it."""
-    with looking(model, dtype, level, training) as look:
+    with looking(model, *conditions) as look:
         return named_results(run(model)), look.others.ran_out()
 
 

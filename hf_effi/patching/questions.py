@@ -221,7 +221,7 @@ def length_dependent_positions(model: nn.Module, longest: int | None = None) -> 
     longest = longest or _BEYOND * max(_stated_lengths(model), default=2**15)
     worst = Finding(0.0, "the embeddings of positions", ALLOWED[torch.float32])
     try:
-        with looking(model, None), torch.no_grad():
+        with looking(model, None, with_graph=False):
             calls = _position_calls(model, tokens)
         for name, module, args, kwargs in calls:
             # A copy, on the CPU: a position past the end of a table would stop a GPU for good.
@@ -364,7 +364,7 @@ def draws_random_numbers(
     try:
         results, drawn = [], {}
         for level in ("low", "high"):
-            with looking(model, None, level if within is None else "middle") as look, torch.no_grad():
+            with looking(model, None, level if within is None else "middle", with_graph=False) as look:
                 inside = None if within is None else _pin_within(look, within, level)
                 results.append(forward(model).double())
                 drawn |= dict.fromkeys([*look.draws.drawn, *look.others.moved()]) if inside is None else inside

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_effi.parallel._chunk_probe import chunks_are_exact
 from hf_effi.patching import (
@@ -284,6 +285,24 @@ def test_an_object_that_cannot_be_seen_whole_is_left_to_its_owner():
         model.engine.steps += 1
         model.engine.inner.append(1)
     assert (model.engine.steps, model.engine.inner) == (1, [1])
+
+
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_nothing_of_a_probe_stays_in_memory(with_graph):
+    """Attention saves its own output: a hook that keeps it as it is would hold the graph, and with it every weight, for good."""
+    model, kept = _llama(), []
+
+    def run(model):
+        kept.extend(StorageWeakRef(p.untyped_storage()) for p in model.parameters() if p.dtype == torch.float64)
+        logits = model(input_ids=torch.arange(6)[None]).logits
+        assert logits.requires_grad == with_graph
+        kept.append(StorageWeakRef(logits.untyped_storage()))
+        return logits
+
+    with torch.no_grad():
+        assert compare(model, run, run, with_graph=with_graph).equal
+    assert len(kept) == 3 * (1 + len(list(model.parameters())))
+    assert not [ref for ref in kept if not ref.expired()]
 
 
 def test_negative_zeros_and_nan_of_buffers_are_kept_to_the_bit():
