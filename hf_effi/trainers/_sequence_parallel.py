@@ -30,6 +30,7 @@ from ..parallel import (
 )
 from ..parallel.exchange import gather_sequence
 from ..parallel.layout import tokens_of
+from ._signatures import only_passes_on
 
 #: Class that defines the loss -> how its batches are split.
 _MODES = {
@@ -423,8 +424,11 @@ def resolve_size(argument: int | None, from_config: int | None) -> int:
 
 
 def _mode_of(trainer_class: type) -> str:
+    overriding = (base for base in trainer_class.__mro__ if "compute_loss" in vars(base))
     owner = next(
-        base for base in trainer_class.__mro__ if "compute_loss" in vars(base) and base is not SequenceParallelMixin
+        base
+        for base in overriding
+        if base is not SequenceParallelMixin and not only_passes_on(vars(base)["compute_loss"])
     )
     if owner.__name__ in _MODES and owner.__module__.startswith(("trl.trainer.", "transformers.")):
         return _MODES[owner.__name__]
