@@ -184,7 +184,9 @@ class SequenceParallelMixin:
         if self.sequence_parallel_mode == "rounds":
             steps = f"each rank keeps its own batch ({rows} rows per step); steps are those of plain data parallelism"
         else:
-            steps = f"a step takes {rows * group.count} rows: {rows} a group; steps are those of {group.count} rank(s)"
+            steps = (
+                f"a step takes {rows * group.count} rows: {rows} per group; steps are those of {group.count} rank(s)"
+            )
         return (
             f"Sequence parallelism: {group.count} group(s) of {group.size} ranks, {layout}. Each rank holds "
             f"1/{group.size} of every sequence; mode '{self.sequence_parallel_mode}': {steps}. Attention: "
