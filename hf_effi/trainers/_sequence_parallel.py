@@ -30,6 +30,7 @@ from ..parallel import (
 )
 from ..parallel.exchange import gather_sequence
 from ..parallel.layout import tokens_of
+from ._signatures import only_passes_on
 
 #: Class that defines the loss -> how its batches are split.
 _MODES = {
@@ -183,7 +184,9 @@ class SequenceParallelMixin:
         if self.sequence_parallel_mode == "rounds":
             steps = f"each rank keeps its own batch ({rows} rows per step); steps are those of plain data parallelism"
         else:
-            steps = f"a step takes {rows * group.count} rows: {rows} a group; steps are those of {group.count} rank(s)"
+            steps = (
+                f"a step takes {rows * group.count} rows: {rows} per group; steps are those of {group.count} rank(s)"
+            )
         return (
             f"Sequence parallelism: {group.count} group(s) of {group.size} ranks, {layout}. Each rank holds "
             f"1/{group.size} of every sequence; mode '{self.sequence_parallel_mode}': {steps}. Attention: "
@@ -423,8 +426,11 @@ def resolve_size(argument: int | None, from_config: int | None) -> int:
 
 
 def _mode_of(trainer_class: type) -> str:
+    overriding = (base for base in trainer_class.__mro__ if "compute_loss" in vars(base))
     owner = next(
-        base for base in trainer_class.__mro__ if "compute_loss" in vars(base) and base is not SequenceParallelMixin
+        base
+        for base in overriding
+        if base is not SequenceParallelMixin and not only_passes_on(vars(base)["compute_loss"])
     )
     if owner.__name__ in _MODES and owner.__module__.startswith(("trl.trainer.", "transformers.")):
         return _MODES[owner.__name__]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Cls = TypeVar("Cls", bound=type)
+_MARK = "_hf_effi_passes_on"
 
 
 def with_signatures_of(stock: type) -> Callable[[Cls], Cls]:
@@ -68,4 +69,10 @@ def _passing_on(cls: type, name: str) -> Callable[..., Any]:
 
     method.__name__, method.__qualname__, method.__module__ = name, f"{cls.__qualname__}.{name}", cls.__module__
     method.__doc__ = getattr(cls, name).__doc__
+    setattr(method, _MARK, True)
     return method
+
+
+def only_passes_on(method: Any) -> bool:
+    """Return whether a method was made here, for its signature: whoever looks for who overrides something goes on looking."""
+    return getattr(method, _MARK, False)

@@ -9,7 +9,9 @@ from transformers import Trainer
 from trl import GRPOTrainer, SFTTrainer
 
 from hf_effi import EffiGRPOTrainer, EffiSFTTrainer, EffiTrainer
-from hf_effi.trainers._signatures import overridden, with_signatures_of
+from hf_effi.parallel import SequenceParallelError
+from hf_effi.trainers._sequence_parallel import _mode_of
+from hf_effi.trainers._signatures import only_passes_on, overridden, with_signatures_of
 
 PAIRS = [(EffiTrainer, Trainer), (EffiSFTTrainer, SFTTrainer), (EffiGRPOTrainer, GRPOTrainer)]
 NAMES = ("__init__", "train", "training_step", "prediction_step", "create_model_card", "push_to_hub", "log", "evaluate",
@@ -48,6 +50,22 @@ def test_all_of_the_five_are_overridden_so_that_the_test_above_means_something(o
     assert {"__init__", "train", "training_step", "prediction_step", "create_model_card", "push_to_hub"} <= set(
         overridden(ours, stock)
     )
+
+
+@pytest.mark.parametrize(
+    "ours, mode", [(EffiTrainer, "token"), (EffiSFTTrainer, "token"), (EffiGRPOTrainer, "rounds")]
+)
+def test_who_looks_for_an_override_does_not_find_what_only_passes_on(ours, mode):
+    """Sequence parallelism asks who computes the loss: the stock class, until a user overrides it."""
+
+    class Theirs(ours):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    assert "compute_loss" in vars(ours) and only_passes_on(vars(ours)["compute_loss"]) and _mode_of(ours) == mode
+    assert not only_passes_on(vars(Theirs)["compute_loss"])
+    with pytest.raises(SequenceParallelError, match="Theirs has a compute_loss of its own"):
+        _mode_of(Theirs)
 
 
 def test_a_class_of_its_own_keeps_its_own_signature_and_passes_on():
