@@ -240,7 +240,7 @@ def searched(out: str) -> list[Any]:
     model.lm_head.register_forward_hook(draw)
     args = TrainingArguments(
         out,
-        max_steps=20,
+        max_steps=24,
         per_device_train_batch_size=2,
         lr_scheduler_type="constant",
         save_strategy="no",
@@ -250,7 +250,7 @@ def searched(out: str) -> list[Any]:
         dataloader_pin_memory=False,
         ddp_backend="gloo",
     )
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(32 * 8).view(32, 8) % 60]
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(128 * 8).view(128, 8) % 60]
     search = AutoLRSCallback(1e-4, 1e-2, stage_steps=6, probes=3, max_stage_steps=6, validation=False)
     Trainer(model, args, train_dataset=rows, callbacks=[search, Note()]).train()
     return [sorted(state.items(), key=str) for state in noted]
