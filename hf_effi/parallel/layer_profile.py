@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from statistics import median
 from typing import Any
@@ -139,12 +140,15 @@ class LayerProbe(LayerModes):
             self.tokens = args[0].shape[:-1].numel()
         return upstream(function, *args)
 
+    def _without_trace(self, index: int) -> AbstractContextManager[None]:
+        return untouched(self.layers[index], watch_writes=False)
+
     def _run(self, index: int, function: Any, args: tuple[Any, ...]) -> dict[str, float]:
         device = args[0].device
         inputs = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
         # Masks and position embeddings are shared by all layers.
         shared = list(_tensors(function.keywords))
-        with untouched(self.layers[index], watch_writes=False), _AttentionMeter(device) as attention:
+        with self._without_trace(index), _AttentionMeter(device) as attention:
             length = args[0].shape[-2] if args[0].dim() > 1 else 0
             with _SavedInLayer([*self.layers[index].parameters(), *shared], length) as saved:
                 self.saved = saved

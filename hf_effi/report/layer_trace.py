@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -45,6 +47,9 @@ class TraceProbe(LayerProbe):
                 if isinstance(value, torch.Tensor):
                     self.passed[value.untyped_storage()._cdata] = value
         return upstream(function, *args)
+
+    def _without_trace(self, index: int) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()  # tensors without data hold nothing, and draw nothing
 
     def _kept(self, index: int, saved: SavedBytes) -> int:
         return saved.total - self._copies(saved)
