@@ -1,18 +1,19 @@
 """Every model class of transformers against every feature that promises the untouched model's numbers. `python -m bench.zoo`.
 
 Writes `bench/results/zoo.json`, from which `bench.render` makes the tables of `docs/zoo.md`. Each class is built tiny from
-its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`), on one core.
-`--only CLASS` runs one class and writes nothing.
+its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`), one thread in each
+of `--processes` processes. `--only CLASS` runs one class and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,18 +104,36 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", metavar="CLASS", help="run one class, print its results, write nothing")
-    args = parser.parse_args(arguments)
+def _quiet() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+
+
+def _results_of(family: Family) -> list[Result]:
+    return list(run_family(family))
+
+
+def results_in_order(items: Sequence[Family], processes: int) -> Iterator[list[Result]]:
+    """Yield the results of each class, in the order of the classes, whatever the number of processes."""
+    if processes == 1:
+        yield from map(_results_of, items)
+        return
+    # Spawned, so that each begins alike; new ones from time to time, as classes leave code and caches behind.
+    with multiprocessing.get_context("spawn").Pool(processes, _quiet, maxtasksperchild=40) as pool:
+        yield from pool.imap(_results_of, items)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", metavar="CLASS", help="run one class, print its results, write nothing")
+    parser.add_argument("--processes", type=int, default=2, help="classes that are run at once (default: 2)")
+    args = parser.parse_args(arguments)
+    _quiet()
     found = [family for family in everything() if args.only in (None, family.name, family.model_type)]
     results: list[Result] = []
     start = time.perf_counter()
-    for place, family in enumerate(found):
-        mine = list(run_family(family))
+    for place, mine in enumerate(results_in_order(found, min(args.processes, len(found)))):
         results += mine
         for result in mine if args.only else (result for result in mine if not result.outcome.ok):
             print(result, flush=True)
