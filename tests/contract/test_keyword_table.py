@@ -86,6 +86,7 @@ CALLS: dict[str, tuple[str, str]] = {
     "trl:TrlParser": ("prog usage description epilog formatter_class", "why: the text of --help"),
     # the Hub
     "huggingface_hub:HfApi": ("library_name token", "tests/training/test_hub_uploads.py::test_a_wrong_token_is_told_before_training"),
+    "huggingface_hub:try_to_load_from_cache": ("revision", f"{_HERE}test_the_cache_is_asked_for_the_revision"),
     "huggingface_hub:hf_hub_download": (
         "token revision",
         "tests/training/test_hub_recipe.py::test_what_keeps_a_card_away_is_told",
@@ -201,6 +202,17 @@ def test_generate_uses():
     first = plain[1, 4].item()  # ends the second row at once, and the rest is padding
     ended = model.generate(**common, pad_token_id=3, eos_token_id=[60, first])
     assert ended[1, 4:6].tolist() == [first, 3] != plain[1, 4:6].tolist()
+
+
+def test_the_cache_is_asked_for_the_revision(tmp_path):
+    from huggingface_hub import try_to_load_from_cache
+
+    for revision in ("one", "two"):
+        folder = tmp_path / "models--user--name" / "snapshots" / revision
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        found = try_to_load_from_cache("user/name", "config.json", cache_dir=tmp_path, revision=revision)
+        assert found == str(folder / "config.json")
 
 
 def test_models_are_made_as_they_are_asked_for(tmp_path):

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_effi import EffiTrainer, EffiTrainingArguments, RunRecordCallback, TrainDoctor, read_run
-from hf_effi._run_record import SUMMARY, RunStore, redact
+from hf_effi._run_record import FOLDER, SUMMARY, RunStore, redact
 from hf_effi.callbacks import _endings
 from hf_effi.hub.uploads import HubUploader
 from tests.helpers import lm_dataset, push_args, tiny_qwen3
@@ -229,7 +229,7 @@ def test_the_next_run_closes_the_record_of_one_that_raised(tmp_path: Path) -> No
     assert read_run(tmp_path)["status"] == "running"  # nobody has told
     trainer.remove_callback(raises)
     trainer.train()
-    first = json.loads((tmp_path / SUMMARY).with_stem("effi_run-1").read_text())
+    first = json.loads((tmp_path / FOLDER / SUMMARY).with_stem("effi_run-1").read_text())
     assert first["status"] == "interrupted" and read_run(tmp_path)["status"] == "finished"
 
 
