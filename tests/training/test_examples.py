@@ -130,11 +130,17 @@ def test_train_from_yaml(run, tmp_path, capsys):
     assert "valid for `hf-effi grpo`" in told and "2 steps with the methods" in told
 
 
-def test_the_yaml_is_valid_as_it_stands(monkeypatch, tmp_path):
+def test_the_yaml_is_valid_but_for_what_is_not_installed(capsys, tmp_path):
     # Without a GPU, transformers refuses the default of bf16.
     text = (EXAMPLES / "grpo.yaml").read_text(encoding="utf-8") + "use_cpu: true\nbf16: false\n"
-    (tmp_path / "grpo.yaml").write_text(text, encoding="utf-8")
-    assert cli.main(["validate", str(tmp_path / "grpo.yaml")]) == 0
+    path = tmp_path / "grpo.yaml"
+    path.write_text(text, encoding="utf-8")
+    if importlib.util.find_spec("math_verify") is None:
+        assert cli.main(["validate", str(path)]) == 1
+        problems = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-effi validate:")]
+        assert len(problems) == 1 and "pip install math-verify" in problems[0]
+        path.write_text(text.replace("accuracy_reward", "think_format_reward"), encoding="utf-8")
+    assert cli.main(["validate", str(path)]) == 0
 
 
 @pytest.fixture
