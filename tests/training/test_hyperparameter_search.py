@@ -97,7 +97,7 @@ def test_every_callback_keeps_its_files_with_the_trial(
 
 
 def test_an_effi_trainer_and_names_of_trials(tmp_path: Path) -> None:
-    args = push_args(tmp_path, EffiTrainingArguments, save_steps=3)
+    args = push_args(tmp_path, EffiTrainingArguments, save_steps=3, lr_scheduler_type="constant")
     callbacks = [WeightAveragingCallback(last=3, every_steps=1)]
     trainer = EffiTrainer(
         args=args, model_init=lambda: tiny_qwen3(), train_dataset=lm_dataset(16), callbacks=callbacks
@@ -116,7 +116,7 @@ def test_a_state_that_no_trainer_holds_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_of_a_trial_is_resumed_as_a_run_of_its_own(tmp_path: Path) -> None:
     def make(folder: Path) -> Trainer:
         callbacks = [WeightAveragingCallback(last=3, every_steps=1)]
-        args = push_args(folder, save_steps=3)
+        args = push_args(folder, save_steps=3, lr_scheduler_type="constant")
         return Trainer(args=args, model_init=lambda: tiny_qwen3(), train_dataset=lm_dataset(16), callbacks=callbacks)
 
     searching(make(tmp_path)).train(trial=Trial(0, learning_rate=1e-3))
