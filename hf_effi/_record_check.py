@@ -100,12 +100,23 @@ def check_state(state: Any, where: object) -> dict[str, Any]:
     Raises:
         UntrustedFileError: it is no state of a Trainer; the message names the field.
     """
+    check_history(state, where)
+    for name in ("global_step", "max_steps"):
+        if not is_number(state.get(name)):
+            raise _complaint(where)(name, state.get(name), "a number")
+    return state
+
+
+def check_history(state: Any, where: object) -> dict[str, Any]:
+    """
+    Return a mapping with a `log_history`, having checked its entries.
+
+    Raises:
+        UntrustedFileError: it holds no such list; the message names the field.
+    """
     damaged = _complaint(where)
     if not isinstance(state, dict):
         raise damaged("content", state, "a mapping")
-    for name in ("global_step", "max_steps"):
-        if not is_number(state.get(name)):
-            raise damaged(name, state.get(name), "a number")
     if not isinstance(state.get("log_history"), list):
         raise damaged("log_history", state.get("log_history"), "a list")
     for entry in state["log_history"]:

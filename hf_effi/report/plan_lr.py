@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._plots import as_label
-from .._record_check import check_state
+from .._record_check import check_history
 from .._untrusted import UntrustedFileError, load_json, one_line
 from ..functional.schedules import Schedule, ScheduleError, make_schedule
 from ..functional.schedules.planner_bound import best_cooldown_fraction, omega, plan_extension
@@ -199,7 +199,7 @@ def _predict(args: argparse.Namespace) -> Result:
 def _read_curve(path: str, metric: str | None) -> LossCurve:
     file = Path(path) / "trainer_state.json" if Path(path).is_dir() else Path(path)
     try:
-        state = check_state(load_json(file), file)
+        state = check_history(load_json(file), file)
         steps = [entry.get("step", 0) for entry in state["log_history"]]
         if not all(isinstance(step, int) and 0 <= step <= _LONGEST_RUN for step in steps):
             raise UnreadableRunError(
