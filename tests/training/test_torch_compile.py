@@ -1,4 +1,4 @@
-"""`torch_compile=True` with each patch of ours: the run of the uncompiled model, or a break of the graph, never an error."""
+"""`torch_compile=True` with each patch of ours: the run of the uncompiled model, or a refusal by name."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hf_effi import (
     tile_loss,
     tile_mlp,
 )
+from hf_effi.parallel.random_ltd import RandomLTDError
 from tests.helpers import lm_dataset, push_args, tiny_qwen3, weights_of
 
 
@@ -40,10 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
     "SwiGLUMLP": {"kernel_patch": {"SwiGLUMLP": "hf_effi"}},
     "LoRALinear": {"kernel_patch": {"LoRALinear": "hf_effi"}, "model": lora},
     "int8": {"kernel_patch": {"LoRALinear": "int8"}, "model": lora},
-    "random-LTD": {
-        "callbacks": lambda: [RandomLTDCallback(4, 8, multiple=2)],
-        "model": lambda: tiny_qwen3(num_hidden_layers=3),
-    },
     "selective": {"callbacks": lambda: [SelectiveCheckpointCallback()], "activation_checkpointing": True},
 }
 
@@ -70,3 +67,13 @@ def test_a_compiled_model_trains_as_the_other(tmp_path: Path, name: str) -> None
     assert expected.keys() == found.keys()
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-5, msg=key)
+
+
+def test_random_ltd_is_refused(tmp_path: Path) -> None:
+    """A layer would be compiled anew for each number of tokens that it keeps."""
+    case = {
+        "callbacks": lambda: [RandomLTDCallback(4, 8, multiple=2)],
+        "model": lambda: tiny_qwen3(num_hidden_layers=3),
+    }
+    with pytest.raises(RandomLTDError, match="torch_compile=True would compile a layer anew"):
+        train(tmp_path, True, case)
