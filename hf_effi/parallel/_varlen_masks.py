@@ -11,7 +11,7 @@ from transformers.masking_utils import causal_mask_function, flash_attention_mas
 from transformers.utils import logging
 
 from ..patching import Finding
-from ._varlen_probe import Layout, ask, problem_of, running_model
+from ._varlen_probe import Layout, ask, packs_documents, problem_of, running_model
 
 logger = logging.get_logger(__name__)
 
@@ -107,6 +107,7 @@ class MaskLedger:
         self._shape: tuple[int, int] | None = None
         self._read = True
         self._findings: dict[str, Finding | None] = {}
+        self._packed = False
 
     def ask_model(self, layout: Layout) -> None:
         """Ask the model whose forward is running, the first time that it makes masks; see [`ask`]."""
@@ -114,6 +115,8 @@ class MaskLedger:
         findings = {kind: ask(model, kind, VARLEN_ATTENTION) for kind in ("plain", layout)}
         vars(self).update(state)  # what the model ran for the answer left its own masks
         self._findings = findings
+        alone = findings.get("packed")
+        self._packed = alone is not None and not alone.equal and packs_documents()
         for kind, found in findings.items():
             if found is not None and found.failed:  # as it will here, with an error of its own
                 raise VarlenAttentionError(f"The model {problem_of(found, kind)}. {_OTHERS}")
@@ -121,7 +124,7 @@ class MaskLedger:
     def said(self, layouts: Iterable[Layout]) -> str | None:
         """Return what the running model's own answers say against these layouts of a call, or `None`."""
         self._read = True
-        for layout in layouts:
+        for layout in (*layouts, *(["packed"] if self._packed else ())):
             found = self._findings.get(layout)
             if found is not None and not found.looked and not found.failed:
                 logger.warning_once(f"Whether {VARLEN_ATTENTION} is exact for this model is not known: {found}.")

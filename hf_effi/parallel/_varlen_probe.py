@@ -32,6 +32,25 @@ def running_model() -> nn.Module | None:
     return found
 
 
+def packs_documents() -> bool:
+    """
+    Return whether the model whose forward is running was given positions that begin again within a row, or `cu_seq_lens`.
+
+    Its attention need not be told: some layers hand on nothing, and some do without positions.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_locals if isinstance(frame.f_locals.get("self"), PreTrainedModel) else {}
+        given = {**(names.get("kwargs") or {}), **names}
+        if given.get("cu_seq_lens_q") is not None:
+            return True
+        positions = given.get("position_ids")
+        if isinstance(positions, Tensor) and positions.shape[-1] > 1:
+            return bool((positions.diff(dim=-1) < 0).any())
+        frame = frame.f_back
+    return False
+
+
 def ask(model: nn.Module | None, layout: Layout, name: str) -> Finding | None:
     """
     Measure, the first time, whether a model gives the same under attention `name` as under its own; `None`: unknown model.

@@ -241,3 +241,17 @@ def test_kernel_equals_its_cpu_twin(window):
     found.backward(upstream.to("cuda", torch.bfloat16))
     for left, right in zip(gpu, cpu, strict=True):
         assert torch.allclose(left.grad.double().cpu(), right.grad, atol=6e-2)
+
+
+def test_documents_that_the_attention_is_not_told_of_are_refused():
+    """GraniteMoeHybrid's attention gets no positions, and its recurrent layers run on into the next document."""
+    from tests.zoo.builders import Family, build
+
+    model = build(Family("causal", "granitemoehybrid", "GraniteMoeHybridForCausalLM")).model.eval()
+    model.set_attn_implementation(register_varlen_attention())
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)  # one document
+        model(input_ids=ids, position_ids=torch.arange(12)[None], use_cache=False)
+        with pytest.raises(VarlenAttentionError, match="documents that share a row"):
+            model(input_ids=ids, position_ids=torch.tensor([[*range(5), *range(7)]]), use_cache=False)
