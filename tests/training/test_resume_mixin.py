@@ -43,7 +43,7 @@ from tests.helpers.distributed import ROOT, child_environment
 
 def effi(folder: Path, **over: Any) -> Any:
     callbacks = over.pop("callbacks", [])
-    args = push_args(folder, EffiTrainingArguments, **over)
+    args = push_args(folder, EffiTrainingArguments, **{"lr_scheduler_type": "constant", **over})
     rows = lm_dataset(16 if args.num_train_epochs == 1 else 40)
     return EffiTrainer(
         tiny_qwen3(), args, train_dataset=rows, callbacks=callbacks, train_sampler=ShuffledSampler(len(rows))
