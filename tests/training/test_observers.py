@@ -234,8 +234,9 @@ def test_the_next_run_closes_the_record_of_one_that_raised(tmp_path: Path) -> No
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind it ignore Ctrl-C
 from transformers import Trainer, TrainerCallback
 from hf_effi import EffiTrainer, EffiTrainingArguments, RunRecordCallback
 from tests.helpers import lm_dataset, push_args, tiny_qwen3
