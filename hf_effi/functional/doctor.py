@@ -430,7 +430,7 @@ def entropy_collapse(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Findi
     return Finding(
         "entropy_collapse",
         _step(trace, facts),
-        f"The entropy fell from {statistics.fmean(first):.3g} to {last[-1]:.3g} nats a token, so completions of a prompt "
+        f"The entropy fell from {statistics.fmean(first):.3g} to {last[-1]:.3g} nats per token, so completions of a prompt "
         "become copies",
         "lower the LR, raise epsilon_high or the temperature, or set entropy_coef or beta",
     )

@@ -13,24 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.contract._sources import PACKAGE, python_files, tree_of
+from tests.helpers.collectives import NAMES
 
-CALLS = {
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_to_all",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "gather_object",
-    "pad_across_processes",
-    "reduce_scatter_tensor",
-    "wait_for_everyone",
-}
 #: of an accelerator or of torch.distributed only: other things are called so, too
-OWNED = {"gather", "reduce"}
+OWNED = {"gather", "reduce", "scatter"}
+CALLS = {*NAMES, "pad_across_processes", "wait_for_everyone"} - OWNED
 #: what upstream calls as often as the data of one rank needs it
 PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", "_compute_loss", "compute_loss", "log"}
 
