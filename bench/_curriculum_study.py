@@ -23,7 +23,7 @@ from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.callbacks.weight_averaging import WeightAveragingCallback
 from hf_effi.functional.schedules import constant, cosine
 from hf_effi.samplers import QualityAscendingSampler, ShuffledSampler
-from hf_effi.trainers._sampler_mixin import SamplerMixin
+from hf_effi.trainers.mixins.sampler import SamplerMixin
 
 LENGTH, BATCH, STEPS, PEAK, TARGET = 96, 16, 240, 3e-3, "asyncio"
 ORDERS = ("shuffled", "ascending")

@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bench._curriculum_study import heldout_loss, pieces, small_llama
 from bench._progress import with_line
-from hf_effi.functional.curriculum import staged_length
-from hf_effi.trainers._length_mixin import SequenceLengthMixin
+from hf_effi.functional.data import staged_length
+from hf_effi.trainers.mixins.sequence_length import SequenceLengthMixin
 
 LENGTHS, ROWS_A_STEP, STEPS, PEAK = (128, 256, 512, 1024), 2, 600, 3e-3
 FULL = LENGTHS[-1]

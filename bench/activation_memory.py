@@ -17,12 +17,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench._schema import command_line, headline, write_result
+from hf_effi.attention.varlen import register_varlen_attention
 from hf_effi.functional.layer_plan import MODES, plan_layer_modes
 from hf_effi.functional.memory import Switches, memory_table
 from hf_effi.functional.segment_attention import AttentionPattern, segment_attention
-from hf_effi.parallel.layer_modes import LayerModes
-from hf_effi.parallel.layer_profile import LayerProbe
-from hf_effi.parallel.varlen import register_varlen_attention
+from hf_effi.memory.layer_modes import LayerModes
+from hf_effi.memory.layer_profile import LayerProbe
 from hf_effi.report.trace_memory import TracedModel
 
 LENGTH, LAYERS = 1024, 6

@@ -30,7 +30,7 @@ from bench import _curriculum_study, _growlength_study
 from bench._progress import with_line
 from bench._schema import RESULTS, command_line, headline, write_result
 from hf_effi.samplers import ShuffledSampler
-from hf_effi.trainers._sampler_mixin import SAMPLER_FILE, SamplerMixin
+from hf_effi.trainers.mixins.sampler import SAMPLER_FILE, SamplerMixin
 
 BATCH = 8
 

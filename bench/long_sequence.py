@@ -31,11 +31,12 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench._schema import command_line, headline, load_results, write_result
-from hf_effi import tile_loss, tile_mlp
+from hf_effi.kernels import tile_mlp
+from hf_effi.memory import tile_loss
+from hf_effi.memory.layer_modes import LayerModes
+from hf_effi.memory.offload import ActivationOffloader
+from hf_effi.memory.stream_layer import stream_layers
 from hf_effi.parallel import attention_scope, make_sequence_group, sharded_forward, split_batch
-from hf_effi.parallel.layer_modes import LayerModes
-from hf_effi.parallel.offload import ActivationOffloader
-from hf_effi.parallel.stream_layer import stream_layers
 
 NO_MEMORY = 3
 VOCAB, HIDDEN, MLP, LAYERS, HEADS, WARM_UP = 8192, 128, 512, 8, 4, 256

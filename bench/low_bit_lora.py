@@ -28,8 +28,9 @@ from bench._schema import command_line, headline, write_result
 from bench.adalora import PRETRAIN_UPDATES, ReferenceData
 from bench.model_patches import LORA, TOKENS, _adapted, _ids, _saved_bytes, _step_seconds
 from bench.schedules import BATCH, LENGTH, Data, build, train
-from hf_effi import LowBitLoRALinear, patch
+from hf_effi import patch
 from hf_effi.functional import schedules as S
+from hf_effi.kernels import LowBitLoRALinear
 from hf_effi.kernels.low_bit import FORMATS, LowBitWeight, quantize_rows
 
 UPDATES, SEEDS, TUNING_SEED = 200, (0, 1, 2), 100

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench._schema import command_line, headline, write_result
-from hf_effi import FusedLoRALinear, patch
+from hf_effi import patch
+from hf_effi.kernels import FusedLoRALinear
 
 LORA = {"LoRALinear": FusedLoRALinear()}
 HIDDEN, INTERMEDIATE, TOKENS = 256, 896, 512

@@ -22,12 +22,13 @@ from trl.trainer.utils import add_fused_lm_head
 
 from bench._counters import LiveBytes
 from bench._schema import command_line, headline, write_result
-from hf_effi import register_varlen_attention, stream_layers, tile_loss, tile_mlp
-from hf_effi.kernels.shared_prefix import check_shared_prefix
-from hf_effi.parallel import _varlen_probe
-from hf_effi.parallel._chunk_probe import chunks_are_exact
+from hf_effi.attention import _varlen_probe, register_varlen_attention
+from hf_effi.attention.shared_prefix import check_shared_prefix
+from hf_effi.kernels import tile_mlp
+from hf_effi.memory import stream_layers, tile_loss
+from hf_effi.memory._chunk_probe import chunks_are_exact
 from hf_effi.patching import Finding, draws_random_numbers, longest_exact_call
-from hf_effi.trainers._exact_probe import measured_reasons
+from hf_effi.trainers.grpo.forward_probe import measured_reasons
 
 SIZES: dict[str, dict[str, int]] = {
     "0.3M": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab_size": 1024},

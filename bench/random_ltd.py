@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from bench._progress import with_line
 from bench._schema import command_line, headline, write_result
 from bench.schedules import corpus
-from hf_effi import RandomLTDCallback
+from hf_effi.callbacks import RandomLTDCallback
 
 LAYERS, LENGTH, BATCH, UPDATES, LEARNING_RATE, SEEDS = 8, 128, 8, 150, 4e-3, (0, 1, 2)
 MIN_TOKENS, MULTIPLE = LENGTH // 4, 16

@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from bench._progress import with_line
 from bench._schema import command_line, headline, write_result
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
+from hf_effi.data import GreedyAnswers, SelfImprovement
 from hf_effi.functional.schedules import wsd
-from hf_effi.samplers import GreedyAnswers, SelfImprovement
 
 LONGEST, LEVELS, TESTED = 14, ((15, 16), (17, 18), (19, 20), (21, 22)), (14, 16, 18, 20, 22, 24)
 BASE_STEPS, ROUND_STEPS, BATCH, PER_ROUND, TESTS = 1500, 120, 32, 800, 200

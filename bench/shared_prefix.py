@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench._schema import command_line, headline, write_result
+from hf_effi.attention.shared_prefix import check_shared_prefix
+from hf_effi.attention.varlen import register_varlen_attention
 from hf_effi.functional.shared_prefix import IGNORED, plan_shared_prefix
-from hf_effi.kernels.shared_prefix import check_shared_prefix
-from hf_effi.parallel.varlen import register_varlen_attention
 
 PROMPTS, GROUP, ROUNDS, VOCABULARY = 2, 8, 5, 512
 LAYOUTS = ("padded", "packed", "shared")

@@ -21,11 +21,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArgumen
 from bench._counters import GemmCounter, LiveBytes
 from bench._schema import command_line, headline, write_result
 from hf_effi.kernels.tiled_mlp import tile_mlp
-from hf_effi.parallel import tiled_loss
-from hf_effi.parallel.chunk_flow import ChunkFlow
-from hf_effi.parallel.stream_layer import stream_layers
-from hf_effi.parallel.tiled_loss import tile_loss
-from hf_effi.trainers._chunk_mixin import ChunkFlowMixin
+from hf_effi.memory import tiled_loss
+from hf_effi.memory.chunk_flow import ChunkFlow
+from hf_effi.memory.stream_layer import stream_layers
+from hf_effi.memory.tiled_loss import tile_loss
+from hf_effi.trainers.mixins.chunk_flow import ChunkFlowMixin
 
 SEEDS = (0, 1, 2)
 LENGTHS = (512, 2048)

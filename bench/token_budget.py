@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from bench._schema import command_line, headline, write_result
-from hf_effi.functional.curriculum import batch_costs, flop_coefficients
+from hf_effi.functional.data import batch_costs, flop_coefficients
 from hf_effi.samplers import TokenBudgetBatchSampler, cost_of_model
 
 RANKS, ACCUMULATION, ROWS_A_BATCH, ROWS = 8, 4, 8, 20_480

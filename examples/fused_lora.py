@@ -17,8 +17,9 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from hf_effi import FusedLoRALinear, patch
+from hf_effi import patch
 from hf_effi.demo import toy
+from hf_effi.kernels import FusedLoRALinear
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="a model of the Hub or a folder; without it a tiny random one")

@@ -18,8 +18,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_effi import LRScheduleCallback, wsd
+from hf_effi import LRScheduleCallback
 from hf_effi.demo import toy
+from hf_effi.schedules import wsd
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="a model of the Hub or a folder; without it a tiny random one")

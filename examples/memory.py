@@ -21,8 +21,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_effi import ActivationOffloadCallback, PatchCallback, plan_memory, tile_loss, tile_mlp
+from hf_effi import ActivationOffloadCallback, PatchCallback, plan_memory
 from hf_effi.demo import toy
+from hf_effi.kernels import tile_mlp
+from hf_effi.memory import tile_loss
 from hf_effi.report.plan_memory import how_to_switch_on
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,7 +16,8 @@ import tempfile
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_effi import EffiSFTConfig, EffiSFTTrainer, register_varlen_attention
+from hf_effi import EffiSFTConfig, EffiSFTTrainer
+from hf_effi.attention import register_varlen_attention
 from hf_effi.demo import toy
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -27,8 +27,8 @@ EXIT_CODES = "exit codes: 0 done, 1 it failed (the reason is on stderr), 2 it wa
 TRAININGS = {
     "grpo": (
         "trl.scripts.grpo",
-        "hf_effi.trainers.grpo_config:EffiGRPOConfig",
-        "hf_effi.trainers.grpo:EffiGRPOTrainer",
+        "hf_effi.trainers.grpo.config:EffiGRPOConfig",
+        "hf_effi.trainers.grpo.trainer:EffiGRPOTrainer",
     ),
     "sft": ("trl.scripts.sft", "hf_effi.trainers.sft:EffiSFTConfig", "hf_effi.trainers.sft:EffiSFTTrainer"),
 }

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from bench.gpu._layer_cases import gated_product_tile, llama_layer, lora_layer, low_bit_lora, sparse_24_ffn, tiled_mlp
 from bench.gpu._measure import Bench, Figures, optional
 from bench.shared_prefix import Shape, draw_rows, packed_batch, padded_batch, shared_batch
-from hf_effi.kernels.attention_merge import merge_attention, merge_attention_reference
+from hf_effi.attention.merge import merge_attention, merge_attention_reference
+from hf_effi.attention.shared_prefix import check_shared_prefix
+from hf_effi.attention.varlen import register_varlen_attention
 from hf_effi.kernels.gated_product import (
     ACTIVATIONS,
     gated_product,
@@ -22,8 +24,6 @@ from hf_effi.kernels.gated_product import (
     gated_product_reference,
 )
 from hf_effi.kernels.lm_head import LMHeadCounters, lm_head_log_probs, lm_head_reference
-from hf_effi.kernels.shared_prefix import check_shared_prefix
-from hf_effi.parallel.varlen import register_varlen_attention
 
 PAPER_EPS = 2.0**-12
 

@@ -29,9 +29,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench._schema import RESULTS, command_line, headline, write_result
-from hf_effi import register_varlen_attention, stream_layers, tile_loss, tile_mlp
-from hf_effi.parallel.layer_modes import LayerModes
-from hf_effi.parallel.offload import ActivationOffloader
+from hf_effi.attention import register_varlen_attention
+from hf_effi.kernels import tile_mlp
+from hf_effi.memory import stream_layers, tile_loss
+from hf_effi.memory.layer_modes import LayerModes
+from hf_effi.memory.offload import ActivationOffloader
 
 #: rung -> its switches
 RUNGS: dict[str, tuple[str, ...]] = {

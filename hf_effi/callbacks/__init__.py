@@ -1,0 +1,67 @@
+"""TrainerCallbacks for a stock Trainer, and the limits and findings of its doctors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._faces import face
+
+#: public name -> module that defines it
+_PUBLIC = {
+    "AccuracyGradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "ActivationOffloadCallback": "hf_effi.callbacks.layer_modes",
+    "AdaLoRACallback": "hf_effi.callbacks.adalora",
+    "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
+    "Finding": "hf_effi.functional.doctor",
+    "GRPODoctor": "hf_effi.callbacks.doctor",
+    "GRPOLimits": "hf_effi.functional.doctor",
+    "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
+    "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
+    "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
+    "MemoryBudgetCallback": "hf_effi.callbacks.layer_modes",
+    "MultigridLRCallback": "hf_effi.callbacks.multigrid",
+    "PatchCallback": "hf_effi.callbacks.patch",
+    "RandomLTDCallback": "hf_effi.callbacks.random_ltd",
+    "ReptileCallback": "hf_effi.callbacks.reptile",
+    "RunRecordCallback": "hf_effi.callbacks.run_record",
+    "SamplerCallback": "hf_effi.callbacks.sampler",
+    "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
+    "TrainDoctor": "hf_effi.callbacks.doctor",
+    "TrainLimits": "hf_effi.functional.doctor",
+    "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
+    "in_probe": "hf_effi.callbacks._probing",
+    "outside_probes": "hf_effi.callbacks._probing",
+    "trained_steps": "hf_effi.callbacks._probing",
+    "trained_total": "hf_effi.callbacks._probing",
+}
+
+if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from ..functional.doctor import Finding as Finding
+    from ..functional.doctor import GRPOLimits as GRPOLimits
+    from ..functional.doctor import TrainLimits as TrainLimits
+    from ._probing import in_probe as in_probe
+    from ._probing import outside_probes as outside_probes
+    from ._probing import trained_steps as trained_steps
+    from ._probing import trained_total as trained_total
+    from .adalora import AdaLoRACallback as AdaLoRACallback
+    from .adaptive_lr import AccuracyGradientCallback as AccuracyGradientCallback
+    from .adaptive_lr import GradientSNRCallback as GradientSNRCallback
+    from .adaptive_lr import HypergradientCallback as HypergradientCallback
+    from .auto_lrs import AutoLRSCallback as AutoLRSCallback
+    from .doctor import GRPODoctor as GRPODoctor
+    from .doctor import TrainDoctor as TrainDoctor
+    from .kernel_patch import KernelPatchCallback as KernelPatchCallback
+    from .layer_modes import ActivationOffloadCallback as ActivationOffloadCallback
+    from .layer_modes import MemoryBudgetCallback as MemoryBudgetCallback
+    from .layer_modes import SelectiveCheckpointCallback as SelectiveCheckpointCallback
+    from .lr_schedule import LRScheduleCallback as LRScheduleCallback
+    from .multigrid import MultigridLRCallback as MultigridLRCallback
+    from .patch import PatchCallback as PatchCallback
+    from .random_ltd import RandomLTDCallback as RandomLTDCallback
+    from .reptile import ReptileCallback as ReptileCallback
+    from .run_record import RunRecordCallback as RunRecordCallback
+    from .sampler import SamplerCallback as SamplerCallback
+    from .weight_averaging import WeightAveragingCallback as WeightAveragingCallback
+
+__getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

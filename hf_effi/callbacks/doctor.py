@@ -20,12 +20,12 @@ from ..functional.doctor import (
     TrainLimits,
     diagnose,
 )
+from ._forward_watch import ForwardWatch
 from ._observer import describe, only_observes
 from ._owners import OwningCallback, Role
+from ._probing import in_probe, plan_of
+from ._scheduler_plan import scheduler_plan
 from ._turns import READ, in_turn
-from .forward_watch import ForwardWatch
-from .probing import in_probe, plan_of
-from .scheduler_plan import scheduler_plan
 
 logger = logging.getLogger(__name__)
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")

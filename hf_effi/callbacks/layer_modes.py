@@ -11,8 +11,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..functional.layer_plan import plan_layer_modes
-from ..parallel.layer_modes import LayerModeError, LayerModes, decoder_layers
-from ..parallel.layer_profile import LayerProbe, measure_copy_bandwidth
+from ..memory.layer_modes import LayerModeError, LayerModes, decoder_layers
+from ..memory.layer_profile import LayerProbe, measure_copy_bandwidth
 from ._owners import OwningCallback, Role
 
 logger = logging.get_logger(__name__)
@@ -101,7 +101,7 @@ class ActivationOffloadCallback(_LayerModesCallback):
 
     @property
     def stats(self) -> dict[str, int]:
-        """What was moved in the last run: see [`~hf_effi.parallel.offload.OffloadStats`]."""
+        """What was moved in the last run: see [`~hf_effi.memory.offload.OffloadStats`]."""
         if self.layer_modes is None:
             raise RuntimeError("there is nothing to report before training has begun.")
         return self.layer_modes.offloader.stats.as_dict()

@@ -81,7 +81,8 @@ class LRScheduleCallback(OwningCallback):
     Example:
     ```python
     from transformers import Trainer
-    from hf_effi import LRScheduleCallback, wsd
+    from hf_effi import LRScheduleCallback
+    from hf_effi.schedules import wsd
 
     trainer = Trainer(..., callbacks=[LRScheduleCallback(wsd(warmup_fraction=0.02, decay_fraction=0.2))])
     trainer.train()

@@ -7,12 +7,12 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
-from ..parallel.patch_handle import PatchHandle
-from ..parallel.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
+from ..layers.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
+from ..patching.handle import PatchHandle
 from ._owners import Role
+from ._probing import in_probe, outside_probes, trained_steps, trained_total
 from ._turns import WRITE, TurnCallback, in_turn
 from .kernel_patch import refuse_data_parallel
-from .probing import in_probe, outside_probes, trained_steps, trained_total
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.random_ltd"
@@ -36,7 +36,7 @@ class RandomLTDCallback(TurnCallback):
         multiple (`int`, *optional*, defaults to `16`): Grid of the kept tokens.
 
     Attributes:
-        dropping ([`~hf_effi.parallel.random_ltd.TokenDropping`]): State of the last training, with its counters.
+        dropping ([`~hf_effi.layers.random_ltd.TokenDropping`]): State of the last training, with its counters.
 
     Raises:
         ValueError: a setting out of range.
@@ -72,7 +72,7 @@ class RandomLTDCallback(TurnCallback):
         """
         Return the finished updates in units of full ones, by the layer-tokens of rows of `max_tokens`.
 
-        The `counter` of [`~hf_effi.LRScheduleCallback`] for a [`~hf_effi.token_indexed`] schedule: the paper's LayerToken
+        The `counter` of [`~hf_effi.LRScheduleCallback`] for a [`~hf_effi.schedules.token_indexed`] schedule: the paper's LayerToken
         LR. A function of the schedule alone, so that all ranks and resumed runs agree.
 
         Raises:

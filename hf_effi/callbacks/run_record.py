@@ -22,20 +22,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
 from .._run_record import FOLDER, RunStore, adopt_old_record
+from ..checkpoint.snapshot import restore_rng, take_rng
 from ..functional.rollouts import GenerationLayout
 from ..methods import METHODS, find_method
 from ..samplers.trainer_checks import STATE_KEY as ORDER_KEY
 from ._endings import end_record, forget_end, watch_end
+from ._forward_watch import ForwardWatch
 from ._observer import describe, only_observes
 from ._owners import OwningCallback, Role, owner_of
+from ._probing import mark_log, plan_of
 from ._turns import READ, in_turn
-from .forward_watch import ForwardWatch
 from .lr_schedule import LEARNING_RATE, LRScheduleCallback
 from .lr_schedule import STATE_KEY as SCHEDULE_KEY
 from .patch import PatchCallback
-from .probing import mark_log, plan_of
 from .sampler import ROW_ORDER
-from .snapshot import restore_rng, take_rng
 
 logger = logging.getLogger(__name__)
 #: seconds between two summaries that only a log entry asks for

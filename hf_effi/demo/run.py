@@ -134,8 +134,8 @@ def build_trainer(
     if arm.options is None:
         trainer_class, config = GRPOTrainer, GRPOConfig(**arguments)
     else:
-        from ..trainers.grpo import EffiGRPOTrainer
-        from ..trainers.grpo_config import EffiGRPOConfig
+        from ..trainers.grpo.config import EffiGRPOConfig
+        from ..trainers.grpo.trainer import EffiGRPOTrainer
 
         trainer_class, config = EffiGRPOTrainer, EffiGRPOConfig(**arguments, **arm.options)
     trainer = trainer_class(

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: The model argument that carries the layout to every attention layer. An argument, not a global: the recomputation of
+#: a checkpointed layer runs later, and on a GPU in another thread, and still gets the layout of its own forward.
+LAYOUT = "sequence_layout"
+
 
 def tile_rows(num_tokens: int, hidden_size: int, num_shards: int | None = None) -> int:
     """

@@ -189,14 +189,19 @@ _CALLBACKS: dict[str, dict[str, str]] = {
     "RandomLTDCallback": _arguments(number="min_tokens max_tokens ramp_fraction multiple"),
     "SamplerCallback": _arguments(sampler="sampler"),
     "SelectiveCheckpointCallback": {},
+    "ReptileCallback": _arguments(number="every_steps beta", flag="last_partial"),
     "TrainDoctor": _arguments(limits="limits"),
     "WeightAveragingCallback": _arguments(number="last every_steps alpha", word="kind folder", flag="swap_in"),
 }
-_OBJECTS: dict[str, dict[str, str]] = {
+_DOCTORS: dict[str, dict[str, str]] = {
     "GRPOLimits": _arguments(
         number=f"{_LIMITS} truncated zero_std group_logs constant_logs entropy_ratio entropy_logs trend_logs length_growth "
         "reward_fall zero_loss zero_loss_logs"
     ),
+    "TrainLimits": _arguments(number=_LIMITS),
+}
+_DATA: dict[str, dict[str, str]] = {
+    "Denoiser": _arguments(word="mode", number="density mean_span weight"),
     "MaskingRatioCurriculum": _arguments(
         number="mask_token_id vocab_size start end warmup_fraction warmup_from random_share keep_share eval_ratio",
         numbers="special_ids",
@@ -204,7 +209,6 @@ _OBJECTS: dict[str, dict[str, str]] = {
     "MetadataCollator": _arguments(number="pad_token_id bos_token_id eos_token_id max_length"),
     "MetadataConditioning": _arguments(collator="collator", word="where", number="cooldown_fraction dropout"),
     "Multigrid": _arguments(number="max_length short_steps final_share", numbers="long_cycle short_cycle"),
-    "TrainLimits": _arguments(number=_LIMITS),
     "UL2Denoising": _arguments(
         numbers="sentinel_ids",
         number="pad_token_id max_length max_target_length separator_id eos_token_id",
@@ -263,12 +267,11 @@ _ADAPTERS: dict[str, dict[str, str]] = {
 
 #: public module -> class -> argument -> kind
 CLASSES: dict[str, dict[str, dict[str, str]]] = {
-    "hf_effi": {**_CALLBACKS, **_OBJECTS},
-    "hf_effi.callbacks.reptile": {"ReptileCallback": _arguments(number="every_steps beta", flag="last_partial")},
-    "hf_effi.functional.curriculum": {"Denoiser": _arguments(word="mode", number="density mean_span weight")},
+    "hf_effi.callbacks": {**_CALLBACKS, **_DOCTORS},
+    "hf_effi.data": _DATA,
     "hf_effi.functional.rollouts": _ROLLOUTS,
-    "hf_effi.functional.schedules": _SCHEDULES,
     "hf_effi.samplers": _SAMPLERS,
+    "hf_effi.schedules": _SCHEDULES,
     "peft": _ADAPTERS,
 }
 #: functions, by public module
@@ -288,13 +291,13 @@ CONFIGS: dict[str, frozenset[str]] = {
 }
 #: kind of object -> the classes that it may be
 _GROUPS: dict[str, tuple[str, frozenset[str]]] = {
-    "schedule": ("hf_effi.functional.schedules", frozenset(_SCHEDULES)),
-    "schedules": ("hf_effi.functional.schedules", frozenset(_SCHEDULES)),
+    "schedule": ("hf_effi.schedules", frozenset(_SCHEDULES)),
+    "schedules": ("hf_effi.schedules", frozenset(_SCHEDULES)),
     "sampler": ("hf_effi.samplers", frozenset(_SAMPLERS)),
-    "limits": ("hf_effi", frozenset({"TrainLimits", "GRPOLimits"})),
-    "shapes": ("hf_effi", frozenset({"Multigrid"})),
-    "denoisers": ("hf_effi.functional.curriculum", frozenset({"Denoiser"})),
-    "collator": ("hf_effi", frozenset({"MetadataCollator"})),
+    "limits": ("hf_effi.callbacks", frozenset(_DOCTORS)),
+    "shapes": ("hf_effi.data", frozenset({"Multigrid"})),
+    "denoisers": ("hf_effi.data", frozenset({"Denoiser"})),
+    "collator": ("hf_effi.data", frozenset({"MetadataCollator"})),
 }
 
 #: arguments of a trainer's config

@@ -17,8 +17,8 @@ from .._compat import MissingPackageError
 from .._files import save_bytes, save_text
 from .._plots import draw_picture
 from .._run_record import REDACTED, redact
+from .._text_plot import text_plot
 from .._untrusted import UntrustedFileError, check_yaml, is_number, one_line, read_text
-from ..functional.text_plot import text_plot
 from ..methods import METHODS, Method
 from .recipe import RECIPE_FILE, RECIPE_MARK, SECTION_BEGIN, SECTION_END
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from ._errors import KernelMismatchError, PatchError
-from ._patch import KernelPatchHandle, patch, unpatch
-from .fused_lora import FusedLoRALinear
-from .low_bit_lora import LowBitLoRALinear
-from .tiled_mlp import TiledMLP
-from .trl_head import FusedLMHead
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "FusedLMHead",
-    "FusedLoRALinear",
-    "KernelMismatchError",
-    "KernelPatchHandle",
-    "LowBitLoRALinear",
-    "PatchError",
-    "TiledMLP",
-    "patch",
-    "unpatch",
-]
+from .._faces import face
+
+#: public name -> module that defines it
+_PUBLIC = {
+    "FusedLMHead": "hf_effi.kernels.trl_head",
+    "FusedLoRALinear": "hf_effi.kernels.fused_lora",
+    "KernelMismatchError": "hf_effi.kernels._errors",
+    "KernelPatchHandle": "hf_effi.kernels._patch",
+    "LowBitLoRALinear": "hf_effi.kernels.low_bit_lora",
+    "PatchError": "hf_effi.kernels._errors",
+    "TiledMLP": "hf_effi.kernels.tiled_mlp",
+    "patch": "hf_effi.kernels._patch",
+    "tile_mlp": "hf_effi.kernels.tiled_mlp",
+    "unpatch": "hf_effi.kernels._patch",
+}
+
+if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from ._errors import KernelMismatchError as KernelMismatchError
+    from ._errors import PatchError as PatchError
+    from ._patch import KernelPatchHandle as KernelPatchHandle
+    from ._patch import patch as patch
+    from ._patch import unpatch as unpatch
+    from .fused_lora import FusedLoRALinear as FusedLoRALinear
+    from .low_bit_lora import LowBitLoRALinear as LowBitLoRALinear
+    from .tiled_mlp import TiledMLP as TiledMLP
+    from .tiled_mlp import tile_mlp as tile_mlp
+    from .trl_head import FusedLMHead as FusedLMHead
+
+__getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._dispatch import triton_ops
+from ..patching._triton import triton_ops
 from ._products import add_product
 
 #: Above this share of active columns the dense product is faster than a gathered one.
@@ -151,7 +151,7 @@ def new_statistics(hidden: Tensor) -> tuple[Tensor, Tensor]:
 def fold(
     tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, start: int, shape: Shape, outputs: Sequence[str]
 ) -> None:
-    ops = triton_ops("_lm_head_triton", tile)
+    ops = triton_ops("hf_effi.kernels._lm_head_triton", tile)
     (ops.fold_tile if ops else fold_tile)(tile, stats, top, targets, start, shape, outputs)
 
 
@@ -233,7 +233,7 @@ def add_gradients(
     tile: Tensor, rows: Rows, weight: Tensor, into: Gradients, start: int, shape: Shape, options: Options
 ) -> None:
     """Turn a tile of products into its gradient and add what follows from it to the sums."""
-    ops = triton_ops("_lm_head_triton", tile)
+    ops = triton_ops("hf_effi.kernels._lm_head_triton", tile)
     filtered = options.column_eps > 0
     measured = (ops.gradient_tile if ops else gradient_tile)(tile, rows, start, shape, columns=filtered)
     kept = None if measured is None else _active_columns(*measured, rows, start, shape, options)

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..functional.options import refuse_idle
-from ..parallel.patch_handle import CLAIM, Claim
 from ..patching import set_mode
+from ..patching.handle import CLAIM, Claim
 from ._errors import KernelMismatchError, PatchError
 from ._layers import LayerGroup, Unit, layer_unit
 from ._sources import candidates, liger_layers

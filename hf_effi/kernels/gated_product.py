@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import triton_ops
+from ..patching._triton import triton_ops
 
 
 class Activation(NamedTuple):
@@ -73,7 +73,7 @@ def gated_product(g: Tensor, u: Tensor, activation: str) -> Tensor:
     tensor([  0., 200.])
     ```
     """
-    if ops := triton_ops("_gated_product_triton", g):
+    if ops := triton_ops("hf_effi.kernels._gated_product_triton", g):
         return ops.gated_product_(g, u, activation)
     return gated_product_reference(g, u, activation)
 
@@ -104,6 +104,6 @@ def gated_product_backward(grad: Tensor, g: Tensor, u: Tensor, activation: str) 
     GatedGradients(product=tensor([0.]), gate=tensor([1.5000]), up=tensor([0.]))
     ```
     """
-    if ops := triton_ops("_gated_product_triton", g):
+    if ops := triton_ops("hf_effi.kernels._gated_product_triton", g):
         return GatedGradients(*ops.gated_product_backward_(grad, g, u, activation))
     return gated_product_backward_reference(grad, g, u, activation)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import triton_ops
+from ..patching._triton import triton_ops
 from ._errors import PatchError
 
 
@@ -95,7 +95,7 @@ def quantize_rows(x: Tensor, format: str, column_scale: Tensor | None = None) ->
     (tensor([[ 32, -64, 127]], dtype=torch.int8), tensor([[0.0315]]))
     ```
     """
-    x, ops = x.detach(), triton_ops("_low_bit_triton", x)
+    x, ops = x.detach(), triton_ops("hf_effi.kernels._low_bit_triton", x)
     if ops and x.shape[-1] * x.element_size() <= ops.MOST_BYTES:
         dtype, largest = FORMATS[format][:2]
         return QuantizedRows(*ops.quantize_rows(x, dtype, largest, FLOOR, column_scale))

@@ -147,7 +147,7 @@ class LowBitLoRALinear(FusedLoRALinear):
 
     Args:
         format (`str`): `"fp8"`: e4m3 on Hopper and B200. `"int8"`: from compute capability 7.5.
-        siblings (`Sequence[Sequence[str]]`, *optional*): As in [`~hf_effi.FusedLoRALinear`].
+        siblings (`Sequence[Sequence[str]]`, *optional*): As in [`~hf_effi.kernels.FusedLoRALinear`].
 
     Raises:
         PatchError: when applied or when called: a base that is trained, merged, sharded or no `torch.nn.Linear`; sizes that

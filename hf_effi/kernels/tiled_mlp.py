@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..functional.sequence import tile_rows
-from ..parallel.patch_handle import PatchHandle, check_free
 from ..patching import Results, compare, gradients
+from ..patching.handle import PatchHandle, check_free
 from ._errors import PatchError
 from ._gated_mlp import GatedMLP, Keep, Linear, TiledFunction
 from ._layers import Unit
@@ -86,10 +86,10 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
 
 class TiledMLP:
     """
-    A value of [`~hf_effi.patch`] for gated MLPs: what [`~hf_effi.tile_mlp`] does, under the handle of `patch`.
+    A value of [`~hf_effi.patch`] for gated MLPs: what [`~hf_effi.kernels.tile_mlp`] does, under the handle of `patch`.
 
     Args:
-        num_shards (`int`, *optional*): As in [`~hf_effi.tile_mlp`].
+        num_shards (`int`, *optional*): As in [`~hf_effi.kernels.tile_mlp`].
 
     Raises:
         ValueError: a bad `num_shards`.

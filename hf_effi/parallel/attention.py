@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..functional.sequence import LAYOUT
 from .exchange import heads_from_sequence, sequence_from_heads
 from .groups import SequenceGroup, SequenceParallelError
 from .layout import SequenceLayout
-
-#: The model argument that carries the layout to every attention layer. An argument, not a global: the recomputation of
-#: a checkpointed layer runs later, and on a GPU in another thread, and still gets the layout of its own forward.
-LAYOUT = "sequence_layout"
 
 _PROBE_LENGTH = 16
 _proven: set[tuple[Any, ...]] = set()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..functional.sequence import shard_sequence
-from .attention import LAYOUT
+from ..functional.sequence import LAYOUT, shard_sequence
 from .checks import attention_layers
 from .exchange import GatherGradient
 from .groups import SequenceGroup, SequenceParallelError

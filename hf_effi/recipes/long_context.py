@@ -169,7 +169,7 @@ def longgen_patterns(
         full_fraction (`float`, *optional*, defaults to 1/3): Share of the layers with full attention.
 
     Returns:
-        `list`: For [`~hf_effi.parallel.varlen.set_attention_patterns`].
+        `list`: For [`~hf_effi.attention.varlen.set_attention_patterns`].
 
     Raises:
         ValueError: a fraction outside `[0, 1]`, or a bad pattern.

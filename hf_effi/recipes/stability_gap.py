@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..callbacks.lr_schedule import LRScheduleCallback
-from ..functional.curriculum import CurriculumError, check_count, check_number, keep_top
+from ..functional.data import CurriculumError, check_count, check_number, keep_top
 from ..functional.schedules import Schedule, cosine
 from ..samplers import MixtureSampler
 

@@ -1,0 +1,21 @@
+"""Plans before a run, pages and plots after it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._faces import face
+
+#: public name -> module that defines it
+_PUBLIC = {
+    "MemoryPlan": "hf_effi.report.plan_memory",
+    "plot_schedules": "hf_effi.report.schedule_plot",
+    "preview": "hf_effi.report.preview_order",
+}
+
+if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from .plan_memory import MemoryPlan as MemoryPlan
+    from .preview_order import preview as preview
+    from .schedule_plot import plot_schedules as plot_schedules
+
+__getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -11,7 +11,7 @@ import torch
 
 from ..functional.saved_bytes import SavedBytes
 from ..functional.shape_run import ShapeRun
-from ..parallel.layer_profile import LayerProbe
+from ..memory.layer_profile import LayerProbe
 
 #: how the MLP of a decoder layer is called in transformers
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._untrusted import one_line, shorten
-from ..functional.curriculum import CurriculumError
+from ..functional.data import CurriculumError
 from ..samplers import (
     CompetenceSampler,
     CyclicalSampler,

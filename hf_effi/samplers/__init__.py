@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-from .attention_influence import AttentionInfluence, copy_head_scores, masked_heads, retrieval_heads
-from .base import EffiSampler, SamplerError, SamplerMismatchError, ShuffledSampler
-from .curricula import CompetenceSampler, CyclicalSampler, InterleavedSampler, QualityAscendingSampler
-from .group import GroupSampler
-from .learned import AbilitySampler, MeasuringSampler, SelfPacedSampler
-from .measure import RowCorrect, RowLoss
-from .mixture import MixtureSampler, ReplaySampler
-from .multistage import MultistageSampler
-from .scores import ColumnScore, ModelScore, RowScorer, ScoreMismatchError, add_score, model_fingerprint
-from .self_improvement import GreedyAnswers, SelfImprovement
-from .token_budget import TokenBudgetBatchSampler, cost_of_model
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AbilitySampler",
-    "AttentionInfluence",
-    "ColumnScore",
-    "CompetenceSampler",
-    "CyclicalSampler",
-    "EffiSampler",
-    "GreedyAnswers",
-    "GroupSampler",
-    "InterleavedSampler",
-    "MeasuringSampler",
-    "MixtureSampler",
-    "ModelScore",
-    "MultistageSampler",
-    "QualityAscendingSampler",
-    "ReplaySampler",
-    "RowCorrect",
-    "RowLoss",
-    "RowScorer",
-    "SamplerError",
-    "SamplerMismatchError",
-    "ScoreMismatchError",
-    "SelfImprovement",
-    "SelfPacedSampler",
-    "ShuffledSampler",
-    "TokenBudgetBatchSampler",
-    "add_score",
-    "cost_of_model",
-    "copy_head_scores",
-    "masked_heads",
-    "model_fingerprint",
-    "retrieval_heads",
-]
+from .._faces import face
+
+#: public name -> module that defines it
+_PUBLIC = {
+    "AbilitySampler": "hf_effi.samplers.learned",
+    "CompetenceSampler": "hf_effi.samplers.curricula",
+    "CyclicalSampler": "hf_effi.samplers.curricula",
+    "EffiSampler": "hf_effi.samplers.base",
+    "GroupSampler": "hf_effi.samplers.group",
+    "InterleavedSampler": "hf_effi.samplers.curricula",
+    "MeasuringSampler": "hf_effi.samplers.learned",
+    "MixtureSampler": "hf_effi.samplers.mixture",
+    "MultistageSampler": "hf_effi.samplers.multistage",
+    "QualityAscendingSampler": "hf_effi.samplers.curricula",
+    "ReplaySampler": "hf_effi.samplers.mixture",
+    "SamplerError": "hf_effi.samplers.base",
+    "SamplerMismatchError": "hf_effi.samplers.base",
+    "SelfPacedSampler": "hf_effi.samplers.learned",
+    "ShuffledSampler": "hf_effi.samplers.base",
+    "TokenBudgetBatchSampler": "hf_effi.samplers.token_budget",
+    "cost_of_model": "hf_effi.samplers.token_budget",
+}
+
+if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from .base import EffiSampler as EffiSampler
+    from .base import SamplerError as SamplerError
+    from .base import SamplerMismatchError as SamplerMismatchError
+    from .base import ShuffledSampler as ShuffledSampler
+    from .curricula import CompetenceSampler as CompetenceSampler
+    from .curricula import CyclicalSampler as CyclicalSampler
+    from .curricula import InterleavedSampler as InterleavedSampler
+    from .curricula import QualityAscendingSampler as QualityAscendingSampler
+    from .group import GroupSampler as GroupSampler
+    from .learned import AbilitySampler as AbilitySampler
+    from .learned import MeasuringSampler as MeasuringSampler
+    from .learned import SelfPacedSampler as SelfPacedSampler
+    from .mixture import MixtureSampler as MixtureSampler
+    from .mixture import ReplaySampler as ReplaySampler
+    from .multistage import MultistageSampler as MultistageSampler
+    from .token_budget import TokenBudgetBatchSampler as TokenBudgetBatchSampler
+    from .token_budget import cost_of_model as cost_of_model
+
+__getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

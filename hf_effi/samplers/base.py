@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..functional.class_paths import class_path, same_class_path
-from ..functional.curriculum import CurriculumError, check_count
+from ..functional.data import CurriculumError, check_count
 
 #: Indices turned into Python integers at once: bounds memory, and keeps the loop at C speed.
 _CHUNK = 65536
@@ -260,6 +260,6 @@ class ShuffledSampler(EffiSampler):
     rule = "A"
 
     def order(self, epoch: int) -> Tensor:
-        from ..functional.curriculum import seeded
+        from ..functional.data import seeded
 
         return torch.randperm(self.num_rows, generator=seeded(self.seed, epoch))

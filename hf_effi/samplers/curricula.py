@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.curriculum import (
+from ..functional.data import (
     check_count,
     clean_scores,
     competence_order,
@@ -29,7 +29,7 @@ class QualityAscendingSampler(EffiSampler):
 
     Use it for one epoch, and with a learning rate that does not decay to zero: a schedule that does meets the best rows
     with the smallest updates, and `DecayToZeroWarning` says so. Formula:
-    [`~hf_effi.functional.curriculum.score_order`].
+    [`~hf_effi.functional.data.score_order`].
 
     Args:
         scores (`torch.Tensor` or `Sequence[float]`): One number per row of the training dataset.
@@ -210,7 +210,7 @@ class CyclicalSampler(EffiSampler):
         seed: int = 0,
         nan: str = "error",
     ) -> None:
-        from ..functional.curriculum import CurriculumError
+        from ..functional.data import CurriculumError
 
         values = clean_scores(losses, "losses", nan)
         if bool((values < 0).any()):

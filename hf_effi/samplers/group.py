@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..functional.curriculum import check_count
+from ..functional.data import check_count
 from ..functional.rollouts import GenerationLayout
 from .base import EffiSampler, SamplerError
 

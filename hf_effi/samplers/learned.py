@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.curriculum import (
+from ..functional.data import (
     CurriculumError,
     check_count,
     check_number,

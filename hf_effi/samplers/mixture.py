@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..functional.curriculum import check_count, check_number, mixture_order
-from ..functional.curriculum.mixing import Waypoints
+from ..functional.data import check_count, check_number, mixture_order
+from ..functional.data.mixing import Waypoints
 from .base import EffiSampler
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.curriculum import BernoulliBayes, CurriculumError, check_count, check_number, seeded
+from ..functional.data import BernoulliBayes, CurriculumError, check_count, check_number, seeded
 from .learned import Measure, MeasuringSampler
 
 #: Rows that the predictor guesses before it learns them: the batch of the released code.

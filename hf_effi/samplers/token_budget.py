@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.curriculum import (
+from ..functional.data import (
     CurriculumError,
     batch_costs,
     check_count,

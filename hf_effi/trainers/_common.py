@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ._hub_mixin import HubArguments, HubMixin
-from ._kernel_mixin import KernelArguments, KernelPatchMixin, layers_from_config
-from ._record_mixin import RunRecordArguments, RunRecordMixin
-from ._resume_mixin import ResumeMixin
-from ._sampler_mixin import SamplerMixin
-from ._schedule_mixin import ScheduleArguments, ScheduleMixin
-from ._sequence_parallel import SequenceParallelArguments, SequenceParallelMixin, resolve_size
+from .mixins.hub import HubArguments, HubMixin
+from .mixins.kernel_patch import KernelArguments, KernelPatchMixin, layers_from_config
+from .mixins.resume import ResumeMixin
+from .mixins.run_record import RunRecordArguments, RunRecordMixin
+from .mixins.sampler import SamplerMixin
+from .mixins.schedule import ScheduleArguments, ScheduleMixin
+from .mixins.sequence_parallel import SequenceParallelArguments, SequenceParallelMixin, resolve_size
 
 
 @dataclass
@@ -39,6 +39,6 @@ def check_config(args: Any) -> None:
     layers_from_config(args)
     resolve_size(None, args.sequence_parallel_size)
     if hasattr(args, "prune_rate"):
-        from .grpo_config import check_methods  # which imports this module
+        from .grpo.config import check_methods  # which imports this module
 
         check_methods(args)

@@ -9,7 +9,7 @@ import datasets
 from trl import SFTConfig, SFTTrainer
 
 from ._common import EffiArguments, EffiMixin
-from ._signatures import with_signatures_of
+from .mixins._signatures import with_signatures_of
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import Trainer, TrainingArguments
 
 from ._common import EffiArguments, EffiMixin
-from ._signatures import with_signatures_of
+from .mixins._signatures import with_signatures_of
 
 
 @dataclass

@@ -19,9 +19,9 @@ from transformers import Trainer
 from trl import GRPOTrainer, SFTTrainer
 
 from hf_effi import EffiGRPOTrainer, EffiSFTTrainer, EffiTrainer
-from hf_effi.trainers._batch_mixin import BatchTransformMixin
-from hf_effi.trainers._chunk_mixin import ChunkFlowMixin
-from hf_effi.trainers._length_mixin import SequenceLengthMixin
+from hf_effi.trainers.mixins.batch_transform import BatchTransformMixin
+from hf_effi.trainers.mixins.chunk_flow import ChunkFlowMixin
+from hf_effi.trainers.mixins.sequence_length import SequenceLengthMixin
 from tests.helpers import binary_hash_reward, tiny_tokenizer
 
 

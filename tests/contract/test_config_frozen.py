@@ -59,7 +59,7 @@ IN_YAML = {
 
 @pytest.fixture(scope="module")
 def config_class():
-    from hf_effi.trainers.grpo_config import EffiGRPOConfig
+    from hf_effi.trainers.grpo.config import EffiGRPOConfig
 
     return EffiGRPOConfig
 

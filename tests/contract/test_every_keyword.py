@@ -20,11 +20,12 @@ import torch
 from transformers import Trainer
 
 import hf_effi
-from hf_effi import samplers
+from hf_effi import data, samplers
 from hf_effi.functional import rollouts
 from hf_effi.functional.averaging import averaging_weights
 from hf_effi.functional.schedules import SHAPES, Schedule, ScheduleLR, linear
 from tests.contract._sources import PACKAGE, python_files, tree_of
+from tests.helpers.public import public_objects as everything
 
 ACTS = {
     "AccuracyGradientCallback": "metric min_lr",
@@ -155,7 +156,7 @@ ACTS = {
 
 def of_warmup(name: str, **rest: Any) -> dict[tuple[str, str], Callable[[], Any]]:
     """Without a length there is no warm-up, and nothing reads how it goes."""
-    schedule = getattr(hf_effi, name)
+    schedule = everything()[name]
     return {
         (name, "warmup_start"): lambda: schedule(100, warmup_start=0.5, **rest),
         (name, "warmup_offset"): lambda: schedule(100, warmup_offset=0, **rest),
@@ -180,12 +181,12 @@ def planned(**over: Any) -> Any:
 
 
 def of_modes(mode: str, **over: Any) -> Any:
-    return hf_effi.LayerModes(tiny(), mode, **over)
+    return hf_effi.memory.LayerModes(tiny(), mode, **over)
 
 
-def improved(folder: Any = "unused", **over: Any) -> samplers.SelfImprovement:
+def improved(folder: Any = "unused", **over: Any) -> data.SelfImprovement:
     settings = {"rows": [], "problem": lambda level, rng: str(level), "levels": [1], "per_round": 1}
-    return samplers.SelfImprovement(folder, **{**settings, **over})
+    return data.SelfImprovement(folder, **{**settings, **over})
 
 
 def one_vote() -> Any:
@@ -197,7 +198,7 @@ def paced(**over: Any) -> Any:
 
 
 def denoised(**over: Any) -> Any:
-    return hf_effi.UL2Denoising(range(90, 100), 0, 32, **over)
+    return hf_effi.data.UL2Denoising(range(90, 100), 0, 32, **over)
 
 
 def as_it_is(column: list[float]) -> list[float]:
@@ -207,15 +208,15 @@ def as_it_is(column: list[float]) -> list[float]:
 def scored(**over: Any) -> Any:
     from datasets import Dataset
 
-    scorer = samplers.ColumnScore(as_it_is, ["x"])
-    return samplers.add_score(Dataset.from_dict({"x": [1.0]}), "score", scorer, **over)
+    scorer = data.ColumnScore(as_it_is, ["x"])
+    return data.add_score(Dataset.from_dict({"x": [1.0]}), "score", scorer, **over)
 
 
 def auto(**over: Any) -> Any:
-    return hf_effi.AutoLRSCallback(1e-4, 1e-2, probes=1, **over)
+    return hf_effi.callbacks.AutoLRSCallback(1e-4, 1e-2, probes=1, **over)
 
 
-PATTERN, WSD = hf_effi.AttentionPattern, hf_effi.wsd
+PATTERN, WSD = hf_effi.attention.AttentionPattern, hf_effi.schedules.wsd
 CALLBACK, PRUNER, KEEP = hf_effi.LRScheduleCallback, rollouts.AdvantagePruner, rollouts.keep_by_advantage
 
 #: (object, keyword) -> a call in which nothing would read the keyword
@@ -227,46 +228,56 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("AttentionPattern", "stride_block"): lambda: PATTERN(window=4, stride_block=2),
     ("AutoLRSCallback", "evaluate"): lambda: auto(evaluate=lambda model: 0.0),
     ("AutoLRSCallback", "kappa"): lambda: auto(kappa=1e6),
-    ("FusedLMHead", "filter_weight"): lambda: hf_effi.FusedLMHead(filter_weight=True),
+    ("FusedLMHead", "filter_weight"): lambda: hf_effi.kernels.FusedLMHead(filter_weight=True),
     ("LRScheduleCallback", "allow_lr_jump"): lambda: CALLBACK(WSD(), "stored", allow_lr_jump=True),
     ("LRScheduleCallback", "counter"): lambda: CALLBACK(WSD(), counter=lambda: 1.0),
     ("LRScheduleCallback", "stop_when_decayed"): lambda: CALLBACK(linear(), stop_when_decayed=False),
     ("LayerModes", "offloader"): lambda: of_modes("checkpoint", offloader=object()),
     ("LayerModes", "save_ops"): lambda: of_modes("checkpoint", save_ops=[torch.ops.aten.mm.default]),
-    ("MaskingRatioCurriculum", "warmup_from"): lambda: hf_effi.MaskingRatioCurriculum(4, [0], 100, warmup_from=0.2),
-    ("Multigrid", "short_steps"): lambda: hf_effi.Multigrid(64, short_cycle=(1,), short_steps=2),
+    ("MaskingRatioCurriculum", "warmup_from"): lambda: hf_effi.data.MaskingRatioCurriculum(
+        4, [0], 100, warmup_from=0.2
+    ),
+    ("Multigrid", "short_steps"): lambda: hf_effi.data.Multigrid(64, short_cycle=(1,), short_steps=2),
     ("SelfImprovement", "length_quantile"): lambda: improved(length_quantile=0.5),
     ("SelfImprovement", "min_agreement"): one_vote,
     ("SelfPacedSampler", "growth"): lambda: paced(share=0.5, growth=1.5),
     ("SelfPacedSampler", "share_step"): lambda: paced(threshold=1.0, share_step=0.5),
-    ("to_lambda_lr", "allow_lr_jump"): lambda: hf_effi.to_lambda_lr(
+    ("to_lambda_lr", "allow_lr_jump"): lambda: hf_effi.schedules.to_lambda_lr(
         linear(4), torch.optim.SGD(sgd().parameters(), 0.1), allow_lr_jump=True
     ),
     ("UL2Denoising", "separator_id"): lambda: denoised(max_target_length=32, separator_id=80),
     ("WeightAveragingCallback", "alpha"): lambda: hf_effi.WeightAveragingCallback(kind="uniform", alpha=0.5),
     ("add_score", "columns"): lambda: scored(columns=["x"]),
     ("add_score", "fingerprint"): lambda: scored(fingerprint="v1"),
-    ("average_checkpoints", "alpha"): lambda: hf_effi.average_checkpoints("a", "b", kind="linear", alpha=0.5),
-    ("constant", "floor"): lambda: hf_effi.constant(100, floor=0.1),
-    ("extend_to", "method"): lambda: hf_effi.extend_to(linear(100, floor=0.1), 200, method="plateau"),
-    ("extend_to", "transition_steps"): lambda: hf_effi.extend_to(WSD(100), 200, transition_steps=5),
-    ("infinite", "alpha"): lambda: hf_effi.infinite(100, alpha=5.0),
+    ("average_checkpoints", "alpha"): lambda: hf_effi.checkpoint.average_checkpoints(
+        "a", "b", kind="linear", alpha=0.5
+    ),
+    ("constant", "floor"): lambda: hf_effi.schedules.constant(100, floor=0.1),
+    ("extend_to", "method"): lambda: hf_effi.schedules.extend_to(linear(100, floor=0.1), 200, method="plateau"),
+    ("extend_to", "transition_steps"): lambda: hf_effi.schedules.extend_to(WSD(100), 200, transition_steps=5),
+    ("infinite", "alpha"): lambda: hf_effi.schedules.infinite(100, alpha=5.0),
     ("keep_by_advantage", "balance_signs"): lambda: KEEP(torch.ones(4), 2, "random", balance_signs=True),
     ("keep_by_advantage", "generator"): lambda: KEEP(torch.ones(4), 2, generator=torch.Generator()),
-    ("layerwise_param_groups", "head_factor"): lambda: hf_effi.layerwise_param_groups(sgd(), 1e-3, head_factor=2.0),
-    ("layerwise_param_groups", "no_decay"): lambda: hf_effi.layerwise_param_groups(sgd(), 1e-3, no_decay=["norm"]),
-    ("longgen_patterns", "stride_block"): lambda: hf_effi.longgen_patterns(6, window=4, stride_block=2),
+    ("layerwise_param_groups", "head_factor"): lambda: hf_effi.schedules.layerwise_param_groups(
+        sgd(), 1e-3, head_factor=2.0
+    ),
+    ("layerwise_param_groups", "no_decay"): lambda: hf_effi.schedules.layerwise_param_groups(
+        sgd(), 1e-3, no_decay=["norm"]
+    ),
+    ("longgen_patterns", "stride_block"): lambda: hf_effi.recipes.longgen_patterns(6, window=4, stride_block=2),
     ("patch", "inputs"): lambda: hf_effi.patch(tiny(), {"RMSNorm": "liger"}, verify=False, inputs={"RMSNorm": print}),
     ("patch", "on_mismatch"): lambda: hf_effi.patch(tiny(), {"RMSNorm": "liger"}, verify=False, on_mismatch="eager"),
     ("plan_memory", "headroom"): lambda: planned(headroom=0.2),
     ("plan_memory", "lora_targets"): lambda: planned(lora_targets=["q_proj"]),
-    ("rewarm_redecay", "warmup_start"): lambda: hf_effi.rewarm_redecay(100, data_fractions=(1.0,), warmup_start=0.5),
+    ("rewarm_redecay", "warmup_start"): lambda: hf_effi.schedules.rewarm_redecay(
+        100, data_fractions=(1.0,), warmup_start=0.5
+    ),
     ("wsd", "half_life_steps"): lambda: WSD(100, half_life_steps=5.0),
     ("wsd", "power"): lambda: WSD(100, power=2.0),
-    ("wsd_s", "power"): lambda: hf_effi.wsd_s(100, power=2.0),
-    ("wsd_s", "rewarm_steps"): lambda: hf_effi.wsd_s(100, budgets=(1.0,), rewarm_steps=5),
-    ("wsdc", "half_life_steps"): lambda: hf_effi.wsdc(100, half_life_steps=5.0),
-    ("wsdc", "power"): lambda: hf_effi.wsdc(100, power=2.0),
+    ("wsd_s", "power"): lambda: hf_effi.schedules.wsd_s(100, power=2.0),
+    ("wsd_s", "rewarm_steps"): lambda: hf_effi.schedules.wsd_s(100, budgets=(1.0,), rewarm_steps=5),
+    ("wsdc", "half_life_steps"): lambda: hf_effi.schedules.wsdc(100, half_life_steps=5.0),
+    ("wsdc", "power"): lambda: hf_effi.schedules.wsdc(100, power=2.0),
     **of_warmup("constant"),
     **of_warmup("cosine"),
     **of_warmup("cosine_power"),
@@ -285,13 +296,11 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
 
 def public_objects() -> dict[str, Any]:
     """Return public callables by name: not the configs, which `test_every_option.py` walks, nor what only tells."""
-    found = {name: getattr(hf_effi, name) for name in hf_effi.__all__}
-    found |= {name: getattr(room, name) for room in (rollouts, samplers) for name in room.__all__}
     return {
         name: value
-        for name, value in found.items()
+        for name, value in everything().items()
         if callable(value)
-        and not name.endswith(("Config", "Arguments", "Error"))
+        and not name.endswith(("Config", "Arguments", "Error", "Warning"))
         and name not in ("Finding", "Method")
     }
 

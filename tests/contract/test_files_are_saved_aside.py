@@ -13,8 +13,8 @@ WRITERS = {"write_text", "write_bytes", "save_file", "save_pretrained", "copytre
 #: (file, function) that may: why
 ALLOWED = {
     ("callbacks/weight_averaging.py", "_save"): "into a folder that save_aside renames",
-    ("callbacks/average_checkpoints.py", "_write"): "into a folder that save_aside renames",
-    ("callbacks/branch.py", "copy"): "into a folder that save_aside renames",
+    ("checkpoint/average.py", "_write"): "into a folder that save_aside renames",
+    ("schedules/branch.py", "copy"): "into a folder that save_aside renames",
     ("hub/_worker.py", "<module>"): "the answer of a process, to its standard output",
     ("demo/policy.py", "fine_tune"): "sealed by sft_settings.json, which is written last",
     ("demo/run.py", "_save_policy"): "into a folder that save_aside renames",

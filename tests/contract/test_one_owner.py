@@ -16,11 +16,11 @@ from hf_effi.callbacks._lr_factors import LRFactorCallback
 from hf_effi.callbacks._owners import OwningCallback, Role, claim, owner_of
 from hf_effi.callbacks._side_file import SideFileCallback
 from hf_effi.callbacks._turns import TurnCallback
-from hf_effi.functional.curriculum import Multigrid
+from hf_effi.functional.data import Multigrid
 from hf_effi.functional.schedules import linear
 from hf_effi.hub.callback import HubCallback
 from hf_effi.samplers import ShuffledSampler
-from hf_effi.trainers._schedule_mixin import ConfigSchedule
+from hf_effi.trainers.mixins.schedule import ConfigSchedule
 from tests.helpers import tiny_llama
 
 
@@ -46,7 +46,7 @@ MAKE = {
     "LRScheduleCallback": lambda cls: cls(linear()),
     "MemoryBudgetCallback": lambda cls: cls(1.0),
     "MultigridLRCallback": lambda cls: cls(Multigrid(16, (2, 1), (1,))),
-    "PatchCallback": lambda cls: cls(hf_effi.tile_mlp),
+    "PatchCallback": lambda cls: cls(hf_effi.kernels.tile_mlp),
     "RandomLTDCallback": lambda cls: cls(16, 32),
     "ReptileCallback": lambda cls: cls(2, 0.5),
     "RunRecordCallback": lambda cls: cls(),

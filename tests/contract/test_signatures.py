@@ -10,8 +10,8 @@ from trl import GRPOTrainer, SFTTrainer
 
 from hf_effi import EffiGRPOTrainer, EffiSFTTrainer, EffiTrainer
 from hf_effi.parallel import SequenceParallelError
-from hf_effi.trainers._sequence_parallel import _mode_of
-from hf_effi.trainers._signatures import only_passes_on, overridden, with_signatures_of
+from hf_effi.trainers.mixins._signatures import only_passes_on, overridden, with_signatures_of
+from hf_effi.trainers.mixins.sequence_parallel import _mode_of
 
 PAIRS = [(EffiTrainer, Trainer), (EffiSFTTrainer, SFTTrainer), (EffiGRPOTrainer, GRPOTrainer)]
 NAMES = ("__init__", "train", "training_step", "prediction_step", "create_model_card", "push_to_hub", "log", "evaluate",

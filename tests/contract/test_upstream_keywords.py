@@ -18,16 +18,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hf_effi._compat import CACHE_ARGUMENT, CACHE_ARGUMENTS, cache_argument, given_cache
+from hf_effi.attention.shared_prefix import check_shared_prefix
+from hf_effi.attention.varlen import register_varlen_attention
+from hf_effi.functional.sequence import LAYOUT
 from hf_effi.functional.shared_prefix import plan_shared_prefix
-from hf_effi.kernels.shared_prefix import check_shared_prefix
+from hf_effi.memory.chunk_flow import make_groups
+from hf_effi.memory.stream_layer import _Prefix, stream_layers
 from hf_effi.parallel import boundary
-from hf_effi.parallel.attention import LAYOUT
-from hf_effi.parallel.chunk_flow import make_groups
 from hf_effi.parallel.groups import SequenceGroup
 from hf_effi.parallel.layout import split_batch
 from hf_effi.parallel.positions import positions_by_column
-from hf_effi.parallel.stream_layer import _Prefix, stream_layers
-from hf_effi.parallel.varlen import register_varlen_attention
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
 
 FAMILIES = [tiny_qwen3, tiny_llama, tiny_mistral, tiny_gemma, tiny_gpt2]

@@ -667,7 +667,9 @@ def test_attributes_are_still_read(path):
 
 def test_trainer_takes_this_class_as_a_batch_sampler_that_knows_its_rank():
     source = inspect.getsource(resolve(f"{TRAINER}._get_dataloader"))
-    assert source.count("isinstance(sampler, BatchRebalanceSampler)") == 2, "see hf_effi/trainers/_token_budget.py"
+    assert source.count("isinstance(sampler, BatchRebalanceSampler)") == 2, (
+        "see hf_effi/trainers/mixins/token_budget.py"
+    )
     assert 'dataloader_params["batch_sampler"] = sampler' in source and "prepared_bs.num_processes = 1" in source
 
 
@@ -729,7 +731,7 @@ def test_one_state_is_shared_by_the_callbacks_of_a_run_and_each_training_has_a_n
 
 
 def test_a_lambda_scheduler_restores_these_and_keeps_slots_and_functions_out_of_its_state():
-    from hf_effi.trainers._schedule_mixin import FollowedLR
+    from hf_effi.trainers.mixins.schedule import FollowedLR
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = FollowedLR(optimizer)
@@ -830,7 +832,7 @@ def test_normaliser_divides_by(loss_type):
 
 
 def test_losses_that_divide_by_tokens_are_those_that_we_count_tokens_for():
-    from hf_effi.trainers._rollouts import TOKEN_LOSSES
+    from hf_effi.trainers.grpo.pipeline import TOKEN_LOSSES
 
     assert set(TOKEN_LOSSES) == {"bnpo"} | NORMALISERS[3]
 

@@ -39,7 +39,8 @@ def train(folder: str, dispatch: bool, dropout: float):
     from datasets import Dataset
     from transformers import Trainer
 
-    from hf_effi import BatchTransformMixin, MetadataCollator, MetadataConditioning
+    from hf_effi.data import MetadataCollator, MetadataConditioning
+    from hf_effi.trainers.mixins import BatchTransformMixin
     from tests.helpers import lm_dataset, tiny_qwen3, weights_of
 
     class Noting(BatchTransformMixin, Trainer):
@@ -73,14 +74,9 @@ def others(folder: str):
     """Masking ratio and UL2, each process reading its own rows and dispatched; and rows that cannot be dispatched."""
     from transformers import BertConfig, BertForMaskedLM, Trainer
 
-    from hf_effi import (
-        BatchTransformMixin,
-        MaskingRatioCurriculum,
-        MetadataCollator,
-        MetadataConditioning,
-        UL2Denoising,
-    )
-    from hf_effi.functional.curriculum import CurriculumError
+    from hf_effi.data import MaskingRatioCurriculum, MetadataCollator, MetadataConditioning, UL2Denoising
+    from hf_effi.functional.data import CurriculumError
+    from hf_effi.trainers.mixins import BatchTransformMixin
     from tests.helpers import lm_dataset, tiny_qwen3, weights_of
     from tests.helpers.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 

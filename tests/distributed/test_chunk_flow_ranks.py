@@ -13,7 +13,8 @@ def train(folder: str, chunk_flow: tuple[int, int] | None, sft: bool):
     from transformers import Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    from hf_effi import ChunkFlow, ChunkFlowMixin
+    from hf_effi.memory import ChunkFlow
+    from hf_effi.trainers.mixins import ChunkFlowMixin
     from tests.helpers import sft_dataset, tiny_qwen3, tiny_tokenizer, weights_of
     from tests.training.test_chunk_flow import collate, rows
 

@@ -7,9 +7,9 @@ import os
 import torch
 
 from hf_effi.callbacks.reptile import ReptileCallback
-from hf_effi.functional.curriculum import root_length
+from hf_effi.functional.data import root_length
 from hf_effi.samplers import ReplaySampler
-from hf_effi.trainers._length_mixin import SequenceLengthMixin
+from hf_effi.trainers.mixins.sequence_length import SequenceLengthMixin
 from tests.helpers import lm_dataset, run_distributed, tiny_qwen3, weights_of
 from tests.helpers.sampling import sampler_trainer
 

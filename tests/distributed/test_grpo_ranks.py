@@ -9,8 +9,8 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     TableReward,
     assert_bitwise_equal,

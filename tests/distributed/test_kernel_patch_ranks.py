@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import Trainer
 
-from hf_effi import FusedLoRALinear, KernelPatchCallback
+from hf_effi import KernelPatchCallback
+from hf_effi.kernels import FusedLoRALinear
 from tests.helpers import lm_dataset, record_run, run_distributed
 from tests.training.test_fused_lora import adapted
 from tests.training.test_kernel_patch import LAYERS, arguments
@@ -36,7 +37,8 @@ def sharded_gradients():
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    from hf_effi import PatchError, patch
+    from hf_effi import patch
+    from hf_effi.kernels import PatchError
     from tests.unit.test_kernel_patch import IDS
 
     dist.init_process_group("gloo")

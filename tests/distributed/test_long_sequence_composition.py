@@ -7,7 +7,8 @@ import tempfile
 
 import pytest
 
-from hf_effi import ActivationOffloadCallback, SelectiveCheckpointCallback, register_varlen_attention
+from hf_effi import ActivationOffloadCallback, SelectiveCheckpointCallback
+from hf_effi.attention import register_varlen_attention
 from tests.helpers import run_distributed, sft_dataset, tiny_llama, tiny_tokenizer
 
 CALLBACKS = {"offload": ActivationOffloadCallback, "selective": SelectiveCheckpointCallback}

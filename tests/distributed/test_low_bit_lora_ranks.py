@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import Trainer
 
-from hf_effi import KernelPatchCallback, LowBitLoRALinear
+from hf_effi import KernelPatchCallback
+from hf_effi.kernels import LowBitLoRALinear
 from tests.helpers import lm_dataset, record_run, run_distributed
 from tests.training.test_fused_lora import adapted
 from tests.training.test_kernel_patch import arguments

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_effi.parallel._chunk_probe import chunks_are_exact
+from hf_effi.memory._chunk_probe import chunks_are_exact
 from hf_effi.patching import (
     Finding,
     agreed,
@@ -225,7 +225,7 @@ def searched(out: str) -> list[Any]:
     """Train with dropout on Python's, numpy's and torch's numbers under a search of the LR, noting states before each update."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from hf_effi import AutoLRSCallback
+    from hf_effi.callbacks import AutoLRSCallback
 
     noted: list[Any] = []
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_effi import RandomLTDCallback
+from hf_effi.callbacks import RandomLTDCallback
 from tests.helpers import assert_bitwise_equal, run_distributed, tiny_qwen3, weights_of
 from tests.helpers.sampling import sampler_trainer
 

@@ -7,8 +7,9 @@ import os
 import torch
 from datasets import Dataset
 
-from hf_effi.functional.curriculum import CurriculumError
-from hf_effi.samplers import MultistageSampler, SelfImprovement
+from hf_effi.data import SelfImprovement
+from hf_effi.functional.data import CurriculumError
+from hf_effi.samplers import MultistageSampler
 from tests.helpers import run_distributed
 from tests.helpers.sampling import StopAt, sampler_trainer
 

@@ -13,14 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
-from hf_effi import (
-    EffiGRPOConfig,
-    EffiGRPOTrainer,
-    EffiTrainer,
-    EffiTrainingArguments,
-    SequenceParallelError,
-    SequenceParallelMixin,
-)
+from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, EffiTrainer, EffiTrainingArguments
+from hf_effi.parallel import SequenceParallelError
+from hf_effi.trainers.mixins import SequenceParallelMixin
 from tests.helpers import (
     grpo_args,
     prompt_dataset,

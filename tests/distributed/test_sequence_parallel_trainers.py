@@ -24,18 +24,10 @@ from trl import (
     RLOOTrainer,
 )
 
-from hf_effi import (
-    EffiGRPOConfig,
-    EffiGRPOTrainer,
-    EffiSFTConfig,
-    EffiSFTTrainer,
-    EffiTrainer,
-    EffiTrainingArguments,
-    SequenceParallelError,
-    SequenceParallelMixin,
-)
-from hf_effi.parallel import attention_scope, gathered_forward, make_sequence_group
+from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, EffiSFTConfig, EffiSFTTrainer, EffiTrainer, EffiTrainingArguments
+from hf_effi.parallel import SequenceParallelError, attention_scope, gathered_forward, make_sequence_group
 from hf_effi.samplers import QualityAscendingSampler
+from hf_effi.trainers.mixins import SequenceParallelMixin
 from tests.helpers import (
     grpo_args,
     lm_dataset,

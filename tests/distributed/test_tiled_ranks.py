@@ -13,8 +13,8 @@ def patch_named(name: str):
     from functools import partial
 
     from hf_effi.kernels.tiled_mlp import tile_mlp
-    from hf_effi.parallel.stream_layer import stream_layers
-    from hf_effi.parallel.tiled_loss import tile_loss
+    from hf_effi.memory.stream_layer import stream_layers
+    from hf_effi.memory.tiled_loss import tile_loss
 
     return {
         "mlp": partial(tile_mlp, num_shards=3),

@@ -14,7 +14,7 @@ SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler
 
 
 def budget():
-    from hf_effi import TokenBudgetBatchSampler
+    from hf_effi.samplers import TokenBudgetBatchSampler
 
     return TokenBudgetBatchSampler(LENGTHS, 48, cost=(1.0, 0.05), seed=2)
 

@@ -26,7 +26,8 @@ from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.functional.probes import stored_plan
 from hf_effi.functional.schedules import wsd
 from hf_effi.hub import callback as hub_callback
-from hf_effi.trainers._length_mixin import SequenceLengthMixin
+from hf_effi.trainers.mixins.sequence_length import SequenceLengthMixin
+from tests.helpers.public import public_objects
 
 from .compare import VOLATILE_KEYS, VOLATILE_PARTS
 
@@ -145,7 +146,7 @@ class Case:
 
 
 def _grid() -> Any:
-    return hf_effi.Multigrid(LENGTH, long_cycle=(2, 1), short_cycle=(2, 1), final_share=0.2)
+    return hf_effi.data.Multigrid(LENGTH, long_cycle=(2, 1), short_cycle=(2, 1), final_share=0.2)
 
 
 def _no_patch(model: nn.Module) -> Any:
@@ -173,20 +174,20 @@ def _adalora_state(callback: Any) -> Any:
 
 CASES: dict[str, Case] = {
     "AccuracyGradientCallback": Case(
-        lambda trainer: hf_effi.AccuracyGradientCallback("eval_loss", **_ACCURACY),
+        lambda trainer: hf_effi.callbacks.AccuracyGradientCallback("eval_loss", **_ACCURACY),
         _EVALUATED,
         trains=True,
         look=lambda callback: callback.rule.state_dict(),
     ),
     "ActivationOffloadCallback": Case(lambda trainer: hf_effi.ActivationOffloadCallback(), _CHECKPOINTING),
     "AdaLoRACallback": Case(
-        lambda trainer: hf_effi.AdaLoRACallback(set_total_step=True),
+        lambda trainer: hf_effi.callbacks.AdaLoRACallback(set_total_step=True),
         model=adalora_model,
         trains=True,
         look=_adalora_state,
     ),
     "AutoLRSCallback": Case(
-        lambda trainer: hf_effi.AutoLRSCallback(1e-3, 5.0, 4, 2, 4, validation=False),
+        lambda trainer: hf_effi.callbacks.AutoLRSCallback(1e-3, 5.0, 4, 2, 4, validation=False),
         trains=True,
         look=lambda callback: callback.progress,
     ),
@@ -194,14 +195,14 @@ CASES: dict[str, Case] = {
         lambda trainer: hf_effi.GRPODoctor(say=_quiet), look=lambda callback: list(map(str, callback.findings))
     ),
     "GradientSNRCallback": Case(
-        lambda trainer: hf_effi.GradientSNRCallback(),
+        lambda trainer: hf_effi.callbacks.GradientSNRCallback(),
         {"gradient_accumulation_steps": 3},
         trains=True,
         look=lambda callback: callback.rule.state_dict(),
     ),
     "HubCallback": Case(_hub, _EVERY_TEN, look=lambda callback: callback.uploader.pushed),
     "HypergradientCallback": Case(
-        lambda trainer: hf_effi.HypergradientCallback(kappa=0.2),
+        lambda trainer: hf_effi.callbacks.HypergradientCallback(kappa=0.2),
         trains=True,
         look=lambda callback: (callback.rule.state_dict(), callback._update),
     ),
@@ -213,11 +214,11 @@ CASES: dict[str, Case] = {
     ),
     "MemoryBudgetCallback": Case(lambda trainer: hf_effi.MemoryBudgetCallback(1.0), _CHECKPOINTING),
     "MultigridLRCallback": Case(
-        lambda trainer: hf_effi.MultigridLRCallback(_grid()), {"sequence_length": _grid()}, trains=True
+        lambda trainer: hf_effi.callbacks.MultigridLRCallback(_grid()), {"sequence_length": _grid()}, trains=True
     ),
     "PatchCallback": Case(lambda trainer: hf_effi.PatchCallback(_no_patch)),
     "RandomLTDCallback": Case(
-        lambda trainer: hf_effi.RandomLTDCallback(4, LENGTH, multiple=2),
+        lambda trainer: hf_effi.callbacks.RandomLTDCallback(4, LENGTH, multiple=2),
         trains=True,
         look=lambda callback: (
             callback._consumed,
@@ -258,7 +259,7 @@ REFUSED: dict[frozenset[str], str] = {
 
 def public_callbacks() -> list[str]:
     """Return the names of all callbacks that the package offers: by its front door, or from a public module."""
-    found = {name for name in hf_effi._PUBLIC if _is_callback(getattr(hf_effi, name))}
+    found = {name for name, value in public_objects().items() if _is_callback(value)}
     for module in _public_modules():
         found |= {
             name

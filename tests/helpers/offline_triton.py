@@ -69,7 +69,8 @@ class _Driver:
 
 def launches(architecture: int) -> dict[str, Callable[[], Any]]:
     """Return one call of a wrapper for each variant of each kernel that we record."""
-    from hf_effi.kernels import _attention_merge_triton, _lm_head_triton
+    from hf_effi.attention import _merge_triton as _attention_merge_triton
+    from hf_effi.kernels import _lm_head_triton
     from hf_effi.kernels._lm_head_tiles import Rows, Shape, new_statistics
     from hf_effi.kernels.lm_head import OUTPUTS
 

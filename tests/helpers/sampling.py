@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_effi.trainers._sampler_mixin import SamplerMixin
+from hf_effi.trainers.mixins.sampler import SamplerMixin
 
 from .compare import record_run
 from .data import lm_dataset

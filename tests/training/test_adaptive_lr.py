@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_effi import Multigrid, MultigridLRCallback, SequenceLengthMixin
+from hf_effi.callbacks import MultigridLRCallback
 from hf_effi.callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
+from hf_effi.data import Multigrid
 from hf_effi.functional.schedules import ScheduleError, wsd
+from hf_effi.trainers.mixins import SequenceLengthMixin
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_effi.functional.curriculum import copy_probe
-from hf_effi.samplers import (
+from hf_effi.data import (
     AttentionInfluence,
-    QualityAscendingSampler,
     ScoreMismatchError,
     add_score,
     copy_head_scores,
     masked_heads,
     retrieval_heads,
 )
+from hf_effi.functional.data import copy_probe
+from hf_effi.samplers import QualityAscendingSampler
 from tests.helpers import compare_runs, tiny_llama
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
 

@@ -109,7 +109,7 @@ def _eval_loss(model):
 
 
 def test_the_trainers_eval_loss_is_the_one_evaluate_reports(tmp_path):
-    from hf_effi.callbacks.lr_search import validation_loss
+    from hf_effi.callbacks._lr_search import validation_loss
 
     trainer = make_trainer(tmp_path, [], eval_dataset=rows(8), per_device_eval_batch_size=4)
     value = validation_loss(trainer, trainer.model, torch.device("cpu"))

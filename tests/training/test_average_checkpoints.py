@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_effi.callbacks.average_checkpoints import average_checkpoints
 from hf_effi.callbacks.weight_averaging import WeightAveragingCallback
+from hf_effi.checkpoint.average import average_checkpoints
 from hf_effi.functional.averaging import averaging_weights
 from tests.helpers import assert_bitwise_equal, tiny_qwen3, weights_of
 from tests.helpers.resume import weights_in

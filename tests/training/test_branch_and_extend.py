@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_effi.callbacks.branch import branch_cooldown
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional.schedules import ScheduleError, cosine, wsd
 from hf_effi.functional.schedules.extend import extend_to
+from hf_effi.schedules.branch import branch_cooldown
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, train
 
 LR = 1e-2

@@ -7,8 +7,8 @@ from transformers import Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from bench._counters import LiveBytes
 from hf_effi._compat import CACHE_ARGUMENT
-from hf_effi.parallel.chunk_flow import ChunkFlow, ChunkFlowError
-from hf_effi.trainers._chunk_mixin import ChunkFlowMixin
+from hf_effi.memory.chunk_flow import ChunkFlow, ChunkFlowError
+from hf_effi.trainers.mixins.chunk_flow import ChunkFlowMixin
 from tests.helpers import compare_runs, lm_dataset, record_run, sft_dataset, tiny_gemma, tiny_llama, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, gradients, in_double
 from tests.helpers.sampling import StopAt
@@ -87,7 +87,7 @@ def sliding(**over):
 
 
 def varlen():
-    from hf_effi.parallel.varlen import register_varlen_attention
+    from hf_effi.attention.varlen import register_varlen_attention
 
     model = tiny_qwen3()
     model.set_attn_implementation(register_varlen_attention())

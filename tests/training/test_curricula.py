@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_effi.callbacks.sampler import SamplerCallback
-from hf_effi.functional.curriculum import pass_rate_difficulty
+from hf_effi.data import RowCorrect, RowLoss
+from hf_effi.functional.data import pass_rate_difficulty
 from hf_effi.samplers import (
     AbilitySampler,
     CompetenceSampler,
@@ -13,8 +14,6 @@ from hf_effi.samplers import (
     MixtureSampler,
     QualityAscendingSampler,
     ReplaySampler,
-    RowCorrect,
-    RowLoss,
     SelfPacedSampler,
     ShuffledSampler,
 )
@@ -120,7 +119,7 @@ def test_measuring_leaves_random_numbers_and_training_mode_alone(tmp_path):
 def test_easy_prompts_first_in_grpo(tmp_path, way):
     from trl import GRPOTrainer
 
-    from hf_effi.trainers._sampler_mixin import SamplerMixin
+    from hf_effi.trainers.mixins.sampler import SamplerMixin
 
     class Noting(SamplerMixin, GRPOTrainer):
         seen = ()

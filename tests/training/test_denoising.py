@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
-from hf_effi import BatchTransformMixin, UL2Denoising
+from hf_effi.data import UL2Denoising
+from hf_effi.trainers.mixins import BatchTransformMixin
 from tests.helpers import compare_runs, lm_dataset, record_run, tiny_qwen3
 from tests.helpers.sampling import StopAt
 

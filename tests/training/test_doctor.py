@@ -31,8 +31,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from hf_effi import EffiGRPOTrainer
+from hf_effi.callbacks._forward_watch import ForwardWatch
 from hf_effi.callbacks.doctor import GRPODoctor, TrainDoctor, document_leak, optimizer_steps
-from hf_effi.callbacks.forward_watch import ForwardWatch
 from hf_effi.functional.doctor import TRAIN_RULES, GRPOLimits, TrainLimits
 from tests.helpers import (
     TableReward,

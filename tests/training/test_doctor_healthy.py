@@ -10,8 +10,9 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, OneC
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOTrainer, SFTConfig, SFTTrainer
 
-from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, LRScheduleCallback, wsd
+from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, LRScheduleCallback
 from hf_effi.callbacks.doctor import GRPODoctor, TrainDoctor
+from hf_effi.schedules import wsd
 from tests.helpers import (
     binary_hash_reward,
     grpo_args,

@@ -18,8 +18,9 @@ import trl
 import trl.rewards
 
 import hf_effi
-from hf_effi import cli, read_run, wsd
+from hf_effi import cli, read_run
 from hf_effi.demo import toy
+from hf_effi.schedules import wsd
 from tests.helpers import save_tiny
 from tests.helpers.distributed import child_environment
 

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from hf_effi import EffiTrainer, EffiTrainingArguments, FusedLoRALinear, KernelPatchCallback
+from hf_effi import EffiTrainer, EffiTrainingArguments, KernelPatchCallback
+from hf_effi.kernels import FusedLoRALinear
 from tests.helpers import (
     assert_bitwise_equal,
     compare_runs,

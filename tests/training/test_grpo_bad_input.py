@@ -15,9 +15,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from trl import GRPOTrainer, SFTTrainer
 
 from hf_effi import EffiSFTConfig, EffiSFTTrainer
-from hf_effi.trainers._rewards import RewardError
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.rewards import RewardError
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     assert_bitwise_equal,
     binary_hash_reward,
@@ -246,14 +246,14 @@ def test_rollout_func_passes_through_and_is_refused_with_selection(tmp_path: Pat
 
 
 def test_image_tensors_are_refused_by_name() -> None:
-    from hf_effi.trainers._rollouts import RolloutMixin
+    from hf_effi.trainers.grpo.pipeline import RolloutMixin
 
     with pytest.raises(ValueError, match="cannot pick rows of image_grid_thw, pixel_values yet"):
         RolloutMixin._check_movable({"pixel_values": torch.zeros(1), "image_grid_thw": torch.zeros(1)})
 
 
 def test_a_reward_of_nothing_but_nan_gets_a_sentence_of_its_own(caplog):
-    from hf_effi.trainers._rewards import _warn_of_nothing_but_nan, check_rewards
+    from hf_effi.trainers.grpo.rewards import _warn_of_nothing_but_nan, check_rewards
 
     _warn_of_nothing_but_nan.cache_clear()
     assert check_rewards([float("nan")] * 4, 4, "ratio") == [None] * 4

@@ -15,10 +15,10 @@ from trl import GRPOConfig, GRPOTrainer
 from hf_effi._files import StateFileError
 from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.functional.rollouts import ShuffledPrompts
-from hf_effi.trainers._grpo_resume import MARK, PROMPTS_FILE, STATE_FILE
-from hf_effi.trainers._rewards import RewardError
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.resume import MARK, PROMPTS_FILE, STATE_FILE
+from hf_effi.trainers.grpo.rewards import RewardError
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     LocalHub,
     assert_bitwise_equal,
@@ -156,7 +156,7 @@ def test_a_file_that_another_run_left_is_not_taken(
     whole: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("hf_effi.trainers._grpo_resume.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_effi.trainers.grpo.resume.logger.warning", warnings.append)
     checkpoint = copied(whole[1] / "checkpoint-3", tmp_path)
     unmark(checkpoint)  # as where stock has saved into the folder of an older run of ours
     trainer = train(tmp_path / "resumed", checkpoint)

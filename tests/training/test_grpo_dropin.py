@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     assert_bitwise_equal,
     binary_hash_reward,
@@ -51,7 +51,7 @@ def test_args_may_be_left_out_and_model_may_be_a_path(tmp_path: Path, monkeypatc
     save_tiny(tiny_qwen3(), tiny_tokenizer(), tmp_path / "policy")
     # GRPOConfig's own default is bf16, which needs a GPU.
     on_cpu = functools.partial(EffiGRPOConfig, use_cpu=True, bf16=False)
-    monkeypatch.setattr("hf_effi.trainers.grpo.EffiGRPOConfig", on_cpu)
+    monkeypatch.setattr("hf_effi.trainers.grpo.trainer.EffiGRPOConfig", on_cpu)
     trainer = EffiGRPOTrainer(str(tmp_path / "policy"), binary_hash_reward, train_dataset=prompt_dataset(8))
     assert isinstance(trainer.args, EffiGRPOConfig) and trainer.args.output_dir == "policy-GRPO"
 
@@ -141,7 +141,8 @@ def test_layerwise_checkpointing_survives_a_generation(tmp_path: Path) -> None:
 
 
 def test_lr_schedule_from_the_config_or_a_callback(tmp_path: Path) -> None:
-    from hf_effi import LRScheduleCallback, wsd
+    from hf_effi import LRScheduleCallback
+    from hf_effi.schedules import wsd
 
     schedule = {"warmup_steps": 2, "decay_steps": 2}
     named = train(EffiGRPOTrainer, tmp_path, max_steps=6, lr_schedule="wsd", lr_schedule_kwargs=schedule)

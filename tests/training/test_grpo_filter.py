@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import TableReward, assert_bitwise_equal, binary_hash_reward, grpo_args, prompt_dataset, run_grpo
 
 GROUP = 4

@@ -9,8 +9,8 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_effi.functional.rollouts import AdvantagePruner, row_advantages
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import TableReward, binary_hash_reward, grpo_args, prompt_dataset, run_grpo, tiny_qwen3
 
 GROUP = 4

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 
 from hf_effi.functional.rollouts import ShuffledPrompts
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     TableReward,
     assert_bitwise_equal,

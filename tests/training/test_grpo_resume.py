@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     assert_bitwise_equal,
     compare_runs,
@@ -96,7 +96,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_the_buffer_of_another_world_size_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("hf_effi.trainers._grpo_resume.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_effi.trainers.grpo.resume.logger.warning", warnings.append)
     over = CASES["reuse"]
     train(EffiGRPOTrainer, tmp_path / "whole", **over)
     checkpoint = tmp_path / "copy" / "checkpoint-3"

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import assert_bitwise_equal, binary_hash_reward, grpo_args, prompt_dataset, run_grpo
 
 #: What differs from 4 rows of groups of 2, accumulation 1; and how many distinct prompts a generation then has.

@@ -15,15 +15,17 @@ import torch
 from transformers import Trainer
 
 import hf_effi
-from hf_effi import LRScheduleCallback, SamplerMixin
+from hf_effi import LRScheduleCallback
 from hf_effi._files import CHECKPOINT_PREFIXES, StateFileError
 from hf_effi.callbacks._side_file import SideFileCallback
 from hf_effi.functional.schedules import ScheduleError, wsd
 from hf_effi.samplers import ShuffledSampler
+from hf_effi.trainers.mixins import SamplerMixin
 from tests.contract._sources import python_files, shown, tree_of
 from tests.helpers import callback_cases, lm_dataset, prompt_dataset, push_args, run_grpo, tiny_qwen3
 from tests.helpers.callback_cases import CASES, settings_of, train
 from tests.helpers.grpo import grpo_args
+from tests.helpers.public import public_objects
 
 #: an update at which every callback with a file of its own has something to store: inside of a search, or of a window
 STOPS = {"AutoLRSCallback": 10}
@@ -97,7 +99,7 @@ def test_of_every_callback(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         lambda: train(tmp_path, [name], settings, model, resume=stop),
         tmp_path / "marker",
     )
-    keeps = issubclass(getattr(hf_effi, name, callback_cases.ReptileCallback), SideFileCallback)
+    keeps = issubclass(public_objects()[name], SideFileCallback)
     assert len(found) == int(keeps), found
 
 

@@ -30,12 +30,12 @@ from hf_effi import (
     cli,
     from_card,
     read_run,
-    wsd,
 )
 from hf_effi._run_record import REDACTED
 from hf_effi.hub import publish
 from hf_effi.hub.model_card import PICTURE
 from hf_effi.hub.uploads import HubRefusedError, HubUploader
+from hf_effi.schedules import wsd
 from tests.helpers import (
     Fault,
     LocalHub,

@@ -8,16 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_effi import (
-    EffiSFTConfig,
-    EffiSFTTrainer,
-    EffiTrainer,
-    EffiTrainingArguments,
-    KernelPatchCallback,
-    PatchError,
-    patch,
-)
-from hf_effi.trainers import _kernel_mixin
+from hf_effi import EffiSFTConfig, EffiSFTTrainer, EffiTrainer, EffiTrainingArguments, KernelPatchCallback, patch
+from hf_effi.kernels import PatchError
+from hf_effi.trainers.mixins import kernel_patch as _kernel_mixin
 from tests.helpers import assert_bitwise_equal, compare_runs, lm_dataset, sft_dataset, tiny_llama, weights_of
 from tests.unit.test_kernel_patch import TorchRMSNorm, TorchSwiGLU, TwiceTheNorm, state_of
 

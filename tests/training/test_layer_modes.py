@@ -13,7 +13,7 @@ from hf_effi.callbacks.layer_modes import (
     MemoryBudgetCallback,
     SelectiveCheckpointCallback,
 )
-from hf_effi.parallel.layer_modes import LayerModeError, decoder_layers
+from hf_effi.memory.layer_modes import LayerModeError, decoder_layers
 from tests.helpers import compare_runs, grpo_args, lm_dataset, run_grpo, sft_dataset, tiny_qwen3, tiny_tokenizer
 
 LAYERS = 3

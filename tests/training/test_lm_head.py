@@ -8,14 +8,8 @@ from peft import LoraConfig
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 import hf_effi.kernels.lm_head as lm_head
-from hf_effi import (
-    EffiGRPOConfig,
-    EffiGRPOTrainer,
-    FusedLMHead,
-    PatchError,
-    patch,
-)
-from hf_effi.kernels import _lm_head_tiles
+from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, patch
+from hf_effi.kernels import FusedLMHead, PatchError, _lm_head_tiles
 from tests.helpers import grpo_args, run_grpo, sft_dataset, tiny_gemma, tiny_llama, tiny_tokenizer, weights_of
 from tests.unit.test_kernel_patch import state_of
 

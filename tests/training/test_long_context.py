@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_effi.parallel.varlen import PATTERNS_FIELD, VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
+from hf_effi.attention.varlen import (
+    PATTERNS_FIELD,
+    VARLEN_ATTENTION,
+    register_varlen_attention,
+    set_attention_patterns,
+)
 from hf_effi.recipes.long_context import LongContextStage, extend_rope, lambda_patterns, longgen_patterns
 from tests.helpers import compare_runs, lm_dataset, tiny_llama
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_effi import EffiTrainer, EffiTrainingArguments, KernelPatchCallback, LowBitLoRALinear, PatchError, patch
+from hf_effi import EffiTrainer, EffiTrainingArguments, KernelPatchCallback, patch
+from hf_effi.kernels import LowBitLoRALinear, PatchError
 from hf_effi.kernels.low_bit import FORMATS, LowBitWeight
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, lm_dataset, run_grpo, weights_of
 from tests.training.test_fused_lora import adapted, adapted_policy, run

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
-from hf_effi.trainers._batch_mixin import BatchTransformMixin
-from hf_effi.trainers._masking import MaskingRatioCurriculum
+from hf_effi.data.masking import MaskingRatioCurriculum
+from hf_effi.trainers.mixins.batch_transform import BatchTransformMixin
 from tests.helpers import compare_runs, lm_dataset, record_run
 from tests.helpers.sampling import StopAt
 from tests.helpers.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE

@@ -3,9 +3,9 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from hf_effi.functional.curriculum import CurriculumError
-from hf_effi.trainers._batch_mixin import BatchTransformMixin
-from hf_effi.trainers._metadata import MetadataCollator, MetadataConditioning
+from hf_effi.data.metadata import MetadataCollator, MetadataConditioning
+from hf_effi.functional.data import CurriculumError
+from hf_effi.trainers.mixins.batch_transform import BatchTransformMixin
 from tests.helpers import compare_runs, lm_dataset, record_run, tiny_qwen3
 from tests.helpers.sampling import StopAt
 

@@ -1,7 +1,8 @@
 import pytest
 from transformers import Trainer
 
-from hf_effi import Multigrid, MultigridLRCallback
+from hf_effi.callbacks import MultigridLRCallback
+from hf_effi.data import Multigrid
 from hf_effi.functional.schedules import ScheduleError
 from tests.helpers import compare_runs, record_run
 from tests.helpers.sampling import StopAt

@@ -6,7 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_effi.samplers import MultistageSampler, RowLoss
+from hf_effi.data import RowLoss
+from hf_effi.samplers import MultistageSampler
 from tests.helpers import compare_runs
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
 

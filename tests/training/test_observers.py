@@ -163,7 +163,7 @@ def test_a_summary_or_a_card_that_fails_is_a_warning(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise KeyError("progress")
 
-    monkeypatch.setattr("hf_effi.trainers._record_mixin.summary_lines", fails)
+    monkeypatch.setattr("hf_effi.trainers.mixins.run_record.summary_lines", fails)
     monkeypatch.setattr("hf_effi.hub.publish.add_section", fails)
     trainer = make(tmp_path, disable_tqdm=False)
     assert trainer.train().global_step == 4

@@ -7,24 +7,21 @@ from transformers import Trainer, TrainerCallback
 
 from hf_effi import (
     ActivationOffloadCallback,
-    AdaLoRACallback,
-    AutoLRSCallback,
     EffiTrainer,
     EffiTrainingArguments,
     HubCallback,
-    HypergradientCallback,
     LRScheduleCallback,
     MemoryBudgetCallback,
-    RandomLTDCallback,
     RunRecordCallback,
     SamplerCallback,
     TrainDoctor,
     WeightAveragingCallback,
-    constant,
 )
+from hf_effi.callbacks import AdaLoRACallback, AutoLRSCallback, HypergradientCallback, RandomLTDCallback
 from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.hub.recipe import read_recipe
 from hf_effi.samplers import ShuffledSampler
+from hf_effi.schedules import constant
 from tests.helpers import LocalHub, assert_bitwise_equal, lm_dataset, push_args, tiny_qwen3, tiny_tokenizer
 from tests.helpers.sampling import sampler_trainer
 from tests.training.test_hub import TOKEN, load_from

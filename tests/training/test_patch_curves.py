@@ -10,17 +10,9 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 import hf_effi.kernels.lm_head as lm_head
-from hf_effi import (
-    FusedLMHead,
-    FusedLoRALinear,
-    KernelPatchCallback,
-    PatchCallback,
-    patch,
-    stream_layers,
-    tile_loss,
-    tile_mlp,
-)
-from hf_effi.kernels import TiledMLP
+from hf_effi import KernelPatchCallback, PatchCallback, patch
+from hf_effi.kernels import FusedLMHead, FusedLoRALinear, TiledMLP, tile_mlp
+from hf_effi.memory import stream_layers, tile_loss
 from tests.helpers import sft_dataset, tiny_llama, tiny_tokenizer
 from tests.training.test_fused_lora import adapted
 from tests.training.test_kernel_patch import ReorderedNorm, arguments, losses_of, trainer_of

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_effi.functional.memory import Switches, memory_table
 from hf_effi.functional.saved_bytes import SavedBytes
-from hf_effi.parallel.layer_modes import LayerModes
+from hf_effi.memory.layer_modes import LayerModes
 from hf_effi.report.plan_memory import plan_memory
 from hf_effi.report.trace_memory import TracedModel
 from tests.helpers import lm_dataset, tiny_gpt2, tiny_llama, tiny_qwen3

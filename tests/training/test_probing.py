@@ -10,33 +10,27 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_effi import (
-    AdaLoRACallback,
-    AutoLRSCallback,
     EffiTrainer,
     EffiTrainingArguments,
     HubCallback,
-    HypergradientCallback,
     LRScheduleCallback,
-    RandomLTDCallback,
     RunRecordCallback,
-    SequenceLengthMixin,
     TrainDoctor,
     WeightAveragingCallback,
-    average_checkpoints,
-    branch_cooldown,
-    constant,
-    cosine,
     read_run,
 )
-from hf_effi.callbacks import auto_lrs
-from hf_effi.callbacks.probing import trained_steps
+from hf_effi.callbacks import AdaLoRACallback, AutoLRSCallback, HypergradientCallback, RandomLTDCallback, auto_lrs
+from hf_effi.callbacks._probing import trained_steps
 from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.checkpoint import average_checkpoints
 from hf_effi.functional.schedules import ScheduleError
 from hf_effi.functional.schedules.planner_loss import curve_from_trainer_state
 from hf_effi.report.run_data import load_run
 from hf_effi.samplers import MeasuringSampler
-from hf_effi.trainers import _hub_mixin
-from hf_effi.trainers._batch_mixin import BatchTransform, BatchTransformMixin
+from hf_effi.schedules import branch_cooldown, constant, cosine
+from hf_effi.trainers.mixins import SequenceLengthMixin
+from hf_effi.trainers.mixins import hub as _hub_mixin
+from hf_effi.trainers.mixins.batch_transform import BatchTransform, BatchTransformMixin
 from tests.helpers.callback_cases import adalora_model, flat, plain_model, rows, without_network
 
 PROBES = [update for first in (1, 9, 17) for update in range(first, first + 4)]

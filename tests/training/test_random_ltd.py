@@ -7,9 +7,11 @@ import torch
 from transformers import Trainer
 from trl import DPOConfig, GRPOConfig, SFTConfig, SFTTrainer
 
-from hf_effi import LRScheduleCallback, RandomLTDCallback, linear, token_indexed
+from hf_effi import LRScheduleCallback
+from hf_effi.callbacks import RandomLTDCallback
 from hf_effi.callbacks.random_ltd import refuse_trainer
-from hf_effi.parallel.random_ltd import RandomLTDError
+from hf_effi.layers.random_ltd import RandomLTDError
+from hf_effi.schedules import linear, token_indexed
 from hf_effi.trainers.sft import EffiSFTConfig
 from tests.helpers import assert_bitwise_equal, compare_runs, sft_dataset, tiny_qwen3, tiny_tokenizer, weights_of
 from tests.helpers.sampling import sampler_trainer, stop_and_resume

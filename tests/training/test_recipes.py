@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_effi import LRScheduleCallback, wsd
+from hf_effi import LRScheduleCallback
 from hf_effi.callbacks.sampler import SamplerCallback
 from hf_effi.functional.schedules import DecayToZeroWarning
 from hf_effi.recipes import cdma, cma, stability_gap
 from hf_effi.samplers import QualityAscendingSampler, ShuffledSampler
+from hf_effi.schedules import wsd
 from tests.helpers import assert_bitwise_equal, compare_runs, weights_of
 from tests.helpers.resume import weights_in
 from tests.helpers.sampling import SamplerTrainer, sampler_trainer, stop_and_resume

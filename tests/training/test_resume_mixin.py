@@ -27,7 +27,7 @@ from hf_effi import (
 )
 from hf_effi._files import StateFileError
 from hf_effi.samplers import ShuffledSampler
-from hf_effi.trainers._whole_checkpoint import check_checkpoint, first_broken
+from hf_effi.trainers.mixins._whole_checkpoint import check_checkpoint, first_broken
 from tests.helpers import (
     assert_bitwise_equal,
     grpo_args,
@@ -82,7 +82,7 @@ def test_a_finished_run_trains_nothing_and_says_so_once(
     first = make(tmp_path, **over)
     first.train()
     said: list[str] = []
-    monkeypatch.setattr("hf_effi.trainers._resume_mixin.logger.warning", said.append)
+    monkeypatch.setattr("hf_effi.trainers.mixins.resume.logger.warning", said.append)
     for _ in range(2):  # as a job that restarts by itself
         steps = Steps()
         again = make(tmp_path, **over)

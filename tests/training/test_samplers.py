@@ -7,7 +7,7 @@ from transformers import Trainer
 
 from hf_effi.callbacks.sampler import SamplerCallback
 from hf_effi.samplers import EffiSampler, SamplerError, SamplerMismatchError, SelfPacedSampler, ShuffledSampler
-from hf_effi.trainers._sampler_mixin import SAMPLER_FILE, SamplerMixin
+from hf_effi.trainers.mixins.sampler import SAMPLER_FILE, SamplerMixin
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, run_grpo
 from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume
 

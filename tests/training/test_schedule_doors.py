@@ -9,9 +9,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyScheduler
 
-from hf_effi import EffiTrainer, EffiTrainingArguments, LRScheduleCallback, branch_cooldown
+from hf_effi import EffiTrainer, EffiTrainingArguments, LRScheduleCallback
 from hf_effi.callbacks.lr_schedule import STATE_KEY, taken_over
 from hf_effi.functional.schedules import ScheduleError, ScheduleMismatchError, linear, make_schedule, wsd
+from hf_effi.schedules import branch_cooldown
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
 from tests.unit.test_schedule_followed import applied_multiplier, judge
 

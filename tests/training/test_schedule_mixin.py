@@ -185,7 +185,7 @@ def test_sft_trainer(tmp_path):
 def test_a_scheduler_in_the_deepspeed_config_is_refused_by_name(tmp_path):
     from types import SimpleNamespace
 
-    from hf_effi.trainers._schedule_mixin import schedule_from_config
+    from hf_effi.trainers.mixins.schedule import schedule_from_config
 
     args = arguments(tmp_path, lr_schedule="wsd")
     args.hf_deepspeed_config = SimpleNamespace(config={"scheduler": {"type": "WarmupLR"}})

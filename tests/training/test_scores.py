@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import instruct_mining, keep_by_judge, learnability, row_lengths
-from hf_effi.samplers import ColumnScore, ModelScore, QualityAscendingSampler, add_score
+from hf_effi.data import ColumnScore, ModelScore, add_score
+from hf_effi.functional.data import instruct_mining, keep_by_judge, learnability, row_lengths
+from hf_effi.samplers import QualityAscendingSampler
 from tests.helpers import compare_runs, lm_dataset, tiny_qwen3
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_effi.samplers import GreedyAnswers, SelfImprovement
+from hf_effi.data import GreedyAnswers, SelfImprovement
 from tests.helpers import assert_bitwise_equal, tiny_qwen3, tiny_tokenizer, weights_of
 
 BASE = [{"prompt": f"{letter}>", "completion": letter} for letter in "abcdefgh"]

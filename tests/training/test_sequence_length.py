@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_effi.functional.curriculum import CurriculumError, staged_length
-from hf_effi.trainers._length_mixin import SequenceLengthMixin
+from hf_effi.functional.data import CurriculumError, staged_length
+from hf_effi.trainers.mixins.sequence_length import SequenceLengthMixin
 from tests.helpers import compare_runs, lm_dataset, record_run, tiny_qwen3
 from tests.helpers.sampling import StopAt
 

@@ -11,9 +11,10 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
-from hf_effi import EffiGRPOTrainer, EffiTrainer, EffiTrainingArguments, SequenceParallelError, SequenceParallelMixin
-from hf_effi.parallel import SequenceGroup
-from hf_effi.trainers._sequence_parallel import _mode_of
+from hf_effi import EffiGRPOTrainer, EffiTrainer, EffiTrainingArguments
+from hf_effi.parallel import SequenceGroup, SequenceParallelError
+from hf_effi.trainers.mixins import SequenceParallelMixin
+from hf_effi.trainers.mixins.sequence_parallel import _mode_of
 from tests.helpers import compare_runs, lm_dataset, tiny_llama
 
 

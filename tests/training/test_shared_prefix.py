@@ -10,13 +10,9 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from hf_effi import (
-    EffiTrainer,
-    EffiTrainingArguments,
-    SharedPrefixCollator,
-    group_by_prompt,
-    register_varlen_attention,
-)
+from hf_effi import EffiTrainer, EffiTrainingArguments
+from hf_effi.attention import register_varlen_attention
+from hf_effi.data import SharedPrefixCollator, group_by_prompt
 from hf_effi.functional.shared_prefix import SharedPrefixError
 from tests.helpers import assert_bitwise_equal, compare_runs, record_run, tiny_llama, tiny_qwen3, tiny_tokenizer
 from tests.helpers.prompts import answers, pad_answers

@@ -12,16 +12,11 @@ import pytest
 from peft import AdaLoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from hf_effi import (
-    AdaLoRACallback,
-    AutoLRSCallback,
-    HypergradientCallback,
-    RunRecordCallback,
-    SamplerMixin,
-    WeightAveragingCallback,
-)
+from hf_effi import RunRecordCallback, WeightAveragingCallback
+from hf_effi.callbacks import AdaLoRACallback, AutoLRSCallback, HypergradientCallback
 from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.samplers import ShuffledSampler
+from hf_effi.trainers.mixins import SamplerMixin
 from tests.helpers import lm_dataset, push_args, tiny_qwen3
 
 

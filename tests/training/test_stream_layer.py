@@ -6,8 +6,8 @@ from transformers import Trainer
 
 from hf_effi import PatchCallback
 from hf_effi.kernels.tiled_mlp import tile_mlp
-from hf_effi.parallel.stream_layer import stream_layers
-from hf_effi.parallel.tiled_loss import tile_loss
+from hf_effi.memory.stream_layer import stream_layers
+from hf_effi.memory.tiled_loss import tile_loss
 from tests.helpers import compare_runs, sft_dataset, tiny_qwen3, tiny_tokenizer
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_effi import PatchCallback
-from hf_effi.parallel.tiled_loss import tile_loss
+from hf_effi.memory.tiled_loss import tile_loss
 from tests.helpers import compare_runs, lm_dataset, tiny_gemma, tiny_qwen3
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
 

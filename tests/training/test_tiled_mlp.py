@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_effi import FusedLoRALinear, KernelPatchCallback
+from hf_effi import KernelPatchCallback
 from hf_effi.callbacks.patch import PatchCallback
+from hf_effi.kernels import FusedLoRALinear
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from tests.helpers import compare_runs, lm_dataset, sft_dataset, tiny_qwen3, tiny_tokenizer
 from tests.helpers.sampling import sampler_trainer, stop_and_resume

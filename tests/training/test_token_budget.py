@@ -156,7 +156,8 @@ def test_other_ways_in_are_refused(tmp_path):
 def test_trl_trainers(tmp_path):
     from trl import GRPOTrainer
 
-    from hf_effi import EffiSFTConfig, EffiSFTTrainer, SamplerMixin
+    from hf_effi import EffiSFTConfig, EffiSFTTrainer
+    from hf_effi.trainers.mixins import SamplerMixin
 
     class Grouped(SamplerMixin, GRPOTrainer):
         pass

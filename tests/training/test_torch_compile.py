@@ -11,17 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from hf_effi import (
-    EffiTrainer,
-    EffiTrainingArguments,
-    PatchCallback,
-    RandomLTDCallback,
-    SelectiveCheckpointCallback,
-    stream_layers,
-    tile_loss,
-    tile_mlp,
-)
-from hf_effi.parallel.random_ltd import RandomLTDError
+from hf_effi import EffiTrainer, EffiTrainingArguments, PatchCallback, SelectiveCheckpointCallback
+from hf_effi.callbacks import RandomLTDCallback
+from hf_effi.kernels import tile_mlp
+from hf_effi.layers.random_ltd import RandomLTDError
+from hf_effi.memory import stream_layers, tile_loss
 from tests.helpers import lm_dataset, push_args, tiny_qwen3, weights_of
 
 

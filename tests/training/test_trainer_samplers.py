@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hf_effi.samplers import QualityAscendingSampler
-from hf_effi.trainers.grpo import EffiGRPOTrainer
-from hf_effi.trainers.grpo_config import EffiGRPOConfig
+from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from hf_effi.trainers.sft import EffiSFTConfig, EffiSFTTrainer
 from hf_effi.trainers.trainer import EffiTrainer, EffiTrainingArguments
 from tests.helpers import (

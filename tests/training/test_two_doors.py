@@ -13,27 +13,26 @@ from hf_effi import (
     EffiTrainingArguments,
     KernelPatchCallback,
     LRScheduleCallback,
-    Multigrid,
-    MultigridLRCallback,
     PatchCallback,
-    PatchError,
     RunRecordCallback,
     SamplerCallback,
     TrainDoctor,
     patch,
     read_run,
-    tile_loss,
-    tile_mlp,
 )
+from hf_effi.callbacks import MultigridLRCallback
 from hf_effi.callbacks.layer_modes import SelectiveCheckpointCallback
 from hf_effi.callbacks.random_ltd import RandomLTDCallback
 from hf_effi.callbacks.run_record import methods_of_parts
-from hf_effi.functional.curriculum import CurriculumError
+from hf_effi.data import Multigrid
+from hf_effi.functional.data import CurriculumError
 from hf_effi.functional.rollouts import AdvantagePruner, PassRateBand
 from hf_effi.functional.schedules import cosine
 from hf_effi.hub.recipe import from_card, recipe_of
-from hf_effi.parallel.layer_modes import LayerModes
-from hf_effi.parallel.stream_layer import stream_layers
+from hf_effi.kernels import PatchError, tile_mlp
+from hf_effi.memory import tile_loss
+from hf_effi.memory.layer_modes import LayerModes
+from hf_effi.memory.stream_layer import stream_layers
 from hf_effi.samplers import (
     EffiSampler,
     QualityAscendingSampler,
@@ -42,7 +41,7 @@ from hf_effi.samplers import (
     SelfPacedSampler,
     ShuffledSampler,
 )
-from hf_effi.trainers import _kernel_mixin
+from hf_effi.trainers.mixins import kernel_patch as _kernel_mixin
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, run_grpo
 from tests.helpers.sampling import SamplerTrainer, StopAt, sampler_trainer
 from tests.training.test_kernel_patch import LAYERS, trainer_of

@@ -8,10 +8,10 @@ import pytest
 import torch
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
+from hf_effi.attention import varlen
+from hf_effi.attention.varlen import VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
 from hf_effi.callbacks.layer_modes import SelectiveCheckpointCallback
 from hf_effi.functional.segment_attention import AttentionPattern
-from hf_effi.parallel import varlen
-from hf_effi.parallel.varlen import VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
 from hf_effi.patching import probing
 from tests.helpers import grpo_args, run_grpo, sft_dataset, tiny_qwen3, tiny_tokenizer, weights_of
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import CurriculumError, copy_probe, copy_scores, relative_increase, top_heads
-from hf_effi.samplers import AttentionInfluence, copy_head_scores, masked_heads, retrieval_heads
+from hf_effi.data import AttentionInfluence, copy_head_scores, masked_heads, retrieval_heads
+from hf_effi.functional.data import CurriculumError, copy_probe, copy_scores, relative_increase, top_heads
 from tests.helpers import assert_bitwise_equal, tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3, weights_of
 
 IDS = torch.arange(4, 16).view(2, 6)

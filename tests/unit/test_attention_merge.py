@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_effi.kernels.attention_merge import merge_attention, merge_attention_reference
+from hf_effi.attention.merge import merge_attention, merge_attention_reference
 
 
 def partials(*shape, dtype=torch.float64, seed=0):

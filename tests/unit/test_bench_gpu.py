@@ -9,7 +9,7 @@ import torch
 
 from bench._schema import RESULTS
 from bench.gpu import _cases, run_all
-from hf_effi import PatchError
+from hf_effi.kernels import PatchError
 from hf_effi.report.record import check_record
 
 

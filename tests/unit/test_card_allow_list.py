@@ -94,12 +94,12 @@ def test_the_documentation_shows_the_list():
 # --- attacks ----------------------------------------------------------------------------------------------------------------
 
 NESTED_CONFIG = {
-    "class": "hf_effi.trainers.grpo_config:EffiGRPOConfig",
+    "class": "hf_effi.trainers.grpo.config:EffiGRPOConfig",
     "arguments": {"output_dir": "x", "model_init_kwargs": {"trust_remote_code": True}},
 }
 OBJECTS = {
     "a trainer with a config inside": {
-        "class": "hf_effi.trainers.grpo:EffiGRPOTrainer",
+        "class": "hf_effi.trainers.grpo.trainer:EffiGRPOTrainer",
         "arguments": {"model": "evil/model", "args": NESTED_CONFIG},
     },
     "a config": NESTED_CONFIG,
@@ -110,7 +110,7 @@ OBJECTS = {
     "a repository of kernels by its short form": {"class": "hf_effi:KernelPatchCallback", "arguments": {"layers": "evil/kernels"}},
     "a folder": {"class": "hf_effi:WeightAveragingCallback", "arguments": {"folder": "../../etc"}},
     "a checkpoint": {
-        "class": "hf_effi.callbacks.branch:Branch",
+        "class": "hf_effi.schedules.branch:Branch",
         "arguments": {"checkpoint": "/etc", "output_dir": "/etc", "total_steps": 1, "schedule": None},
     },
     "a tokenizer with code": {
@@ -120,17 +120,17 @@ OBJECTS = {
     "a module by its name": {"class": "peft:LoraConfig", "arguments": {"megatron_config": {}, "megatron_core": "os"}},
     "a file to read": {"class": "peft:LoraConfig", "arguments": {"corda_config": {"cache_file": "/etc/passwd"}}},
     "adapters to load": {"class": "peft:XLoraConfig", "arguments": {"adapters": {"a": "evil/x"}}},
-    "a score of a model": {"class": "hf_effi.samplers:ModelScore", "arguments": {"model": "evil/x"}},
+    "a score of a model": {"class": "hf_effi.data:ModelScore", "arguments": {"model": "evil/x"}},
     "a pattern without an end": {"class": "peft:LoraConfig", "arguments": {"target_modules": "(a+)+$"}},
     "a function": {"function": "trl.rewards.other_rewards:get_repetition_penalty_reward"},
     "the command line": {"class": "hf_effi.__main__:main", "arguments": {}},
-    "a private class": {"class": "hf_effi.samplers.scores:_Shards", "arguments": {"folder": "/etc"}},
+    "a private class": {"class": "hf_effi.data.scores:_Shards", "arguments": {"folder": "/etc"}},
     "another kind of object": {
         "class": "hf_effi:SamplerCallback",
         "arguments": {"sampler": {"class": "hf_effi:WeightAveragingCallback", "arguments": {}}},
     },
     "no path": {"class": "hf_effi", "arguments": {}},
-    "a path that is no text": {"class": ["hf_effi:cosine"], "arguments": {}},
+    "a path that is no text": {"class": ["hf_effi.schedules:cosine"], "arguments": {}},
     "arguments that are no mapping": {"class": "hf_effi.functional.schedules:cosine", "arguments": [1]},
     "a dunder": {"class": "hf_effi.functional.schedules:__class__", "arguments": {}},
     "text for a number": {"class": "hf_effi.functional.schedules:cosine", "arguments": {"total_steps": "/etc/passwd"}},
@@ -274,7 +274,7 @@ def test_hostile_cards_give_one_short_sentence(tmp_path, text):
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 10**400, 1e308, float("nan"), "", "/etc/passwd", "../../x", "http://127.0.0.1:9/x", "evil/repo",
     "os:system", "hf_effi.__main__:x", "$(touch x)", "a" * 5000, [], {}, [[]], {"class": "os:system", "arguments": {}},
-    {"class": "hf_effi.trainers.grpo:EffiGRPOTrainer", "arguments": {"model": "evil/x"}}, {"function": "os:system"},
+    {"class": "hf_effi.trainers.grpo.trainer:EffiGRPOTrainer", "arguments": {"model": "evil/x"}}, {"function": "os:system"},
     {"trust_remote_code": True}, [1] * 300, "__import__('os')",
 )  # fmt: skip
 
@@ -289,7 +289,7 @@ def seeds() -> list[dict[str, Any]]:
         {"class": "hf_effi:LRScheduleCallback", "arguments": {"schedule": schedule}},
         {"class": "hf_effi:WeightAveragingCallback", "arguments": {"last": 2, "kind": "ema"}},
         {"class": "hf_effi:KernelPatchCallback", "arguments": {"layers": {"RMSNorm": "hf_effi"}}},
-        {"class": "hf_effi:AutoLRSCallback", "arguments": {"low": 1e-5, "high": 1e-2}},
+        {"class": "hf_effi.callbacks:AutoLRSCallback", "arguments": {"low": 1e-5, "high": 1e-2}},
     ]
     lora = {"class": "peft:LoraConfig", "arguments": {"r": 4, "target_modules": ["q_proj"]}}
     sampler = {"class": "hf_effi.samplers:QualityAscendingSampler", "arguments": {"scores": [1.0, 2.0], "folds": 1}}

@@ -3,7 +3,7 @@ import torch
 
 from hf_effi._compat import CACHE_ARGUMENTS, cache_argument
 from hf_effi.functional.sequence import chunk_schedule, plan_chunks
-from hf_effi.parallel.chunk_flow import ChunkFlow, ChunkFlowError, make_groups
+from hf_effi.memory.chunk_flow import ChunkFlow, ChunkFlowError, make_groups
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
 
 

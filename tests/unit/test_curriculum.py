@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import (
+from hf_effi.functional.data import (
     CurriculumError,
     competence,
     competence_order,

@@ -3,7 +3,8 @@ import logging
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import CurriculumError, interleave_levels, score_order
+from hf_effi.data import RowCorrect, RowLoss
+from hf_effi.functional.data import CurriculumError, interleave_levels, score_order
 from hf_effi.samplers import (
     AbilitySampler,
     CompetenceSampler,
@@ -11,8 +12,6 @@ from hf_effi.samplers import (
     GroupSampler,
     InterleavedSampler,
     QualityAscendingSampler,
-    RowCorrect,
-    RowLoss,
     SamplerError,
     SamplerMismatchError,
     SelfPacedSampler,

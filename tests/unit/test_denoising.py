@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import (
+from hf_effi.data.denoising import UL2Denoising
+from hf_effi.functional.data import (
     UL2_DENOISERS,
     UL2R_DENOISERS,
     CurriculumError,
@@ -13,7 +14,6 @@ from hf_effi.functional.curriculum import (
     span_mask,
     split_spans,
 )
-from hf_effi.trainers._denoising import UL2Denoising
 
 SENTINELS = list(range(900, 1000))
 MODES = {"R": 800, "X": 801, "S": 802}

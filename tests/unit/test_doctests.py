@@ -18,17 +18,17 @@ EXTRA_MODULES = (
     "hf_effi.samplers.learned",
     "hf_effi.samplers.mixture",
     "hf_effi.samplers.multistage",
-    "hf_effi.samplers.scores",
+    "hf_effi.data.scores",
     "hf_effi.kernels.fused_lora",
     "hf_effi.kernels.low_bit",
     "hf_effi.methods",
-    "hf_effi.parallel.offload",
+    "hf_effi.memory.offload",
     "hf_effi.recipes.long_context",
     "hf_effi.report.plan_memory",
-    "hf_effi.trainers._metadata",
-    "hf_effi.trainers._prefix_collator",
-    "hf_effi.trainers._rewards",
-    "hf_effi.trainers.grpo_config",
+    "hf_effi.data.metadata",
+    "hf_effi.data.shared_prefix",
+    "hf_effi.trainers.grpo.rewards",
+    "hf_effi.trainers.grpo.config",
 )
 
 

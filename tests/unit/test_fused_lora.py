@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_effi import FusedLoRALinear, KernelMismatchError, PatchError, patch
+from hf_effi import patch
+from hf_effi.kernels import FusedLoRALinear, KernelMismatchError, PatchError
 from hf_effi.kernels import fused_lora as module_under_test
 from hf_effi.kernels.fused_lora import LoRAWeights, fused_lora, fused_lora_reference
 from tests.helpers import assert_bitwise_equal, tiny_gpt2, tiny_llama, tiny_qwen3

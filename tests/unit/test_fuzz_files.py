@@ -24,8 +24,7 @@ from hf_effi import cli
 from hf_effi._files import StateFileError, load_json, load_state, save_state
 from hf_effi._run_record import EVENTS, FOLDER, SUMMARY, RunStore
 from hf_effi._untrusted import UntrustedFileError
-from hf_effi.callbacks.branch import branch_cooldown
-from hf_effi.callbacks.probing import written_in_probe
+from hf_effi.callbacks._probing import written_in_probe
 from hf_effi.callbacks.run_summary import summary_lines
 from hf_effi.cli_train import make_parser, other_keys
 from hf_effi.cli_yaml import problems_of_keys, read_config
@@ -36,6 +35,7 @@ from hf_effi.hub.recipe import RecipeError, read_recipe
 from hf_effi.report.plan_lr import UnreadableRunError, _read_curve
 from hf_effi.report.run_data import NoRunError, load_group
 from hf_effi.report.run_page import numbers, render_run_page
+from hf_effi.schedules.branch import branch_cooldown
 from tests.helpers.audit import files_below, watched
 from tests.helpers.fuzz import damaged, mutated
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_effi.functional.layer_plan import MODES
 from hf_effi.functional.saved_bytes import SavedBytes
-from hf_effi.parallel.layer_modes import (
+from hf_effi.memory.layer_modes import (
     LayerModeError,
     LayerModes,
     decoder_layers,
@@ -23,8 +23,8 @@ from hf_effi.parallel.layer_modes import (
     release_layers,
     selective_contexts,
 )
-from hf_effi.parallel.layer_profile import LayerProbe, measure_copy_bandwidth
-from hf_effi.parallel.offload import ActivationOffloader
+from hf_effi.memory.layer_profile import LayerProbe, measure_copy_bandwidth
+from hf_effi.memory.offload import ActivationOffloader
 from tests.helpers import assert_bitwise_equal, tiny_gemma, tiny_llama, tiny_qwen3
 
 LAYERS = 4

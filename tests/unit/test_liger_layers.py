@@ -45,8 +45,8 @@ def in_interpreter():
     import re
 
     import tests.helpers
-    from hf_effi import KernelMismatchError, patch
-    from hf_effi.kernels import PatchError
+    from hf_effi import patch
+    from hf_effi.kernels import KernelMismatchError, PatchError
     from tests.unit.test_kernel_patch import outputs_of, peft_llama, state_of
 
     def deviation(a, b):

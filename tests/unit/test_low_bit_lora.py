@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from hf_effi import KernelMismatchError, LowBitLoRALinear, PatchError, patch, unpatch
-from hf_effi.kernels import low_bit
+from hf_effi import patch, unpatch
+from hf_effi.kernels import KernelMismatchError, LowBitLoRALinear, PatchError, low_bit
 from hf_effi.kernels.low_bit import FORMATS, LowBitWeight, quantize_rows
 from tests.helpers import assert_bitwise_equal, tiny_llama, tiny_qwen3
 from tests.unit.test_fused_lora import attention_of, lora_model, randomize, saved_bytes

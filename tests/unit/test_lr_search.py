@@ -4,9 +4,9 @@ import random
 import pytest
 import torch
 
+from hf_effi.callbacks._lr_search import denoise, predict_loss, propose_lr, validation_loss
 from hf_effi.callbacks.auto_lrs import AutoLRSCallback
-from hf_effi.callbacks.lr_search import denoise, predict_loss, propose_lr, validation_loss
-from hf_effi.callbacks.snapshot import take_rng
+from hf_effi.checkpoint.snapshot import take_rng
 from hf_effi.functional.schedules import ScheduleError
 from hf_effi.functional.schedules.adaptive import extrapolate_exponential, fit_exponential
 

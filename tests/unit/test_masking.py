@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import CurriculumError, continues_word, mask_tokens, masking_ratio, seeded
-from hf_effi.trainers._masking import MaskingRatioCurriculum
+from hf_effi.data.masking import MaskingRatioCurriculum
+from hf_effi.functional.data import CurriculumError, continues_word, mask_tokens, masking_ratio, seeded
 
 CLS, SEP, PAD, MASK, FIRST, VOCAB = 0, 1, 2, 3, 4, 54
 

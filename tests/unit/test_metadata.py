@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import CurriculumError, cooldown_step, domain_of, join_metadata, seeded
-from hf_effi.trainers._metadata import MetadataCollator, MetadataConditioning
+from hf_effi.data.metadata import MetadataCollator, MetadataConditioning
+from hf_effi.functional.data import CurriculumError, cooldown_step, domain_of, join_metadata, seeded
 
 BOS, EOS, PAD = 1, 2, 0
 

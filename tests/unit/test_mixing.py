@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_effi.functional.curriculum import CurriculumError, apportion, mixture_at, mixture_counts, mixture_order
+from hf_effi.functional.data import CurriculumError, apportion, mixture_at, mixture_counts, mixture_order
 from hf_effi.samplers import MixtureSampler, ReplaySampler, SamplerError
 
 PLAN = [(0.0, {"a": 7, "b": 3}), (0.85, {"a": 3, "b": 6, "c": 1})]

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from hf_effi import Multigrid, MultigridLRCallback
-from hf_effi.functional.curriculum import CurriculumError, rechunk
+from hf_effi.callbacks import MultigridLRCallback
+from hf_effi.data import Multigrid
+from hf_effi.functional.data import CurriculumError, rechunk
 
 
 def test_sequence_by_hand():

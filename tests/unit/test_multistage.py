@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import BernoulliBayes, CurriculumError
+from hf_effi.functional.data import BernoulliBayes, CurriculumError
 from hf_effi.samplers import MultistageSampler, SamplerMismatchError
 
 # Token 0 stands in easy rows, token 1 in hard ones, token 2 in all.

@@ -11,9 +11,10 @@ import re
 import pytest
 import torch
 
-from hf_effi import FusedLoRALinear, patch, stream_layers, tile_loss, tile_mlp, unpatch
-from hf_effi.kernels import TiledMLP
-from hf_effi.parallel.random_ltd import TokenDropping, drop_layer_tokens
+from hf_effi import patch, unpatch
+from hf_effi.kernels import FusedLoRALinear, TiledMLP, tile_mlp
+from hf_effi.layers.random_ltd import TokenDropping, drop_layer_tokens
+from hf_effi.memory import stream_layers, tile_loss
 from tests.helpers import assert_bitwise_equal, tiny_llama
 from tests.unit.test_kernel_patch import IDS, SWIGLU, TorchLoss, TorchRMSNorm, TorchSwiGLU, outputs_of, state_of
 

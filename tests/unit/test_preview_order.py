@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from hf_effi.functional.curriculum import CurriculumError
+from hf_effi.functional.data import CurriculumError
 from hf_effi.report import preview_order
 from hf_effi.samplers import CompetenceSampler, QualityAscendingSampler, ShuffledSampler
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM
 
 from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.functional.random_ltd import draw_kept, kept_tokens, layer_tokens, ramp_length, uniform_scores
-from hf_effi.parallel.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
+from hf_effi.layers.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
 from tests.helpers import assert_bitwise_equal, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3, weights_of
 
 

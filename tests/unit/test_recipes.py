@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_effi.callbacks.weight_averaging import WeightAveragingCallback
-from hf_effi.functional.curriculum import CurriculumError, stability_dip
+from hf_effi.functional.data import CurriculumError, stability_dip
 from hf_effi.functional.schedules import ScheduleError
 from hf_effi.recipes import cdma, cma, stability_gap
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from hf_effi.functional.curriculum import CurriculumError, clean_scores, repeat_layout, seeded
+from hf_effi.functional.data import CurriculumError, clean_scores, repeat_layout, seeded
 from hf_effi.samplers import EffiSampler, GroupSampler, SamplerError, SamplerMismatchError, ShuffledSampler
 
 

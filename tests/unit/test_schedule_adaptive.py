@@ -4,8 +4,7 @@ import random
 import pytest
 import torch
 
-from hf_effi.callbacks.lr_range_test import lr_range_test
-from hf_effi.callbacks.snapshot import restore_snapshot, take_snapshot
+from hf_effi.checkpoint.snapshot import restore_snapshot, take_snapshot
 from hf_effi.functional.schedules import ScheduleError
 from hf_effi.functional.schedules.adaptive import (
     AccuracyGradient,
@@ -13,6 +12,7 @@ from hf_effi.functional.schedules.adaptive import (
     Hypergradient,
     check_schedule_free,
 )
+from hf_effi.schedules.range_test import lr_range_test
 
 
 def quadratic(lr, steps=200):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hf_effi.callbacks.adaptive_lr import AccuracyGradientCallback
-from hf_effi.callbacks.lr_range_test import lr_range_test
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.functional.schedules import (
     ScheduleError,
@@ -25,7 +24,8 @@ from hf_effi.functional.schedules import (
     wsd,
 )
 from hf_effi.report.schedule_plot import plot_schedules
-from hf_effi.trainers._schedule_mixin import schedule_from_config
+from hf_effi.schedules.range_test import lr_range_test
+from hf_effi.trainers.mixins.schedule import schedule_from_config
 
 
 def sgd():

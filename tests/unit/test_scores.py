@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from hf_effi.functional.curriculum import (
+from hf_effi.data import ColumnScore, ModelScore, ScoreMismatchError, add_score, model_fingerprint
+from hf_effi.functional.data import (
     INSTRUCT_MINING_V1,
     CurriculumError,
     instruct_mining,
@@ -22,7 +23,6 @@ from hf_effi.functional.curriculum import (
     token_counts,
     word_rarity,
 )
-from hf_effi.samplers import ColumnScore, ModelScore, ScoreMismatchError, add_score, model_fingerprint
 from tests.helpers import lm_dataset, tiny_gpt2, tiny_qwen3
 
 NAN = float("nan")

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import CurriculumError, keep_by_length, majority_answers
-from hf_effi.samplers import GreedyAnswers, SelfImprovement
+from hf_effi.data import GreedyAnswers, SelfImprovement
+from hf_effi.functional.data import CurriculumError, keep_by_length, majority_answers
 from tests.helpers import tiny_qwen3, tiny_tokenizer
 
 BASE = [{"prompt": "ab>", "completion": "ab", "note": 1}, {"prompt": "c>", "completion": "c", "note": 2}]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_effi.functional.curriculum import CurriculumError, rechunk, root_length, staged_length
-from hf_effi.trainers._length_mixin import cut_batch
+from hf_effi.functional.data import CurriculumError, rechunk, root_length, staged_length
+from hf_effi.trainers.mixins.sequence_length import cut_batch
 
 
 def test_stages_ascend_and_the_last_holds():

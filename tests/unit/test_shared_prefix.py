@@ -13,20 +13,19 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_effi._compat import CACHE_ARGUMENT
+from hf_effi.attention import shared_prefix, varlen
+from hf_effi.attention.shared_prefix import check_shared_prefix, shared_prefix_attention
+from hf_effi.attention.varlen import VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
+from hf_effi.data.shared_prefix import SharedPrefixCollator, group_by_prompt
 from hf_effi.functional import partial_attention as partial
 from hf_effi.functional.partial_attention import partial_attention, partial_attention_backward
 from hf_effi.functional.segment_attention import AttentionPattern
 from hf_effi.functional.shared_prefix import PrefixSegments, SharedPrefixError, plan_shared_prefix
-from hf_effi.kernels import shared_prefix
-from hf_effi.kernels.shared_prefix import check_shared_prefix, shared_prefix_attention
-from hf_effi.parallel import varlen
-from hf_effi.parallel.chunk_flow import ChunkFlowError, make_groups
+from hf_effi.memory.chunk_flow import ChunkFlowError, make_groups
+from hf_effi.memory.layer_modes import LayerModes
+from hf_effi.memory.stream_layer import stream_layers
 from hf_effi.parallel.groups import SequenceParallelError
-from hf_effi.parallel.layer_modes import LayerModes
 from hf_effi.parallel.layout import split_batch
-from hf_effi.parallel.stream_layer import stream_layers
-from hf_effi.parallel.varlen import VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
-from hf_effi.trainers._prefix_collator import SharedPrefixCollator, group_by_prompt
 from tests.helpers import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, in_double
 from tests.helpers.prompts import answers, pad_answers

@@ -6,10 +6,10 @@ from torch import nn
 
 from bench._counters import GemmCounter, LiveBytes
 from hf_effi._compat import CACHE_ARGUMENT
+from hf_effi.attention.varlen import register_varlen_attention
 from hf_effi.functional.sequence import chunk_bounds, chunk_segments
 from hf_effi.kernels.tiled_mlp import tile_mlp
-from hf_effi.parallel.stream_layer import stream_layers
-from hf_effi.parallel.varlen import register_varlen_attention
+from hf_effi.memory.stream_layer import stream_layers
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, gradients, in_double
 

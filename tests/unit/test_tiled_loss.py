@@ -17,7 +17,7 @@ from transformers import (
 
 from bench._counters import GemmCounter, LiveBytes
 from hf_effi.functional.sequence import logit_rows
-from hf_effi.parallel.tiled_loss import tile_loss, tiled_cross_entropy
+from hf_effi.memory.tiled_loss import tile_loss, tiled_cross_entropy
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, gradients, in_double
 

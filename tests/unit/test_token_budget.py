@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from hf_effi.functional.curriculum import (
+from hf_effi.functional.data import (
     CurriculumError,
     batch_costs,
     deal_snake,

@@ -39,8 +39,9 @@ def in_interpreter():
 
     os.environ["TRITON_INTERPRET"] = "1"
     import hf_effi.kernels.lm_head as lm_head
-    from hf_effi.kernels import _attention_merge_triton, _gated_product_triton, _lm_head_triton
-    from hf_effi.kernels.attention_merge import merge_attention, merge_attention_reference
+    from hf_effi.attention import _merge_triton as _attention_merge_triton
+    from hf_effi.attention.merge import merge_attention, merge_attention_reference
+    from hf_effi.kernels import _gated_product_triton, _lm_head_triton
     from tests.unit.test_attention_merge import gradients as merge_gradients
     from tests.unit.test_attention_merge import partials
     from tests.unit.test_lm_head import gradients, inputs, peaked, upstream
@@ -129,7 +130,7 @@ def gated_products(by_torch, dtype, shape, activation):
 
 def tiled_mlp():
     """Return the output of a tiled MLP and the gradients of its input and weights."""
-    from hf_effi import tile_mlp
+    from hf_effi.kernels import tile_mlp
     from tests.unit.test_tiled_mlp import MLP, run
 
     torch.manual_seed(0)

@@ -14,14 +14,14 @@ from hf_effi import cli, read_run
 from hf_effi._files import StateFileError, append_text, load_json, load_state
 from hf_effi._run_record import EVENTS, FOLDER, SUMMARY, RunStore
 from hf_effi._untrusted import UntrustedFileError, check_yaml, depth_of, shorten
-from hf_effi.callbacks.branch import branch_cooldown
-from hf_effi.callbacks.probing import written_in_probe
+from hf_effi.callbacks._probing import written_in_probe
 from hf_effi.functional.probes import PROBES_KEY, ProbeError
 from hf_effi.hub.model_card import add_section, training_section
 from hf_effi.hub.publish import links_out_of, snapshot
 from hf_effi.hub.recipe import RECIPE_MARK, SECTION_BEGIN, SECTION_END, read_recipe
 from hf_effi.report.run_data import load_run
 from hf_effi.report.run_page import render_run_page
+from hf_effi.schedules.branch import branch_cooldown
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)

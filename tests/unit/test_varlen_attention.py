@@ -7,9 +7,8 @@ import torch
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_effi._compat import CACHE_ARGUMENT
-from hf_effi.functional.segment_attention import AttentionPattern
-from hf_effi.parallel import varlen
-from hf_effi.parallel.varlen import (
+from hf_effi.attention import varlen
+from hf_effi.attention.varlen import (
     PATTERNS_FIELD,
     VARLEN_ATTENTION,
     VarlenAttentionError,
@@ -17,6 +16,7 @@ from hf_effi.parallel.varlen import (
     register_varlen_attention,
     set_attention_patterns,
 )
+from hf_effi.functional.segment_attention import AttentionPattern
 from hf_effi.patching import probing
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3
 

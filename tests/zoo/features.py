@@ -19,20 +19,14 @@ from transformers import Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 import hf_effi
-from hf_effi import (
-    ChunkFlow,
-    ChunkFlowMixin,
-    plan_shared_prefix,
-    register_varlen_attention,
-    stream_layers,
-    tile_loss,
-    tile_mlp,
-)
-from hf_effi.kernels import patch
+from hf_effi.attention import plan_shared_prefix, register_varlen_attention
+from hf_effi.attention.shared_prefix import check_shared_prefix
+from hf_effi.kernels import patch, tile_mlp
 from hf_effi.kernels._targets import kernel_name
-from hf_effi.kernels.shared_prefix import check_shared_prefix
-from hf_effi.parallel.layer_modes import LayerModes, decoder_layers
-from hf_effi.parallel.random_ltd import TokenDropping, drop_layer_tokens
+from hf_effi.layers.random_ltd import TokenDropping, drop_layer_tokens
+from hf_effi.memory import ChunkFlow, stream_layers, tile_loss
+from hf_effi.memory.layer_modes import LayerModes, decoder_layers
+from hf_effi.trainers.mixins import ChunkFlowMixin
 
 from .builders import CannotBuild
 from .cases import DOCUMENTS, Call, Case, StockFails, next_token_loss, stock

@@ -1,0 +1,67 @@
+"""What makes, changes or scores rows: scorers, collators, batch transforms, self-improvement."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._faces import face
+
+#: public name -> module that defines it
+_PUBLIC = {
+    "AttentionInfluence": "hf_effi.data.attention_influence",
+    "BatchTransform": "hf_effi.data.batch_transform",
+    "ColumnScore": "hf_effi.data.scores",
+    "CurriculumError": "hf_effi.functional.data",
+    "Denoiser": "hf_effi.functional.data",
+    "GreedyAnswers": "hf_effi.data.self_improvement",
+    "MaskingRatioCurriculum": "hf_effi.data.masking",
+    "MetadataCollator": "hf_effi.data.metadata",
+    "MetadataConditioning": "hf_effi.data.metadata",
+    "ModelScore": "hf_effi.data.scores",
+    "Multigrid": "hf_effi.functional.data",
+    "RowCorrect": "hf_effi.data.measure",
+    "RowLoss": "hf_effi.data.measure",
+    "RowScorer": "hf_effi.data.scores",
+    "ScoreMismatchError": "hf_effi.data.scores",
+    "SelfImprovement": "hf_effi.data.self_improvement",
+    "SharedPrefixCollator": "hf_effi.data.shared_prefix",
+    "UL2Denoising": "hf_effi.data.denoising",
+    "UL2R_DENOISERS": "hf_effi.functional.data",
+    "UL2_DENOISERS": "hf_effi.functional.data",
+    "add_score": "hf_effi.data.scores",
+    "copy_head_scores": "hf_effi.data.attention_influence",
+    "group_by_prompt": "hf_effi.data.shared_prefix",
+    "masked_heads": "hf_effi.data.attention_influence",
+    "model_fingerprint": "hf_effi.data.scores",
+    "retrieval_heads": "hf_effi.data.attention_influence",
+}
+
+if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from ..functional.data import UL2_DENOISERS as UL2_DENOISERS
+    from ..functional.data import UL2R_DENOISERS as UL2R_DENOISERS
+    from ..functional.data import CurriculumError as CurriculumError
+    from ..functional.data import Denoiser as Denoiser
+    from ..functional.data import Multigrid as Multigrid
+    from .attention_influence import AttentionInfluence as AttentionInfluence
+    from .attention_influence import copy_head_scores as copy_head_scores
+    from .attention_influence import masked_heads as masked_heads
+    from .attention_influence import retrieval_heads as retrieval_heads
+    from .batch_transform import BatchTransform as BatchTransform
+    from .denoising import UL2Denoising as UL2Denoising
+    from .masking import MaskingRatioCurriculum as MaskingRatioCurriculum
+    from .measure import RowCorrect as RowCorrect
+    from .measure import RowLoss as RowLoss
+    from .metadata import MetadataCollator as MetadataCollator
+    from .metadata import MetadataConditioning as MetadataConditioning
+    from .scores import ColumnScore as ColumnScore
+    from .scores import ModelScore as ModelScore
+    from .scores import RowScorer as RowScorer
+    from .scores import ScoreMismatchError as ScoreMismatchError
+    from .scores import add_score as add_score
+    from .scores import model_fingerprint as model_fingerprint
+    from .self_improvement import GreedyAnswers as GreedyAnswers
+    from .self_improvement import SelfImprovement as SelfImprovement
+    from .shared_prefix import SharedPrefixCollator as SharedPrefixCollator
+    from .shared_prefix import group_by_prompt as group_by_prompt
+
+__getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -1,0 +1,149 @@
+"""Checks shared by the curriculum functions: every refusal names the value, the range and the fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CurriculumError(ValueError):
+    """A curriculum was given something it cannot act on."""
+
+
+def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: str = "error") -> Tensor:
+    """
+    Return scores as a 1-D float64 CPU tensor.
+
+    Args:
+        scores (`torch.Tensor` or `Sequence[float]`): One number per row, shape `(num_rows,)`.
+        name (`str`, *optional*, defaults to `"scores"`): What errors call it.
+        nan (`str`, *optional*, defaults to `"error"`): `"error"`, or `"median"`: a NaN counts as the lower median of the
+            others.
+
+    Raises:
+        CurriculumError: no row, another number of dimensions, a NaN under `nan="error"`, or nothing but NaN.
+
+    Example:
+    ```python
+    >>> clean_scores([3, float("nan"), 1, 2], nan="median").tolist()
+    [3.0, 2.0, 1.0, 2.0]
+    ```
+    """
+    if nan not in ("error", "median"):
+        raise CurriculumError(f"nan={nan!r} is not known. Use 'error' or 'median'.")
+    values = _as_numbers(scores, name)
+    if values.ndim != 1 or values.numel() == 0:
+        raise CurriculumError(
+            f"{name} has shape {tuple(values.shape)}. Pass one number for each row of the dataset, at least one."
+        )
+    missing = torch.isnan(values)
+    count = int(missing.sum())
+    if count == 0:
+        return values
+    if nan == "error":
+        raise CurriculumError(
+            f"{name} has {count} NaN of {values.numel()}, the first in row {int(missing.nonzero()[0])}. Score these "
+            "rows, drop them, or pass nan='median'."
+        )
+    if count == values.numel():
+        raise CurriculumError(f"{name} is NaN in every row, so there is no median to use.")
+    values[missing] = values[~missing].median()
+    return values
+
+
+def _as_numbers(scores: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(scores).detach().to("cpu", torch.float64).clone()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        # What torch says of words tells neither which, nor what to do.
+        raise CurriculumError(f"{name} must hold one number per row, and {_why_no_numbers(scores)}") from error
+
+
+def _why_no_numbers(scores: Any) -> str:
+    if isinstance(scores, str) or not isinstance(scores, Sequence):
+        return f"is {type(scores).__name__} {repr(scores)[:60]}. Pass a list or a tensor."
+    for row, score in enumerate(scores):
+        try:
+            if not isinstance(score, str):
+                float(score)
+                continue
+        except (TypeError, ValueError, OverflowError):
+            pass
+        advice = " Map words to numbers first, such as {'easy': 0, 'hard': 1}[word]." if isinstance(score, str) else ""
+        return f"row {row} has {repr(score)[:60]}, which is no finite number.{advice}"
+    return "they are of kinds that do not go together."
+
+
+def check_number(
+    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> float:
+    """
+    Return `value` if it lies between `low` and `high`.
+
+    Raises:
+        CurriculumError: it does not, or it is not a finite number.
+
+    Example:
+    ```python
+    >>> check_number("rate", 0.5, 0, 1)
+    0.5
+    >>> check_number("alpha", 1.0, 0, 1, open_high=True)
+    Traceback (most recent call last):
+    ...
+    hf_effi.functional.data._checks.CurriculumError: alpha=1.0 is outside [0, 1).
+    ```
+    """
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = good and (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+    if not good:
+        left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
+        raise CurriculumError(f"{name}={value!r} is outside {left}{low}, {high}{right}.")
+    return value
+
+
+def check_count(name: str, value: int, low: int = 1) -> int:
+    """
+    Return `value` if it is an integer of at least `low`.
+
+    Raises:
+        CurriculumError: it is not.
+
+    Example:
+    ```python
+    >>> check_count("buckets", 4)
+    4
+    ```
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise CurriculumError(f"{name}={value!r} must be an integer of at least {low}.")
+    return value
+
+
+def seeded(seed: int, *stream: int) -> torch.Generator:
+    """
+    Return a CPU generator for `(seed, *stream)`; streams of one seed are independent of one another.
+
+    Raises:
+        CurriculumError: a negative number, or none.
+
+    Example:
+    ```python
+    >>> bool(torch.equal(torch.rand(2, generator=seeded(0, 1)), torch.rand(2, generator=seeded(0, 1))))
+    True
+    >>> bool(torch.equal(torch.rand(2, generator=seeded(0, 1)), torch.rand(2, generator=seeded(1, 0))))
+    False
+    ```
+    """
+    mixed = 0
+    for part in (seed, *stream):
+        check_count("seed or epoch", part, 0)
+        # A step of splitmix64 per part: neighbouring seeds and epochs give unrelated streams.
+        mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed >> 1)

@@ -1,0 +1,340 @@
+"""`EffiGRPOConfig`: the scalars that a YAML file needs to drive the methods people want most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from ...functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES, GenerationLayout
+from ...functional.rollouts.selection import check_difficulty_range, pruned_count
+from .._common import EffiArguments
+
+#: The exact savings and what each does.
+EXACT_SAVINGS = ("trim", "sort", "skip")
+
+#: Options that act only where completions are pruned by `prune_rate`, and only where groups are filtered.
+_OF_PRUNING = ("prune_metric", "prune_scope", "prune_allocation", "prune_balance_signs")
+_OF_FILTERING = ("difficulty_reward", "difficulty_max_rounds", "difficulty_underfill")
+
+
+@dataclass
+class EffiGRPOConfig(EffiArguments, GRPOConfig):
+    """
+    Configuration of [`EffiGRPOTrainer`]: every argument of [`~trl.GRPOConfig`], plus the ones below.
+
+    Parameters:
+        > Parameters that save work without changing the gradient
+
+        exact_savings (`str`, *optional*, defaults to `"auto"`):
+            Which savings to use: `"auto"` (all that are exact for this configuration), `"off"` (bit-identical to
+            `GRPOTrainer`), or a comma-separated list of `trim` (forward only real tokens), `sort` (group rows of
+            similar length into the same micro-batch of an optimizer step) and `skip` (do not forward rows whose
+            advantage is exactly zero). A named saving that is not exact for the configuration raises.
+        forward_buckets (`int`, *optional*, defaults to `0`):
+            In how many length buckets `trim` splits a micro-batch; 0 chooses `rows // 8`, between 1 and 8. More
+            buckets forward fewer padding tokens in smaller matrix products.
+
+        > Parameters that choose groups (online difficulty filtering)
+
+        difficulty_range (`list[float]` of two, *optional*):
+            Train only on groups whose pass rate lies in `[low, high]`, e.g. `0.2 0.8`; the ends 0 and 1 are open, so
+            `0 1` drops exactly the groups without a gradient. `None` turns the filter off.
+        difficulty_reward (`str`, *optional*):
+            Name of the 0/1 correctness reward the pass rate is taken from. Needed with several reward functions.
+        difficulty_max_rounds (`int`, *optional*, defaults to `3`):
+            Generation rounds of one step, the first included; 1 never refills.
+        difficulty_underfill (`str`, *optional*, defaults to `"fill"`):
+            What happens when the rounds do not fill the batch: `"fill"` takes the least bad rejected groups (constant
+            number of rows), `"shrink"` trains on fewer rows.
+
+        > Parameters that choose completions (CPPO)
+
+        prune_rate (`float`, *optional*, defaults to `0.0`):
+            Share of completions dropped before log-probs and loss, in [0, 1).
+        prune_metric (`str`, *optional*, defaults to `"smallest"`):
+            What is dropped: `"smallest"` |advantage| (CPPO), `"largest"`, or `"random"` rows, the control.
+        prune_scope (`str`, *optional*, defaults to `"rank"`):
+            Where rows compete: `"group"`, `"rank"` or `"global"`.
+        prune_allocation (`bool`, *optional*, defaults to `True`):
+            Dynamic completion allocation: generate `1 / (1 - prune_rate)` times more prompts, so that the trained
+            rows of a step stay constant and an epoch takes that many times fewer steps. `False` trains fewer rows.
+        prune_balance_signs (`bool`, *optional*, defaults to `False`):
+            Keep as many completions with a positive as with a negative advantage, as far as there are.
+        prune_normalizer (`str`, *optional*, defaults to `"kept"`):
+            What the loss is averaged over: `"kept"` rows (CPPO) or the `"original"` rows (a dropped row counts as a
+            row without gradient).
+
+        > Parameters of the learning-rate schedule
+
+        lr_schedule (`str`, *optional*):
+            Name of a schedule of hf_effi, e.g. `"wsd"`; `None` leaves the Trainer's own.
+        lr_schedule_kwargs (`dict` or `str`, *optional*):
+            Its arguments, as a dict or as JSON.
+        lr_schedule_on_mismatch (`str`, *optional*, defaults to `"error"`):
+            What to do when a checkpoint holds another schedule: `"error"`, `"stored"` or `"new"`.
+        sequence_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of consecutive ranks that share each sequence in the policy's forward and backward; 1 is off.
+
+        > Parameters of the kernels
+
+        kernel_patch (`str` or `dict`, *optional*):
+            Kernels that hold during `train()`: `"liger"`, or a mapping from kernel names or module patterns to
+            `"liger"`, `"hf_effi"` or `"organisation/repository:Layer"`, as a dict or as JSON. See [`~hf_effi.patch`].
+
+        > Parameters of the record
+
+        run_record (`bool`, *optional*, defaults to `True`):
+            Write `effi_run.json` and `effi_events.jsonl`, the record of the run, into `output_dir/effi`.
+
+        > Parameters of the uploads
+
+        hub_wait_seconds (`float`, *optional*):
+            How long one upload to the Hub may take, and how long the end of the run waits for it; 0.8 of `ddp_timeout`
+            without it.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
+
+    exact_savings: str = field(
+        default="auto",
+        metadata={"help": "'auto', 'off', or a comma-separated list of trim, sort, skip. None changes the gradient."},
+    )
+    forward_buckets: int = field(
+        default=0, metadata={"help": "Length buckets of a micro-batch; 0 chooses rows // 8, between 1 and 8."}
+    )
+    difficulty_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Train only on groups whose pass rate lies in this band, e.g. 0.2 0.8. 0 and 1 are open."},
+    )
+    difficulty_reward: str | None = field(
+        default=None, metadata={"help": "Name of the 0/1 correctness reward that the pass rate is taken from."}
+    )
+    difficulty_max_rounds: int = field(
+        default=3, metadata={"help": "Generation rounds of one step, the first included."}
+    )
+    difficulty_underfill: str = field(
+        default="fill",
+        metadata={"help": "'fill' with the least bad groups or 'shrink' the batch.", "choices": ["fill", "shrink"]},
+    )
+    prune_rate: float = field(
+        default=0.0, metadata={"help": "Share of completions dropped before log-probs and loss, in [0, 1)."}
+    )
+    prune_metric: str = field(
+        default="smallest",
+        metadata={"help": "Drop the 'smallest' |advantage| (CPPO), the 'largest', or 'random' rows (control)."},
+    )
+    prune_scope: str = field(
+        default="rank", metadata={"help": "Pool in which completions compete: 'group', 'rank' or 'global'."}
+    )
+    prune_allocation: bool = field(
+        default=True,
+        metadata={"help": "Generate 1 / (1 - prune_rate) times more prompts: trained rows stay constant."},
+    )
+    prune_balance_signs: bool = field(
+        default=False, metadata={"help": "Keep as many positive as negative advantages, as far as there are."}
+    )
+    prune_normalizer: str = field(
+        default="kept", metadata={"help": "Average the loss over the 'kept' rows (CPPO) or the 'original' rows."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = parse_exact_savings(self.exact_savings)
+        if isinstance(self.forward_buckets, bool) or not isinstance(self.forward_buckets, int):
+            raise TypeError(f"forward_buckets must be an int >= 0, got {self.forward_buckets!r}.")
+        if self.forward_buckets < 0:
+            raise ValueError(f"forward_buckets must be >= 0 (0 chooses), got {self.forward_buckets}.")
+        if "trim" not in (EXACT_SAVINGS if wanted is None else wanted):
+            refuse_unused(
+                self,
+                ("forward_buckets",),
+                f"acts only with 'trim', which exact_savings={self.exact_savings!r} leaves out. Set exact_savings='auto'",
+            )
+        self._check_filter()
+        self._check_pruning()
+
+    @property
+    def prune_oversample(self) -> int:
+        """How many times more prompts a step generates under dynamic completion allocation; 1 without."""
+        if not self.prune_rate or not self.prune_allocation:
+            return 1
+        return max(1, round(1 / (1 - self.prune_rate)))
+
+    def _check_filter(self) -> None:
+        if self.difficulty_range is not None:
+            self.difficulty_range = _as_pair(self.difficulty_range)
+            check_difficulty_range(*self.difficulty_range)
+        rounds = self.difficulty_max_rounds
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(
+                f"difficulty_max_rounds must be an int >= 1 (the first round counts), got {self.difficulty_max_rounds!r}."
+            )
+        _check_choice("difficulty_underfill", self.difficulty_underfill, ("fill", "shrink"))
+
+    def _check_pruning(self) -> None:
+        rate = self.prune_rate
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise TypeError(f"prune_rate must be a number in [0, 1), got {rate!r}.")
+        if not 0 <= rate < 1:
+            raise ValueError(f"prune_rate must be in [0, 1), got {rate}. CPPO uses 0.5, 0.75, 0.875 or 0.9375.")
+        for name in ("prune_allocation", "prune_balance_signs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        _check_choice("prune_metric", self.prune_metric, PRUNE_METRICS)
+        _check_choice("prune_scope", self.prune_scope, PRUNE_SCOPES)
+        _check_choice("prune_normalizer", self.prune_normalizer, ("kept", "original"))
+        if rate and self.prune_metric == "random" and self.prune_balance_signs:
+            raise ValueError("prune_balance_signs has no meaning with prune_metric='random'. Turn one of them off.")
+        if not rate:
+            refuse_unused(
+                self,
+                _OF_PRUNING,
+                "acts only with completion pruning by prune_rate, which is 0. Set it, e.g. prune_rate=0.5 (a "
+                "rollout_pruner= object has options of its own)",
+            )
+            return
+        group = self.num_generations
+        if self.prune_allocation and abs(rate - (1 - 1 / self.prune_oversample)) > 1e-3:
+            below, above = int(1 / (1 - rate)), int(1 / (1 - rate)) + 1
+            raise ValueError(
+                f"prune_rate={rate} with prune_allocation=True must be 1 - 1/R for a whole R, so that the trained rows "
+                f"stay constant. Nearest: {1 - 1 / below:.4g} (R={below}) or {1 - 1 / above:.4g} (R={above}); or set "
+                "prune_allocation=False."
+            )
+        if self.prune_scope == "group" and pruned_count(group, rate) < 1:
+            raise ValueError(f"prune_rate={rate} leaves no completion of num_generations={group}. Lower it.")
+        if self.prune_allocation:
+            if self.prune_oversample == 1:
+                raise ValueError(f"prune_rate={rate} drops nothing. Use 0.5 or more, or prune_allocation=False.")
+            if self.prune_scope == "group" and group % self.prune_oversample:
+                raise ValueError(
+                    f"prune_rate={rate} keeps 1 of {self.prune_oversample} completions, which does not divide "
+                    f"num_generations={group}. Use a multiple of {self.prune_oversample}, or prune_scope='rank'."
+                )
+            return
+        self._check_shrunk_rows()
+
+    def _check_shrunk_rows(self) -> None:
+        """Without allocation fewer rows are trained, and each micro-batch of each rank must get the same number."""
+        layout = GenerationLayout.of(self)
+        rows, chunks = layout.generated_rows, layout.micro_batches
+        pool = {"group": layout.num_generations, "rank": layout.loader_rows, "global": rows}[self.prune_scope]
+        kept = pruned_count(pool, self.prune_rate) * (rows // pool)
+        if kept == rows:
+            raise ValueError(
+                f"prune_rate={self.prune_rate} drops none of the {pool} completions that compete "
+                f"(prune_scope={self.prune_scope!r}). Use at least {1 / pool:.4g}, or a larger pool."
+            )
+        if kept < chunks or kept % chunks:
+            raise ValueError(
+                f"prune_rate={self.prune_rate} with prune_allocation=False keeps {kept} of {rows} completions, which "
+                f"cannot be split evenly over {self.world_size} processes x {self.steps_per_generation} micro-batches "
+                f"(steps_per_generation). Choose a rate that keeps a multiple of {chunks}, or prune_allocation=True."
+            )
+
+
+def refuse_unused(args: Any, names: tuple[str, ...], why: str) -> None:
+    """
+    Raise for an own field that was set while nothing reads it.
+
+    Args:
+        args: A config of any class.
+        names (`tuple[str, ...]`): Own fields of [`EffiGRPOConfig`].
+        why (`str`): What the field acts with, and what to set; begins with a verb and ends without a full stop.
+
+    Raises:
+        ValueError: naming the field, its value, and its default.
+    """
+    for name in names:
+        value, default = own_setting(args, name), EffiGRPOConfig.__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(f"{name}={value!r} {why}, or leave {name} at its default {default!r}.")
+
+
+def check_methods(
+    args: Any,
+    prompt_selector: Any = None,
+    group_filter: Any = None,
+    rollout_pruner: Any = None,
+    train_sampler: Any = None,
+) -> None:
+    """
+    Check the config and the objects of a trainer against each other, before a model is loaded.
+
+    Raises:
+        ValueError: two ways to give the same method, or an option whose method is off.
+    """
+    band, rate = own_setting(args, "difficulty_range"), own_setting(args, "prune_rate")
+    if group_filter is not None and band is not None:
+        raise ValueError("pass either `group_filter=` or `difficulty_range`, not both.")
+    if rollout_pruner is not None and rate:
+        raise ValueError("pass either `rollout_pruner=` or `prune_rate`, not both.")
+    if prompt_selector is not None and train_sampler is not None:
+        raise ValueError(
+            "`prompt_selector=` chooses the prompts of every generation, so that `train_sampler=` would order rows that "
+            "nobody reads. Drop one of the two."
+        )
+    if group_filter is None and band is None:
+        # `difficulty_reward` also says which function's pass rates a selector is told.
+        read = ("difficulty_reward",) if prompt_selector is not None else ()
+        refuse_unused(
+            args,
+            tuple(name for name in _OF_FILTERING if name not in read),
+            "acts only where groups are filtered, which they are not. Set difficulty_range, e.g. (0, 1), or pass "
+            "group_filter=",
+        )
+    if rollout_pruner is None and not rate:
+        refuse_unused(
+            args,
+            ("prune_normalizer",),
+            "acts only where completions are pruned, which they are not. Set prune_rate, e.g. 0.5, or pass rollout_pruner=",
+        )
+
+
+def own_setting(args: GRPOConfig, name: str) -> Any:
+    """Return an own field of `args`, or its default where the user passed a plain `GRPOConfig`."""
+    return getattr(args, name, EffiGRPOConfig.__dataclass_fields__[name].default)
+
+
+def parse_exact_savings(value: Any) -> tuple[str, ...] | None:
+    """
+    Return the named savings, `()` for `"off"`, or `None` for `"auto"`.
+
+    Example:
+    ```python
+    >>> parse_exact_savings("trim, skip"), parse_exact_savings("off"), parse_exact_savings("auto")
+    (('trim', 'skip'), (), None)
+    ```
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"exact_savings must be a string such as 'auto', 'off' or 'trim,sort', got {value!r}.")
+    if value == "auto":
+        return None
+    if value == "off":
+        return ()
+    names = tuple(name.strip() for name in value.split(","))
+    for name in names:
+        if name not in EXACT_SAVINGS:
+            raise ValueError(
+                f"exact_savings={value!r}: unknown saving {name!r}. Allowed: 'auto', 'off', or a comma-separated list "
+                f"of {', '.join(EXACT_SAVINGS)}."
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def _as_pair(value: Any) -> tuple[float, float]:
+    """YAML and the command line give lists, and sometimes one string."""
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    try:
+        low, high = (float(end) for end in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"difficulty_range must be two numbers such as (0.2, 0.8), got {value!r}.") from None
+    return low, high
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -1,0 +1,306 @@
+"""Exact resume for GRPO, and prompts in the layout of the run: repairs of TRL 1.16, the intended differences from stock.
+
+1. TRL's `RepeatSampler` has no epoch: a run resumed in epoch k replays epoch 0's prompts.
+2. `_step` restarts at 0, so generation happens at other steps than in the uninterrupted run.
+3. The buffered generation is lost, so a checkpoint inside a generation block regenerates it with newer weights.
+4. A run on a stream restarts at the second pass, whichever it was in.
+
+What this needs is stored before `trainer_state.json` is, hence before the checkpoint is pushed, and `trainer_state.json`
+names it: a checkpoint that has lost a file is refused, one of the stock trainer is continued as far as it can be.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import IterableDataset, Sampler
+from transformers.utils import logging
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from ..._files import (
+    StateFileError,
+    load_json,
+    load_state,
+    missing_file,
+    save_bytes,
+    save_json,
+    save_state,
+    state_bytes,
+)
+from ...functional.rollouts import GenerationLayout
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "effi_state.json"
+PROMPTS_FILE = "effi_prompts.pt"
+#: of `STATE_FILE`. A file without a number is of version 0, in which the prompt selector's state was part of the JSON.
+SCHEMA = 1
+#: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
+MARK = "hf_effi.grpo"
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """
+    TRL's `RepeatSampler` whose order is a pure function of `(seed, pass)`.
+
+    Pass `k` draws the permutation that the stock sampler draws on its `k`-th iteration, so an uninterrupted run sees
+    the stock order and a resumed run goes on with the pass it was in.
+    """
+
+    #: Index of the next pass over the dataset; set on resume.
+    next_pass = 0
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.next_pass):
+                torch.randperm(self.num_samples, generator=self.generator)
+        self.next_pass += 1
+        yield from super().__iter__()
+
+
+class WholeStream(IterableDataset):
+    """
+    A stream that every rank reads whole, to take its own rows of each batch.
+
+    A `datasets` stream with as many shards as ranks is split by accelerate: each rank then lays out generations of the whole
+    run from its own shards, generates for some of their prompts several times, and for the others never.
+    """
+
+    def __init__(self, stream: datasets.IterableDataset) -> None:
+        self.stream = stream
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self.stream
+
+
+class GRPOResumeMixin:
+    """Overrides loader, sampler, save and load of `GRPOTrainer` through `super()`."""
+
+    _step_after_update = 0
+    _train_sampler: EpochRepeatSampler | None = None
+    #: The pass over the prompts that the run is in, and the micro-step at which it began.
+    _pass, _pass_began_at = 0, 0
+
+    @property
+    def _layout(self) -> GenerationLayout:
+        return GenerationLayout.of(self.args)
+
+    @property
+    def _streams(self) -> bool:
+        return isinstance(self.train_dataset, datasets.IterableDataset)
+
+    # ---- prompts, in the layout of the run ----
+
+    def get_train_dataloader(self) -> Any:
+        layout = self._layout
+        if layout.oversample == 1:
+            return super().get_train_dataloader()
+        # TRL lays out sampler, stream and batches by these two. A generation has R times more prompts, an epoch R times
+        # fewer batches.
+        saved = self._train_batch_size, self.args.generation_batch_size
+        self._train_batch_size *= layout.oversample
+        self.args.generation_batch_size = layout.generated_rows
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self._train_batch_size, self.args.generation_batch_size = saved
+
+    @functools.wraps(GRPOTrainer._get_dataloader)  # the mixins above bind calls by these names
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(super()._get_dataloader).bind(*args, **kwargs).arguments
+        dataset, world = call["dataset"], self._layout.world_size
+        sharded = isinstance(dataset, datasets.IterableDataset) and 1 < world <= dataset.num_shards
+        if call.get("is_training") and sharded:
+            if self._selects:
+                call["dataset"] = WholeStream(dataset)
+            elif self.accelerator.is_main_process:
+                logger.warning(
+                    f"train_dataset is a stream of {dataset.num_shards} shards, which accelerate deals to {world} processes. "
+                    "As in TRL, prompts of a process are then generated for more than once and others never. Give the "
+                    f"stream fewer shards than processes, e.g. dataset.to_iterable_dataset(num_shards={world - 1})."
+                )
+        return super()._get_dataloader(**call)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        stock = super()._get_train_sampler(dataset)
+        if type(stock) is not RepeatSampler:
+            return stock
+        layout = self._layout
+        self._train_sampler = EpochRepeatSampler(
+            data_source=stock.data_source,
+            mini_repeat_count=layout.num_generations,
+            batch_size=layout.prompts,
+            repeat_count=layout.block,
+            shuffle=stock.shuffle,
+            seed=stock.seed,
+        )
+        if len(self._train_sampler) == 0:
+            raise ValueError(
+                f"the training dataset has {len(stock.data_source)} prompts, but one generation batch needs "
+                f"{layout.prompts} (generation_batch_size={layout.trained_rows} / num_generations="
+                f"{layout.num_generations}"
+                + (f" x {layout.oversample} for prune_allocation" if layout.oversample > 1 else "")
+                + "). Add prompts, or lower per_device_train_batch_size, steps_per_generation or prune_rate."
+            )
+        return self._train_sampler
+
+    def _whole_generation(self, inputs: list[Any]) -> int:
+        """Return the prompts of a generation, having checked that the loader gave this rank its share of them."""
+        layout = self._layout
+        if len(inputs) != layout.loader_rows:
+            raise ValueError(
+                f"the loader gave {len(inputs)} rows where a generation of {layout.generated_rows} on {layout.world_size} "
+                f"processes has {layout.loader_rows} for each. Difficulty filtering, completion pruning and prompt "
+                "selection need whole generations: leave accelerator_config.split_batches off, use one process for each "
+                "device, and leave get_train_dataloader as it is."
+            )
+        return layout.prompts
+
+    @functools.wraps(GRPOTrainer._run_epoch)  # the mixins above bind calls by these names
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
+        resumed = call["resume_from_checkpoint"] is not None and call["epoch"] == call["epochs_trained"]
+        self._pass = call["epoch"]
+        self._pass_began_at = self._step - (call["steps_trained_in_current_epoch"] if resumed else 0)
+        result = super()._run_epoch(*args, **kwargs)
+        if self._step == self._pass_began_at and self._streams:
+            raise ValueError(
+                f"train_dataset is a stream that ends before the {self._layout.prompts} prompts of one generation batch. "
+                "Add prompts, or lower per_device_train_batch_size, steps_per_generation or prune_rate."
+            )
+        return result
+
+    # ---- save ----
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Every process comes here, before `trainer_state.json` is written and the checkpoint is pushed.
+        self._save_grpo_state(Path(output_dir))
+        super()._save_rng_state(output_dir)
+
+    def _save_grpo_state(self, folder: Path) -> None:
+        inside_block = self._buffered_inputs is not None and not self._layout.starts_generation(self._step)
+        world, prompts = self.accelerator.num_processes, self._refill_prompts
+        # On every process: one that refused a state alone would leave the others waiting.
+        content = None if prompts is None else state_bytes(prompts.state_dict(), f"prompt_selector ({_name(prompts)})")
+        if inside_block:
+            save_state(folder / _buffer_name(self.accelerator.process_index), self._buffered_inputs)
+        if self.args.should_save:
+            if content is not None:
+                save_bytes(folder / PROMPTS_FILE, content)
+            state = {
+                "schema": SCHEMA,
+                "step": self._step,
+                "pass": self._pass,
+                "steps_in_pass": self._step - self._pass_began_at,
+                "inside_block": inside_block,
+                "world_size": world,
+                "generations_done": self._generations_done,
+                "prompts": None if prompts is None else PROMPTS_FILE,
+                "prompt_selector": None if prompts is None else _name(prompts),
+            }
+            save_json(folder / STATE_FILE, state)
+        files = [STATE_FILE, *([PROMPTS_FILE] if content is not None else [])]
+        files += [_buffer_name(rank) for rank in range(world)] if inside_block else []
+        # With the step, because another trainer that continues this run keeps the entry and not the files.
+        self.state.stateful_callbacks[MARK] = {"schema": SCHEMA, "step": self.state.global_step, "files": files}
+        self.accelerator.wait_for_everyone()  # the first process pushes what all have written
+
+    # ---- load ----
+
+    @functools.wraps(GRPOTrainer._init_training_state)  # the mixins above bind calls by these names
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        call = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
+        place = super()._init_training_state(*args, **kwargs)
+        if (checkpoint := call["resume_from_checkpoint"]) is None:
+            return place
+        if self._train_sampler is not None and self.state.epoch is not None:
+            # The loader skips the finished batches of this pass itself. The epsilon absorbs the division that made it.
+            self._train_sampler.next_pass = int(self.state.epoch + 1e-6)
+        state = self._read_grpo_state(Path(checkpoint))
+        if state is None:
+            return place
+        self._step = self._step_after_update = state["step"]
+        self._generations_done = state["generations_done"]
+        self._load_prompts(Path(checkpoint), state)
+        if state["inside_block"]:
+            self._load_buffer(Path(checkpoint), state)
+        if self._streams and "pass" in state and not self.args.ignore_data_skip:
+            # The Trainer does not know how long a stream is, and takes it that the run is in the first pass.
+            return state["pass"], state["steps_in_pass"]
+        return place
+
+    def _read_grpo_state(self, checkpoint: Path) -> dict[str, Any] | None:
+        """Return what a checkpoint of ours stored, or `None` for one of the stock trainer."""
+        path, mark = checkpoint / STATE_FILE, self.state.stateful_callbacks.get(MARK)
+        ours = mark is not None and mark["step"] == self.state.global_step
+        if not path.exists():
+            if ours:
+                raise missing_file(path)
+            return None
+        state = load_json(path)
+        version = state.get("schema", 0)
+        if version > SCHEMA:
+            raise StateFileError(
+                f"{path} has schema {version}, and this hf_effi knows schemas up to {SCHEMA}. Resume with the hf_effi that "
+                "wrote it, or a newer one."
+            )
+        if version and not ours:
+            logger.warning(
+                f"{path} was left by another run; this checkpoint is continued as one of the stock trainer."
+            )
+            return None
+        return state
+
+    def _load_prompts(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        stored = state["prompts"]
+        if stored is None:
+            return
+        if isinstance(stored, str):  # a file; version 0 has the state here
+            stored = load_state(checkpoint / stored)
+        if self._refill_prompts is None:
+            self._select_rows(0)
+        mine, theirs = _name(self._refill_prompts), state.get("prompt_selector", _name(self._refill_prompts))
+        if mine != theirs:
+            raise StateFileError(
+                f"{checkpoint} was trained with a prompt selector {theirs}, this run has {mine}. Build it as in the run that "
+                "is resumed, or start a new run from the weights."
+            )
+        self._refill_prompts.load_state_dict(stored)
+
+    def _load_buffer(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        path, world = checkpoint / _buffer_name(self.accelerator.process_index), self.accelerator.num_processes
+        # All processes take the same way, also where each sees only its own files.
+        lost = [name for name in gather_object([None if path.exists() else path.name]) if name is not None]
+        if state["world_size"] != world or (lost and "schema" not in state):
+            logger.warning(
+                f"{checkpoint} was saved by {state['world_size']} processes in the middle of a generation; with {world} "
+                "the rest of that generation is made anew."
+            )
+            return
+        if lost:
+            raise missing_file(checkpoint / lost[0])
+        device = self.accelerator.device
+        self._buffered_inputs = [
+            {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in chunk.items()}
+            for chunk in load_state(path)
+        ]
+
+
+def _buffer_name(rank: int) -> str:
+    return f"effi_rollouts_{rank}.pt"
+
+
+def _name(prompts: Any) -> str:
+    return type(prompts).__name__

@@ -1,0 +1,135 @@
+"""Which prompts a step already has, so that no selector and no refill serves one of them again."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ...functional.rollouts import ShuffledPrompts, draw_fresh, prompt_key
+from ...protocols import PromptSelector
+
+#: Keys of rows that are remembered, about 100 bytes each: enough that a small dataset is read once.
+_MOST_KEYS = 500_000
+
+
+class StepPrompts:
+    """
+    Draws dataset rows whose prompts the optimizer step does not have yet, while there are others.
+
+    Prompts are told apart by content: the loader serves rows without their numbers, and two rows with the same prompt
+    are the same prompt. Every rank holds the same sets, so that all of them draw the same rows.
+
+    Args:
+        dataset: Map-style training dataset with a `prompt` column.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._keys: dict[int, int] = {}
+        self._step: int | None = None
+        self._of_this_rank: set[int] = set()
+        self._served: set[int] = set()
+        self._rows: set[int] = set()
+
+    def begin(self, step: int) -> None:
+        """Forget the prompts of another step; several generations can belong to one."""
+        if step != self._step:
+            self._step = step
+            for known in (self._of_this_rank, self._served, self._rows):
+                known.clear()
+
+    def note(self, inputs: Iterable[Mapping[str, Any]]) -> None:
+        """Remember what the loader served to this rank."""
+        self._of_this_rank |= {prompt_key(row.get("prompt")) for row in inputs}
+
+    def draw(
+        self, selector: PromptSelector, count: int, gather: Callable[[list[list[int]]], Sequence[list[int]]]
+    ) -> list[int]:
+        """
+        Return `count` rows of `selector`.
+
+        Args:
+            gather (`Callable`): Joins lists over the ranks; called once.
+        """
+        for keys in gather([sorted(self._of_this_rank)]):
+            self._served |= set(keys)
+        self._of_this_rank.clear()
+        size = len(self._dataset)
+        most = 2 * size  # two passes hold every row, wherever the stream stands
+        if not isinstance(selector, ShuffledPrompts):
+            most = min(most, 32 * (len(self._served) + count))  # an own rule may never offer the others
+        return draw_fresh(self._checked(selector), count, self._is_fresh, most)
+
+    def _is_fresh(self, row: int) -> bool:
+        key = self._keys.get(row)
+        if key is None:
+            if len(self._keys) >= _MOST_KEYS:
+                self._keys.clear()
+            key = self._keys[row] = prompt_key(self._dataset[row].get("prompt"))
+        fresh = key not in self._served
+        self._served.add(key)
+        self._rows.add(row)
+        return fresh
+
+    def _checked(self, selector: PromptSelector) -> Callable[[int], list[int]]:
+        """Wrap `select`, so that a wrong answer is named where it is given."""
+        name, size = type(selector).__name__, len(self._dataset)
+        excludes = takes_keyword(selector.select, "exclude")
+
+        def select(count: int) -> list[int]:
+            rows = selector.select(count, exclude=frozenset(self._rows)) if excludes else selector.select(count)
+            try:
+                rows = [operator.index(row) for row in rows]
+            except TypeError:
+                raise TypeError(f"{name}.select({count}) must return a list of row numbers, got {rows!r}.") from None
+            if len(rows) != count:
+                raise ValueError(f"{name}.select({count}) returned {len(rows)} rows. It must return {count}.")
+            if wrong := [row for row in rows if not 0 <= row < size]:
+                raise ValueError(
+                    f"{name}.select({count}) returned row {wrong[0]}; the training dataset has rows 0 to {size - 1}."
+                )
+            return rows
+
+        return select
+
+
+def check_selector(selector: Any) -> None:
+    """
+    Say before any training what a selector lacks.
+
+    Raises:
+        TypeError: a method is missing, or `observe` is of the time when it was given a list of pass rates.
+    """
+    name = type(selector).__name__
+    missing = [
+        method for method in ("select", "observe", "state_dict", "load_state_dict") if not _has(selector, method)
+    ]
+    if missing:
+        raise TypeError(
+            f"prompt_selector={name} has no {', '.join(missing)}. It must offer what "
+            "hf_effi.protocols.PromptSelector lists."
+        )
+    if any(parameter.name == "pass_rates" for parameter in _parameters(selector.observe)):
+        raise TypeError(
+            f"{name}.observe(rows, pass_rates) is the old form. It is now observe(rows, groups) with the "
+            "hf_effi.protocols.RolloutGroups of those rows: rename the argument and read groups.pass_rates.tolist(), "
+            "which is NaN where the reward is not 0 or 1."
+        )
+
+
+def _has(selector: Any, method: str) -> bool:
+    return callable(getattr(selector, method, None))
+
+
+def takes_keyword(method: Callable[..., Any], name: str) -> bool:
+    """Return whether a method of an object of the user's can be given this argument by name."""
+    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(method))
+
+
+def _parameters(method: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+    try:
+        return list(inspect.signature(method).parameters.values())
+    except (TypeError, ValueError):  # compiled code need not have a signature
+        return []

@@ -1,0 +1,154 @@
+"""`EffiGRPOTrainer`: TRL's `GRPOTrainer`, which trains on what carries a gradient and forwards nothing else."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import datasets
+from trl import GRPOConfig, GRPOTrainer
+
+from ...protocols import GroupFilter, PromptSelector, RolloutPruner
+from ..mixins._signatures import with_signatures_of
+from ..mixins.hub import HubMixin
+from ..mixins.kernel_patch import KernelPatchMixin
+from ..mixins.resume import ResumeMixin
+from ..mixins.run_record import RunRecordMixin
+from ..mixins.sampler import SamplerMixin
+from ..mixins.schedule import ScheduleMixin
+from ..mixins.sequence_parallel import SequenceParallelMixin
+from .accounting import AccountingMixin
+from .config import EffiGRPOConfig, check_methods, own_setting, refuse_unused
+from .forward import ExactSavingsMixin
+from .pipeline import RolloutMixin
+from .prompt_length import PromptLengthMixin
+from .resume import GRPOResumeMixin
+from .rewards import CheckedRewardsMixin
+
+
+@with_signatures_of(GRPOTrainer)
+class EffiGRPOTrainer(
+    ResumeMixin,
+    KernelPatchMixin,
+    CheckedRewardsMixin,
+    AccountingMixin,
+    PromptLengthMixin,
+    RolloutMixin,
+    ExactSavingsMixin,
+    SamplerMixin,
+    GRPOResumeMixin,
+    HubMixin,
+    RunRecordMixin,
+    ScheduleMixin,
+    SequenceParallelMixin,
+    GRPOTrainer,
+):
+    """
+    Drop-in for [`~trl.GRPOTrainer`]: every argument, attribute, metric and callback of it works here.
+
+    With `exact_savings="off"` and no filter or pruning, the weights are bit-identical to `GRPOTrainer`'s. By default
+    the exact savings are on, which change what is forwarded and not the gradient. Online difficulty filtering
+    (`difficulty_range`) and CPPO completion pruning (`prune_rate`) are off until asked for.
+
+    Args:
+        model, reward_funcs, args, train_dataset, ...:
+            As in [`~trl.GRPOTrainer`]. `args` may be an [`EffiGRPOConfig`] or a plain [`~trl.GRPOConfig`], which then
+            has the defaults of the former's own fields. A reward of `None` or NaN means that the function does not apply to
+            the completion: the others decide on it, and where none applies its advantage is 0 and the group's mean leaves
+            it out, as in TRL. A function that returns NaN for all completions of a generation is warned of, once.
+        prompt_selector ([`~hf_effi.protocols.PromptSelector`], *optional*):
+            Chooses the prompts of every generation in place of the data loader's order.
+        group_filter ([`~hf_effi.protocols.GroupFilter`], *optional*):
+            Chooses the groups to train on; `difficulty_range` makes the built-in one.
+        rollout_pruner ([`~hf_effi.protocols.RolloutPruner`], *optional*):
+            Chooses the completions to train on; `prune_rate` makes the built-in one.
+        train_sampler ([`~hf_effi.samplers.EffiSampler`], *optional*):
+            Orders the prompts of each epoch, in GRPO's layout, with exact resume.
+
+    Raises:
+        ValueError: an option that cannot act here (with the reason and the fix), before any training.
+
+    Example:
+    ```python
+    from datasets import Dataset
+    from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
+
+    trainer = EffiGRPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        reward_funcs=lambda completions, **kwargs: [float("42" in text) for text in completions],
+        args=EffiGRPOConfig("out", difficulty_range=(0, 1), prune_rate=0.5),
+        train_dataset=Dataset.from_dict({"prompt": ["What is six times seven?"] * 64}),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "hf_effi"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        *positional: Any,
+        prompt_selector: PromptSelector | None = None,
+        group_filter: GroupFilter | None = None,
+        rollout_pruner: RolloutPruner | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+            args = EffiGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
+        _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
+        check_methods(args, prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
+        super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
+        self._init_prompt_length()
+        self._init_exact_savings()
+        self._check_buckets()
+        self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
+        self._route_checkpointing_options()
+
+    def _check_buckets(self) -> None:
+        """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
+        if own_setting(self.args, "forward_buckets") and "trim" not in self.exact_savings:
+            reason = self._savings_left_out.get("trim", "it is off.")
+            refuse_unused(self.args, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
+
+    def _route_checkpointing_options(self) -> None:
+        """
+        Let `every_n_layers` and `offload` survive a generation.
+
+        TRL 1.16 turns checkpointing off to generate and on again with the raw options, of which transformers takes
+        these two as arguments of their own: the stock trainer stops with `Unexpected keyword arguments` at step 1.
+        """
+        options = self.args.gradient_checkpointing_kwargs or {}
+        if not self.args.gradient_checkpointing or not {"every_n_layers", "offload"} & set(options):
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        enable = model.gradient_checkpointing_enable
+
+        @functools.wraps(enable)
+        def routed(gradient_checkpointing_kwargs: dict[str, Any] | None = None, **extra: Any) -> Any:
+            rest = dict(gradient_checkpointing_kwargs or {})
+            extra |= {name: rest.pop(name) for name in ("every_n_layers", "offload") if name in rest}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the old name is TRL's, not the user's
+                return enable(gradient_checkpointing_kwargs=rest or None, **extra)
+
+        model.gradient_checkpointing_enable = routed
+
+
+def _check_dataset(dataset: Any, environment: Any) -> None:
+    """Say what is wrong with the dataset before a model is loaded. What is no dataset at all, TRL names."""
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
+        raise ValueError("train_dataset is empty. GRPO needs at least one row with a `prompt` column.")
+    columns = dataset.column_names
+    if columns is not None and "prompt" not in columns and environment is None:
+        raise ValueError(
+            f"train_dataset has no `prompt` column; its columns are {', '.join(map(str, columns))}. Rename the column "
+            "that holds the prompts, e.g. dataset.rename_column('question', 'prompt')."
+        )

@@ -1,0 +1,45 @@
+"""What any Trainer can take: mixins for trainer classes of your own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._faces import face
+
+#: public name -> module that defines it
+_PUBLIC = {
+    "BatchTransformMixin": "hf_effi.trainers.mixins.batch_transform",
+    "ChunkFlowMixin": "hf_effi.trainers.mixins.chunk_flow",
+    "HubArguments": "hf_effi.trainers.mixins.hub",
+    "HubMixin": "hf_effi.trainers.mixins.hub",
+    "KernelArguments": "hf_effi.trainers.mixins.kernel_patch",
+    "KernelPatchMixin": "hf_effi.trainers.mixins.kernel_patch",
+    "ResumeMixin": "hf_effi.trainers.mixins.resume",
+    "RunRecordArguments": "hf_effi.trainers.mixins.run_record",
+    "RunRecordMixin": "hf_effi.trainers.mixins.run_record",
+    "SamplerMixin": "hf_effi.trainers.mixins.sampler",
+    "ScheduleArguments": "hf_effi.trainers.mixins.schedule",
+    "ScheduleMixin": "hf_effi.trainers.mixins.schedule",
+    "SequenceLengthMixin": "hf_effi.trainers.mixins.sequence_length",
+    "SequenceParallelArguments": "hf_effi.trainers.mixins.sequence_parallel",
+    "SequenceParallelMixin": "hf_effi.trainers.mixins.sequence_parallel",
+}
+
+if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from .batch_transform import BatchTransformMixin as BatchTransformMixin
+    from .chunk_flow import ChunkFlowMixin as ChunkFlowMixin
+    from .hub import HubArguments as HubArguments
+    from .hub import HubMixin as HubMixin
+    from .kernel_patch import KernelArguments as KernelArguments
+    from .kernel_patch import KernelPatchMixin as KernelPatchMixin
+    from .resume import ResumeMixin as ResumeMixin
+    from .run_record import RunRecordArguments as RunRecordArguments
+    from .run_record import RunRecordMixin as RunRecordMixin
+    from .sampler import SamplerMixin as SamplerMixin
+    from .schedule import ScheduleArguments as ScheduleArguments
+    from .schedule import ScheduleMixin as ScheduleMixin
+    from .sequence_length import SequenceLengthMixin as SequenceLengthMixin
+    from .sequence_parallel import SequenceParallelArguments as SequenceParallelArguments
+    from .sequence_parallel import SequenceParallelMixin as SequenceParallelMixin
+
+__getattr__, __dir__, __all__ = face(__name__, _PUBLIC)
