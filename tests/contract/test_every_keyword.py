@@ -28,6 +28,24 @@ from tests.contract._sources import PACKAGE, python_files, tree_of
 from tests.helpers.public import public_objects as everything
 
 ACTS = {
+    "ActivationOffloader": "allocate",
+    "Denoiser": "mean_span weight",
+    "ReptileCallback": "last_partial",
+    "ScheduleLR": "on_mismatch",
+    "TiledMLP": "num_shards",
+    "TokenDropping": "rank",
+    "decay": "floor",
+    "fit_annealing_law": "bootstrap memories seed skip_fraction",
+    "fit_multi_power_law": "skip_fraction steps",
+    "in_probe": "ahead",
+    "make_sequence_group": "device_type",
+    "plan_extension": "cooldown_fraction",
+    "power_lr": "a b max_lr",
+    "preview": "batch_size batches groups parts",
+    "read_recipe": "revision token",
+    "restore_snapshot": "rng scheduler",
+    "shared_prefix_attention": "scale",
+    "take_snapshot": "scheduler",
     "AccuracyGradientCallback": "metric min_lr",
     "ActivationOffloadCallback": "keep_last",
     "AdaLoRACallback": "set_total_step",
@@ -221,6 +239,10 @@ CALLBACK, PRUNER, KEEP = hf_effi.LRScheduleCallback, rollouts.AdvantagePruner, r
 
 #: (object, keyword) -> a call in which nothing would read the keyword
 IDLE: dict[tuple[str, str], Callable[[], Any]] = {
+    ("ScheduleLR", "allow_lr_jump"): lambda: ScheduleLR(
+        torch.optim.SGD(sgd().parameters(), 0.1), linear(4), allow_lr_jump=True
+    ),
+    ("decay", "power"): lambda: hf_effi.schedules.decay("linear", 0.5, power=2.0),
     ("AdvantagePruner", "balance_signs"): lambda: PRUNER(0.5, metric="random", balance_signs=True),
     ("AdvantagePruner", "seed"): lambda: PRUNER(0.5, seed=3),
     ("AttentionPattern", "sink"): lambda: PATTERN(sink=2),
@@ -301,7 +323,7 @@ def public_objects() -> dict[str, Any]:
         for name, value in everything().items()
         if callable(value)
         and not name.endswith(("Config", "Arguments", "Error", "Warning"))
-        and name not in ("Finding", "Method")
+        and name not in ("Finding", "Followed", "MemoryPlan", "Method", "SequenceLayout")
     }
 
 

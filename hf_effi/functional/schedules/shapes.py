@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..options import refuse_idle
 from ._checks import ScheduleError, check_number
 
 _E = math.e
@@ -97,7 +98,7 @@ def decay(shape: str, x: float, floor: float = 0.0, power: float = 1.0) -> float
         `float`: 1 at `x=0`, `floor` at `x=1`, never rising in between.
 
     Raises:
-        ScheduleError: see [`check_shape`]; `x` is NaN.
+        ScheduleError: see [`check_shape`]; `x` is NaN; a `power` for another shape.
 
     Example:
     ```python
@@ -106,6 +107,7 @@ def decay(shape: str, x: float, floor: float = 0.0, power: float = 1.0) -> float
     ```
     """
     check_shape(shape, floor, power)
+    refuse_idle("power", power, 1.0, shape == "power", "with shape='power'", ScheduleError)
     if math.isnan(x):
         raise ScheduleError("x=nan is not allowed: a position inside the decay is a number in [0, 1].")
     if x <= 0:
