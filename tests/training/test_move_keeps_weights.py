@@ -168,25 +168,27 @@ def adapted(model: Any = None, **config: Any) -> Any:
 def lr_callback(folder: Path) -> Parts:
     """Each schedule on a stock Trainer."""
     schedules = {
-        "wsd": hf_effi.wsd(warmup_steps=2, decay_steps=2, shape="1-sqrt", floor=0.1),
-        "wsd_s": hf_effi.wsd_s(budgets=(0.5, 1.0)),
-        "wsdc": hf_effi.wsdc(),
-        "power": hf_effi.power(tokens_per_step=2**33, sequence_length=2**23, reference_lr=1e-2),
-        "cosine": hf_effi.cosine(warmup_fraction=0.2, floor=0.1),
-        "cosine_power": hf_effi.cosine_power(base=10, floor=0.01),
-        "damped_cosine": hf_effi.damped_cosine(cycles=2, gamma=0.5, floor=0.1),
-        "linear": hf_effi.linear(warmup_steps=1),
-        "inverse_sqrt": hf_effi.inverse_sqrt(warmup_steps=2),
-        "rex": hf_effi.rex(),
-        "uba": hf_effi.uba(phi=0.25, floor=0.05),
-        "infinite": hf_effi.infinite(warmup_fraction=0.2),
-        "rewarm_redecay": hf_effi.rewarm_redecay(data_fractions=(0.5, 0.5), peaks=(1.0, 0.6)),
-        "one_cycle": hf_effi.one_cycle(),
-        "triangular": hf_effi.triangular(half_cycle_steps=2),
-        "slow_start_fast_decay": hf_effi.slow_start_fast_decay(),
-        "refined": hf_effi.refined_by_gradient_norm([1 + 3 / (i + 1) for i in range(20)]),
-        "scale": hf_effi.scale(schedule=hf_effi.cosine(floor=0.2), factor=0.5),
-        "join": hf_effi.join(schedules=(hf_effi.constant(), hf_effi.cosine(floor=0.1)), boundaries=(3,)),
+        "wsd": hf_effi.schedules.wsd(warmup_steps=2, decay_steps=2, shape="1-sqrt", floor=0.1),
+        "wsd_s": hf_effi.schedules.wsd_s(budgets=(0.5, 1.0)),
+        "wsdc": hf_effi.schedules.wsdc(),
+        "power": hf_effi.schedules.power(tokens_per_step=2**33, sequence_length=2**23, reference_lr=1e-2),
+        "cosine": hf_effi.schedules.cosine(warmup_fraction=0.2, floor=0.1),
+        "cosine_power": hf_effi.schedules.cosine_power(base=10, floor=0.01),
+        "damped_cosine": hf_effi.schedules.damped_cosine(cycles=2, gamma=0.5, floor=0.1),
+        "linear": hf_effi.schedules.linear(warmup_steps=1),
+        "inverse_sqrt": hf_effi.schedules.inverse_sqrt(warmup_steps=2),
+        "rex": hf_effi.schedules.rex(),
+        "uba": hf_effi.schedules.uba(phi=0.25, floor=0.05),
+        "infinite": hf_effi.schedules.infinite(warmup_fraction=0.2),
+        "rewarm_redecay": hf_effi.schedules.rewarm_redecay(data_fractions=(0.5, 0.5), peaks=(1.0, 0.6)),
+        "one_cycle": hf_effi.schedules.one_cycle(),
+        "triangular": hf_effi.schedules.triangular(half_cycle_steps=2),
+        "slow_start_fast_decay": hf_effi.schedules.slow_start_fast_decay(),
+        "refined": hf_effi.schedules.refined_by_gradient_norm([1 + 3 / (i + 1) for i in range(20)]),
+        "scale": hf_effi.schedules.scale(schedule=hf_effi.schedules.cosine(floor=0.2), factor=0.5),
+        "join": hf_effi.schedules.join(
+            schedules=(hf_effi.schedules.constant(), hf_effi.schedules.cosine(floor=0.1)), boundaries=(3,)
+        ),
     }
     for name, schedule in schedules.items():
         yield name, lm(folder / name, hf_effi.LRScheduleCallback(schedule), stock=True)
@@ -211,17 +213,17 @@ def lr_config(folder: Path) -> Parts:
 
 @case
 def lr_adaptive(folder: Path) -> Parts:
-    schedule = hf_effi.LRScheduleCallback(hf_effi.wsd(warmup_steps=2))
-    yield "hypergradient", lm(folder / "a", schedule, hf_effi.HypergradientCallback(kappa=0.2))
-    yield "snr", lm(folder / "b", hf_effi.GradientSNRCallback(), gradient_accumulation_steps=3)
+    schedule = hf_effi.LRScheduleCallback(hf_effi.schedules.wsd(warmup_steps=2))
+    yield "hypergradient", lm(folder / "a", schedule, hf_effi.callbacks.HypergradientCallback(kappa=0.2))
+    yield "snr", lm(folder / "b", hf_effi.callbacks.GradientSNRCallback(), gradient_accumulation_steps=3)
     over = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "constant"}
     rows = {"eval_dataset": helpers.lm_dataset(4, length=8, seed=1)}
-    cut = hf_effi.AccuracyGradientCallback("eval_loss", window=1, quiet=1)
+    cut = hf_effi.callbacks.AccuracyGradientCallback("eval_loss", window=1, quiet=1)
     yield "accuracy", lm(folder / "c", cut, objects=rows, **over)
-    search = hf_effi.AutoLRSCallback(1e-3, 1e-1, 4, 2, 4, validation=False)
+    search = hf_effi.callbacks.AutoLRSCallback(1e-3, 1e-1, 4, 2, 4, validation=False)
     yield "auto", lm(folder / "d", search, stock=True, lr_scheduler_type="constant", max_steps=12)
     model = helpers.tiny_qwen3()
-    optimizer = torch.optim.AdamW(hf_effi.layerwise_param_groups(model, 1e-2, decay=0.5, weight_decay=0.1))
+    optimizer = torch.optim.AdamW(hf_effi.schedules.layerwise_param_groups(model, 1e-2, decay=0.5, weight_decay=0.1))
     yield "layerwise", lm(folder / "e", objects={"model": model, "optimizers": (optimizer, None)})
 
 
@@ -258,7 +260,8 @@ def samplers(folder: Path) -> Parts:
 def samplers_learned(folder: Path) -> Parts:
     from transformers import default_data_collator
 
-    from hf_effi.samplers import AbilitySampler, MultistageSampler, RowCorrect, RowLoss, SelfPacedSampler
+    from hf_effi.data import RowCorrect, RowLoss
+    from hf_effi.samplers import AbilitySampler, MultistageSampler, SelfPacedSampler
 
     rows = helpers.lm_dataset(ROWS, length=8)
     loss, correct = RowLoss(rows, default_data_collator), RowCorrect(rows, default_data_collator)
@@ -275,11 +278,14 @@ def samplers_learned(folder: Path) -> Parts:
 @case
 def recipes(folder: Path) -> Parts:
     over = {"max_steps": -1, "num_train_epochs": 1}
-    for name, preset in {"cdma": hf_effi.cdma(scores()), "cma": hf_effi.cma(scores(), buckets=4)}.items():
+    for name, preset in {
+        "cdma": hf_effi.recipes.cdma(scores()),
+        "cma": hf_effi.recipes.cma(scores(), buckets=4),
+    }.items():
         yield name, lm(folder / name, *preset["callbacks"], stock=True, **over)
         yield f"{name} averaged", saved(folder / name / "averaged")
     sources = ["web"] * 16 + ["medical"] * 16
-    preset = hf_effi.stability_gap(scores(), sources, "medical", block=4, keep=0.25, new_share=0.75)
+    preset = hf_effi.recipes.stability_gap(scores(), sources, "medical", block=4, keep=0.25, new_share=0.75)
     sampler = {"train_sampler": preset["train_sampler"]}
     yield "stability_gap", lm(folder / "gap", *preset["callbacks"], objects=sampler, **over)
 
@@ -291,7 +297,7 @@ def batch_transforms(folder: Path) -> Parts:
     from transformers import BertConfig, BertForMaskedLM, default_data_collator
 
     over = {"eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": 2}
-    mixins = (hf_effi.BatchTransformMixin,)
+    mixins = (hf_effi.trainers.mixins.BatchTransformMixin,)
 
     def train(name: str, rows: Any, **objects: Any) -> Any:
         objects = {"train_dataset": rows, "eval_dataset": rows.select(range(4)), **objects}
@@ -300,38 +306,41 @@ def batch_transforms(folder: Path) -> Parts:
 
     wide = helpers.tiny_qwen3(num_hidden_layers=1, vocab_size=256)
     modes = {"mode_ids": {"R": 220, "X": 221, "S": 222}, "separator_id": 223, "eos_token_id": 1}
-    transform = hf_effi.UL2Denoising(list(range(200, 220)), 0, 32, **modes)
+    transform = hf_effi.data.UL2Denoising(list(range(200, 220)), 0, 32, **modes)
     rows = helpers.lm_dataset(ROWS, length=transform.row_length).remove_columns("labels")
     yield "ul2", train("ul2", rows, model=wide, batch_transform=transform, data_collator=default_data_collator)
 
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     bert = BertForMaskedLM(BertConfig(vocab_size=helpers.VOCAB_SIZE, max_position_embeddings=64, **size))
-    falling = hf_effi.MaskingRatioCurriculum(0, range(4), helpers.VOCAB_SIZE, start=0.6, end=0.2)
+    falling = hf_effi.data.MaskingRatioCurriculum(0, range(4), helpers.VOCAB_SIZE, start=0.6, end=0.2)
     yield "masking", train("masking", helpers.lm_dataset(ROWS, length=48), model=bert, batch_transform=falling)
 
     rows = Dataset.from_list([{**row, "metadata_ids": [3, 3]} for row in helpers.lm_dataset(ROWS, length=8)])
     for where in ("prepend", "append"):
-        collator = hf_effi.MetadataCollator(0)
-        meco = hf_effi.MetadataConditioning(collator, where=where, cooldown_fraction=0.34)
+        collator = hf_effi.data.MetadataCollator(0)
+        meco = hf_effi.data.MetadataConditioning(collator, where=where, cooldown_fraction=0.34)
         yield where, train(where, rows, data_collator=collator, batch_transform=meco)
 
 
 @case
 def lengths(folder: Path) -> Parts:
     """Sequences that grow, multigrid with its learning rate, and batches under a token budget."""
-    mixins, rows = (hf_effi.SequenceLengthMixin,), {"train_dataset": helpers.lm_dataset(ROWS, length=16)}
+    mixins, rows = (
+        (hf_effi.trainers.mixins.SequenceLengthMixin,),
+        {"train_dataset": helpers.lm_dataset(ROWS, length=16)},
+    )
 
     def growing(step: int, total: int) -> int:
         return 4 if step < total // 3 else 8 if step < 2 * total // 3 else 16
 
     yield "growing", lm(folder / "a", mixins=mixins, objects={**rows, "sequence_length": growing})
-    shapes = hf_effi.Multigrid(16, long_cycle=(2, 1), short_cycle=(4, 2, 1), final_share=0.25)
-    factor = hf_effi.MultigridLRCallback(shapes, 0.5)
+    shapes = hf_effi.data.Multigrid(16, long_cycle=(2, 1), short_cycle=(4, 2, 1), final_share=0.25)
+    factor = hf_effi.callbacks.MultigridLRCallback(shapes, 0.5)
     yield (
         "multigrid",
         lm(folder / "b", factor, mixins=mixins, objects={**rows, "sequence_length": shapes}, max_steps=8),
     )
-    budget = hf_effi.TokenBudgetBatchSampler(LENGTHS, 48, cost=(1.0, 0.05), seed=2)
+    budget = hf_effi.samplers.TokenBudgetBatchSampler(LENGTHS, 48, cost=(1.0, 0.05), seed=2)
     objects = {"train_dataset": ragged(), "data_collator": pad, "train_sampler": budget}
     yield "budget", lm(folder / "c", objects=objects, gradient_accumulation_steps=2)
 
@@ -354,7 +363,7 @@ def averages(folder: Path) -> Parts:
 
     for name, trainer in again(folder / "reptile", train, 3):
         yield f"reptile {name}", trainer
-    hf_effi.average_checkpoints(folder / "reptile", folder / "merged", last=3)
+    hf_effi.checkpoint.average_checkpoints(folder / "reptile", folder / "merged", last=3)
     yield "checkpoints averaged", saved(folder / "merged")
 
 
@@ -366,7 +375,7 @@ def adalora(folder: Path) -> Parts:
         plan = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 2, "deltaT": 2, "total_step": 8, "lora_alpha": 4}
         config = AdaLoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **plan)
         model = get_peft_model(helpers.tiny_qwen3(num_hidden_layers=1), config)
-        return lm(into, hf_effi.AdaLoRACallback(), objects={"model": model}, max_steps=8, **over)
+        return lm(into, hf_effi.callbacks.AdaLoRACallback(), objects={"model": model}, max_steps=8, **over)
 
     yield from again(folder, train, 5)
 
@@ -376,9 +385,9 @@ def adalora(folder: Path) -> Parts:
 
 @case
 def random_ltd(folder: Path) -> Parts:
-    dropping = hf_effi.RandomLTDCallback(2, 8, ramp_fraction=0.5, multiple=2)
+    dropping = hf_effi.callbacks.RandomLTDCallback(2, 8, ramp_fraction=0.5, multiple=2)
     by_layer_tokens = hf_effi.LRScheduleCallback(
-        hf_effi.token_indexed(schedule=hf_effi.linear(6)), counter=dropping.progress
+        hf_effi.schedules.token_indexed(schedule=hf_effi.schedules.linear(6)), counter=dropping.progress
     )
     model = helpers.tiny_qwen3(num_hidden_layers=4)
     callbacks = (dropping, by_layer_tokens)
@@ -401,17 +410,17 @@ def layer_modes(folder: Path) -> Parts:
 def chunk_flow(folder: Path) -> Parts:
     objects = {"train_dataset": ragged(), "data_collator": pad}
     for flow in ((8,), (5, 2)):
-        objects |= {"model": helpers.tiny_qwen3(), "chunk_flow": hf_effi.ChunkFlow(*flow)}
-        mixins = (hf_effi.ChunkFlowMixin,)
+        objects |= {"model": helpers.tiny_qwen3(), "chunk_flow": hf_effi.memory.ChunkFlow(*flow)}
+        mixins = (hf_effi.trainers.mixins.ChunkFlowMixin,)
         yield str(flow), lm(folder, mixins=mixins, objects=objects, gradient_accumulation_steps=2, max_steps=4)
 
 
 @case
 def memory_patches(folder: Path) -> Parts:
     """Layers in chunks, the loss in tiles, the MLP in tiles: alone and together."""
-    chunks = functools.partial(hf_effi.stream_layers, num_chunks=3)
-    loss = functools.partial(hf_effi.tile_loss, num_shards=3)
-    mlp = functools.partial(hf_effi.tile_mlp, num_shards=3)
+    chunks = functools.partial(hf_effi.memory.stream_layers, num_chunks=3)
+    loss = functools.partial(hf_effi.memory.tile_loss, num_shards=3)
+    mlp = functools.partial(hf_effi.kernels.tile_mlp, num_shards=3)
     made = {"stream_layers": [chunks], "tile_loss": [loss], "tile_mlp": [mlp], "two": [chunks, loss]}
     for name, patches in made.items():
         model = {"model": helpers.tiny_qwen3()}
@@ -421,7 +430,7 @@ def memory_patches(folder: Path) -> Parts:
 
 @case
 def kernels(folder: Path) -> Parts:
-    made = {"fused": hf_effi.FusedLoRALinear(), "int8": hf_effi.LowBitLoRALinear("int8")}
+    made = {"fused": hf_effi.kernels.FusedLoRALinear(), "int8": hf_effi.kernels.LowBitLoRALinear("int8")}
     for name, layer in made.items():
         callback = hf_effi.KernelPatchCallback({"LoRALinear": layer})
         yield name, lm(folder / name, callback, stock=True, objects={"model": adapted()})
@@ -438,14 +447,14 @@ def supervised(folder: Path) -> Parts:
     yield "off", sft(folder / "off", objects=rows, run_record=True, eval_strategy="steps", eval_steps=3)
     yield "lm head", sft(folder / "head", kernel_patch={"LMHead": "hf_effi"})
     trainer = sft(folder / "forward", train=False)
-    with hf_effi.patch(trainer.model, {"LMHead": hf_effi.FusedLMHead(grad_in_forward=True)}):
+    with hf_effi.patch(trainer.model, {"LMHead": hf_effi.kernels.FusedLMHead(grad_in_forward=True)}):
         trainer.train()
     yield "lm head, gradient in the forward", trainer
     model = helpers.tiny_qwen3()
-    model.set_attn_implementation(hf_effi.register_varlen_attention())
-    hf_effi.set_attention_patterns(model, [hf_effi.AttentionPattern(window=4, sink=1), None])
+    model.set_attn_implementation(hf_effi.attention.register_varlen_attention())
+    hf_effi.attention.set_attention_patterns(model, [hf_effi.attention.AttentionPattern(window=4, sink=1), None])
     yield "packed, sparse", sft(folder / "packed", objects={"model": model}, packing=True)
-    streamed = hf_effi.PatchCallback(functools.partial(hf_effi.stream_layers, num_chunks=3))
+    streamed = hf_effi.PatchCallback(functools.partial(hf_effi.memory.stream_layers, num_chunks=3))
     yield "lora, streamed", sft(folder / "lora", streamed, objects={"model": adapted()}, packing=True)
 
 
@@ -458,8 +467,8 @@ def shared_prefix(folder: Path) -> Parts:
     rows = Dataset.from_list(answers(20))
     for stock in (True, False):
         model = helpers.tiny_qwen3()
-        model.set_attn_implementation(hf_effi.register_varlen_attention())
-        objects = {"model": model, "train_dataset": rows, "data_collator": hf_effi.SharedPrefixCollator(model)}
+        model.set_attn_implementation(hf_effi.attention.register_varlen_attention())
+        objects = {"model": model, "train_dataset": rows, "data_collator": hf_effi.data.SharedPrefixCollator(model)}
         over = {"remove_unused_columns": False, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         yield "stock" if stock else "ours", lm(folder / str(stock), stock=stock, objects=objects, **over)
 
