@@ -40,6 +40,10 @@ class GlooGroup:
         options.rootRank, options.rootTensor = 0, 0
         self.process_group.broadcast([tensor], options).wait()
 
+    def close(self) -> None:
+        """Drop the connections, as the end of a process does."""
+        self.process_group = self.store = None
+
 
 def _open_group(init_info: dict[str, Any]) -> GlooGroup:
     return GlooGroup(init_info["master_address"], init_info["master_port"], 0, init_info["world_size"])

@@ -9,6 +9,7 @@ client that sends them late, or not at all, shows in the log-probs it gets back.
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import zlib
 from collections import Counter
@@ -81,6 +82,8 @@ class TinyServer:
     ) -> None:
         self.model, self.noise, self.faults = model.eval(), noise, tuple(faults)
         self.calls: list[str] = []
+        #: (prompt, completion) -> the log-probs of each time that it was sampled
+        self.sampled: dict[tuple[tuple[int, ...], tuple[int, ...]], list[list[float]]] = {}
         self.group: GlooGroup | None = None
         self.updating, self.cache_is_old = False, False
         self._counts: Counter[str] = Counter()
@@ -95,6 +98,10 @@ class TinyServer:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
+        #: for `vllm_group_port`: free a moment ago
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.group_port = probe.getsockname()[1]
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def __enter__(self) -> TinyServer:
@@ -107,6 +114,8 @@ class TinyServer:
         """Stop listening and drop every connection: what a client sees of a process that was killed."""
         if not self._closed.is_set():
             self._closed.set()
+            if self.group is not None:
+                self.group.close()
             self._http.shutdown()
             self._http.server_close()
 
@@ -205,10 +214,11 @@ class TinyServer:
             running &= ~torch.isin(token.squeeze(1), ends)
             if not running.any():
                 break
-        tokens, values = ids[:, len(prompt) :].tolist(), torch.cat(logps, dim=1).tolist()
-        return [
-            _choice(prompt, tokens[row][:size], values[row][:size]) for row, size in enumerate(lengths.tolist())
-        ]
+        rows = zip(ids[:, len(prompt) :].tolist(), torch.cat(logps, dim=1).tolist(), lengths.tolist(), strict=True)
+        found = [(tokens[:size], values[:size]) for tokens, values, size in rows]
+        for tokens, values in found:
+            self.sampled.setdefault((tuple(prompt), tuple(tokens)), []).append(values)
+        return [_choice(prompt, tokens, values) for tokens, values in found]
 
 
 def _choice(prompt: list[int], tokens: list[int], logps: list[float]) -> dict[str, Any]:
