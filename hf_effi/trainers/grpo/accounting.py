@@ -40,7 +40,8 @@ class AccountingMixin:
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """Add the seconds spent inside to `phase`, and take them from the phase around it."""
-        if not self._in_training:
+        # A step after an evaluation begins with a model in eval mode.
+        if not self._in_training and phase != "train":
             yield
             return
         outer = self._in_phase[-1] if self._in_phase else None

@@ -4,6 +4,7 @@
 2. `_step` restarts at 0, so generation happens at other steps than in the uninterrupted run.
 3. The buffered generation is lost, so a checkpoint inside a generation block regenerates it with newer weights.
 4. A run on a stream restarts at the second pass, whichever it was in.
+5. A second `train()` may go on with the weights that vLLM was sent in the first.
 
 What this needs is stored before `trainer_state.json` is, hence before the checkpoint is pushed, and `trainer_state.json`
 names it: a checkpoint that has lost a file is refused, one of the stock trainer is continued as far as it can be.
@@ -222,6 +223,10 @@ class GRPOResumeMixin:
     @functools.wraps(GRPOTrainer._init_training_state)  # the mixins above bind calls by these names
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         call = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
+        if self.use_vllm:
+            # TRL remembers the step that it last sent weights at. A further training may begin at the same number, with
+            # other weights.
+            self._last_loaded_step = -1
         place = super()._init_training_state(*args, **kwargs)
         if (checkpoint := call["resume_from_checkpoint"]) is None:
             return place

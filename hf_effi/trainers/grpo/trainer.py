@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import Any
 
 import datasets
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from ...protocols import GroupFilter, PromptSelector, RolloutPruner
@@ -109,12 +111,36 @@ class EffiGRPOTrainer(
         self._check_buckets()
         self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
         self._route_checkpointing_options()
+        self._guard_vllm_server()
 
     def _check_buckets(self) -> None:
         """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
         if own_setting(self.args, "forward_buckets") and "trim" not in self.exact_savings:
             reason = self._savings_left_out.get("trim", "it is off.")
             refuse_unused(self.args, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
+
+    def _guard_vllm_server(self) -> None:
+        """Let a server that fails end the run with one sentence. A `rollout_func` may talk to it in ways of its own."""
+        in_use = self.args.use_vllm and self.args.vllm_mode == "server" and self.rollout_func is None
+        if not in_use or not self.accelerator.is_main_process:
+            return
+        from ._vllm_server import GuardedClient  # needs `requests`, as TRL's client does
+
+        generation = self.vllm_generation
+        generation.vllm_client = GuardedClient(generation.vllm_client, self.args.ddp_timeout, self._how_to_go_on)
+
+    def _how_to_go_on(self) -> str:
+        folder, step = self.args.output_dir, self.state.global_step
+        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        again = "Its own log says why. Start it again with the same command, then"
+        if checkpoint is None:
+            return (
+                f"{again} train from the start: step {step} was reached and no checkpoint saved (save_strategy="
+                f"{self.args.save_strategy.value!r})."
+            )
+        return (
+            f"{again} trainer.train(resume_from_checkpoint=True) goes on from {checkpoint}; step {step} was reached."
+        )
 
     def _route_checkpointing_options(self) -> None:
         """

@@ -1,0 +1,63 @@
+"""What the vLLM tests run: a GRPO training whose completions come from a server."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from trl import GRPOConfig
+
+from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
+from tests.helpers import grpo_args, run_grpo, tiny_qwen3
+from tests.helpers.vllm_gloo import trl_client_on_cpu
+from tests.helpers.vllm_server import TinyServer
+
+#: All there are in TRL 1.16.
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+#: Difficulty filter with refill rounds, pruning, and two optimizer steps per generation.
+METHODS: dict[str, Any] = {
+    "difficulty_range": (0, 1),
+    "prune_rate": 0.5,
+    "steps_per_generation": 2,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+}
+
+
+@contextlib.contextmanager
+def served(*args: Any, **kwargs: Any) -> Iterator[TinyServer]:
+    """A server with other weights than the trainer's, and TRL's client made to talk to it from a CPU."""
+    with trl_client_on_cpu(), TinyServer(tiny_qwen3(seed=5, end_tokens=10), *args, **kwargs) as server:
+        yield server
+
+
+def train_on(server: TinyServer, cls: type = EffiGRPOTrainer, folder: Any = None, **over: Any) -> Any:
+    """Train on a server; arguments of [`tests.helpers.run_grpo`] and fields of the config alike."""
+    outer = (
+        "model",
+        "reward_funcs",
+        "train_dataset",
+        "resume_from_checkpoint",
+        "train",
+        "peft_config",
+        "eval_dataset",
+    )
+    kwargs = {name: over.pop(name) for name in outer if name in over}
+    config = EffiGRPOConfig if issubclass(cls, EffiGRPOTrainer) else GRPOConfig
+    settings = {"use_vllm": True, "vllm_mode": "server"}
+    settings |= {"vllm_server_base_url": server.url, "vllm_group_port": server.group_port}
+    return run_grpo(cls, grpo_args(folder or tempfile.mkdtemp(), config, **settings, **over), **kwargs)
+
+
+def train(cls: type = EffiGRPOTrainer, noise: float = 0.0, faults: Any = (), **over: Any) -> Any:
+    """Train on a server of its own, which ends with the training."""
+    with served(noise, faults) as server:
+        trainer = train_on(server, cls, **over)
+    trainer.server = server
+    return trainer
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
