@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import StateFileError, load_state
+from ._engines import sharding_engine
 from ._owners import Role
 from ._probing import outside_probes, trained_steps, trained_total
 from ._side_file import SideFileCallback
@@ -78,7 +79,7 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.deepspeed or args.fsdp:
+        if sharding_engine(args):
             raise ValueError(
                 "AdaLoRACallback reads gradients after the update, and DeepSpeed and FSDP have freed or sharded them by "
                 "then. Train with DDP or on one device."

@@ -15,6 +15,7 @@ from .._files import load_state
 from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
+from ._engines import sharding_engine
 from ._lr_factors import LRFactorCallback
 from ._probing import in_probe, outside_probes
 from ._side_file import SideFileCallback
@@ -236,5 +237,5 @@ def refuse_sharded(args: TrainingArguments, who: str) -> None:
     Raises:
         ScheduleError: FSDP or DeepSpeed is on.
     """
-    if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+    if sharding_engine(args):
         raise ScheduleError(f"{who} needs whole parameters on each rank, not FSDP or DeepSpeed shards. Use DDP.")

@@ -20,6 +20,7 @@ from ..functional.doctor import (
     TrainLimits,
     diagnose,
 )
+from ._engines import sharding_engine
 from ._forward_watch import ForwardWatch
 from ._observer import describe, only_observes
 from ._owners import OwningCallback, Role
@@ -116,7 +117,7 @@ class TrainDoctor(OwningCallback):
         if state.is_world_process_zero:
             self._watch = ForwardWatch(kwargs["model"])
             # The model of DeepSpeed or FSDP can only be called by all processes together.
-            self._measures_packing = not (args.deepspeed or args.fsdp)
+            self._measures_packing = sharding_engine(args) is None
             self._look(state)
 
     @only_observes

@@ -9,6 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ..functional.reptile import reptile_step
+from ._engines import sharding_engine
 from ._owners import Role
 from ._probing import holds_training_weights, outside_probes, trained_steps, trained_total
 from ._side_file import SideFileCallback
@@ -55,7 +56,7 @@ class ReptileCallback(TurnCallback, SideFileCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.deepspeed or args.fsdp:
+        if sharding_engine(args):
             raise ValueError(
                 "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own that "
                 "would overwrite them. Train with DDP or on one device."

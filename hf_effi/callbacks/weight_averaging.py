@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._files import load_state, save_aside, save_json
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.schedules import warn_decay_to_zero
+from ._engines import sharding_engine
 from ._owners import Role
 from ._probing import plan_of, trained_total
 from ._run_folder import run_folder
@@ -149,7 +150,7 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
         self._average = RunningAverage()
 
     def _check(self, args: TrainingArguments, state: TrainerState) -> None:
-        if args.deepspeed or args.fsdp:
+        if sharding_engine(args):
             raise ValueError(
                 "WeightAveragingCallback reads whole weights, which DeepSpeed and FSDP keep in shards. Train with DDP or "
                 "on one device, or average what was saved: average_checkpoints."

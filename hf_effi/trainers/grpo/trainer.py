@@ -124,7 +124,7 @@ class EffiGRPOTrainer(
         in_use = self.args.use_vllm and self.args.vllm_mode == "server" and self.rollout_func is None
         if not in_use or not self.accelerator.is_main_process:
             return
-        from ._vllm_server import GuardedClient  # needs `requests`, as TRL's client does
+        from .vllm_server import GuardedClient  # needs `requests`, as TRL's client does
 
         generation = self.vllm_generation
         generation.vllm_client = GuardedClient(generation.vllm_client, self.args.ddp_timeout, self._how_to_go_on)

@@ -65,7 +65,9 @@ class ChunkFlowMixin:
                 getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
             ),
             "DataParallel splits the rows itself. Use one process per GPU": args.n_gpu > 1,
-            "FSDP and DeepSpeed need the same number of calls on every rank": args.fsdp or args.deepspeed,
+            "FSDP and DeepSpeed need the same number of calls on every rank. Use DDP": (
+                self.is_fsdp_enabled or self.is_deepspeed_enabled
+            ),
             "the loss has to be the model's: leave out label_smoothing_factor and compute_loss_func": (
                 self.label_smoother is not None or self.compute_loss_func is not None
             ),

@@ -1,0 +1,27 @@
+"""Which engine shards the model of a run, if any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
+
+_SHARDING = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP"}
+
+
+def sharding_engine(args: Any) -> str | None:
+    """
+    Return `"DeepSpeed"`, `"FSDP"`, or `None` where each process has the whole model and steps its own optimizer.
+
+    The training arguments alone do not tell: under `accelerate launch` the launch file chooses the engine, and `args.deepspeed`
+    and `args.fsdp` stay empty. What counts is the accelerator of the Trainer, which exists from `on_init_end` on.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+    """
+    if is_initialized() and (engine := _SHARDING.get(AcceleratorState().distributed_type)):
+        return engine
+    if getattr(args, "deepspeed", None):
+        return "DeepSpeed"
+    return "FSDP" if getattr(args, "fsdp", None) else None

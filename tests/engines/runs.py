@@ -1,0 +1,344 @@
+"""What the ranks of one engine run: short trainings, each of which ends in numbers or in a refusal. Several share a launch."""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import hf_effi
+from hf_effi import samplers
+from tests.helpers import binary_hash_reward, lm_dataset, prompt_dataset, sft_dataset, tiny_qwen3, tiny_tokenizer
+from tests.helpers.cpu_engines import engine_arguments, run_on_cpu
+
+ROWS = 32
+LENGTH = 12
+
+
+@dataclass
+class Outcome:
+    """
+    What a run left on one rank.
+
+    Args:
+        weights (`dict`): The whole weights at the end, on the first rank; empty elsewhere and after a refusal.
+        log (`list`): The entries of `log_history`.
+        updates (`int`): Updates that were made.
+        refused (`str`): The error as `"Type: message"`; empty where the run came to its end.
+        where (`str`): The traceback of the error.
+        more (`dict`): What a case wants to show beside.
+    """
+
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    updates: int = 0
+    refused: str = ""
+    where: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def series(self, name: str) -> list[float]:
+        return [float(entry[name]) for entry in self.log if name in entry]
+
+
+class _Count(TrainerCallback):
+    """Counts the updates that were made, also by a run that ends in an error."""
+
+    updates = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        type(self).updates += 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """
+    Where a case runs.
+
+    Args:
+        engine (`str`): See [`~tests.helpers.cpu_engines.ENGINES`].
+        folder (`Path`): For checkpoints; the same on all ranks.
+        launched (`bool`): Whether a launcher has chosen the engine, by its environment, so that the arguments say nothing.
+    """
+
+    engine: str
+    folder: Path
+    launched: bool = False
+
+    def arguments(self, cls: type = TrainingArguments, **over: Any) -> Any:
+        settings: dict[str, Any] = {
+            "output_dir": str(self.folder),
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            # At 1e-8 Adam makes a whole step of the rounding of a gradient that is nearly zero.
+            "adam_epsilon": 1e-4,
+            "max_steps": 3,
+            "seed": 7,
+            "per_device_train_batch_size": 2,
+            "gradient_checkpointing": False,
+            "ddp_find_unused_parameters": False,
+        }
+        chosen = {"use_cpu": self.engine == "ddp"} if self.launched else engine_arguments(self.engine)
+        return cls(**{**settings, **chosen, **over})
+
+
+def finish(trainer: Any, resume: str | None = None) -> Outcome:
+    """Train, and return the whole weights on the first rank."""
+    trainer.remove_callback(_Count)
+    trainer.add_callback(_Count)
+    trainer.train(resume_from_checkpoint=resume)
+    wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model_wrapped
+    state = trainer.accelerator.get_state_dict(wrapped)
+    weights = {}
+    if trainer.accelerator.process_index == 0:
+        weights = {name.removeprefix("module."): value.detach().cpu().clone() for name, value in state.items()}
+    log = [dict(entry) for entry in trainer.state.log_history]
+    return Outcome(weights, log, trainer.state.global_step, more={"kind": str(trainer.accelerator.distributed_type)})
+
+
+# --- the trainers -----------------------------------------------------------------------------------------------------
+
+
+def lm(
+    place: Place,
+    *callbacks: TrainerCallback,
+    cls: type = Trainer,
+    config: type = TrainingArguments,
+    model: Any = None,
+    resume: str | None = None,
+    made: dict[str, Any] | None = None,
+    **over: Any,
+) -> Outcome:
+    """A `Trainer` or a subclass; `made` are further arguments of it, `over` those of its config."""
+    made = {"train_dataset": lm_dataset(ROWS, length=LENGTH), **(made or {})}
+    args = place.arguments(config, **over)  # before the model, as a script does: ZeRO-3 has to know of it
+    model = tiny_qwen3(num_hidden_layers=3) if model is None else model() if callable(model) else model
+    return finish(cls(model, args, callbacks=list(callbacks), **made), resume)
+
+
+def sft(place: Place, *callbacks: TrainerCallback, resume: str | None = None, **over: Any) -> Outcome:
+    cls, config = over.pop("cls", SFTTrainer), over.pop("config", SFTConfig)
+    made = {"processing_class": tiny_tokenizer(), **over.pop("made", {})}
+    args = place.arguments(config, **{"max_length": 32, **over})
+    trainer = cls(tiny_qwen3(), args, train_dataset=sft_dataset(ROWS), callbacks=list(callbacks), **made)
+    return finish(trainer, resume)
+
+
+def grpo(place: Place, resume: str | None = None, **over: Any) -> Outcome:
+    cls = over.pop("cls", hf_effi.EffiGRPOTrainer)
+    config, made = over.pop("config", hf_effi.EffiGRPOConfig), over.pop("made", {})
+    model = over.pop("model", None)
+    settings = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8, **over}
+    args = place.arguments(config, **settings)
+    trainer = cls(
+        tiny_qwen3(end_tokens=10) if model is None else model,
+        binary_hash_reward,
+        args,
+        made.pop("train_dataset", prompt_dataset(ROWS)),
+        processing_class=tiny_tokenizer(),
+        **made,
+    )
+    return finish(trainer, resume)
+
+
+def resumed(train: Callable[..., Outcome], place: Place, at: int, **over: Any) -> Outcome:
+    """Train with a checkpoint at update `at`, then again from it; `more["again"]` is what the second run left."""
+    saving = {"save_strategy": "steps", "save_steps": at, "save_total_limit": 3, **over}
+    whole = train(place, **saving)
+    whole.more["saved"] = sorted(path.name for path in (place.folder / f"checkpoint-{at}").iterdir())
+    whole.more["again"] = train(place, resume=str(place.folder / f"checkpoint-{at}"), **saving)
+    return whole
+
+
+# --- the cases --------------------------------------------------------------------------------------------------------
+
+WSD = {"lr_schedule": "wsd", "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 2}}
+
+
+def shuffled() -> samplers.ShuffledSampler:
+    return samplers.ShuffledSampler(ROWS, seed=3)
+
+
+def stock_trainer(place: Place, **over: Any) -> Outcome:
+    callbacks = [
+        hf_effi.LRScheduleCallback(hf_effi.schedules.wsd(warmup_steps=2, decay_steps=2)),
+        hf_effi.SamplerCallback(shuffled()),
+        hf_effi.RunRecordCallback(),
+        hf_effi.TrainDoctor(say=lambda sentence: None),
+    ]
+    return lm(place, *callbacks, max_steps=6, **over)
+
+
+def effi_trainer(place: Place, **over: Any) -> Outcome:
+    made = {"train_sampler": shuffled(), "train_dataset": lm_dataset(ROWS, length=LENGTH)}
+    chosen = {"cls": hf_effi.EffiTrainer, "config": hf_effi.EffiTrainingArguments}
+    return lm(place, made=made, max_steps=6, **chosen, **WSD, **over)
+
+
+def effi_sft(place: Place, **over: Any) -> Outcome:
+    chosen = {"cls": hf_effi.EffiSFTTrainer, "config": hf_effi.EffiSFTConfig}
+    return sft(place, made={"train_sampler": shuffled()}, max_steps=6, **chosen, **WSD, **over)
+
+
+#: filter, prune and schedule; two updates a generation, so that update 3 is in the middle of one
+RL = {"difficulty_range": [0, 1], "prune_rate": 0.5, "steps_per_generation": 2, "max_steps": 5, **WSD}
+
+
+def effi_grpo(place: Place, **over: Any) -> Outcome:
+    return grpo(place, made={"train_sampler": shuffled()}, **RL, **over)
+
+
+def with_resume(train: Callable[..., Outcome]) -> Callable[[Place], Outcome]:
+    return lambda place: resumed(train, place, at=3)
+
+
+def adapted(**config: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(tiny_qwen3(), LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
+
+
+def adapted_for_adalora() -> Any:
+    config = {"target_modules": ["q_proj"], "init_r": 3, "target_r": 1, "tinit": 1, "tfinal": 1, "deltaT": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(tiny_qwen3(), AdaLoraConfig(total_step=6, **config))
+
+
+def by_loss(model: Any, rows: Sequence[int]) -> list[float]:
+    return [float(row % 5) for row in rows]
+
+
+class Chunked(hf_effi.trainers.mixins.ChunkFlowMixin, Trainer):
+    pass
+
+
+class Grown(hf_effi.trainers.mixins.SequenceLengthMixin, Trainer):
+    pass
+
+
+class Measured(hf_effi.trainers.mixins.SamplerMixin, Trainer):
+    pass
+
+
+def patched(*patches: Callable[..., Any]) -> Callable[[Place], Outcome]:
+    return lambda place: lm(place, hf_effi.PatchCallback(*patches))
+
+
+CASES: dict[str, Callable[[Place], Outcome]] = {
+    "Trainer": with_resume(stock_trainer),
+    "EffiTrainer": with_resume(effi_trainer),
+    "EffiSFTTrainer": with_resume(effi_sft),
+    "EffiGRPOTrainer": with_resume(effi_grpo),
+    "exact_savings": lambda place: grpo(place, num_iterations=2, max_steps=4),
+    "exact_savings_off": lambda place: grpo(place, num_iterations=2, max_steps=4, exact_savings="off"),
+    "weight_averaging": lambda place: lm(place, hf_effi.WeightAveragingCallback(2, every_steps=1, kind="uniform")),
+    "reptile": lambda place: lm(place, _reptile()),
+    "adalora": lambda place: lm(
+        place, hf_effi.callbacks.AdaLoRACallback(set_total_step=True), model=adapted_for_adalora, max_steps=6
+    ),
+    "auto_lrs": lambda place: lm(
+        place,
+        hf_effi.callbacks.AutoLRSCallback(1e-4, 1e-2, 4, 2, 4, validation=False),
+        lr_scheduler_type="constant",
+        max_steps=12,
+    ),
+    "gradient_snr": lambda place: lm(place, hf_effi.callbacks.GradientSNRCallback(), gradient_accumulation_steps=3),
+    "hypergradient": lambda place: lm(place, hf_effi.callbacks.HypergradientCallback(kappa=0.2)),
+    "accuracy_gradient": lambda place: lm(
+        place,
+        hf_effi.callbacks.AccuracyGradientCallback("eval_loss"),
+        eval_strategy="steps",
+        eval_steps=1,
+        made={"eval_dataset": lm_dataset(4, length=LENGTH)},
+    ),
+    "random_ltd": lambda place: lm(place, hf_effi.callbacks.RandomLTDCallback(4, LENGTH, multiple=2)),
+    "tiled_mlp": patched(hf_effi.kernels.tile_mlp),
+    "tiled_loss": patched(hf_effi.memory.tile_loss),
+    "stream_layer": patched(hf_effi.memory.stream_layers),
+    "chunk_flow": lambda place: lm(place, cls=Chunked, made={"chunk_flow": hf_effi.memory.ChunkFlow(4)}),
+    "activation_offload": lambda place: lm(place, hf_effi.ActivationOffloadCallback(), gradient_checkpointing=True),
+    "selective_checkpointing": lambda place: lm(
+        place, hf_effi.SelectiveCheckpointCallback(), gradient_checkpointing=True
+    ),
+    "memory_budget": lambda place: lm(place, hf_effi.MemoryBudgetCallback(1.0), gradient_checkpointing=True),
+    "kernel_patch": lambda place: lm(place, hf_effi.KernelPatchCallback({"RMSNorm": EagerNorm})),
+    "fused_lora": lambda place: lm(
+        place, hf_effi.KernelPatchCallback({"LoRALinear": hf_effi.kernels.FusedLoRALinear()}), model=adapted
+    ),
+    "low_bit_lora": lambda place: lm(
+        place, hf_effi.KernelPatchCallback({"LoRALinear": hf_effi.kernels.LowBitLoRALinear("int8")}), model=adapted
+    ),
+    "lm_head": lambda place: sft(
+        place, cls=hf_effi.EffiSFTTrainer, config=hf_effi.EffiSFTConfig, kernel_patch={"LMHead": "hf_effi"}
+    ),
+    "sequence_parallel": lambda place: lm(
+        place, cls=hf_effi.EffiTrainer, config=hf_effi.EffiTrainingArguments, sequence_parallel_size=2
+    ),
+    "sequence_length_growth": lambda place: lm(place, cls=Grown, made={"sequence_length": _growing}),
+    "self_paced": lambda place: lm(
+        place,
+        cls=Measured,
+        made={"train_sampler": samplers.SelfPacedSampler(ROWS, by_loss, share=0.5, share_step=0.5)},
+    ),
+}
+
+
+def _growing(step: int, steps: int) -> int:
+    return 6 + 2 * step
+
+
+def _reptile() -> TrainerCallback:
+    from hf_effi.callbacks.reptile import ReptileCallback
+
+    return ReptileCallback(every_steps=2, beta=0.5)
+
+
+class EagerNorm(torch.nn.Module):
+    """A norm of its own in the form of the Hub's layers, which rounds as the model's does."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+def run_cases(engine: str, names: Sequence[str], folder: str, launched: bool = False) -> dict[str, Outcome]:
+    """
+    Run cases one after the other; what one raises is its outcome.
+
+    Args:
+        engine (`str`): See [`~tests.helpers.cpu_engines.ENGINES`].
+        names (`Sequence[str]`): Of [`CASES`].
+        folder (`str`): An empty folder for the checkpoints, the same on each rank.
+        launched (`bool`, *optional*, defaults to `False`): Whether the environment has chosen the engine.
+    """
+    run_on_cpu(engine)
+    outcomes = {}
+    for name in names:
+        _Count.updates = 0
+        try:
+            outcomes[name] = CASES[name](Place(engine, Path(folder) / name, launched))
+        except Exception as error:
+            outcomes[name] = Outcome(
+                updates=_Count.updates,
+                refused=f"{type(error).__name__}: {error}",
+                where="".join(traceback.format_exception(error)[-12:]),
+            )
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return outcomes
