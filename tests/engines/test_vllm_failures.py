@@ -11,7 +11,7 @@ import torch
 from trl import GRPOTrainer
 from urllib3.util.retry import Retry
 
-from hf_effi.trainers._vllm_server import Failure, GuardedClient, VLLMServerError
+from hf_effi.trainers.grpo.vllm_server import Failure, GuardedClient, VLLMServerError
 from tests.engines._vllm_runs import METHODS, logged, served, train, train_on
 from tests.helpers import assert_bitwise_equal, prompt_dataset
 from tests.helpers.vllm_server import Fault
