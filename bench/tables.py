@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from hf_effi.methods import METHODS, Method
+from hf_effi.methods import METHODS, Method, methods_by_goal
 from hf_effi.report.card import markdown_table
 
 #: the packages that `bench.compatibility` moves within the range of `setup.cfg`
@@ -38,6 +38,15 @@ def other_sources_table(root: Path, methods: Sequence[Method] = METHODS) -> str:
     """Return one row per method without an arXiv id: where it comes from."""
     rows = [[f"[{m.title}](methods/{m.key}.md)", m.paper, m.status] for m in methods if not m.paper_id]
     return markdown_table(["card", "source", "status"], rows, numbers=False)
+
+
+def cards_list(root: Path) -> str:
+    """Return the cards of all methods, goal by goal; the pages of the site draw each list as a grid."""
+    parts = []
+    for title, rows in methods_by_goal().items():
+        items = [f"-   [**{m.title}**]({m.key}.md)" + " *stable*" * (m.status == "stable") + f"\n\n    {m.summary}" for m in rows]
+        parts.append(f"## {title}\n\n<div class=\"grid cards\" markdown>\n\n" + "\n\n".join(items) + "\n\n</div>")
+    return "\n\n".join(parts)
 
 
 class Package(NamedTuple):
@@ -130,6 +139,7 @@ def card_arguments(root: Path) -> str:
 
 
 VIEWS = {
+    "cards": cards_list,
     "papers": papers_table,
     "other_sources": other_sources_table,
     "versions": versions_table,
