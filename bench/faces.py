@@ -113,6 +113,11 @@ def home_of(module: str, name: str, root: Path = ROOT) -> tuple[str, str]:
     return home_of(target, original, root) if target.startswith(TOP) else (target, original)
 
 
+def home_key(module: str, name: str, root: Path = ROOT) -> str:
+    """Return `home_of` as `Name.home` writes it."""
+    return ":".join(home_of(module, name, root))
+
+
 def _definition(module: str, name: str, root: Path) -> ast.stmt | None:
     for node in tree_of(module, root).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
@@ -164,8 +169,10 @@ def public_names(root: Path = ROOT) -> dict[str, tuple[Name, ...]]:
     """Return face -> its names, in the order of their pages."""
     found = {}
     for face in faces(root):
-        homes = {name: home_of(face, name, root) for name in names_of(face, root)}
-        found[face] = tuple(Name(face, n, ":".join(h), summary_of(*h, root)) for n, h in homes.items())
+        found[face] = tuple(
+            Name(face, name, home_key(face, name, root), summary_of(*home_of(face, name, root), root))
+            for name in names_of(face, root)
+        )
     return found
 
 

@@ -1,8 +1,9 @@
 """
 Pictures of the report for the docs: `python -m bench.report_pictures` (minutes on a CPU, needs chromium and mkdocs).
 
-Trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact savings and WSD, writes the pages
-of `hf-effi report`, and photographs them and the front page of the docs into `docs/images`. Runs that are there already are
+`--only docs` draws the gallery of schedules and photographs the front page of the docs, in a minute. The whole
+trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact savings and WSD, writes the pages
+of `hf-effi report`, and photographs them too, into `docs/images`. Runs that are there already are
 not repeated.
 """
 
@@ -87,6 +88,18 @@ def photograph_docs(folder: Path, browser: str) -> None:
     browse(browser, "--window-size=1360,1000", f"--screenshot={IMAGES / 'docs_front'}.png", page)
 
 
+def draw_schedules() -> None:
+    """Draw every schedule into `docs/images/schedules.png`, in few colours, which a clone carries more easily."""
+    from PIL import Image
+
+    from hf_effi import plot_schedules
+    from hf_effi.functional.schedules import gallery
+
+    path = IMAGES / "schedules.png"
+    plot_schedules(gallery(200), 200, path, panels=3)
+    Image.open(path).convert("RGB").quantize(32).save(path, optimize=True)
+
+
 def browse(browser: str, *arguments: str) -> bytes:
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     return subprocess.run([browser, *options, *arguments], capture_output=True, check=True).stdout
@@ -97,11 +110,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--steps", type=int, default=60, metavar="N")
     parser.add_argument("--cache", type=Path, default=ROOT / "bench" / "cache" / "report")
+    parser.add_argument("--only", choices=["docs"], help="leave out the training and the pages of the report")
     args = parser.parse_args()
+    draw_schedules()
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         print("report_pictures: chromium is not installed.", file=sys.stderr)
         return 1
+    args.cache.mkdir(parents=True, exist_ok=True)
+    photograph_docs(args.cache.resolve() / "site", browser)
+    if args.only:
+        return 0
 
     from hf_effi._run_record import SUMMARY
     from hf_effi.demo.policy import PolicySettings, prepare_policy
@@ -109,7 +128,6 @@ def main() -> int:
     from hf_effi.report.run_data import load_group
     from hf_effi.report.run_page import render_run_page
 
-    args.cache.mkdir(parents=True, exist_ok=True)
     os.chdir(args.cache)  # a record names the starting policy as it was given
     prepare_policy(PolicySettings(), held_out_problems(64), Path("base"))
     for (arm, methods), seed in itertools.product({"stock": None, "ours": METHODS}.items(), range(args.seeds)):
@@ -122,7 +140,6 @@ def main() -> int:
         page = Path(f"{name}.html").resolve()
         page.write_text(render_run_page(groups), encoding="utf-8")
         photograph(page, name, browser)
-    photograph_docs(Path("site").resolve(), browser)
     return 0
 
 

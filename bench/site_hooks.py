@@ -20,8 +20,8 @@ from mkdocs.utils import get_relative_url
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `mkdocs build`, unlike `python -m mkdocs`, does not
 
-from bench import faces  # noqa: E402
-from hf_effi.methods import methods_by_goal  # noqa: E402
+from bench import faces
+from hf_effi.methods import methods_by_goal
 
 METHODS_PAGE, REFERENCE_PAGE = "methods/index.md", "reference.md"
 #: tags between which a name stays as it is, and a name in code
@@ -35,7 +35,10 @@ def page_of(face: str) -> str:
 
 def methods_menu() -> list[Any]:
     """Return the menu below "Methods": the page of all cards, then one section per goal."""
-    sections = [{title: [{m.title: f"methods/{m.key}.md"} for m in rows]} for title, rows in methods_by_goal(first=True).items()]
+    sections = [
+        {title: [{m.title: f"methods/{m.key}.md"} for m in rows]}
+        for title, rows in methods_by_goal(first=True).items()
+    ]
     return [METHODS_PAGE, *sections]
 
 
@@ -48,7 +51,10 @@ def _filled(nav: Any, menus: Mapping[str, list[Any]]) -> Any:
     if isinstance(nav, list):
         return [_filled(item, menus) for item in nav]
     if isinstance(nav, dict):
-        return {title: menus[to] if isinstance(to, str) and to in menus else _filled(to, menus) for title, to in nav.items()}
+        return {
+            title: menus[to] if isinstance(to, str) and to in menus else _filled(to, menus)
+            for title, to in nav.items()
+        }
     return nav
 
 
@@ -77,7 +83,9 @@ def face_page(face: str) -> str:
     """Return the Markdown of a face's page: what it is, its names, and an entry for each that is described here."""
     names = faces.public_names()[face]
     here = [name for name in names if faces.described_at()[name.home] == name]
-    rows = [[_linked(name), faces.summary_of(*name.home.split(":")) and hf_links(name.summary, face)] for name in names]
+    rows = [
+        [_linked(name), faces.summary_of(*name.home.split(":")) and hf_links(name.summary, face)] for name in names
+    ]
     parts = [f"# `{face}`", hf_links(faces.docstring_of(face), face), _table(["name", "what it is"], rows)]
     parts += [f"::: {name.path}" for name in here]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -108,17 +116,21 @@ def link_names(html: str, url: str) -> str:
     """
     Return `html` with `<code>Name</code>` linked to the reference, seen from the page at `url`.
 
-    Only names that look like one, with a capital or an underscore: a `linear` in the text is as often a word. Code blocks,
-    headings and what is a link already stay.
+    Only names that look like one, with a capital or an underscore: a `linear` in the text is as often a word, but for the
+    line of a card that names its entry points. Code blocks, headings and what is a link already stay.
     """
     kept, done, out = [], 0, []
+    cards_line = re.search(r"<p>Entry points:.*?(?=\. )", html, re.DOTALL)
+    first, last = cards_line.span() if cards_line else (0, 0)
     for token in _TOKEN.finditer(html):
         if token["tag"]:
             if token["close"]:
                 kept and kept.pop()
             else:
                 kept.append(token["tag"])
-        elif not kept and (name := _by_name().get(token["name"])) and re.search(r"[A-Z_]", token["name"]):
+        elif kept or (name := _by_name().get(token["name"])) is None:
+            continue
+        elif re.search(r"[A-Z_]", token["name"]) or first <= token.start() < last:
             target = get_relative_url(page_of(name.face).removesuffix(".md") + ".html", url)
             out += [html[done : token.start()], f'<a class="name" href="{target}#{name.path}">{token[0]}</a>']
             done = token.end()

@@ -44,9 +44,24 @@ def cards_list(root: Path) -> str:
     """Return the cards of all methods, goal by goal; the pages of the site draw each list as a grid."""
     parts = []
     for title, rows in methods_by_goal().items():
-        items = [f"-   [**{m.title}**]({m.key}.md)" + " *stable*" * (m.status == "stable") + f"\n\n    {m.summary}" for m in rows]
-        parts.append(f"## {title}\n\n<div class=\"grid cards\" markdown>\n\n" + "\n\n".join(items) + "\n\n</div>")
+        items = [(f"[**{m.title}**]({m.key}.md)" + " *stable*" * (m.status == "stable"), m.summary) for m in rows]
+        parts.append(f"## {title}\n\n{_grid(items)}")
     return "\n\n".join(parts)
+
+
+def goals_list(root: Path) -> str:
+    """Return one entry per goal of a user, with the names of its methods, for the first page."""
+    items = []
+    for title, rows in methods_by_goal().items():
+        anchor = re.sub(r"\W+", "-", title.lower()).strip("-")
+        items.append((f"[**{title}**](methods/index.md#{anchor})", ", ".join(m.title for m in rows)))
+    return _grid(items)
+
+
+def _grid(items: Sequence[tuple[str, str]]) -> str:
+    """Return a list that the site draws as a grid of cards; elsewhere it stays a list."""
+    entries = "\n\n".join(f"-   {head}\n\n    {text}" for head, text in items)
+    return f'<div class="grid cards" markdown>\n\n{entries}\n\n</div>'
 
 
 class Package(NamedTuple):
@@ -140,6 +155,7 @@ def card_arguments(root: Path) -> str:
 
 VIEWS = {
     "cards": cards_list,
+    "goals": goals_list,
     "papers": papers_table,
     "other_sources": other_sources_table,
     "versions": versions_table,

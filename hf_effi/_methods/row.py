@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+#: what our own bench says about a method, see [`Method`]
 Status = Literal["experimental", "stable", "rejected"]
+#: where a method acts
 Kind = Literal[
     "schedule", "callback", "rollout", "exact saving", "sampler", "recipe", "kernel", "parallel", "checkpoint"
 ]
+#: what a user wants, see `GOALS`
 Goal = Literal[
     "cheaper RL",
     "faster steps",

@@ -107,11 +107,11 @@ def plot_schedules(
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     else:
         rows = -(-len(named) // panels)
-        figure = figure_module.Figure(figsize=(2.7 * panels, 1.8 * rows), layout="constrained")
+        figure = figure_module.Figure(figsize=(2.7 * panels, 1.65 * rows), layout="constrained")
         for i, (name, schedule) in enumerate(named.items()):
             axes = figure.add_subplot(rows, panels, i + 1)
             draw(axes, schedule, color="C0", linewidth=2.2)
-            axes.set_title(_wrap(as_label(name, 200), 26), fontsize=10)
+            axes.set_title(_wrap(as_label(name, 200), 28), fontsize=9)
             axes.locator_params(nbins=4)
             axes.tick_params(labelsize=9)
         figure.supylabel(unit, fontsize=12)
