@@ -54,12 +54,14 @@ def tree_of(module: str, root: Path = ROOT) -> ast.Module:
     return ast.parse(path_of(module, root).read_text(encoding="utf-8"))
 
 
+def _assigns(node: ast.stmt, variable: str) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    names = [each for target in targets for each in getattr(target, "elts", [target])]
+    return any(isinstance(name, ast.Name) and name.id == variable for name in names)
+
+
 def _value_of(module: str, variable: str, root: Path) -> ast.expr | None:
-    for node in tree_of(module, root).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
-            return node.value
-    return None
+    return next((node.value for node in tree_of(module, root).body if _assigns(node, variable)), None)
 
 
 def names_of(face: str, root: Path = ROOT) -> list[str]:
@@ -120,10 +122,7 @@ def home_key(module: str, name: str, root: Path = ROOT) -> str:
 
 def _definition(module: str, name: str, root: Path) -> ast.stmt | None:
     for node in tree_of(module, root).body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
-            return node
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+        if _assigns(node, name) or (isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name):
             return node
     return None
 
