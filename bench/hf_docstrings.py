@@ -18,7 +18,7 @@ from bench.site_hooks import hf_links
 
 _LISTS = ("Args", "Attributes", "Class attributes", "Parameters", "Raises")
 _SECTION = re.compile(rf"^({'|'.join((*_LISTS, 'Returns', 'Yields', 'Example', 'Examples'))}):[ \t]*$", re.MULTILINE)
-_NAMES = re.compile(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*)(?= \(|:)")
+_NAMES = re.compile(r"^([\w*]+(?:, (?:[\w*]+|\.{3}))*)(?= \(|:)")
 
 
 def as_markdown(text: str) -> str:
@@ -55,12 +55,14 @@ def _as_list(body: str) -> str:
     def entry(line: str) -> str:
         if not line or line.startswith(" "):
             return line
+        if line.startswith("> "):  # a heading among the arguments of a config
+            return f"\n*{line[2:]}*\n"
         names = _NAMES.match(line)
         if names is None:
             return f"- {line}"
         return "- " + ", ".join(f"**`{name}`**" for name in names[1].split(", ")) + line[names.end() :]
 
-    return "\n".join(entry(line) for line in body.split("\n"))
+    return "\n".join(entry(line) for line in body.split("\n")).strip("\n")
 
 
 class HFDocstrings(griffe.Extension):

@@ -1,10 +1,8 @@
 """
-Pictures of the report for the docs: `python -m bench.report_pictures` (minutes on a CPU, needs chromium and mkdocs).
+Pictures of the docs: `python -m bench.report_pictures` (minutes on a CPU, needs chromium for the pages of the report).
 
-`--only docs` draws the gallery of schedules and photographs the front page of the docs, in a minute. The whole
-trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact savings and WSD, writes the pages
-of `hf-effi report`, and photographs them too, into `docs/images`. Runs that are there already are
-not repeated.
+Draws the gallery of schedules. Trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact savings and
+WSD, writes the pages of `hf-effi report`, and photographs them into `docs/images`. Runs that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -80,14 +78,6 @@ def photograph(page: Path, name: str, browser: str) -> None:
     browse(browser, f"--window-size={WIDTH},{height}", f"--screenshot={IMAGES / name}.png", page.as_uri())
 
 
-def photograph_docs(folder: Path, browser: str) -> None:
-    """Build the site and take a picture of the first screen of its front page."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    page = (folder / "index.html").as_uri()
-    browse(browser, "--window-size=1360,1000", f"--screenshot={IMAGES / 'docs_front'}.png", page)
-
-
 def draw_schedules() -> None:
     """Draw every schedule into `docs/images/schedules.png`, in few colours, which a clone carries more easily."""
     from PIL import Image
@@ -110,17 +100,15 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--steps", type=int, default=60, metavar="N")
     parser.add_argument("--cache", type=Path, default=ROOT / "bench" / "cache" / "report")
-    parser.add_argument("--only", choices=["docs"], help="leave out the training and the pages of the report")
+    parser.add_argument("--only", choices=["schedules"], help="draw only these, in seconds")
     args = parser.parse_args()
     draw_schedules()
+    if args.only:
+        return 0
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         print("report_pictures: chromium is not installed.", file=sys.stderr)
         return 1
-    args.cache.mkdir(parents=True, exist_ok=True)
-    photograph_docs(args.cache.resolve() / "site", browser)
-    if args.only:
-        return 0
 
     from hf_effi._run_record import SUMMARY
     from hf_effi.demo.policy import PolicySettings, prepare_policy
@@ -128,6 +116,7 @@ def main() -> int:
     from hf_effi.report.run_data import load_group
     from hf_effi.report.run_page import render_run_page
 
+    args.cache.mkdir(parents=True, exist_ok=True)
     os.chdir(args.cache)  # a record names the starting policy as it was given
     prepare_policy(PolicySettings(), held_out_problems(64), Path("base"))
     for (arm, methods), seed in itertools.product({"stock": None, "ours": METHODS}.items(), range(args.seeds)):

@@ -44,7 +44,7 @@ def methods_menu() -> list[Any]:
 
 def reference_menu() -> list[Any]:
     """Return the menu below "Reference": the list of all faces, then the page of each."""
-    return [REFERENCE_PAGE, *({face: page_of(face)} for face in faces.faces())]
+    return [{"Overview": REFERENCE_PAGE}, *({face: page_of(face)} for face in faces.faces())]
 
 
 def _filled(nav: Any, menus: Mapping[str, list[Any]]) -> Any:

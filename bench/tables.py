@@ -54,7 +54,9 @@ def goals_list(root: Path) -> str:
     items = []
     for title, rows in methods_by_goal().items():
         anchor = re.sub(r"\W+", "-", title.lower()).strip("-")
-        items.append((f"[**{title}**](methods/index.md#{anchor})", ", ".join(m.title for m in rows)))
+        items.append(
+            (f"[**{title}**](methods/index.md#{anchor})", ", ".join(f"[{m.title}](methods/{m.key}.md)" for m in rows))
+        )
     return _grid(items)
 
 

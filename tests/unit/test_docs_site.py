@@ -113,6 +113,10 @@ def test_docstrings_become_markdown():
         "**Raises**\n\n- **`ValueError`**: never.\n\n**Example**\n\n```pycon\n>>> 1\n1\n```\nMore."
     )
     assert hf_docstrings.as_markdown("Nothing to change.") == "Nothing to change."
+    text = "Parameters:\n    > About rows\n\n    model, warmup_*, ...: As there."
+    assert hf_docstrings.as_markdown(text) == (
+        "**Parameters**\n\n*About rows*\n\n\n- **`model`**, **`warmup_*`**, **`...`**: As there."
+    )
 
 
 def test_pictures_are_small_enough_to_clone():
