@@ -39,7 +39,7 @@ Promise.all([work(), work(), work(), work()]).then(() => fetch("/measured", { me
 </script></body>"""
 
 
-def too_wide(site: Path, width: int, profile: Path, seconds: float = 120.0) -> dict[str, list[str]]:
+def too_wide(site: Path, width: int, profile: Path, seconds: float = 300.0) -> dict[str, list[str]]:
     """
     Return page -> up to three elements that reach beyond `width` pixels, for every page below `site`.
 
@@ -47,7 +47,7 @@ def too_wide(site: Path, width: int, profile: Path, seconds: float = 120.0) -> d
         site (`Path`): A built site.
         width (`int`): CSS pixels.
         profile (`Path`): An empty folder for the browser.
-        seconds (`float`, *optional*, defaults to 120.0): How long to wait for the answer.
+        seconds (`float`, *optional*, defaults to 300.0): How long to wait for the answer.
     """
     pages = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
     answer: dict[str, list[str]] = {}
