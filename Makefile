@@ -48,6 +48,7 @@ bench: $(STAMP) ## run the benchmarks whose result file is missing, then render 
 	$(BIN)/python -m bench.run_missing
 	$(BIN)/python -m bench.render
 
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(STAMP) ## build the documentation site into site/
 	$(BIN)/python -m mkdocs build --strict --quiet
 

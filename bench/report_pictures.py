@@ -1,9 +1,8 @@
 """
-Pictures of the report for the docs: `python -m bench.report_pictures` (minutes on a CPU, needs chromium and mkdocs).
+Pictures of the docs: `python -m bench.report_pictures` (minutes on a CPU, needs chromium for the pages of the report).
 
-Trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact savings and WSD, writes the pages
-of `hf-effi report`, and photographs them and the front page of the docs into `docs/images`. Runs that are there already are
-not repeated.
+Draws the gallery of schedules. Trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact savings and
+WSD, writes the pages of `hf-effi report`, and photographs them into `docs/images`. Runs that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -79,12 +78,16 @@ def photograph(page: Path, name: str, browser: str) -> None:
     browse(browser, f"--window-size={WIDTH},{height}", f"--screenshot={IMAGES / name}.png", page.as_uri())
 
 
-def photograph_docs(folder: Path, browser: str) -> None:
-    """Build the site and take a picture of the first screen of its front page."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    page = (folder / "index.html").as_uri()
-    browse(browser, "--window-size=1360,1000", f"--screenshot={IMAGES / 'docs_front'}.png", page)
+def draw_schedules() -> None:
+    """Draw every schedule into `docs/images/schedules.png`, in few colours, which a clone carries more easily."""
+    from PIL import Image
+
+    from hf_effi.functional.schedules import gallery
+    from hf_effi.report import plot_schedules
+
+    path = IMAGES / "schedules.png"
+    plot_schedules(gallery(200), 200, path, panels=3)
+    Image.open(path).convert("RGB").quantize(32).save(path, optimize=True)
 
 
 def browse(browser: str, *arguments: str) -> bytes:
@@ -97,7 +100,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--steps", type=int, default=60, metavar="N")
     parser.add_argument("--cache", type=Path, default=ROOT / "bench" / "cache" / "report")
+    parser.add_argument("--only", choices=["schedules"], help="draw only these, in seconds")
     args = parser.parse_args()
+    draw_schedules()
+    if args.only:
+        return 0
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         print("report_pictures: chromium is not installed.", file=sys.stderr)
@@ -122,7 +129,6 @@ def main() -> int:
         page = Path(f"{name}.html").resolve()
         page.write_text(render_run_page(groups), encoding="utf-8")
         photograph(page, name, browser)
-    photograph_docs(Path("site").resolve(), browser)
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from hf_effi.methods import METHODS, Method
+from hf_effi.methods import METHODS, Method, methods_by_goal
 from hf_effi.report.card import markdown_table
 
 #: the packages that `bench.compatibility` moves within the range of `setup.cfg`
@@ -38,6 +38,32 @@ def other_sources_table(root: Path, methods: Sequence[Method] = METHODS) -> str:
     """Return one row per method without an arXiv id: where it comes from."""
     rows = [[f"[{m.title}](methods/{m.key}.md)", m.paper, m.status] for m in methods if not m.paper_id]
     return markdown_table(["card", "source", "status"], rows, numbers=False)
+
+
+def cards_list(root: Path) -> str:
+    """Return the cards of all methods, goal by goal; the pages of the site draw each list as a grid."""
+    parts = []
+    for title, rows in methods_by_goal().items():
+        items = [(f"[**{m.title}**]({m.key}.md)" + " *stable*" * (m.status == "stable"), m.summary) for m in rows]
+        parts.append(f"## {title}\n\n{_grid(items)}")
+    return "\n\n".join(parts)
+
+
+def goals_list(root: Path) -> str:
+    """Return one entry per goal of a user, with the names of its methods, for the first page."""
+    items = []
+    for title, rows in methods_by_goal().items():
+        anchor = re.sub(r"\W+", "-", title.lower()).strip("-")
+        items.append(
+            (f"[**{title}**](methods/index.md#{anchor})", ", ".join(f"[{m.title}](methods/{m.key}.md)" for m in rows))
+        )
+    return _grid(items)
+
+
+def _grid(items: Sequence[tuple[str, str]]) -> str:
+    """Return a list that the site draws as a grid of cards; elsewhere it stays a list."""
+    entries = "\n\n".join(f"-   {head}\n\n    {text}" for head, text in items)
+    return f'<div class="grid cards" markdown>\n\n{entries}\n\n</div>'
 
 
 class Package(NamedTuple):
@@ -130,6 +156,8 @@ def card_arguments(root: Path) -> str:
 
 
 VIEWS = {
+    "cards": cards_list,
+    "goals": goals_list,
     "papers": papers_table,
     "other_sources": other_sources_table,
     "versions": versions_table,

@@ -7,10 +7,13 @@ Docs, `hf-effi list` and the contract tests read it. Nothing dispatches on it.
 from __future__ import annotations
 
 from ._methods import data, kernels, long_sequences, observers, rejected, rollouts, schedules
-from ._methods.row import Kind, Method, Status
+from ._methods.row import GOALS, Goal, Kind, Method, Status
 
-__all__ = ["METHODS", "Kind", "Method", "Status", "find_method"]
+__all__ = ["GOALS", "METHODS", "Goal", "Kind", "Method", "Status", "find_method", "methods_by_goal"]
 
+#: heading of the methods that a bench of ours says no to
+NOT_SHIPPED = "Measured and not shipped"
+#: the table: one row per method
 METHODS: tuple[Method, ...] = (
     *rollouts.ROWS,
     *schedules.ROWS,
@@ -39,3 +42,27 @@ def find_method(key: str) -> Method:
         if method.key == key:
             return method
     raise KeyError(f"unknown method {key!r}. Known: {', '.join(sorted(m.key for m in METHODS))}.")
+
+
+def methods_by_goal(first: bool = False) -> dict[str, list[Method]]:
+    """
+    Return the methods by what a user wants, in the order of `GOALS`; those that were measured and are not shipped come last.
+
+    Args:
+        first (`bool`, *optional*, defaults to `False`): Give each method once, under the first of its goals.
+
+    Returns:
+        `dict[str, list[Method]]`: Heading -> methods.
+
+    Example:
+    ```python
+    >>> [method.key for method in methods_by_goal()["I want RL to cost less"]][:3]
+    ['exact_savings', 'difficulty_filter', 'cppo']
+    ```
+    """
+    groups = {
+        title: [m for m in METHODS if goal in m.goals[: 1 if first else None] and m.status != "rejected"]
+        for goal, title in GOALS.items()
+    }
+    groups[NOT_SHIPPED] = [m for m in METHODS if m.status == "rejected"]
+    return groups

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .functional.rollouts import GroupDecision
 
+__all__ = ["GroupFilter", "PromptSelector", "RolloutGroups", "RolloutPruner"]
+
 
 @dataclass(frozen=True)
 class RolloutGroups:

@@ -9,6 +9,7 @@ ROWS: tuple[Method, ...] = (
         key="tiled_mlp",
         title="TiledMLP",
         kind="parallel",
+        goals=("less memory", "longer sequences"),
         summary="Computes gated MLPs in tiles of tokens, so that their activations exist for one tile at a time.",
         entry_points=("hf_effi.kernels:tile_mlp", "hf_effi:PatchCallback"),
         paper="Arctic Long Sequence Training: Scalable And Efficient Training For Multi-Million Token Sequences",
@@ -28,6 +29,7 @@ ROWS: tuple[Method, ...] = (
         key="tiled_loss",
         title="Tiled loss",
         kind="parallel",
+        goals=("less memory", "longer sequences"),
         summary="Computes the next-token loss of a plain Trainer in tiles of tokens, without ever making the logits.",
         entry_points=("hf_effi.memory:tile_loss", "hf_effi.memory:tiled_cross_entropy"),
         paper="Arctic Long Sequence Training: Scalable And Efficient Training For Multi-Million Token Sequences",
@@ -47,6 +49,7 @@ ROWS: tuple[Method, ...] = (
         key="stream_layer",
         title="StreamLayer (StreamBP)",
         kind="parallel",
+        goals=("less memory", "longer sequences"),
         summary="Runs a decoder layer's backward a chunk of tokens at a time, through the layer's own code.",
         entry_points=("hf_effi.memory:stream_layers",),
         paper="StreamBP: Memory-Efficient Exact Backpropagation for Long Sequence Training of LLMs",
@@ -66,6 +69,7 @@ ROWS: tuple[Method, ...] = (
         key="sequence_parallel",
         title="Sequence parallelism (Ulysses) in plain PyTorch",
         kind="parallel",
+        goals=("longer sequences",),
         summary="Splits every sequence over several ranks, with the loss and gradients of one, for every Trainer.",
         entry_points=(
             "hf_effi:EffiTrainer",
@@ -92,6 +96,7 @@ ROWS: tuple[Method, ...] = (
         key="activation_offload",
         title="Checkpoint-input offload",
         kind="parallel",
+        goals=("less memory",),
         summary="Holds the inputs of checkpointed layers in host memory until the backward pass needs them.",
         entry_points=(
             "hf_effi:ActivationOffloadCallback",
@@ -114,6 +119,7 @@ ROWS: tuple[Method, ...] = (
         key="selective_checkpointing",
         title="Selective checkpointing",
         kind="parallel",
+        goals=("less memory",),
         summary="Keeps attention outputs and recomputes the rest of each layer, on any Trainer.",
         entry_points=(
             "hf_effi:SelectiveCheckpointCallback",
@@ -133,6 +139,7 @@ ROWS: tuple[Method, ...] = (
         key="memory_planner",
         title="Memory planner",
         kind="parallel",
+        goals=("less memory", "longer sequences"),
         summary="Says what a training step needs before a GPU is touched, and picks what each layer keeps under a budget.",
         entry_points=(
             "hf_effi:plan_memory",
@@ -159,6 +166,7 @@ ROWS: tuple[Method, ...] = (
         key="varlen_attention",
         title="Variable-length attention",
         kind="parallel",
+        goals=("longer sequences", "faster steps"),
         summary="Packed and padded batches without the flash-attn package and without a mask; documents stay apart.",
         entry_points=(
             "hf_effi.attention:register_varlen_attention",
@@ -180,6 +188,7 @@ ROWS: tuple[Method, ...] = (
         key="shared_prefix",
         title="Shared prompts (Prefix Grouper)",
         kind="parallel",
+        goals=("faster steps",),
         summary="Forwards a prompt once for all of its completions, with the loss and gradients of separate rows.",
         entry_points=(
             "hf_effi.data:SharedPrefixCollator",
@@ -204,6 +213,7 @@ ROWS: tuple[Method, ...] = (
         key="sparse_long_attention",
         title="Hybrid sparse attention (LongGen)",
         kind="parallel",
+        goals=("longer sequences",),
         summary="Gives each layer its own pattern: full, or sinks, a window and strided blocks.",
         entry_points=(
             "hf_effi.attention:set_attention_patterns",
@@ -226,6 +236,7 @@ ROWS: tuple[Method, ...] = (
         key="rope_extension",
         title="RoPE base for longer contexts",
         kind="parallel",
+        goals=("longer sequences",),
         summary="Sets the rotary base and the length of a config for continued training on longer sequences.",
         entry_points=(
             "hf_effi.recipes:extend_rope",
@@ -243,6 +254,7 @@ ROWS: tuple[Method, ...] = (
         key="chunk_flow",
         title="ChunkFlow",
         kind="parallel",
+        goals=("longer sequences",),
         summary="Trains micro-batches in chunks of tokens, with a bounded number of chunks' activations alive.",
         entry_points=(
             "hf_effi.memory:ChunkFlow",

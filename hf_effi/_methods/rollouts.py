@@ -9,6 +9,7 @@ ROWS: tuple[Method, ...] = (
         key="exact_savings",
         title="Exact savings (trim, sort, skip)",
         kind="exact saving",
+        goals=("cheaper RL",),
         summary="Forwards only real tokens and only rows that have a gradient; the gradient itself is unchanged.",
         entry_points=("hf_effi:EffiGRPOTrainer", "hf_effi.functional.rollouts:plan_buckets"),
         paper="none: bookkeeping that follows from the loss",
@@ -27,6 +28,7 @@ ROWS: tuple[Method, ...] = (
         key="difficulty_filter",
         title="Online difficulty filtering",
         kind="rollout",
+        goals=("cheaper RL",),
         summary="Trains only on groups whose pass rate lies in a band, refilling from new prompts, within bounds.",
         entry_points=(
             "hf_effi:EffiGRPOTrainer",
@@ -43,6 +45,7 @@ ROWS: tuple[Method, ...] = (
         key="cppo",
         title="CPPO completion pruning",
         kind="rollout",
+        goals=("cheaper RL",),
         summary="Trains only on the completions with the largest absolute advantage and fills up with new prompts.",
         entry_points=(
             "hf_effi:EffiGRPOTrainer",

@@ -5,10 +5,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+#: what our own bench says about a method, see [`Method`]
 Status = Literal["experimental", "stable", "rejected"]
+#: where a method acts
 Kind = Literal[
     "schedule", "callback", "rollout", "exact saving", "sampler", "recipe", "kernel", "parallel", "checkpoint"
 ]
+#: what a user wants, see `GOALS`
+Goal = Literal[
+    "cheaper RL",
+    "faster steps",
+    "less memory",
+    "longer sequences",
+    "adapters",
+    "schedule",
+    "data order",
+    "data choice",
+    "objective",
+    "continual",
+    "insight",
+]
+
+#: goal of a user -> how the docs say it, in the order of their menu
+GOALS: dict[Goal, str] = {
+    "cheaper RL": "I want RL to cost less",
+    "faster steps": "Make every step cheaper",
+    "less memory": "Train with less memory",
+    "longer sequences": "Fit longer sequences",
+    "adapters": "Train adapters for less",
+    "schedule": "A better learning-rate schedule",
+    "data order": "A better order of the data",
+    "data choice": "Score, choose or make the data",
+    "objective": "Learn more from the same text",
+    "continual": "Continue pre-training without forgetting",
+    "insight": "Know what happened in my run",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +52,8 @@ class Method:
             `hf-effi describe <key>`.
         title (`str`): What people call it.
         kind (`str`): Where it acts.
+        goals (`tuple[str, ...]`): What a user wants who needs it, keys of `GOALS`. The menu of the docs has the card under
+            the first; the page of all cards has it under each.
         summary (`str`): One sentence: what it changes.
         entry_points (`tuple[str, ...]`): Dotted paths of the public objects, `module:attribute`.
         paper (`str`): Title of the source.
@@ -40,6 +73,7 @@ class Method:
     key: str
     title: str
     kind: Kind
+    goals: tuple[Goal, ...]
     summary: str
     entry_points: tuple[str, ...]
     paper: str

@@ -9,6 +9,7 @@ ROWS: tuple[Method, ...] = (
         key="wsd",
         title="WSD: warmup, stable, decay",
         kind="schedule",
+        goals=("schedule",),
         summary="Linear warm-up, a long plateau, and a short decay that can be started at any time.",
         entry_points=("hf_effi.schedules:wsd", "hf_effi:LRScheduleCallback"),
         paper="MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies",
@@ -22,6 +23,7 @@ ROWS: tuple[Method, ...] = (
         key="wsd_s",
         title="WSD-S and WSDC",
         kind="schedule",
+        goals=("schedule",),
         summary="Decays at several budgets in one run, or ends with a constant tail.",
         entry_points=(
             "hf_effi.schedules:wsd_s",
@@ -38,6 +40,7 @@ ROWS: tuple[Method, ...] = (
         key="power_schedule",
         title="Power scheduler",
         kind="schedule",
+        goals=("schedule",),
         summary="Makes the LR a power law of the tokens seen, for every horizon and batch size.",
         entry_points=(
             "hf_effi.schedules:power",
@@ -54,6 +57,7 @@ ROWS: tuple[Method, ...] = (
         key="infinite_lr",
         title="Infinite LR and re-warming",
         kind="schedule",
+        goals=("schedule", "continual"),
         summary="Keeps training open-ended: a constant phase with an anneal on demand, or a re-warm for each data set.",
         entry_points=(
             "hf_effi.schedules:infinite",
@@ -70,6 +74,7 @@ ROWS: tuple[Method, ...] = (
         key="whole_run_curves",
         title="Whole-run curves",
         kind="schedule",
+        goals=("schedule",),
         summary="Linear, cosine, inverse square root, REX, UBA, cosine power annealing and damped cosine with floor and warm-up.",
         entry_points=(
             "hf_effi.schedules:linear",
@@ -92,6 +97,7 @@ ROWS: tuple[Method, ...] = (
         key="one_cycle",
         title="1cycle, triangular, slow start and fast decay",
         kind="schedule",
+        goals=("schedule",),
         summary="Swings the LR up and down, with momentum in antiphase.",
         entry_points=(
             "hf_effi.schedules:one_cycle",
@@ -109,6 +115,7 @@ ROWS: tuple[Method, ...] = (
         key="refined_schedule",
         title="Schedule refined by gradient norms",
         kind="schedule",
+        goals=("schedule",),
         summary="Computes the next run's schedule from the gradient norms of the last.",
         entry_points=(
             "hf_effi.schedules:refined_by_gradient_norm",
@@ -125,6 +132,7 @@ ROWS: tuple[Method, ...] = (
         key="composed_schedules",
         title="Composed and token-indexed schedules",
         kind="schedule",
+        goals=("schedule",),
         summary="Joins and scales schedules, indexes them by tokens, and gives each layer its own base LR.",
         entry_points=(
             "hf_effi.schedules:join",
@@ -144,6 +152,7 @@ ROWS: tuple[Method, ...] = (
         key="branch_and_extend",
         title="Branching and extension",
         kind="schedule",
+        goals=("schedule",),
         summary="Decays from any plateau checkpoint with the trunk untouched, and makes runs longer than planned.",
         entry_points=(
             "hf_effi.schedules:branch_cooldown",
@@ -161,6 +170,7 @@ ROWS: tuple[Method, ...] = (
         key="adaptive_lr",
         title="Adaptive multipliers",
         kind="callback",
+        goals=("schedule",),
         summary="Multiplies the scheduled LR by what updates, a metric or the gradient noise say.",
         entry_points=(
             "hf_effi.callbacks:HypergradientCallback",
@@ -178,6 +188,7 @@ ROWS: tuple[Method, ...] = (
         key="auto_lrs",
         title="AutoLRS and the LR range test",
         kind="callback",
+        goals=("schedule",),
         summary="Searches the LR of each stage by short probes that are undone exactly, or reports a usable range.",
         entry_points=(
             "hf_effi.callbacks:AutoLRSCallback",
@@ -200,6 +211,7 @@ ROWS: tuple[Method, ...] = (
         key="lr_planner",
         title="LR planners",
         kind="schedule",
+        goals=("schedule",),
         summary="Chooses, transfers, extends and predicts schedules without training.",
         entry_points=(
             "hf_effi.functional.schedules:omega",

@@ -15,6 +15,7 @@ from torch import Tensor
 #: largest relative difference that is rounding, by the dtype that the model could be run in
 ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-3}
 
+#: what a question about a model returns: one tensor, or several by name
 Results = Tensor | Mapping[str, Tensor]
 
 

@@ -107,14 +107,15 @@ def plot_schedules(
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     else:
         rows = -(-len(named) // panels)
-        figure = figure_module.Figure(figsize=(2.9 * panels, 1.9 * rows), layout="constrained")
+        figure = figure_module.Figure(figsize=(2.7 * panels, 1.65 * rows), layout="constrained")
         for i, (name, schedule) in enumerate(named.items()):
             axes = figure.add_subplot(rows, panels, i + 1)
-            draw(axes, schedule, color="C0", linewidth=1.6)
-            axes.set_title(_wrap(as_label(name, 200)), fontsize=7.5)
-            axes.tick_params(labelsize=7)
-        figure.supylabel(unit, fontsize=9)
-        figure.supxlabel("finished updates", fontsize=9)
+            draw(axes, schedule, color="C0", linewidth=2.2)
+            axes.set_title(_wrap(as_label(name, 200), 28), fontsize=9)
+            axes.locator_params(nbins=4)
+            axes.tick_params(labelsize=9)
+        figure.supylabel(unit, fontsize=12)
+        figure.supxlabel("finished updates", fontsize=12)
     if title:
         figure.suptitle(as_label(title, 200), fontsize=11)
     if path is not None:
@@ -123,7 +124,7 @@ def plot_schedules(
     return figure
 
 
-def _wrap(name: str, width: int = 34) -> str:
+def _wrap(name: str, width: int) -> str:
     lines, line = [], ""
     for word in name.split(" "):
         if line and len(line) + len(word) >= width:

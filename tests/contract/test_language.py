@@ -29,6 +29,7 @@ TEXT = {
     ".ipynb",
     ".jinja",
     ".css",
+    ".js",
     ".html",
     ".cff",
     ".sh",

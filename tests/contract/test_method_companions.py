@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from hf_effi.methods import METHODS, find_method
+from hf_effi.methods import GOALS, METHODS, find_method
 from tests.contract._sources import ROOT
 
 #: What a card must answer (DESIGN section 3): how a `## ` heading may begin, in lower case.
@@ -46,6 +46,7 @@ def test_keys_are_unique_and_rows_are_complete():
     for row in METHODS:
         assert re.fullmatch(r"[a-z][a-z0-9_]*", row.key), row.key
         assert row.status in {"experimental", "stable", "rejected"}, f"{row.key}: status {row.status!r}"
+        assert row.goals and set(row.goals) <= set(GOALS), f"{row.key}: goals {row.goals}, known are {sorted(GOALS)}"
         assert row.summary.endswith("."), f"{row.key}: the summary is one sentence"
         assert row.paper_id == "" or re.fullmatch(r"\d{4}\.\d{4,5}", row.paper_id), f"{row.key}: {row.paper_id!r}"
         assert bool(row.authors) == bool(row.paper_id), f"{row.key}: the BibTeX entry of a paper needs its authors"

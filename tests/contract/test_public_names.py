@@ -5,17 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-import re
 
 import pytest
 
 import hf_effi
-from tests.contract._sources import PACKAGE, ROOT, tree_of
+from tests.contract._sources import PACKAGE, tree_of
 from tests.contract.test_import_arrows import _absolute
 from tests.helpers.public import ROOMS
-
-REFERENCE = ROOT / "docs" / "reference.md"
-
 
 FACES = ("hf_effi", *ROOMS)
 LAZY = tuple(name for name in FACES if hasattr(importlib.import_module(name), "_PUBLIC"))
@@ -70,19 +66,3 @@ def test_editors_see_the_same_names(module):
 def test_a_name_of_a_room_is_not_at_the_top_and_the_message_says_where_it_is(name):
     with pytest.raises(AttributeError, match=rf"from hf_effi\.[a-z.]+ import {name}`"):
         getattr(hf_effi, name)
-
-
-def documented_names() -> set[str]:
-    """Return the names that docs/reference.md has a heading or a table row for: the first `code` of such a line."""
-    names = set()
-    for line in REFERENCE.read_text(encoding="utf-8").splitlines():
-        found = re.match(r"(?:#+\s+|\|\s*)(?:\w+\s+)?`(?:hf_effi\.)?(\w+)[^`]*`", line)
-        if found:
-            names.add(found.group(1))
-    return names
-
-
-def test_every_public_name_is_documented():
-    assert REFERENCE.exists(), "docs/reference.md is missing: one heading or table row a public name, `Name` in code"
-    missing = set(hf_effi._PUBLIC) - documented_names()
-    assert not missing, f"docs/reference.md has no heading or table row for {sorted(missing)}"

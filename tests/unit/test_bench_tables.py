@@ -128,5 +128,5 @@ def test_the_committed_pages_are_up_to_date(page, names):
 
 
 def test_unknown_table_is_refused():
-    with pytest.raises(ValueError, match="page.md: unknown table 'foo'. Known: papers"):
+    with pytest.raises(ValueError, match="page.md: unknown table 'foo'. Known: cards, goals, papers"):
         render.render_tables("<!-- table:foo -->\n<!-- /table -->", source="page.md")

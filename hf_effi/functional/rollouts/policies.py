@@ -18,7 +18,9 @@ from .selection import (
     pruned_count,
 )
 
+#: what the rows of a pool are pruned by
 PRUNE_METRICS = ("smallest", "largest", "random")
+#: in which pool rows compete: those of a prompt, of a rank, or of all ranks
 PRUNE_SCOPES = ("group", "rank", "global")
 
 

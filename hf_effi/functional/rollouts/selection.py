@@ -14,6 +14,7 @@ from ..options import refuse_idle
 #: Pass rates are small-denominator fractions; this absorbs the rounding of `k / G` and nothing else.
 _RATE_TOLERANCE = 1e-9
 
+#: why a group is kept or dropped; each has a counter in the log
 REASONS = ("kept", "too_hard", "too_easy", "zero_variance", "no_loss_tokens", "unscorable")
 
 
