@@ -40,7 +40,7 @@ _PUBLIC = {
     "patch": "hf_effi.kernels",
     "plan_memory": "hf_effi.report.plan_memory",
     "read_run": "hf_effi._run_record",
-    "unpatch": "hf_effi.kernels",
+    "unpatch": "hf_effi.patching.handle",
 }
 #: rooms whose faces have public names, in the order in which a name is looked for
 _ROOMS = (
@@ -64,8 +64,8 @@ if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from .hub.callback import HubCallback as HubCallback
     from .hub.recipe import from_card as from_card
     from .kernels import patch as patch
-    from .kernels import unpatch as unpatch
     from .methods import METHODS as METHODS
+    from .patching.handle import unpatch as unpatch
     from .recipes.launch import accelerate_config as accelerate_config
     from .report.plan_memory import plan_memory as plan_memory
     from .trainers.grpo.config import EffiGRPOConfig as EffiGRPOConfig

@@ -13,19 +13,21 @@ _PUBLIC = {
     "KernelMismatchError": "hf_effi.kernels._errors",
     "KernelPatchHandle": "hf_effi.kernels._patch",
     "LowBitLoRALinear": "hf_effi.kernels.low_bit_lora",
-    "PatchError": "hf_effi.kernels._errors",
+    "PatchError": "hf_effi.patching.handle",
+    "PatchHandle": "hf_effi.patching.handle",
     "TiledMLP": "hf_effi.kernels.tiled_mlp",
     "patch": "hf_effi.kernels._patch",
     "tile_mlp": "hf_effi.kernels.tiled_mlp",
-    "unpatch": "hf_effi.kernels._patch",
+    "unpatch": "hf_effi.patching.handle",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from ..patching.handle import PatchError as PatchError
+    from ..patching.handle import PatchHandle as PatchHandle
+    from ..patching.handle import unpatch as unpatch
     from ._errors import KernelMismatchError as KernelMismatchError
-    from ._errors import PatchError as PatchError
     from ._patch import KernelPatchHandle as KernelPatchHandle
     from ._patch import patch as patch
-    from ._patch import unpatch as unpatch
     from .fused_lora import FusedLoRALinear as FusedLoRALinear
     from .low_bit_lora import LowBitLoRALinear as LowBitLoRALinear
     from .tiled_mlp import TiledMLP as TiledMLP

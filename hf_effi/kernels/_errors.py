@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..patching.handle import PatchError
 
-class PatchError(ValueError):
-    """A patch that cannot be applied or undone as asked; the message names the module and the fix."""
+__all__ = ["KernelMismatchError", "PatchError"]
 
 
 class KernelMismatchError(PatchError):

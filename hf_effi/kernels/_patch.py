@@ -7,7 +7,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from transformers.utils import logging
 
 from ..functional.options import refuse_idle
 from ..patching import set_mode
-from ..patching.handle import CLAIM, Claim
+from ..patching.handle import CLAIM, Claim, PatchHandle
 from ._errors import KernelMismatchError, PatchError
 from ._layers import LayerGroup, Unit, layer_unit
 from ._sources import candidates, liger_layers
@@ -49,88 +48,17 @@ class PatchedModule:
     note: str
 
 
-class _Replacement(Claim):
-    """A claim that comes off also under an accelerate hook, and that may have taken the place of another function."""
-
-    def __init__(
-        self,
-        target: Target,
-        value: Callable[..., Any],
-        key: str,
-        switch_off: Callable[[], None] | None = None,
-        undo: Callable[[], None] | None = None,
-    ) -> None:
-        self.original, self.switch_off, self.undo = target.original, switch_off, undo
-        entries = target.module.__dict__
-        self.existed, self.before = target.attribute in entries, entries.get(target.attribute)
-        path = f"{target.name}.{target.attribute}" if target.name else target.attribute
-        super().__init__(path, target.module, target.attribute, value, key)
-
-    def restore(self) -> str | None:
-        entries = self.module.__dict__
-        if not self.in_place:
-            return None
-        if self.undo is not None:
-            self.undo()  # first: where it fails, as without room on the device, the claim stays for another try
-        del entries[CLAIM]
-        if entries.get(self.attribute) is self.value:
-            if self.existed:
-                entries[self.attribute] = self.before
-            else:
-                del entries[self.attribute]
-            return None
-        # An accelerate hook was added or removed since: it moves the function between these two entries.
-        for attribute in ("forward", "_old_forward"):
-            if entries.get(attribute) is self.value:
-                entries[attribute] = self.original
-                return None
-        if self.switch_off is not None:
-            self.switch_off()
-            return None
-        return f"{self.path} was replaced by something else after the patch"
-
-
-class KernelPatchHandle:
+class KernelPatchHandle(PatchHandle):
     """
     What [`patch`] returns: the patches of one call. `print(handle)` shows them as a table.
 
-    Leaving a `with` block reverts, also after an exception. A module belongs to one patch at a time, so that several
-    handles on one model can be reverted in any order.
-
     Args:
-        rows (`list[PatchedModule]`): One a module, in the order of the model.
+        rows (`list[PatchedModule]`): One for each module, in the order of the model.
     """
 
-    def __init__(self, replacements: Sequence[Claim], rows: Sequence[PatchedModule]) -> None:
-        self._replacements = list(replacements)
+    def __init__(self, rows: Sequence[PatchedModule] = ()) -> None:
+        super().__init__("patch")
         self.rows = list(rows)
-
-    @property
-    def active(self) -> bool:
-        """Whether the patches are in place."""
-        return any(replacement.in_place for replacement in self._replacements)
-
-    def revert(self) -> None:
-        """
-        Put everything back. A second call does nothing.
-
-        Raises:
-            PatchError: something else replaced a patched function since. All other modules are restored.
-        """
-        problems = [problem for r in reversed(self._replacements) if (problem := r.restore())]
-        self._replacements = []
-        if problems:
-            raise PatchError(
-                "could not restore: " + "; ".join(problems) + ". Undo what was done later before this patch."
-            )
-
-    def __enter__(self) -> KernelPatchHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.revert()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -174,11 +102,10 @@ def _check_model(model: nn.Module) -> None:
 def _free_targets(model: nn.Module, key: Key) -> list[Target]:
     targets = find_targets(model, key)
     for target in targets:
-        if CLAIM in target.module.__dict__:
+        if claim := target.module.__dict__.get(CLAIM):
             raise PatchError(
-                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by "
-                f"{target.module.__dict__[CLAIM].key!r}. Revert the other patch first (`unpatch(model)` where its "
-                "handle is lost), or narrow one of the two keys."
+                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by {claim.key!r}. Revert the other "
+                "patch first (`unpatch(model)` where its handle is lost), or narrow one of the two keys."
             )
     return targets
 
@@ -373,40 +300,36 @@ def patch(
     if unknown := [key for key in inputs or {} if key not in layers]:
         raise PatchError(f"inputs has keys that `layers` has not: {unknown}.")
     checker = _Checker(model, inputs or {}) if verify else None
-    replacements: list[_Replacement] = []
-    rows: list[PatchedModule] = []
+    handle = KernelPatchHandle()
     try:
         for key, value in layers.items():
             for alternatives in _units(key, value, _free_targets(model, key)):
                 unit, note = _try_alternatives(key, alternatives, checker, on_mismatch)
-                rows += _rows(key, alternatives[0].targets, unit, note)
+                handle.rows += _rows(key, alternatives[0].targets, unit, note)
                 if unit is not None:
                     for target, replacement in zip(unit.targets, unit.replacements, strict=True):
-                        undo = None if unit.install is None else unit.install(target)
-                        replacements.append(_Replacement(target, replacement, _shown(key), unit.switch_off, undo))
+                        handle.hold(_claim(key, unit, target, replacement))
     except BaseException:
-        KernelPatchHandle(replacements, rows).revert()
+        handle.revert()
         raise
-    for note in dict.fromkeys(row.note for row in rows if row.layer == "eager"):
+    for note in dict.fromkeys(row.note for row in handle.rows if row.layer == "eager"):
         logger.warning("left eager: %s", note)
-    return KernelPatchHandle(replacements, rows)
+    return handle
 
 
-def unpatch(model: nn.Module) -> None:
-    """
-    Revert every patch on a model, those of `tile_mlp`, `tile_loss`, `stream_layers` and `drop_layer_tokens` too, for
-    example after an interrupted run whose handles are lost. Without patches: nothing.
-
-    Raises:
-        PatchError: something else replaced a patched function since. All other modules are restored.
-
-    Example:
-    ```python
-    unpatch(trainer.model)
-    ```
-    """
-    claims = [module.__dict__[CLAIM] for module in model.modules() if CLAIM in module.__dict__]
-    KernelPatchHandle(claims, []).revert()
+def _claim(key: Key, unit: Unit, target: Target, replacement: Callable[..., Any]) -> Claim:
+    undo = None if unit.install is None else unit.install(target)
+    path = f"{target.name}.{target.attribute}" if target.name else target.attribute
+    return Claim(
+        path,
+        target.module,
+        target.attribute,
+        replacement,
+        _shown(key),
+        original=target.original,
+        switch_off=unit.switch_off,
+        undo=undo,
+    )
 
 
 def _as_mapping(model: nn.Module, layers: Any) -> Mapping[Key, Any]:

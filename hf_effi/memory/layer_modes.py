@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..functional.layer_plan import MODES
 from ..functional.options import refuse_idle
 from ..patching import OtherStates
+from ..patching.handle import MODE_CLAIM, Claim, PatchHandle
 from .offload import ActivationOffloader
 
 #: attention operators whose output is cheap to keep and dear to recompute; a name a torch build lacks is skipped
@@ -84,34 +85,37 @@ def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     return layers
 
 
-class _LayerMode:
+class _LayerMode(Claim):
     """Stands in for a layer's `_gradient_checkpointing_func`, as long as its checkpointing is on."""
 
-    def __init__(self, mode: str, run: Callable[..., Any], layer: GradientCheckpointingLayer) -> None:
-        if other := _installed_on(layer):
+    slot = MODE_CLAIM
+
+    def __init__(self, path: str, mode: str, run: Callable[..., Any], layer: GradientCheckpointingLayer) -> None:
+        if other := layer.__dict__.get(MODE_CLAIM):
             raise LayerModeError(
                 f"the layer already has the mode {other.mode!r} from other code. Use one callback for the modes of all "
-                "layers; after a run that failed, call `release_layers(model)`."
+                "layers; after a run that failed, call `hf_effi.unpatch(model)`."
             )
         self.mode, self.run = mode, run
-        self._claim(layer, ())
+        _check_upstream(layer.__dict__.get("_gradient_checkpointing_func"), mode)
+        super().__init__(path, layer, "_gradient_checkpointing_func", self, f"layer mode {mode!r}")
         # TRL switches checkpointing off and on again around each generation, which puts its own function back.
-        self.hook = layer.register_forward_pre_hook(self._claim)
+        self.hook = layer.register_forward_pre_hook(self._claim_again)
 
-    def _claim(self, layer: GradientCheckpointingLayer, args: tuple[Any, ...]) -> None:
+    def _claim_again(self, layer: GradientCheckpointingLayer, args: tuple[Any, ...]) -> None:
         found = layer.__dict__.get("_gradient_checkpointing_func")
         if found is not self and layer.gradient_checkpointing:
             _check_upstream(found, self.mode)
-            self.upstream = found
+            self.existed, self.before = True, found
             layer._gradient_checkpointing_func = self
 
-    def release(self, layer: GradientCheckpointingLayer) -> None:
+    def _take_away(self) -> None:
         self.hook.remove()
-        if layer.__dict__.get("_gradient_checkpointing_func") is self:
-            layer._gradient_checkpointing_func = self.upstream
+        if self.module.__dict__.get(self.attribute) is self:
+            super()._take_away()
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.run(partial(_drawing_the_same, self.upstream), function, *args)
+        return self.run(partial(_drawing_the_same, self.before), function, *args)
 
 
 class _SameDraws:
@@ -142,11 +146,6 @@ class _SameDraws:
 
 def _drawing_the_same(upstream: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return upstream(function if torch.compiler.is_compiling() else _SameDraws(function), *args, **options)
-
-
-def _installed_on(layer: torch.nn.Module) -> _LayerMode | None:
-    owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, _LayerMode)), None)
 
 
 def _check_upstream(found: Any, mode: str) -> None:
@@ -234,13 +233,13 @@ class LayerModes:
         )
         self.offloader = (offloader or ActivationOffloader()) if "offload" in self.modes else None
         self._context_fn = selective_contexts(save_ops)
-        self._installed: list[_LayerMode] = []
+        self._handle = PatchHandle("LayerModes")
 
     def apply(self) -> LayerModes:
         """Put the modes on; return `self`."""
         try:
             for index, (layer, mode) in enumerate(zip(self.layers, self.modes, strict=True)):
-                self._installed.append(_LayerMode(mode, self._runner(index), layer))
+                self._handle.hold(_LayerMode(f"layer {index}", mode, self._runner(index), layer))
         except LayerModeError:
             self.undo()
             raise
@@ -248,9 +247,7 @@ class LayerModes:
 
     def undo(self) -> None:
         """Take the modes off again."""
-        for layer, installed in zip(self.layers, self._installed, strict=False):
-            installed.release(layer)
-        self._installed = []
+        self._handle.revert()
 
     def __enter__(self) -> LayerModes:
         return self.apply()
@@ -274,10 +271,3 @@ class LayerModes:
     def _offload(self, upstream: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
         with self.offloader.saving():
             return upstream(function, *args)
-
-
-def release_layers(model: torch.nn.Module) -> None:
-    """Take all modes off `model`, whoever put them on: for after a run that failed before it could."""
-    for module in model.modules():
-        if installed := _installed_on(module):
-            installed.release(module)

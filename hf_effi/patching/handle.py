@@ -1,14 +1,26 @@
-"""`PatchHandle`: change attributes of module instances and put everything back exactly. No class is touched."""
+"""
+`PatchHandle`: change attributes of module instances, and put everything back exactly. No class is touched.
+
+Every patch of this package is made of claims: a module says in its own `__dict__` who changed it, so that the next patch, a
+pickle and [`unpatch`] find it, also where the handle is lost.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, Self
 
 from torch import nn
 
-#: entry of a patched module's `__dict__` that says who patched it; gone with the patch
-CLAIM = "_hf_effi_patch"
+#: entries of a patched module's `__dict__` that say who patched it, gone with the patch. A module takes one patch of what it
+#: computes, and one of what it keeps for its backward.
+CLAIM, MODE_CLAIM = "_hf_effi_patch", "_hf_effi_layer_mode"
+_SLOTS = (CLAIM, MODE_CLAIM)
+
+
+class PatchError(ValueError):
+    """A patch that cannot be applied or undone as asked; the message names the module and the fix."""
 
 
 class Claim:
@@ -23,26 +35,72 @@ class Claim:
         attribute (`str`): The entry of its `__dict__`.
         value: What is put there.
         key (`str`): The patch, as the user knows it.
+        original (`Callable`, *optional*): What computed this before. By default what the attribute gives.
+        switch_off (`Callable`, *optional*): Makes `value` compute the original where it cannot be taken away any more.
+        undo (`Callable`, *optional*): Undoes what the patch changed beside the attribute.
     """
 
-    def __init__(self, path: str, module: nn.Module, attribute: str, value: Any, key: str) -> None:
+    slot = CLAIM
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        attribute: str,
+        value: Any,
+        key: str,
+        *,
+        original: Any = None,
+        switch_off: Callable[[], None] | None = None,
+        undo: Callable[[], None] | None = None,
+    ) -> None:
+        entries = module.__dict__
         self.path, self.module, self.attribute, self.value, self.key = path, module, attribute, value, key
-        module.__dict__[CLAIM] = self  # first, so that a pickle meets it first
+        self.original = getattr(module, attribute, None) if original is None else original
+        self.switch_off, self.undo = switch_off, undo
+        self.existed, self.before = attribute in entries, entries.get(attribute)
+        entries[self.slot] = self  # first, so that a pickle meets it first
         # Not setattr: a module given as a value must not become a submodule.
-        module.__dict__[attribute] = value
+        entries[attribute] = value
 
     @property
     def in_place(self) -> bool:
-        return self.module.__dict__.get(CLAIM) is self
+        return self.module.__dict__.get(self.slot) is self
 
     def restore(self) -> str | None:
-        """Remove the entry, unless that was done before; return what is in the way, if anything."""
+        """
+        Put back what was there, unless that was done before; return what is in the way, if anything.
+
+        What is in the way leaves the claim, for another try.
+        """
         if not self.in_place:
             return None
-        if self.module.__dict__.get(self.attribute) is not self.value:
-            return f"{self.path} was replaced again after this patch"
-        del self.module.__dict__[self.attribute], self.module.__dict__[CLAIM]
+        if self.undo is not None:
+            self.undo()  # first: where it fails, as without room on the device, the claim stays too
+            self.undo = None
+        if problem := self._take_away():
+            return problem
+        del self.module.__dict__[self.slot]
         return None
+
+    def _take_away(self) -> str | None:
+        entries = self.module.__dict__
+        if entries.get(self.attribute) is self.value:
+            if self.existed:
+                entries[self.attribute] = self.before
+            else:
+                del entries[self.attribute]
+            return None
+        # An accelerate hook was added or removed since: it moves the function between these two entries.
+        moved = ("forward", "_old_forward")
+        for attribute in moved:
+            if self.attribute in moved and entries.get(attribute) is self.value:
+                entries[attribute] = self.original
+                return None
+        if self.switch_off is not None:
+            self.switch_off()
+            return None
+        return f"{self.path} was replaced by something else after this patch"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Claim:
         twin = memo[id(self)] = object.__new__(type(self))
@@ -56,32 +114,57 @@ class Claim:
         )
 
 
-def check_free(path: str, module: nn.Module) -> None:
+def check_free(path: str, module: nn.Module, slot: str = CLAIM) -> None:
     """
     Raise where a patch has this module already.
 
     Raises:
-        ValueError: with the path and the earlier patch.
+        PatchError: with the path and the earlier patch.
     """
-    claim = module.__dict__.get(CLAIM)
+    claim = module.__dict__.get(slot)
     if claim is not None:
-        raise ValueError(
-            f"{path} of {type(module).__name__} was replaced before, by {claim.key!r}. Revert that patch first "
-            "(`unpatch(model)` where its handle is lost)."
+        raise PatchError(
+            f"{path or 'the model'} of {type(module).__name__} was replaced before, by {claim.key!r}. Revert that patch "
+            "first (`unpatch(model)` where its handle is lost)."
         )
+
+
+def restore_all(claims: Iterable[Claim]) -> None:
+    """
+    Take claims away, the last one first: all that can be, before anything is raised.
+
+    Raises:
+        PatchError: something else replaced what was patched since, or could not be undone. All others are restored.
+    """
+    problems, failure = [], None
+    for claim in reversed(list(claims)):
+        try:
+            problem = claim.restore()
+        except Exception as error:  # of an `undo`: the others still come off
+            problem, failure = f"{claim.path}: {error}", error
+        if problem:
+            problems.append(problem)
+    if problems:
+        raise PatchError(
+            "could not restore: "
+            + "; ".join(problems)
+            + ". Undo what was done later before this patch, and revert again."
+        ) from failure
 
 
 class PatchHandle:
     """
-    What a patch of a model returns: what was replaced, and the way back.
+    What every patch of a model returns: what was replaced, and the way back.
 
-    A patch acts at once; used as a context manager the handle reverts at the end of the block, also after an exception.
+    A patch acts at once; used as a context manager the handle reverts at the end of the block, also after an exception. A
+    module takes one patch of a kind at a time, so that several handles on one model can be reverted in any order.
 
     Args:
         key (`str`): Name of the patch, for the error that a second patch of a module gives.
 
     Attributes:
         replaced (`tuple[str, ...]`): Dotted paths of the replaced attributes, such as `model.layers.0.mlp.forward`.
+        active (`bool`): Whether anything of the patch is in place.
 
     Example:
     ```python
@@ -99,44 +182,74 @@ class PatchHandle:
     def replaced(self) -> tuple[str, ...]:
         return tuple(claim.path for claim in self._claims)
 
+    @property
+    def active(self) -> bool:
+        return any(claim.in_place for claim in self._claims)
+
     def replace(self, name: str, module: nn.Module, attribute: str, value: Any) -> None:
         """
         Set `module.<attribute>` on the instance, beside the class's own.
 
         Raises:
-            ValueError: another patch has the module, or the instance such an attribute, as from an accelerate hook. What
+            PatchError: another patch has the module, or the instance such an attribute, as from an accelerate hook. What
                 this handle replaced before is put back.
         """
         path = f"{name}.{attribute}" if name else attribute
         try:
             check_free(path, module)
             if attribute in module.__dict__:
-                raise ValueError(
+                raise PatchError(
                     f"{path} of {type(module).__name__} was replaced before, by an accelerate hook or other code. Undo "
                     "that first, or patch the model before it is given to a Trainer."
                 )
-        except ValueError:
+        except PatchError:
             self.revert()
             raise
-        self._claims.append(Claim(path, module, attribute, value, self.key))
+        self.hold(Claim(path, module, attribute, value, self.key))
+
+    def hold(self, claim: Claim) -> None:
+        """Take a claim that is in place into the handle."""
+        self._claims.append(claim)
 
     def revert(self) -> None:
         """
         Put the model back as it was; a second call does nothing.
 
         Raises:
-            RuntimeError: somebody replaced one of the attributes after this patch did.
+            PatchError: see [`restore_all`]. What could not be restored stays in the handle, for another try.
         """
-        while self._claims:
-            if problem := self._claims[-1].restore():
-                raise RuntimeError(f"{problem}. Revert the later patch first.")
-            self._claims.pop()
+        try:
+            restore_all(self._claims)
+        finally:
+            self._claims = [claim for claim in self._claims if claim.in_place]
 
-    def __enter__(self) -> PatchHandle:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.revert()
 
     def __repr__(self) -> str:
-        return f"PatchHandle({', '.join(self.replaced) or 'reverted'})"
+        return f"{type(self).__name__}({', '.join(self.replaced) or 'reverted'})"
+
+
+def claims_of(model: nn.Module) -> list[Claim]:
+    """Return every claim on the modules of a model, whoever made it."""
+    return [module.__dict__[slot] for module in model.modules() for slot in _SLOTS if slot in module.__dict__]
+
+
+def unpatch(model: nn.Module) -> None:
+    """
+    Revert everything that this package changed on a model, for example after an interrupted run whose handles are lost:
+    kernel patches, `tile_mlp`, `tile_loss`, `stream_layers`, `drop_layer_tokens` and the modes of layers. Without patches:
+    nothing.
+
+    Raises:
+        PatchError: something else replaced what was patched since. All other modules are restored.
+
+    Example:
+    ```python
+    unpatch(trainer.model)
+    ```
+    """
+    restore_all(claims_of(model))

@@ -13,6 +13,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_effi import unpatch
 from hf_effi.functional.layer_plan import MODES
 from hf_effi.functional.saved_bytes import SavedBytes
 from hf_effi.memory.layer_modes import (
@@ -20,7 +21,6 @@ from hf_effi.memory.layer_modes import (
     LayerModes,
     decoder_layers,
     is_attention_op,
-    release_layers,
     selective_contexts,
 )
 from hf_effi.memory.layer_profile import LayerProbe, measure_copy_bandwidth
@@ -293,11 +293,11 @@ def test_release_after_a_run_that_could_not():
     model = checkpointed()
     before = state_of(model)
     LayerModes(model, "selective").apply()
-    release_layers(model)
+    unpatch(model)
     assert state_of(model) == before
     LayerModes(model, "selective").apply()
     model.activation_checkpointing_disable()
-    release_layers(model)
+    unpatch(model)
     model.activation_checkpointing_enable()
     backward(model)
     assert not any(layer._forward_pre_hooks for layer in decoder_layers(model))

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from hf_effi import patch, unpatch
-from hf_effi.kernels import FusedLoRALinear, TiledMLP, tile_mlp
+from hf_effi.kernels import FusedLoRALinear, PatchError, PatchHandle, TiledMLP, tile_mlp
 from hf_effi.layers.random_ltd import TokenDropping, drop_layer_tokens
-from hf_effi.memory import stream_layers, tile_loss
+from hf_effi.memory import LayerModes, stream_layers, tile_loss
+from hf_effi.patching.handle import Claim, claims_of
 from tests.helpers import assert_bitwise_equal, tiny_llama
 from tests.unit.test_kernel_patch import IDS, SWIGLU, TorchLoss, TorchRMSNorm, TorchSwiGLU, outputs_of, state_of
 
@@ -124,3 +125,74 @@ def test_a_claim_inside_a_tiled_mlp_is_named_at_the_first_call():
         pytest.raises(ValueError, match="gate_proj has hooks of its own .* or a patch"),
     ):
         model(input_ids=IDS)
+
+
+def test_unpatch_sees_every_kind_of_patch():
+    """One room makes them all, so that one function finds them: kernels, tiles, streams, dropped tokens, layer modes."""
+    model = model_of()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    state = state_of(model)
+    modes = LayerModes(model, "keep").apply()
+    for patches in ([tile_mlp, tile_loss, stream_layers], [LAYER["drop_layer_tokens"], LOSS["ForCausalLMLoss"]]):
+        for apply in patches:
+            apply(model)
+        unpatch(model)
+        assert state_of(model) == state and not any(layer._forward_pre_hooks for layer in modes.layers)
+        modes.undo()  # nothing is left to undo
+        modes.apply()
+    modes.undo()
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("apply", [MLP["tile_mlp"], MLP["SwiGLUMLP"]])
+def test_a_stranger_is_named_after_all_others_are_restored(apply):
+    model = model_of()
+    state = state_of(model)
+    handle = apply(model)
+    middle = model.model.layers[1].mlp
+    ours = middle.forward
+    middle.forward = lambda hidden: hidden
+    with pytest.raises(
+        PatchError, match=r"could not restore: model\.layers\.1\.mlp\.forward was replaced by something"
+    ):
+        handle.revert()
+    assert all("forward" not in model.model.layers[i].mlp.__dict__ for i in (0, 2))
+    assert handle.active and handle.replaced == ("model.layers.1.mlp.forward",)
+    middle.forward = ours
+    handle.revert()
+    assert state_of(model) == state and not handle.active
+
+
+def test_an_undo_that_fails_leaves_its_claim_and_no_other():
+    model = model_of()
+    state = state_of(model)
+    handle = PatchHandle("test")
+    broken = [True]
+
+    def undo():
+        if broken:
+            raise MemoryError("no room on the device")
+
+    for index, layer in enumerate(model.model.layers):
+        own = undo if index == 1 else None
+        handle.hold(Claim(f"layers.{index}.mlp.forward", layer.mlp, "forward", layer.mlp.forward, "test", undo=own))
+    with pytest.raises(PatchError, match=r"layers\.1\.mlp\.forward: no room on the device"):
+        handle.revert()
+    assert handle.replaced == ("layers.1.mlp.forward",)
+    broken.clear()
+    handle.revert()
+    assert state_of(model) == state
+
+
+def test_layers_with_modes_are_not_pickled_and_copies_have_them():
+    model = model_of().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with LayerModes(model, "selective"):
+        with pytest.raises(
+            ValueError, match=r"layer 0 is patched by \"layer mode 'selective'\", and a patched model cannot"
+        ):
+            pickle.dumps(model.model.layers[0])
+        twin = copy.deepcopy(model)
+    assert_bitwise_equal(outputs_of(twin), outputs_of(model))
+    unpatch(twin)
+    assert not claims_of(twin) and not any(layer._forward_pre_hooks for layer in twin.model.layers)
