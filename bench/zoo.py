@@ -2,23 +2,26 @@
 
 Writes `bench/results/zoo.json`, from which `bench.render` makes the tables of `docs/zoo.md`. Each class is built tiny from
 its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`), one thread in each
-of `--processes` processes. `--only CLASS` runs one class and writes nothing.
+of `--processes` processes. `--only CLASS` runs one class and writes nothing; `--feature KEY` runs one feature on all classes
+again and puts its cells into the file that is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import logging
 import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from bench._schema import command_line, headline, write_result
+from bench._schema import RESULTS, command_line, headline, write_result
 from tests.zoo.builders import SEED, Family
 from tests.zoo.cases import describe
 from tests.zoo.features import FEATURES, Outcome
@@ -89,6 +92,36 @@ def _setting_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     return [{"axis": axis, "level": level, "counts": cells} for (axis, level), cells in sorted(counts.items())]
 
 
+def merged(
+    rows: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]], keys: Collection[str]
+) -> list[dict[str, Any]]:
+    """
+    Return the rows of a file with the cells and counts of these features taken from a later run.
+
+    Raises:
+        ValueError: the two runs do not have the same classes, as with another release of transformers.
+    """
+    classes = {(row["kind"], row["class"]): row for row in again if "class" in row}
+    if set(classes) != {(row["kind"], row["class"]) for row in rows if "class" in row}:
+        raise ValueError("the file has other classes than the installed transformers: run the whole zoo again.")
+    found = []
+    for row in rows:
+        cells = classes[row["kind"], row["class"]].get("cells", {}) if "class" in row else {}
+        found += (
+            [{**row, "cells": {**row["cells"], **cells}} if cells and "cells" in row else row]
+            if "class" in row
+            else []
+        )
+    counts: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        if "axis" in row:
+            counts[row["axis"], row["level"]] = {k: v for k, v in row["counts"].items() if k not in keys}
+    for row in again:
+        if "axis" in row:
+            counts.setdefault((row["axis"], row["level"]), {}).update(row["counts"])
+    return found + [{"axis": a, "level": level, "counts": cells} for (a, level), cells in sorted(counts.items())]
+
+
 def headlines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the counts of classes and of cells."""
     classes = [row for row in rows if "class" in row]
@@ -110,30 +143,38 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-def _results_of(family: Family) -> list[Result]:
-    return list(run_family(family))
+def _results_of(family: Family, keys: Collection[str]) -> list[Result]:
+    return list(run_family(family, wanted=keys.__contains__))
 
 
-def results_in_order(items: Sequence[Family], processes: int) -> Iterator[list[Result]]:
+def results_in_order(
+    items: Sequence[Family], processes: int, keys: Collection[str] = tuple(feature.key for feature in FEATURES)
+) -> Iterator[list[Result]]:
     """Yield the results of each class, in the order of the classes, whatever the number of processes."""
+    run = functools.partial(_results_of, keys=keys)
     if processes == 1:
-        yield from map(_results_of, items)
+        yield from map(run, items)
         return
     # Spawned, so that each begins alike; new ones from time to time, as classes leave code and caches behind.
     with multiprocessing.get_context("spawn").Pool(processes, _quiet, maxtasksperchild=40) as pool:
-        yield from pool.imap(_results_of, items)
+        yield from pool.imap(run, items)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", metavar="CLASS", help="run one class, print its results, write nothing")
     parser.add_argument("--processes", type=int, default=2, help="classes that are run at once (default: 2)")
+    parser.add_argument(
+        "--feature", action="append", default=[], metavar="KEY", choices=[feature.key for feature in FEATURES],
+        help="run only this feature, and put its cells into the file that is there",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     _quiet()
+    keys = args.feature or [feature.key for feature in FEATURES]
     found = [family for family in everything() if args.only in (None, family.name, family.model_type)]
     results: list[Result] = []
     start = time.perf_counter()
-    for place, mine in enumerate(results_in_order(found, min(args.processes, len(found)))):
+    for place, mine in enumerate(results_in_order(found, min(args.processes, len(found)), keys)):
         results += mine
         for result in mine if args.only else (result for result in mine if not result.outcome.ok):
             print(result, flush=True)
@@ -141,9 +182,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{place + 1} of {len(found)} classes, {time.perf_counter() - start:.0f} s", flush=True)
     if args.only:
         return any(not result.outcome.ok for result in results)
-    on_two = on_ranks(found)
+    on_two = [] if args.feature else on_ranks(found)
     print(*(result for result in on_two if not result.outcome.ok), sep="\n", flush=True)
     rows = rows_of_table(results + on_two)
+    if args.feature:
+        rows = merged(json.loads((RESULTS / "zoo.json").read_text(encoding="utf-8"))["rows"], rows, keys)
     figures = headlines(rows)
     print(f"{len(FEATURES) + 1} features;", ", ".join(f"{f['name']} {f['value']}" for f in figures))
     print("wrote", write_result("zoo", command=command_line("bench.zoo"), seeds=[SEED], headline=figures, rows=rows))

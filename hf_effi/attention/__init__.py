@@ -12,6 +12,7 @@ _PUBLIC = {
     "SharedPrefixError": "hf_effi.functional.shared_prefix",
     "VarlenAttentionError": "hf_effi.attention._varlen_masks",
     "check_shared_prefix": "hf_effi.attention.shared_prefix",
+    "check_varlen_attention": "hf_effi.attention.varlen",
     "merge_attention": "hf_effi.attention.merge",
     "plan_shared_prefix": "hf_effi.functional.shared_prefix",
     "register_varlen_attention": "hf_effi.attention.varlen",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .merge import merge_attention as merge_attention
     from .shared_prefix import check_shared_prefix as check_shared_prefix
     from .shared_prefix import shared_prefix_attention as shared_prefix_attention
+    from .varlen import check_varlen_attention as check_varlen_attention
     from .varlen import register_varlen_attention as register_varlen_attention
     from .varlen import set_attention_patterns as set_attention_patterns
 

@@ -108,6 +108,7 @@ class MaskLedger:
         self._read = True
         self._findings: dict[str, Finding | None] = {}
         self._packed = False
+        self.calls = 0  # of layers, in probes
 
     def ask_model(self, layout: Layout) -> None:
         """Ask the model whose forward is running, the first time that it makes masks; see [`ask`]."""
@@ -118,7 +119,10 @@ class MaskLedger:
         alone = findings.get("packed")
         self._packed = alone is not None and not alone.equal and packs_documents()
         for kind, found in findings.items():
-            if found is not None and found.failed:  # as it will here, with an error of its own
+            # A failure would be an error of the model's own here. And a layer that computes its attention itself, with no
+            # mask, never comes to ask.
+            alone = kind == "plain" and found is not None and found.looked and not found.equal
+            if found is not None and (found.failed or alone):
                 raise VarlenAttentionError(f"The model {problem_of(found, kind)}. {_OTHERS}")
 
     def said(self, layouts: Iterable[Layout]) -> str | None:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 from .._compat import CACHE_ARGUMENTS
 from ..functional.segment_attention import AttentionPattern, segment_attention
 from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
-from ..patching import probing
+from ..patching import call, is_sharded, looking, probing, tiny_tokens
 from ._varlen_masks import LEDGER, VARLEN_ATTENTION, Document, VarlenAttentionError, View, varlen_mask
 from ._varlen_probe import PATTERNS_FIELD
 
@@ -68,6 +68,49 @@ def register_varlen_attention() -> str:
     return VARLEN_ATTENTION
 
 
+def check_varlen_attention(model: torch.nn.Module) -> None:
+    """
+    Check that the layers of a model call `hf_effi_varlen`, by one forward over a few tokens that leaves no trace.
+
+    Some classes of transformers compute their attention themselves, whatever the name in their config. Documents that share a
+    row would see each other there, without a word. The Effi trainers call this; beside a stock one, call it once.
+
+    Args:
+        model (`torch.nn.Module`): A model loaded with `attn_implementation="hf_effi_varlen"`, or told by
+            `set_attn_implementation`; not sharded yet.
+
+    Raises:
+        VarlenAttentionError: the class kept another attention, or never calls the one that it was given; weights are sharded.
+
+    Example:
+    ```python
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=register_varlen_attention())
+    check_varlen_attention(model)
+    ```
+    """
+    kind = type(model).__name__
+    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "model_type")]
+    names = sorted({str(getattr(config, "_attn_implementation", None)) for config in configs})
+    if VARLEN_ATTENTION not in names:
+        raise VarlenAttentionError(
+            f"{kind} computes its attention by {' and '.join(names) or 'itself'}, not by {VARLEN_ATTENTION}: transformers takes "
+            "no other for classes that compute it in their own code. Leave packing and attention patterns out."
+        )
+    if is_sharded(model):
+        raise VarlenAttentionError(
+            f"the weights of {kind} are sharded, so that it cannot be tried whether its layers call {VARLEN_ATTENTION}. Check "
+            "before the model is wrapped."
+        )
+    before = LEDGER.calls
+    with looking(model, None, training=False, with_graph=False):
+        call(model, tiny_tokens(model, 1, 4))
+    if LEDGER.calls == before:
+        raise VarlenAttentionError(
+            f"{kind} was given {VARLEN_ATTENTION} and computes its attention in its own code, which never calls it. Documents "
+            "that share a row would see each other. Use attn_implementation='eager', rows of their own, and no patterns."
+        )
+
+
 def set_attention_patterns(model: Any, patterns: Sequence[AttentionPattern | None]) -> None:
     """
     Give each layer of a model its attention pattern, and switch the model to `hf_effi_varlen`, which reads them.
@@ -116,6 +159,8 @@ def varlen_attention_forward(
         VarlenAttentionError: dropout, soft-capped logits, learned sinks, a 4-D mask, attention weights as an output; on
             CUDA fp32, or heads wider than 256.
     """
+    if probing():
+        LEDGER.calls += 1
     _refuse(module, attention_mask, dropout, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     pattern = _pattern_of(module, sliding_window)

@@ -130,18 +130,29 @@ class _SameDraws:
         self.function, self.ran, self.before = function, False, None
 
     def __call__(self, *args: Any) -> Any:
-        if self.ran and self.before is None:
-            return self.function(*args)
-        now = OtherStates()
+        now = OtherStates() if not self.ran or self.before is not None else None
         if not self.ran:
             self.ran, out = True, self.function(*args)
             self.before = None if now == OtherStates() else now
             return out
+        if self.before is None:
+            return self._again(*args)
         self.before.restore()
         try:
-            return self.function(*args)
+            return self._again(*args)
         finally:
             now.restore()
+
+    def _again(self, *args: Any) -> Any:
+        try:
+            return self.function(*args)
+        except RuntimeError as error:
+            if "not found in storage" not in str(error):
+                raise
+            raise LayerModeError(
+                "mode 'selective': a layer runs other operations when it is computed again than the first time, as one whose "
+                "first forward of a length grows a table of positions (dynamic RoPE). Use the mode 'checkpoint'."
+            ) from error
 
 
 def _drawing_the_same(upstream: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:

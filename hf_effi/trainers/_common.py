@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .mixins.attention import AttentionCheckMixin
 from .mixins.hub import HubArguments, HubMixin
 from .mixins.kernel_patch import KernelArguments, KernelPatchMixin, layers_from_config
 from .mixins.resume import ResumeMixin
@@ -23,7 +24,14 @@ class EffiArguments(KernelArguments, HubArguments, RunRecordArguments, ScheduleA
 
 
 class EffiMixin(
-    ResumeMixin, KernelPatchMixin, SamplerMixin, HubMixin, RunRecordMixin, ScheduleMixin, SequenceParallelMixin
+    ResumeMixin,
+    AttentionCheckMixin,
+    KernelPatchMixin,
+    SamplerMixin,
+    HubMixin,
+    RunRecordMixin,
+    ScheduleMixin,
+    SequenceParallelMixin,
 ):
     """What every Effi trainer can do beside its base: follow these fields, and take a `train_sampler`."""
 

@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+from transformers import XGLMConfig, XGLMForCausalLM
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
-from hf_effi.attention import varlen
+from hf_effi import EffiTrainer, EffiTrainingArguments
+from hf_effi.attention import VarlenAttentionError, varlen
 from hf_effi.attention.varlen import VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
 from hf_effi.callbacks.layer_modes import SelectiveCheckpointCallback
 from hf_effi.functional.segment_attention import AttentionPattern
@@ -105,3 +107,17 @@ def test_grpo_generates_and_trains_as_with_sdpa(tmp_path):
         return run_grpo(GRPOTrainer, grpo_args(tmp_path, learning_rate=1e-4), model=model)
 
     assert_same_run(run("sdpa"), run(VARLEN_ATTENTION), tolerance=1e-2)
+
+
+def test_a_class_that_computes_its_attention_itself_is_refused_by_our_trainers(tmp_path):
+    register_varlen_attention()
+    config = XGLMConfig(
+        vocab_size=64, d_model=16, attention_heads=2, num_layers=2, ffn_dim=16, max_position_embeddings=32
+    )
+    model = XGLMForCausalLM(config)
+    config._attn_implementation_internal = VARLEN_ATTENTION  # as loading with the name leaves it
+    args = EffiTrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    with pytest.raises(
+        VarlenAttentionError, match="XGLMForCausalLM was given hf_effi_varlen and computes its attention in its"
+    ):
+        EffiTrainer(model, args, train_dataset=sft_dataset(4))

@@ -423,3 +423,20 @@ def test_measuring_layers_takes_none_of_pythons_and_numpys_numbers_and_moves_no_
     assert_bitwise_equal(wanted[0], found[0])
     assert wanted[1:] == found[1:]
     assert_bitwise_equal(dict(plain.named_buffers()), dict(model.named_buffers()))
+
+
+def test_a_layer_that_runs_other_operations_the_second_time_is_refused_by_name():
+    """As one that grows a table of positions in its first forward: torch's own error names no fix."""
+    model, times = checkpointed(), []
+
+    def grow(module, args):
+        times.append(1)
+        return (args[0] * 2,) if len(times) > LAYERS and len(times) % 2 else None
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(grow)
+    with (
+        LayerModes(model, "selective"),
+        pytest.raises(LayerModeError, match="other operations .* Use the mode 'checkpoint'"),
+    ):
+        backward(model)

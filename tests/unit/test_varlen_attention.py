@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_effi._compat import CACHE_ARGUMENT
-from hf_effi.attention import varlen
+from hf_effi.attention import check_varlen_attention, varlen
 from hf_effi.attention.varlen import (
     PATTERNS_FIELD,
     VARLEN_ATTENTION,
@@ -255,3 +256,45 @@ def test_documents_that_the_attention_is_not_told_of_are_refused():
         model(input_ids=ids, position_ids=torch.arange(12)[None], use_cache=False)
         with pytest.raises(VarlenAttentionError, match="documents that share a row"):
             model(input_ids=ids, position_ids=torch.tensor([[*range(5), *range(7)]]), use_cache=False)
+
+
+def config_of(name: str):
+    settings = {
+        "Bloom": {"hidden_size": 16, "n_head": 2, "n_layer": 2},
+        "XGLM": {"d_model": 16, "attention_heads": 2, "num_layers": 2, "ffn_dim": 16, "max_position_embeddings": 32},
+        "RoFormer": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "is_decoder": True},
+    }[name]
+    return getattr(transformers, f"{name}Config")(vocab_size=64, **settings), getattr(
+        transformers, f"{name}ForCausalLM"
+    )
+
+
+@pytest.mark.parametrize("name", ["Bloom", "XGLM", "RoFormer"])
+def test_classes_that_compute_attention_themselves_are_refused(name):
+    """transformers says so in a warning, or not at all where the name was given to the loading call."""
+    config, kind = config_of(name)
+    told = kind(config)
+    told.set_attn_implementation(register_varlen_attention())
+    with pytest.raises(
+        VarlenAttentionError, match=f"{name}ForCausalLM computes its attention by eager, not by hf_effi_varlen"
+    ):
+        check_varlen_attention(told)
+    with pytest.raises(VarlenAttentionError):
+        loaded = kind._from_config(config, attn_implementation="hf_effi_varlen")
+        check_varlen_attention(loaded)
+
+
+def test_a_model_that_would_run_without_its_mask_is_refused_when_it_makes_one():
+    """Bloom's layers never ask the attention function: whoever did not check would train it on what comes later."""
+    register_varlen_attention()
+    config, kind = config_of("Bloom")
+    model = kind._from_config(config, attn_implementation="hf_effi_varlen")
+    with pytest.raises(VarlenAttentionError, match="does not give what its own attention gives for rows"):
+        model(input_ids=torch.tensor([[3, 4, 5, 6]]))
+
+
+def test_the_check_leaves_no_trace_on_a_model_that_passes():
+    model = tiny_llama(attn_implementation=register_varlen_attention()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_varlen_attention(model)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ...protocols import GroupFilter, PromptSelector, RolloutPruner
 from ..mixins._signatures import with_signatures_of
+from ..mixins.attention import AttentionCheckMixin
 from ..mixins.hub import HubMixin
 from ..mixins.kernel_patch import KernelPatchMixin
 from ..mixins.resume import ResumeMixin
@@ -32,6 +33,7 @@ from .rewards import CheckedRewardsMixin
 @with_signatures_of(GRPOTrainer)
 class EffiGRPOTrainer(
     ResumeMixin,
+    AttentionCheckMixin,
     KernelPatchMixin,
     CheckedRewardsMixin,
     AccountingMixin,

@@ -8,6 +8,7 @@ from ..._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
+    "AttentionCheckMixin": "hf_effi.trainers.mixins.attention",
     "BatchTransformMixin": "hf_effi.trainers.mixins.batch_transform",
     "ChunkFlowMixin": "hf_effi.trainers.mixins.chunk_flow",
     "HubArguments": "hf_effi.trainers.mixins.hub",
@@ -26,6 +27,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from .attention import AttentionCheckMixin as AttentionCheckMixin
     from .batch_transform import BatchTransformMixin as BatchTransformMixin
     from .chunk_flow import ChunkFlowMixin as ChunkFlowMixin
     from .hub import HubArguments as HubArguments
