@@ -126,7 +126,7 @@ def _describe(args: argparse.Namespace) -> int:
     print(f"{method.title} [{method.kind}, {method.status}]\n{method.summary}\n")
     for label, value in (
         ("source", source),
-        ("code", ", ".join(method.entry_points) or "no code to import: the card says why"),
+        ("code", ", ".join(method.code) or "no code to import: the card says why"),
         ("card", method.card),
         ("tests", ", ".join(method.tests)),
         ("bench", method.bench),

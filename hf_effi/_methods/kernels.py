@@ -16,6 +16,7 @@ ROWS: tuple[Method, ...] = (
             "hf_effi:KernelPatchCallback",
             "hf_effi.trainers.mixins:KernelPatchMixin",
         ),
+        arguments=("kernel_patch",),
         paper="Liger Kernel: Efficient Triton Kernels for LLM Training",
         paper_id="2410.10989",
         authors="Hsu, Pin-Lun and others",

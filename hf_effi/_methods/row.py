@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 #: what our own bench says about a method, see [`Method`]
 Status = Literal["experimental", "stable", "rejected"]
@@ -55,7 +55,11 @@ class Method:
         goals (`tuple[str, ...]`): What a user wants who needs it, keys of `GOALS`. The menu of the docs has the card under
             the first; the page of all cards has it under each.
         summary (`str`): One sentence: what it changes.
-        entry_points (`tuple[str, ...]`): Dotted paths of the public objects, `module:attribute`.
+        entry_points (`tuple[str, ...]`): Dotted paths of the public objects, `module:attribute`, that are this method: a run
+            that was given one of them used it.
+        doors (`tuple[str, ...]`): Public objects through which this method is reached, and others too.
+        arguments (`tuple[str, ...]`): Fields of an Effi config that belong to it. The first one switches it on.
+        off (`tuple`): Values of that field with which it is off.
         paper (`str`): Title of the source.
         paper_id (`str`): arXiv id, or `""` where there is no paper.
         status (`str`): `stable` when it is exact by contract and passes the zoo, or when a bench of ours confirms its claim
@@ -85,6 +89,18 @@ class Method:
     exact: str = ""
     zoo: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    doors: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    off: tuple[Any, ...] = (None,)
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Paths of everything that a user may type: entry points, then doors."""
+        return self.entry_points + self.doors
+
+    def is_on(self, args: Any) -> bool:
+        """Return whether the arguments of a trainer switch the method on."""
+        return bool(self.arguments) and getattr(args, self.arguments[0], None) not in self.off
 
     @property
     def card(self) -> str:

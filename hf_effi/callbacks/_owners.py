@@ -80,6 +80,8 @@ class OwningCallback(TrainerCallback):
     role: ClassVar[Role]
     #: what a message calls it; its class without
     name: ClassVar[str | None] = None
+    #: whether a recipe names it: not what only observes or publishes, nor what an argument of the config made
+    in_recipe: ClassVar[bool] = True
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -42,18 +42,6 @@ logger = logging.getLogger(__name__)
 _SUMMARY_EVERY = 30.0
 _SAMPLED_ROWS = 16
 _TOKENS = ("effi/tokens_forward", "effi/tokens_real", "effi/tokens_saved")
-#: argument -> method that it turns on, where its value is not one of these
-_METHOD_OF_ARGUMENT = {
-    "exact_savings": ("exact_savings", (None, "off")),
-    "difficulty_range": ("difficulty_filter", (None,)),
-    "prune_rate": ("cppo", (None, 0, 0.0)),
-    "kernel_patch": ("kernel_patch", (None,)),
-    "sequence_parallel_size": ("sequence_parallel", (None, 1)),
-}
-#: what argument and object have in common: the objects that a user passes in place of these arguments
-_METHOD_OF_OBJECT = {"PassRateBand": "difficulty_filter", "AdvantagePruner": "cppo"}
-#: callbacks that are the way to many methods, and no method themselves
-_DOORS = {"LRScheduleCallback", "PatchCallback", "RunRecordCallback"}
 
 
 class RunRecordCallback(OwningCallback):
@@ -89,6 +77,8 @@ class RunRecordCallback(OwningCallback):
         "Two records of one run want to be written into output_dir",
         "Keep one: an Effi trainer makes its own, unless one is in the list of callbacks already.",
     )
+
+    in_recipe = False
 
     def __init__(self, methods: Sequence[str] = ()) -> None:
         if isinstance(methods, str) or not isinstance(methods, Collection):
@@ -412,10 +402,7 @@ def methods_of(args: Any, state: TrainerState, schedule: dict[str, Any]) -> set[
     ours = sampler.get("class", "hf_effi.").split("(")[-1].startswith("hf_effi.")
     found = set(methods_by_name({schedule.get("kind"), sampler.get("sampler") if ours else None}))
     found |= {"exact_sampler_resume"} if sampler else set()
-    for argument, (key, off) in _METHOD_OF_ARGUMENT.items():
-        if getattr(args, argument, None) not in off:
-            found.add(key)
-    return found
+    return found | {method.key for method in METHODS if method.is_on(args)}
 
 
 def _is_live(entry: dict[str, Any], state: TrainerState, role: Role, writer: type) -> bool:
@@ -426,17 +413,16 @@ def _is_live(entry: dict[str, Any], state: TrainerState, role: Role, writer: typ
 
 def methods_of_parts(parts: Iterable[Any]) -> set[str]:
     """Return the keys of methods that these callbacks, samplers and policies are; classes of users count as their base."""
-    names, found = set(), set()
+    names = set()
     for part in parts:
         ours = next((base for base in type(part).__mro__ if base.__module__.startswith("hf_effi.")), None)
         if ours is None:
             continue
         names.add(ours.__name__)
-        found.update(_METHOD_OF_OBJECT[name] for name in [ours.__name__] if name in _METHOD_OF_OBJECT)
         if ours is PatchCallback:
             functions = [getattr(patch, "func", patch) for patch in part.patches]
             names.update(f.__name__ for f in functions if getattr(f, "__module__", "").startswith("hf_effi."))
-    return found.union(methods_by_name(names - _DOORS))
+    return set(methods_by_name(names))
 
 
 def methods_by_name(names: Collection[str | None]) -> list[str]:

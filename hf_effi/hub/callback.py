@@ -47,6 +47,8 @@ class HubCallback(OwningCallback):
     ```
     """
 
+    in_recipe = False
+
     def __init__(self, trainer: Trainer, repo_id: str, seconds: float | None = None) -> None:
         if trainer.args.push_to_hub:
             raise ValueError("HubCallback and push_to_hub=True would both push. Set push_to_hub=False.")

@@ -113,11 +113,10 @@ def own_callbacks(trainer: Any) -> list[TrainerCallback]:
 
     Without those that only observe or publish, and the one that the arguments make (`lr_schedule`).
     """
-    silent = {"RunRecordCallback", "HubCallback", "ConfigSchedule"}
     return [
         callback
         for callback in trainer.callback_handler.callbacks
-        if type(callback).__module__.startswith("hf_effi.") and type(callback).__name__ not in silent
+        if type(callback).__module__.startswith("hf_effi.") and getattr(callback, "in_recipe", True)
     ]
 
 

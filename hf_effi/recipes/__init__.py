@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from .ascending_quality import cdma, cma
-from .launch import accelerate_config
-from .long_context import LongContextStage, extend_rope, lambda_patterns, longgen_patterns, prolong_stages
-from .stability_gap import stability_gap
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "LongContextStage",
-    "accelerate_config",
-    "cdma",
-    "cma",
-    "extend_rope",
-    "lambda_patterns",
-    "longgen_patterns",
-    "prolong_stages",
-    "stability_gap",
-]
+from .._faces import face
+
+#: public name -> module that defines it
+_PUBLIC = {
+    "LongContextStage": "hf_effi.recipes.long_context",
+    "accelerate_config": "hf_effi.recipes.launch",
+    "cdma": "hf_effi.recipes.ascending_quality",
+    "cma": "hf_effi.recipes.ascending_quality",
+    "extend_rope": "hf_effi.recipes.long_context",
+    "lambda_patterns": "hf_effi.recipes.long_context",
+    "longgen_patterns": "hf_effi.recipes.long_context",
+    "prolong_stages": "hf_effi.recipes.long_context",
+    "stability_gap": "hf_effi.recipes.continued_pretraining",
+}
+
+if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from .ascending_quality import cdma as cdma
+    from .ascending_quality import cma as cma
+    from .continued_pretraining import stability_gap as stability_gap
+    from .launch import accelerate_config as accelerate_config
+    from .long_context import LongContextStage as LongContextStage
+    from .long_context import extend_rope as extend_rope
+    from .long_context import lambda_patterns as lambda_patterns
+    from .long_context import longgen_patterns as longgen_patterns
+    from .long_context import prolong_stages as prolong_stages
+
+__getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

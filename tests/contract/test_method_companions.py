@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
+import types
+from collections import Counter
 
 import pytest
 
+import hf_effi
 from hf_effi.methods import GOALS, METHODS, find_method
 from tests.contract._sources import ROOT
 
@@ -57,7 +61,7 @@ def test_keys_are_unique_and_rows_are_complete():
 
 
 def test_entry_points_resolve(method):
-    for entry in method.entry_points:
+    for entry in method.code:
         module, _, attribute = entry.partition(":")
         assert attribute, f"{method.key}: {entry!r} is not `module:attribute`"
         found = getattr(importlib.import_module(module), attribute, None)
@@ -85,7 +89,7 @@ def test_card_names_its_entry_points(method):
     card = ROOT / method.card
     assert card.exists(), f"{method.key}: no card {method.card}"
     text = card.read_text(encoding="utf-8")
-    missing = [entry for entry in method.entry_points if entry.partition(":")[2] not in text]
+    missing = [entry for entry in method.code if entry.partition(":")[2] not in text]
     assert not missing, f"{method.card} does not mention {missing}"
 
 
@@ -128,3 +132,36 @@ def test_which_method_places_it(method):
 def test_every_card_has_a_row():
     cards = {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")} - {"index"}
     assert cards <= set(KEYS), f"cards without a row in methods.py: {sorted(cards - set(KEYS))}"
+
+
+#: own fields of the configs that belong to no one method: every schedule, or none
+OF_NO_METHOD = {"lr_schedule", "lr_schedule_kwargs", "lr_schedule_on_mismatch", "run_record", "hub_wait_seconds"}
+
+
+def own_fields() -> set[str]:
+    found: set[str] = set()
+    for config in (hf_effi.EffiTrainingArguments, hf_effi.EffiSFTConfig, hf_effi.EffiGRPOConfig):
+        stock = next(base for base in config.__mro__ if base.__module__.startswith(("trl.", "transformers.")))
+        mine = {field.name for field in dataclasses.fields(config)}
+        found |= mine - {field.name for field in dataclasses.fields(stock)}
+    return found
+
+
+def test_every_own_field_of_a_config_belongs_to_one_row():
+    owners = Counter(argument for row in METHODS for argument in row.arguments)
+    assert set(owners) | OF_NO_METHOD == own_fields() and not set(owners) & OF_NO_METHOD
+    assert set(owners.values()) == {1}, "two rows have one field"
+
+
+@pytest.mark.parametrize("row", [row for row in METHODS if row.arguments], ids=lambda row: row.key)
+def test_a_method_is_off_by_the_values_that_its_row_names(row):
+    field = row.arguments[0]
+    for value in row.off:
+        assert not row.is_on(types.SimpleNamespace(**{field: value}))
+    assert row.is_on(types.SimpleNamespace(**{field: "anything else"})) and not row.is_on(types.SimpleNamespace())
+
+
+def test_no_entry_point_is_a_door_to_other_methods():
+    owners = Counter(entry for row in METHODS for entry in row.entry_points)
+    shared = {entry for entry, count in owners.items() if count > 1}
+    assert not shared, f"two methods cannot be told apart by {shared}: make it a door of each"

@@ -87,6 +87,7 @@ def schedule_from_config(args: Any) -> Schedule | None:
 class ConfigSchedule(LRScheduleCallback):
     """The [`LRScheduleCallback`] that `lr_schedule=` of a config is."""
 
+    in_recipe = False
     name, option = "lr_schedule in the config", "lr_schedule_on_mismatch"
 
 
