@@ -143,7 +143,7 @@ def losses_by_normalizer(model, patch):
 @pytest.fixture(scope="module")
 def found():
     pytest.importorskip("liger_kernel", reason="Liger is an optional package")
-    (result,) = run_distributed(in_interpreter, 1)
+    (result,) = run_distributed(in_interpreter, 1, fresh=True)
     return result
 
 
