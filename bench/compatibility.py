@@ -44,7 +44,20 @@ _SUITES = ("contract", "zoo", "affected")
 #: what the tests need beside the pins
 _TOOLS = ("pytest-xdist>=3.6", "build>=1.2", "setuptools>=77")
 
-_LORA = ("unit/test_fused_lora", "unit/test_low_bit_lora", "unit/test_adalora", "training/test_fused_lora")
+_LOW_BIT_LORA = ("unit/test_low_bit_lora", "unit/test_low_bit_lora_saved", "unit/test_low_bit_lora_refused")
+_LORA = (
+    "unit/test_fused_lora",
+    "unit/test_fused_lora_siblings",
+    *_LOW_BIT_LORA,
+    "unit/test_adalora",
+    "training/test_fused_lora",
+)
+_KERNEL_PATCH = (
+    "unit/test_kernel_patch",
+    "unit/test_kernel_patch_beside",
+    "unit/test_kernel_patch_check",
+    "unit/test_kernel_patch_families",
+)
 _DATA = ("unit/test_scores", "unit/test_preview_order", "training/test_samplers", "training/test_curricula")
 _GRPO = (
     "training/test_grpo_dropin",
@@ -52,11 +65,17 @@ _GRPO = (
     "training/test_grpo_filter",
     "training/test_grpo_resume",
 )
-_LAYERS = ("unit/test_stream_layer", "unit/test_shared_prefix", "unit/test_varlen_attention", "unit/test_random_ltd")
+_LAYERS = (
+    "unit/test_stream_layer",
+    "unit/test_shared_prefix",
+    "unit/test_shared_prefix_attention",
+    "unit/test_varlen_attention",
+    "unit/test_random_ltd",
+)
 #: package -> the tests that it can break, below `tests`
 AFFECTED: dict[str, tuple[str, ...]] = {
     "transformers": (
-        *_LAYERS, "unit/test_kernel_patch", "unit/test_patch_decorators", "unit/test_layer_modes", "unit/test_tiled_loss",
+        *_LAYERS, *_KERNEL_PATCH, "unit/test_patch_decorators", "unit/test_layer_modes", "unit/test_tiled_loss",
         "training/test_chunk_flow", "training/test_kernel_patch", "training/test_varlen_training",
         "training/test_layer_modes", "training/test_random_ltd", "training/test_lr_schedule_callback", *_GRPO[:3],
     ),
@@ -66,7 +85,7 @@ AFFECTED: dict[str, tuple[str, ...]] = {
     "datasets": (*_DATA, "training/test_metadata", "training/test_denoising", "training/test_token_budget"),
     "torch": (
         *_LAYERS, "unit/test_segment_attention", "unit/test_attention_merge", "unit/test_lm_head", "unit/test_low_bit",
-        "unit/test_low_bit_lora", "unit/test_tiled_mlp", "unit/test_kernel_patch", "training/test_chunk_flow", *_GRPO[:2],
+        *_LOW_BIT_LORA, *_KERNEL_PATCH, "unit/test_tiled_mlp", "training/test_chunk_flow", *_GRPO[:2],
     ),
 }  # fmt: skip
 

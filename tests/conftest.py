@@ -20,6 +20,12 @@ import sys
 import pytest
 
 
+def pytest_unconfigure() -> None:
+    """End the processes that children were forked from; of a session that is killed they end by themselves."""
+    if "tests.helpers.servers" in sys.modules:
+        sys.modules["tests.helpers.servers"].stop_servers()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     """Each test starts from the same random state, so that its result does not depend on the tests before it."""

@@ -23,6 +23,9 @@ ROWS: tuple[Method, ...] = (
         status="experimental",
         tests=(
             "tests/unit/test_kernel_patch.py",
+            "tests/unit/test_kernel_patch_beside.py",
+            "tests/unit/test_kernel_patch_check.py",
+            "tests/unit/test_kernel_patch_families.py",
             "tests/unit/test_liger_layers.py",
             "tests/training/test_kernel_patch.py",
         ),
@@ -39,7 +42,11 @@ ROWS: tuple[Method, ...] = (
         paper_id="2106.09685",
         authors="Hu, Edward J. and others",
         status="stable",
-        tests=("tests/unit/test_fused_lora.py", "tests/training/test_fused_lora.py"),
+        tests=(
+            "tests/unit/test_fused_lora.py",
+            "tests/unit/test_fused_lora_siblings.py",
+            "tests/training/test_fused_lora.py",
+        ),
         bench="bench/model_patches.py",
         exact="tests/unit/test_fused_lora.py::test_equal_to_peft_in_double",
         zoo=("fused LoRA",),
@@ -62,6 +69,8 @@ ROWS: tuple[Method, ...] = (
         tests=(
             "tests/unit/test_low_bit.py",
             "tests/unit/test_low_bit_lora.py",
+            "tests/unit/test_low_bit_lora_saved.py",
+            "tests/unit/test_low_bit_lora_refused.py",
             "tests/unit/test_triton_kernels.py",
             "tests/training/test_low_bit_lora.py",
             "tests/distributed/test_low_bit_lora_ranks.py",

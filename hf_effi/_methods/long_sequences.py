@@ -203,6 +203,8 @@ ROWS: tuple[Method, ...] = (
         status="stable",
         tests=(
             "tests/unit/test_shared_prefix.py",
+            "tests/unit/test_shared_prefix_layout.py",
+            "tests/unit/test_shared_prefix_attention.py",
             "tests/training/test_shared_prefix.py",
             "tests/distributed/test_shared_prefix_ranks.py",
         ),

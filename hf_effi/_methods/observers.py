@@ -33,7 +33,13 @@ ROWS: tuple[Method, ...] = (
         paper="none: rules from known failures",
         paper_id="",
         status="experimental",
-        tests=("tests/unit/test_doctor.py", "tests/training/test_doctor.py"),
+        tests=(
+            "tests/unit/test_doctor.py",
+            "tests/training/test_doctor.py",
+            "tests/training/test_doctor_schedulers.py",
+            "tests/training/test_doctor_padding.py",
+            "tests/training/test_doctor_grpo.py",
+        ),
         bench="bench/observers.py",
     ),
     Method(

@@ -12,9 +12,9 @@ _PUBLIC = {
     "ActivationOffloadCallback": "hf_effi.callbacks.layer_modes",
     "AdaLoRACallback": "hf_effi.callbacks.adalora",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
-    "Finding": "hf_effi.functional.doctor",
+    "Finding": "hf_effi.functional.findings",
     "GRPODoctor": "hf_effi.callbacks.doctor",
-    "GRPOLimits": "hf_effi.functional.doctor",
+    "GRPOLimits": "hf_effi.functional.findings",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
@@ -28,7 +28,7 @@ _PUBLIC = {
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
     "TrainDoctor": "hf_effi.callbacks.doctor",
-    "TrainLimits": "hf_effi.functional.doctor",
+    "TrainLimits": "hf_effi.functional.findings",
     "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
     "in_probe": "hf_effi.callbacks._probing",
     "outside_probes": "hf_effi.callbacks._probing",
@@ -37,9 +37,9 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
-    from ..functional.doctor import Finding as Finding
-    from ..functional.doctor import GRPOLimits as GRPOLimits
-    from ..functional.doctor import TrainLimits as TrainLimits
+    from ..functional.findings import Finding as Finding
+    from ..functional.findings import GRPOLimits as GRPOLimits
+    from ..functional.findings import TrainLimits as TrainLimits
     from ._probing import in_probe as in_probe
     from ._probing import outside_probes as outside_probes
     from ._probing import trained_steps as trained_steps

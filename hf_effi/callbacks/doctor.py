@@ -10,16 +10,9 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..functional.doctor import (
-    GRPO_RULES,
-    TRAIN_RULES,
-    Finding,
-    GRPOLimits,
-    Rule,
-    RunFacts,
-    TrainLimits,
-    diagnose,
-)
+from ..functional.doctor import TRAIN_RULES, diagnose
+from ..functional.doctor_grpo import GRPO_RULES
+from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimits
 from ._engines import sharding_engine
 from ._forward_watch import ForwardWatch
 from ._observer import describe, only_observes

@@ -13,7 +13,7 @@ from typing import Any
 from .._files import save_text
 from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from ..callbacks.run_summary import time_parts
-from ..functional.doctor import Finding
+from ..functional.findings import Finding
 from .page import environment
 from .run_data import (
     NoRunError,

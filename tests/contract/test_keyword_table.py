@@ -64,11 +64,11 @@ CALLS: dict[str, tuple[str, str]] = {
     ),
     "trl.trainer.utils:use_adapter": (
         "adapter_name",
-        "tests/contract/test_upstream_seams.py::test_use_adapter_sets_and_restores",
+        "tests/contract/test_upstream_helpers.py::test_use_adapter_sets_and_restores",
     ),
     "self.accelerator.reduce": (
         "reduction",
-        "tests/contract/test_upstream_seams.py::test_collectives_are_rank_major_and_flat",
+        "tests/contract/test_upstream_helpers.py::test_collectives_are_rank_major_and_flat",
     ),
     # tokenizers and texts
     "self.tokenizer.pad": ("padding_side return_tensors", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),

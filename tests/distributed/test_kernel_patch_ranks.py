@@ -39,7 +39,7 @@ def sharded_gradients():
 
     from hf_effi import patch
     from hf_effi.kernels import PatchError
-    from tests.unit.test_kernel_patch import IDS
+    from tests.helpers.patches import IDS
 
     dist.init_process_group("gloo")
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))

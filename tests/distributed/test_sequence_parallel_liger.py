@@ -24,9 +24,9 @@ def train(liger: bool, size: int) -> dict[str, list[float]]:
 
 
 def test_liger_on_two_ranks_equals_the_plain_run_on_one():
-    (plain,) = run_distributed(train, 1, False, 1)
+    (plain,) = run_distributed(train, 1, False, 1, fresh=True)
     assert not plain["kernels"]
-    for rank in run_distributed(train, 2, True, 2):
+    for rank in run_distributed(train, 2, True, 2, fresh=True):
         assert rank["kernels"] == ["mlp", "input_layernorm"]
         for name in ("loss", "grad_norm", "eval_loss"):
             assert plain[name], name

@@ -59,10 +59,10 @@ def _stop_after_checkpoint(directory: Path, rank: int, checkpoint: int, extra_st
 def main(directory: Path, rank: int) -> None:
     import torch
 
-    from .collectives import watch_collectives
+    from .collectives import record_collectives
 
     torch.set_num_threads(1)
-    watch_collectives(directory / f"collectives{rank}.txt")  # before others take the functions by name
+    record_collectives(directory / f"collectives{rank}.txt")  # before others take the functions by name
     job = pickle.loads((directory / "job.pickle").read_bytes())
     if job.get("stop_after") is not None:
         _stop_after_checkpoint(directory, rank, *job["stop_after"])

@@ -31,8 +31,19 @@ NAMES = (
 _BELOW = ("torch", "accelerate", "contextlib.py")
 
 
-def watch_collectives(path: Path) -> None:
+#: the file of this process; a list, so that it can be named after the functions were replaced
+_FILE: list[Path] = []
+
+
+def record_collectives(path: Path) -> None:
     """Append a line to `path` for each collective of the whole group that this process begins: its place and its name."""
+    watch_collectives()
+    _FILE[:] = [path]
+
+
+@functools.cache
+def watch_collectives() -> None:
+    """Replace the collectives of `torch.distributed`, before others take them by name; nothing is written yet."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 
@@ -42,9 +53,10 @@ def watch_collectives(path: Path) -> None:
         @functools.wraps(call)
         def record(*args: Any, **kwargs: Any) -> Any:
             groups = [value for value in (*args, *kwargs.values()) if isinstance(value, dist.ProcessGroup)]
-            if getattr(inside, "one", False) or any(group is not dist.group.WORLD for group in groups):
+            of_a_part = any(group is not dist.group.WORLD for group in groups)
+            if not _FILE or of_a_part or getattr(inside, "one", False):
                 return call(*args, **kwargs)
-            with path.open("a", encoding="utf-8") as file:
+            with _FILE[0].open("a", encoding="utf-8") as file:
                 file.write(f"{_place()} {name}\n")
             inside.one = True
             try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .collectives import first_difference, read_collectives
+from .servers import LAUNCHER, ROOT, Forked, fork_child, hash_seed, kill_group, stop_servers
 
-ROOT = Path(__file__).resolve().parents[2]
 _SHOWN_CHARACTERS = 6000
 
 
@@ -39,8 +37,7 @@ def reference_to(function: Callable[..., Any]) -> tuple[str, str, str]:
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a child: offline, one thread, the repository importable, no launcher's variables."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith(("PYTEST_", "COV_"))}
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(("PYTEST_", "COV_"))}
     paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
     return {
         **env,
@@ -53,6 +50,9 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
+        # A process that children are forked from must not touch CUDA, and must not run pyarrow's memory thread.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",
         **(extra or {}),
     }
 
@@ -65,20 +65,27 @@ def _free_port() -> int:
 
 class Children:
     """
-    The processes of one job: one per rank, each in a session of its own, each with its own output file.
+    The processes of one job: one per rank, each in a session of its own, each with its own output file and hash seed.
 
     With `world_size=1` there is no process group at all, as in a plain `python script.py`; from 2 on the variables are
-    those that `torchrun` sets.
+    those that `torchrun` sets. A child is forked from the preloaded server of its rank, or is an interpreter of its own
+    where `fresh` asks for one or `env` is given: libraries read variables while they are imported.
     """
 
     def __init__(
-        self, job: Mapping[str, Any], world_size: int, directory: Path, env: Mapping[str, str] | None = None
+        self,
+        job: Mapping[str, Any],
+        world_size: int,
+        directory: Path,
+        env: Mapping[str, str] | None = None,
+        fresh: bool = False,
     ) -> None:
         self.directory, self.world_size = directory, world_size
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "job.pickle").write_bytes(pickle.dumps(dict(job)))
         port = str(_free_port())
-        self.processes: list[subprocess.Popen[bytes]] = []
+        start = self._start if fresh or env else self._fork
+        self.processes: list[subprocess.Popen[bytes] | Forked] = []
         for rank in range(world_size):
             launcher = {
                 "RANK": str(rank),
@@ -90,18 +97,30 @@ class Children:
                 # Else gloo looks up the host's name, which may resolve to an address that nothing listens on.
                 "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
             }
-            with self.output(rank).open("wb") as sink:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.helpers._child", str(directory), str(rank)],
-                        cwd=ROOT,
-                        env=child_environment({**(launcher if world_size > 1 else {}), **(env or {})}),
-                        stdout=sink,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                        start_new_session=True,
-                    )
-                )
+            own = {"PYTHONHASHSEED": str(hash_seed(rank)), **(launcher if world_size > 1 else {}), **(env or {})}
+            self.output(rank).touch()
+            self.processes.append(start(rank, child_environment(own)))
+        try:
+            for process in self.processes:
+                _ = process.pid  # a timeout counts from here, and not from the imports of a server
+        except BaseException:
+            stop_servers()
+            raise
+
+    def _fork(self, rank: int, env: Mapping[str, str]) -> Forked:
+        return fork_child(self.directory, rank, env, ROOT, self.output(rank))
+
+    def _start(self, rank: int, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with self.output(rank).open("wb") as sink:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tests.helpers._child", str(self.directory), str(rank)],
+                cwd=ROOT,
+                env=env,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def output(self, rank: int) -> Path:
         return self.directory / f"rank{rank}.log"
@@ -110,8 +129,7 @@ class Children:
         """SIGKILL every rank with its own children, and wait for them."""
         for process in self.processes:
             if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill_group(process.pid)
         for process in self.processes:
             process.wait()
 
@@ -145,7 +163,7 @@ class Children:
         for rank in range(self.world_size):
             text = self.output(rank).read_text(errors="replace").strip()
             shown = text if len(text) <= _SHOWN_CHARACTERS else "[...] " + text[-_SHOWN_CHARACTERS:]
-            parts.append(f"--- rank {rank} ---\n{shown or '(no output)'}")
+            parts.append(f"--- rank {rank} (PYTHONHASHSEED={hash_seed(rank)}) ---\n{shown or '(no output)'}")
         return ChildFailure("\n".join(parts))
 
     def unequal_collectives(self, whole: bool) -> str | None:
@@ -169,6 +187,7 @@ def run_distributed(
     *args: Any,
     timeout: float = 240.0,
     env: Mapping[str, str] | None = None,
+    fresh: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
     """
@@ -183,9 +202,12 @@ def run_distributed(
         args, kwargs:
             Picklable arguments, the same on every rank.
         timeout (`float`, *optional*, defaults to 240):
-            Seconds until all ranks are killed. Starting costs about 10 s of imports a rank.
+            Seconds until all ranks are killed.
         env (`Mapping[str, str]`, *optional*):
-            Further environment variables.
+            Further environment variables; the ranks are interpreters of their own then.
+        fresh (`bool`, *optional*, defaults to `False`):
+            Start an interpreter for each rank, about 6 s of imports, in place of a fork of a preloaded one: for a
+            function that does something before torch, triton or transformers are imported.
 
     Raises:
         ChildFailure: with the output of every rank; also where ranks ran different collectives of the whole group.
@@ -193,7 +215,7 @@ def run_distributed(
     module, name, file = reference_to(function)
     job = {"module": module, "name": name, "file": file, "args": args, "kwargs": kwargs}
     with tempfile.TemporaryDirectory(prefix="hf_effi_ranks_") as directory:
-        children = Children(job, world_size, Path(directory), env)
+        children = Children(job, world_size, Path(directory), env, fresh)
         try:
             children.wait(timeout)
             results = children.results()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 
@@ -13,6 +14,8 @@ def interpret_triton() -> None:
     A Python float argument has no `.to`, and `libdevice` functions return nothing. Arithmetic on bf16 values is wrong in
     the interpreter without any error: use fp32 or fp16.
     """
+    if "triton" in sys.modules:
+        raise RuntimeError("triton has been imported already; run this in `run_distributed(..., fresh=True)`.")
     os.environ["TRITON_INTERPRET"] = "1"
     import liger_kernel.ops.geglu
     import liger_kernel.ops.rms_norm

@@ -191,7 +191,7 @@ def main() -> None:
     from hf_effi._compat import version_of
     from tests.helpers.distributed import run_distributed
 
-    found = {f"sm_{arch}": run_distributed(compile_all, 1, arch)[0] for arch in ARCHITECTURES}
+    found = {f"sm_{arch}": run_distributed(compile_all, 1, arch, fresh=True)[0] for arch in ARCHITECTURES}
     BUDGET.write_text(json.dumps({"triton": version_of("triton"), **found}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -38,3 +38,15 @@ def pad_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         "attention_mask": padded([[1] * (len(prompt) + len(completion)) for prompt, completion in pairs], 0),
         "labels": padded([[-100] * len(prompt) + completion for prompt, completion in pairs], -100),
     }
+
+
+#: a prompt that several rows have
+EQUAL = [4, 5, 6]
+
+#: rows of a data set, some of which share their prompt
+ROWS = [
+    {"prompt_ids": [1, 2], "completion_ids": [3], "reward": 0.5},
+    {"prompt_ids": [9], "completion_ids": [], "reward": 0.1},
+    {"prompt_ids": [1, 2], "completion_ids": [4, 5], "reward": 0.2},
+    {"prompt_ids": [1, 2], "completion_ids": [3], "reward": 0.5},
+]

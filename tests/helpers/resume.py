@@ -38,10 +38,16 @@ def run_in_child(
     world_size: int = 1,
     timeout: float = 240.0,
     env: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> Any:
-    """Run the same target once in a process of its own, uninterrupted; arguments as in [`kill_and_resume`]."""
+    """
+    Run the same target once in a process of its own, uninterrupted; arguments as in [`kill_and_resume`].
+
+    A script is started as an interpreter of its own; a function is one with `fresh=True` only.
+    """
     with tempfile.TemporaryDirectory(prefix="hf_effi_run_") as directory:
-        children = Children(_job(target, str(output_dir), resume, args), world_size, Path(directory), env)
+        job = _job(target, str(output_dir), resume, args)
+        children = Children(job, world_size, Path(directory), env, fresh or not callable(target))
         try:
             children.wait(timeout)
             return children.results()[0] if callable(target) else weights_in(output_dir)
@@ -63,7 +69,7 @@ def kill_and_resume(
     Start a training run, SIGKILL it once `checkpoint-<k>` is complete, start it again from there, return its result.
 
     The child stops at the chosen point by itself and the SIGKILL comes from outside, so the run is cut at exactly this
-    step, however fast or slow the machine is.
+    step, however fast or slow the machine is. Both runs are interpreters of their own, as after a crash.
 
     Args:
         target (`Callable`, `str` or `Path`):
@@ -87,7 +93,7 @@ def kill_and_resume(
     job["stop_after"] = (kill_after_checkpoint, extra_steps)
     with tempfile.TemporaryDirectory(prefix="hf_effi_kill_") as directory:
         stopped = [Path(directory) / f"stopped{rank}" for rank in range(world_size)]
-        children = Children(job, world_size, Path(directory), env)
+        children = Children(job, world_size, Path(directory), env, fresh=True)
         try:
             children.wait(timeout, until=lambda: all(path.exists() for path in stopped))
             if not all(path.exists() for path in stopped):
@@ -100,4 +106,5 @@ def kill_and_resume(
     state = Path(output_dir) / f"checkpoint-{kill_after_checkpoint}" / "trainer_state.json"
     if not state.exists():
         raise AssertionError(f"the killed run left no {state.parent.name} in its output folder.")
-    return run_in_child(target, output_dir, *args, resume=True, world_size=world_size, timeout=timeout, env=env)
+    how = {"world_size": world_size, "timeout": timeout, "env": env}
+    return run_in_child(target, output_dir, *args, resume=True, fresh=True, **how)

@@ -23,7 +23,7 @@ from tests.helpers import (
     tiny_qwen3,
     tiny_tokenizer,
 )
-from tests.training.test_doctor import QUIET, two_groups
+from tests.training._doctor_runs import QUIET, two_groups
 
 SETTINGS = {
     "learning_rate": 1e-3,

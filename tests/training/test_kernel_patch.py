@@ -12,7 +12,7 @@ from hf_effi import EffiSFTConfig, EffiSFTTrainer, EffiTrainer, EffiTrainingArgu
 from hf_effi.kernels import PatchError
 from hf_effi.trainers.mixins import kernel_patch as _kernel_mixin
 from tests.helpers import assert_bitwise_equal, compare_runs, lm_dataset, sft_dataset, tiny_llama, weights_of
-from tests.unit.test_kernel_patch import TorchRMSNorm, TorchSwiGLU, TwiceTheNorm, state_of
+from tests.helpers.patches import TorchRMSNorm, TorchSwiGLU, TwiceTheNorm, state_of
 
 LAYERS = {"RMSNorm": TorchRMSNorm, "SwiGLUMLP": TorchSwiGLU}
 

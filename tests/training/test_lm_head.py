@@ -11,7 +11,7 @@ import hf_effi.kernels.lm_head as lm_head
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, patch
 from hf_effi.kernels import FusedLMHead, PatchError, _lm_head_tiles
 from tests.helpers import grpo_args, run_grpo, sft_dataset, tiny_gemma, tiny_llama, tiny_tokenizer, weights_of
-from tests.unit.test_kernel_patch import state_of
+from tests.helpers.patches import state_of
 
 
 @pytest.fixture(autouse=True)

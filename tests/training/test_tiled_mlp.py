@@ -9,8 +9,8 @@ from hf_effi.callbacks.patch import PatchCallback
 from hf_effi.kernels import FusedLoRALinear
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from tests.helpers import compare_runs, lm_dataset, sft_dataset, tiny_qwen3, tiny_tokenizer
+from tests.helpers.patches import four_bit_llama
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
-from tests.unit.test_kernel_patch import four_bit_llama
 
 TILES = partial(tile_mlp, num_shards=3)
 

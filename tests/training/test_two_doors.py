@@ -43,10 +43,10 @@ from hf_effi.samplers import (
 )
 from hf_effi.trainers.mixins import kernel_patch as _kernel_mixin
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, run_grpo
+from tests.helpers.patches import TwiceTheNorm
 from tests.helpers.sampling import SamplerTrainer, StopAt, sampler_trainer
 from tests.training.test_kernel_patch import LAYERS, trainer_of
 from tests.training.test_sequence_length import trainer as length_trainer
-from tests.unit.test_kernel_patch import TwiceTheNorm
 
 SAMPLER_KEY = "hf_effi.sampler"
 

@@ -6,15 +6,9 @@ import re
 
 import pytest
 
-from hf_effi.functional.doctor import (
-    GRPO_RULES,
-    TRAIN_RULES,
-    Finding,
-    GRPOLimits,
-    RunFacts,
-    TrainLimits,
-    diagnose,
-)
+from hf_effi.functional.doctor import TRAIN_RULES, diagnose
+from hf_effi.functional.doctor_grpo import GRPO_RULES
+from hf_effi.functional.findings import Finding, GRPOLimits, RunFacts, TrainLimits
 from tests.contract._sources import ROOT
 
 

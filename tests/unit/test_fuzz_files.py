@@ -24,8 +24,8 @@ from hf_effi import cli
 from hf_effi._files import StateFileError, load_json, load_state, save_state
 from hf_effi._run_record import EVENTS, FOLDER, SUMMARY, RunStore
 from hf_effi._untrusted import UntrustedFileError
-from hf_effi.callbacks._probing import written_in_probe
 from hf_effi.callbacks.run_summary import summary_lines
+from hf_effi.checkpoint import written_in_probe
 from hf_effi.cli_train import make_parser, other_keys
 from hf_effi.cli_yaml import problems_of_keys, read_config
 from hf_effi.functional.probes import ProbeError

@@ -47,7 +47,7 @@ def in_interpreter():
     import tests.helpers
     from hf_effi import patch
     from hf_effi.kernels import KernelMismatchError, PatchError
-    from tests.unit.test_kernel_patch import outputs_of, peft_llama, state_of
+    from tests.helpers.patches import outputs_of, peft_llama, state_of
 
     def deviation(a, b):
         return max(((a[k] - b[k]).abs().max() / a[k].abs().max()).item() for k in a)
@@ -143,7 +143,7 @@ def losses_by_normalizer(model, patch):
 @pytest.fixture(scope="module")
 def found():
     pytest.importorskip("liger_kernel", reason="Liger is an optional package")
-    (result,) = run_distributed(in_interpreter, 1)
+    (result,) = run_distributed(in_interpreter, 1, fresh=True)
     return result
 
 

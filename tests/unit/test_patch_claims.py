@@ -17,7 +17,7 @@ from hf_effi.layers.random_ltd import TokenDropping, drop_layer_tokens
 from hf_effi.memory import LayerModes, stream_layers, tile_loss
 from hf_effi.patching.handle import Claim, claims_of
 from tests.helpers import assert_bitwise_equal, tiny_llama
-from tests.unit.test_kernel_patch import IDS, SWIGLU, TorchLoss, TorchRMSNorm, TorchSwiGLU, outputs_of, state_of
+from tests.helpers.patches import IDS, SWIGLU, TorchLoss, TorchRMSNorm, TorchSwiGLU, outputs_of, state_of
 
 MLP = {
     "tile_mlp": lambda model: tile_mlp(model, 2),
@@ -116,7 +116,7 @@ def test_a_patched_model_is_not_pickled_without_its_patch(apply):
 
 
 def test_a_claim_inside_a_tiled_mlp_is_named_at_the_first_call():
-    from tests.unit.test_fused_lora import lora_model
+    from tests.helpers.lora import lora_model
 
     model = lora_model()
     with (

@@ -193,7 +193,7 @@ def count_launches():
 
 @pytest.fixture(scope="module")
 def interpreted():
-    (result,) = run_distributed(in_interpreter, 1)
+    (result,) = run_distributed(in_interpreter, 1, fresh=True)
     return result
 
 

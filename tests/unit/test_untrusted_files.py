@@ -14,7 +14,7 @@ from hf_effi import cli, read_run
 from hf_effi._files import StateFileError, append_text, load_json, load_state
 from hf_effi._run_record import EVENTS, FOLDER, SUMMARY, RunStore
 from hf_effi._untrusted import UntrustedFileError, check_yaml, depth_of, shorten
-from hf_effi.callbacks._probing import written_in_probe
+from hf_effi.checkpoint import written_in_probe
 from hf_effi.functional.probes import PROBES_KEY, ProbeError
 from hf_effi.hub.model_card import add_section, training_section
 from hf_effi.hub.publish import links_out_of, snapshot
