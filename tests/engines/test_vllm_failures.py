@@ -70,6 +70,12 @@ def test_a_server_that_fails_twice_and_then_answers_is_asked_again(whole: Any) -
     assert_bitwise_equal(whole.model, trainer.model)
 
 
+def test_a_server_that_gave_no_answer_in_time_is_not_asked_again() -> None:
+    with pytest.raises(VLLMServerError, match="it hangs"), served(faults=[Fault(GENERATE, "hang")]) as server:
+        train_on(server, ddp_timeout=1)
+    assert server.calls.count(GENERATE) == 1
+
+
 def test_an_update_that_failed_is_not_sent_again() -> None:
     """Its second try would meet a server that takes no weights any more, and hide what it said first."""
     with (
