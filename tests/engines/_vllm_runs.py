@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ METHODS: dict[str, Any] = {
 
 #: of a vLLM to run the same tests on, set by `make test-vllm`
 REAL_URL = "HF_EFFI_TEST_VLLM_URL"
+#: a file of this name collects what was measured
+FIGURES = "HF_EFFI_TEST_VLLM_FIGURES"
 on_tiny_server = pytest.mark.skipif(REAL_URL in os.environ, reason="a check of our own server, not of vLLM")
 
 
@@ -76,3 +79,9 @@ def train(cls: type = EffiGRPOTrainer, noise: float = 0.0, faults: Any = (), **o
 
 def logged(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def note(**figures: Any) -> None:
+    """Keep what was measured, for the summary of `make test-vllm`."""
+    with open(os.environ[FIGURES], "a", encoding="utf-8") as file:
+        file.write(json.dumps(figures) + "\n")
