@@ -9,13 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from trl import GRPOTrainer
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
 
-from hf_effi import EffiGRPOTrainer
+from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
 from hf_effi.trainers._vllm_server import VLLMServerError
 from tests.engines._vllm_runs import METHODS, REAL_URL, logged, note, served, tiny_model, train, train_on
-from tests.helpers import assert_bitwise_equal, prompt_dataset, run_distributed, save_tiny, tiny_tokenizer, weights_of
+from tests.helpers import (
+    assert_bitwise_equal,
+    grpo_args,
+    prompt_dataset,
+    run_distributed,
+    run_grpo,
+    save_tiny,
+    tiny_tokenizer,
+    weights_of,
+)
 from tests.helpers.vllm_gloo import trl_client_on_cpu
+from tests.helpers.vllm_real import ENVIRONMENT, RealServer
 
 pytestmark = pytest.mark.skipif(REAL_URL not in os.environ, reason="needs vLLM for CPUs: run `make test-vllm`")
 
@@ -47,8 +58,6 @@ def test_log_probs_are_those_of_transformers_and_follow_the_weights() -> None:
 
 
 def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path: Path) -> None:
-    from tests.helpers.vllm_real import RealServer
-
     saving = {**METHODS, "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "generation_kwargs": {"seed": 123}}
     whole = train(**{**saving, "save_strategy": "no"})
     model = save_tiny(tiny_model(seed=5), tiny_tokenizer(), tmp_path / "model")
@@ -70,9 +79,9 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path: Path)
 # --- colocate -------------------------------------------------------------------------------------------------------------
 
 
-def colocated(model: str, cls: str, over: dict[str, Any], folder: str | None = None, resume: str | None = None) -> Any:
+def colocated(model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    Train with vLLM in this process; `run_distributed` gives it one of its own.
+    Train with vLLM in this process, once for each of `runs`; `run_distributed` gives them a process of their own.
 
     On a CPU vLLM packs the weights of linear layers for oneDNN and drops the parameter that TRL loads new ones into, so that
     this is turned off.
@@ -80,64 +89,41 @@ def colocated(model: str, cls: str, over: dict[str, Any], folder: str | None = N
     import vllm._custom_ops
 
     vllm._custom_ops._supports_onednn = False
-    from transformers import AutoModelForCausalLM
-    from trl import GRPOConfig
+    return [_colocated(model, **run) for run in runs]
 
-    from hf_effi import EffiGRPOConfig
-    from tests.helpers import grpo_args, run_grpo
 
-    stock = cls == "stock"
-    settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.1, **over}
-    args = grpo_args(
-        folder or tempfile.mkdtemp(),
-        GRPOConfig if stock else EffiGRPOConfig,
-        **{"vllm_max_model_length": 256, "generation_kwargs": {"seed": 123}, **settings},
-    )
+def _colocated(model: str, cls: str = "effi", folder: str = "", resume: str | None = None, **over: Any) -> Any:
+    trainer_class, config = (GRPOTrainer, GRPOConfig) if cls == "stock" else (EffiGRPOTrainer, EffiGRPOConfig)
+    settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.1}
+    settings |= {"vllm_max_model_length": 256, "generation_kwargs": {"seed": 123}, **over}
+    args = grpo_args(folder or tempfile.mkdtemp(), config, **settings)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    trainer = run_grpo(GRPOTrainer if stock else EffiGRPOTrainer, args, model=policy, resume_from_checkpoint=resume)
-    weights = weights_of(trainer.model)
-    differences = logged(trainer, "sampling/sampling_logp_difference/max")
-    stale = worst_difference(trainer.vllm_generation, trainer.model)
+    trainer = run_grpo(trainer_class, args, model=policy, resume_from_checkpoint=resume)
+    found = {"weights": {name: value.clone() for name, value in weights_of(trainer.model).items()}}
+    found["stale"] = worst_difference(trainer.vllm_generation, trainer.model)
     trainer.vllm_generation.sync_weights()
-    fresh = worst_difference(trainer.vllm_generation, trainer.model)
-    return {
-        "weights": weights,
-        "differences": differences,
-        "stale": stale,
-        "fresh": fresh,
-        "log": trainer.state.log_history,
-    }
+    found["sent"] = worst_difference(trainer.vllm_generation, trainer.model)
+    for name in ("sampling/sampling_logp_difference/max", "effi/tokens_saved", "effi/gen_rounds"):
+        found[name] = logged(trainer, name)
+    return found
 
 
-def in_process(*args: Any, **kwargs: Any) -> Any:
-    from tests.helpers.vllm_real import ENVIRONMENT
-
-    return run_distributed(colocated, 1, *args, timeout=400.0, env=ENVIRONMENT, **kwargs)[0]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tiny_model(), tiny_tokenizer(), tmp_path_factory.mktemp("colocate") / "model")
-
-
-def test_colocated_off_is_stock_to_the_bit_and_savings_keep_the_gradient(folder: str) -> None:
-    over = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
-    stock = in_process(folder, "stock", over)
-    off = in_process(folder, "effi", {**over, "exact_savings": "off"})
-    on = in_process(folder, "effi", over)
+def test_colocated_vllm_trains_as_stock_and_resumes_inside_a_generation_block(tmp_path: Path) -> None:
+    model = save_tiny(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    plain = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    runs = [{"cls": "stock", **plain}, {"exact_savings": "off", **plain}, plain]
+    for mode in (None, "token_truncate", "sequence_mask"):
+        folder = str(tmp_path / f"{mode}")
+        over = {**METHODS, "max_steps": 5, "vllm_importance_sampling_correction": mode is not None}
+        over |= {"vllm_importance_sampling_mode": mode} if mode else {}
+        runs.append({**over, "folder": folder, "save_strategy": "steps", "save_steps": 3})
+        runs.append({**over, "resume": f"{folder}/checkpoint-3"})
+    ((stock, off, on, *pairs),) = run_distributed(colocated, 1, model, runs, timeout=1500.0, env=ENVIRONMENT)
     assert_bitwise_equal(stock["weights"], off["weights"])
     apart = max(float((stock["weights"][name] - on["weights"][name]).abs().max()) for name in stock["weights"])
-    assert apart < 1e-5 and sum(entry.get("effi/tokens_saved", 0) for entry in on["log"]) > 0
-    assert max(on["differences"]) < 1e-4 and on["fresh"] < 1e-4 < on["stale"]
-    note(what="colocate", last_update_not_sent=on["stale"], sent=on["fresh"], savings_on_minus_stock=apart)
-
-
-@pytest.mark.parametrize("mode", [None, "token_truncate"])
-def test_colocated_methods_resume_inside_a_generation_block(tmp_path: Path, folder: str, mode: str | None) -> None:
-    over = {**METHODS, "max_steps": 5, "vllm_importance_sampling_correction": mode is not None}
-    over |= {"vllm_importance_sampling_mode": mode} if mode else {}
-    saving = {**over, "save_strategy": "steps", "save_steps": 3}
-    whole = in_process(folder, "effi", saving, folder=str(tmp_path))
-    resumed = in_process(folder, "effi", over, resume=str(tmp_path / "checkpoint-3"))
-    assert max(entry.get("effi/gen_rounds", 0) for entry in whole["log"]) > 1
-    assert_bitwise_equal(whole["weights"], resumed["weights"])
+    assert apart < 1e-5 and sum(on["effi/tokens_saved"]) > 0
+    assert max(on["sampling/sampling_logp_difference/max"]) < 1e-4 and on["sent"] < 1e-4 < 1e-2 < on["stale"]
+    for whole, resumed in zip(pairs[::2], pairs[1::2], strict=True):
+        assert max(whole["effi/gen_rounds"]) > 1
+        assert_bitwise_equal(whole["weights"], resumed["weights"])
+    note(what="colocate", last_update_not_sent=on["stale"], sent=on["sent"], weights_with_savings_minus_stock=apart)

@@ -36,10 +36,10 @@ class RealServer:
     Args:
         model (`str`): Folder of model and tokenizer.
         log (`Path`): Where its output goes.
-        timeout (`float`, *optional*, defaults to 300): Seconds until it must answer.
+        timeout (`float`, *optional*, defaults to 900): Seconds until it must answer.
     """
 
-    def __init__(self, model: str, log: Path, timeout: float = 300.0) -> None:
+    def __init__(self, model: str, log: Path, timeout: float = 900.0) -> None:
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1"]
