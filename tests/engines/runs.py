@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -18,6 +20,7 @@ import hf_effi
 from hf_effi import samplers
 from tests.helpers import binary_hash_reward, lm_dataset, prompt_dataset, sft_dataset, tiny_qwen3, tiny_tokenizer
 from tests.helpers.cpu_engines import engine_arguments, run_on_cpu
+from tests.helpers.prompts import answers
 
 ROWS = 32
 LENGTH = 12
@@ -130,8 +133,12 @@ def lm(
 def sft(place: Place, *callbacks: TrainerCallback, resume: str | None = None, **over: Any) -> Outcome:
     cls, config = over.pop("cls", SFTTrainer), over.pop("config", SFTConfig)
     made = {"processing_class": tiny_tokenizer(), **over.pop("made", {})}
+    attention = over.pop("attention", None)
     args = place.arguments(config, **{"max_length": 32, **over})
-    trainer = cls(tiny_qwen3(), args, train_dataset=sft_dataset(ROWS), callbacks=list(callbacks), **made)
+    model = tiny_qwen3()
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    trainer = cls(model, args, train_dataset=sft_dataset(ROWS), callbacks=list(callbacks), **made)
     return finish(trainer, resume)
 
 
@@ -232,6 +239,32 @@ class Measured(hf_effi.SamplerMixin, Trainer):
     pass
 
 
+class Transformed(hf_effi.BatchTransformMixin, Trainer):
+    pass
+
+
+class _RangeTest(TrainerCallback):
+    """A range test in the middle of a run, which has to leave no trace."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tokens = torch.tensor(lm_dataset(10, length=LENGTH)["input_ids"])
+        batches = [{"input_ids": row[None], "labels": row[None]} for row in tokens]
+        hf_effi.lr_range_test(kwargs["model"], kwargs["optimizer"], batches, repeats=1)
+        kwargs["optimizer"].zero_grad()
+
+
+def denoising() -> hf_effi.UL2Denoising:
+    return hf_effi.UL2Denoising(range(200, 220), 0, 32, eos_token_id=1)
+
+
+def shared_prefix(place: Place) -> Outcome:
+    args = place.arguments(remove_unused_columns=False)
+    model = tiny_qwen3()
+    model.set_attn_implementation(hf_effi.register_varlen_attention())
+    collate = hf_effi.SharedPrefixCollator(model)
+    return finish(Trainer(model, args, train_dataset=Dataset.from_list(answers(ROWS)), data_collator=collate))
+
+
 def patched(*patches: Callable[..., Any]) -> Callable[[Place], Outcome]:
     return lambda place: lm(place, hf_effi.PatchCallback(*patches))
 
@@ -239,6 +272,9 @@ def patched(*patches: Callable[..., Any]) -> Callable[[Place], Outcome]:
 CASES: dict[str, Callable[[Place], Outcome]] = {
     "Trainer": with_resume(stock_trainer),
     "EffiTrainer": with_resume(effi_trainer),
+    "liger_grpo": lambda place: grpo(place, use_liger_kernel=True),
+    "continuous": lambda place: grpo(place, use_transformers_continuous_batching=True),
+
     "EffiSFTTrainer": with_resume(effi_sft),
     "EffiGRPOTrainer": with_resume(effi_grpo),
     "exact_savings": lambda place: grpo(place, num_iterations=2, max_steps=4),
@@ -286,6 +322,15 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
     "sequence_parallel": lambda place: lm(
         place, cls=hf_effi.EffiTrainer, config=hf_effi.EffiTrainingArguments, sequence_parallel_size=2
     ),
+    "lr_range_test": lambda place: lm(place, _RangeTest()),
+    "token_budget": lambda place: lm(
+        place, cls=Measured, made={"train_sampler": samplers.TokenBudgetBatchSampler([LENGTH] * ROWS, 4 * LENGTH)}
+    ),
+    "ul2_denoising": lambda place: lm(
+        place, cls=Transformed, model=lambda: tiny_qwen3(vocab_size=256), made={"batch_transform": denoising()}
+    ),
+    "shared_prefix": shared_prefix,
+    "varlen_attention": lambda place: sft(place, attention=hf_effi.register_varlen_attention(), packing=True),
     "sequence_length_growth": lambda place: lm(place, cls=Grown, made={"sequence_length": _growing}),
     "self_paced": lambda place: lm(
         place,
@@ -330,7 +375,7 @@ def run_cases(engine: str, names: Sequence[str], folder: str, launched: bool = F
     run_on_cpu(engine)
     outcomes = {}
     for name in names:
-        _Count.updates = 0
+        _Count.updates, start = 0, time.monotonic()
         try:
             outcomes[name] = CASES[name](Place(engine, Path(folder) / name, launched))
         except Exception as error:
@@ -339,6 +384,7 @@ def run_cases(engine: str, names: Sequence[str], folder: str, launched: bool = F
                 refused=f"{type(error).__name__}: {error}",
                 where="".join(traceback.format_exception(error)[-12:]),
             )
+        print("TIME", name, round(time.monotonic() - start, 1), flush=True)
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return outcomes
