@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import hf_effi
 from hf_effi import samplers
-from tests.helpers import binary_hash_reward, lm_dataset, prompt_dataset, sft_dataset, tiny_qwen3, tiny_tokenizer
+from hf_effi.callbacks.reptile import ReptileCallback
+from tests.helpers import (
+    binary_hash_reward,
+    lm_dataset,
+    prompt_dataset,
+    save_tiny,
+    sft_dataset,
+    tiny_qwen3,
+    tiny_tokenizer,
+)
 from tests.helpers.cpu_engines import engine_arguments, run_on_cpu
 from tests.helpers.prompts import answers
 
@@ -86,7 +96,7 @@ class Place:
             "learning_rate": 1e-3,
             # At 1e-8 Adam makes a whole step of the rounding of a gradient that is nearly zero.
             "adam_epsilon": 1e-4,
-            "max_steps": 3,
+            "max_steps": 2,
             "seed": 7,
             "per_device_train_batch_size": 2,
             "gradient_checkpointing": False,
@@ -107,7 +117,17 @@ def finish(trainer: Any, resume: str | None = None) -> Outcome:
     if trainer.accelerator.process_index == 0:
         weights = {name.removeprefix("module."): value.detach().cpu().clone() for name, value in state.items()}
     log = [dict(entry) for entry in trainer.state.log_history]
-    return Outcome(weights, log, trainer.state.global_step, more={"kind": str(trainer.accelerator.distributed_type)})
+    more = {
+        "kind": trainer.accelerator.distributed_type.value,
+        "sharded": any(is_shard(parameter) for parameter in trainer.model.parameters()),
+        "savings": getattr(trainer, "exact_savings", None),
+    }
+    return Outcome(weights, log, trainer.state.global_step, more=more)
+
+
+def is_shard(parameter: torch.nn.Parameter) -> bool:
+    """Whether this process has a part of a parameter only."""
+    return isinstance(parameter, DTensor) or (hasattr(parameter, "ds_id") and not parameter.numel())
 
 
 # --- the trainers -----------------------------------------------------------------------------------------------------
@@ -159,6 +179,17 @@ def grpo(place: Place, resume: str | None = None, **over: Any) -> Outcome:
     return finish(trainer, resume)
 
 
+def named_grpo(place: Place) -> Outcome:
+    """A model by its name: under ZeRO-3 transformers shards it as it loads, before any trainer sees it."""
+    name = str(place.folder / "model")
+    settings = {"model_init_kwargs": {"dtype": "float32"}, "num_iterations": 2}
+    place.arguments()  # sets up the processes
+    if torch.distributed.get_rank() == 0:
+        save_tiny(tiny_qwen3(end_tokens=10), tiny_tokenizer(), name)
+    torch.distributed.barrier()
+    return grpo(place, model=name, **settings)
+
+
 def resumed(train: Callable[..., Outcome], place: Place, at: int, **over: Any) -> Outcome:
     """Train with a checkpoint at update `at`, then again from it; `more["again"]` is what the second run left."""
     saving = {"save_strategy": "steps", "save_steps": at, "save_total_limit": 3, **over}
@@ -203,7 +234,8 @@ RL = {"difficulty_range": [0, 1], "prune_rate": 0.5, "steps_per_generation": 2, 
 
 
 def effi_grpo(place: Place, **over: Any) -> Outcome:
-    return grpo(place, made={"train_sampler": shuffled()}, **RL, **over)
+    doctor = hf_effi.GRPODoctor(say=lambda sentence: None)
+    return grpo(place, made={"train_sampler": shuffled(), "callbacks": [doctor]}, **RL, **over)
 
 
 def with_resume(train: Callable[..., Outcome]) -> Callable[[Place], Outcome]:
@@ -272,15 +304,13 @@ def patched(*patches: Callable[..., Any]) -> Callable[[Place], Outcome]:
 CASES: dict[str, Callable[[Place], Outcome]] = {
     "Trainer": with_resume(stock_trainer),
     "EffiTrainer": with_resume(effi_trainer),
-    "liger_grpo": lambda place: grpo(place, use_liger_kernel=True),
-    "continuous": lambda place: grpo(place, use_transformers_continuous_batching=True),
-
     "EffiSFTTrainer": with_resume(effi_sft),
     "EffiGRPOTrainer": with_resume(effi_grpo),
-    "exact_savings": lambda place: grpo(place, num_iterations=2, max_steps=4),
-    "exact_savings_off": lambda place: grpo(place, num_iterations=2, max_steps=4, exact_savings="off"),
+    "exact_savings": lambda place: grpo(place, num_iterations=2, max_steps=2),
+    "named_grpo": named_grpo,
+    "stock_grpo": lambda place: grpo(place, num_iterations=2, max_steps=2, cls=GRPOTrainer, config=GRPOConfig),
     "weight_averaging": lambda place: lm(place, hf_effi.WeightAveragingCallback(2, every_steps=1, kind="uniform")),
-    "reptile": lambda place: lm(place, _reptile()),
+    "reptile": lambda place: lm(place, ReptileCallback(every_steps=2, beta=0.5)),
     "adalora": lambda place: lm(
         place, hf_effi.AdaLoRACallback(set_total_step=True), model=adapted_for_adalora, max_steps=6
     ),
@@ -344,12 +374,6 @@ def _growing(step: int, steps: int) -> int:
     return 6 + 2 * step
 
 
-def _reptile() -> TrainerCallback:
-    from hf_effi.callbacks.reptile import ReptileCallback
-
-    return ReptileCallback(every_steps=2, beta=0.5)
-
-
 class EagerNorm(torch.nn.Module):
     """A norm of its own in the form of the Hub's layers, which rounds as the model's does."""
 
@@ -384,7 +408,7 @@ def run_cases(engine: str, names: Sequence[str], folder: str, launched: bool = F
                 refused=f"{type(error).__name__}: {error}",
                 where="".join(traceback.format_exception(error)[-12:]),
             )
-        print("TIME", name, round(time.monotonic() - start, 1), flush=True)
+        print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return outcomes
