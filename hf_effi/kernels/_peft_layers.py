@@ -51,7 +51,9 @@ def active_adapters(module: Any, reject: Callable[[str], Exception]) -> dict[str
         if b.bias is not None:
             raise reject(f"adapter {name!r} has a bias. Set lora_bias=False.")
         if sharded_by_zero3([a.weight, b.weight]):
-            raise reject("ZeRO-3 has shards of its weights, whole only while PEFT's own modules are called. Use ZeRO-2 or DDP.")
+            raise reject(
+                "ZeRO-3 has shards of its weights, whole only while PEFT's own modules are called. Use ZeRO-2 or DDP."
+            )
         if has_own_call(a) or has_own_call(b):
             raise reject(f"adapter {name!r} has hooks or a forward of its own, which would be skipped.")
         found[name] = Adapter(a.weight, b.weight, float(module.scaling[name]))

@@ -45,7 +45,7 @@ class SamplerMixin:
     Raises:
         SamplerError: the dataset is a stream, has another length than the sampler, another sampling option is set, or the
             run is longer than the sampler's plan.
-        SamplerMismatchError: a checkpoint was made with another sampler.
+        SamplerMismatchError: a checkpoint was made with another sampler, or with another number of rows per update.
 
     Example:
     ```python
@@ -92,7 +92,7 @@ class SamplerMixin:
             check_plan(self.train_sampler, max_steps, train_dataloader, self.args.gradient_accumulation_steps)
             if resume_from_checkpoint is not None:
                 self._load_sampler(resume_from_checkpoint)
-            store_order(self.state, self._served_sampler)
+            store_order(self.state, self._served_sampler, train_dataloader, self.args)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
