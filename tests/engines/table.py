@@ -194,7 +194,8 @@ SETTINGS = (
     Setting(
         "`use_liger_kernel=True` (GRPO)",
         RUNS,
-        "TRL 1.16 has no loss of Liger's any more; the flag replaces layers of the model, and exact savings hold on them.",
+        "TRL 1.16 has no loss of Liger's any more. With the flag, off is stock to the bit and exact savings have its weights; "
+        "Liger's own layers need a GPU and are not in this test.",
         "tests/engines/test_settings.py::test_liger_layers_under_grpo",
     ),
     Setting(
