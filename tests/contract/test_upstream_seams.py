@@ -155,6 +155,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     " local_size allow_is_causal_skip allow_is_bidirectional_skip use_vmap device **kwargs",
     "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
     " attention_mask **kwargs",
+    "transformers.integrations:is_deepspeed_zero3_enabled": "",
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": {
         (5, 23): "module query key value attention_mask dropout scaling is_causal position_bias cache **kwargs",
         (5, 24): "module query key value attention_mask dropout scaling is_causal position_bias **kwargs",
@@ -170,6 +171,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     " shift_labels **kwargs",
     "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
     # accelerate.
+    "accelerate.state:is_initialized": "",
+    "accelerate.state:AcceleratorState._reset_state": "reset_partial_state",
     "accelerate.hooks:add_hook_to_module": "module hook append",
     "accelerate:Accelerator._prepare_device_mesh": "self",
     "accelerate:Accelerator.backward": "self loss **kwargs",
@@ -736,6 +739,27 @@ def test_a_lambda_scheduler_restores_these_and_keeps_slots_and_functions_out_of_
     assert set(scheduler.state_dict()) >= {"base_lrs", "last_epoch", "_step_count", "_last_lr", "lr_lambdas"}
     assert scheduler.state_dict()["lr_lambdas"] == [None] and "earlier" not in scheduler.state_dict()
     assert optimizer.param_groups[0]["initial_lr"] == 1.0, "from which the next scheduler takes its base LR"
+
+
+def test_the_accelerator_knows_its_engine():
+    """`sharding_engine` asks for it; these two are the kinds that shard."""
+    from accelerate import Accelerator, DistributedType
+    from accelerate.state import AcceleratorState, is_initialized
+
+    accelerator = Accelerator(cpu=True)
+    assert is_initialized() and AcceleratorState().distributed_type is accelerator.distributed_type
+    assert {"DEEPSPEED", "FSDP"} <= set(DistributedType.__members__)
+
+
+def test_loaders_say_how_many_processes_read_them():
+    """`rows_per_update` counts by these."""
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
+    from torch.utils.data import BatchSampler
+
+    shard = BatchSamplerShard(BatchSampler(range(8), 2, False), num_processes=2, process_index=0)
+    assert (shard.batch_size, shard.num_processes, shard.split_batches) == (2, 2, False)
+    loader = DataLoaderDispatcher(list(range(8)), batch_size=2)
+    assert loader.batch_sampler.batch_size == 2 and loader.split_batches is False and loader.state.num_processes == 1
 
 
 def test_deepspeed_wraps_a_scheduler_as_this_attribute():
