@@ -121,10 +121,10 @@ class SamplerMixin:
         sampler = self.train_sampler
         if not isinstance(sampler, MeasuringSampler) or sampler.measured_epoch == epoch:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
             raise SamplerError(
-                f"{type(sampler).__name__} forwards the model outside of its wrapper, which FSDP and DeepSpeed do not "
-                "allow. Measure before training and use a sampler of rule A, such as QualityAscendingSampler."
+                f"{type(sampler).__name__} forwards the model outside of its wrapper, each process with rows of its own, which "
+                "FSDP, DeepSpeed and tensor parallelism do not allow. Measure before training and use a sampler of rule A, such as QualityAscendingSampler."
             )
         rows, rank, world = sampler.rows_to_measure(epoch), self.args.process_index, self.args.world_size
         mine: list[float] = []

@@ -81,7 +81,9 @@ METHODS = (
     Row("named_grpo", "`EffiGRPOTrainer` with the name of a model, which ZeRO-3 shards as it loads"),
     Row("weight_averaging", "`WeightAveragingCallback`", sharded("reads whole weights"), "weight_averaging", _SHARDS),
     Row("reptile", "`ReptileCallback`", sharded("master weights of their own"), "reptile", _SHARDS),
-    Row("adalora", "`AdaLoRACallback`", sharded("freed or sharded"), "adalora", _SHARDS),
+    Row(
+        "adalora", "`AdaLoRACallback`", sharded("AdaLoRACallback reads gradients after the update"), "adalora", _SHARDS
+    ),
     Row("auto_lrs", "`AutoLRSCallback`", sharded("AutoLRSCallback needs whole parameters"), "auto_lrs", _SHARDS),
     Row(
         "gradient_snr",
