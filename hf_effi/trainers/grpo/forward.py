@@ -22,7 +22,7 @@ from ...functional.rollouts import (
     scatter_completion,
     take_rows,
 )
-from .config import EXACT_SAVINGS, own_setting, parse_exact_savings
+from .config import EXACT_SAVINGS
 from .forward_probe import measured_reasons
 
 logger = logging.get_logger(__name__)
@@ -38,7 +38,7 @@ class ExactSavingsMixin:
     _savings_left_out: dict[str, str] = {}
 
     def _init_exact_savings(self) -> None:
-        wanted = parse_exact_savings(own_setting(self.args, "exact_savings"))
+        wanted = self._settings.wanted_savings
         reasons = self._inexact_reasons()
         open_ones = tuple(name for name in (EXACT_SAVINGS if wanted is None else wanted) if name not in reasons)
         reasons |= measured_reasons(
@@ -48,7 +48,7 @@ class ExactSavingsMixin:
         for name in wanted or ():
             if name in reasons:
                 raise ValueError(
-                    f"exact_savings={self.args.exact_savings!r}: {name!r} is not exact here: {reasons[name]} Leave "
+                    f"exact_savings={self._settings.exact_savings!r}: {name!r} is not exact here: {reasons[name]} Leave "
                     f"{name!r} out, or use exact_savings='auto'."
                 )
         self.exact_savings = tuple(n for n in EXACT_SAVINGS if n not in reasons and (wanted is None or n in wanted))
@@ -198,7 +198,7 @@ class ExactSavingsMixin:
         self, attention_mask: Tensor, columns: tuple[int, int], active: Tensor | None, max_rows: int | None
     ) -> list[Bucket]:
         lengths = attention_mask.sum(1).tolist()
-        count = own_setting(self.args, "forward_buckets") or max(1, min(8, len(lengths) // 8))
+        count = self._settings.forward_buckets or max(1, min(8, len(lengths) // 8))
         if "trim" not in self.exact_savings:
             count = 1
         if max_rows is not None:

@@ -37,7 +37,6 @@ from ...functional.rollouts import (
     trim_rows,
 )
 from ...protocols import GroupFilter, PromptSelector, RolloutGroups, RolloutPruner
-from .config import own_setting
 from .rows import ROW_KEYS, GatheredRows, Generation, as_groups, join_rounds
 from .step_prompts import StepPrompts, check_selector, takes_keyword
 
@@ -71,17 +70,17 @@ class RolloutMixin:
         group_filter: GroupFilter | None,
         rollout_pruner: RolloutPruner | None,
     ) -> None:
-        args = self.args
-        band, rate = own_setting(args, "difficulty_range"), own_setting(args, "prune_rate")
+        settings = self._settings
+        band = settings.difficulty_range
         self.group_filter = group_filter or (PassRateBand(*band) if band is not None else None)
         self.rollout_pruner = rollout_pruner
-        if rate:
+        if settings.prune_rate:
             self.rollout_pruner = AdvantagePruner(
-                rate,
-                args.prune_metric,
-                args.prune_scope,
-                args.prune_balance_signs,
-                seed=args.seed if args.prune_metric == "random" else 0,
+                settings.prune_rate,
+                settings.prune_metric,
+                settings.prune_scope,
+                settings.prune_balance_signs,
+                seed=self.args.seed if settings.prune_metric == "random" else 0,
             )
         if prompt_selector is not None:
             check_selector(prompt_selector)
@@ -104,7 +103,7 @@ class RolloutMixin:
         ):
             if value:
                 raise ValueError(f"{on} do not work with `{name}` yet. Turn them off, or drop `{name}`.")
-        refills = self.group_filter is not None and own_setting(self.args, "difficulty_max_rounds") > 1
+        refills = self.group_filter is not None and self._settings.difficulty_max_rounds > 1
         if refills or self.prompt_selector is not None:
             if not hasattr(self.train_dataset, "__len__"):
                 raise ValueError(
@@ -112,7 +111,7 @@ class RolloutMixin:
                     "map-style dataset, or difficulty_max_rounds=1."
                 )
             self._step_prompts = StepPrompts(self.train_dataset)
-        names, wanted = self.reward_func_names, own_setting(self.args, "difficulty_reward")
+        names, wanted = self.reward_func_names, self._settings.difficulty_reward
         if wanted is not None and wanted not in names:
             raise ValueError(f"difficulty_reward={wanted!r} is not a reward function here. Known: {', '.join(names)}.")
         if wanted is None and len(names) > 1 and self.group_filter is not None:
@@ -139,7 +138,7 @@ class RolloutMixin:
         chosen = self._choose_groups(groups, target)
         rows = self._choose_rows(groups, chosen)
         batch = self._redistribute(generation, everything, rows)
-        if self.rollout_pruner is not None and own_setting(self.args, "prune_normalizer") == "original":
+        if self.rollout_pruner is not None and self._settings.prune_normalizer == "original":
             original = [group * self.num_generations + i for group in chosen for i in range(self.num_generations)]
             share = kept_share(rows, original, everything.loss_tokens, self.loss_type in TOKEN_LOSSES)
             batch[LOSS_SCALE] = torch.tensor(share, device=self.accelerator.device)
@@ -187,7 +186,7 @@ class RolloutMixin:
 
     def _generate_rounds(self, inputs: list[dict[str, Any]], target: int) -> Generation:
         generation = Generation()
-        rounds = own_setting(self.args, "difficulty_max_rounds") if self.group_filter is not None else 1
+        rounds = self._settings.difficulty_max_rounds if self.group_filter is not None else 1
         if self._step_prompts is not None:
             self._step_prompts.begin(self.state.global_step)
             if self.prompt_selector is None:
@@ -222,7 +221,7 @@ class RolloutMixin:
         counts = decision.counts()
         counts["surplus"] = len(qualified) - len(chosen)
         missing = target - len(chosen)
-        if missing > 0 and own_setting(self.args, "difficulty_underfill") == "fill":
+        if missing > 0 and self._settings.difficulty_underfill == "fill":
             taken = set(chosen)
             extra = [g for g in self.group_filter.fill_order(groups) if g not in taken][:missing]
             for group in extra:

@@ -21,12 +21,13 @@ from ..mixins.sampler import SamplerMixin
 from ..mixins.schedule import ScheduleMixin
 from ..mixins.sequence_parallel import SequenceParallelMixin
 from .accounting import AccountingMixin
-from .config import EffiGRPOConfig, check_methods, own_setting, refuse_unused
+from .config import EffiGRPOConfig, refuse_unused
 from .forward import ExactSavingsMixin
 from .pipeline import RolloutMixin
 from .prompt_length import PromptLengthMixin
 from .resume import GRPOResumeMixin
 from .rewards import CheckedRewardsMixin
+from .settings import GRPOSettings
 
 
 @with_signatures_of(GRPOTrainer)
@@ -87,6 +88,7 @@ class EffiGRPOTrainer(
     """
 
     _tag_names = ["trl", "grpo", "hf_effi"]
+    _settings: GRPOSettings | None = None
 
     def __init__(
         self,
@@ -104,7 +106,8 @@ class EffiGRPOTrainer(
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = EffiGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
         _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
-        check_methods(args, prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
+        self._settings = GRPOSettings.of(args)
+        self._settings.check_objects(prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
         self._init_prompt_length()
         self._init_exact_savings()
@@ -115,9 +118,9 @@ class EffiGRPOTrainer(
 
     def _check_buckets(self) -> None:
         """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
-        if own_setting(self.args, "forward_buckets") and "trim" not in self.exact_savings:
+        if self._settings.forward_buckets and "trim" not in self.exact_savings:
             reason = self._savings_left_out.get("trim", "it is off.")
-            refuse_unused(self.args, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
+            refuse_unused(self._settings, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
 
     def _guard_vllm_server(self) -> None:
         """Let a server that fails end the run with one sentence. A `rollout_func` may talk to it in ways of its own."""
