@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from . import metrics
 from .lr_watch import group_at_zero, group_that_ignores, of_group, overlong_factor
 
 Trace = Sequence[Mapping[str, Any]]
@@ -406,7 +407,7 @@ def zero_variance(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding 
 
 def no_loss_tokens(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding | None:
     """Rewards differ within groups, but not where a token is in the loss. (Only `EffiGRPOTrainer` logs it.)"""
-    dead = _latest(trace, "effi/frac_zero_var_groups", limits.group_logs)
+    dead = _latest(trace, metrics.FRAC_ZERO_VAR_GROUPS, limits.group_logs)
     equal = _latest(trace, "frac_reward_zero_std", limits.group_logs)
     means, _ = _rewards(trace, limits, limits.group_logs)
     if not means or not dead or not equal or min(dead) < limits.zero_std or min(equal) >= limits.zero_std:

@@ -38,7 +38,7 @@ PLACES = {
     ("patching/_finding.py", "agreed"): "once for each question to a model, before training",
     ("data/self_improvement.py", "_from_main"): "once for each step of a round",
     ("data/self_improvement.py", "_answers_of"): "once for each answerer of a round",
-    ("trainers/grpo/accounting.py", "_flush_accounting"): "once for each update",
+    ("trainers/grpo/accounting.py", "flush"): "once for each update",
     ("trainers/mixins/chunk_flow.py", "training_step"): "once for each micro-batch",
     ("trainers/grpo/resume.py", "_save_grpo_state"): "once for each save",
     ("trainers/grpo/resume.py", "_load_buffer"): "once for a resume inside of a generation, which the file says",

@@ -247,9 +247,7 @@ class ExactSavingsMixin:
     def _count_forward(self, real: int, forwarded: int, saved: int) -> None:
         # The other ranks of a sequence-parallel group count their own rows.
         if self.model.training and self._works_on_own_batch:
-            self._effi_counters["tokens_real"] += real
-            self._effi_counters["tokens_forward"] += forwarded
-            self._effi_counters["tokens_saved"] += saved
+            self._accounting.count_forward(real, forwarded, saved)
 
 
 def _missing(order: list[int], rows: int) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from ...functional import metrics
 from ...functional.rollouts import (
     REASONS,
     AdvantagePruner,
@@ -129,7 +130,7 @@ class RolloutMixin:
             return super()._generate_and_score_completions(inputs)
         self._generations_done += 1
         if not self._selects:
-            self._metrics["train"]["effi/gen_rounds"].append(1.0)
+            self._metrics["train"][metrics.GEN_ROUNDS].append(1.0)
             return self._finish_batch(self._generate_round(inputs))
         target = self._whole_generation(inputs)
         generation = self._generate_rounds(inputs, target)
@@ -157,7 +158,7 @@ class RolloutMixin:
             self._deferred = None
         batch["_deferred"] = [record["key"] for record in records]
         self._settle_advantages(batch)
-        self._count_rows("rows_generated", batch["advantages"].size(0))
+        self._accounting.counts[metrics.ROWS_GENERATED] += batch["advantages"].size(0)
         return batch
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -207,7 +208,7 @@ class RolloutMixin:
                 break
             size = next_refill_size(target - kept, kept, len(groups.rewards), cap=target)
             rows = self._select_rows(self._layout.even_groups(size))
-        self._metrics["train"]["effi/gen_rounds"].append(float(len(generation.batches)))
+        self._metrics["train"][metrics.GEN_ROUNDS].append(float(len(generation.batches)))
         return generation
 
     def _choose_groups(self, groups: RolloutGroups, target: int) -> list[int]:
@@ -227,15 +228,15 @@ class RolloutMixin:
             for group in extra:
                 counts[decision.reasons[group]] -= 1
             chosen = sorted(chosen + extra)
-            self._metrics["train"]["effi/groups_filled"].append(float(len(extra)))
+            self._metrics["train"][metrics.GROUPS_FILLED].append(float(len(extra)))
         elif not chosen:
             # Never die and never train on nothing: one least bad group keeps the step alive.
             chosen = self.group_filter.fill_order(groups)[:1]
             counts[decision.reasons[chosen[0]]] -= 1
-        self._metrics["train"]["effi/underfilled"].append(float(missing > 0))
+        self._metrics["train"][metrics.UNDERFILLED].append(float(missing > 0))
         for reason in dict.fromkeys((*REASONS[1:], "surplus", *counts)):
             dropped = counts.get(reason, 0) * self.num_generations
-            self._metrics["train"][f"effi/dropped/{reason}"].append(float(dropped))
+            self._metrics["train"][metrics.DROPPED + reason].append(float(dropped))
         return chosen
 
     def _choose_rows(self, groups: RolloutGroups, chosen: list[int]) -> list[int]:
@@ -254,7 +255,7 @@ class RolloutMixin:
                     f"{type(self.rollout_pruner).__name__}.keep must return a mask over the {len(rows)} rows with at "
                     f"least one of them kept, got shape {tuple(keep.shape)} with {int(keep.sum())} kept."
                 )
-            self._metrics["train"]["effi/dropped/pruned"].append(float(len(rows) - int(keep.sum())))
+            self._metrics["train"][metrics.DROPPED + "pruned"].append(float(len(rows) - int(keep.sum())))
             self._log_pruning(advantages[rows], keep, size)
             rows = [row for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
         usable, repeats = len(rows) // chunks * chunks, 1
@@ -266,7 +267,7 @@ class RolloutMixin:
                 return (-abs(float(advantages[rows[i]])), not live[rows[i]], i)
 
             by_worth = sorted(range(len(rows)), key=worth)[:usable]
-            self._metrics["train"]["effi/dropped/uneven"].append(float(len(rows) - usable))
+            self._metrics["train"][metrics.DROPPED + "uneven"].append(float(len(rows) - usable))
             rows = [rows[i] for i in sorted(by_worth)]
         return rows * repeats
 
@@ -341,7 +342,7 @@ class RolloutMixin:
         """Compute the log-probs that were put off, for the rows that stayed."""
         for key in batch.pop("_deferred"):
             batch[key] = self._logps_of(batch, reference=key == "ref_per_token_logps")
-        self._count_rows("rows_trained", int(rows_with_gradient(batch, self._ratio_multiplies).sum()))
+        self._accounting.counts[metrics.ROWS_TRAINED] += int(rows_with_gradient(batch, self._ratio_multiplies).sum())
         return batch
 
     def _logps_of(self, batch: dict[str, Any], reference: bool) -> Tensor:
@@ -398,7 +399,7 @@ class RolloutMixin:
         self._last_advantages = self.accelerator.gather(known)
         dead = ~(self._last_advantages.view(-1, self.num_generations) != 0).any(dim=1)
         dead = dead | equal if centred else dead
-        self._metrics["train"]["effi/frac_zero_var_groups"].append(float(dead.float().mean()))
+        self._metrics["train"][metrics.FRAC_ZERO_VAR_GROUPS].append(float(dead.float().mean()))
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
@@ -425,18 +426,18 @@ class RolloutMixin:
     # --- metrics ----------------------------------------------------------------------------------------------------
 
     def _log_selection(self, everything: GatheredRows, rows: list[int]) -> None:
-        metrics, kept = self._metrics["train"], sorted(set(rows))
-        rewards = {"reward": everything.weighted_rewards}
+        log, kept = self._metrics["train"], sorted(set(rows))
+        rewards = [(metrics.REWARD_GENERATED, metrics.REWARD_KEPT, everything.weighted_rewards)]
         if self.group_filter is not None:
-            rewards["filter_reward"] = everything.rewards
-        for name, values in rewards.items():
-            metrics[f"effi/{name}_generated"].append(float(torch.nanmean(values)))
-            metrics[f"effi/{name}_kept"].append(float(torch.nanmean(values[kept])))
+            rewards.append((metrics.FILTER_REWARD_GENERATED, metrics.FILTER_REWARD_KEPT, everything.rewards))
+        for of_generated, of_kept, values in rewards:
+            log[of_generated].append(float(torch.nanmean(values)))
+            log[of_kept].append(float(torch.nanmean(values[kept])))
 
     def _log_pruning(self, advantages: Tensor, keep: Tensor, group_size: int) -> None:
-        metrics, kept = self._metrics["train"], advantages[keep]
-        metrics["effi/prune/abs_advantage_kept"].append(float(kept.abs().mean()))
-        metrics["effi/prune/positive_fraction"].append(float((kept > 0).float().mean()))
+        log, kept = self._metrics["train"], advantages[keep]
+        log[metrics.PRUNE_ABS_ADVANTAGE_KEPT].append(float(kept.abs().mean()))
+        log[metrics.PRUNE_POSITIVE_FRACTION].append(float((kept > 0).float().mean()))
         sign = torch.where(keep, torch.sign(advantages), 0.0).view(-1, group_size)
         one_sign = ((sign > 0).any(1) != (sign < 0).any(1)).float()
-        metrics["effi/prune/groups_with_one_sign"].append(float(one_sign.mean()))
+        log[metrics.PRUNE_GROUPS_WITH_ONE_SIGN].append(float(one_sign.mean()))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ...functional import metrics
 from .forward_probe import position_table
 
 logger = logging.get_logger(__name__)
@@ -40,7 +41,7 @@ class PromptLengthMixin:
         longest, too_long = self.accelerator.gather(local.unsqueeze(0)).view(-1, 2).unbind(1)
         longest, too_long = int(longest.max()), int(too_long.sum())
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["effi/rows_over_max_positions"].append(float(too_long))
+        self._metrics[mode][metrics.ROWS_OVER_MAX_POSITIONS].append(float(too_long))
         if not too_long:
             return
         message = (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
 from typing import Any
 
 import datasets
+import torch
+from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
@@ -20,7 +23,7 @@ from ..mixins.run_record import RunRecordMixin
 from ..mixins.sampler import SamplerMixin
 from ..mixins.schedule import ScheduleMixin
 from ..mixins.sequence_parallel import SequenceParallelMixin
-from .accounting import AccountingMixin
+from .accounting import StepAccounting
 from .config import EffiGRPOConfig, refuse_unused
 from .forward import ExactSavingsMixin
 from .pipeline import RolloutMixin
@@ -35,7 +38,6 @@ class EffiGRPOTrainer(
     ResumeMixin,
     KernelPatchMixin,
     CheckedRewardsMixin,
-    AccountingMixin,
     PromptLengthMixin,
     RolloutMixin,
     ExactSavingsMixin,
@@ -115,6 +117,44 @@ class EffiGRPOTrainer(
         self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
         self._route_checkpointing_options()
         self._guard_vllm_server()
+
+    # --- the seams, in the order in which data flows ------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._accounting.clock.phase("train"):
+            loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._step_after_update = self._step
+            self._accounting.flush(self._metrics["train"], self.accelerator)
+        return loss
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with self._timed("gen"):
+            return super()._generate(prompts)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with self._timed("logp"):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    # --- what they share ----------------------------------------------------------------------------------------------
+
+    # Made when it is first asked for: other code builds trainers without `__init__` and calls single methods.
+    @functools.cached_property
+    def _accounting(self) -> StepAccounting:
+        return StepAccounting()
+
+    @property
+    def _in_training(self) -> bool:
+        model = getattr(self, "model", None)
+        return model is not None and model.training
+
+    def _timed(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        """Time a phase of a training step; evaluation has none."""
+        return self._accounting.clock.phase(phase) if self._in_training else contextlib.nullcontext()
+
+    # --- before training ----------------------------------------------------------------------------------------------
 
     def _check_buckets(self) -> None:
         """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
