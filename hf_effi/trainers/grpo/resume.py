@@ -22,6 +22,7 @@ import datasets
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset, Sampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -217,6 +218,23 @@ class GRPOResumeMixin:
         # With the step, because another trainer that continues this run keeps the entry and not the files.
         self.state.stateful_callbacks[MARK] = {"schema": SCHEMA, "step": self.state.global_step, "files": files}
         self.accelerator.wait_for_everyone()  # the first process pushes what all have written
+
+    def _save_last_update(self) -> Path | None:
+        """
+        Save a checkpoint of the last finished update, from inside of the next one, whose weights are still its own.
+
+        Returns:
+            `Path`: The checkpoint, or `None` where there is none to save: before the first update, and with engines that
+            save on every process together.
+        """
+        if self.state.global_step == 0 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return None
+        # The checkpoint must say that the last finished update is where to go on.
+        self._step, self._buffered_inputs = self._step_after_update, None
+        self.control.should_save = True  # as in a regular save, so that callbacks add what they store
+        self._save_checkpoint(self.model, trial=self._trial)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return Path(self._get_output_dir(self._trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     # ---- load ----
 

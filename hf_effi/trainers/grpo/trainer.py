@@ -29,7 +29,7 @@ from .forward import ExactSavingsMixin
 from .pipeline import RolloutMixin
 from .prompt_length import PromptLengthMixin
 from .resume import GRPOResumeMixin
-from .rewards import CheckedRewardsMixin
+from .rewards import RewardCheck, RewardError, check_sums
 from .settings import GRPOSettings
 
 
@@ -37,7 +37,6 @@ from .settings import GRPOSettings
 class EffiGRPOTrainer(
     ResumeMixin,
     KernelPatchMixin,
-    CheckedRewardsMixin,
     PromptLengthMixin,
     RolloutMixin,
     ExactSavingsMixin,
@@ -121,8 +120,16 @@ class EffiGRPOTrainer(
     # --- the seams, in the order in which data flows ------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._accounting.clock.phase("train"):
-            loss = super().training_step(*args, **kwargs)
+        try:
+            with self._accounting.clock.phase("train"):
+                loss = super().training_step(*args, **kwargs)
+        except RewardError as error:
+            if folder := self._save_last_update():
+                error.add_note(
+                    f"The {self.state.global_step} finished steps were saved to {folder}; fix the reward function and "
+                    "resume from there."
+                )
+            raise
         if self.accelerator.sync_gradients:
             self._step_after_update = self._step
             self._accounting.flush(self._metrics["train"], self.accelerator)
@@ -131,6 +138,15 @@ class EffiGRPOTrainer(
     def _generate(self, prompts: list[Any]) -> Any:
         with self._timed("gen"):
             return super()._generate(prompts)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        stock = super()._calculate_rewards
+        with self._timed("reward"):
+            rewards = RewardCheck(self).calculate(stock, inputs, prompts, completions, completion_ids_list)
+        if self._in_training:
+            check_sums(rewards, self.reward_weights, self.num_generations, self.reward_func_names)
+            self._last_rewards = rewards
+        return rewards
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
