@@ -42,7 +42,7 @@ PLACES = {
     ("trainers/mixins/chunk_flow.py", "training_step"): "once for each micro-batch",
     ("trainers/grpo/resume.py", "_save_grpo_state"): "once for each save",
     ("trainers/grpo/resume.py", "_load_buffer"): "once for a resume inside of a generation, which the file says",
-    ("trainers/grpo/prompt_length.py", "_check_prompt_lengths"): "once for each generation",
+    ("trainers/grpo/prompt_room.py", "check"): "once for each generation",
     ("trainers/grpo/rewards.py", "calculate"): "once for each generation",
     ("trainers/grpo/pipeline.py", "_exchange"): "once for each generation whose rows move, which gathered values say",
     ("trainers/grpo/pipeline.py", "_gather_rows"): "once for each round, whose number follows from gathered values",

@@ -27,7 +27,7 @@ from .accounting import StepAccounting
 from .config import EffiGRPOConfig, refuse_unused
 from .forward import ExactSavingsMixin
 from .pipeline import RolloutMixin
-from .prompt_length import PromptLengthMixin
+from .prompt_room import PromptRoom
 from .resume import GRPOResumeMixin
 from .rewards import RewardCheck, RewardError, check_sums
 from .settings import GRPOSettings
@@ -37,7 +37,6 @@ from .settings import GRPOSettings
 class EffiGRPOTrainer(
     ResumeMixin,
     KernelPatchMixin,
-    PromptLengthMixin,
     RolloutMixin,
     ExactSavingsMixin,
     SamplerMixin,
@@ -90,6 +89,7 @@ class EffiGRPOTrainer(
 
     _tag_names = ["trl", "grpo", "hf_effi"]
     _settings: GRPOSettings | None = None
+    _prompt_room: PromptRoom | None = None
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class EffiGRPOTrainer(
         self._settings = GRPOSettings.of(args)
         self._settings.check_objects(prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
-        self._init_prompt_length()
+        self._prompt_room = PromptRoom.of(self.accelerator.unwrap_model(self.model))
         self._init_exact_savings()
         self._check_buckets()
         self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
@@ -138,6 +138,15 @@ class EffiGRPOTrainer(
     def _generate(self, prompts: list[Any]) -> Any:
         with self._timed("gen"):
             return super()._generate(prompts)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        # Once per generation on every rank. `_generate_single_turn` runs as often as a rank's rollouts call tools.
+        tokenized = super()._tokenize_prompts(prompts)
+        if self._prompt_room is not None:
+            log = self._metrics["train" if self.model.training else "eval"]
+            lengths = [len(ids) for ids in tokenized[0]]
+            self._prompt_room.check(lengths, self.max_completion_length, self.accelerator, log)
+        return tokenized
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         stock = super()._calculate_rewards
