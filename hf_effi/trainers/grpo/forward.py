@@ -6,7 +6,8 @@ the loss code downstream, with its eight normalisers, is TRL's own and needs no 
 
 from __future__ import annotations
 
-import math
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from ...functional.rollouts import (
     Bucket,
+    GenerationLayout,
     concat_rows,
     contiguous_rows,
     plan_buckets,
@@ -24,6 +26,7 @@ from ...functional.rollouts import (
 )
 from .config import EXACT_SAVINGS
 from .forward_probe import measured_reasons
+from .rows import Ratios
 
 logger = logging.get_logger(__name__)
 
@@ -76,30 +79,12 @@ class ExactSavingsMixin:
             reasons["sort"] = (
                 "loss_type='bnpo' divides by the tokens of each micro-batch, so rows cannot change places."
             )
-        elif self._layout.micro_batches_per_update is None:
+        elif GenerationLayout.of(self.args).micro_batches_per_update is None:
             reasons["sort"] = (
                 f"steps_per_generation={self.args.steps_per_generation} and gradient_accumulation_steps="
                 f"{self.args.gradient_accumulation_steps} are not multiples, so optimizer steps straddle generations."
             )
         return reasons
-
-    # --- importance ratios of vLLM: what they do to the loss, and how they are laid out ------------------------------
-
-    @property
-    def _ratio_multiplies(self) -> bool:
-        """Whether a ratio of exactly 0 takes a token out of the policy term; VESPO takes its logarithm instead."""
-        return self.loss_type != "vespo"
-
-    @property
-    def _ratio_padding(self) -> float | None:
-        """What a ratio per token is padded with, as in TRL; `None` where the mode has one ratio per sequence."""
-        mode = self.vllm_importance_sampling_mode
-        if mode.startswith("sequence"):
-            return None
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        low, high = -math.inf if low is None else low, math.inf if high is None else high
-        clipped = min(max(1.0, low), high)
-        return clipped if mode.endswith("truncate") else float(clipped == 1.0)
 
     def _longest_row(self) -> int | None:
         """The most columns that a forward of this run can have, or `None` where prompts are as long as they come."""
@@ -117,18 +102,18 @@ class ExactSavingsMixin:
             return inputs
         if "sort" in self.exact_savings:
             self._buffered_inputs = self._sort_windows(self._buffered_inputs)
-        return self._buffered_inputs[self._layout.micro_batch(self._step)]
+        return self._buffered_inputs[GenerationLayout.of(self.args).micro_batch(self._step)]
 
     def _sort_windows(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        window = self._layout.micro_batches_per_update
+        window = GenerationLayout.of(self.args).micro_batches_per_update
         if window == 1 or any(chunk.get("num_images") is not None for chunk in chunks):
             return chunks
         out = []
         for start in range(0, len(chunks), window):
-            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id, self._ratio_padding)
+            rows = concat_rows(chunks[start : start + window], self._tokenizer.pad_token_id, Ratios.of(self).padding)
             lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
             # Rows without a gradient go first: whole micro-batches of them then cost one dummy row.
-            active = rows_with_gradient(rows, self._ratio_multiplies)
+            active = rows_with_gradient(rows, Ratios.of(self).multiply)
             order = torch.argsort(torch.where(active, lengths, lengths - lengths.max() - 1), stable=True)
             size = len(order) // window
             out += [take_rows(rows, order[i * size : (i + 1) * size]) for i in range(window)]
@@ -136,14 +121,19 @@ class ExactSavingsMixin:
 
     # --- skip: tell the forward which rows have a gradient ----------------------------------------------------------
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if not self.model.training or "skip" not in self.exact_savings:
-            return super()._compute_loss(model, inputs)
-        self._active_rows = rows_with_gradient(inputs, self._ratio_multiplies)
+    @contextlib.contextmanager
+    def skipping(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Forward no row of `batch` without a gradient."""
+        if "skip" in self.exact_savings:
+            self._active_rows = rows_with_gradient(batch, Ratios.of(self).multiply)
         try:
-            return super()._compute_loss(model, inputs)
+            yield
         finally:
             self._active_rows = None
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        with self.skipping(inputs) if self.model.training else contextlib.nullcontext():
+            return super()._compute_loss(model, inputs)
 
     # --- trim (and skip): the forward itself ------------------------------------------------------------------------
 

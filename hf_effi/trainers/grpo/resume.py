@@ -125,7 +125,7 @@ class GRPOResumeMixin:
         dataset, world = call["dataset"], self._layout.world_size
         sharded = isinstance(dataset, datasets.IterableDataset) and 1 < world <= dataset.num_shards
         if call.get("is_training") and sharded:
-            if self._selects:
+            if self._rollouts.selects:
                 call["dataset"] = WholeStream(dataset)
             elif self.accelerator.is_main_process:
                 logger.warning(
@@ -158,18 +158,6 @@ class GRPOResumeMixin:
             )
         return self._train_sampler
 
-    def _whole_generation(self, inputs: list[Any]) -> int:
-        """Return the prompts of a generation, having checked that the loader gave this rank its share of them."""
-        layout = self._layout
-        if len(inputs) != layout.loader_rows:
-            raise ValueError(
-                f"the loader gave {len(inputs)} rows where a generation of {layout.generated_rows} on {layout.world_size} "
-                f"processes has {layout.loader_rows} for each. Difficulty filtering, completion pruning and prompt "
-                "selection need whole generations: leave accelerator_config.split_batches off, use one process for each "
-                "device, and leave get_train_dataloader as it is."
-            )
-        return layout.prompts
-
     @functools.wraps(GRPOTrainer._run_epoch)  # the mixins above bind calls by these names
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
@@ -193,7 +181,7 @@ class GRPOResumeMixin:
 
     def _save_grpo_state(self, folder: Path) -> None:
         inside_block = self._buffered_inputs is not None and not self._layout.starts_generation(self._step)
-        world, prompts = self.accelerator.num_processes, self._refill_prompts
+        world, prompts = self.accelerator.num_processes, self._rollouts.prompts
         # On every process: one that refused a state alone would leave the others waiting.
         content = None if prompts is None else state_bytes(prompts.state_dict(), f"prompt_selector ({_name(prompts)})")
         if inside_block:
@@ -208,7 +196,7 @@ class GRPOResumeMixin:
                 "steps_in_pass": self._step - self._pass_began_at,
                 "inside_block": inside_block,
                 "world_size": world,
-                "generations_done": self._generations_done,
+                "generations_done": self._rollouts.generations_done,
                 "prompts": None if prompts is None else PROMPTS_FILE,
                 "prompt_selector": None if prompts is None else _name(prompts),
             }
@@ -255,7 +243,7 @@ class GRPOResumeMixin:
         if state is None:
             return place
         self._step = self._step_after_update = state["step"]
-        self._generations_done = state["generations_done"]
+        self._rollouts.generations_done = state["generations_done"]
         self._load_prompts(Path(checkpoint), state)
         if state["inside_block"]:
             self._load_buffer(Path(checkpoint), state)
@@ -292,15 +280,14 @@ class GRPOResumeMixin:
             return
         if isinstance(stored, str):  # a file; version 0 has the state here
             stored = load_state(checkpoint / stored)
-        if self._refill_prompts is None:
-            self._select_rows(0)
-        mine, theirs = _name(self._refill_prompts), state.get("prompt_selector", _name(self._refill_prompts))
+        prompts = self._rollouts.make_prompts()
+        mine, theirs = _name(prompts), state.get("prompt_selector", _name(prompts))
         if mine != theirs:
             raise StateFileError(
                 f"{checkpoint} was trained with a prompt selector {theirs}, this run has {mine}. Build it as in the run that "
                 "is resumed, or start a new run from the weights."
             )
-        self._refill_prompts.load_state_dict(stored)
+        prompts.load_state_dict(stored)
 
     def _load_buffer(self, checkpoint: Path, state: dict[str, Any]) -> None:
         path, world = checkpoint / _buffer_name(self.accelerator.process_index), self.accelerator.num_processes

@@ -26,7 +26,7 @@ from ..mixins.sequence_parallel import SequenceParallelMixin
 from .accounting import StepAccounting
 from .config import EffiGRPOConfig, refuse_unused
 from .forward import ExactSavingsMixin
-from .pipeline import RolloutMixin
+from .pipeline import LOSS_SCALE, RolloutPipeline
 from .prompt_room import PromptRoom
 from .resume import GRPOResumeMixin
 from .rewards import RewardCheck, RewardError, check_sums
@@ -37,7 +37,6 @@ from .settings import GRPOSettings
 class EffiGRPOTrainer(
     ResumeMixin,
     KernelPatchMixin,
-    RolloutMixin,
     ExactSavingsMixin,
     SamplerMixin,
     GRPOResumeMixin,
@@ -113,7 +112,9 @@ class EffiGRPOTrainer(
         self._prompt_room = PromptRoom.of(self.accelerator.unwrap_model(self.model))
         self._init_exact_savings()
         self._check_buckets()
-        self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
+        self._rollouts = RolloutPipeline(
+            self, self._settings, self._accounting, self, prompt_selector, group_filter, rollout_pruner
+        )
         self._route_checkpointing_options()
         self._guard_vllm_server()
 
@@ -135,9 +136,15 @@ class EffiGRPOTrainer(
             self._accounting.flush(self._metrics["train"], self.accelerator)
         return loss
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        stock = super()._generate_and_score_completions
+        return self._rollouts.generate(stock, inputs) if self.model.training else stock(inputs)
+
     def _generate(self, prompts: list[Any]) -> Any:
         with self._timed("gen"):
-            return super()._generate(prompts)
+            generated = super()._generate(prompts)
+        self._rollouts.lengths = [len(ids) for ids in generated[1]]
+        return generated
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         # Once per generation on every rank. `_generate_single_turn` runs as often as a rank's rollouts call tools.
@@ -154,14 +161,27 @@ class EffiGRPOTrainer(
             rewards = RewardCheck(self).calculate(stock, inputs, prompts, completions, completion_ids_list)
         if self._in_training:
             check_sums(rewards, self.reward_weights, self.num_generations, self.reward_func_names)
-            self._last_rewards = rewards
+            self._rollouts.rewards = rewards
         return rewards
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        stock = super()._get_per_token_logps_and_entropies
         if torch.is_grad_enabled():
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            return stock(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         with self._timed("logp"):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if kwargs.get("pixel_values") is None:
+                later = self._rollouts.put_off(attention_mask, logits_to_keep)
+                if later is not None:
+                    return later, None, None
+            return stock(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        # With `prune_normalizer="original"`: the loss and not the advantages, so that the KL term is averaged alike.
+        scale = inputs.get(LOSS_SCALE)
+        return loss if scale is None else loss * scale
 
     # --- what they share ----------------------------------------------------------------------------------------------
 
@@ -169,6 +189,25 @@ class EffiGRPOTrainer(
     @functools.cached_property
     def _accounting(self) -> StepAccounting:
         return StepAccounting()
+
+    @functools.cached_property
+    def _rollouts(self) -> RolloutPipeline:
+        return RolloutPipeline(self, None, self._accounting, self)
+
+    @property
+    def prompt_selector(self) -> PromptSelector | None:
+        """What chooses the prompts of every generation; `None` is the data loader."""
+        return self._rollouts.prompt_selector
+
+    @property
+    def group_filter(self) -> GroupFilter | None:
+        """What chooses the groups to train on; `None` takes all."""
+        return self._rollouts.group_filter
+
+    @property
+    def rollout_pruner(self) -> RolloutPruner | None:
+        """What chooses the completions to train on; `None` takes all."""
+        return self._rollouts.rollout_pruner
 
     @property
     def _in_training(self) -> bool:
