@@ -32,6 +32,12 @@ class Host(Protocol):
     num_generations: int
     multi_objective_aggregation: str
     loss_type: str
+    beta: float
+    top_entropy_quantile: float
+    aux_loss_enabled: bool
+    _entropy_bonus_enabled: bool
+    max_completion_length: int | None
+    pad_to_multiple_of: int | None
     use_vllm: bool
     vllm_importance_sampling_correction: bool
     vllm_importance_sampling_mode: str

@@ -25,11 +25,12 @@ from ..mixins.schedule import ScheduleMixin
 from ..mixins.sequence_parallel import SequenceParallelMixin
 from .accounting import StepAccounting
 from .config import EffiGRPOConfig, refuse_unused
-from .forward import ExactSavingsMixin
+from .forward import LogProbForward
 from .pipeline import LOSS_SCALE, RolloutPipeline
 from .prompt_room import PromptRoom
 from .resume import GRPOResumeMixin
 from .rewards import RewardCheck, RewardError, check_sums
+from .savings import choose_savings
 from .settings import GRPOSettings
 
 
@@ -37,7 +38,6 @@ from .settings import GRPOSettings
 class EffiGRPOTrainer(
     ResumeMixin,
     KernelPatchMixin,
-    ExactSavingsMixin,
     SamplerMixin,
     GRPOResumeMixin,
     HubMixin,
@@ -110,10 +110,14 @@ class EffiGRPOTrainer(
         self._settings.check_objects(prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
         self._prompt_room = PromptRoom.of(self.accelerator.unwrap_model(self.model))
-        self._init_exact_savings()
-        self._check_buckets()
+        savings, left_out = choose_savings(self, self._settings)
+        if self._settings.forward_buckets and "trim" not in savings:
+            # The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss.
+            reason = f"acts only with 'trim': {left_out.get('trim', 'it is off.')} Drop it"
+            refuse_unused(self._settings, ("forward_buckets",), reason)
+        self._forward = LogProbForward(self, savings, self._settings.forward_buckets, self._count_forward)
         self._rollouts = RolloutPipeline(
-            self, self._settings, self._accounting, self, prompt_selector, group_filter, rollout_pruner
+            self, self._settings, self._accounting, self._forward, prompt_selector, group_filter, rollout_pruner
         )
         self._route_checkpointing_options()
         self._guard_vllm_server()
@@ -135,6 +139,14 @@ class EffiGRPOTrainer(
             self._step_after_update = self._step
             self._accounting.flush(self._metrics["train"], self.accelerator)
         return loss
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = self._forward.sorted_chunks(self._buffered_inputs)
+        return self._buffered_inputs[self._layout.micro_batch(self._step)]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         stock = super()._generate_and_score_completions
@@ -169,16 +181,17 @@ class EffiGRPOTrainer(
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         stock = super()._get_per_token_logps_and_entropies
         if torch.is_grad_enabled():
-            return stock(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            return self._forward(stock, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         with self._timed("logp"):
             if kwargs.get("pixel_values") is None:
                 later = self._rollouts.put_off(attention_mask, logits_to_keep)
                 if later is not None:
                     return later, None, None
-            return stock(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            return self._forward(stock, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss = super()._compute_loss(model, inputs)
+        with self._forward.skipping(inputs) if self.model.training else contextlib.nullcontext():
+            loss = super()._compute_loss(model, inputs)
         # With `prune_normalizer="original"`: the loss and not the advantages, so that the KL term is averaged alike.
         scale = inputs.get(LOSS_SCALE)
         return loss if scale is None else loss * scale
@@ -192,7 +205,21 @@ class EffiGRPOTrainer(
 
     @functools.cached_property
     def _rollouts(self) -> RolloutPipeline:
-        return RolloutPipeline(self, None, self._accounting, self)
+        return RolloutPipeline(self, None, self._accounting, self._forward)
+
+    @functools.cached_property
+    def _forward(self) -> LogProbForward:
+        return LogProbForward(self)
+
+    def _count_forward(self, real: int, forwarded: int, saved: int) -> None:
+        # The other ranks of a sequence-parallel group count their own rows.
+        if self.model.training and self._works_on_own_batch:
+            self._accounting.count_forward(real, forwarded, saved)
+
+    @property
+    def exact_savings(self) -> tuple[str, ...]:
+        """Names of the exact savings that are on."""
+        return self._forward.exact_savings
 
     @property
     def prompt_selector(self) -> PromptSelector | None:
@@ -219,12 +246,6 @@ class EffiGRPOTrainer(
         return self._accounting.clock.phase(phase) if self._in_training else contextlib.nullcontext()
 
     # --- before training ----------------------------------------------------------------------------------------------
-
-    def _check_buckets(self) -> None:
-        """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
-        if self._settings.forward_buckets and "trim" not in self.exact_savings:
-            reason = self._savings_left_out.get("trim", "it is off.")
-            refuse_unused(self._settings, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
 
     def _guard_vllm_server(self) -> None:
         """Let a server that fails end the run with one sentence. A `rollout_func` may talk to it in ways of its own."""
