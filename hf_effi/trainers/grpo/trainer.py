@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import warnings
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from ...protocols import GroupFilter, PromptSelector, RolloutPruner
@@ -32,6 +28,7 @@ from .resume import GRPOResumeMixin
 from .rewards import RewardCheck, RewardError, check_sums
 from .savings import choose_savings
 from .settings import GRPOSettings
+from .start import check_dataset, guard_vllm_server, route_checkpointing_options
 
 
 @with_signatures_of(GRPOTrainer)
@@ -105,7 +102,7 @@ class EffiGRPOTrainer(
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = EffiGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
-        _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
+        check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
         self._settings = GRPOSettings.of(args)
         self._settings.check_objects(prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
@@ -119,8 +116,9 @@ class EffiGRPOTrainer(
         self._rollouts = RolloutPipeline(
             self, self._settings, self._accounting, self._forward, prompt_selector, group_filter, rollout_pruner
         )
-        self._route_checkpointing_options()
-        self._guard_vllm_server()
+        route_checkpointing_options(self)
+        if self.use_vllm:
+            guard_vllm_server(self, self.vllm_generation)
 
     # --- the seams, in the order in which data flows ------------------------------------------------------------------
 
@@ -244,65 +242,3 @@ class EffiGRPOTrainer(
     def _timed(self, phase: str) -> contextlib.AbstractContextManager[None]:
         """Time a phase of a training step; evaluation has none."""
         return self._accounting.clock.phase(phase) if self._in_training else contextlib.nullcontext()
-
-    # --- before training ----------------------------------------------------------------------------------------------
-
-    def _guard_vllm_server(self) -> None:
-        """Let a server that fails end the run with one sentence. A `rollout_func` may talk to it in ways of its own."""
-        in_use = self.args.use_vllm and self.args.vllm_mode == "server" and self.rollout_func is None
-        if not in_use or not self.accelerator.is_main_process:
-            return
-        from .vllm_server import GuardedClient  # needs `requests`, as TRL's client does
-
-        generation = self.vllm_generation
-        generation.vllm_client = GuardedClient(generation.vllm_client, self.args.ddp_timeout, self._how_to_go_on)
-
-    def _how_to_go_on(self) -> str:
-        folder, step = self.args.output_dir, self.state.global_step
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        again = "Its own log says why. Start it again with the same command, then"
-        if checkpoint is None:
-            return (
-                f"{again} train from the start: step {step} was reached and no checkpoint saved (save_strategy="
-                f"{self.args.save_strategy.value!r})."
-            )
-        return (
-            f"{again} trainer.train(resume_from_checkpoint=True) goes on from {checkpoint}; step {step} was reached."
-        )
-
-    def _route_checkpointing_options(self) -> None:
-        """
-        Let `every_n_layers` and `offload` survive a generation.
-
-        TRL 1.16 turns checkpointing off to generate and on again with the raw options, of which transformers takes
-        these two as arguments of their own: the stock trainer stops with `Unexpected keyword arguments` at step 1.
-        """
-        options = self.args.gradient_checkpointing_kwargs or {}
-        if not self.args.gradient_checkpointing or not {"every_n_layers", "offload"} & set(options):
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        enable = model.gradient_checkpointing_enable
-
-        @functools.wraps(enable)
-        def routed(gradient_checkpointing_kwargs: dict[str, Any] | None = None, **extra: Any) -> Any:
-            rest = dict(gradient_checkpointing_kwargs or {})
-            extra |= {name: rest.pop(name) for name in ("every_n_layers", "offload") if name in rest}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # the old name is TRL's, not the user's
-                return enable(gradient_checkpointing_kwargs=rest or None, **extra)
-
-        model.gradient_checkpointing_enable = routed
-
-
-def _check_dataset(dataset: Any, environment: Any) -> None:
-    """Say what is wrong with the dataset before a model is loaded. What is no dataset at all, TRL names."""
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        return
-    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
-        raise ValueError("train_dataset is empty. GRPO needs at least one row with a `prompt` column.")
-    columns = dataset.column_names
-    if columns is not None and "prompt" not in columns and environment is None:
-        raise ValueError(
-            f"train_dataset has no `prompt` column; its columns are {', '.join(map(str, columns))}. Rename the column "
-            "that holds the prompts, e.g. dataset.rename_column('question', 'prompt')."
-        )
