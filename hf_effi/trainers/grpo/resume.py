@@ -16,11 +16,12 @@ import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -38,6 +39,7 @@ from ..._files import (
     state_bytes,
 )
 from ...functional.rollouts import GenerationLayout
+from ...protocols import PromptSelector
 
 logger = logging.get_logger(__name__)
 
@@ -87,13 +89,50 @@ class WholeStream(IterableDataset):
         yield from self.stream
 
 
-class GRPOResumeMixin:
-    """Overrides loader, sampler, save and load of `GRPOTrainer` through `super()`."""
+class RolloutState(Protocol):
+    """What whoever makes the rollouts keeps from one generation to the next, and a checkpoint stores."""
+
+    #: generations since the run began
+    generations_done: int
+    #: where further prompts come from, once there was need of them
+    prompts: PromptSelector | None
+
+    @property
+    def selects(self) -> bool:
+        """Whether prompts, groups or rows are chosen, so that generations must be whole."""
+
+    def make_prompts(self) -> PromptSelector:
+        """Return `prompts`, made where there are none."""
+
+
+class NoRollouts:
+    """The [`RolloutState`] of a trainer that generates as TRL does."""
+
+    generations_done = 0
+    prompts: PromptSelector | None = None
+    selects = False
+
+    def make_prompts(self) -> PromptSelector:
+        raise StateFileError(
+            "the checkpoint holds the state of a prompt selector, which this trainer has no use for. Resume it with the "
+            "trainer that wrote it, or start a new run from the weights."
+        )
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """
+    TRL's trainer with the repairs of this file, through `super()`. Mixins stand above it: they read the loader, whose batches
+    are laid out here.
+    """
 
     _step_after_update = 0
     _train_sampler: EpochRepeatSampler | None = None
     #: The pass over the prompts that the run is in, and the micro-step at which it began.
     _pass, _pass_began_at = 0, 0
+
+    @functools.cached_property
+    def _rollouts(self) -> RolloutState:
+        return NoRollouts()
 
     @property
     def _layout(self) -> GenerationLayout:
@@ -102,6 +141,12 @@ class GRPOResumeMixin:
     @property
     def _streams(self) -> bool:
         return isinstance(self.train_dataset, datasets.IterableDataset)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._step_after_update = self._step
+        return loss
 
     # ---- prompts, in the layout of the run ----
 

@@ -11,20 +11,14 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from ...protocols import GroupFilter, PromptSelector, RolloutPruner
+from .._common import EffiMixin
 from ..mixins._signatures import with_signatures_of
-from ..mixins.hub import HubMixin
-from ..mixins.kernel_patch import KernelPatchMixin
-from ..mixins.resume import ResumeMixin
-from ..mixins.run_record import RunRecordMixin
-from ..mixins.sampler import SamplerMixin
-from ..mixins.schedule import ScheduleMixin
-from ..mixins.sequence_parallel import SequenceParallelMixin
 from .accounting import StepAccounting
 from .config import EffiGRPOConfig, refuse_unused
 from .forward import LogProbForward
 from .pipeline import LOSS_SCALE, RolloutPipeline
 from .prompt_room import PromptRoom
-from .resume import GRPOResumeMixin
+from .resume import ResumableGRPOTrainer
 from .rewards import RewardCheck, RewardError, check_sums
 from .savings import choose_savings
 from .settings import GRPOSettings
@@ -32,17 +26,7 @@ from .start import check_dataset, guard_vllm_server, route_checkpointing_options
 
 
 @with_signatures_of(GRPOTrainer)
-class EffiGRPOTrainer(
-    ResumeMixin,
-    KernelPatchMixin,
-    SamplerMixin,
-    GRPOResumeMixin,
-    HubMixin,
-    RunRecordMixin,
-    ScheduleMixin,
-    SequenceParallelMixin,
-    GRPOTrainer,
-):
+class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
     """
     Drop-in for [`~trl.GRPOTrainer`]: every argument, attribute, metric and callback of it works here.
 
@@ -134,7 +118,6 @@ class EffiGRPOTrainer(
                 )
             raise
         if self.accelerator.sync_gradients:
-            self._step_after_update = self._step
             self._accounting.flush(self._metrics["train"], self.accelerator)
         return loss
 
