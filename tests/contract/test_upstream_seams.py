@@ -310,6 +310,7 @@ GRPO_CONFIG = {
     "use_adaptive_entropy": False,
     "shuffle_dataset": True,
     "use_vllm": False,
+    "vllm_mode": "colocate",
     "vllm_importance_sampling_correction": True,
     "epsilon": 0.2,
     "delta": None,

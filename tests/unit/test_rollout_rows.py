@@ -44,7 +44,7 @@ class TestDeferredLogProbs:
     def test_a_placeholder_that_was_computed_with_is_named(self) -> None:
         deferred = DeferredLogProbs()
         used = deferred.put_off(MASK, 3)
-        with pytest.raises(RuntimeError, match="compute nothing from them in a reward"):
+        with pytest.raises(RuntimeError, match="compute nothing from them in an override"):
             deferred.entries_of({"old_per_token_logps": used - 1.0})
 
 

@@ -357,6 +357,10 @@ class RolloutPipeline:
         """
         return None if self._deferred is None else self._deferred.put_off(attention_mask, columns)
 
+    def put_no_more_off(self) -> None:
+        """From the rewards on: TRL has asked for its log-probs before, so that who asks now computes with them."""
+        self._deferred = None
+
     def _finished(self, rows: Rows) -> dict[str, Any]:
         """Compute the log-probs that were put off, for the rows that stayed."""
         for name in rows.put_off:

@@ -101,7 +101,7 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
             self, self._settings, self._accounting, self._forward, prompt_selector, group_filter, rollout_pruner
         )
         route_checkpointing_options(self)
-        if self.use_vllm:
+        if self.args.use_vllm:
             guard_vllm_server(self, self.vllm_generation)
 
     # --- the seams, in the order in which data flows ------------------------------------------------------------------
@@ -150,6 +150,7 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         stock = super()._calculate_rewards
+        self._rollouts.put_no_more_off()
         with self._timed("reward"):
             rewards = RewardCheck(self).calculate(stock, inputs, prompts, completions, completion_ids_list)
         if self._in_training:
