@@ -377,7 +377,7 @@ class RolloutPipeline:
         skipping = self._forward.skipping(batch)
         with skipping, torch.no_grad(), checkpointing, self._scoring_model(reference) as model:
             # Through the trainer, where it is timed, trimmed and skipped, on every rank alike.
-            logps, _, _ = host._get_per_token_logps_and_entropies(
+            logps, _, _ = self._host._get_per_token_logps_and_entropies(
                 model,
                 ids,
                 mask,
