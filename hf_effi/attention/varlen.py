@@ -102,8 +102,14 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
             "before the model is wrapped."
         )
     before = LEDGER.calls
-    with looking(model, None, training=False, with_graph=False):
-        call(model, tiny_tokens(model, 1, 4))
+    try:
+        with looking(model, None, training=False, with_graph=False):
+            call(model, tiny_tokens(model, 1, 4))
+    except Exception as error:  # whatever a forward of somebody's model says
+        raise VarlenAttentionError(
+            f"{kind} does not run on four tokens, so that it cannot be tried whether its layers call {VARLEN_ATTENTION}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if LEDGER.calls == before:
         raise VarlenAttentionError(
             f"{kind} was given {VARLEN_ATTENTION} and computes its attention in its own code, which never calls it. Documents "

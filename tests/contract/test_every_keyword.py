@@ -30,6 +30,7 @@ from tests.helpers.public import public_objects as everything
 ACTS = {
     "ActivationOffloader": "allocate",
     "Denoiser": "mean_span weight",
+    "KernelPatchHandle": "rows",
     "ReptileCallback": "last_partial",
     "ScheduleLR": "on_mismatch",
     "TiledMLP": "num_shards",
