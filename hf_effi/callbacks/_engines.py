@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate import DistributedType
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedType
 
 _SHARDING = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP"}
 

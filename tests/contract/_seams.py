@@ -132,6 +132,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     " local_size allow_is_causal_skip allow_is_bidirectional_skip use_vmap device **kwargs",
     "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
     " attention_mask **kwargs",
+    "transformers.integrations:is_deepspeed_zero3_enabled": "",
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": {
         (5, 23): "module query key value attention_mask dropout scaling is_causal position_bias cache **kwargs",
         (5, 24): "module query key value attention_mask dropout scaling is_causal position_bias **kwargs",
@@ -147,6 +148,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     " shift_labels **kwargs",
     "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
     # accelerate.
+    "accelerate.state:is_initialized": "",
+    "accelerate.state:AcceleratorState._reset_state": "reset_partial_state",
     "accelerate.hooks:add_hook_to_module": "module hook append",
     "accelerate:Accelerator._prepare_device_mesh": "self",
     "accelerate:Accelerator.backward": "self loss **kwargs",
@@ -288,6 +291,7 @@ GRPO_CONFIG = {
     "use_adaptive_entropy": False,
     "shuffle_dataset": True,
     "use_vllm": False,
+    "vllm_mode": "colocate",
     "vllm_importance_sampling_correction": True,
     "epsilon": 0.2,
     "delta": None,

@@ -120,3 +120,24 @@ def test_collectives_are_rank_major_and_flat():
             "reduce": [2.0, 1.0],
         }
     )
+
+
+def test_the_accelerator_knows_its_engine():
+    """`sharding_engine` asks for it; these two are the kinds that shard."""
+    from accelerate import Accelerator, DistributedType
+    from accelerate.state import AcceleratorState, is_initialized
+
+    accelerator = Accelerator(cpu=True)
+    assert is_initialized() and AcceleratorState().distributed_type is accelerator.distributed_type
+    assert {"DEEPSPEED", "FSDP"} <= set(DistributedType.__members__)
+
+
+def test_loaders_say_how_many_processes_read_them():
+    """`rows_per_update` counts by these."""
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
+    from torch.utils.data import BatchSampler
+
+    shard = BatchSamplerShard(BatchSampler(range(8), 2, False), num_processes=2, process_index=0)
+    assert (shard.batch_size, shard.num_processes, shard.split_batches) == (2, 2, False)
+    loader = DataLoaderDispatcher(list(range(8)), batch_size=2)
+    assert loader.batch_sampler.batch_size == 2 and loader.split_batches is False and loader.state.num_processes == 1
