@@ -178,14 +178,15 @@ def python_of(environment: Environment, pinned: dict[str, str]) -> Path:
 
 
 def suites(environment: Environment, tests: Path = ROOT / "tests") -> dict[str, list[str]]:
-    """Return suite -> what pytest is given for it. The pins get what any package can break."""
-    chosen: Iterable[str] = AFFECTED[environment.package] if environment.package else sum(AFFECTED.values(), ())
+    """Return suite -> what pytest is given for it. On the pins `make test` runs what a package can break."""
+    chosen: Iterable[str] = AFFECTED[environment.package] if environment.package else ()
     found = {
         "contract": [str(tests / "contract"), *(f"--deselect={name}" for name in _LEFT_OUT)],
         "zoo": [str(tests / "zoo")],
         "affected": [str(tests / f"{name}.py") for name in dict.fromkeys(chosen)],
     }
-    return found if (tests / "zoo").is_dir() else {name: paths for name, paths in found.items() if name != "zoo"}
+    present = {"zoo": (tests / "zoo").is_dir(), "affected": bool(environment.package)}
+    return {name: paths for name, paths in found.items() if present.get(name, True)}
 
 
 def run_tests(python: Path, arguments: Sequence[str], workers: int) -> dict[str, Any]:

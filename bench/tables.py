@@ -155,6 +155,36 @@ def card_arguments(root: Path) -> str:
     return markdown_table(["kind of value", "arguments"], rows, False)
 
 
+def engines_table(root: Path) -> str:
+    """Return one row a trainer or method: which engine gives DDP's weights, and which refuses."""
+    from tests.engines.table import ENGINES, REFUSED, ROWS
+
+    titles = {method.key: method.title for method in METHODS}
+    rows, notes = [], []
+    for row in ROWS:
+        mark = ""
+        if row.why:
+            if row.why not in notes:
+                notes.append(row.why)
+            mark = f" <sup>{notes.index(row.why) + 1}</sup>"
+        cells = [row.outcome(engine) for engine in ENGINES]
+        card = f"[{titles[row.card]}](methods/{row.card}.md)" if row.card else ""
+        rows.append([row.title, card, *(f"**refused**{mark}" if cell == REFUSED else cell for cell in cells)])
+    table = markdown_table(["trainer or method", "card", *ENGINES.values()], rows, numbers=False)
+    return table + "\n\n" + "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
+
+
+def engine_settings_table(root: Path) -> str:
+    """Return one row a setting of the stack: whether our trainers run with it, and the test that shows it."""
+    from tests.engines.table import REFUSED, SETTINGS
+
+    rows = [
+        [s.title, "**refused**" if s.outcome == REFUSED else s.outcome, s.note, f"`{s.proof.replace('::', '`, `')}`"]
+        for s in SETTINGS
+    ]
+    return markdown_table(["setting", "outcome", "what was shown", "shown by"], rows, numbers=False)
+
+
 VIEWS = {
     "cards": cards_list,
     "goals": goals_list,
@@ -164,4 +194,6 @@ VIEWS = {
     "environments": environments_table,
     "card_objects": card_objects,
     "card_arguments": card_arguments,
+    "engines": engines_table,
+    "engine_settings": engine_settings_table,
 }

@@ -12,7 +12,7 @@ _SHARDING = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP
 
 def sharding_engine(args: Any) -> str | None:
     """
-    Return `"DeepSpeed"`, `"FSDP"`, or `None` where each process has the whole model and steps its own optimizer.
+    Return `"DeepSpeed"`, `"FSDP"`, `"tensor parallelism"`, or `None` where each process has the whole model and its optimizer.
 
     The training arguments alone do not tell: under `accelerate launch` the launch file chooses the engine, and `args.deepspeed`
     and `args.fsdp` stay empty. What counts is the accelerator of the Trainer, which exists from `on_init_end` on.
@@ -20,8 +20,12 @@ def sharding_engine(args: Any) -> str | None:
     Args:
         args (`TrainingArguments`): Of the run.
     """
-    if is_initialized() and (engine := _SHARDING.get(AcceleratorState().distributed_type)):
-        return engine
+    if is_initialized():
+        state = AcceleratorState()
+        if engine := _SHARDING.get(state.distributed_type):
+            return engine
+        if state.parallelism_config is not None and state.parallelism_config.tp_enabled:
+            return "tensor parallelism"
     if getattr(args, "deepspeed", None):
         return "DeepSpeed"
     return "FSDP" if getattr(args, "fsdp", None) else None

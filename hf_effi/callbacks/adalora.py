@@ -81,8 +81,8 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
     ) -> None:
         if sharding_engine(args):
             raise ValueError(
-                "AdaLoRACallback reads gradients after the update, and DeepSpeed and FSDP have freed or sharded them by "
-                "then. Train with DDP or on one device."
+                "AdaLoRACallback reads gradients after the update, and DeepSpeed, FSDP and tensor parallelism have freed or "
+                "sharded them by then. Train with DDP or on one device."
             )
         super().on_train_begin(args, state, control, **kwargs)
         self._adapter, self._plan_is_checked = adalora_of(kwargs["model"]), False

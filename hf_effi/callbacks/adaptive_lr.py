@@ -235,7 +235,7 @@ def refuse_sharded(args: TrainingArguments, who: str) -> None:
     Refuse a run in which a rank holds only a part of the parameters.
 
     Raises:
-        ScheduleError: FSDP or DeepSpeed is on.
+        ScheduleError: FSDP, DeepSpeed or tensor parallelism is on.
     """
-    if sharding_engine(args):
-        raise ScheduleError(f"{who} needs whole parameters on each rank, not FSDP or DeepSpeed shards. Use DDP.")
+    if engine := sharding_engine(args):
+        raise ScheduleError(f"{who} needs whole parameters on each rank, not the shards of {engine}. Use DDP.")

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..functional.layer_plan import plan_layer_modes
 from ..memory.layer_modes import LayerModeError, LayerModes, decoder_layers
 from ..memory.layer_profile import LayerProbe, measure_copy_bandwidth
+from ..patching import sharded_by_zero3
 from ._owners import OwningCallback, Role
 
 logger = logging.get_logger(__name__)
@@ -180,7 +181,8 @@ class MemoryBudgetCallback(_LayerModesCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in kwargs["model"].parameters()):
+        weights = list(kwargs["model"].parameters())
+        if any(isinstance(p, DTensor) for p in weights) or sharded_by_zero3(weights):
             raise LayerModeError(
                 "MemoryBudgetCallback runs single layers to measure them, which sharded parameters (FSDP, ZeRO-3, tensor "
                 "parallelism) do not allow. Use ActivationOffloadCallback or SelectiveCheckpointCallback."

@@ -59,7 +59,7 @@ class ReptileCallback(TurnCallback, SideFileCallback):
         if sharding_engine(args):
             raise ValueError(
                 "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own that "
-                "would overwrite them. Train with DDP or on one device."
+                "would overwrite them, and tensor parallelism has them in parts. Train with DDP or on one device."
             )
         super().on_train_begin(args, state, control, **kwargs)
         weights = self._trainable(kwargs["model"])

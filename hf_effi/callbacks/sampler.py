@@ -42,7 +42,8 @@ class SamplerCallback(OwningCallback):
     Raises:
         SamplerError: rule B, another length, a streaming dataset, or a second sampling option, callback or
             `train_sampler`.
-        SamplerMismatchError: the checkpoint was made with another sampler, or without one.
+        SamplerMismatchError: the checkpoint was made with another sampler, without one, or with another number of rows per
+            update.
 
     Example:
     ```python
@@ -94,7 +95,7 @@ class SamplerCallback(OwningCallback):
         updates = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
         self._epoch = state.global_step // updates
         self._batches_done = state.global_step % updates * args.gradient_accumulation_steps
-        store_order(state, self._served)
+        store_order(state, self._served, loader, args)
         loader.set_sampler(self._served)
 
     def on_epoch_begin(

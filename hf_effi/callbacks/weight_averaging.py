@@ -152,8 +152,8 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
     def _check(self, args: TrainingArguments, state: TrainerState) -> None:
         if sharding_engine(args):
             raise ValueError(
-                "WeightAveragingCallback reads whole weights, which DeepSpeed and FSDP keep in shards. Train with DDP or "
-                "on one device, or average what was saved: average_checkpoints."
+                "WeightAveragingCallback reads whole weights, which DeepSpeed, FSDP and tensor parallelism keep in shards. "
+                "Train with DDP or on one device, or average what was saved: average_checkpoints."
             )
         if "schedule_free" in str(args.optim):
             raise ValueError(f"optim={args.optim!r} averages its iterates itself. Drop WeightAveragingCallback.")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..functional.options import refuse_idle
-from ..patching import set_mode
+from ..patching import set_mode, sharded_by_zero3
 from ..patching.handle import CLAIM, Claim, PatchHandle
 from ._errors import KernelMismatchError, PatchError
 from ._layers import LayerGroup, Unit, layer_unit
@@ -164,8 +164,9 @@ class _Checker:
     @torch.inference_mode(False)  # where there would be no gradients to compare
     def _compare(self, key: Key, unit: Unit) -> str:
         for parameter in (p for module in unit.modules for p in module.parameters()):
-            # DTensor: FSDP2. Empty: ZeRO-3. Meta: offloaded by accelerate.
-            if parameter.device.type == "meta" or not parameter.numel() or hasattr(parameter, "device_mesh"):
+            # DTensor: FSDP2. Empty: a shard of FSDP. Meta: offloaded by accelerate.
+            sharded = hasattr(parameter, "device_mesh") or sharded_by_zero3([parameter])
+            if sharded or parameter.device.type == "meta" or not parameter.numel():
                 raise PatchError(
                     "its weights are sharded or offloaded, or in 8 bits by another patch, so the self-check cannot run. "
                     "Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..patching import sharded_by_zero3
+
 
 class Adapter(NamedTuple):
     """
@@ -48,6 +50,10 @@ def active_adapters(module: Any, reject: Callable[[str], Exception]) -> dict[str
         a, b = module.lora_A[name], module.lora_B[name]
         if b.bias is not None:
             raise reject(f"adapter {name!r} has a bias. Set lora_bias=False.")
+        if sharded_by_zero3([a.weight, b.weight]):
+            raise reject(
+                "ZeRO-3 has shards of its weights, whole only while PEFT's own modules are called. Use ZeRO-2 or DDP."
+            )
         if has_own_call(a) or has_own_call(b):
             raise reject(f"adapter {name!r} has hooks or a forward of its own, which would be skipped.")
         found[name] = Adapter(a.weight, b.weight, float(module.scaling[name]))

@@ -25,6 +25,10 @@ _UNLOAD = "unload_and_optionally_merge_module"
 _TRAINED = (
     "its base weight is trained, and 8 bits take no updates. Freeze it (requires_grad=False), or use FusedLoRALinear."
 )
+_TAKEN_OVER = (
+    "its base weight, which is empty while patched, was replaced since, as FSDP does when it shards a model: the wide weight "
+    "could not come back. Use DDP or ZeRO-2 (8 bits need no shards), or FusedLoRALinear."
+)
 
 
 def _reject(name: str, reason: str) -> PatchError:
@@ -37,6 +41,7 @@ class _Base:
     def __init__(self, name: str, module: Any, format: str) -> None:
         self.name, self.module, self.format = name, module, format
         self.wide: Tensor | None = None
+        self.emptied: nn.Parameter | None = None
         self.low: LowBitWeight | None = None
         self._hooks: list[Any] = []
 
@@ -46,6 +51,8 @@ class _Base:
             raise _reject(self.name, _TRAINED)
         if self.low is None:  # during the self-check, which brings its own wide weights
             return LowBitWeight.of(self.module.base_layer.weight, self.format)
+        if self.module.base_layer.weight is not self.emptied:
+            raise _reject(self.name, _TAKEN_OVER)
         self.low = self.low.to(device)
         return self.low
 
@@ -61,6 +68,7 @@ class _Base:
                 "are far larger than the others. Leave this layer out by a narrower key, or try the other format.",
             )
         self.low, self.wide = low, layer.weight.detach().to("cpu")
+        self.emptied = layer.weight
         layer.weight.data = layer.weight.new_empty(0)
         self._hooks = [
             layer.register_state_dict_post_hook(functools.partial(_put_wide, self)),
@@ -74,9 +82,9 @@ class _Base:
         """Put the wide weight back, on the device and in the dtype that the parameter has by now."""
         if self.wide is None:
             return  # by `unload()`
-        weight = self.module.base_layer.weight
+        weight = self.emptied
         weight.data = self.wide.to(weight.device, weight.dtype)
-        self.low = self.wide = None
+        self.low = self.wide = self.emptied = None
         for hook in self._hooks:
             hook.remove()
         for name in ("merge", _UNLOAD):

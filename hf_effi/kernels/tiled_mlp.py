@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..functional.sequence import tile_rows
-from ..patching import Results, compare, gradients
+from ..patching import Results, compare, gradients, sharded_by_zero3
 from ..patching.handle import PatchHandle, check_free
 from ._errors import PatchError
 from ._gated_mlp import GatedMLP, Keep, Linear, TiledFunction
@@ -191,7 +191,7 @@ def _check_bare(module: nn.Module, name: str) -> None:
     """The tiles read the weights and never call the projection: hooks on it would be lost."""
     if has_own_call(module):
         raise ValueError(
-            f"TiledMLP: {name} has hooks of its own (ZeRO-3, FSDP around a single layer, an accelerate hook or a patch), "
+            f"TiledMLP: {name} has hooks of its own (ZeRO-3: use ZeRO-2; FSDP around a single layer, an accelerate hook or a patch), "
             "which the tiles would pass by. Shard whole decoder layers, or leave tile_mlp out."
         )
 
@@ -224,9 +224,8 @@ def _kind(module: nn.Module) -> Any:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    return any(
-        isinstance(p, DTensor) or hasattr(p, "ds_id") or p.is_meta or not p.numel() for p in module.parameters()
-    )
+    weights = list(module.parameters())
+    return sharded_by_zero3(weights) or any(isinstance(p, DTensor) or p.is_meta or not p.numel() for p in weights)
 
 
 class _CheckedAtFirst:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..patching import sharded_by_zero3
 from ._errors import PatchError
 from ._layers import Unit, with_globals
 from ._targets import TRL_HEAD_FUNCTION, Target
@@ -33,7 +35,7 @@ class FusedLMHead:
 
     Raises:
         ValueError: a setting is out of range.
-        PatchError: when called: the weight is sharded by ZeRO-3.
+        PatchError: when applied or when called: the weight is sharded by ZeRO-3.
 
     Example:
     ```python
@@ -70,6 +72,7 @@ class FusedLMHead:
             return running["forward"](model, *args, **kwargs)
 
         head = target.module.get_output_embeddings()
+        _check_whole(head.weight)
         return Unit(
             (target,),
             (types.MethodType(forward, target.module),),
@@ -95,8 +98,7 @@ class FusedLMHead:
         **options: Any,
     ) -> LMHeadOutput:
         """Take the arguments of TRL's function, of which `chunk_size` is its own tile, and options of ours."""
-        if hasattr(weight, "ds_id"):
-            raise PatchError("FusedLMHead cannot read a head that ZeRO-3 shards. Use stage 2, or remove 'LMHead'.")
+        _check_whole(weight)
         return lm_head_log_probs(
             hidden,
             weight,
@@ -122,6 +124,15 @@ class _Function:
 
     def apply(self, *args: Any) -> Any:
         return self._original.apply(*args) if torch.compiler.is_compiling() else self._apply(*args)
+
+
+def _check_whole(weight: Tensor) -> None:
+    # In such a run TRL's own head gathers the weight, already in the self-check before the engine has the model.
+    if sharded_by_zero3([weight]) or is_deepspeed_zero3_enabled():
+        raise PatchError(
+            "FusedLMHead reads the head's weight outside of the head's own call, where ZeRO-3 has a shard of it. Use ZeRO-2, "
+            "FSDP2 or DDP, or remove 'LMHead'."
+        )
 
 
 def _probe(apply: Callable[..., Any], head: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:

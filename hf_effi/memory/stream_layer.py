@@ -28,6 +28,7 @@ from ..patching import (
     loss_and_gradients,
     named_draws,
     remembered,
+    sharded_by_zero3,
     short_reach,
     tiny_tokens,
 )
@@ -251,7 +252,7 @@ def stream_layers(model: nn.Module, num_chunks: int = 3, *, verify: bool = True)
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no such layer or a bad `num_chunks`; a model that draws random numbers in its layers (dropout) or whose
+        ValueError: no such layer or a bad `num_chunks`; weights that ZeRO-3 shards; a model that draws random numbers in its layers (dropout) or whose
             loss or gradients would be others, a router's loss among them, with the measured difference; at the call, in
             training: a filled cache, sequence parallelism, attention weights or router logits asked for, or a per-token
             argument that is not known here.
@@ -264,6 +265,7 @@ def stream_layers(model: nn.Module, num_chunks: int = 3, *, verify: bool = True)
     """
     if not isinstance(num_chunks, int) or isinstance(num_chunks, bool) or num_chunks < 1:
         raise ValueError(f"num_chunks={num_chunks!r} must be an integer of at least 1.")
+    _check_whole(model)
     found = {name: module for name, module in model.named_modules() if _is_decoder_layer(module)}
     if not found:
         raise ValueError(
@@ -341,10 +343,19 @@ def _streamed_forward(
     return _StreamedLayer.apply(hidden_states, call, *call.parameters)
 
 
+def _check_whole(module: nn.Module) -> None:
+    if sharded_by_zero3(module.parameters()):
+        raise ValueError(
+            "StreamLayer: the gradients of a layer's weights are collected outside of the modules that own them, where ZeRO-3 "
+            "has shards only. Use ZeRO-2, FSDP2 or DDP, or leave stream_layers out."
+        )
+
+
 def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
     name, cache = given_cache(arguments)
     if cache is not None and cache.get_seq_length(layer.self_attn.layer_idx):
         raise ValueError(f"StreamLayer: the cache holds keys already. In training pass no {name}.")
+    _check_whole(layer)
     if arguments.get(LAYOUT) is not None:
         raise ValueError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
     if arguments.get("encoder_hidden_states") is not None:

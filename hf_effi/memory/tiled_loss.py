@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .._compat import chunked_linear_cross_entropy
 from ..functional.sequence import logit_rows
-from ..patching import CannotLook, Results, call, compare, gradients, remembered, tiny_tokens
+from ..patching import CannotLook, Results, call, compare, gradients, remembered, sharded_by_zero3, tiny_tokens
 from ..patching.handle import PatchHandle, check_free
 
 IGNORED = -100
@@ -105,9 +105,10 @@ def tiled_cross_entropy(
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}: one label a position is needed."
         )
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in head.parameters()):
+    if any(isinstance(p, DTensor) for p in head.parameters()) or sharded_by_zero3(head.parameters()):
         raise ValueError(
-            "The head's weights are sharded outside of its forward (ZeRO-3, or FSDP around the head alone)."
+            "The head's weights are sharded outside of its forward (ZeRO-3, or FSDP around the head alone). Use ZeRO-2, DDP, "
+            "or FSDP2 around decoder layers; or leave tile_loss out."
         )
     chosen = labels != IGNORED
     hidden, labels = hidden[chosen], labels[chosen]

@@ -3,7 +3,7 @@
 from ._finding import ALLOWED, Finding, Results, agreed
 from ._generators import OtherStates
 from ._inputs import CannotLook, device_of, output_of, tiny_tokens
-from ._reach import dtypes_to_try, is_packed, is_sharded, out_of_reach
+from ._reach import dtypes_to_try, is_packed, is_sharded, out_of_reach, sharded_by_zero3
 from ._state import set_mode, untouched
 from .probe import compare, gradients, looking, probing, remembered
 from .questions import (
@@ -47,6 +47,7 @@ __all__ = [
     "remembered",
     "rows_see_each_other",
     "set_mode",
+    "sharded_by_zero3",
     "short_reach",
     "tiny_tokens",
     "untouched",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def out_of_reach(model: nn.Module) -> str | None:
         )
     hooked = _loaded_by_hooks(model)
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
+        if sharded_by_zero3([parameter]):
             return f"the weights are sharded by DeepSpeed ZeRO-3 ({name})"
         if hasattr(parameter, _FLATTENED) or isinstance(parameter, FlatParameter):
             return f"the weights are sharded by FullyShardedDataParallel, FSDP1 ({name})"
@@ -56,6 +56,15 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 or tensor parallelism has the weights in parts; after a forward FSDP2 may show them whole for a while."""
     parts = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     return parts or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def sharded_by_zero3(parameters: Iterable[nn.Parameter]) -> bool:
+    """
+    Whether DeepSpeed ZeRO-3 has a part of one of these; a rank sees them whole only while their own module is called.
+
+    FSDP2 gathers whole blocks: inside of a layer, whoever reads the weights of its modules finds them there.
+    """
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 def is_packed(parameter: nn.Parameter) -> bool:

@@ -58,12 +58,41 @@ def in_layout_of(stock: Any, sampler: EffiSampler) -> EffiSampler:
 STATE_KEY = "hf_effi.sampler"
 
 
-def store_order(state: Any, served: EffiSampler) -> None:
-    """Write into the state that gets saved which sampler orders the rows of the run, up to this update."""
+def rows_per_update(loader: Any, args: Any) -> int:
+    """Return how many rows all processes train on in one update; of batches without a fixed size: how many there are."""
+    batches = loader.batch_sampler
+    size = getattr(batches, "batch_size", None)
+    if size is None:
+        return args.world_size * args.gradient_accumulation_steps
+    dispatches = isinstance(loader, DataLoaderDispatcher)
+    splits = loader.split_batches if dispatches else getattr(batches, "split_batches", False)
+    # Ranks that share a sequence read the same rows, and their loader counts them once.
+    readers = loader.state.num_processes if dispatches else getattr(batches, "num_processes", 1)
+    return size * (1 if splits else readers) * args.gradient_accumulation_steps
+
+
+def store_order(state: Any, served: EffiSampler, loader: Any, args: Any) -> None:
+    """
+    Write into the state that gets saved which sampler orders the rows of the run, up to this update.
+
+    Raises:
+        SamplerMismatchError: the checkpoint was trained with another number of rows per update, so that its place in the
+            order would be missed.
+    """
+    rows = rows_per_update(loader, args)
+    stored = state.stateful_callbacks.get(STATE_KEY) or {}
+    trained = stored.get("rows_per_update", rows) if stored.get("step") == state.global_step > 0 else rows
+    if trained != rows and not args.ignore_data_skip:
+        raise SamplerMismatchError(
+            f"The checkpoint at step {state.global_step} was trained with {trained} rows per update, this run has {rows}: the "
+            "Trainer counts finished updates, and would go on at another place in the order. Keep per_device_train_batch_size "
+            f"x gradient_accumulation_steps x processes at {trained}, or start a new run from the weights."
+        )
     state.stateful_callbacks[STATE_KEY] = {
         "sampler": type(getattr(served, "sampler", served)).__name__,
         "class": served.identity(),
         "fingerprint": served.fingerprint(),
+        "rows_per_update": rows,
         "step": state.global_step,
     }
 

@@ -15,6 +15,7 @@ from ..functional.probes import probing_model
 from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number, check_steps
 from ..functional.schedules.adaptive import suggest_from_range_test
+from ..patching import is_sharded, out_of_reach
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ def lr_range_test(
         stop_factor (`float`, *optional*, defaults to 4.0): Above 1.
 
     Raises:
-        ScheduleError: too few batches, or a bad range.
+        ScheduleError: too few batches, a bad range, or a model and optimizer of DeepSpeed, FSDP or tensor parallelism.
     """
     if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
         raise ScheduleError(
             f"lr_range_test needs a torch.nn.Module and a torch.optim.Optimizer, not {type(model).__name__} and "
             f"{type(optimizer).__name__}. Pass model, optimizer, batches in this order."
         )
+    _check_whole(model, optimizer)
     if not isinstance(batches, Sequence):
         raise ScheduleError(
             f"batches is {type(batches).__name__}, not a list. Pass a list of batches: list(dataloader)."
@@ -99,6 +101,18 @@ def lr_range_test(
         finally:
             restore_snapshot(snapshot, model, optimizer)
     return _judge(runs)
+
+
+def _check_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Under DeepSpeed the engine steps and not the optimizer, so that the test would find a flat loss."""
+    kind = type(optimizer).__module__
+    owned = kind.startswith("deepspeed") or kind == "accelerate.utils.deepspeed"
+    if owned or is_sharded(model) or out_of_reach(model):
+        raise ScheduleError(
+            f"lr_range_test steps the optimizer itself and puts whole weights back, but {type(optimizer).__name__} or the "
+            "model is DeepSpeed's, FSDP's or tensor-parallel. Run the test on the plain model, before it is given to the "
+            "engine."
+        )
 
 
 def _sweep(

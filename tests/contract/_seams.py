@@ -49,6 +49,14 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{GRPO}._log_completion_extra": "self column values",
     f"{GRPO}.log": "self logs start_time",
     f"{GRPO}.create_model_card": "self model_name dataset_name tags",
+    # What stands in for the client of a vLLM server, and who calls it.
+    "trl.generation.vllm_client:VLLMClient.generate": "self prompts features n repetition_penalty temperature top_p top_k"
+    " min_p max_tokens logprobs structured_outputs_regex generation_kwargs",
+    "trl.generation.vllm_client:VLLMClient.update_named_params": "self metadata named_params",
+    "trl.generation.vllm_client:VLLMClient.image_features": "self images max_concurrent_requests",
+    "trl.generation.vllm_client:VLLMClient.reset_prefix_cache": "self",
+    "trl.generation.vllm_generation:VLLMGeneration.generate": "self prompts images num_generations profiler",
+    "trl.generation.vllm_generation:VLLMGeneration.sync_weights": "self",
     # TRL's helpers.
     f"{UTILS}:RepeatSampler.__init__": "self data_source mini_repeat_count batch_size repeat_count shuffle seed",
     f"{UTILS}:split_tensor_dict": "tensor_dict num_chunks",
@@ -353,6 +361,12 @@ READS = {
     " num_iterations args.steps_per_generation args.gradient_accumulation_steps accelerator.process_index"
     " mask_truncated_completions args.per_device_train_batch_size",
     f"{GRPO}.training_step": "_step current_gradient_accumulation_steps",
+    f"{GRPO}._generate_single_turn": "use_vllm state.global_step _last_loaded_step",
+    "trl.generation.vllm_generation:VLLMGeneration.sync_weights": "vllm_client.update_named_params"
+    " vllm_client.reset_prefix_cache",
+    "trl.generation.vllm_generation:VLLMGeneration.generate": "vllm_client.generate vllm_client.image_features",
+    "trl.generation.vllm_client:VLLMClient.generate": "base_url",
+    "trl.generation.vllm_client:VLLMClient._post": "session.post",
 }
 
 

@@ -49,6 +49,10 @@ CALLS: dict[str, tuple[str, str]] = {
     "peft:LoraConfig": ("r target_modules task_type", f"{_HERE}test_lora_is_made_as_it_is_asked_for"),
     # trainers
     "super().compute_loss": ("num_items_in_batch", f"{_HERE}test_trainers_divide_by_the_number_of_items"),
+    "super().increment": (
+        "error",
+        "tests/engines/test_vllm_failures.py::test_a_server_that_gave_no_answer_in_time_is_not_asked_again",
+    ),
     "super()._get_per_token_logps_and_entropies": (
         "compute_entropy",
         f"{_HERE}test_grpo_computes_entropies_where_it_is_asked_to",

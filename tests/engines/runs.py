@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import hf_effi
 from hf_effi import samplers
-from tests.helpers import binary_hash_reward, lm_dataset, prompt_dataset, sft_dataset, tiny_qwen3, tiny_tokenizer
+from hf_effi.callbacks.reptile import ReptileCallback
+from tests.helpers import (
+    binary_hash_reward,
+    lm_dataset,
+    prompt_dataset,
+    save_tiny,
+    sft_dataset,
+    tiny_qwen3,
+    tiny_tokenizer,
+)
 from tests.helpers.cpu_engines import engine_arguments, run_on_cpu
+from tests.helpers.prompts import answers
 
 ROWS = 32
 LENGTH = 12
@@ -83,7 +96,7 @@ class Place:
             "learning_rate": 1e-3,
             # At 1e-8 Adam makes a whole step of the rounding of a gradient that is nearly zero.
             "adam_epsilon": 1e-4,
-            "max_steps": 3,
+            "max_steps": 2,
             "seed": 7,
             "per_device_train_batch_size": 2,
             "gradient_checkpointing": False,
@@ -104,7 +117,17 @@ def finish(trainer: Any, resume: str | None = None) -> Outcome:
     if trainer.accelerator.process_index == 0:
         weights = {name.removeprefix("module."): value.detach().cpu().clone() for name, value in state.items()}
     log = [dict(entry) for entry in trainer.state.log_history]
-    return Outcome(weights, log, trainer.state.global_step, more={"kind": str(trainer.accelerator.distributed_type)})
+    more = {
+        "kind": trainer.accelerator.distributed_type.value,
+        "sharded": any(is_shard(parameter) for parameter in trainer.model.parameters()),
+        "savings": getattr(trainer, "exact_savings", None),
+    }
+    return Outcome(weights, log, trainer.state.global_step, more=more)
+
+
+def is_shard(parameter: torch.nn.Parameter) -> bool:
+    """Whether this process has a part of a parameter only."""
+    return isinstance(parameter, DTensor) or (hasattr(parameter, "ds_id") and not parameter.numel())
 
 
 # --- the trainers -----------------------------------------------------------------------------------------------------
@@ -130,8 +153,12 @@ def lm(
 def sft(place: Place, *callbacks: TrainerCallback, resume: str | None = None, **over: Any) -> Outcome:
     cls, config = over.pop("cls", SFTTrainer), over.pop("config", SFTConfig)
     made = {"processing_class": tiny_tokenizer(), **over.pop("made", {})}
+    attention = over.pop("attention", None)
     args = place.arguments(config, **{"max_length": 32, **over})
-    trainer = cls(tiny_qwen3(), args, train_dataset=sft_dataset(ROWS), callbacks=list(callbacks), **made)
+    model = tiny_qwen3()
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    trainer = cls(model, args, train_dataset=sft_dataset(ROWS), callbacks=list(callbacks), **made)
     return finish(trainer, resume)
 
 
@@ -150,6 +177,17 @@ def grpo(place: Place, resume: str | None = None, **over: Any) -> Outcome:
         **made,
     )
     return finish(trainer, resume)
+
+
+def named_grpo(place: Place) -> Outcome:
+    """A model by its name: under ZeRO-3 transformers shards it as it loads, before any trainer sees it."""
+    name = str(place.folder / "model")
+    settings = {"model_init_kwargs": {"dtype": "float32"}, "num_iterations": 2}
+    place.arguments()  # sets up the processes
+    if torch.distributed.get_rank() == 0:
+        save_tiny(tiny_qwen3(end_tokens=10), tiny_tokenizer(), name)
+    torch.distributed.barrier()
+    return grpo(place, model=name, **settings)
 
 
 def resumed(train: Callable[..., Outcome], place: Place, at: int, **over: Any) -> Outcome:
@@ -196,7 +234,8 @@ RL = {"difficulty_range": [0, 1], "prune_rate": 0.5, "steps_per_generation": 2, 
 
 
 def effi_grpo(place: Place, **over: Any) -> Outcome:
-    return grpo(place, made={"train_sampler": shuffled()}, **RL, **over)
+    doctor = hf_effi.GRPODoctor(say=lambda sentence: None)
+    return grpo(place, made={"train_sampler": shuffled(), "callbacks": [doctor]}, **RL, **over)
 
 
 def with_resume(train: Callable[..., Outcome]) -> Callable[[Place], Outcome]:
@@ -232,6 +271,32 @@ class Measured(hf_effi.trainers.mixins.SamplerMixin, Trainer):
     pass
 
 
+class Transformed(hf_effi.trainers.mixins.BatchTransformMixin, Trainer):
+    pass
+
+
+class _RangeTest(TrainerCallback):
+    """A range test in the middle of a run, which has to leave no trace."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tokens = torch.tensor(lm_dataset(10, length=LENGTH)["input_ids"])
+        batches = [{"input_ids": row[None], "labels": row[None]} for row in tokens]
+        hf_effi.schedules.lr_range_test(kwargs["model"], kwargs["optimizer"], batches, repeats=1)
+        kwargs["optimizer"].zero_grad()
+
+
+def denoising() -> hf_effi.data.UL2Denoising:
+    return hf_effi.data.UL2Denoising(range(200, 220), 0, 32, eos_token_id=1)
+
+
+def shared_prefix(place: Place) -> Outcome:
+    args = place.arguments(remove_unused_columns=False)
+    model = tiny_qwen3()
+    model.set_attn_implementation(hf_effi.attention.register_varlen_attention())
+    collate = hf_effi.data.SharedPrefixCollator(model)
+    return finish(Trainer(model, args, train_dataset=Dataset.from_list(answers(ROWS)), data_collator=collate))
+
+
 def patched(*patches: Callable[..., Any]) -> Callable[[Place], Outcome]:
     return lambda place: lm(place, hf_effi.PatchCallback(*patches))
 
@@ -241,10 +306,11 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
     "EffiTrainer": with_resume(effi_trainer),
     "EffiSFTTrainer": with_resume(effi_sft),
     "EffiGRPOTrainer": with_resume(effi_grpo),
-    "exact_savings": lambda place: grpo(place, num_iterations=2, max_steps=4),
-    "exact_savings_off": lambda place: grpo(place, num_iterations=2, max_steps=4, exact_savings="off"),
+    "exact_savings": lambda place: grpo(place, num_iterations=2, max_steps=2),
+    "named_grpo": named_grpo,
+    "stock_grpo": lambda place: grpo(place, num_iterations=2, max_steps=2, cls=GRPOTrainer, config=GRPOConfig),
     "weight_averaging": lambda place: lm(place, hf_effi.WeightAveragingCallback(2, every_steps=1, kind="uniform")),
-    "reptile": lambda place: lm(place, _reptile()),
+    "reptile": lambda place: lm(place, ReptileCallback(every_steps=2, beta=0.5)),
     "adalora": lambda place: lm(
         place, hf_effi.callbacks.AdaLoRACallback(set_total_step=True), model=adapted_for_adalora, max_steps=6
     ),
@@ -286,6 +352,17 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
     "sequence_parallel": lambda place: lm(
         place, cls=hf_effi.EffiTrainer, config=hf_effi.EffiTrainingArguments, sequence_parallel_size=2
     ),
+    "lr_range_test": lambda place: lm(place, _RangeTest()),
+    "token_budget": lambda place: lm(
+        place, cls=Measured, made={"train_sampler": samplers.TokenBudgetBatchSampler([LENGTH] * ROWS, 4 * LENGTH)}
+    ),
+    "ul2_denoising": lambda place: lm(
+        place, cls=Transformed, model=lambda: tiny_qwen3(vocab_size=256), made={"batch_transform": denoising()}
+    ),
+    "shared_prefix": shared_prefix,
+    "varlen_attention": lambda place: sft(
+        place, attention=hf_effi.attention.register_varlen_attention(), packing=True
+    ),
     "sequence_length_growth": lambda place: lm(place, cls=Grown, made={"sequence_length": _growing}),
     "self_paced": lambda place: lm(
         place,
@@ -297,12 +374,6 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
 
 def _growing(step: int, steps: int) -> int:
     return 6 + 2 * step
-
-
-def _reptile() -> TrainerCallback:
-    from hf_effi.callbacks.reptile import ReptileCallback
-
-    return ReptileCallback(every_steps=2, beta=0.5)
 
 
 class EagerNorm(torch.nn.Module):
@@ -330,7 +401,7 @@ def run_cases(engine: str, names: Sequence[str], folder: str, launched: bool = F
     run_on_cpu(engine)
     outcomes = {}
     for name in names:
-        _Count.updates = 0
+        _Count.updates, start = 0, time.monotonic()
         try:
             outcomes[name] = CASES[name](Place(engine, Path(folder) / name, launched))
         except Exception as error:
@@ -339,6 +410,7 @@ def run_cases(engine: str, names: Sequence[str], folder: str, launched: bool = F
                 refused=f"{type(error).__name__}: {error}",
                 where="".join(traceback.format_exception(error)[-12:]),
             )
+        print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return outcomes

@@ -11,13 +11,12 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from hf_effi import EffiGRPOTrainer
-from tests.engines._vllm_runs import METHODS, MODES, logged, served, train, train_on
+from tests.engines._vllm_runs import METHODS, MODES, logged, on_tiny_server, served, tiny_model, train, train_on
 from tests.helpers import (
     TableReward,
     assert_bitwise_equal,
     prompt_dataset,
     save_tiny,
-    tiny_qwen3,
     tiny_tokenizer,
     weights_of,
 )
@@ -56,7 +55,7 @@ def after_opening(server: Any) -> list[str]:
 )
 def test_off_is_stock_to_the_bit_and_savings_keep_the_gradient(tmp_path: Path, over: dict[str, Any]) -> None:
     settings = {"noise": 0.2, **PLAIN, **over}
-    model = save_tiny(tiny_qwen3(end_tokens=10), tiny_tokenizer(), tmp_path)  # a reference model is loaded by name
+    model = save_tiny(tiny_model(), tiny_tokenizer(), tmp_path)  # a reference model is loaded by name
     stock = train(GRPOTrainer, model=model, **settings)
     off, on = train(exact_savings="off", model=model, **settings), train(model=model, **settings)
     assert_bitwise_equal(stock.model, off.model)
@@ -73,6 +72,7 @@ def test_new_weights_are_sent_before_each_generation_and_seen_in_its_log_probs()
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-4
 
 
+@on_tiny_server
 def test_log_probs_show_a_server_that_keeps_its_old_weights() -> None:
     """The negative control of the test above: the third and later updates are received and not used."""
     trainer = train(max_steps=3, learning_rate=1e-2, faults=[Fault("/update_weights", "stale", first=2)])
@@ -182,10 +182,11 @@ def test_an_evaluation_generates_with_the_weights_of_its_step() -> None:
     assert min(logged(watched, "effi/time_train")) > 0
 
 
+@on_tiny_server
 def test_the_server_refuses_what_vllm_refuses() -> None:
     """So that the tests above mean something."""
     with served() as server:
-        trainer = train_on(server, train=False, model=tiny_qwen3(end_tokens=10))
+        trainer = train_on(server, train=False, model=tiny_model())
         asked = {
             "prompt": [[5, 6]],
             "n": 1,

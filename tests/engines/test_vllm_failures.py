@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from urllib3.util.retry import Retry
 
 from hf_effi.trainers.grpo.vllm_server import Failure, GuardedClient, VLLMServerError
-from tests.engines._vllm_runs import METHODS, logged, served, train, train_on
+from tests.engines._vllm_runs import METHODS, logged, on_tiny_server, served, train, train_on
 from tests.helpers import assert_bitwise_equal, prompt_dataset
 from tests.helpers.vllm_server import Fault
 
@@ -26,12 +26,10 @@ FAULTS = {
         "new weights were sent: it cannot be",
     ),
     "dies while weights are sent": (Fault("/update_weights", "die", first=2), "failed while new weights were sent"),
-    "hangs while it generates": (Fault(GENERATE, "hang", first=3), "no answer within 1 seconds, so it hangs: stop it"),
-    "hangs when weights come": (Fault("/start_weight_update", "hang", first=2), "raise ddp_timeout"),
     "answers 500": (Fault(GENERATE, "error", first=3), '500, {"error": {"message": "EngineCore encountered an issue.'),
     "cannot finish an update": (Fault("/finish_weight_update", "error", first=2), "new weights were sent: Exception"),
     "cannot reset its cache": (Fault("/reset_prefix_cache", "error", first=2), "its prefix cache was reset"),
-    "leaves out a completion": (Fault(GENERATE, "few", first=3), "it returned 31 completions where 32 were asked for"),
+    "leaves out a completion": (Fault(GENERATE, "few", first=3), "completions where"),
     "mixes up the prompts": (Fault(GENERATE, "other", first=3), "it answered for other prompts than it was sent"),
 }
 
@@ -47,14 +45,19 @@ def whole() -> Any:
     return train(**{**SAVING, "save_strategy": "no"})
 
 
-@pytest.mark.parametrize("case", FAULTS)
+#: a relay that dies leaves the vLLM behind it alive, in a transfer that nobody ends
+_TINY_ONLY = {"dies while weights are sent"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=on_tiny_server if case in _TINY_ONLY else ()) for case in FAULTS]
+)
 def test_the_run_ends_with_a_sentence_and_goes_on_from_its_last_checkpoint(
     tmp_path: Path, whole: Any, case: str
 ) -> None:
     fault, says = FAULTS[case]
-    settings = SAVING | ({"ddp_timeout": 1} if fault.kind == "hang" else {})
     with pytest.raises(VLLMServerError) as caught, served(faults=[fault]) as server:
-        train_on(server, folder=tmp_path, **settings)
+        train_on(server, folder=tmp_path, **SAVING)
     message = str(caught.value)
     assert f"the vLLM server at {server.url} failed while" in message and says in message
     assert "trainer.train(resume_from_checkpoint=True) goes on from " + str(tmp_path / "checkpoint-") in message
@@ -68,6 +71,14 @@ def test_a_server_that_fails_twice_and_then_answers_is_asked_again(whole: Any) -
     trainer = train(faults=faults, **{**SAVING, "save_strategy": "no"})
     assert trainer.server.calls.count(GENERATE) == whole.server.calls.count(GENERATE) + 2
     assert_bitwise_equal(whole.model, trainer.model)
+
+
+@pytest.mark.parametrize("endpoint", [GENERATE, "/start_weight_update"])
+def test_a_server_that_gave_no_answer_in_time_is_not_asked_again(endpoint: str) -> None:
+    says = "no answer within 8 seconds, so it hangs: stop it.*raise ddp_timeout"
+    with pytest.raises(VLLMServerError, match=says), served(faults=[Fault(endpoint, "hang")]) as server:
+        train_on(server, ddp_timeout=8)
+    assert server.calls.count(endpoint) == 1
 
 
 def test_an_update_that_failed_is_not_sent_again() -> None:

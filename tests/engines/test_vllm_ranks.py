@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from trl import GRPOTrainer
 
 from hf_effi import EffiGRPOTrainer
@@ -50,6 +51,7 @@ def on_two_ranks() -> dict[str, Any]:
         )
         found["weights"][name] = [weights_of(trainer.model) for trainer in (stock, off, on)]
         found["calls"] = on.server_calls.count(GENERATE), stock.server_calls == on.server_calls
+    found["sequences split"] = weights_of(one(sequence_parallel_size=2).model)
     folder, methods = _agreed_folder(), {**METHODS, "per_device_train_batch_size": 4, "max_steps": 5}
     for mode in ("token_truncate", "sequence_mask"):
         over = {**methods, "vllm_importance_sampling_mode": mode}
@@ -60,12 +62,15 @@ def on_two_ranks() -> dict[str, Any]:
 
 
 def test_ranks_agree_and_off_is_stock_to_the_bit() -> None:
-    first, second = run_distributed(on_two_ranks, 2)
+    first, second = run_distributed(on_two_ranks, 2, timeout=900.0)
     for name, (stock, off, on) in first["weights"].items():
         assert_bitwise_equal(stock, off, what=f"{name}: off")
         for mine, other in zip((stock, off, on), second["weights"][name], strict=True):
             assert_bitwise_equal(mine, other, what=f"{name}: ranks")
         assert max(float((stock[key] - on[key]).abs().max()) for key in stock) < 1e-4
+    whole = first["weights"]["group of a rank"][2]
+    for split in (first["sequences split"], second["sequences split"]):
+        assert max(float((whole[key] - split[key]).abs().max()) for key in whole) < 1e-4
     assert first["calls"] == (3, True) and second["calls"] == (0, True)
     for mode in ("token_truncate", "sequence_mask"):
         for weights in (first[mode][1], *second[mode][:2]):
@@ -86,7 +91,7 @@ def failing_and_resumed() -> dict[str, Any]:
         Fault(GENERATE, "hang", first=3),
     ):
         try:
-            one(faults=[fault], folder=folder, **saving, ddp_timeout=2 if fault.kind == "hang" else 1800)
+            one(faults=[fault], folder=folder, **saving, ddp_timeout=8 if fault.kind == "hang" else 1800)
         except VLLMServerError as error:
             found["said"].append(str(error))
         resumed = one(folder=folder, resume_from_checkpoint=f"{folder}/checkpoint-2", **saving)
@@ -103,10 +108,42 @@ def _agreed_folder() -> str:
 
 
 def test_every_rank_ends_with_the_same_sentence_and_goes_on_from_the_checkpoint() -> None:
-    first, second = run_distributed(failing_and_resumed, 2)
+    first, second = run_distributed(failing_and_resumed, 2, timeout=900.0)
     assert first["said"] == second["said"] and len(first["said"]) == 3
     for message, says in zip(first["said"], ("completions where", "cannot be reached", "it hangs"), strict=True):
         assert says in message and "goes on from" in message
     for rank in (first, second):
         for resumed in rank["resumed"]:
             assert_bitwise_equal(first["whole"], resumed)
+
+
+def under_zero3(folder: str) -> dict[str, Any]:
+    """Every rank gathers each parameter for the weights that the first one sends."""
+    from tests.helpers.cpu_engines import engine_arguments, run_on_cpu
+
+    run_on_cpu("zero3")
+    methods = {**METHODS, "per_device_train_batch_size": 4, "max_steps": 5, **engine_arguments("zero3")}
+    whole = one(folder=folder, save_strategy="steps", save_steps=3, **methods)
+    resumed = one(resume_from_checkpoint=f"{folder}/checkpoint-3", **methods)
+    said = ""
+    try:
+        one(faults=[Fault("/start_weight_update", "error", first=2)], **methods)
+    except VLLMServerError as error:
+        said = str(error)
+    found = {"log_probs": logged(whole, "sampling/sampling_logp_difference/max"), "said": said}
+    return found | {name: _whole_weights(run) for name, run in (("whole", whole), ("resumed", resumed))}
+
+
+def _whole_weights(trainer: Any) -> dict[str, Any]:
+    state = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    return {name: value.clone() for name, value in state.items()} if trainer.is_world_process_zero() else {}
+
+
+def test_zero3_sends_whole_weights_and_fails_on_every_rank(tmp_path: Any) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    pytest.importorskip("tests.helpers.cpu_engines", reason="needs the helper that runs DeepSpeed on CPUs")
+    first, second = run_distributed(under_zero3, 2, str(tmp_path), timeout=900.0)
+    # Noise of 0.2 is far below what stale or partial weights make of log-probs.
+    assert max(first["log_probs"]) < 1.5
+    assert "EngineCore" in first["said"] and first["said"] == second["said"]
+    assert_bitwise_equal(first["whole"], first["resumed"])

@@ -42,18 +42,22 @@ def run_on_cpu(engine: str) -> None:
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
-def engine_arguments(engine: str, **fsdp: Any) -> dict[str, Any]:
+def engine_arguments(engine: str) -> dict[str, Any]:
     """
     Return the training arguments that choose an engine.
 
     Args:
-        engine (`str`): One of `ENGINES`.
-        fsdp: Further entries of `fsdp_config`, such as `state_dict_type="SHARDED_STATE_DICT"`.
+        engine (`str`): One of `ENGINES`. FSDP2 saves shards.
     """
     if engine == "ddp":
         return {"use_cpu": True}
     if engine == "fsdp2":
-        return {"use_cpu": True, "fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True, **fsdp}}
+        sharding = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
+        return {"use_cpu": True, "fsdp": True, "fsdp_config": sharding}
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    sharding = {"stage": int(engine[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+    sharding = {
+        "stage": int(engine[-1]),
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "stage3_param_persistence_threshold": 100,  # else ZeRO-3 would keep these tiny matrices whole
+    }
     return {"use_cpu": False, "deepspeed": {"zero_optimization": sharding, **dict.fromkeys(auto, "auto")}}

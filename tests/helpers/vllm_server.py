@@ -1,9 +1,10 @@
 """
-A server of our own in place of vLLM: the endpoints that TRL's `VLLMClient` calls, on a tiny transformers model in fp32.
+Servers for TRL's `VLLMClient`: one of our own in place of vLLM, and one in front of a vLLM.
 
-It keeps the rules of vLLM's: weights are taken between the start and the finish of an update and only over the group that
-was opened, and nothing is generated meanwhile or before the prefix cache was reset. It has weights of its own, so that a
-client that sends them late, or not at all, shows in the log-probs it gets back.
+[`TinyServer`] has the endpoints that the client calls, on a tiny transformers model in fp32, and keeps the rules of vLLM's:
+weights are taken between the start and the finish of an update and only over the group that was opened, and nothing is
+generated meanwhile or before the prefix cache was reset. It has weights of its own, so that a client that sends them late, or
+not at all, shows in the log-probs it gets back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import requests
 import torch
 
 from .vllm_gloo import GlooGroup
@@ -54,57 +56,33 @@ class Fault:
         return endpoint == self.endpoint and self.first <= call <= last
 
 
-class TinyServer:
+class Server:
     """
-    Serve `model` on a port of its own, in threads of this process. Use it as a context manager.
+    Endpoints on a port of its own, in threads of this process. Use it as a context manager.
 
     Args:
-        model (`PreTrainedModel`):
-            Another model than the trainer's; its weights are overwritten by those that the client sends.
         noise (`float`, *optional*, defaults to 0):
             Standard deviation of what is added to every log-prob: the numerical distance between two engines, which makes
             importance ratios differ from 1.
         faults (`Sequence[Fault]`, *optional*):
             What goes wrong.
-        logprobs_mode (`str`, *optional*, defaults to `"processed_logprobs"`):
-            What `/server_info` says of it.
-
-    What is sampled is a function of the seed of the request, the prompt and the weights, not of the calls before: a
-    resumed run meets a fresh server.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        noise: float = 0.0,
-        faults: Sequence[Fault] = (),
-        logprobs_mode: str = "processed_logprobs",
-    ) -> None:
-        self.model, self.noise, self.faults = model.eval(), noise, tuple(faults)
+    def __init__(self, noise: float = 0.0, faults: Sequence[Fault] = ()) -> None:
+        self.noise, self.faults = noise, tuple(faults)
         self.calls: list[str] = []
         #: (prompt, completion) -> the log-probs of each time that it was sampled
         self.sampled: dict[tuple[tuple[int, ...], tuple[int, ...]], list[list[float]]] = {}
-        self.group: GlooGroup | None = None
-        self.updating, self.cache_is_old = False, False
         self._counts: Counter[str] = Counter()
         self._closed = threading.Event()
-        config = {"weight_transfer_config": {"backend": "gloo"}, "model_config": {"logprobs_mode": logprobs_mode}}
-        self._answers = {
-            "/health": {},
-            "/v1/models": {"data": [{"id": "tiny"}]},
-            "/get_world_size": {"world_size": 1},
-            "/server_info": {"vllm_config": config},
-        }
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
-        #: for `vllm_group_port`: free a moment ago
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.group_port = probe.getsockname()[1]
+        #: for `vllm_group_port`
+        self.group_port = free_port()
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
-    def __enter__(self) -> TinyServer:
+    def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -114,12 +92,9 @@ class TinyServer:
         """Stop listening and drop every connection: what a client sees of a process that was killed."""
         if not self._closed.is_set():
             self._closed.set()
-            if self.group is not None:
-                self.group.close()
+            self._let_go()
             self._http.shutdown()
             self._http.server_close()
-
-    # --- requests ---------------------------------------------------------------------------------------------------
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Return status and body, or `None` where the connection is to be dropped without an answer."""
@@ -138,8 +113,47 @@ class TinyServer:
             return 500, {"error": {"message": "EngineCore encountered an issue."}}
         try:
             return 200, self._act(path, body, kinds)
-        except (BrokenRule, RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             return 500, {"error": {"message": f"{type(error).__name__}: {error}"}}
+
+    def record(self, prompt: list[int], tokens: list[int], logps: list[float]) -> None:
+        self.sampled.setdefault((tuple(prompt), tuple(tokens)), []).append(logps)
+
+    def _act(self, path: str, body: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
+        """Do what is asked for; a `RuntimeError`, `KeyError` or `ValueError` is answered by status 500."""
+        raise NotImplementedError
+
+    def _let_go(self) -> None:
+        """Give back what the server holds, as the end of a process does."""
+
+
+class TinyServer(Server):
+    """
+    Serves `model`, whose weights are overwritten by those that the client sends.
+
+    What is sampled is a function of the seed of the request, the prompt and the weights, not of the calls before: a
+    resumed run meets a fresh server.
+    """
+
+    def __init__(self, model: Any, noise: float = 0.0, faults: Sequence[Fault] = ()) -> None:
+        self.model = model.eval()
+        self.group: GlooGroup | None = None
+        self.updating, self.cache_is_old = False, False
+        config = {
+            "weight_transfer_config": {"backend": "gloo"},
+            "model_config": {"logprobs_mode": "processed_logprobs"},
+        }
+        self._answers = {
+            "/health": {},
+            "/v1/models": {"data": [{"id": "tiny"}]},
+            "/get_world_size": {"world_size": 1},
+            "/server_info": {"vllm_config": config},
+        }
+        super().__init__(noise, faults)
+
+    def _let_go(self) -> None:
+        if self.group is not None:
+            self.group.close()
 
     def _act(self, path: str, body: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
         if path in self._answers:
@@ -217,7 +231,7 @@ class TinyServer:
         rows = zip(ids[:, len(prompt) :].tolist(), torch.cat(logps, dim=1).tolist(), lengths.tolist(), strict=True)
         found = [(tokens[:size], values[:size]) for tokens, values, size in rows]
         for tokens, values in found:
-            self.sampled.setdefault((tuple(prompt), tuple(tokens)), []).append(values)
+            self.record(prompt, tokens, values)
         return [_choice(prompt, tokens, values) for tokens, values in found]
 
 
@@ -228,7 +242,60 @@ def _choice(prompt: list[int], tokens: list[int], logps: list[float]) -> dict[st
     return {"prompt_token_ids": prompt, "token_ids": tokens, "logprobs": logprobs}
 
 
-def _handler(server: TinyServer) -> type[BaseHTTPRequestHandler]:
+class Relay(Server):
+    """
+    Passes everything on to a vLLM that runs elsewhere, so that the tests of [`TinyServer`] run on it: counts, adds noise, fails.
+
+    The seed makes vLLM draw the same completions again. `"stale"` cannot be played here: vLLM uses what it receives.
+    """
+
+    def __init__(self, upstream: str, noise: float = 0.0, faults: Sequence[Fault] = ()) -> None:
+        self.upstream, self._updating = upstream, False
+        super().__init__(noise, faults)
+
+    def _act(self, path: str, body: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
+        if path == "/start_weight_update":
+            self._updating = True
+        elif path == "/finish_weight_update":
+            self._updating = False
+        if path != "/v1/completions":
+            return self._forward(path, body)
+        prompts = body["prompt"][::-1] if "other" in kinds else body["prompt"]
+        length = {"max_tokens": 1} if "cut" in kinds else {}
+        choices = self._forward(path, {"seed": 123, **body, "prompt": prompts, **length})["choices"]
+        for choice in choices:
+            self._add_noise(choice)
+        return {"choices": choices[:-1] if "few" in kinds else choices}
+
+    def _forward(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path in ("/health", "/v1/models", "/get_world_size", "/server_info"):
+            answer = requests.get(self.upstream + path, params={"config_format": "json"}, timeout=60)
+        else:
+            answer = requests.post(self.upstream + path, json=body, timeout=120)
+        if answer.status_code != 200:
+            raise RuntimeError(f"vLLM answers {answer.status_code}: {answer.text}")
+        return answer.json() if answer.content else {}
+
+    def _add_noise(self, choice: dict[str, Any]) -> None:
+        prompt, tokens, logprobs = choice["prompt_token_ids"], choice["token_ids"], choice["logprobs"]
+        values = torch.tensor(logprobs["token_logprobs"])
+        generator = torch.Generator().manual_seed(zlib.crc32(json.dumps([prompt, tokens]).encode()))
+        values = (values + self.noise * torch.randn(len(values), generator=generator)).tolist()
+        self.record(prompt, tokens, values)
+        choice.update(_choice(prompt, tokens, values))
+
+    def _let_go(self) -> None:
+        if self._updating:  # by a fault: vLLM waits for the rest of the update
+            self._forward("/finish_weight_update", {})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         # One packet an answer: else each waits 40 ms for the delayed acknowledgement of its header.

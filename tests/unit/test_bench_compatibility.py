@@ -61,7 +61,7 @@ def test_what_is_installed_is_the_pins_with_one_moved():
 def test_the_affected_tests_are_there(package):
     files = compatibility.suites(Environment(package, "1"))["affected"]
     assert files and [file for file in files if not Path(file).exists()] == []
-    assert set(files) <= set(compatibility.suites(Environment("", ""))["affected"])
+    assert "affected" not in compatibility.suites(Environment("", "")), "on the pins `make test` runs them"
 
 
 def test_every_package_of_the_matrix_and_the_zoo_where_there_is_one(tmp_path):

@@ -119,7 +119,12 @@ def test_a_new_method_makes_the_index_stale():
 
 
 @pytest.mark.parametrize(
-    ("page", "names"), [("papers", ["papers", "other_sources"]), ("compatibility", ["versions", "environments"])]
+    ("page", "names"),
+    [
+        ("papers", ["papers", "other_sources"]),
+        ("compatibility", ["versions", "environments"]),
+        ("engines", ["engines", "engine_settings"]),
+    ],
 )
 def test_the_committed_pages_are_up_to_date(page, names):
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")

@@ -45,7 +45,7 @@ class SamplerMixin:
     Raises:
         SamplerError: the dataset is a stream, has another length than the sampler, another sampling option is set, or the
             run is longer than the sampler's plan.
-        SamplerMismatchError: a checkpoint was made with another sampler.
+        SamplerMismatchError: a checkpoint was made with another sampler, or with another number of rows per update.
 
     Example:
     ```python
@@ -92,7 +92,7 @@ class SamplerMixin:
             check_plan(self.train_sampler, max_steps, train_dataloader, self.args.gradient_accumulation_steps)
             if resume_from_checkpoint is not None:
                 self._load_sampler(resume_from_checkpoint)
-            store_order(self.state, self._served_sampler)
+            store_order(self.state, self._served_sampler, train_dataloader, self.args)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,10 +121,10 @@ class SamplerMixin:
         sampler = self.train_sampler
         if not isinstance(sampler, MeasuringSampler) or sampler.measured_epoch == epoch:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
             raise SamplerError(
-                f"{type(sampler).__name__} forwards the model outside of its wrapper, which FSDP and DeepSpeed do not "
-                "allow. Measure before training and use a sampler of rule A, such as QualityAscendingSampler."
+                f"{type(sampler).__name__} forwards the model outside of its wrapper, each process with rows of its own, which "
+                "FSDP, DeepSpeed and tensor parallelism do not allow. Measure before training and use a sampler of rule A, such as QualityAscendingSampler."
             )
         rows, rank, world = sampler.rows_to_measure(epoch), self.args.process_index, self.args.world_size
         mine: list[float] = []
