@@ -155,7 +155,8 @@ def test_a_run_played_through(layout: GenerationLayout, passes: int, extra: int,
 def test_updates_and_blocks(layout: GenerationLayout) -> None:
     block, accumulation = layout.block, layout.accumulation_steps
     steps = range(block * accumulation)  # after so many the pattern repeats
-    # An update between the generation and a micro-step of its block makes the policy another than the one that generated.
+    # An update between the generation and a micro-step of its block makes the policy another than the one that
+    # generated.
     moved = any(step // accumulation != (step - step % block) // accumulation for step in steps)
     assert layout.policy_moves == moved
     size = layout.micro_batches_per_update
