@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..functional.accounting import count_tokens
 from ..functional.probes import is_probed
 from ._observer import describe
 
@@ -83,8 +84,8 @@ class ForwardWatch:
         ):
             return
         mask, positions, labels = (kwargs.get(name) for name in ("attention_mask", "position_ids", "labels"))
-        self._forwarded += tokens.numel()
-        self._real = self._real + (mask.detach().ne(0).sum() if _fits(mask, tokens) else tokens.numel())
+        forwarded, real = count_tokens(tokens, mask if isinstance(mask, torch.Tensor) else None)
+        self._forwarded, self._real = self._forwarded + forwarded, self._real + real
         if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
             self._labels += labels.numel()
             self._learned = self._learned + labels.ne(_IGNORED).sum()

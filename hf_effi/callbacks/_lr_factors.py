@@ -11,12 +11,13 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..functional import metrics
 from ..functional.schedules import ScheduleError
 from ._owners import Role
 from ._turns import WRITE, TurnCallback, in_turn
 
 #: before the name of a factor in the log
-METRIC = "effi/lr_factor/"
+METRIC = metrics.LR_FACTOR
 _ATTRIBUTE = "_hf_effi_lr_factors"
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..functional.probes import PROBE_METRIC, PROBES_KEY, ProbeError, ProbePlan, stored_plan
+from ..functional import metrics
+from ..functional.probes import PROBES_KEY, ProbeError, ProbePlan, stored_plan
 
 #: events of the update in progress, which `global_step` does not count yet; the others follow it
 _BEFORE_THE_COUNT = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
@@ -154,7 +155,7 @@ def hold_back(args: TrainingArguments, state: TrainerState, control: TrainerCont
 def mark_log(state: TrainerState, logs: dict[str, Any]) -> None:
     """Mark a log entry of probes with `effi/probe`. Call it in `on_log`; a summary of the run is of no update."""
     if in_probe(state) and any(name == "loss" or name.startswith("eval_") for name in logs):
-        logs[PROBE_METRIC] = state.log_history[-1][PROBE_METRIC] = 1.0
+        logs[metrics.PROBE] = state.log_history[-1][metrics.PROBE] = 1.0
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import StateFileError, load_state
+from ..functional import metrics
 from ._engines import sharding_engine
 from ._owners import Role
 from ._probing import outside_probes, trained_steps, trained_total
@@ -116,7 +117,7 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
             total = sum(self.ranks().values())
-            kwargs["logs"]["effi/adalora_rank"] = state.log_history[-1]["effi/adalora_rank"] = total
+            kwargs["logs"][metrics.ADALORA_RANK] = state.log_history[-1][metrics.ADALORA_RANK] = total
 
     def side_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
         if not args.should_save:

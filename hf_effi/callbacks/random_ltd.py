@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..functional import metrics
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..layers.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
 from ..patching.handle import PatchHandle
@@ -150,9 +151,9 @@ class RandomLTDCallback(TurnCallback):
             return
         dropping = self.dropping
         values = {
-            "effi/ltd_kept_tokens": self.max_tokens if dropping.kept is None else dropping.kept,
-            "effi/ltd_layer_tokens": dropping.layer_tokens,
-            "effi/ltd_layer_token_fraction": dropping.layer_tokens / max(dropping.full_layer_tokens, 1),
+            metrics.LTD_KEPT_TOKENS: self.max_tokens if dropping.kept is None else dropping.kept,
+            metrics.LTD_LAYER_TOKENS: dropping.layer_tokens,
+            metrics.LTD_LAYER_TOKEN_FRACTION: dropping.layer_tokens / max(dropping.full_layer_tokens, 1),
         }
         kwargs["logs"].update(values)
         state.log_history[-1].update(values)

@@ -23,6 +23,8 @@ from .._compat import installed_versions
 from .._environment import commit_of, current_commit, describe_machine
 from .._run_record import FOLDER, RunStore, adopt_old_record
 from ..checkpoint.snapshot import restore_rng, take_rng
+from ..functional import metrics
+from ..functional.accounting import PhaseClock
 from ..functional.rollouts import GenerationLayout
 from ..methods import METHODS, find_method
 from ..samplers.trainer_checks import STATE_KEY as ORDER_KEY
@@ -41,7 +43,9 @@ logger = logging.getLogger(__name__)
 #: seconds between two summaries that only a log entry asks for
 _SUMMARY_EVERY = 30.0
 _SAMPLED_ROWS = 16
-_TOKENS = ("effi/tokens_forward", "effi/tokens_real", "effi/tokens_saved")
+#: what the trainer's own count of tokens is called in the record
+_TOKENS = {metrics.TOKENS_FORWARD: "forwarded", metrics.TOKENS_REAL: "real", metrics.TOKENS_SAVED: "saved"}
+_ROWS = {metrics.ROWS_GENERATED: "generated", metrics.ROWS_TRAINED: "trained"}
 
 
 class RunRecordCallback(OwningCallback):
@@ -91,9 +95,9 @@ class RunRecordCallback(OwningCallback):
         self.methods = tuple(methods)
         self._store: RunStore | None = None
         self._watch: ForwardWatch | None = None
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._time = PhaseClock()
         self._counts: dict[str, dict[str, float]] = {}
-        self._clock = self._saved_at = 0.0
+        self._saved_at = 0.0
         self._logged_step = self._begun_at = self._probes = 0
         self._steps_per_pass: int | None = None  # of a loader that knows its length
         self._noted_checkpoint: int | None = None
@@ -110,7 +114,7 @@ class RunRecordCallback(OwningCallback):
 
     @only_observes
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        self._seconds.clear()
+        self._time.clear()
         self._counts = {part: defaultdict(float) for part in ("tokens", "drops", "rows", "phases")}
         self._logged_step = self._begun_at = state.global_step
         self._probes = 0
@@ -135,16 +139,17 @@ class RunRecordCallback(OwningCallback):
         watch_end(self._store)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self._clock = self._saved_at = time.perf_counter()
+        self._time.start()
+        self._saved_at = time.perf_counter()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._charge("data")
+        self._time.lap("data")
 
     @only_observes
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._charge("train")
+        self._time.lap("train")
         if self._store is not None and state.global_step == self._begun_at + 1:
             # Only now have all callbacks begun, and the schedule is the one that is followed.
             spec = schedule_of(args, state, kwargs["lr_scheduler"])
@@ -158,7 +163,7 @@ class RunRecordCallback(OwningCallback):
         mark_log(state, logs)
         # An evaluation logs its metrics before it reports that it is over.
         evaluated = any(name.startswith("eval_") for name in logs)
-        self._charge("evaluate" if evaluated else "log")
+        self._time.lap("evaluate" if evaluated else "log")
         if self._store is None or not logs:
             return
         if not evaluated:
@@ -170,7 +175,7 @@ class RunRecordCallback(OwningCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._charge("evaluate")
+        self._time.lap("evaluate")
         self._event("evaluate", state)
         if self._store is not None:
             self._add_evaluation_data(getattr(kwargs.get("eval_dataloader"), "dataset", None))
@@ -180,12 +185,12 @@ class RunRecordCallback(OwningCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if control.should_save:  # inside a save, so that what is pushed knows of this checkpoint
-            self._charge("save")
+            self._time.lap("save")
             self._note_checkpoint(state)
 
     @only_observes
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._charge("save")
+        self._time.lap("save")
         self._note_checkpoint(state)
         self._noted_checkpoint = None
 
@@ -199,18 +204,12 @@ class RunRecordCallback(OwningCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._charge("other")
+        self._time.lap("other")
         self._event("end", state)
         self._summarize(state, force=True, status="finished")
         self._close()
 
     # ---- helpers ----
-
-    def _charge(self, part: str) -> None:
-        """Add the time since the last event to a part of the run."""
-        now = time.perf_counter()
-        self._seconds[part] += now - self._clock
-        self._clock = now
 
     def _count(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
         """
@@ -220,24 +219,22 @@ class RunRecordCallback(OwningCallback):
         made = self._generations(args, self._logged_step, state.global_step)
         self._probes += plan_of(state).probes(state.global_step) - plan_of(state).probes(self._logged_step)
         self._logged_step = state.global_step
-        forwarded, real = self._watch.take()
         # The trainer's own count also has the passes without a gradient, on all processes.
-        told = {name: logs[name] for name in _TOKENS if _is_finite(logs.get(name))}
-        self._counts["tokens"]["forwarded"] += told.get("effi/tokens_forward", 0) * updates or forwarded
-        self._counts["tokens"]["real"] += told.get("effi/tokens_real", 0) * updates or real
-        if "effi/tokens_saved" in told:
-            self._counts["tokens"]["saved"] += told["effi/tokens_saved"] * updates
+        told = {word: logs[name] * updates for name, word in _TOKENS.items() if _is_finite(logs.get(name))}
+        for word, seen in zip(("forwarded", "real"), self._watch.take(), strict=True):
+            told[word] = told.get(word, 0) or seen
+        for word, tokens in told.items():
+            self._counts["tokens"][word] += tokens
         for name, value in logs.items():
             if not _is_finite(value):
                 continue
-            prefix, _, last = name.rpartition("/")
-            if prefix == "effi/dropped":
-                self._counts["drops"][last] += value * sum(made)
-            elif name.startswith("effi/rows_") and last in ("rows_generated", "rows_trained"):
+            if name.startswith(metrics.DROPPED):
+                self._counts["drops"][name.removeprefix(metrics.DROPPED)] += value * sum(made)
+            elif name in _ROWS:
                 # Logged once for each update that generates, with the sum of its generations.
-                self._counts["rows"][last.removeprefix("rows_")] += value * sum(map(bool, made))
-            elif name.startswith("effi/time_"):
-                self._counts["phases"][last.removeprefix("time_")] += value * updates
+                self._counts["rows"][_ROWS[name]] += value * sum(map(bool, made))
+            elif name.startswith(metrics.TIME):
+                self._counts["phases"][name.removeprefix(metrics.TIME)] += value * updates
 
     def _generations(self, args: Any, first: int, last: int) -> list[int]:
         """How many generations each update from `first` to `last - 1` made; nothing where the trainer makes none."""
@@ -260,7 +257,7 @@ class RunRecordCallback(OwningCallback):
         return {
             "updates": self._logged_step - self._begun_at,
             **({"probe_updates": self._probes} if self._probes else {}),
-            "seconds": {key: round(value, 4) for key, value in self._seconds.items()},
+            "seconds": {key: round(value, 4) for key, value in self._time.seconds.items()},
             "peak_memory_bytes": peak_memory(),
             **parts,
         }

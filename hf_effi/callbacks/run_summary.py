@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..functional import metrics
+
 #: the trainer's name of a phase -> what the summary and the report call it
-PHASES = {"gen": "generation", "reward": "reward", "logp": "log-probs", "train": "training"}
+PHASES = dict(zip(metrics.PHASES, ("generation", "reward", "log-probs", "training"), strict=True))
 
 
 def time_parts(totals: Mapping[str, Any]) -> dict[str, float]:

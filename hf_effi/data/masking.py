@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..functional import metrics
 from ..functional.data import CurriculumError, check_count, mask_tokens, masking_ratio, seeded
 from .batch_transform import BatchTransform
 
@@ -77,7 +78,7 @@ class MaskingRatioCurriculum(BatchTransform):
         return self._masked(batch, self.eval_ratio, seeded(int(batch["input_ids"].sum())))
 
     def metrics(self, step: int, total_steps: int) -> dict[str, float]:
-        return {"effi/masking_ratio": self.ratio(step, total_steps)}
+        return {metrics.MASKING_RATIO: self.ratio(step, total_steps)}
 
     def _masked(self, batch: dict[str, Any], ratio: float, generator: torch.Generator) -> dict[str, Any]:
         ids = batch["input_ids"]

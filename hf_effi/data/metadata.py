@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..functional import metrics
 from ..functional.data import CurriculumError, check_count, check_number, cooldown_step, join_metadata
 from .batch_transform import BatchTransform
 
@@ -153,4 +154,4 @@ class MetadataConditioning(BatchTransform):
         return {key: value for key, value in batch.items() if key != "metadata_ids"}
 
     def metrics(self, step: int, total_steps: int) -> dict[str, float]:
-        return {"effi/metadata": float(self.conditioned(step, total_steps))}
+        return {metrics.METADATA: float(self.conditioned(step, total_steps))}

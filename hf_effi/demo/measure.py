@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..functional.accounting import PhaseClock, count_tokens
 from .task import MAX_COMPLETION_TOKENS, Problem, final_number
 
 PHASES = ("generation", "reward", "logprobs", "training", "other")
+_EXCLUDED = "excluded"
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,9 @@ class Instrument:
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.cpu_seconds: Counter[str] = Counter()
-        self.wall_seconds: Counter[str] = Counter()
+        self.clocks = PhaseClock(time.thread_time), PhaseClock(time.perf_counter)
         self.counts: Counter[str] = Counter()
         self._started: tuple[float, float] | None = None
-        self._excluded = [0.0, 0.0]
         self._not_counting = False
         self._wrap(trainer, "_generate_single_turn", "generation", after=self._after_generation)
         self._wrap(trainer, "_calculate_rewards", "reward")
@@ -143,26 +143,17 @@ class Instrument:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to phase `name`."""
-        cpu, wall, outer = time.thread_time(), time.perf_counter(), self._not_counting
-        self._not_counting = name == "generation"
+        cpu, wall = self.clocks
+        outer, self._not_counting = self._not_counting, name in ("generation", _EXCLUDED)
         try:
-            yield
+            with cpu.phase(name), wall.phase(name):
+                yield
         finally:
             self._not_counting = outer
-            self.cpu_seconds[name] += time.thread_time() - cpu
-            self.wall_seconds[name] += time.perf_counter() - wall
 
-    @contextlib.contextmanager
-    def excluded(self) -> Iterator[None]:
+    def excluded(self) -> contextlib.AbstractContextManager[None]:
         """Leave the time and the tokens spent inside out of every figure."""
-        cpu, wall, outer = time.thread_time(), time.perf_counter(), self._not_counting
-        self._not_counting = True
-        try:
-            yield
-        finally:
-            self._not_counting = outer
-            self._excluded[0] += time.thread_time() - cpu
-            self._excluded[1] += time.perf_counter() - wall
+        return self.phase(_EXCLUDED)
 
     def start(self) -> None:
         """Start both clocks."""
@@ -173,13 +164,13 @@ class Instrument:
         if self._started is None:
             raise RuntimeError("the instrument was read before `start()`.")
         cpu, wall = time.thread_time() - self._started[0], time.perf_counter() - self._started[1]
-        return cpu - self._excluded[0], wall - self._excluded[1]
+        return cpu - self.clocks[0].seconds[_EXCLUDED], wall - self.clocks[1].seconds[_EXCLUDED]
 
     def split(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return (CPU, wall) seconds by phase; `other` is what no phase claims (data loading, bookkeeping)."""
         parts = []
-        for total, seconds in zip(self.elapsed(), (self.cpu_seconds, self.wall_seconds), strict=True):
-            named = {phase: seconds[phase] for phase in PHASES[:-1]}
+        for total, clock in zip(self.elapsed(), self.clocks, strict=True):
+            named = {phase: clock.seconds[phase] for phase in PHASES[:-1]}
             parts.append({**named, "other": max(0.0, total - sum(named.values()))})
         return parts[0], parts[1]
 
@@ -191,8 +182,8 @@ class Instrument:
     def _count_forwarded(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._not_counting:
             return
-        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        self.counts["tokens_forwarded"] += ids.numel()
-        self.counts["tokens_real"] += int(mask.sum())
+        forwarded, real = count_tokens(kwargs["input_ids"], kwargs["attention_mask"])
+        self.counts["tokens_forwarded"] += forwarded
+        self.counts["tokens_real"] += int(real)
         if torch.is_grad_enabled():
-            self.counts["rows_trained"] += len(ids)
+            self.counts["rows_trained"] += len(kwargs["input_ids"])

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from .._files import save_aside
+from ..functional import metrics
 from .arms import Arm
 from .measure import Accuracy, Instrument, evaluate_policy
 from .policy import PolicySettings
@@ -177,8 +178,8 @@ class _Recorder(TrainerCallback):
         if state.global_step > self.settings.steps:
             return
         for name, value in (logs or {}).items():
-            if name.startswith("effi/dropped/"):
-                self.logged[name.removeprefix("effi/dropped/")] += round(value)
+            if name.startswith(metrics.DROPPED):
+                self.logged[name.removeprefix(metrics.DROPPED)] += round(value)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.settings.steps:

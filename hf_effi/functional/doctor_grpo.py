@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from . import metrics
 from .doctor import TRAIN_RULES
 from .findings import Finding, GRPOLimits, Rule, RunFacts, Trace, latest, step_of
 
@@ -82,7 +83,7 @@ def zero_variance(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding 
 
 def no_loss_tokens(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding | None:
     """Rewards differ within groups, but not where a token is in the loss. (Only `EffiGRPOTrainer` logs it.)"""
-    dead = latest(trace, "effi/frac_zero_var_groups", limits.group_logs)
+    dead = latest(trace, metrics.FRAC_ZERO_VAR_GROUPS, limits.group_logs)
     equal = latest(trace, "frac_reward_zero_std", limits.group_logs)
     means, _ = _rewards(trace, limits, limits.group_logs)
     if not means or not dead or not equal or min(dead) < limits.zero_std or min(equal) >= limits.zero_std:

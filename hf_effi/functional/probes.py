@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import metrics
+
 if TYPE_CHECKING:  # the command line reads records without it
     from torch import nn
 
-#: what marks the log entries of probes, so that curves and trackers can leave them out
-PROBE_METRIC = "effi/probe"
 #: key of the probes so far in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 PROBES_KEY = "hf_effi.probes"
 
@@ -132,7 +132,7 @@ def without_probes(log_history: Iterable[Mapping[str, Any]]) -> list[Any]:
     [{'step': 2, 'loss': 2.0}]
     ```
     """
-    return [entry for entry in log_history if PROBE_METRIC not in entry]
+    return [entry for entry in log_history if metrics.PROBE not in entry]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from .._record_check import check_state
 from .._run_record import FOLDER, SUMMARY, has_record, read_run
 from .._untrusted import UntrustedFileError, is_number, load_json
+from ..functional import metrics
 from ..functional.probes import without_probes
 
 STATE = "trainer_state.json"
@@ -115,7 +116,7 @@ def token_series(run: dict[str, Any]) -> dict[str, dict[float, float]]:
 def dropped_series(run: dict[str, Any]) -> dict[float, float]:
     """Return step -> completions dropped per generation, for any reason."""
     total: dict[float, float] = {}
-    for name in names_of([run], "effi/dropped/"):
+    for name in names_of([run], metrics.DROPPED):
         for step, value in series(run, name).items():
             total[step] = total.get(step, 0.0) + value
     return total

@@ -13,6 +13,7 @@ from typing import Any
 from .._files import save_text
 from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from ..callbacks.run_summary import time_parts
+from ..functional import metrics
 from ..functional.findings import Finding
 from .page import environment
 from .run_data import (
@@ -49,9 +50,11 @@ def curves(groups: Groups) -> dict[str, str]:
     phases = phases_of(next(iter(rates.values()))) if len(rates) == 1 else []
     phases = phases if len(phases) <= _MOST_PHASES else []
     found["Learning rate and its phases"] = _draw(rates, "learning rate", "lr", phases=phases, from_zero=True)
-    rewards = _lines(groups, {"generated": "effi/reward_generated", "kept": "effi/reward_kept"}, {"reward": "reward"})
+    rewards = _lines(
+        groups, {"generated": metrics.REWARD_GENERATED, "kept": metrics.REWARD_KEPT}, {"reward": "reward"}
+    )
     found["Reward before and after filters"] = _draw(rewards, "mean weighted reward", "reward")
-    decides = _lines(groups, {"generated": "effi/filter_reward_generated", "kept": "effi/filter_reward_kept"})
+    decides = _lines(groups, {"generated": metrics.FILTER_REWARD_GENERATED, "kept": metrics.FILTER_REWARD_KEPT})
     if decides != rewards:  # with one reward function of weight 1 they are the same
         found["The reward that the filter looks at"] = _draw(decides, "mean of one function, unweighted", "decides")
     if len(groups) == 1:
@@ -112,8 +115,8 @@ def _lines_of(
 
 def _drops_over_time(runs: Sequence[dict[str, Any]]) -> str:
     curves = {
-        name.removeprefix("effi/dropped/").replace("_", " "): mean_and_band([series(run, name) for run in runs])
-        for name in names_of(runs, "effi/dropped/")
+        name.removeprefix(metrics.DROPPED).replace("_", " "): mean_and_band([series(run, name) for run in runs])
+        for name in names_of(runs, metrics.DROPPED)
     }
     curves = {name: points for name, points in curves.items() if any(value for _, value, _ in points)}
     curves = dict(list(curves.items())[: 2 * MAX_SERIES])

@@ -47,6 +47,6 @@ def check_config(args: Any) -> None:
     layers_from_config(args)
     resolve_size(None, args.sequence_parallel_size)
     if hasattr(args, "prune_rate"):
-        from .grpo.config import check_methods  # which imports this module
+        from .grpo.settings import GRPOSettings  # which imports this module
 
-        check_methods(args)
+        GRPOSettings.of(args).check_objects()

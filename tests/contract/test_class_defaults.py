@@ -61,10 +61,9 @@ def test_every_attribute_of_ours_has_a_default(cls: type) -> None:
 
 def test_no_default_is_shared_where_it_is_changed() -> None:
     one, other = (EffiGRPOTrainer.__new__(EffiGRPOTrainer) for _ in range(2))
-    one._effi_seconds["gen"] += 1.0
-    one._count_rows("rows_generated", 3)
-    one._in_phase.append("gen")
-    assert not other._effi_seconds and not other._effi_counters and not other._in_phase
+    one._accounting.clock.seconds["gen"] += 1.0
+    one._accounting.count_forward(3, 4, 0)
+    assert not other._accounting.clock.seconds and not other._accounting.counts
 
 
 def bare(cls: type, **own: Any) -> Any:

@@ -201,7 +201,7 @@ def test_objects_let_the_options_act(tmp_path: Path) -> None:
         rollout_pruner=AdvantagePruner(0.5),
         train=False,
     )
-    assert trainer._difficulty_column == 0
+    assert trainer._rollouts.difficulty_column == 0
 
 
 def test_buckets_where_the_model_rules_out_trim(tmp_path: Path) -> None:

@@ -246,10 +246,10 @@ def test_rollout_func_passes_through_and_is_refused_with_selection(tmp_path: Pat
 
 
 def test_image_tensors_are_refused_by_name() -> None:
-    from hf_effi.trainers.grpo.pipeline import RolloutMixin
+    from hf_effi.trainers.grpo.pipeline import check_movable
 
     with pytest.raises(ValueError, match="cannot pick rows of image_grid_thw, pixel_values yet"):
-        RolloutMixin._check_movable({"pixel_values": torch.zeros(1), "image_grid_thw": torch.zeros(1)})
+        check_movable({"pixel_values": torch.zeros(1), "image_grid_thw": torch.zeros(1)})
 
 
 def test_a_reward_of_nothing_but_nan_gets_a_sentence_of_its_own(caplog):

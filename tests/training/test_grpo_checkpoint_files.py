@@ -160,7 +160,7 @@ def test_a_file_that_another_run_left_is_not_taken(
     checkpoint = copied(whole[1] / "checkpoint-3", tmp_path)
     unmark(checkpoint)  # as where stock has saved into the folder of an older run of ours
     trainer = train(tmp_path / "resumed", checkpoint)
-    assert trainer._generations_done == 1 and len(warnings) == 1 and "was left by another run" in warnings[0]
+    assert trainer._rollouts.generations_done == 1 and len(warnings) == 1 and "was left by another run" in warnings[0]
 
 
 def test_rotation_and_model_only_saves(tmp_path: Path) -> None:

@@ -234,3 +234,31 @@ def test_a_router_loss_leaves_all_savings_out(tmp_path: Any) -> None:
     ours = train(EffiGRPOTrainer, tmp_path, model=moe(), **over)
     assert ours.exact_savings == ()
     assert_bitwise_equal(train(GRPOTrainer, tmp_path, model=moe(), **over).model, ours.model)
+
+
+def confidences(cls: type, tmp_path: Any, **over: Any) -> list[float]:
+    """Train one update on a reward that asks the trainer for log-probs, and return the rewards."""
+    rewards: list[float] = []
+
+    def confidence(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        width = max(map(len, completion_ids))
+        ids = torch.tensor([[4, *row, *[0] * (width - len(row))] for row in completion_ids])
+        mask = torch.tensor([[1] * (1 + len(row)) + [0] * (width - len(row)) for row in completion_ids])
+        with torch.no_grad():
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
+        found = ((logps * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).tolist()
+        rewards.extend(found)
+        return found
+
+    config = GRPOConfig if cls is GRPOTrainer else EffiGRPOConfig
+    args = grpo_args(tmp_path, config, **{**over, "num_generations": 4, "max_steps": 1})
+    trainer = run_grpo(cls, args, reward_funcs=confidence, train=False)
+    trainer.train()
+    return rewards
+
+
+@pytest.mark.parametrize("shape", ["accumulate", "reuse"])
+def test_a_reward_may_ask_for_log_probs(tmp_path: Any, shape: str) -> None:
+    """Those that TRL asks for wait until it is known which rows have a gradient; those of a reward are needed at once."""
+    stock, ours = (confidences(cls, tmp_path, **SHAPES[shape]) for cls in (GRPOTrainer, EffiGRPOTrainer))
+    assert max(ours) < 0 and ours == pytest.approx(stock, rel=1e-4)

@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from hf_effi.functional.rollouts import AdvantagePruner
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.rows import Ratios
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import TableReward, grpo_args, prompt_dataset, run_distributed, run_grpo
 
@@ -100,11 +101,11 @@ def test_rounds_of_any_width_are_joined_as_if_they_were_one(tmp_path: Any, mode:
 def test_the_padding_is_that_of_the_clipping(tmp_path: Any, low: Any, high: Any, padding: float) -> None:
     clips = {"vllm_importance_sampling_clip_min": low, "vllm_importance_sampling_clip_max": high}
     trainer = train(tmp_path, prune_rate=0.5, vllm_importance_sampling_mode="token_truncate", **clips)
-    assert trainer._ratio_padding == padding
+    assert Ratios.of(trainer).padding == padding
     trainer.vllm_importance_sampling_mode = "token_mask"
-    assert trainer._ratio_padding == float(padding == 1.0)
+    assert Ratios.of(trainer).padding == float(padding == 1.0)
     trainer.vllm_importance_sampling_mode = "sequence_mask"
-    assert trainer._ratio_padding is None
+    assert Ratios.of(trainer).padding is None
 
 
 @pytest.mark.parametrize("loss_type", ["vespo", "dapo", "grpo"])

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from trl import GRPOConfig, GRPOTrainer
 
+from hf_effi._files import StateFileError
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
+from hf_effi.trainers.grpo.resume import ResumableGRPOTrainer
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     assert_bitwise_equal,
@@ -40,6 +42,27 @@ def train(cls: type, folder: Path, resume: Path | None = None, **over: Any) -> A
         folder, config, **{"max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, **over}
     )
     return run_grpo(cls, args, train_dataset=prompt_dataset(9), resume_from_checkpoint=resume and str(resume))
+
+
+def test_the_repairs_need_none_of_the_mixins(tmp_path: Path) -> None:
+    """`ResumableGRPOTrainer` on its own: stock's run to the bit, and resumed in the middle of the second pass."""
+    over = {"gradient_accumulation_steps": 2}
+    stock = train(GRPOTrainer, tmp_path / "stock", **over, save_strategy="no")
+    whole = train(ResumableGRPOTrainer, tmp_path / "whole", **over)
+    assert_bitwise_equal(stock.model, whole.model, what="uninterrupted")
+    stop = whole.state.max_steps // 2 + 1
+    resumed = train(ResumableGRPOTrainer, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{stop}", **over)
+    assert_bitwise_equal(whole.model, resumed.model, what=f"resumed at {stop}")
+
+
+def test_a_trainer_without_rollouts_says_what_it_cannot_go_on_with(tmp_path: Path) -> None:
+    over = {"difficulty_range": (0, 1), "num_train_epochs": 1}
+    train(EffiGRPOTrainer, tmp_path / "filter", **over)
+    state = json.loads((tmp_path / "filter" / "checkpoint-1" / "effi_state.json").read_text())
+    if state["prompts"] is None:
+        pytest.fail("the run made no refill, so that there is no stream to go on with")
+    with pytest.raises(StateFileError, match="Resume it with the trainer that wrote it"):
+        train(ResumableGRPOTrainer, tmp_path / "other", tmp_path / "filter" / "checkpoint-1")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -29,6 +29,7 @@ EXTRA_MODULES = (
     "hf_effi.data.shared_prefix",
     "hf_effi.trainers.grpo.rewards",
     "hf_effi.trainers.grpo.config",
+    "hf_effi.trainers.grpo.settings",
 )
 
 

@@ -14,26 +14,25 @@ from trl.trainer.utils import RepeatSampler
 from hf_effi.functional.rollouts import GenerationLayout
 
 SIZES = "trained_rows generated_rows loader_rows prompts micro_batches block updates_per_generation"
-OTHER = "micro_batches_per_update policy_moves"
 
 
 @pytest.mark.parametrize(
-    ("counts", "sizes", "window", "moves"),
+    ("counts", "sizes", "window"),
     [
         # rows_per_step, G, steps, iterations, accumulation, ranks, R
-        ((4, 2, 1, 1, 1, 1, 1), (4, 4, 4, 2, 1, 1, 1), 1, False),
-        ((8, 4, 2, 1, 2, 1, 2), (16, 32, 32, 8, 2, 2, 1), 2, False),  # streaming once served 4 of these 8 prompts
-        ((8, 4, 2, 2, 2, 1, 1), (16, 16, 16, 4, 2, 4, 2), 2, True),
-        ((8, 4, 4, 1, 2, 2, 4), (64, 256, 128, 64, 8, 4, 2), 2, True),
-        ((8, 16, 1, 1, 1, 2, 1), (16, 16, 8, 1, 2, 1, 1), 1, False),  # one group over both ranks
-        ((4, 2, 1, 1, 4, 1, 1), (4, 4, 4, 2, 1, 1, 0.25), 1, False),  # an update accumulates four generations
-        ((2, 2, 3, 1, 2, 1, 1), (6, 6, 6, 3, 3, 3, 1.5), None, True),  # updates straddle generations
+        ((4, 2, 1, 1, 1, 1, 1), (4, 4, 4, 2, 1, 1, 1), 1),
+        ((8, 4, 2, 1, 2, 1, 2), (16, 32, 32, 8, 2, 2, 1), 2),  # streaming once served 4 of these 8 prompts
+        ((8, 4, 2, 2, 2, 1, 1), (16, 16, 16, 4, 2, 4, 2), 2),
+        ((8, 4, 4, 1, 2, 2, 4), (64, 256, 128, 64, 8, 4, 2), 2),
+        ((8, 16, 1, 1, 1, 2, 1), (16, 16, 8, 1, 2, 1, 1), 1),  # one group over both ranks
+        ((4, 2, 1, 1, 4, 1, 1), (4, 4, 4, 2, 1, 1, 0.25), 1),  # an update accumulates four generations
+        ((2, 2, 3, 1, 2, 1, 1), (6, 6, 6, 3, 3, 3, 1.5), None),  # updates straddle generations
     ],
 )
-def test_sizes(counts: tuple[int, ...], sizes: tuple[Any, ...], window: int | None, moves: bool) -> None:
+def test_sizes(counts: tuple[int, ...], sizes: tuple[Any, ...], window: int | None) -> None:
     layout = GenerationLayout(*counts)
     assert tuple(getattr(layout, name) for name in SIZES.split()) == sizes
-    assert (layout.micro_batches_per_update, layout.policy_moves) == (window, moves)
+    assert layout.micro_batches_per_update == window
 
 
 def test_place_of_each_micro_step() -> None:
@@ -155,10 +154,6 @@ def test_a_run_played_through(layout: GenerationLayout, passes: int, extra: int,
 def test_updates_and_blocks(layout: GenerationLayout) -> None:
     block, accumulation = layout.block, layout.accumulation_steps
     steps = range(block * accumulation)  # after so many the pattern repeats
-    # An update between the generation and a micro-step of its block makes the policy another than the one that
-    # generated.
-    moved = any(step // accumulation != (step - step % block) // accumulation for step in steps)
-    assert layout.policy_moves == moved
     size = layout.micro_batches_per_update
     if size is not None:
         for first in range(0, len(steps), size):

@@ -81,9 +81,7 @@ def _trainer(case: Case, model: nn.Module, savings: str, folder: str) -> EffiGRP
 
 def _call(trainer: EffiGRPOTrainer) -> Any:
     def call(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        chunks = rollouts()
-        if "sort" in trainer.exact_savings:
-            chunks = trainer._sort_windows(chunks)
+        chunks = trainer._forward.sorted_chunks(rollouts())
         return sum(trainer._compute_loss(model, chunk) for chunk in chunks), {}
 
     return call

@@ -177,15 +177,6 @@ class GenerationLayout:
             return window
         return chunks if window % chunks == 0 else None
 
-    @property
-    def policy_moves(self) -> bool:
-        """
-        Whether TRL computes log-probs of the policy that generated, because some micro-step trains after an update.
-
-        TRL's own condition (`_generate_and_score_completions`), which also holds where generations straddle updates.
-        """
-        return self.accumulation_steps % self.block != 0
-
     # ---- passes over the prompts ----
 
     def generations_per_pass(self, num_prompts: int) -> int:

@@ -14,9 +14,8 @@ from .._common import EffiArguments
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip")
 
-#: Options that act only where completions are pruned by `prune_rate`, and only where groups are filtered.
+#: Options that act only where completions are pruned by `prune_rate`.
 _OF_PRUNING = ("prune_metric", "prune_scope", "prune_allocation", "prune_balance_signs")
-_OF_FILTERING = ("difficulty_reward", "difficulty_max_rounds", "difficulty_underfill")
 
 
 @dataclass
@@ -235,12 +234,12 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
             )
 
 
-def refuse_unused(args: Any, names: tuple[str, ...], why: str) -> None:
+def refuse_unused(settings: Any, names: tuple[str, ...], why: str) -> None:
     """
     Raise for an own field that was set while nothing reads it.
 
     Args:
-        args: A config of any class.
+        settings ([`EffiGRPOConfig`] or [`GRPOSettings`]): What has these fields.
         names (`tuple[str, ...]`): Own fields of [`EffiGRPOConfig`].
         why (`str`): What the field acts with, and what to set; begins with a verb and ends without a full stop.
 
@@ -248,54 +247,9 @@ def refuse_unused(args: Any, names: tuple[str, ...], why: str) -> None:
         ValueError: naming the field, its value, and its default.
     """
     for name in names:
-        value, default = own_setting(args, name), EffiGRPOConfig.__dataclass_fields__[name].default
+        value, default = getattr(settings, name), EffiGRPOConfig.__dataclass_fields__[name].default
         if value != default:
             raise ValueError(f"{name}={value!r} {why}, or leave {name} at its default {default!r}.")
-
-
-def check_methods(
-    args: Any,
-    prompt_selector: Any = None,
-    group_filter: Any = None,
-    rollout_pruner: Any = None,
-    train_sampler: Any = None,
-) -> None:
-    """
-    Check the config and the objects of a trainer against each other, before a model is loaded.
-
-    Raises:
-        ValueError: two ways to give the same method, or an option whose method is off.
-    """
-    band, rate = own_setting(args, "difficulty_range"), own_setting(args, "prune_rate")
-    if group_filter is not None and band is not None:
-        raise ValueError("pass either `group_filter=` or `difficulty_range`, not both.")
-    if rollout_pruner is not None and rate:
-        raise ValueError("pass either `rollout_pruner=` or `prune_rate`, not both.")
-    if prompt_selector is not None and train_sampler is not None:
-        raise ValueError(
-            "`prompt_selector=` chooses the prompts of every generation, so that `train_sampler=` would order rows that "
-            "nobody reads. Drop one of the two."
-        )
-    if group_filter is None and band is None:
-        # `difficulty_reward` also says which function's pass rates a selector is told.
-        read = ("difficulty_reward",) if prompt_selector is not None else ()
-        refuse_unused(
-            args,
-            tuple(name for name in _OF_FILTERING if name not in read),
-            "acts only where groups are filtered, which they are not. Set difficulty_range, e.g. (0, 1), or pass "
-            "group_filter=",
-        )
-    if rollout_pruner is None and not rate:
-        refuse_unused(
-            args,
-            ("prune_normalizer",),
-            "acts only where completions are pruned, which they are not. Set prune_rate, e.g. 0.5, or pass rollout_pruner=",
-        )
-
-
-def own_setting(args: GRPOConfig, name: str) -> Any:
-    """Return an own field of `args`, or its default where the user passed a plain `GRPOConfig`."""
-    return getattr(args, name, EffiGRPOConfig.__dataclass_fields__[name].default)
 
 
 def parse_exact_savings(value: Any) -> tuple[str, ...] | None:

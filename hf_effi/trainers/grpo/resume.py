@@ -16,12 +16,14 @@ import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import IterableDataset, Sampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -37,6 +39,7 @@ from ..._files import (
     state_bytes,
 )
 from ...functional.rollouts import GenerationLayout
+from ...protocols import PromptSelector
 
 logger = logging.get_logger(__name__)
 
@@ -86,13 +89,50 @@ class WholeStream(IterableDataset):
         yield from self.stream
 
 
-class GRPOResumeMixin:
-    """Overrides loader, sampler, save and load of `GRPOTrainer` through `super()`."""
+class RolloutState(Protocol):
+    """What whoever makes the rollouts keeps from one generation to the next, and a checkpoint stores."""
+
+    #: generations since the run began
+    generations_done: int
+    #: where further prompts come from, once there was need of them
+    prompts: PromptSelector | None
+
+    @property
+    def selects(self) -> bool:
+        """Whether prompts, groups or rows are chosen, so that generations must be whole."""
+
+    def make_prompts(self) -> PromptSelector:
+        """Return `prompts`, made where there are none."""
+
+
+class NoRollouts:
+    """The [`RolloutState`] of a trainer that generates as TRL does."""
+
+    generations_done = 0
+    prompts: PromptSelector | None = None
+    selects = False
+
+    def make_prompts(self) -> PromptSelector:
+        raise StateFileError(
+            "the checkpoint holds the state of a prompt selector, which this trainer has no use for. Resume it with the "
+            "trainer that wrote it, or start a new run from the weights."
+        )
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """
+    TRL's trainer with the repairs of this file, through `super()`. Mixins stand above it: they read the loader, whose batches
+    are laid out here.
+    """
 
     _step_after_update = 0
     _train_sampler: EpochRepeatSampler | None = None
     #: The pass over the prompts that the run is in, and the micro-step at which it began.
     _pass, _pass_began_at = 0, 0
+
+    @functools.cached_property
+    def _rollouts(self) -> RolloutState:
+        return NoRollouts()
 
     @property
     def _layout(self) -> GenerationLayout:
@@ -101,6 +141,12 @@ class GRPOResumeMixin:
     @property
     def _streams(self) -> bool:
         return isinstance(self.train_dataset, datasets.IterableDataset)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._step_after_update = self._step
+        return loss
 
     # ---- prompts, in the layout of the run ----
 
@@ -124,7 +170,7 @@ class GRPOResumeMixin:
         dataset, world = call["dataset"], self._layout.world_size
         sharded = isinstance(dataset, datasets.IterableDataset) and 1 < world <= dataset.num_shards
         if call.get("is_training") and sharded:
-            if self._selects:
+            if self._rollouts.selects:
                 call["dataset"] = WholeStream(dataset)
             elif self.accelerator.is_main_process:
                 logger.warning(
@@ -157,18 +203,6 @@ class GRPOResumeMixin:
             )
         return self._train_sampler
 
-    def _whole_generation(self, inputs: list[Any]) -> int:
-        """Return the prompts of a generation, having checked that the loader gave this rank its share of them."""
-        layout = self._layout
-        if len(inputs) != layout.loader_rows:
-            raise ValueError(
-                f"the loader gave {len(inputs)} rows where a generation of {layout.generated_rows} on {layout.world_size} "
-                f"processes has {layout.loader_rows} for each. Difficulty filtering, completion pruning and prompt "
-                "selection need whole generations: leave accelerator_config.split_batches off, use one process for each "
-                "device, and leave get_train_dataloader as it is."
-            )
-        return layout.prompts
-
     @functools.wraps(GRPOTrainer._run_epoch)  # the mixins above bind calls by these names
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
@@ -192,7 +226,7 @@ class GRPOResumeMixin:
 
     def _save_grpo_state(self, folder: Path) -> None:
         inside_block = self._buffered_inputs is not None and not self._layout.starts_generation(self._step)
-        world, prompts = self.accelerator.num_processes, self._refill_prompts
+        world, prompts = self.accelerator.num_processes, self._rollouts.prompts
         # On every process: one that refused a state alone would leave the others waiting.
         content = None if prompts is None else state_bytes(prompts.state_dict(), f"prompt_selector ({_name(prompts)})")
         if inside_block:
@@ -207,7 +241,7 @@ class GRPOResumeMixin:
                 "steps_in_pass": self._step - self._pass_began_at,
                 "inside_block": inside_block,
                 "world_size": world,
-                "generations_done": self._generations_done,
+                "generations_done": self._rollouts.generations_done,
                 "prompts": None if prompts is None else PROMPTS_FILE,
                 "prompt_selector": None if prompts is None else _name(prompts),
             }
@@ -217,6 +251,23 @@ class GRPOResumeMixin:
         # With the step, because another trainer that continues this run keeps the entry and not the files.
         self.state.stateful_callbacks[MARK] = {"schema": SCHEMA, "step": self.state.global_step, "files": files}
         self.accelerator.wait_for_everyone()  # the first process pushes what all have written
+
+    def _save_last_update(self) -> Path | None:
+        """
+        Save a checkpoint of the last finished update, from inside of the next one, whose weights are still its own.
+
+        Returns:
+            `Path`: The checkpoint, or `None` where there is none to save: before the first update, and with engines that
+            save on every process together.
+        """
+        if self.state.global_step == 0 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return None
+        # The checkpoint must say that the last finished update is where to go on.
+        self._step, self._buffered_inputs = self._step_after_update, None
+        self.control.should_save = True  # as in a regular save, so that callbacks add what they store
+        self._save_checkpoint(self.model, trial=self._trial)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return Path(self._get_output_dir(self._trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     # ---- load ----
 
@@ -237,7 +288,7 @@ class GRPOResumeMixin:
         if state is None:
             return place
         self._step = self._step_after_update = state["step"]
-        self._generations_done = state["generations_done"]
+        self._rollouts.generations_done = state["generations_done"]
         self._load_prompts(Path(checkpoint), state)
         if state["inside_block"]:
             self._load_buffer(Path(checkpoint), state)
@@ -274,15 +325,14 @@ class GRPOResumeMixin:
             return
         if isinstance(stored, str):  # a file; version 0 has the state here
             stored = load_state(checkpoint / stored)
-        if self._refill_prompts is None:
-            self._select_rows(0)
-        mine, theirs = _name(self._refill_prompts), state.get("prompt_selector", _name(self._refill_prompts))
+        prompts = self._rollouts.make_prompts()
+        mine, theirs = _name(prompts), state.get("prompt_selector", _name(prompts))
         if mine != theirs:
             raise StateFileError(
                 f"{checkpoint} was trained with a prompt selector {theirs}, this run has {mine}. Build it as in the run that "
                 "is resumed, or start a new run from the weights."
             )
-        self._refill_prompts.load_state_dict(stored)
+        prompts.load_state_dict(stored)
 
     def _load_buffer(self, checkpoint: Path, state: dict[str, Any]) -> None:
         path, world = checkpoint / _buffer_name(self.accelerator.process_index), self.accelerator.num_processes

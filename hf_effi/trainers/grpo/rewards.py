@@ -15,6 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.trainer.utils import is_async_callable
 
+from .host import Host
+
 logger = logging.getLogger(__name__)
 #: the largest reward: TRL stores rewards as float32
 LARGEST = torch.finfo(torch.float32).max
@@ -131,50 +133,52 @@ def check_sums(rewards: Tensor, weights: Tensor, group_size: int, names: Sequenc
     )
 
 
-class CheckedRewardsMixin:
-    """Wraps the reward functions for the time of `GRPOTrainer._calculate_rewards`."""
+class RewardCheck:
+    """
+    One call of `GRPOTrainer._calculate_rewards` whose reward functions are looked at.
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        problems: list[str] = []
-        originals = self.reward_funcs
-        self.reward_funcs = [
-            func if isinstance(func, nn.Module) else _checked(func, name, len(prompts), problems)
-            for func, name in zip(originals, self.reward_func_names, strict=True)
-        ]
+    A problem of one rank is told to all, and all raise together: one that stopped alone would leave the others waiting in a
+    collective.
+
+    Args:
+        host ([`Host`]): Whose reward functions are wrapped, for the time of the call.
+
+    Attributes:
+        problems (`list[str]`): What the functions of this rank returned that is no reward.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.problems: list[str] = []
+
+    def calculate(
+        self, stock: Callable[..., Tensor], inputs: Any, prompts: Any, completions: Any, completion_ids: Any
+    ) -> Tensor:
+        """
+        Return what `stock` does, the gathered rewards of shape `(rows, num_functions)`.
+
+        Args:
+            stock (`Callable`): The next `_calculate_rewards`, called with the other arguments.
+
+        Raises:
+            RewardError: a function of any rank returned what is no reward; on every rank.
+        """
+        originals = self.host.reward_funcs
+        self.host.reward_funcs = self._wrapped(originals, len(prompts))
         try:
-            with self._timed("reward"):
-                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            rewards = stock(inputs, prompts, completions, completion_ids)
         finally:
-            self.reward_funcs = originals
-        # All ranks raise together: one that stopped alone would leave the others waiting in a collective.
-        everyone = [problem for rank in gather_object([problems]) for problem in rank]
+            self.host.reward_funcs = originals
+        everyone = [problem for rank in gather_object([self.problems]) for problem in rank]
         if everyone:
             raise RewardError(everyone[0])
-        if self._in_training:
-            check_sums(rewards, self.reward_weights, self.num_generations, self.reward_func_names)
-            self._last_rewards = rewards
         return rewards
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            return super().training_step(*args, **kwargs)
-        except RewardError as error:
-            self._save_before_stopping(error)
-            raise
-
-    def _save_before_stopping(self, error: RewardError) -> None:
-        """Weights are those of the last finished optimizer step: keep them."""
-        if self.state.global_step == 0 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return
-        # The checkpoint must say that the last finished optimizer step is where to go on.
-        self._step, self._buffered_inputs = self._step_after_update, None
-        self.control.should_save = True  # as in a regular save, so that callbacks add what they store
-        self._save_checkpoint(self.model, trial=self._trial)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        error.add_note(
-            f"The {self.state.global_step} finished steps were saved to {self._get_output_dir(self._trial)}/checkpoint-"
-            f"{self.state.global_step}; fix the reward function and resume from there."
-        )
+    def _wrapped(self, functions: Sequence[Any], expected: int) -> list[Any]:
+        return [
+            function if isinstance(function, nn.Module) else _checked(function, name, expected, self.problems)
+            for function, name in zip(functions, self.host.reward_func_names, strict=True)
+        ]
 
 
 def _checked(func: Callable[..., Any], name: str, expected: int, problems: list[str]) -> Callable[..., Any]:

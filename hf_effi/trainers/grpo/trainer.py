@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
-import warnings
 from typing import Any
 
-import datasets
-from transformers.trainer_utils import get_last_checkpoint
+import torch
+from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from ...protocols import GroupFilter, PromptSelector, RolloutPruner
+from .._common import EffiMixin
 from ..mixins._signatures import with_signatures_of
-from ..mixins.attention import AttentionCheckMixin
-from ..mixins.hub import HubMixin
-from ..mixins.kernel_patch import KernelPatchMixin
-from ..mixins.resume import ResumeMixin
-from ..mixins.run_record import RunRecordMixin
-from ..mixins.sampler import SamplerMixin
-from ..mixins.schedule import ScheduleMixin
-from ..mixins.sequence_parallel import SequenceParallelMixin
-from .accounting import AccountingMixin
-from .config import EffiGRPOConfig, check_methods, own_setting, refuse_unused
-from .forward import ExactSavingsMixin
-from .pipeline import RolloutMixin
-from .prompt_length import PromptLengthMixin
-from .resume import GRPOResumeMixin
-from .rewards import CheckedRewardsMixin
+from .accounting import StepAccounting
+from .config import EffiGRPOConfig, refuse_unused
+from .forward import LogProbForward
+from .pipeline import LOSS_SCALE, RolloutPipeline
+from .prompt_room import PromptRoom
+from .resume import ResumableGRPOTrainer
+from .rewards import RewardCheck, RewardError, check_sums
+from .savings import choose_savings
+from .settings import GRPOSettings
+from .start import check_dataset, guard_vllm_server, route_checkpointing_options
 
 
 @with_signatures_of(GRPOTrainer)
-class EffiGRPOTrainer(
-    ResumeMixin,
-    AttentionCheckMixin,
-    KernelPatchMixin,
-    CheckedRewardsMixin,
-    AccountingMixin,
-    PromptLengthMixin,
-    RolloutMixin,
-    ExactSavingsMixin,
-    SamplerMixin,
-    GRPOResumeMixin,
-    HubMixin,
-    RunRecordMixin,
-    ScheduleMixin,
-    SequenceParallelMixin,
-    GRPOTrainer,
-):
+class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
     """
     Drop-in for [`~trl.GRPOTrainer`]: every argument, attribute, metric and callback of it works here.
 
@@ -89,6 +68,8 @@ class EffiGRPOTrainer(
     """
 
     _tag_names = ["trl", "grpo", "hf_effi"]
+    _settings: GRPOSettings | None = None
+    _prompt_room: PromptRoom | None = None
 
     def __init__(
         self,
@@ -105,78 +86,143 @@ class EffiGRPOTrainer(
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = EffiGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
-        _check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
-        check_methods(args, prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
+        check_dataset(train_dataset, environment=kwargs.get("environment_factory"))
+        self._settings = GRPOSettings.of(args)
+        self._settings.check_objects(prompt_selector, group_filter, rollout_pruner, kwargs.get("train_sampler"))
         super().__init__(model, reward_funcs, args, train_dataset, *positional, **kwargs)
-        self._init_prompt_length()
-        self._init_exact_savings()
-        self._check_buckets()
-        self._init_rollouts(prompt_selector, group_filter, rollout_pruner)
-        self._route_checkpointing_options()
-        self._guard_vllm_server()
-
-    def _check_buckets(self) -> None:
-        """The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss."""
-        if own_setting(self.args, "forward_buckets") and "trim" not in self.exact_savings:
-            reason = self._savings_left_out.get("trim", "it is off.")
-            refuse_unused(self.args, ("forward_buckets",), f"acts only with 'trim': {reason} Drop it")
-
-    def _guard_vllm_server(self) -> None:
-        """Let a server that fails end the run with one sentence. A `rollout_func` may talk to it in ways of its own."""
-        in_use = self.args.use_vllm and self.args.vllm_mode == "server" and self.rollout_func is None
-        if not in_use or not self.accelerator.is_main_process:
-            return
-        from .vllm_server import GuardedClient  # needs `requests`, as TRL's client does
-
-        generation = self.vllm_generation
-        generation.vllm_client = GuardedClient(generation.vllm_client, self.args.ddp_timeout, self._how_to_go_on)
-
-    def _how_to_go_on(self) -> str:
-        folder, step = self.args.output_dir, self.state.global_step
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        again = "Its own log says why. Start it again with the same command, then"
-        if checkpoint is None:
-            return (
-                f"{again} train from the start: step {step} was reached and no checkpoint saved (save_strategy="
-                f"{self.args.save_strategy.value!r})."
-            )
-        return (
-            f"{again} trainer.train(resume_from_checkpoint=True) goes on from {checkpoint}; step {step} was reached."
+        self._prompt_room = PromptRoom.of(self.accelerator.unwrap_model(self.model))
+        savings, left_out = choose_savings(self, self._settings)
+        if self._settings.forward_buckets and "trim" not in savings:
+            # The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss.
+            reason = f"acts only with 'trim': {left_out.get('trim', 'it is off.')} Drop it"
+            refuse_unused(self._settings, ("forward_buckets",), reason)
+        self._forward = LogProbForward(self, savings, self._settings.forward_buckets, self._count_forward)
+        self._rollouts = RolloutPipeline(
+            self, self._settings, self._accounting, self._forward, prompt_selector, group_filter, rollout_pruner
         )
+        route_checkpointing_options(self)
+        if self.args.use_vllm:
+            guard_vllm_server(self, self.vllm_generation)
 
-    def _route_checkpointing_options(self) -> None:
-        """
-        Let `every_n_layers` and `offload` survive a generation.
+    # --- the seams, in the order in which data flows ------------------------------------------------------------------
 
-        TRL 1.16 turns checkpointing off to generate and on again with the raw options, of which transformers takes
-        these two as arguments of their own: the stock trainer stops with `Unexpected keyword arguments` at step 1.
-        """
-        options = self.args.gradient_checkpointing_kwargs or {}
-        if not self.args.gradient_checkpointing or not {"every_n_layers", "offload"} & set(options):
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        enable = model.gradient_checkpointing_enable
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            with self._accounting.clock.phase("train"):
+                loss = super().training_step(*args, **kwargs)
+        except RewardError as error:
+            if folder := self._save_last_update():
+                error.add_note(
+                    f"The {self.state.global_step} finished steps were saved to {folder}; fix the reward function and "
+                    "resume from there."
+                )
+            raise
+        if self.accelerator.sync_gradients:
+            self._accounting.flush(self._metrics["train"], self.accelerator)
+        return loss
 
-        @functools.wraps(enable)
-        def routed(gradient_checkpointing_kwargs: dict[str, Any] | None = None, **extra: Any) -> Any:
-            rest = dict(gradient_checkpointing_kwargs or {})
-            extra |= {name: rest.pop(name) for name in ("every_n_layers", "offload") if name in rest}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # the old name is TRL's, not the user's
-                return enable(gradient_checkpointing_kwargs=rest or None, **extra)
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = self._forward.sorted_chunks(self._buffered_inputs)
+        return self._buffered_inputs[self._layout.micro_batch(self._step)]
 
-        model.gradient_checkpointing_enable = routed
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        stock = super()._generate_and_score_completions
+        return self._rollouts.generate(stock, inputs) if self.model.training else stock(inputs)
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        with self._timed("gen"):
+            generated = super()._generate(prompts)
+        self._rollouts.lengths = [len(ids) for ids in generated[1]]
+        return generated
 
-def _check_dataset(dataset: Any, environment: Any) -> None:
-    """Say what is wrong with the dataset before a model is loaded. What is no dataset at all, TRL names."""
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        return
-    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
-        raise ValueError("train_dataset is empty. GRPO needs at least one row with a `prompt` column.")
-    columns = dataset.column_names
-    if columns is not None and "prompt" not in columns and environment is None:
-        raise ValueError(
-            f"train_dataset has no `prompt` column; its columns are {', '.join(map(str, columns))}. Rename the column "
-            "that holds the prompts, e.g. dataset.rename_column('question', 'prompt')."
-        )
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        # Once per generation on every rank. `_generate_single_turn` runs as often as a rank's rollouts call tools.
+        tokenized = super()._tokenize_prompts(prompts)
+        if self._prompt_room is not None:
+            log = self._metrics["train" if self.model.training else "eval"]
+            lengths = [len(ids) for ids in tokenized[0]]
+            self._prompt_room.check(lengths, self.max_completion_length, self.accelerator, log)
+        return tokenized
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        stock = super()._calculate_rewards
+        self._rollouts.put_no_more_off()
+        with self._timed("reward"):
+            rewards = RewardCheck(self).calculate(stock, inputs, prompts, completions, completion_ids_list)
+        if self._in_training:
+            check_sums(rewards, self.reward_weights, self.num_generations, self.reward_func_names)
+            self._rollouts.rewards = rewards
+        return rewards
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        stock = super()._get_per_token_logps_and_entropies
+        if torch.is_grad_enabled():
+            return self._forward(stock, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        with self._timed("logp"):
+            if kwargs.get("pixel_values") is None:
+                later = self._rollouts.put_off(attention_mask, logits_to_keep)
+                if later is not None:
+                    return later, None, None
+            return self._forward(stock, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        with self._forward.skipping(inputs) if self.model.training else contextlib.nullcontext():
+            loss = super()._compute_loss(model, inputs)
+        # With `prune_normalizer="original"`: the loss and not the advantages, so that the KL term is averaged alike.
+        scale = inputs.get(LOSS_SCALE)
+        return loss if scale is None else loss * scale
+
+    # --- what they share ----------------------------------------------------------------------------------------------
+
+    # Made when it is first asked for: other code builds trainers without `__init__` and calls single methods.
+    @functools.cached_property
+    def _accounting(self) -> StepAccounting:
+        return StepAccounting()
+
+    @functools.cached_property
+    def _rollouts(self) -> RolloutPipeline:
+        return RolloutPipeline(self, None, self._accounting, self._forward)
+
+    @functools.cached_property
+    def _forward(self) -> LogProbForward:
+        return LogProbForward(self)
+
+    def _count_forward(self, real: int, forwarded: int, saved: int) -> None:
+        # The other ranks of a sequence-parallel group count their own rows.
+        if self.model.training and self._works_on_own_batch:
+            self._accounting.count_forward(real, forwarded, saved)
+
+    @property
+    def exact_savings(self) -> tuple[str, ...]:
+        """Names of the exact savings that are on."""
+        return self._forward.exact_savings
+
+    @property
+    def prompt_selector(self) -> PromptSelector | None:
+        """What chooses the prompts of every generation; `None` is the data loader."""
+        return self._rollouts.prompt_selector
+
+    @property
+    def group_filter(self) -> GroupFilter | None:
+        """What chooses the groups to train on; `None` takes all."""
+        return self._rollouts.group_filter
+
+    @property
+    def rollout_pruner(self) -> RolloutPruner | None:
+        """What chooses the completions to train on; `None` takes all."""
+        return self._rollouts.rollout_pruner
+
+    @property
+    def _in_training(self) -> bool:
+        model = getattr(self, "model", None)
+        return model is not None and model.training
+
+    def _timed(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        """Time a phase of a training step; evaluation has none."""
+        return self._accounting.clock.phase(phase) if self._in_training else contextlib.nullcontext()

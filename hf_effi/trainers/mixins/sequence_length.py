@@ -10,6 +10,7 @@ from torch import Tensor
 from ...callbacks._owners import claim
 from ...callbacks._probing import trained_steps, trained_total
 from ...callbacks.multigrid import SEQUENCE_LENGTH
+from ...functional import metrics
 from ...functional.data import CurriculumError, rechunk
 
 #: what fills up the last piece of a row, by the name of the input
@@ -76,7 +77,7 @@ class SequenceLengthMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._length_now is not None and "loss" in logs:
-            logs = {**logs, "effi/sequence_length": self._length_now}
+            logs = {**logs, metrics.SEQUENCE_LENGTH: self._length_now}
         super().log(logs, *args, **kwargs)
 
 

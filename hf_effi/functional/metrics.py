@@ -1,0 +1,67 @@
+"""The names of everything that hf_effi logs. Whoever logs a metric, and whoever reads one, takes its name from here.
+
+All begin with `effi/`, so that they stand together in a tracker and never hide one of transformers' or TRL's.
+"""
+
+from __future__ import annotations
+
+PREFIX = "effi/"
+
+# --- an update of GRPO: once each, sums over the ranks ----------------------------------------------------------------
+
+#: + one of `PHASES`: seconds of the main process in a phase; a phase inside another is not counted twice
+TIME = "effi/time_"
+#: generation, rewards, log-probs without a gradient, and the rest of the training steps
+PHASES = ("gen", "reward", "logp", "train")
+#: tokens of log-prob forwards with their padding, those that were no padding, and those that stock would have added
+TOKENS_FORWARD = "effi/tokens_forward"
+TOKENS_REAL = "effi/tokens_real"
+TOKENS_SAVED = "effi/tokens_saved"
+#: `1 - tokens_real / tokens_forward`
+PAD_RATIO = "effi/pad_ratio"
+#: completions that were generated, those with a gradient, and their ratio; only of updates that generate
+ROWS_GENERATED = "effi/rows_generated"
+ROWS_TRAINED = "effi/rows_trained"
+EFFECTIVE_RATIO = "effi/effective_ratio"
+
+# --- a generation of GRPO ---------------------------------------------------------------------------------------------
+
+#: rounds of a generation, the first included
+GEN_ROUNDS = "effi/gen_rounds"
+#: share of groups without a gradient
+FRAC_ZERO_VAR_GROUPS = "effi/frac_zero_var_groups"
+#: prompts that leave the completion no room within the positions of the model
+ROWS_OVER_MAX_POSITIONS = "effi/rows_over_max_positions"
+#: + a reason: completions that are not trained on
+DROPPED = "effi/dropped/"
+#: rejected groups that were taken all the same, and whether the batch was not filled by accepted ones
+GROUPS_FILLED = "effi/groups_filled"
+UNDERFILLED = "effi/underfilled"
+#: means over all completions and over those that are trained on: of the weighted reward, and of the one that decides
+REWARD_GENERATED = "effi/reward_generated"
+REWARD_KEPT = "effi/reward_kept"
+FILTER_REWARD_GENERATED = "effi/filter_reward_generated"
+FILTER_REWARD_KEPT = "effi/filter_reward_kept"
+#: of the completions that pruning keeps: mean |advantage|, share of positive ones, share of groups with one sign left
+PRUNE_ABS_ADVANTAGE_KEPT = "effi/prune/abs_advantage_kept"
+PRUNE_POSITIVE_FRACTION = "effi/prune/positive_fraction"
+PRUNE_GROUPS_WITH_ONE_SIGN = "effi/prune/groups_with_one_sign"
+
+# --- any trainer ------------------------------------------------------------------------------------------------------
+
+#: marks the log entries of probes, so that curves and trackers can leave them out
+PROBE = "effi/probe"
+#: + a callback: what it multiplies the learning rate by
+LR_FACTOR = "effi/lr_factor/"
+#: rank of all adapters together
+ADALORA_RANK = "effi/adalora_rank"
+#: tokens that a dropping layer sees, and tokens times layers so far, also as a fraction of those without dropping
+LTD_KEPT_TOKENS = "effi/ltd_kept_tokens"
+LTD_LAYER_TOKENS = "effi/ltd_layer_tokens"
+LTD_LAYER_TOKEN_FRACTION = "effi/ltd_layer_token_fraction"
+#: tokens of a row
+SEQUENCE_LENGTH = "effi/sequence_length"
+#: share of tokens that are masked
+MASKING_RATIO = "effi/masking_ratio"
+#: 1 where rows are preceded by their metadata, else 0
+METADATA = "effi/metadata"

@@ -1,0 +1,98 @@
+"""`PhaseClock`, `count_tokens` and `StepAccounting`, without a trainer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hf_effi.functional import metrics
+from hf_effi.functional.accounting import PhaseClock, count_tokens
+from hf_effi.trainers.grpo.accounting import StepAccounting
+
+
+def clock(*times: float) -> PhaseClock:
+    return PhaseClock(now=iter(times).__next__)
+
+
+def test_a_phase_inside_another_is_taken_from_it_also_twice_over() -> None:
+    found = clock(0, 1, 2, 5, 7, 10)
+    with found.phase("a"), found.phase("b"), found.phase("c"):
+        pass
+    assert dict(found.seconds) == {"c": 3, "b": 3, "a": 4}  # together the 10 seconds of the outermost
+
+
+def test_a_phase_inside_of_itself_counts_once() -> None:
+    found = clock(0, 2, 3, 9)
+    with found.phase("a"), found.phase("a"):
+        pass
+    assert found.seconds["a"] == 9
+
+
+def test_a_phase_that_fails_is_left() -> None:
+    found = clock(0, 4, 10, 11)
+    with pytest.raises(ZeroDivisionError), found.phase("a"):
+        1 / 0  # noqa: B018
+    with found.phase("b"):
+        pass
+    assert dict(found.seconds) == {"a": 4, "b": 1}
+
+
+def test_laps_leave_no_gap() -> None:
+    found = clock(100, 103, 104, 110)
+    found.start()
+    for name in ("data", "train", "data"):
+        found.lap(name)
+    assert dict(found.seconds) == {"data": 9, "train": 1}
+    found.clear()
+    assert not found.seconds
+
+
+def test_tokens_without_a_mask_are_all_real() -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    assert count_tokens(ids, None) == (6, 6)
+    assert count_tokens(ids, torch.ones(1, 1, 3, 3)) == (6, 6)  # of another shape: no mask of padding
+    forwarded, real = count_tokens(ids, torch.tensor([[0, 1, 1], [0, 0, 1]]))
+    assert forwarded == 6 and int(real) == 3
+
+
+def flushed(accounting: StepAccounting, ranks: int = 1) -> dict[str, Any]:
+    log: dict[str, list[float]] = defaultdict(list)
+    accelerator = SimpleNamespace(
+        num_processes=ranks, device=torch.device("cpu"), reduce=lambda counts, reduction: counts * ranks
+    )
+    accounting.flush(log, accelerator)
+    return {name: value for name, (value,) in log.items()}
+
+
+def test_an_update_is_logged_and_forgotten() -> None:
+    accounting = StepAccounting()
+    accounting.count_forward(real=6, forwarded=8, saved=4)
+    accounting.count_forward(real=3, forwarded=4, saved=0)
+    accounting.counts[metrics.ROWS_GENERATED] += 8
+    accounting.counts[metrics.ROWS_TRAINED] += 6
+    accounting.clock.seconds["gen"] += 1.5
+    found = flushed(accounting, ranks=2)
+    assert found == {
+        "effi/time_gen": 1.5,
+        "effi/time_reward": 0.0,
+        "effi/time_logp": 0.0,
+        "effi/time_train": 0.0,
+        "effi/tokens_forward": 24.0,
+        "effi/tokens_real": 18.0,
+        "effi/tokens_saved": 8.0,
+        "effi/pad_ratio": 0.25,
+        "effi/rows_generated": 16.0,
+        "effi/rows_trained": 12.0,
+        "effi/effective_ratio": 0.75,
+    }
+    assert not accounting.counts and not accounting.clock.seconds
+
+
+def test_an_update_that_neither_generates_nor_forwards_has_no_ratios() -> None:
+    names = set(flushed(StepAccounting()))
+    assert not names & {metrics.PAD_RATIO, metrics.EFFECTIVE_RATIO, metrics.ROWS_GENERATED}
+    assert metrics.TOKENS_FORWARD in names
