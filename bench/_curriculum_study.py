@@ -1,9 +1,9 @@
 """Does ascending quality need a learning rate that does not decay to zero? The paper's question, at the smallest size.
 
-Text: the sources of the Python standard library, in pieces of 96 characters. Target domain: the package `asyncio`; one half
-of its files is in the training pool, the other is held out. Quality score of a piece: the log-likelihood ratio of two
-character-bigram models, target against everything else, which is what a linear classifier scores. Both orders train on the
-same pieces, once, with the same peak learning rate; arms differ in order, schedule and averaging only.
+Text: the sources of the Python standard library, in pieces of 96 characters. Target domain: the package `asyncio`; one
+half of its files is in the training pool, the other is held out. Quality score of a piece: the log-likelihood ratio of
+two character-bigram models, target against everything else, which is what a linear classifier scores. Both orders
+train on the same pieces, once, with the same peak learning rate; arms differ in order, schedule and averaging only.
 """
 
 from __future__ import annotations

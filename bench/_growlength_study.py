@@ -1,9 +1,10 @@
 """GrowLength against a fixed length: the same text, the same model, equal tokens and equal CPU time.
 
-Text: the sources of the Python standard library, packed into rows of 1024 characters; files are either trained on or held
-out. `fixed` trains on whole rows. `growing_equal_tokens` trains on the same rows in the same order, cut to 128, 256, 512
-and, for the second half, 1024 characters. `growing_equal_time` takes as many updates as fit into the CPU time of `fixed`
-of the same seed. All have one peak learning rate and a cosine over their own updates; the loss is measured on whole rows.
+Text: the sources of the Python standard library, packed into rows of 1024 characters; files are either trained on or
+held out. `fixed` trains on whole rows. `growing_equal_tokens` trains on the same rows in the same order, cut to 128,
+256, 512 and, for the second half, 1024 characters. `growing_equal_time` takes as many updates as fit into the CPU time
+of `fixed` of the same seed. All have one peak learning rate and a cosine over their own updates; the loss is measured
+on whole rows.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What the benches of 8-bit training share: the model, linears with emulated formats, tuned runs and counted step times.
+"""What the benches of 8-bit training share: the model, linears with emulated formats, tuned runs and counted step
+times.
 
-A format is emulated: operands are rounded to it and multiplied in fp32. Step times are **counted**, never measured: the
-matrix products of one Llama-8B layer over a card's rate plus the bytes of the quantise passes over its bandwidth.
+A format is emulated: operands are rounded to it and multiplied in fp32. Step times are **counted**, never measured:
+the matrix products of one Llama-8B layer over a card's rate plus the bytes of the quantise passes over its bandwidth.
 
 The criterion, fixed before any run: *go* on a card if the held-out loss is within one standard deviation over seeds of
-the bf16 run's (`LOSS_GOAL`) and the counted time, or bytes, are at most 0.9 of the best alternative that a user already has
-(`RATIO_GOAL`): bf16, fp8 by row (accelerate's torchao back-end), int8 by row (torchao, with or without `down_proj`), provided its own loss
-passes as well.
+the bf16 run's (`LOSS_GOAL`) and the counted time, or bytes, are at most 0.9 of the best alternative that a user
+already has (`RATIO_GOAL`): bf16, fp8 by row (accelerate's torchao back-end), int8 by row (torchao, with or without
+`down_proj`), provided its own loss passes as well.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ STEPS, SEEDS, TUNING_SEED = 200, (0, 1, 2), 100
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 LOSS_GOAL, RATIO_GOAL = "<= 1", "<= 0.9"
 
-#: `quantize(tensor, role, contracted)`: role is "input", "weight" or "grad", contracted the summed dimension of the product.
+#: `quantize(tensor, role, contracted)`: role is "input", "weight" or "grad", contracted the summed dimension of the
+#: product.
 Quantizer = Callable[[torch.Tensor, str, int], torch.Tensor]
 
 
@@ -221,9 +223,10 @@ class Card:
     """
     Rates of a card, per second.
 
-    The H200's are ceilings measured on one (bf16, bytes) and the practical rate assumed for 8 bits; the other two cards'
-    are data-sheet peaks (dense, fp32 accumulation). `fma` and `convert`: fp32 multiply-adds and int32-to-fp32 conversions
-    outside of the tensor cores, 64 conversions a clock and multiprocessor. None of the data-sheet figures was checked on a card.
+    The H200's are ceilings measured on one (bf16, bytes) and the practical rate assumed for 8 bits; the other two
+    cards' are data-sheet peaks (dense, fp32 accumulation). `fma` and `convert`: fp32 multiply-adds and int32-to-fp32
+    conversions outside of the tensor cores, 64 conversions a clock and multiprocessor. None of the data-sheet figures
+    was checked on a card.
     """
 
     bf16: float
@@ -249,16 +252,17 @@ def step_seconds(card: Card, rate: float, pass_bytes: float, products: float = 3
         rate (`float`): Tensor-core rate of the format, operations a second.
         pass_bytes (`float`): Bytes that the quantise passes read and write for each element of an operand.
         products (`float`): Matrix products for each linear: 3, and more where blocks are multiplied twice.
-        block (`int`, *optional*): Depth after which sums leave int32 and are scaled: one conversion and one multiply-add
-            for each output element, hidden behind the tensor cores where these take longer.
+        block (`int`, *optional*): Depth after which sums leave int32 and are scaled: one conversion and one
+            multiply-add for each output element, hidden behind the tensor cores where these take longer.
     """
     macs = products * TOKENS * WEIGHTS
     scaling = 0.0 if block is None else macs / block * (1 / card.fma + 1 / card.convert)
     return max(2 * macs / rate, scaling) + pass_bytes * OPERANDS / card.bandwidth
 
 
-#: Bytes a quantise pass moves for each bf16 element: read 2, write 1 in each layout that the products want. A scale per row
-#: depends on the contracted dimension, so the operand is read once for each; a square block or a tensor scale is not.
+#: Bytes a quantise pass moves for each bf16 element: read 2, write 1 in each layout that the products want. A scale
+#: per row depends on the contracted dimension, so the operand is read once for each; a square block or a tensor scale
+#: is not.
 ROW_PASS, BLOCK_PASS, TENSOR_AMAX_PASS = 2 * (2 + 1), 2 + 1 + 1, 2 + 2 + 1 + 1
 
 

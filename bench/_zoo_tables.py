@@ -1,4 +1,6 @@
-"""The tables of `docs/zoo.md` from `bench/results/zoo.json`: one symbol a cell, and a letter for each reason to refuse."""
+"""
+The tables of `docs/zoo.md` from `bench/results/zoo.json`: one symbol a cell, and a letter for each reason to refuse.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,10 @@ def settings_table(result: Mapping[str, Any]) -> str:
         [f"{row['axis']}: {row['level']}", *(_share(row["counts"].get(feature, (0, 0))) for feature in COLUMNS)]
         for row in rows
     ]
-    return f'<div class="zoo" markdown="1">\n\n{markdown_table(["setting", *COLUMNS.values()], lines, numbers=False)}\n\n</div>'
+    return (
+        f'<div class="zoo" '
+        f'markdown="1">\n\n{markdown_table(["setting", *COLUMNS.values()], lines, numbers=False)}\n\n</div>'
+    )
 
 
 def _share(counts: Sequence[int]) -> str:

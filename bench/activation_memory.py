@@ -1,7 +1,7 @@
 """Memory and time of what decoder layers keep, the planner's error, and packed and sparse attention, on a CPU.
 
-`python -m bench.activation_memory` writes `bench/results/activation_memory.json`. Times are CPU-seconds of one process with
-one thread; each ratio is one of medians over runs that alternate.
+`python -m bench.activation_memory` writes `bench/results/activation_memory.json`. Times are CPU-seconds of one process
+with one thread; each ratio is one of medians over runs that alternate.
 """
 
 from __future__ import annotations

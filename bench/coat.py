@@ -2,8 +2,9 @@
 
     python -m bench.coat
 
-Losses, errors and bytes are measured on the CPU, with real fp8 storage; milliseconds are counted (`bench/_low_precision.py`, with
-the criterion). Activations are compared at equal bytes with layers that keep, recompute in part, or recompute everything.
+Losses, errors and bytes are measured on the CPU, with real fp8 storage; milliseconds are counted
+(`bench/_low_precision.py`, with the criterion). Activations are compared at equal bytes with layers that keep,
+recompute in part, or recompute everything.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from bench.prototypes.coat import CoatAdamW, SavedInFp8, compress, restore
 from bench.schedules import Data
 
 MLP, WIDTH, KEYS = low.MLP, low.WIDTH, low.KEYS
-#: Elements a token and layer saves with fused norms and flash attention: inputs and outputs of both norms, gate, up, their
-#: product; and what attention saves (queries, keys, values, output).
+#: Elements a token and layer saves with fused norms and flash attention: inputs and outputs of both norms, gate, up,
+#: their product; and what attention saves (queries, keys, values, output).
 ACTIVATIONS, ATTENTION = 4 * WIDTH + 3 * MLP, 2 * WIDTH + 2 * KEYS
 adamw8bit = functools.partial(bitsandbytes.optim.AdamW8bit, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def state_bytes(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the bytes of the moments a parameter, in matrices that bitsandbytes quantises (4096 elements and more)."""
+    """
+    Return the bytes of the moments a parameter, in matrices that bitsandbytes quantises (4096 elements and more).
+    """
     found = elements = 0
     for p in (p for p in model.parameters() if p.numel() >= 4096):
         elements += p.numel()

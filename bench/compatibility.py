@@ -1,10 +1,12 @@
-"""Run what leans on upstream with the oldest allowed, the pinned and the newest releases: `python -m bench.compatibility`.
+"""Run what leans on upstream with the oldest allowed, the pinned and the newest releases:
+`python -m bench.compatibility`.
 
-For transformers, trl, accelerate, peft and datasets each, one package at a time is moved from its pin to the oldest and to
-the newest release that `setup.cfg` allows, in a virtual environment of its own below `bench/cache/venvs`. There the contract
-tests, the shard of `tests/zoo` and the tests of the features that the package touches run. Environments that coincide run
-once; one that is finished with the present sources is not run again. Writes `bench/results/compatibility.json`, from which
-`bench.render` makes `docs/compatibility.md`, and which `tests/contract/test_packaging.py` compares with `setup.cfg`.
+For transformers, trl, accelerate, peft and datasets each, one package at a time is moved from its pin to the oldest
+and to the newest release that `setup.cfg` allows, in a virtual environment of its own below `bench/cache/venvs`. There
+the contract tests, the shard of `tests/zoo` and the tests of the features that the package touches run. Environments
+that coincide run once; one that is finished with the present sources is not run again. Writes
+`bench/results/compatibility.json`, from which `bench.render` makes `docs/compatibility.md`, and which
+`tests/contract/test_packaging.py` compares with `setup.cfg`.
 
 To raise a cap, run the release first: `python -m bench.compatibility --release transformers==5.25.0`.
 """
@@ -239,7 +241,9 @@ def fingerprint() -> str:
 
 
 def run_environment(environment: Environment, pinned: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
-    """Return `{versions, suites}` of an environment; each suite that is done is kept in `bench/cache/compatibility`."""
+    """
+    Return `{versions, suites}` of an environment; each suite that is done is kept in `bench/cache/compatibility`.
+    """
     python = python_of(environment, pinned)
     kept = CACHE / "compatibility" / f"{environment.name.replace(' ', '-')}.json"
     found: dict[str, Any] = {"sources": fingerprint(), "suites": {}}

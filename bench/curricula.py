@@ -4,9 +4,10 @@
 loading the sampler's state, computing the order of the epoch, discarding the finished batches, fetching the next one.
 The same interval of a stock Trainer with its random sampler stands beside it; runs alternate.
 
-`--part study` asks whether ascending quality gains more where the learning rate does not decay to zero, on the sources of
-the standard library (`bench/_curriculum_study.py`). `--part length` compares GrowLength with a fixed length at equal tokens
-and at equal CPU time (`bench/_growlength_study.py`). Finished arms are kept: a study that was stopped goes on.
+`--part study` asks whether ascending quality gains more where the learning rate does not decay to zero, on the sources
+of the standard library (`bench/_curriculum_study.py`). `--part length` compares GrowLength with a fixed length at
+equal tokens and at equal CPU time (`bench/_growlength_study.py`). Finished arms are kept: a study that was stopped
+goes on.
 """
 
 from __future__ import annotations

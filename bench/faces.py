@@ -1,9 +1,9 @@
 """
 The public names of hf_effi as a user reaches them, read from the sources without importing them.
 
-A face is `hf_effi`, a public package below it, or a public module beside `hf_effi/__init__.py`, whose source has an `__all__`.
-The reference of the docs is one page per face. A name that several faces offer is described on the page of its room, and the
-page of `hf_effi` points there.
+A face is `hf_effi`, a public package below it, or a public module beside `hf_effi/__init__.py`, whose source has an
+`__all__`. The reference of the docs is one page per face. A name that several faces offer is described on the page of
+its room, and the page of `hf_effi` points there.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def described_at(root: Path = ROOT) -> dict[str, Name]:
     """
     Return the home of each public object -> the name under which the reference describes it.
 
-    That is its room, so that what belongs together is on one page, and `hf_effi` only for what no room offers. Of several
-    rooms it is the one with the shortest path: `hf_effi.schedules` before `hf_effi.functional.schedules`.
+    That is its room, so that what belongs together is on one page, and `hf_effi` only for what no room offers. Of
+    several rooms it is the one with the shortest path: `hf_effi.schedules` before `hf_effi.functional.schedules`.
     """
     every = [name for names in public_names(root).values() for name in names]
     every.sort(key=lambda name: (name.face == TOP, name.face.count("."), name.face))

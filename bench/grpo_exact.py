@@ -2,10 +2,10 @@
 
     python -m bench.grpo_exact [--seeds 3] [--repeats 5]
 
-Rollouts are served with log-normal lengths (sigma 0.6) by a `rollout_func`, so generation costs nothing and both trainers
-see the same rows; 40 % of the groups have equal rewards. The arms alternate in one process, on one thread; the figure is
-the ratio of median CPU seconds of the training phase (everything of a step but generation and rewards). The gradient
-error compares one SGD step with stock for each of TRL's eight losses.
+Rollouts are served with log-normal lengths (sigma 0.6) by a `rollout_func`, so generation costs nothing and both
+trainers see the same rows; 40 % of the groups have equal rewards. The arms alternate in one process, on one thread;
+the figure is the ratio of median CPU seconds of the training phase (everything of a step but generation and rewards).
+The gradient error compares one SGD step with stock for each of TRL's eight losses.
 """
 
 from __future__ import annotations

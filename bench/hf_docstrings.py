@@ -1,8 +1,9 @@
 """
 Docstrings of the Hugging Face style as Markdown, for mkdocstrings: an extension of griffe.
 
-The style looks like Google's, but its types are Markdown ("`int`, *optional*, defaults to 3"), one entry may name several
-arguments, and a reference to a class is a code span in brackets. Griffe's parser of Google's style warns of the first two.
+The style looks like Google's, but its types are Markdown ("`int`, *optional*, defaults to 3"), one entry may name
+several arguments, and a reference to a class is a code span in brackets. Griffe's parser of Google's style warns of
+the first two.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def as_markdown(text: str) -> str:
 
     Example:
     ```python
-    >>> print(as_markdown("Add.\\n\\nArgs:\\n    a, b (`int`): What to\\n        add.\\n\\nReturns:\\n    `int`: The sum."))
+    >>> arguments = "Args:\\n    a, b (`int`): What to\\n        add."
+    >>> print(as_markdown("Add.\\n\\n" + arguments + "\\n\\nReturns:\\n    `int`: The sum."))
     Add.
     <BLANKLINE>
     **Args**
@@ -69,8 +71,8 @@ class HFDocstrings(griffe.Extension):
     """
     Rewrites every docstring of the package before it is rendered; a constant gets the `#:` comment above it.
 
-    Where a face offers a name that a module beside it has too (`gallery` from `.gallery`), the path leads to the object, as it does
-    for Python, and not to the module.
+    Where a face offers a name that a module beside it has too (`gallery` from `.gallery`), the path leads to the
+    object, as it does for Python, and not to the module.
     """
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:

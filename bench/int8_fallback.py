@@ -2,8 +2,8 @@
 
     python -m bench.int8_fallback
 
-The outliers are put in by hand: some channels of `up_proj` are scaled up and those of `down_proj` down by as much, which leaves
-the function as it is. Losses and errors are of an emulation on the CPU; milliseconds are counted
+The outliers are put in by hand: some channels of `up_proj` are scaled up and those of `down_proj` down by as much,
+which leaves the function as it is. Losses and errors are of an emulation on the CPU; milliseconds are counted
 (`bench/_low_precision.py`, with the criterion).
 """
 

@@ -2,7 +2,8 @@
 
     python -m bench.jetfire
 
-Losses and errors are of an emulation on the CPU; milliseconds are counted (`bench/_low_precision.py`, with the criterion).
+Losses and errors are of an emulation on the CPU; milliseconds are counted (`bench/_low_precision.py`, with the
+criterion).
 """
 
 from __future__ import annotations

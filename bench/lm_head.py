@@ -1,9 +1,10 @@
 """
 The LM head on a CPU beside TRL's: what forward and backward multiply, keep alive and take, and how exact they are.
 
-`python -m bench.lm_head [--seeds 3] [--repeats 5]`. 256 rows of width 256, a vocabulary of 65,536, fp32, one thread; both
-compute in torch here, as neither has a CPU kernel. Multiply-adds and live bytes are counted; times are ratios of medians
-of CPU seconds from alternated runs. On `peaked` rows the probability lies on few tokens, as in a trained model.
+`python -m bench.lm_head [--seeds 3] [--repeats 5]`. 256 rows of width 256, a vocabulary of 65,536, fp32, one thread;
+both compute in torch here, as neither has a CPU kernel. Multiply-adds and live bytes are counted; times are ratios of
+medians of CPU seconds from alternated runs. On `peaked` rows the probability lies on few tokens, as in a trained
+model.
 """
 
 from __future__ import annotations

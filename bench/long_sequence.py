@@ -3,10 +3,11 @@
     python -m bench.long_sequence [--seeds 3] [--cap-mib 64] [--repeats 5]
 
 Each probe is a fork: a Llama with 8 layers is built, one short step warms it up, then `RLIMIT_DATA` is set to
-what the process uses plus the cap, and one forward and backward of the language-model loss runs. The longest length that
-survives is found by a galloping search and bisection, to 5 % or 64 tokens. For `offload` the host is a file mapping, which
-the cap does not count: a CPU has no second memory. `2 ranks` are two processes with the cap each. Time is CPU seconds a
-token of the same step in one process without a cap, the arms in turn; the ratio is of medians, over plain checkpointing.
+what the process uses plus the cap, and one forward and backward of the language-model loss runs. The longest length
+that survives is found by a galloping search and bisection, to 5 % or 64 tokens. For `offload` the host is a file
+mapping, which the cap does not count: a CPU has no second memory. `2 ranks` are two processes with the cap each. Time
+is CPU seconds a token of the same step in one process without a cap, the arms in turn; the ratio is of medians, over
+plain checkpointing.
 """
 
 from __future__ import annotations
@@ -164,7 +165,9 @@ def survives(arm: str, length: int, seed: int, cap_mib: int) -> bool:
 
 
 def longest(arm: str, seed: int, cap_mib: int, guess: int) -> int:
-    """Return the longest length, to 5 % or 64 tokens, that survives: a galloping search from `guess`, then bisection."""
+    """
+    Return the longest length, to 5 % or 64 tokens, that survives: a galloping search from `guess`, then bisection.
+    """
     low, high, length, reach = 0, 0, guess, max(64, guess // 20)
     while not (low and high) and length >= 32:
         if survives(arm, length, seed, cap_mib):
@@ -178,7 +181,7 @@ def longest(arm: str, seed: int, cap_mib: int, guess: int) -> int:
     return low
 
 
-# --- time per token ----------------------------------------------------------------------------------------------------
+# --- time per token --------------------------------------------------------------------------------------------------
 
 
 def seconds_per_token(seed: int, repeats: int) -> dict[str, float]:
@@ -227,7 +230,9 @@ def known_lengths() -> dict[str, int]:
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the two headline figures: of the one-process arm that goes furthest within the time that the goal allows."""
+    """
+    Return the two headline figures: of the one-process arm that goes furthest within the time that the goal allows.
+    """
 
     def ratios(arm: str) -> tuple[float, float]:
         plain = {row["seed"]: row["longest"] for row in rows if row["arm"] == "plain"}

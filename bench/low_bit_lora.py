@@ -3,9 +3,9 @@ LoRA on an 8-bit base against wide and 4-bit bases, on a CPU: quality and bytes,
 
     python -m bench.low_bit_lora
 
-A decoder is trained on the bytes of Python's standard library, then adapted for 200 updates to the language reference in
-`pydoc_data/topics.py`, by LoRA of rank 8 on all linear layers. All arms share weights, rows, initial adapters and the
-learning rate, which is tuned for the fp32 base on a seed that is not counted. Bytes are counted from storages.
+A decoder is trained on the bytes of Python's standard library, then adapted for 200 updates to the language reference
+in `pydoc_data/topics.py`, by LoRA of rank 8 on all linear layers. All arms share weights, rows, initial adapters and
+the learning rate, which is tuned for the fp32 base on a seed that is not counted. Bytes are counted from storages.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m bench.observers
 
-The same run of 240 updates with and without each callback, alternated in one process, CPU time of one thread, beginning and
-end included; and the CPU time inside the callback's own events, which is finer than the noise of the first. The model is
-tiny: a real update takes far longer, and the observers' work does not grow with it.
+The same run of 240 updates with and without each callback, alternated in one process, CPU time of one thread,
+beginning and end included; and the CPU time inside the callback's own events, which is finer than the noise of the
+first. The model is tiny: a real update takes far longer, and the observers' work does not grow with it.
 """
 
 from __future__ import annotations

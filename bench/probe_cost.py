@@ -1,10 +1,12 @@
-"""What the questions to a loaded model cost when a feature is switched on: seconds, bytes, and the share of a short run.
+"""What the questions to a loaded model cost when a feature is switched on: seconds, bytes, and the share of a short
+run.
 
-`python -m bench.probe_cost` writes `bench/results/probe_cost.json`. Two Llamas in fp32, of 0.3 and of 100 million parameters; for
-each feature all that it asks at the start, from the call that switches it on to its answer, which is "equal" here, so that
-no question is left out. CPU seconds of one thread; bytes are those of the tensors that are alive at once beside the model,
-counted in a run of its own with the first seed. The share is of 100 updates (forward, backward, AdamW) of one row of 256 tokens, the shortest run
-that one would call training: longer rows, more rows and more updates make it smaller.
+`python -m bench.probe_cost` writes `bench/results/probe_cost.json`. Two Llamas in fp32, of 0.3 and of 100 million
+parameters; for each feature all that it asks at the start, from the call that switches it on to its answer, which is
+"equal" here, so that no question is left out. CPU seconds of one thread; bytes are those of the tensors that are alive
+at once beside the model, counted in a run of its own with the first seed. The share is of 100 updates (forward,
+backward, AdamW) of one row of 256 tokens, the shortest run that one would call training: longer rows, more rows and
+more updates make it smaller.
 """
 
 from __future__ import annotations

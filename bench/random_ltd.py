@@ -2,8 +2,9 @@
 
     python -m bench.random_ltd
 
-A decoder of 8 layers is trained on the bytes of Python's standard library, each arm on the same rows with the same learning
-rate, which is not tuned. CPU seconds are of `train()`, the arms of a seed one after the other in alternating order.
+A decoder of 8 layers is trained on the bytes of Python's standard library, each arm on the same rows with the same
+learning rate, which is not tuned. CPU seconds are of `train()`, the arms of a seed one after the other in alternating
+order.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME is a result file without `.json`
 (its headline figures), `NAME.arms` for the comparison of the demo's arms, `NAME.parity` for a table of errors,
-`NAME.ladder` for the longest sequences, or `probe_cost.asks_FEATURE` for what one feature asks of a model at the start.
-`<!-- table:NAME -->` and `<!-- /table -->` hold a table of `bench.tables`. With `--check` nothing is written, and the exit code
-is 1 if a table and its source differ.
+`NAME.ladder` for the longest sequences, or `probe_cost.asks_FEATURE` for what one feature asks of a model at the
+start. `<!-- table:NAME -->` and `<!-- /table -->` hold a table of `bench.tables`. With `--check` nothing is written,
+and the exit code is 1 if a table and its source differ.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def parity_table(result: Mapping[str, Any]) -> str:
 
 
 def ladder_table(result: Mapping[str, Any]) -> str:
-    """Return one row per arm of `bench.long_sequence`: medians over the seeds, lengths also over those of the first arm."""
+    """
+    Return one row per arm of `bench.long_sequence`: medians over the seeds, lengths also over those of the first arm.
+    """
     arms: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         if "arm" in row:
@@ -120,7 +122,9 @@ def provenance(result: Mapping[str, Any]) -> str:
 
 
 def probe_table(feature: str, result: Mapping[str, Any]) -> str:
-    """Return one row a model of `bench.probe_cost`: what a feature asks when it is switched on, medians over the seeds."""
+    """
+    Return one row a model of `bench.probe_cost`: what a feature asks when it is switched on, medians over the seeds.
+    """
     mine = [row for row in result["rows"] if row["feature"] == feature]
     rows = []
     for model in dict.fromkeys(row["model"] for row in mine):

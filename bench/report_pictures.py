@@ -1,8 +1,9 @@
 """
 Pictures of the docs: `python -m bench.report_pictures` (minutes on a CPU, needs chromium for the pages of the report).
 
-Draws the gallery of schedules. Trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact savings and
-WSD, writes the pages of `hf-effi report`, and photographs them into `docs/images`. Runs that are there already are not repeated.
+Draws the gallery of schedules. Trains the demo's policy twice over three seeds, stock and with filter, CPPO, exact
+savings and WSD, writes the pages of `hf-effi report`, and photographs them into `docs/images`. Runs that are there
+already are not repeated.
 """
 
 from __future__ import annotations

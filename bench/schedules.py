@@ -184,7 +184,9 @@ def run_one(results: Results, data: Data, stage: str, name: str, budget: int, pe
 
 
 def tuned_peak(results: Results, data: Data, name: str, budget: int) -> float:
-    """Best of `PEAKS` at the short budget; at the long one half, once and twice that, and on while the best is an edge."""
+    """
+    Best of `PEAKS` at the short budget; at the long one half, once and twice that, and on while the best is an edge.
+    """
 
     def loss(peak: float) -> float:
         return run_one(results, data, "tune", name, budget, peak, TUNING_SEED)["loss"]

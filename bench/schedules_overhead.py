@@ -86,8 +86,9 @@ def trainer_overhead(pairs: int = 12, updates: int = 300) -> dict[str, Any]:
     """
     Return the row: CPU seconds that the callback adds to an update, over the update of a ten-million-parameter model.
 
-    The addition does not depend on the model, so it is measured where it is large against the noise: in alternated runs
-    of a small model. On the large one it drowns (a first version did that: 0.23 % with a standard error of 0.57 %).
+    The addition does not depend on the model, so it is measured where it is large against the noise: in alternated
+    runs of a small model. On the large one it drowns (a first version did that: 0.23 % with a standard error of 0.57
+    %).
     """
     tiny, large = small(), ten_million()
     rows = [{"input_ids": t, "labels": t} for t in torch.randint(0, 64, (64, 8))]
@@ -113,8 +114,8 @@ def trainer_overhead(pairs: int = 12, updates: int = 300) -> dict[str, Any]:
         "update_seconds": round(update, 5),
         "fraction": round(extra / update, 7),
         "fraction_standard_error": round(statistics.stdev(added) / pairs**0.5 / update, 7),
-        "method": "CPU time of an update in Trainer.train() with and without the callback, runs of a small model alternated; "
-        "mean difference of medians over the median update of the large model",
+        "method": "CPU time of an update in Trainer.train() with and without the callback, runs of a small model "
+        "alternated; mean difference of medians over the median update of the large model",
     }
 
 

@@ -2,8 +2,8 @@
 
     python -m bench.schedules_prose --text FILE --title "six novels by Jane Austen"
 
-Same model, batch, seeds and pairing as `bench.schedules`, at its long budget; the peak LR of each schedule is tuned on a
-seed of its own over three values. Public-domain prose is in Debian's package r-cran-janeaustenr, for one.
+Same model, batch, seeds and pairing as `bench.schedules`, at its long budget; the peak LR of each schedule is tuned on
+a seed of its own over three values. Public-domain prose is in Debian's package r-cran-janeaustenr, for one.
 """
 
 from __future__ import annotations

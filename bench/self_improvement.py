@@ -1,7 +1,8 @@
 """Do rounds of self-improvement reach longer problems than the supervised data alone? Copying, from scratch, on a CPU.
 
-`python -m bench.self_improvement` writes `bench/results/self_improvement.json`. A two-layer model learns to copy up to 14
-distinct letters. Then two arms go on from the same weights, with the same number of updates, batches and learning rates:
+`python -m bench.self_improvement` writes `bench/results/self_improvement.json`. A two-layer model learns to copy up to
+14 distinct letters. Then two arms go on from the same weights, with the same number of updates, batches and learning
+rates:
 
 - `rounds`: four rounds, two lengths each, 15 to 22, on its own answers that pass the length filter, mixed with 2,000
   supervised rows and those of earlier rounds;

@@ -1,8 +1,9 @@
 """Tokens, CPU time and gradients of a training step on prompts with several completions, in three layouts.
 
-`python -m bench.shared_prefix` writes `bench/results/shared_prefix.json`. Padded rows on SDPA (what a stock Trainer does),
-padding-free rows on `hf_effi_varlen`, each with its own prompt, and shared prompts, on the same rows and weights. Times are
-CPU-seconds of forward and backward in one process with one thread; each ratio is one of medians over alternated runs.
+`python -m bench.shared_prefix` writes `bench/results/shared_prefix.json`. Padded rows on SDPA (what a stock Trainer
+does), padding-free rows on `hf_effi_varlen`, each with its own prompt, and shared prompts, on the same rows and
+weights. Times are CPU-seconds of forward and backward in one process with one thread; each ratio is one of medians
+over alternated runs.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def link_names(html: str, url: str) -> str:
     """
     Return `html` with `<code>Name</code>` linked to the reference, seen from the page at `url`.
 
-    Only names that look like one, with a capital or an underscore: a `linear` in the text is as often a word, but for the
-    line of a card that names its entry points. Code blocks, headings and what is a link already stay.
+    Only names that look like one, with a capital or an underscore: a `linear` in the text is as often a word, but for
+    the line of a card that names its entry points. Code blocks, headings and what is a link already stay.
     """
     kept, done, out = [], 0, []
     cards_line = re.search(r"<p>Entry points:.*?(?=\. )", html, re.DOTALL)
@@ -150,8 +150,8 @@ def _by_name() -> dict[str, faces.Name]:
 
 def hf_links(text: str, face: str) -> str:
     """
-    Turn the references of Hugging Face docstrings, such as ``[`~trl.GRPOConfig`]``, into links where the reference has the name,
-    and into plain code elsewhere.
+    Turn the references of Hugging Face docstrings, such as ``[`~trl.GRPOConfig`]``, into links where the reference has
+    the name, and into plain code elsewhere.
     """
 
     def link(match: re.Match[str]) -> str:

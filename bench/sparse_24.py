@@ -3,12 +3,12 @@
     python -m bench.sparse_24
 
 The criterion, set before the first run: go if (1) forward and backward of the FFN block are at least 1.15x faster than
-dense, measured on a GPU (`bench.gpu.run_all`), or until then counted at the lowest gain of a sparse product; and (2) the
-held-out loss is above dense by no more than the standard deviation of dense over the seeds; and (3) on every seed it is
-below a dense model with half of the FFN's products. Each arm tunes its own learning rate over the same values.
+dense, measured on a GPU (`bench.gpu.run_all`), or until then counted at the lowest gain of a sparse product; and (2)
+the held-out loss is above dense by no more than the standard deviation of dense over the seeds; and (3) on every seed
+it is below a dense model with half of the FFN's products. Each arm tunes its own learning rate over the same values.
 
-The counted times are a model, not a measurement: dense bf16 products at 790 TFLOP/s, memory at 4.3 TB/s, sparse products
-2x (ideal) or 1.2x to 1.5x as fast (assumed).
+The counted times are a model, not a measurement: dense bf16 products at 790 TFLOP/s, memory at 4.3 TB/s, sparse
+products 2x (ideal) or 1.2x to 1.5x as fast (assumed).
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ SPEEDS = {"1_2": 1.2, "1_5": 1.5, "ideal": 2.0}
 
 
 def masked_run(data: Data, learning_rate: float, decay: float, seed: int, until: int = UPDATES) -> dict[str, Any]:
-    """Train with transposable masks, and dense at the end; return the loss, the flip rates and the seconds of the search."""
+    """
+    Train with transposable masks, and dense at the end; return the loss, the flip rates and the seconds of the search.
+    """
     model, flips, seconds = build(seed), [], []
     linears = [Sparse24Linear(linear) for _, _, linear in ffn_linears(model)]
     for (parent, name, _), linear in zip(ffn_linears(model), linears, strict=True):
@@ -118,7 +120,7 @@ def dense_run(data: Data, intermediate: int) -> Callable[[float, int], dict[str,
     return run
 
 
-# --- counted -----------------------------------------------------------------------------------------------------------
+# --- counted ---------------------------------------------------------------------------------------------------------
 
 
 def _milliseconds(flops: float = 0.0, bytes_moved: float = 0.0) -> float:
@@ -127,10 +129,12 @@ def _milliseconds(flops: float = 0.0, bytes_moved: float = 0.0) -> float:
 
 def counted() -> list[dict[str, Any]]:
     """
-    Return the times of one layer of Llama 3 8B, 16384 tokens in rows of 8192, forward and backward, by the model above.
+    Return the times of one layer of Llama 3 8B, 16384 tokens in rows of 8192, forward and backward, by the model
+    above.
 
-    Per update a mask costs: read the bf16 weight and the mask, write the packed weight and its packed transpose (half of
-    the values and 2 bits for each: 1.125 bytes per weight); read `dy`, write it packed; every 40th update the search.
+    Per update a mask costs: read the bf16 weight and the mask, write the packed weight and its packed transpose (half
+    of the values and 2 bits for each: 1.125 bytes per weight); read `dy`, write it packed; every 40th update the
+    search.
     """
     weights, gradients = 3 * HIDDEN * FFN, TOKENS * (2 * FFN + HIDDEN)
     product = _milliseconds(2 * TOKENS * weights)

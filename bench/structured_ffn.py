@@ -2,12 +2,13 @@
 
     python -m bench.structured_ffn
 
-The criterion, set before the first run: go if one structure has, on every seed, a lower held-out loss than a plain dense
-model both at equal training products and at equal measured CPU time. The dense model of the same cost is made narrower:
-its loss is read from the dense curve over three widths, by straight lines between them; at the products of the unguided
-structures a model of one layer instead of two counts as well, where it is the better one. Products are those of the FFN
-that is trained; CPU time is that of forward and backward at hidden size 512, where the structures are relatively faster. A
-guide counts for the share of the updates in which it is computed. Each arm tunes its own learning rate over the same values.
+The criterion, set before the first run: go if one structure has, on every seed, a lower held-out loss than a plain
+dense model both at equal training products and at equal measured CPU time. The dense model of the same cost is made
+narrower: its loss is read from the dense curve over three widths, by straight lines between them; at the products of
+the unguided structures a model of one layer instead of two counts as well, where it is the better one. Products are
+those of the FFN that is trained; CPU time is that of forward and backward at hidden size 512, where the structures are
+relatively faster. A guide counts for the share of the updates in which it is computed. Each arm tunes its own learning
+rate over the same values.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def dense_run(data: Data, width: float = 1.0, layers: int = 2) -> Callable[[floa
     return run
 
 
-# --- cost of the FFN block ---------------------------------------------------------------------------------------------
+# --- cost of the FFN block -------------------------------------------------------------------------------------------
 
 
 def block(hidden: int, intermediate: int, structure: str | None = None) -> nn.Module:

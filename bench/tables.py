@@ -122,7 +122,10 @@ def versions_table(root: Path) -> str:
         rows.append([name, f"`{accepted}`", tested.get(name) or "not in CI", use])
     table = markdown_table(["package", "accepted", "run", "needed"], rows, numbers=False)
     outcome = ", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped"))
-    return f"{table}\n\n<sub>{result['date']}, commit {result['commit']}; contract tests: {outcome}; `{result['command']}`</sub>"
+    return (
+        f"{table}\n\n<sub>{result['date']}, commit {result['commit']}; contract tests: {outcome}; "
+        f"`{result['command']}`</sub>"
+    )
 
 
 def environments_table(root: Path) -> str:

@@ -1,8 +1,8 @@
 """What tiled and chunked computation costs and saves, counted: `python -m bench.tiled_compute`.
 
-One training step of a small Qwen3 on one sequence per row, against plain activation checkpointing: multiply-adds of the matrix
-products outside of the attention kernel, and the most bytes of tensors that were alive at once beside weights and gradients.
-Counts, not times: the same on every machine.
+One training step of a small Qwen3 on one sequence per row, against plain activation checkpointing: multiply-adds of
+the matrix products outside of the attention kernel, and the most bytes of tensors that were alive at once beside
+weights and gradients. Counts, not times: the same on every machine.
 """
 
 from __future__ import annotations

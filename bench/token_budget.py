@@ -1,12 +1,13 @@
 """How evenly the work of an update is spread over processes, and how much of it is padding: counts, not step times.
 
-`python -m bench.token_budget` writes `bench/results/token_budget.json`. Lengths are log-normal, 8 processes of 4 accumulation
-steps. All arms serve each row once in about the same number of updates: the budget of ours is the smallest that needs no more.
-Beside it: random order, transformers' `group_by_length`, and its `batch_rebalance`, each with 8 rows per micro-batch on average.
-The cost of a row is that of a 7B model, `6 N l + 12 L H D l^2`, the same for all arms; and, in a second set of rows, the one
-that `batch_rebalance` assumes, `l + l^2 / 1000`. Times are CPU seconds of one thread: of making the sampler for a million rows, of
-finding the place in the middle of an epoch of them, and of forward and backward of a small model on rows of an eighth of the
-length, process after process, where an update takes as long as its slowest process.
+`python -m bench.token_budget` writes `bench/results/token_budget.json`. Lengths are log-normal, 8 processes of 4
+accumulation steps. All arms serve each row once in about the same number of updates: the budget of ours is the
+smallest that needs no more. Beside it: random order, transformers' `group_by_length`, and its `batch_rebalance`, each
+with 8 rows per micro-batch on average. The cost of a row is that of a 7B model, `6 N l + 12 L H D l^2`, the same for
+all arms; and, in a second set of rows, the one that `batch_rebalance` assumes, `l + l^2 / 1000`. Times are CPU seconds
+of one thread: of making the sampler for a million rows, of finding the place in the middle of an epoch of them, and of
+forward and backward of a small model on rows of an eighth of the length, process after process, where an update takes
+as long as its slowest process.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ Updates = list[list[list[list[int]]]]  # update, rank, micro-batch, row
 
 
 def draw_lengths(seed: int, rows: int = ROWS, shrink: int = 1) -> list[int]:
-    """Return lengths like those of instruction data: median 245 tokens, 5 % above 1270, at most 4096; over `shrink`."""
+    """
+    Return lengths like those of instruction data: median 245 tokens, 5 % above 1270, at most 4096; over `shrink`.
+    """
     draw = random.Random(seed)
     return [min(max(round(draw.lognormvariate(5.5, 1.0) / shrink), 1), 4096 // shrink) for _ in range(rows)]
 
@@ -110,7 +113,9 @@ def measure(arm: str, cost_name: str, seed: int) -> dict[str, Any]:
 
 
 def measure_million(seed: int) -> dict[str, Any]:
-    """Return CPU seconds of making the sampler for a million rows, and of passing over half an epoch of one process."""
+    """
+    Return CPU seconds of making the sampler for a million rows, and of passing over half an epoch of one process.
+    """
     lengths = draw_lengths(seed, 1_000_000)
     began = time.process_time()
     sampler = TokenBudgetBatchSampler(lengths, 4096, cost=COSTS["7B"], seed=seed)

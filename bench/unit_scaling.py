@@ -2,8 +2,9 @@
 
     python -m bench.unit_scaling
 
-Each arm tunes its own LR by the same rule; the unit-scaled grid begins at 16 times the standard one, as its weights have
-variance 1. Losses are of an emulation on the CPU; milliseconds are counted (`bench/_low_precision.py`, with the criterion).
+Each arm tunes its own LR by the same rule; the unit-scaled grid begins at 16 times the standard one, as its weights
+have variance 1. Losses are of an emulation on the CPU; milliseconds are counted (`bench/_low_precision.py`, with the
+criterion).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Every model class of transformers against every feature that promises the untouched model's numbers. `python -m bench.zoo`.
+"""Every model class of transformers against every feature that promises the untouched model's numbers.
+`python -m bench.zoo`.
 
-Writes `bench/results/zoo.json`, from which `bench.render` makes the tables of `docs/zoo.md`. Each class is built tiny from
-its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`), one thread in each
-of `--processes` processes. `--only CLASS` runs one class and writes nothing; `--feature KEY` runs one feature on all classes
-again and puts its cells into the file that is there.
+Writes `bench/results/zoo.json`, from which `bench.render` makes the tables of `docs/zoo.md`. Each class is built tiny
+from its config and tried with the plain settings and with further rows of a covering design (`tests/zoo`), one thread
+in each of `--processes` processes. `--only CLASS` runs one class and writes nothing; `--feature KEY` runs one feature
+on all classes again and puts its cells into the file that is there.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def mark_of(outcomes: Sequence[Outcome]) -> str:
     """
     Return what a class and a feature come to over all settings.
 
-    `neither`: some difference or foreign error; `n/a`: the untouched model never ran; `partly`: equal with some settings and
-    refused with others.
+    `neither`: some difference or foreign error; `n/a`: the untouched model never ran; `partly`: equal with some
+    settings and refused with others.
     """
     statuses = {outcome.status for outcome in outcomes} - {"stock"}
     if statuses & {"different", "error"}:

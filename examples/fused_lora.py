@@ -1,8 +1,8 @@
 """
 Faster layers in a model that stays yours: LoRA projections that share an input are computed together.
 
-`patch` checks each replacement against the layer it replaces when it is applied, and undoes all of it at the end of the
-`with` block. The loss and the gradients are the same up to rounding; the input of q, k and v is kept once.
+`patch` checks each replacement against the layer it replaces when it is applied, and undoes all of it at the end of
+the `with` block. The loss and the gradients are the same up to rounding; the input of q, k and v is kept once.
 
     python examples/fused_lora.py
     python examples/fused_lora.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --max-steps 100

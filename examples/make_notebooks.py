@@ -1,6 +1,6 @@
 """
-Write the notebooks from the scripts, with what they print. A line `# %%` begins a cell; the docstring becomes the first,
-in Markdown.
+Write the notebooks from the scripts, with what they print. A line `# %%` begins a cell; the docstring becomes the
+first, in Markdown.
 
     python examples/make_notebooks.py
 """

@@ -1,8 +1,8 @@
 """
 Memory: what each switch would save, planned from the model's config; then the strongest of them on a stock `Trainer`.
 
-The loss and the MLP are computed a tile of tokens at a time, layers are recomputed in the backward pass, and their inputs
-wait in host memory. The gradients stay those of the plain run up to rounding.
+The loss and the MLP are computed a tile of tokens at a time, layers are recomputed in the backward pass, and their
+inputs wait in host memory. The gradients stay those of the plain run up to rounding.
 
     python examples/memory.py
     python examples/memory.py --model Qwen/Qwen3-0.6B --dataset roneneldan/TinyStories --gpu-gib 24 --seq-len 8192

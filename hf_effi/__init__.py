@@ -2,8 +2,8 @@
 
 What most users type is here; the rest is in rooms: `hf_effi.schedules`, `hf_effi.samplers`, `hf_effi.data`,
 `hf_effi.callbacks`, `hf_effi.memory`, `hf_effi.attention`, `hf_effi.kernels`, `hf_effi.layers`, `hf_effi.parallel`,
-`hf_effi.checkpoint`, `hf_effi.recipes`, `hf_effi.report`, `hf_effi.hub`, `hf_effi.trainers` and `hf_effi.trainers.mixins`.
-All names are loaded on first use: `import hf_effi` imports neither trl nor triton.
+`hf_effi.checkpoint`, `hf_effi.recipes`, `hf_effi.report`, `hf_effi.hub`, `hf_effi.trainers` and
+`hf_effi.trainers.mixins`. All names are loaded on first use: `import hf_effi` imports neither trl nor triton.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def commit_of(folder: Path) -> str:
-    """Return the commit of the checkout that `folder` lies in, with `-dirty` if files differ; `""` without one or git."""
+    """
+    Return the commit of the checkout that `folder` lies in, with `-dirty` if files differ; `""` without one or git.
+    """
     inside = any((parent / ".git").exists() for parent in (folder, *folder.parents))
     if not inside or shutil.which("git") is None:
         return ""

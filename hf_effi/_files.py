@@ -1,8 +1,8 @@
 """
 What a run leaves on the disk: written aside, forced to the disk, renamed into place.
 
-A reader sees the old file or the new one, each whole, whatever ends the process in between. A name beside the target that
-starts with `_` is not uploaded by any Trainer.
+A reader sees the old file or the new one, each whole, whatever ends the process in between. A name beside the target
+that starts with `_` is not uploaded by any Trainer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def save_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
     """
     Write a file or a folder under another name beside `path`, force it to the disk, and rename it.
 
-    Missing parents are made. What stood at `path` stays until the new one is whole, and stays for good where `write` fails;
-    a symbolic link is replaced, not followed.
+    Missing parents are made. What stood at `path` stays until the new one is whole, and stays for good where `write`
+    fails; a symbolic link is replaced, not followed.
 
     Args:
         path (`str` or `Path`): Where it goes.
@@ -115,8 +115,8 @@ def state_bytes(state: Any, whose: str) -> bytes:
     except Exception as error:  # pickle raises what it likes
         raise StateFileError(
             f"The state of {whose} cannot be stored in a checkpoint: {_first_line(error)} Return tensors, "
-            "numbers, strings, None, and lists, tuples and dicts of them (array.tolist() or torch.from_numpy(array) in "
-            "place of a numpy array)."
+            "numbers, strings, None, and lists, tuples and dicts of them (array.tolist() or torch.from_numpy(array) "
+            "in place of a numpy array)."
         ) from error
     return buffer.getvalue()
 

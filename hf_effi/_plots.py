@@ -243,7 +243,8 @@ def draw_stacked_bars(
     left = [0.0] * len(titles)
     for index, part in enumerate(parts):
         sizes = [bars[title].get(part, 0.0) for title in titles]
-        # The first part is what one wants to see shrink or stay; it gets the strongest colour, not the baseline's grey.
+        # The first part is what one wants to see shrink or stay; it gets the strongest colour, not the baseline's
+        # grey.
         colour = _STAND_INS[f"series-{(index + 1) % MAX_SERIES}"]
         axes.barh(range(len(titles)), sizes, left=left, height=0.55, color=colour, label=as_label(part))
         left = [a + b for a, b in zip(left, sizes, strict=True)]

@@ -1,4 +1,6 @@
-"""The form of a run's record and of a `trainer_state.json`: what is not of it is refused in one sentence, by its name."""
+"""
+The form of a run's record and of a `trainer_state.json`: what is not of it is refused in one sentence, by its name.
+"""
 
 from __future__ import annotations
 

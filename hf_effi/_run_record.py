@@ -1,9 +1,9 @@
 """
 The record of a training run on disk: an append-only list of events and one summary, readable at any moment.
 
-Both lie in the folder `effi` of the trainer's `output_dir`; records of earlier versions lie beside the checkpoints, and are
-read there too. `effi_events.jsonl` gets one line per event and is only ever appended to. `effi_run.json` is replaced as a
-whole. [`read_run`] joins them: after a crash the events know more than the last summary.
+Both lie in the folder `effi` of the trainer's `output_dir`; records of earlier versions lie beside the checkpoints,
+and are read there too. `effi_events.jsonl` gets one line per event and is only ever appended to. `effi_run.json` is
+replaced as a whole. [`read_run`] joins them: after a crash the events know more than the last summary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ SUMMARY, EVENTS = "effi_run.json", "effi_events.jsonl"
 #: folder of the record in an `output_dir`
 FOLDER = "effi"
 SCHEMA = 1
-#: a record holds no more of one value: depth, values in all, and bits of an integer, above which it is no float any more
+#: a record holds no more of one value: depth, values in all, and bits of an integer, above which it is no float any
+#: more
 _DEEPEST, _MOST_VALUES, _MOST_BITS = 40, 20_000, 1023
 
 
@@ -36,10 +37,11 @@ def redact(value: Any, name: str = "", hidden: bool = False) -> Any:
     """
     Return a copy as plain JSON data, without secrets.
 
-    Text goes when its key, or that of a mapping around it, names a secret (`hub_token`, `api_key`); the part of it that
-    looks like one goes (a token of a known kind, `user:password@` in an address), and so does every value of an environment
-    variable that names a secret: see `hf_effi._secrets`. Numbers that JSON cannot hold become `"nan"` and `"inf"`; other
-    objects become text. Never raises: what has no text, contains itself, or is too deep or too large is told as such.
+    Text goes when its key, or that of a mapping around it, names a secret (`hub_token`, `api_key`); the part of it
+    that looks like one goes (a token of a known kind, `user:password@` in an address), and so does every value of an
+    environment variable that names a secret: see `hf_effi._secrets`. Numbers that JSON cannot hold become `"nan"` and
+    `"inf"`; other objects become text. Never raises: what has no text, contains itself, or is too deep or too large is
+    told as such.
 
     Args:
         name (`str`, *optional*): Key of the value.
@@ -199,7 +201,10 @@ class RunStore:
 
 
 def record_folder(output_dir: str | Path) -> Path:
-    """Return where the record of a run is, or would be: `effi` in its folder, or beside the checkpoints (earlier versions)."""
+    """
+    Return where the record of a run is, or would be: `effi` in its folder, or beside the checkpoints (earlier
+    versions).
+    """
     output_dir = Path(output_dir)
     places = (output_dir / FOLDER, output_dir)
     return next((place for place in places if (place / SUMMARY).is_file()), places[0])

@@ -1,8 +1,9 @@
 """
-What looks like a secret, by the name of a field and by its form, so that it does not get into a record, card or recipe.
+What looks like a secret, by the name of a field and by its form, so that it does not get into a record, card or
+recipe.
 
-A scanner of source code (detect-secrets and the like) reports a line; here the part of a value that is secret has to go and
-the rest has to stay, at every log, so the table is ours. It errs towards hiding.
+A scanner of source code (detect-secrets and the like) reports a line; here the part of a value that is secret has to
+go and the rest has to stay, at every log, so the table is ours. It errs towards hiding.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ REDACTED = "<redacted>"
 
 #: last words of a name that make its value a secret
 _LAST_WORDS = frozenset(
-    "token tokens secret secrets password passwords passwd pwd passphrase pat cookie cookies bearer credential credentials "
-    "auth authorization dsn apikey accesskey privatekey secretkey".split()
+    "token tokens secret secrets password passwords passwd pwd passphrase pat cookie cookies bearer credential "
+    "credentials auth authorization dsn apikey accesskey privatekey secretkey".split()
 )
 #: a key is one of a cipher or an account with such a word before it, and of a mapping or a table without
 _KEY_OWNERS = frozenset(
-    "api access private secret ssh signing encryption account master auth service client deploy hub wandb license app".split()
+    "api access private secret ssh signing encryption account master auth service client deploy hub wandb license "
+    "app".split()
 )
 #: words before `token(s)` that make it a piece of a vocabulary
 _VOCABULARY = frozenset(
-    "eos bos pad unk sep cls mask image video audio special stop start end forced begin boi eoi prefix suffix middle im "
-    "new max min num total input output prompt completion real".split()
+    "eos bos pad unk sep cls mask image video audio special stop start end forced begin boi eoi prefix suffix middle "
+    "im new max min num total input output prompt completion real".split()
 )
 #: fields of the environment that are no secret in spite of their names
 _FOLDERS = frozenset({"PWD", "OLDPWD"})

@@ -95,7 +95,9 @@ def load_json(path: Path) -> Any:
 
 
 def stored_json(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a file of a cache; `None` where there is none, or the file is damaged: it is made again."""
+    """
+    Return the mapping in a file of a cache; `None` where there is none, or the file is damaged: it is made again.
+    """
     try:
         value = load_json(path)
     except (OSError, UntrustedFileError):
@@ -137,7 +139,8 @@ def is_number(value: Any) -> bool:
 
 def check_yaml(text: str, where: object) -> None:
     """
-    Refuse a YAML text that is too large, nested too deeply, or that its aliases blow up, before anything is built of it.
+    Refuse a YAML text that is too large, nested too deeply, or that its aliases blow up, before anything is built of
+    it.
 
     Raises:
         UntrustedFileError: with the limit.

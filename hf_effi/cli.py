@@ -23,8 +23,8 @@ from ._compat import MissingPackageError
 from ._version import __version__
 from .cli_train import EXIT_CODES, run_validate, train, without_upstream_notices
 
-#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`, help, example. A new planner is one
-#: line here.
+#: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`, help, example. A new planner is
+#: one line here.
 PLANNERS: dict[str, tuple[str, str, str]] = {
     "lr": (
         "hf_effi.report.plan_lr",
@@ -278,9 +278,10 @@ def _add_training(commands: Any) -> None:
         "validate",
         "check a YAML before a model is loaded",
         "hf-effi validate run.yaml --kind grpo",
-        "Keys, types, ranges and combinations, as `hf-effi grpo` or `sft` will read them; then whether model, data, reward "
-        "functions and packages are there. Nothing of it is loaded or imported. Exit code 0: valid; what only this machine "
-        "would refuse is a note.",
+        "Keys, types, ranges and combinations, as `hf-effi grpo` or `sft` will read them; then whether model, data, "
+        "reward "
+        "functions and packages are there. Nothing of it is loaded or imported. Exit code 0: valid; what only this "
+        "machine would refuse is a note.",
         has_json=True,
     )
     validate.add_argument("config", metavar="CONFIG.yaml", help="the file that `--config` would read")

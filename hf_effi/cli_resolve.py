@@ -1,4 +1,7 @@
-"""What a configuration names (model, data, rewards, packages): whether it is there, without loading or importing any of it."""
+"""
+What a configuration names (model, data, rewards, packages): whether it is there, without loading or importing any of
+it.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,8 @@ def resolve(parsed: Any, kind: str) -> Found:
     Look for everything that a configuration names.
 
     Returns:
-        `tuple[list[str], list[str]]`: What the run would refuse, one sentence each, and what could not be looked up from
+        `tuple[list[str], list[str]]`: What the run would refuse, one sentence each, and what could not be looked up
+            from
         here (no connection, an address).
     """
     script, training, model, data = parsed[:4]
@@ -95,7 +99,7 @@ def _add(problems: list[str], notes: list[str], found: Found) -> None:
     notes += found[1]
 
 
-# --- models -----------------------------------------------------------------------------------------------------------------
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def _models(script: Any, model: Any, kind: str) -> Iterator[tuple[str, str, str | None]]:
@@ -144,7 +148,7 @@ def _ask_the_hub(key: str, name: str, revision: str | None, kind: str) -> Found:
     return [], []
 
 
-# --- data -------------------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def _find_data(script: Any, training: Any, data: Any) -> Iterator[Found]:
@@ -227,7 +231,7 @@ def _is_large(folder: str) -> bool:
     return False
 
 
-# --- rewards ----------------------------------------------------------------------------------------------------------------
+# --- rewards ---------------------------------------------------------------------------------------------------------
 
 
 def _find_reward(name: str) -> str | None:
@@ -243,8 +247,8 @@ def _find_reward(name: str) -> str | None:
     spec = _spec_of(module)
     if spec is None:
         return (
-            f"reward_funcs: there is no module {shorten(module)}. Give module.function of a module that is installed, or in "
-            "this folder."
+            f"reward_funcs: there is no module {shorten(module)}. Give module.function of a module that is installed, "
+            "or in this folder."
         )
     names = _names_in(spec)
     if names is None or attribute in names:
@@ -288,7 +292,7 @@ def _names_in(spec: Any) -> set[str] | None:
     return None if names & {"*", "__getattr__"} or b"globals()" in Path(spec.origin).read_bytes() else names
 
 
-# --- packages ---------------------------------------------------------------------------------------------------------------
+# --- packages --------------------------------------------------------------------------------------------------------
 
 
 def _find_packages(script: Any, training: Any, model: Any) -> list[str]:
@@ -314,7 +318,8 @@ def _needed(script: Any, training: Any, model: Any) -> Iterator[tuple[str, str]]
         if getattr(model, key, False):
             yield key, "bitsandbytes"
     optimizer = str(getattr(training.optim, "value", training.optim))
-    for part, package in (("bnb", "bitsandbytes"), ("8bit", "bitsandbytes"), ("galore", "galore_torch"), ("lomo", "lomo_optim"),
+    for part, package in (("bnb", "bitsandbytes"), ("8bit", "bitsandbytes"), ("galore", "galore_torch"), ("lomo",
+        "lomo_optim"),
                           ("schedule_free", "schedulefree"), ("apollo", "apollo_torch")):  # fmt: skip
         if part in optimizer:
             yield f"optim: {optimizer}", package

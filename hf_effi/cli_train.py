@@ -1,4 +1,7 @@
-"""`hf-effi validate`, `grpo` and `sft`: a YAML as `trl` reads it, checked before a model is loaded, and trained by our trainers."""
+"""
+`hf-effi validate`, `grpo` and `sft`: a YAML as `trl` reads it, checked before a model is loaded, and trained by our
+trainers.
+"""
 
 from __future__ import annotations
 

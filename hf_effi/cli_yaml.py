@@ -1,4 +1,6 @@
-"""The configuration file of `hf-effi validate`, `grpo` and `sft`: read with limits, and compared with the keys there are."""
+"""
+The configuration file of `hf-effi validate`, `grpo` and `sft`: read with limits, and compared with the keys there are.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,8 @@ def problems_of_keys(parser: Any, config: Any, others: dict[str, str] | None = N
     Return one sentence for each unknown key and each value of a wrong type.
 
     Args:
-        others (`dict[str, str]`, *optional*): Key -> what it is, of keys that belong somewhere else, such as "a GRPO key".
+        others (`dict[str, str]`, *optional*): Key -> what it is, of keys that belong somewhere else, such as "a GRPO
+            key".
     """
     if not isinstance(config, dict):
         held = "is empty" if config is None else f"holds {type(config).__name__}"
@@ -109,7 +112,10 @@ def _problem_of_value(key: str, value: Any, hint: Any) -> str | None:
             word = "no" if value is False else "yes"
             return f'{key}: YAML reads an unquoted {word} as {str(value).lower()}. Quote it: {key}: "{word}".'
         if isinstance(value, str) and _takes_list(hint):  # upstream would take each letter of it for an item
-            return f"{key}: {shorten(redact(value, key))} is text, but must be a list, such as {key}: [{one_line(redact(value, key), 60)}]."
+            return (
+                f"{key}: {shorten(redact(value, key))} is text, but must be a list, such as {key}: "
+                f"[{one_line(redact(value, key), 60)}]."
+            )
         return f"{key}: {shorten(redact(value, key))} is {type(value).__name__}, but must be {wanted}."
     if key in _LEAST and value is not None and float(value) < _LEAST[key]:
         return f"{key}: {shorten(value)} must be at least {_LEAST[key]}."

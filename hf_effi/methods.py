@@ -46,7 +46,8 @@ def find_method(key: str) -> Method:
 
 def methods_by_goal(first: bool = False) -> dict[str, list[Method]]:
     """
-    Return the methods by what a user wants, in the order of `GOALS`; those that were measured and are not shipped come last.
+    Return the methods by what a user wants, in the order of `GOALS`; those that were measured and are not shipped come
+    last.
 
     Args:
         first (`bool`, *optional*, defaults to `False`): Give each method once, under the first of its goals.

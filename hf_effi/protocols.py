@@ -24,8 +24,8 @@ class RolloutGroups:
         rewards (`torch.Tensor`): The reward that decides, shape `(num_groups, group_size)`: what the function named by
             `difficulty_reward` returned (the only function's by default; the weighted reward where there are several
             and none is named). Not multiplied by `reward_weights`; NaN = unscorable.
-        advantages (`torch.Tensor`): TRL's advantages from the full groups, shape `(num_groups, group_size)`; 0 where no
-            token of the row is in the loss, because nothing can be learned from it.
+        advantages (`torch.Tensor`): TRL's advantages from the full groups, shape `(num_groups, group_size)`; 0 where
+            no token of the row is in the loss, because nothing can be learned from it.
         lengths (`torch.Tensor`): Completion tokens, shape `(num_groups, group_size)`, whether in the loss or not.
         step (`int`): Optimizer steps done.
         loss_tokens (`torch.Tensor`, *optional*): Completion tokens that are in the loss, shape
@@ -83,9 +83,10 @@ class PromptSelector(Protocol):
     """
     Chooses dataset rows. Must be a pure function of its state, which all ranks replicate.
 
-    No prompt is trained on twice in a step: rows whose prompt the step already has are passed over, and `select` is asked
-    again for what is missing. A `select` that would give the same rows again can take the row numbers of the step as a
-    keyword, `select(count, exclude=frozenset({...}))`. Where the selector has nothing else to give, prompts repeat.
+    No prompt is trained on twice in a step: rows whose prompt the step already has are passed over, and `select` is
+    asked again for what is missing. A `select` that would give the same rows again can take the row numbers of the
+    step as a keyword, `select(count, exclude=frozenset({...}))`. Where the selector has nothing else to give, prompts
+    repeat.
     """
 
     def select(self, count: int) -> list[int]:
@@ -129,7 +130,8 @@ class RolloutPruner(Protocol):
         Return a boolean mask over the rows.
 
         Args:
-            advantages (`torch.Tensor`): Shape `(rows,)`, group after group; 0 where no token of the row is in the loss.
+            advantages (`torch.Tensor`): Shape `(rows,)`, group after group; 0 where no token of the row is in the
+                loss.
             group_size (`int`): Rows of one group.
             num_pools (`int`): Ranks; the rows of a rank are a contiguous slice.
             step (`int`): Count of generations so far, for seeded choices.

@@ -45,7 +45,7 @@ def rooflines(bench: Bench) -> Figures:
     }
 
 
-# --- correctness -------------------------------------------------------------------------------------------------------
+# --- correctness -----------------------------------------------------------------------------------------------------
 
 
 def correctness(bench: Bench) -> Figures:
@@ -108,7 +108,7 @@ def _gates_are_correct(bench: Bench) -> bool:
     return good
 
 
-# --- LM head -----------------------------------------------------------------------------------------------------------
+# --- LM head ---------------------------------------------------------------------------------------------------------
 
 
 def _step(log_probs: Callable[..., Tensor], leaves: list[Tensor], live: Tensor | None = None) -> Callable[[], Any]:
@@ -219,7 +219,7 @@ def other_heads(bench: Bench) -> Figures:
     return {}
 
 
-# --- attention merge ---------------------------------------------------------------------------------------------------
+# --- attention merge -------------------------------------------------------------------------------------------------
 
 
 def attention_merge(bench: Bench) -> Figures:
@@ -241,7 +241,9 @@ def attention_merge(bench: Bench) -> Figures:
 
 
 def shared_prefix(bench: Bench) -> Figures:
-    """One layer of Llama 3 8B on 2 prompts with 8 completions each: prompts longer and shorter than the completions."""
+    """
+    One layer of Llama 3 8B on 2 prompts with 8 completions each: prompts longer and shorter than the completions.
+    """
     model = llama_layer(bench)
     varlen = copy.deepcopy(model)
     varlen.set_attn_implementation(register_varlen_attention())

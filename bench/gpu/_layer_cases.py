@@ -23,7 +23,9 @@ from hf_effi.kernels.gated_product import (
 
 
 def lora_layer(bench: Bench) -> Figures:
-    """One layer of Llama 3 8B, adapters on all linears, 8192 tokens: PEFT against the fused linears, in three settings."""
+    """
+    One layer of Llama 3 8B, adapters on all linears, 8192 tokens: PEFT against the fused linears, in three settings.
+    """
     peft = optional(bench, "lora_layer", "PEFT and hf_effi", "peft")
     if peft is None:
         return {}
@@ -61,7 +63,9 @@ def _time_lora_layer(bench: Bench, peft: Any, rank: int, setting: str, bnb: Any)
 
 
 def low_bit_lora(bench: Bench) -> Figures:
-    """One layer of Llama 3 8B, rank 16 on all linears: bf16 against FP8, INT8, and NF4 that is unpacked for a product."""
+    """
+    One layer of Llama 3 8B, rank 16 on all linears: bf16 against FP8, INT8, and NF4 that is unpacked for a product.
+    """
     peft = optional(bench, "low_bit_lora", "all", "peft")
     if peft is None:
         return {}
@@ -195,7 +199,9 @@ def _time_tiled_mlp(bench: Bench, models: dict[str, _Checkpointed], tokens: int)
 
 
 def gated_product_tile(bench: Bench) -> Figures:
-    """What a tile of 4096 tokens of Llama 3 8B does between its products, forward and backward: ours, torch, Liger's."""
+    """
+    What a tile of 4096 tokens of Llama 3 8B does between its products, forward and backward: ours, torch, Liger's.
+    """
     rows, inner = bench.size(4096, 8), bench.size(14_336, 16)
     case = f"gated_product {rows}x{inner}"
     grad, g, u = (bench.draw(rows, inner) for _ in range(3))
@@ -220,7 +226,7 @@ def gated_product_tile(bench: Bench) -> Figures:
     return {"gated_product_terabytes_per_second": 9 * g.nbytes / found["hf_effi"] / 1e9}
 
 
-# --- 2:4 sparse FFN ----------------------------------------------------------------------------------------------------
+# --- 2:4 sparse FFN --------------------------------------------------------------------------------------------------
 
 
 class _SparseLinear(torch.autograd.Function):

@@ -2,15 +2,15 @@
 
     python -m bench.gpu.long_sequence [--layers 4] [--seconds 420] [--dry-run-cpu]
 
-One forward and backward of a random Llama with the widths of the 8B model (bf16, no optimizer) per probe; fewer layers, so
-that weights and, for the offload, 2 bytes x hidden size x layers x tokens of host memory are there. Lengths double until
-memory, a probe's time limit or `--max-length` ends a rung; the last one that ended well is reported, never an estimate.
-`use_kernels` is transformers' own tiled MLP from the Hub, `liger tiled` the same from the installed package; where one is
-absent the table says why. The result goes to `bench/results/long_sequence_gpu.json`; with `--dry-run-cpu` a tiny model runs
-the same code and nothing is kept.
+One forward and backward of a random Llama with the widths of the 8B model (bf16, no optimizer) per probe; fewer
+layers, so that weights and, for the offload, 2 bytes x hidden size x layers x tokens of host memory are there. Lengths
+double until memory, a probe's time limit or `--max-length` ends a rung; the last one that ended well is reported,
+never an estimate. `use_kernels` is transformers' own tiled MLP from the Hub, `liger tiled` the same from the installed
+package; where one is absent the table says why. The result goes to `bench/results/long_sequence_gpu.json`; with
+`--dry-run-cpu` a tiny model runs the same code and nothing is kept.
 
-For comparison, ArcticTraining's recipes for one H200 (8B, parameters offloaded, FlashAttention 3) reach 65k, 300k with a
-fused loss, 650k with offloaded checkpoints, 1.2M with a tiled MLP too: the paper's figures, not ours.
+For comparison, ArcticTraining's recipes for one H200 (8B, parameters offloaded, FlashAttention 3) reach 65k, 300k with
+a fused loss, 650k with offloaded checkpoints, 1.2M with a tiled MLP too: the paper's figures, not ours.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 Every kernel on one GPU: rooflines of the card, then correctness, time and peak memory against what users have today.
 
 `python -m bench.gpu.run_all`: under eight minutes on one H200-class GPU; writes `bench/results/kernels_gpu.json`.
-`python -m bench.gpu.run_all --dry-run-cpu`: the whole script on tiny sizes without a GPU; its figures mean nothing, and
-it writes to a temporary folder. What is not installed is left out, with the reason.
+`python -m bench.gpu.run_all --dry-run-cpu`: the whole script on tiny sizes without a GPU; its figures mean nothing,
+and it writes to a temporary folder. What is not installed is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from bench.gpu._measure import Bench, Figures, table
 
 GOALS = {
     "all_results_correct": "= 1",
-    "lm_head_fwd_bwd_ms": "<= 35",  # columns filtered, a tenth of them active; below the bare products, as exact cannot be
+    # Columns filtered, a tenth of them active; below the bare products, as exact cannot be.
+    "lm_head_fwd_bwd_ms": "<= 35",
     "lora_layer_speedup": ">= 1.10",
     "low_bit_lora_fp8_cosine_of_dx_4096": ">= 0.998",
     "low_bit_lora_fp8_speedup_4096": ">= 1.3",
@@ -35,7 +36,9 @@ GOALS = {
 
 
 def measure(bench: Bench) -> Figures:
-    """Run the cases in order of weight; leave out those that would start too late, and those that fail, with the error."""
+    """
+    Run the cases in order of weight; leave out those that would start too late, and those that fail, with the error.
+    """
     figures: Figures = {}
     for case in CASES:
         if bench.is_late():

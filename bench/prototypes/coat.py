@@ -18,7 +18,8 @@ FULL_RANGE = 16.6147098441152
 
 def power(ratio: torch.Tensor) -> torch.Tensor:
     """
-    Return `k = floor(16 log2(448^2 / 2) / log2(ratio)) / 16` for groups whose largest over smallest magnitude is `ratio`.
+    Return `k = floor(16 log2(448^2 / 2) / log2(ratio)) / 16` for groups whose largest over smallest magnitude is
+    `ratio`.
 
     A ratio below 2 counts as 2: the formula has no value for equal magnitudes.
     """
@@ -104,8 +105,8 @@ class SavedInFp8:
     """
     Keeps the hidden and intermediate activations of decoder layers in fp8; parameters and attention's tensors stay.
 
-    A tensor that several operators save is packed once, as autograd keeps it once. `stored` and `bf16` count the bytes that
-    were saved so far, as they lie in memory and as they would in bf16.
+    A tensor that several operators save is packed once, as autograd keeps it once. `stored` and `bf16` count the bytes
+    that were saved so far, as they lie in memory and as they would in bf16.
     """
 
     def __init__(self, model: LlamaForCausalLM) -> None:

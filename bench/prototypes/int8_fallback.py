@@ -17,8 +17,8 @@ def with_residual(x: torch.Tensor, threshold: float, block: int = BLOCK) -> tupl
     """
     Return `x` after the round trip, and the share of blocks that fell back.
 
-    `x ~ s1 q1`; where a block has `max|x| > threshold`, `x ~ s1 q1 + s2 q2` with `q2` the int8 of what `q1` leaves over. The
-    error of such an element is at most `s1 / 508`, about that of 16 bits.
+    `x ~ s1 q1`; where a block has `max|x| > threshold`, `x ~ s1 q1 + s2 q2` with `q2` the int8 of what `q1` leaves
+    over. The error of such an element is at most `s1 / 508`, about that of 16 bits.
     """
     q, scale = block_int8(x, block)
     first = q * expand(scale, x.shape, block)
@@ -31,8 +31,8 @@ class FallbackQuantizer:
     """
     Round inputs with fallback, weights and gradients without.
 
-    After each update the threshold moves by `factor` where the share of fallback blocks has left `[lowest, highest]`. The
-    paper's own bounds were not at hand: these are ours.
+    After each update the threshold moves by `factor` where the share of fallback blocks has left `[lowest, highest]`.
+    The paper's own bounds were not at hand: these are ours.
     """
 
     def __init__(self, lowest: float = 0.1, highest: float = 0.3, factor: float = 1.3) -> None:

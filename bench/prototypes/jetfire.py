@@ -16,7 +16,8 @@ def block_int8(x: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch
         x (`torch.Tensor`): Shape `(rows, columns)`; the last blocks may be partial.
 
     Returns:
-        Values of the shape of `x`, and scales `(ceil(rows / block), ceil(columns / block))`; a block of zeros has scale 1.
+        Values of the shape of `x`, and scales `(ceil(rows / block), ceil(columns / block))`; a block of zeros has
+        scale 1.
 
     Example:
     ```python

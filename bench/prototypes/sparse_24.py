@@ -45,8 +45,9 @@ def mvue_24(values: Tensor) -> Tensor:
     Keep two of each four values along the last dimension at random, without bias and with the least variance.
 
     `E[kept] = values`. Keeping value `a_i` with probability `p_i` and dividing it by `p_i` has variance
-    `sum a_i^2 (1 / p_i - 1)`, least under `sum p_i = 2` for `p_i` proportional to `|a_i|`; a value above half of the sum has
-    `p_i = 1`, and the others share the second place. Systematic sampling draws exactly two with these probabilities.
+    `sum a_i^2 (1 / p_i - 1)`, least under `sum p_i = 2` for `p_i` proportional to `|a_i|`; a value above half of the
+    sum has `p_i = 1`, and the others share the second place. Systematic sampling draws exactly two with these
+    probabilities.
     """
     fours = values.reshape(-1, 4)
     size = fours.abs()
@@ -66,7 +67,9 @@ def mvue_24(values: Tensor) -> Tensor:
 
 
 def soft_threshold_24(weight: Tensor) -> Tensor:
-    """Return `sign(w) max(|w| - t, 0)` with `t` the third largest magnitude of each four along the rows: 2:4, continuous."""
+    """
+    Return `sign(w) max(|w| - t, 0)` with `t` the third largest magnitude of each four along the rows: 2:4, continuous.
+    """
     fours = weight.reshape(-1, 4)
     threshold = fours.abs().kthvalue(2, dim=1, keepdim=True).values
     return (fours.sign() * (fours.abs() - threshold).clamp(min=0)).view_as(weight)

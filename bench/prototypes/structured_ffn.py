@@ -66,7 +66,9 @@ class StructuredLinear(nn.Module):
 
 
 class LowRank(StructuredLinear):
-    """`W = up down`: the best approximation of a random dense matrix, each factor with the root of the singular values."""
+    """
+    `W = up down`: the best approximation of a random dense matrix, each factor with the root of the singular values.
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__(in_features, out_features)

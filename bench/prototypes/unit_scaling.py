@@ -1,4 +1,6 @@
-"""Unit scaling for static fp8 casts, after µnit Scaling (arXiv 2502.05967); the rules marked "ours" were not at hand."""
+"""
+Unit scaling for static fp8 casts, after µnit Scaling (arXiv 2502.05967); the rules marked "ours" were not at hand.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ TAU = 0.3
 
 
 class StaticCast:
-    """Clip to the format's range and cast, with no scale: e4m3 for inputs and weights, e5m2 for gradients; counts what is lost."""
+    """
+    Clip to the format's range and cast, with no scale: e4m3 for inputs and weights, e5m2 for gradients; counts what is
+    lost.
+    """
 
     def __init__(self) -> None:
         self.overflows = self.underflows = self.elements = 0
@@ -55,7 +60,9 @@ class UnitHead(nn.Linear):
 
 
 def mix(residual: torch.Tensor, branch: torch.Tensor, tau: float = TAU) -> torch.Tensor:
-    """Return `sqrt(1 - tau) residual + sqrt(tau) branch`: unit variance from two independent parts of unit variance."""
+    """
+    Return `sqrt(1 - tau) residual + sqrt(tau) branch`: unit variance from two independent parts of unit variance.
+    """
     return math.sqrt(1 - tau) * residual + math.sqrt(tau) * branch
 
 
@@ -88,7 +95,7 @@ def loss_scale(tokens: int, width: int) -> float:
     """
     Return the power of two next to `tokens * width` (ours).
 
-    A mean over tokens and the head's `1 / width` leave a gradient of about `1 / (tokens width)` for a hidden unit: without a
-    constant in front of the loss it lies below e5m2's range.
+    A mean over tokens and the head's `1 / width` leave a gradient of about `1 / (tokens width)` for a hidden unit:
+    without a constant in front of the loss it lies below e5m2's range.
     """
     return 2.0 ** round(math.log2(tokens * width))

@@ -116,7 +116,8 @@ ROWS: tuple[Method, ...] = (
         title="Cached row scores",
         kind="sampler",
         goals=("data choice",),
-        summary="Computes loss, perplexity, length, rarity or learnability once, as a column with a fingerprint per row.",
+        summary="Computes loss, perplexity, length, rarity or learnability once, as a column with a fingerprint per "
+        "row.",
         entry_points=(
             "hf_effi.data:add_score",
             "hf_effi.data:ModelScore",
@@ -267,7 +268,8 @@ ROWS: tuple[Method, ...] = (
         title="CMA and CDMA",
         kind="recipe",
         goals=("data order", "schedule"),
-        summary="Sets ascending quality, a learning rate that does not decay to zero, and averaged checkpoints in one call.",
+        summary="Sets ascending quality, a learning rate that does not decay to zero, and averaged checkpoints in one "
+        "call.",
         entry_points=("hf_effi.recipes:cdma", "hf_effi.recipes:cma"),
         paper="How Learning Rate Decay Wastes Your Best Data in Curriculum-Based LLM Pretraining",
         paper_id="2511.18903",

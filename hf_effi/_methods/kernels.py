@@ -10,7 +10,8 @@ ROWS: tuple[Method, ...] = (
         title="Kernel patches that check themselves and undo cleanly",
         kind="kernel",
         goals=("faster steps",),
-        summary="Replaces the computation of modules of one model, checks forward and backward, and undoes it exactly.",
+        summary="Replaces the computation of modules of one model, checks forward and backward, and undoes it "
+        "exactly.",
         entry_points=(
             "hf_effi:patch",
             "hf_effi:KernelPatchCallback",

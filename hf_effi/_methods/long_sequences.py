@@ -79,7 +79,8 @@ ROWS: tuple[Method, ...] = (
         doors=("hf_effi:EffiTrainer", "hf_effi:EffiSFTTrainer", "hf_effi:EffiGRPOTrainer"),
         arguments=("sequence_parallel_size",),
         off=(None, 1),
-        paper="DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer Models",
+        paper="DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer "
+        "Models",
         paper_id="2309.14509",
         authors="Jacobs, Sam Ade and others",
         status="stable",
@@ -141,7 +142,8 @@ ROWS: tuple[Method, ...] = (
         title="Memory planner",
         kind="parallel",
         goals=("less memory", "longer sequences"),
-        summary="Says what a training step needs before a GPU is touched, and picks what each layer keeps under a budget.",
+        summary="Says what a training step needs before a GPU is touched, and picks what each layer keeps under a "
+        "budget.",
         entry_points=(
             "hf_effi:plan_memory",
             "hf_effi:MemoryBudgetCallback",

@@ -47,7 +47,8 @@ ROWS: tuple[Method, ...] = (
         title="Run record",
         kind="callback",
         goals=("insight",),
-        summary="Writes one record per run as it goes: settings, data, time, tokens, drops, memory, checkpoints, logs.",
+        summary="Writes one record per run as it goes: settings, data, time, tokens, drops, memory, checkpoints, "
+        "logs.",
         entry_points=("hf_effi:read_run",),
         doors=("hf_effi:RunRecordCallback",),
         paper="none: bookkeeping",

@@ -12,7 +12,8 @@ ROWS: tuple[Method, ...] = (
         title="2:4 sparse training of the FFN",
         kind="kernel",
         goals=("faster steps",),
-        summary="Trains FFN weights of which two of each four are zero, in both directions, and prunes gradients alike.",
+        summary="Trains FFN weights of which two of each four are zero, in both directions, and prunes gradients "
+        "alike.",
         entry_points=(),
         paper="Accelerating Transformer Pre-training with 2:4 Sparsity",
         paper_id="2404.01847",
@@ -26,7 +27,8 @@ ROWS: tuple[Method, ...] = (
         title="Structured FFN and self-guided training",
         kind="kernel",
         goals=("faster steps",),
-        summary="Replaces FFN weights by products of low-rank or block-diagonal factors, which a dense guide trains at first.",
+        summary="Replaces FFN weights by products of low-rank or block-diagonal factors, which a dense guide trains "
+        "at first.",
         entry_points=(),
         paper="Building on Efficient Foundations: Effectively Training LLMs with Structured Feedforward Layers",
         paper_id="2406.16450",

@@ -52,24 +52,24 @@ class Method:
             `hf-effi describe <key>`.
         title (`str`): What people call it.
         kind (`str`): Where it acts.
-        goals (`tuple[str, ...]`): What a user wants who needs it, keys of `GOALS`. The menu of the docs has the card under
-            the first; the page of all cards has it under each.
+        goals (`tuple[str, ...]`): What a user wants who needs it, keys of `GOALS`. The menu of the docs has the card
+            under the first; the page of all cards has it under each.
         summary (`str`): One sentence: what it changes.
-        entry_points (`tuple[str, ...]`): Dotted paths of the public objects, `module:attribute`, that are this method: a run
-            that was given one of them used it.
+        entry_points (`tuple[str, ...]`): Dotted paths of the public objects, `module:attribute`, that are this method:
+            a run that was given one of them used it.
         doors (`tuple[str, ...]`): Public objects through which this method is reached, and others too.
         arguments (`tuple[str, ...]`): Fields of an Effi config that belong to it. The first one switches it on.
         off (`tuple`): Values of that field with which it is off.
         paper (`str`): Title of the source.
         paper_id (`str`): arXiv id, or `""` where there is no paper.
-        status (`str`): `stable` when it is exact by contract and passes the zoo, or when a bench of ours confirms its claim
-            on at least two tasks; both with three seeds. `rejected` has a card, a bench and its figures, and no entry
-            point. `experimental` otherwise.
+        status (`str`): `stable` when it is exact by contract and passes the zoo, or when a bench of ours confirms its
+            claim on at least two tasks; both with three seeds. `rejected` has a card, a bench and its figures, and no
+            entry point. `experimental` otherwise.
         tests (`tuple[str, ...]`): Test files that prove it: the pure function and the run through `trainer.train()`.
         bench (`str`): The script in `bench/` whose committed JSON carries its figures.
         authors (`str`): Of the paper, as BibTeX writes them: `"Hu, Shengding and others"`.
-        exact (`str`): The test that holds loss and gradients against the untouched model's, `"file::function"`; `""` where
-            there is none, or where they are meant to differ.
+        exact (`str`): The test that holds loss and gradients against the untouched model's, `"file::function"`; `""`
+            where there is none, or where they are meant to differ.
         zoo (`tuple[str, ...]`): Features of the model zoo that are this method (`tests/zoo/features.py`).
         tasks (`tuple[str, ...]`): Headline figures of the bench that confirm the claim, each on a task of its own.
     """

@@ -59,7 +59,8 @@ ROWS: tuple[Method, ...] = (
         title="Infinite LR and re-warming",
         kind="schedule",
         goals=("schedule", "continual"),
-        summary="Keeps training open-ended: a constant phase with an anneal on demand, or a re-warm for each data set.",
+        summary="Keeps training open-ended: a constant phase with an anneal on demand, or a re-warm for each data "
+        "set.",
         entry_points=(
             "hf_effi.schedules:infinite",
             "hf_effi.schedules:rewarm_redecay",
@@ -76,7 +77,8 @@ ROWS: tuple[Method, ...] = (
         title="Whole-run curves",
         kind="schedule",
         goals=("schedule",),
-        summary="Linear, cosine, inverse square root, REX, UBA, cosine power annealing and damped cosine with floor and warm-up.",
+        summary="Linear, cosine, inverse square root, REX, UBA, cosine power annealing and damped cosine with floor "
+        "and warm-up.",
         entry_points=(
             "hf_effi.schedules:linear",
             "hf_effi.schedules:cosine",
@@ -160,7 +162,8 @@ ROWS: tuple[Method, ...] = (
             "hf_effi.schedules:extend_to",
             "hf_effi.schedules:plan_extension",
         ),
-        paper="The Surprising Agreement Between Convex Optimization Theory and Learning-Rate Scheduling for Large Model Training",
+        paper="The Surprising Agreement Between Convex Optimization Theory and Learning-Rate Scheduling for Large "
+        "Model Training",
         paper_id="2501.18965",
         authors="Schaipp, Fabian and others",
         status="experimental",
@@ -178,7 +181,8 @@ ROWS: tuple[Method, ...] = (
             "hf_effi.callbacks:AccuracyGradientCallback",
             "hf_effi.callbacks:GradientSNRCallback",
         ),
-        paper="FedHyper: A Universal and Robust Learning Rate Scheduler for Federated Learning with Hypergradient Descent",
+        paper="FedHyper: A Universal and Robust Learning Rate Scheduler for Federated Learning with Hypergradient "
+        "Descent",
         paper_id="2310.03156",
         authors="Wang, Ziyao and others",
         status="experimental",
@@ -220,7 +224,8 @@ ROWS: tuple[Method, ...] = (
             "hf_effi.schedules:fit_multi_power_law",
         ),
         doors=("hf_effi.schedules:plan_extension",),
-        paper="The Surprising Agreement Between Convex Optimization Theory and Learning-Rate Scheduling for Large Model Training",
+        paper="The Surprising Agreement Between Convex Optimization Theory and Learning-Rate Scheduling for Large "
+        "Model Training",
         paper_id="2501.18965",
         authors="Schaipp, Fabian and others",
         status="experimental",

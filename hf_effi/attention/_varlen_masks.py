@@ -1,4 +1,6 @@
-"""What transformers' masks let each token see, against what [`hf_effi.attention.varlen`] computes without building them."""
+"""
+What transformers' masks let each token see, against what [`hf_effi.attention.varlen`] computes without building them.
+"""
 
 from __future__ import annotations
 
@@ -97,8 +99,9 @@ class MaskLedger:
     """
     Holds the masks that a forward asked for, and says whether a layer that follows none of them may run.
 
-    Transformers makes one mask for each kind of layer, and hands nothing on of it where attention is of the flash kind. A kind
-    that no layer can follow here (chunks, blocks that see both ways) is refused, and a layer that sees what no mask says.
+    Transformers makes one mask for each kind of layer, and hands nothing on of it where attention is of the flash
+    kind. A kind that no layer can follow here (chunks, blocks that see both ways) is refused, and a layer that sees
+    what no mask says.
     """
 
     def __init__(self) -> None:
@@ -119,8 +122,8 @@ class MaskLedger:
         alone = findings.get("packed")
         self._packed = alone is not None and not alone.equal and packs_documents()
         for kind, found in findings.items():
-            # A failure would be an error of the model's own here. And a layer that computes its attention itself, with no
-            # mask, never comes to ask.
+            # A failure would be an error of the model's own here. And a layer that computes its attention itself, with
+            # no mask, never comes to ask.
             alone = kind == "plain" and found is not None and found.looked and not found.equal
             if found is not None and (found.failed or alone):
                 raise VarlenAttentionError(f"The model {problem_of(found, kind)}. {_OTHERS}")
@@ -214,7 +217,9 @@ def varlen_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What transformers calls to make a mask: notes which one is meant, and returns the padding mask, where there is any."""
+    """
+    What transformers calls to make a mask: notes which one is meant, and returns the padding mask, where there is any.
+    """
     if indexer := _indexer_of(kwargs.get("config")):
         raise VarlenAttentionError(
             f"{indexer} says that the model chooses tokens by a mask that hf_effi_varlen does not build. Use "

@@ -1,4 +1,6 @@
-"""What a model computes under `hf_effi_varlen` against its own attention, asked once, when it makes its first masks."""
+"""
+What a model computes under `hf_effi_varlen` against its own attention, asked once, when it makes its first masks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ..patching import Finding, call, compare, is_sharded, output_of, probing, tiny_tokens
 
-#: field of the model config with one entry per layer: the arguments of an `AttentionPattern`, or `None` for full attention
+#: field of the model config with one entry per layer: the arguments of an `AttentionPattern`, or `None` for full
+#: attention
 PATTERNS_FIELD = "hf_effi_attention_patterns"
 #: How the rows of a call are laid out: single ones, several documents in a row, or rows with padding.
 Layout = Literal["plain", "packed", "padded"]
@@ -34,7 +37,8 @@ def running_model() -> nn.Module | None:
 
 def packs_documents() -> bool:
     """
-    Return whether the model whose forward is running was given positions that begin again within a row, or `cu_seq_lens`.
+    Return whether the model whose forward is running was given positions that begin again within a row, or
+    `cu_seq_lens`.
 
     Its attention need not be told: some layers hand on nothing, and some do without positions.
     """
@@ -53,7 +57,8 @@ def packs_documents() -> bool:
 
 def ask(model: nn.Module | None, layout: Layout, name: str) -> Finding | None:
     """
-    Measure, the first time, whether a model gives the same under attention `name` as under its own; `None`: unknown model.
+    Measure, the first time, whether a model gives the same under attention `name` as under its own; `None`: unknown
+    model.
 
     Args:
         model (`nn.Module`, *optional*): The model whose forward is running.

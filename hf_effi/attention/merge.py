@@ -28,8 +28,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     Merge attention over keys `A` with attention over keys `B` into attention over both, exactly.
 
     `lse = log(e^lse_a + e^lse_b)`, `out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b`. Backward, with
-    `w_a = e^(lse_a - lse)`: `dout_a = w_a dout`, `dlse_a = w_a (w_b dout . (out_a - out_b) + dlse)`, and the same for `B`:
-    the rounded `out` does not enter.
+    `w_a = e^(lse_a - lse)`: `dout_a = w_a dout`, `dlse_a = w_a (w_b dout . (out_a - out_b) + dlse)`, and the same for
+    `B`: the rounded `out` does not enter.
     Partial softmax of FlashAttention, https://arxiv.org/abs/2205.14135; shared prefix: https://arxiv.org/abs/2506.05433.
 
     A query without keys in one part has `lse = -inf` there; its `out` is not read. Without keys in both, `out` is 0.

@@ -81,16 +81,17 @@ def check_shared_prefix(model: Any) -> None:
     """
     Raise where a model would not give the results of separate rows, measured on a few rows that share a prompt.
 
-    Logits and gradients of one flat row are compared with those of the rows one by one, under the attention that the model has
-    without this package: of a layer that drops the arguments of its attention, chunked attention, states that run along the
-    row, and positions of its own no list is needed.
+    Logits and gradients of one flat row are compared with those of the rows one by one, under the attention that the
+    model has without this package: of a layer that drops the arguments of its attention, chunked attention, states
+    that run along the row, and positions of its own no list is needed.
 
     Args:
         model (`PreTrainedModel`): Or one that wraps it and has its attributes.
 
     Raises:
-        SharedPrefixError: another attention implementation, one that does not hand arguments to its attention, sparse patterns,
-            a router's loss, random numbers in training, or results that differ, with the measured difference.
+        SharedPrefixError: another attention implementation, one that does not hand arguments to its attention, sparse
+            patterns, a router's loss, random numbers in training, or results that differ, with the measured
+            difference.
     """
     if not getattr(model, "_supports_attention_backend", False):
         raise SharedPrefixError(
@@ -100,8 +101,8 @@ def check_shared_prefix(model: Any) -> None:
     drawn = remembered(model, "draws", lambda: draws_random_numbers(model))
     if drawn.looked and not drawn.equal:
         raise SharedPrefixError(
-            f"Completions of a prompt would share its random numbers: {drawn}. Set dropout and noise to 0; settings of that "
-            f"name: {named_draws(model)}."
+            f"Completions of a prompt would share its random numbers: {drawn}. Set dropout and noise to 0; settings "
+            f"of that name: {named_draws(model)}."
         )
     found = remembered(model, "shared prefix", lambda: compare(model, _one_by_one, _sharing))
     if not found.equal:
@@ -192,8 +193,8 @@ def _check_call(name: str, query: Tensor, key: Tensor, cu_seq_lens: Tensor, pref
         raise SharedPrefixError(f"{name}: rows that share a prompt come as one flat row, got a batch of {rows}.")
     if tokens != key.shape[2]:
         raise SharedPrefixError(
-            f"{name}: {tokens} queries and {key.shape[2]} keys. Shared prompts are for training and scoring: call the model "
-            "without a cache."
+            f"{name}: {tokens} queries and {key.shape[2]} keys. Shared prompts are for training and scoring: call the "
+            "model without a cache."
         )
     laid_out = prefix.num_keys + prefix.num_queries
     if cu_seq_lens.device.type == "cpu":
@@ -320,8 +321,8 @@ def varlen_operators() -> tuple[Any, Any]:
     needed = {"scale", "window_size", "enable_gqa"}, {"scale", "window_size"}
     if not all(op and names <= _argument_names(op) for op, names in zip(found, needed, strict=True)):
         raise SharedPrefixError(
-            f"torch {torch.__version__} has no variable-length attention with scale, window and grouped queries, which "
-            "sharing prompts needs on a GPU. Update torch."
+            f"torch {torch.__version__} has no variable-length attention with scale, window and grouped queries, "
+            "which sharing prompts needs on a GPU. Update torch."
         )
     return tuple(found)
 

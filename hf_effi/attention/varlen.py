@@ -52,8 +52,8 @@ def register_varlen_attention() -> str:
     """
     Make `attn_implementation="hf_effi_varlen"` known to transformers, and return that name.
 
-    On CUDA it is torch's own variable-length flash attention (`torch.nn.attention.varlen`, bf16 or fp16); elsewhere one
-    SDPA call a document. Documents never see each other: their bounds come from `cu_seq_lens_q`, else from the 2-D
+    On CUDA it is torch's own variable-length flash attention (`torch.nn.attention.varlen`, bf16 or fp16); elsewhere
+    one SDPA call a document. Documents never see each other: their bounds come from `cu_seq_lens_q`, else from the 2-D
     padding mask together with `position_ids` that start again. No mask of `length x length` is built.
 
     Example:
@@ -72,15 +72,17 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
     """
     Check that the layers of a model call `hf_effi_varlen`, by one forward over a few tokens that leaves no trace.
 
-    Some classes of transformers compute their attention themselves, whatever the name in their config. Documents that share a
-    row would see each other there, without a word. The Effi trainers call this; beside a stock one, call it once.
+    Some classes of transformers compute their attention themselves, whatever the name in their config. Documents that
+    share a row would see each other there, without a word. The Effi trainers call this; beside a stock one, call it
+    once.
 
     Args:
         model (`torch.nn.Module`): A model loaded with `attn_implementation="hf_effi_varlen"`, or told by
             `set_attn_implementation`; not sharded yet.
 
     Raises:
-        VarlenAttentionError: the class kept another attention, or never calls the one that it was given; weights are sharded.
+        VarlenAttentionError: the class kept another attention, or never calls the one that it was given; weights are
+            sharded.
 
     Example:
     ```python
@@ -93,13 +95,14 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
     names = sorted({str(getattr(config, "_attn_implementation", None)) for config in configs})
     if VARLEN_ATTENTION not in names:
         raise VarlenAttentionError(
-            f"{kind} computes its attention by {' and '.join(names) or 'itself'}, not by {VARLEN_ATTENTION}: transformers takes "
+            f"{kind} computes its attention by {' and '.join(names) or 'itself'}, not by {VARLEN_ATTENTION}: "
+            "transformers takes "
             "no other for classes that compute it in their own code. Leave packing and attention patterns out."
         )
     if is_sharded(model):
         raise VarlenAttentionError(
-            f"the weights of {kind} are sharded, so that it cannot be tried whether its layers call {VARLEN_ATTENTION}. Check "
-            "before the model is wrapped."
+            f"the weights of {kind} are sharded, so that it cannot be tried whether its layers call "
+            f"{VARLEN_ATTENTION}. Check before the model is wrapped."
         )
     before = LEDGER.calls
     try:
@@ -112,8 +115,10 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
         ) from error
     if LEDGER.calls == before:
         raise VarlenAttentionError(
-            f"{kind} was given {VARLEN_ATTENTION} and computes its attention in its own code, which never calls it. Documents "
-            "that share a row would see each other. Use attn_implementation='eager', rows of their own, and no patterns."
+            f"{kind} was given {VARLEN_ATTENTION} and computes its attention in its own code, which never calls it. "
+            "Documents "
+            "that share a row would see each other. Use attn_implementation='eager', rows of their own, and no "
+            "patterns."
         )
 
 
@@ -162,8 +167,8 @@ def varlen_attention_forward(
 
     Raises:
         SharedPrefixError: a shared prefix with a KV cache, several rows, a window that is too short, a sparse pattern.
-        VarlenAttentionError: dropout, soft-capped logits, learned sinks, a 4-D mask, attention weights as an output; on
-            CUDA fp32, or heads wider than 256.
+        VarlenAttentionError: dropout, soft-capped logits, learned sinks, a 4-D mask, attention weights as an output;
+            on CUDA fp32, or heads wider than 256.
     """
     if probing():
         LEDGER.calls += 1
@@ -210,15 +215,15 @@ def _refuse(module: Any, attention_mask: torch.Tensor | None, dropout: float, kw
     for argument in _arguments_of_others(type(module)):
         if kwargs.get(argument) is not None:
             raise VarlenAttentionError(
-                f"{name}: {VARLEN_ATTENTION} does not read {argument}, which the attention of this model is given. Use "
-                "attn_implementation='sdpa' or 'eager'."
+                f"{name}: {VARLEN_ATTENTION} does not read {argument}, which the attention of this model is given. "
+                "Use attn_implementation='sdpa' or 'eager'."
             )
     if kwargs.get("output_attentions"):
         raise VarlenAttentionError(f"{name}: attention weights are never formed. Use attn_implementation='eager'.")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise VarlenAttentionError(
-            f"{name}: got an attention mask of shape {tuple(attention_mask.shape)}; {VARLEN_ATTENTION} takes a padding "
-            "mask of shape (batch, length). Use attn_implementation='sdpa'."
+            f"{name}: got an attention mask of shape {tuple(attention_mask.shape)}; {VARLEN_ATTENTION} takes a "
+            "padding mask of shape (batch, length). Use attn_implementation='sdpa'."
         )
 
 
@@ -228,7 +233,10 @@ _READ = {"module", "query", "key", "value", "attention_mask", "dropout", "scalin
 
 @functools.cache
 def _arguments_of_others(attention: type) -> tuple[str, ...]:
-    """Return the arguments of SDPA and of the model's own eager attention that are not read here, such as a position bias."""
+    """
+    Return the arguments of SDPA and of the model's own eager attention that are not read here, such as a position
+    bias.
+    """
     functions = [sdpa_attention_forward]
     functions.append(getattr(sys.modules.get(attention.__module__), "eager_attention_forward", None))
     names = {
@@ -270,7 +278,9 @@ def _check_masks(module: Any, view: View, segments: _Segments, batch: int, lengt
 
 
 def _check_reach(name: str, prefix: PrefixSegments) -> None:
-    """Refuse a window or chunk that ends within a prompt and its completion: it would have to be found across segments."""
+    """
+    Refuse a window or chunk that ends within a prompt and its completion: it would have to be found across segments.
+    """
     reach = LEDGER.reach()
     if reach is not None and reach < prefix.longest_context:
         raise SharedPrefixError(
@@ -356,8 +366,8 @@ def _rows(
         return _Segments(steps * length_q, steps * length_k, length_q, length_k)
     if attention_mask.shape[1] != length_k:
         raise VarlenAttentionError(
-            f"the padding mask has {attention_mask.shape[1]} columns for {length_k} keys: {VARLEN_ATTENTION} cannot read a "
-            "static cache. Use a dynamic one, the default."
+            f"the padding mask has {attention_mask.shape[1]} columns for {length_k} keys: {VARLEN_ATTENTION} cannot "
+            "read a static cache. Use a dynamic one, the default."
         )
     masks = attention_mask[:, -length_q:], attention_mask
     counts = [mask.sum(dim=1, dtype=torch.int32) for mask in masks]

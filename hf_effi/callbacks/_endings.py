@@ -2,8 +2,8 @@
 How a run ends that no event tells of: an exception, Ctrl-C, SIGTERM, the end of Python.
 
 Callbacks are not told of an exception. Records that are open are therefore closed when Python ends, which knows the
-exception that ended it, and when a signal ends the process that Python itself does not handle. What is killed by SIGKILL
-stays "running"; its last `updated` says since when.
+exception that ended it, and when a signal ends the process that Python itself does not handle. What is killed by
+SIGKILL stays "running"; its last `updated` says since when.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def forget_end(store: RunStore) -> None:
 
 def end_record(store: RunStore, error: BaseException | str | None) -> None:
     """
-    Write how a run ended: `"failed"` with the error, or `"interrupted"` by Ctrl-C, a signal or whoever stopped waiting.
+    Write how a run ended: `"failed"` with the error, or `"interrupted"` by Ctrl-C, a signal or whoever stopped
+    waiting.
 
     Nothing that fails here is raised: the run has its own reason to end.
     """

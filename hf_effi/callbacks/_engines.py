@@ -12,10 +12,12 @@ _SHARDING = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP
 
 def sharding_engine(args: Any) -> str | None:
     """
-    Return `"DeepSpeed"`, `"FSDP"`, `"tensor parallelism"`, or `None` where each process has the whole model and its optimizer.
+    Return `"DeepSpeed"`, `"FSDP"`, `"tensor parallelism"`, or `None` where each process has the whole model and its
+    optimizer.
 
-    The training arguments alone do not tell: under `accelerate launch` the launch file chooses the engine, and `args.deepspeed`
-    and `args.fsdp` stay empty. What counts is the accelerator of the Trainer, which exists from `on_init_end` on.
+    The training arguments alone do not tell: under `accelerate launch` the launch file chooses the engine, and
+    `args.deepspeed` and `args.fsdp` stay empty. What counts is the accelerator of the Trainer, which exists from
+    `on_init_end` on.
 
     Args:
         args (`TrainingArguments`): Of the run.

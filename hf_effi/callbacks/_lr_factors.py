@@ -32,9 +32,9 @@ class LRFactors:
     """
     Writes `max(lowest, scheduled LR x product of all factors)` into the optimizer, once per update.
 
-    A factor counts for the update it was offered for, so what a removed callback offered is gone with the next one. The
-    scheduled LR is what the scheduler wrote last, whoever drives it. Factors are multiplied in the order of their names:
-    the order of the callbacks changes no bit.
+    A factor counts for the update it was offered for, so what a removed callback offered is gone with the next one.
+    The scheduled LR is what the scheduler wrote last, whoever drives it. Factors are multiplied in the order of their
+    names: the order of the callbacks changes no bit.
 
     Args:
         scheduler (`LambdaLR`): The Trainer's.
@@ -50,7 +50,9 @@ class LRFactors:
 
     @classmethod
     def of(cls, state: TrainerState, scheduler: LambdaLR) -> LRFactors:
-        """Return the owner in one `train()`: an attribute of its state, which is saved by fields and so leaves it out."""
+        """
+        Return the owner in one `train()`: an attribute of its state, which is saved by fields and so leaves it out.
+        """
         if not hasattr(state, _ATTRIBUTE):
             setattr(state, _ATTRIBUTE, cls(scheduler))
         return getattr(state, _ATTRIBUTE)
@@ -60,7 +62,9 @@ class LRFactors:
         self._offers[name] = _Offer(factor, lowest, update)
 
     def write(self, update: int) -> None:
-        """Write the LR of this update into every parameter group and into what the scheduler reports as its last LR."""
+        """
+        Write the LR of this update into every parameter group and into what the scheduler reports as its last LR.
+        """
         scheduler = self._scheduler
         if scheduler._last_lr is not self._written:
             self._scheduled = [float(lr) for lr in scheduler._last_lr]

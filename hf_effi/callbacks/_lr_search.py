@@ -26,10 +26,10 @@ def denoise(
     """
     Smooth a series of losses by quadratic splines: outliers are left out, then the spline replaces the other values.
 
-    Training losses: ten rounds, each leaving out the 3 % with the largest residuals among the first half of the series.
-    Validation losses: one round that leaves out the worst one. Residuals are measured in units of the noise that
-    neighbouring losses show, so that the scale of the loss does not matter; those below 3 are no outliers and stay.
-    Fewer than 8 losses are returned as they are.
+    Training losses: ten rounds, each leaving out the 3 % with the largest residuals among the first half of the
+    series. Validation losses: one round that leaves out the worst one. Residuals are measured in units of the noise
+    that neighbouring losses show, so that the scale of the loss does not matter; those below 3 are no outliers and
+    stay. Fewer than 8 losses are returned as they are.
     Paper: Jin et al., AutoLRS (2105.10762).
 
     Args:
@@ -85,8 +85,8 @@ def predict_loss(
         steps (`Sequence[int]`): Updates after which they were measured.
         horizon (`int`): Update to predict.
         validation (`bool`, *optional*, defaults to `False`): Whether these are validation losses.
-        before (`float`, *optional*): Validation loss before the search. If the probe's largest loss reaches it, the last
-            observed loss is returned: a loss that rose has no falling exponential to extrapolate.
+        before (`float`, *optional*): Validation loss before the search. If the probe's largest loss reaches it, the
+            last observed loss is returned: a loss that rose has no falling exponential to extrapolate.
 
     Returns:
         `float`: The prediction; 1e6 when a loss is not finite.

@@ -2,8 +2,9 @@
 Who decides: for what only one part of a run may decide, the first one claims it and the second one is refused by name.
 
 A callback does not see the others. What all of one run do share is the `TrainerState` that every event hands over: one
-object from the building of a Trainer on, and a new one for each `train()`. Claims belong to it, and go with it: nothing
-has to be released, after a run that failed either, and an object may be used in another trainer or train again.
+object from the building of a Trainer on, and a new one for each `train()`. Claims belong to it, and go with it:
+nothing has to be released, after a run that failed either, and an object may be used in another trainer or train
+again.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def _claims(state: TrainerState) -> dict[Hashable, tuple[Any, str]]:
 
 class OwningCallback(TrainerCallback):
     """
-    A callback of which a run can have one. It claims its role when the Trainer is built and when training begins; whoever
-    overrides these events calls `super()` first.
+    A callback of which a run can have one. It claims its role when the Trainer is built and when training begins;
+    whoever overrides these events calls `super()` first.
     """
 
     role: ClassVar[Role]

@@ -1,8 +1,9 @@
 """
-The signal "this update is a probe": a search makes updates that it undoes, and whoever keeps a state must not see them.
+The signal "this update is a probe": a search makes updates that it undoes, and whoever keeps a state must not see
+them.
 
-The plan of probes belongs to one `TrainerState`, so that several trainers in one process do not meet, and an error inside
-of a probe leaves nothing behind. Checkpoints carry the probes so far.
+The plan of probes belongs to one `TrainerState`, so that several trainers in one process do not meet, and an error
+inside of a probe leaves nothing behind. Checkpoints carry the probes so far.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def in_probe(state: TrainerState, ahead: int = 0) -> bool:
     Return whether an update is a probe.
 
     Args:
-        ahead (`int`, *optional*, defaults to 0): 0 for the last update that `global_step` counts, which is the one that
-            `on_step_end`, `on_log`, `on_evaluate` and `on_save` speak of; 1 for the update in progress, in the events
-            from `on_step_begin` to `on_optimizer_step`.
+        ahead (`int`, *optional*, defaults to 0): 0 for the last update that `global_step` counts, which is the one
+            that `on_step_end`, `on_log`, `on_evaluate` and `on_save` speak of; 1 for the update in progress, in the
+            events from `on_step_begin` to `on_optimizer_step`.
     """
     return plan_of(state).is_probe(state.global_step + ahead)
 
@@ -90,15 +91,16 @@ def announce_probes(
     lend: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> None:
     """
-    Say which updates will be probes. Call it in `on_train_begin`, for the whole run: others plan by the number of updates.
+    Say which updates will be probes. Call it in `on_train_begin`, for the whole run: others plan by the number of
+    updates.
 
     Probes that a resumed checkpoint stores stay known, up to the first of `blocks`.
 
     Args:
         owner: The callback that makes the probes and undoes each of them in `on_step_end` of its last update.
         blocks (`Iterable[tuple[int, int, int]]`): See [`ProbePlan`].
-        lend (`Callable`, *optional*): Returns a context in which the model holds the weights of training, for those who
-            must look at them in the middle of a probe.
+        lend (`Callable`, *optional*): Returns a context in which the model holds the weights of training, for those
+            who must look at them in the middle of a probe.
 
     Raises:
         ProbeError: another callback makes probes in this run, or blocks overlap.
@@ -106,8 +108,8 @@ def announce_probes(
     search = getattr(state, _ATTRIBUTE, None)
     if search is not None and search.owner is not owner:
         raise ProbeError(
-            f"{type(search.owner).__name__} and {type(owner).__name__} both try updates and undo them in one run, each "
-            "in the middle of the other's. Keep one of them."
+            f"{type(search.owner).__name__} and {type(owner).__name__} both try updates and undo them in one run, "
+            "each in the middle of the other's. Keep one of them."
         )
     blocks = tuple(tuple(block) for block in blocks)
     past = stored_plan(state.stateful_callbacks).until(state.global_step)
@@ -132,10 +134,10 @@ def hold_back(args: TrainingArguments, state: TrainerState, control: TrainerCont
     """
     Keep the Trainer's clock out of the probes. Call it in `on_step_end` and `on_epoch_end`.
 
-    An evaluation that falls due in a search is left out, as it would repeat the last one or measure a probe; so neither
-    early stopping nor the best checkpoint sees one. A checkpoint that falls due in the middle of a probe is written at
-    its end, with the weights of training. A log entry is written where a search begins and ends, so that none averages
-    losses of both kinds.
+    An evaluation that falls due in a search is left out, as it would repeat the last one or measure a probe; so
+    neither early stopping nor the best checkpoint sees one. A checkpoint that falls due in the middle of a probe is
+    written at its end, with the weights of training. A log entry is written where a search begins and ends, so that
+    none averages losses of both kinds.
     """
     search, plan, step = getattr(state, _ATTRIBUTE), plan_of(state), state.global_step
     if plan.is_probe(step):
@@ -170,8 +172,8 @@ def training_weights(state: TrainerState) -> Iterator[None]:
         return
     if search is None or search.lend is None:
         raise ProbeError(
-            f"The weights of training are asked for at update {state.global_step}, inside of a probe, and whoever made "
-            "the probe is not here or cannot give them. Train on with the callback that made it."
+            f"The weights of training are asked for at update {state.global_step}, inside of a probe, and whoever "
+            "made the probe is not here or cannot give them. Train on with the callback that made it."
         )
     with search.lend():
         yield

@@ -13,8 +13,8 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """
     Return the folder that holds the `checkpoint-N` of the run that is going on.
 
-    It is `output_dir`, and a folder of each trial in it during a hyperparameter search. What that folder is called only
-    the Trainer knows, and no event hands over the Trainer: it is looked for among those who called.
+    It is `output_dir`, and a folder of each trial in it during a hyperparameter search. What that folder is called
+    only the Trainer knows, and no event hands over the Trainer: it is looked for among those who called.
 
     Raises:
         ValueError: a trial of a search, and no Trainer of this state has called.
@@ -24,7 +24,8 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     trainer = _calling_trainer(state)
     if trainer is None:
         raise ValueError(
-            "This run is a trial of a hyperparameter search, and the Trainer that runs it did not call the callback, so the "
+            "This run is a trial of a hyperparameter search, and the Trainer that runs it did not call the callback, "
+            "so the "
             "folder of the trial is not known. Leave callbacks that keep files in checkpoints out of the search."
         )
     return Path(trainer._get_output_dir(trainer._trial))

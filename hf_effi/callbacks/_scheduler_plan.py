@@ -29,8 +29,8 @@ def scheduler_plan(scheduler: Any, done_steps: int = 0, max_steps: int = MAX_STE
     Return a function from finished updates to the share of the base LR, for the first parameter group.
 
     A `LambdaLR` (all schedulers of transformers, all schedules of this package) is asked. Of any other a copy, on an
-    optimizer without weights, is stepped on from where the scheduler is: chained, sequential and own ones too. Before that
-    step the plan says what holds there, and where a scheduler refuses to go on (`OneCycleLR`) its last LR holds.
+    optimizer without weights, is stepped on from where the scheduler is: chained, sequential and own ones too. Before
+    that step the plan says what holds there, and where a scheduler refuses to go on (`OneCycleLR`) its last LR holds.
 
     Args:
         scheduler: A torch scheduler.

@@ -57,8 +57,8 @@ def in_turn(turn: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
     Decorate an event of a [`TurnCallback`]: whoever has an earlier turn has the event first.
 
-    The Trainer calls its callbacks in the order of its list. The first of ours that is called calls those with an earlier
-    turn, and their own call then does nothing.
+    The Trainer calls its callbacks in the order of its list. The first of ours that is called calls those with an
+    earlier turn, and their own call then does nothing.
     """
 
     def decorate(event: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,18 +31,18 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
     (equation 12), and holds `target_r` a matrix from update `total_step - tfinal` on. transformers, TRL and accelerate
     make this call nowhere: without it AdaLoRA is a plain adapter of rank `init_r`.
 
-    While training runs, checkpoints hold the matrices at full size, with zeros where a rank is gone: PEFT's compact form
-    cannot be loaded back into the model that is being trained. The pattern returns to the config when training ends,
-    so that `save_model` then writes the compact adapter.
+    While training runs, checkpoints hold the matrices at full size, with zeros where a rank is gone: PEFT's compact
+    form cannot be loaded back into the model that is being trained. The pattern returns to the config when training
+    ends, so that `save_model` then writes the compact adapter.
 
     Args:
         set_total_step (`bool`, *optional*, defaults to `False`): Write the run's number of updates into the
             `AdaLoraConfig`, instead of raising when its `total_step` differs.
 
     Raises:
-        ValueError: the model has no trainable AdaLoRA adapter, `init_r` does not exceed `target_r`, `total_step` is not
-            the length of the run, a gradient is missing or sharded (DeepSpeed, FSDP), or a checkpoint has no state of
-            this callback.
+        ValueError: the model has no trainable AdaLoRA adapter, `init_r` does not exceed `target_r`, `total_step` is
+            not the length of the run, a gradient is missing or sharded (DeepSpeed, FSDP), or a checkpoint has no state
+            of this callback.
 
     Example:
     ```python
@@ -82,8 +82,8 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
     ) -> None:
         if sharding_engine(args):
             raise ValueError(
-                "AdaLoRACallback reads gradients after the update, and DeepSpeed, FSDP and tensor parallelism have freed or "
-                "sharded them by then. Train with DDP or on one device."
+                "AdaLoRACallback reads gradients after the update, and DeepSpeed, FSDP and tensor parallelism have "
+                "freed or sharded them by then. Train with DDP or on one device."
             )
         super().on_train_begin(args, state, control, **kwargs)
         self._adapter, self._plan_is_checked = adalora_of(kwargs["model"]), False
@@ -206,8 +206,8 @@ def check_plan(adapter: AdaLoraModel, max_steps: int, set_total_step: bool) -> N
         )
     if config.tinit >= config.total_step - config.tfinal:
         raise ValueError(
-            f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the {config.total_step} updates to lower the "
-            "rank in. Decrease them."
+            f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the {config.total_step} updates to lower "
+            "the rank in. Decrease them."
         )
 
 

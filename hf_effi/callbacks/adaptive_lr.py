@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class _RuleCallback(LRFactorCallback):
-    """Multiplies the scheduled LR by what a rule says, whose state is in the checkpoint. Probes are not shown to the rule."""
+    """
+    Multiplies the scheduled LR by what a rule says, whose state is in the checkpoint. Probes are not shown to the
+    rule.
+    """
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
@@ -115,8 +118,8 @@ class HypergradientCallback(SideFileCallback, _RuleCallback):
             self._update = load_state(path, args.device)
         elif args.process_index == 0:
             logger.warning(
-                "%s is missing: the checkpoint lies elsewhere, was copied in part, or nothing had moved the weights before "
-                "it. The first update after the resume does not change the learning rate.",
+                "%s is missing: the checkpoint lies elsewhere, was copied in part, or nothing had moved the weights "
+                "before it. The first update after the resume does not change the learning rate.",
                 path,
             )
 

@@ -42,15 +42,15 @@ _EVALUATIONS = 16
 
 class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     """
-    AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates each,
-    their losses extrapolated to the end of the stage, and the stage then runs at the best one.
+    AutoLRS: before each stage of `stage_steps` updates, `probes` LRs are tried for `stage_steps / probes` updates
+    each, their losses extrapolated to the end of the stage, and the stage then runs at the best one.
 
-    Weights, optimizer, loss scaler and random numbers are put back exactly after each probe. Probe updates count in the
-    Trainer's `max_steps` and consume data (as the method says, as much as they search for); `useful_steps` counts the
-    others. After each stage the next one is twice as long; once stages have `max_stage_steps`, probes are judged by the
-    validation loss instead of the training loss, measured 16 times a probe. With `probes=1` nothing is probed and each
-    stage gets a random LR. With too little of the run left for a search and a whole stage the last LR is kept; the first
-    stage is shortened instead.
+    Weights, optimizer, loss scaler and random numbers are put back exactly after each probe. Probe updates count in
+    the Trainer's `max_steps` and consume data (as the method says, as much as they search for); `useful_steps` counts
+    the others. After each stage the next one is twice as long; once stages have `max_stage_steps`, probes are judged
+    by the validation loss instead of the training loss, measured 16 times a probe. With `probes=1` nothing is probed
+    and each stage gets a random LR. With too little of the run left for a search and a whole stage the last LR is
+    kept; the first stage is shortened instead.
     Paper: Jin et al., AutoLRS (2105.10762).
 
     Args:
@@ -67,9 +67,9 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
 
     Raises:
         ImportError: scikit-learn or scipy is not installed (`pip install 'hf_effi[adaptive]'`).
-        ScheduleError: sharded parameters, no validation loss, a schedule in the training arguments, a run too short for
-            one search, every probe of a search broke, a resume inside a search on another number of processes, a bad
-            value.
+        ScheduleError: sharded parameters, no validation loss, a schedule in the training arguments, a run too short
+            for one search, every probe of a search broke, a resume inside a search on another number of processes, a
+            bad value.
     """
 
     role = LEARNING_RATE
@@ -143,20 +143,22 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
 
     def use_eval_dataset(self, trainer: Any) -> AutoLRSCallback:
         """
-        Judge probes by the loss on `trainer.eval_dataset` in the validation stage, as `trainer.evaluate()` computes it.
+        Judge probes by the loss on `trainer.eval_dataset` in the validation stage, as `trainer.evaluate()` computes
+        it.
 
         Raises:
             ScheduleError: the Trainer has no eval dataset or a dictionary of several, or `evaluate` was given as well.
         """
         if self._source is not None or not self._validates:
             raise ScheduleError(
-                "use_eval_dataset would be ignored beside evaluate=, validation=False or probes=1. Drop one of the two."
+                "use_eval_dataset would be ignored beside evaluate=, validation=False or probes=1. Drop one of the "
+                "two."
             )
         dataset = getattr(trainer, "eval_dataset", None)
         if dataset is None or isinstance(dataset, dict):
             raise ScheduleError(
-                f"AutoLRSCallback needs one eval_dataset, the Trainer has {'a dictionary' if dataset else 'none'}. Pass "
-                "eval_dataset= to the Trainer, or evaluate= to AutoLRSCallback."
+                f"AutoLRSCallback needs one eval_dataset, the Trainer has {'a dictionary' if dataset else 'none'}. "
+                "Pass eval_dataset= to the Trainer, or evaluate= to AutoLRSCallback."
             )
         self._source = trainer
         return self
@@ -174,20 +176,20 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
             raise ScheduleError(
-                f"AutoLRSCallback sets the LR, but lr_scheduler_type={kind!r} and warmup_steps={args.warmup_steps}. Use "
-                "lr_scheduler_type='constant' and warmup_steps=0."
+                f"AutoLRSCallback sets the LR, but lr_scheduler_type={kind!r} and warmup_steps={args.warmup_steps}. "
+                "Use lr_scheduler_type='constant' and warmup_steps=0."
             )
         refuse_schedule(state, kwargs["lr_scheduler"])
         if self._validates and self._source is None:
             raise ScheduleError(
                 "AutoLRSCallback judges probes by the validation loss once stages have max_stage_steps="
-                f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call use_eval_dataset(trainer), "
-                "or stay with the training loss: validation=False."
+                f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call "
+                "use_eval_dataset(trainer), or stay with the training loss: validation=False."
             )
         if not args.logging_nan_inf_filter and self.probes > 1:
             raise ScheduleError(
-                "logging_nan_inf_filter=False: a probe may break, and the Trainer would log NaN for every later update, since "
-                "it resets its sum of losses by subtraction. Leave it at True."
+                "logging_nan_inf_filter=False: a probe may break, and the Trainer would log NaN for every later "
+                "update, since it resets its sum of losses by subtraction. Leave it at True."
             )
         model = kwargs["model"]
         self._forget_last_run(args, model, kwargs["optimizer"])
@@ -221,22 +223,23 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if STATE_KEY not in state.stateful_callbacks:
             raise ScheduleError(
-                f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback; its search cannot go "
-                "on. Start from its weights in a new run."
+                f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback; its search cannot "
+                "go on. Start from its weights in a new run."
             )
         self.progress = state.stateful_callbacks[STATE_KEY]
         until = self.progress.get("step", state.global_step)
         if until != state.global_step:
             raise ScheduleError(
-                f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback since update {until}; its "
-                "search cannot go on. Start from its weights in a new run."
+                f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback since update "
+                f"{until}; its search cannot go on. Start from its weights in a new run."
             )
         if self.progress["phase"] == "probe" and (self.progress["tried"] or self.progress["done"]):
             # In the middle of a search the weights to go back to are not those of the checkpoint.
             trained, file = self.progress["world_size"], self.side_path(args, state)
             if trained != args.world_size:
                 raise ScheduleError(
-                    f"The checkpoint at step {state.global_step} lies inside a search on {trained} processes, each with "
+                    f"The checkpoint at step {state.global_step} lies inside a search on {trained} processes, each "
+                    "with "
                     f"its own random numbers to go back to; this run has {args.world_size}. Resume on {trained}, or "
                     "from a checkpoint between two searches."
                 )
@@ -353,7 +356,8 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
             progress["losses"], progress["steps"], progress["run_steps"], validation, progress["before"]
         )
         progress["tried"].append([progress["lr"], same_on_ranks(predicted, args.device)])
-        # Each probe sees other data but the same random numbers (dropout), so probes differ by their LR and their data.
+        # Each probe sees other data but the same random numbers (dropout), so probes differ by their LR and their
+        # data.
         restore_snapshot(self._snapshot, kwargs["model"], kwargs["optimizer"], rng=True)
         progress.update(done=0, losses=[], steps=[])
         if len(progress["tried"]) < self.probes:
@@ -394,6 +398,6 @@ def refuse_schedule(state: TrainerState, scheduler: LambdaLR) -> None:
     steps = range(state.global_step, state.max_steps, max(1, (state.max_steps - state.global_step) // 100))
     if not all(multiplier(step) == 1 for multiplier in scheduler.lr_lambdas for step in steps):
         raise ScheduleError(
-            "AutoLRSCallback searches the LR of each stage, and the scheduler in `optimizers` moves it as well, in probes "
-            "too. Pass (optimizer, None), or drop AutoLRSCallback."
+            "AutoLRSCallback searches the LR of each stage, and the scheduler in `optimizers` moves it as well, in "
+            "probes too. Pass (optimizer, None), or drop AutoLRSCallback."
         )

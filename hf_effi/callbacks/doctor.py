@@ -30,8 +30,9 @@ class TrainDoctor(OwningCallback):
     Watch a run of any Trainer and say what is wrong, once, with the step and what to try.
 
     It reads logs, scheduler and optimizer, counts padding and labels in front of the model, and with packed batches
-    measures on eight tokens whether documents see each other. It changes nothing: weights and random numbers are those of
-    the run without it, and if it fails, it says so and the run goes on. See `docs/doctors.md` for the table of symptoms and thresholds.
+    measures on eight tokens whether documents see each other. It changes nothing: weights and random numbers are those
+    of the run without it, and if it fails, it says so and the run goes on. See `docs/doctors.md` for the table of
+    symptoms and thresholds.
 
     Args:
         limits ([`TrainLimits`], *optional*): Thresholds.
@@ -215,7 +216,8 @@ class GRPODoctor(TrainDoctor):
     def check(self, args: Any) -> None:
         if not hasattr(args, "max_completion_length") or not hasattr(args, "beta"):
             raise ValueError(
-                f"GRPODoctor found a {type(args).__name__}, which is no GRPO config. Use TrainDoctor() with this trainer."
+                f"GRPODoctor found a {type(args).__name__}, which is no GRPO config. Use TrainDoctor() with this "
+                "trainer."
             )
 
     def facts(self, args: Any, state: TrainerState, optimizer: Any, scheduler: Any) -> RunFacts:
@@ -281,7 +283,9 @@ def scheduler_steps(scheduler: Any) -> int | None:
 
 
 def group_lrs(optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Return the LR that the optimizer uses and the one that the scheduler set last, of each group with weights to train."""
+    """
+    Return the LR that the optimizer uses and the one that the scheduler set last, of each group with weights to train.
+    """
     used = {
         place: float(group["lr"])
         for place, group in enumerate(optimizer.param_groups)

@@ -13,11 +13,13 @@ from .patch import PatchCallback
 
 
 def refuse_data_parallel(args: TrainingArguments) -> None:
-    """Raise where the Trainer would use `nn.DataParallel`, whose replicas would call the functions of the first one."""
+    """
+    Raise where the Trainer would use `nn.DataParallel`, whose replicas would call the functions of the first one.
+    """
     if args.n_gpu > 1:
         raise PatchError(
-            f"{args.n_gpu} devices in one process: nn.DataParallel copies a patched module with the original's weights. "
-            "Start one process per device (torchrun, accelerate launch), or make one device visible."
+            f"{args.n_gpu} devices in one process: nn.DataParallel copies a patched module with the original's "
+            "weights. Start one process per device (torchrun, accelerate launch), or make one device visible."
         )
 
 
@@ -25,8 +27,8 @@ class KernelPatchCallback(PatchCallback):
     """
     [`PatchCallback`] with [`~hf_effi.patch`]: kernels for the time of a training.
 
-    The patch is applied when the Trainer is built, before DDP, FSDP, mixed precision or `torch.compile` wrap the model,
-    and reverted when training has ended. Checkpoints are the same with and without it.
+    The patch is applied when the Trainer is built, before DDP, FSDP, mixed precision or `torch.compile` wrap the
+    model, and reverted when training has ended. Checkpoints are the same with and without it.
 
     Args:
         layers (`Mapping` or `str`): As in [`~hf_effi.patch`]; `"liger"` for all that Liger has for the model.
@@ -54,7 +56,9 @@ class KernelPatchCallback(PatchCallback):
         self._model: nn.Module | None = None
 
     def apply(self, model: nn.Module) -> None:
-        """Patch `model`, unless it, or a model that it wraps, is patched: once it is sharded, nothing can be checked."""
+        """
+        Patch `model`, unless it, or a model that it wraps, is patched: once it is sharded, nothing can be checked.
+        """
         if self.handle is not None and self.handle.active and any(m is self._model for m in model.modules()):
             return
         super().apply(model)

@@ -25,8 +25,8 @@ class _LayerModesCallback(OwningCallback):
     role = Role(
         "layer modes",
         "Two callbacks want to decide what the layers keep",
-        "Use one callback for the modes of all layers: MemoryBudgetCallback mixes keeping, selecting, checkpointing and "
-        "offloading.",
+        "Use one callback for the modes of all layers: MemoryBudgetCallback mixes keeping, selecting, checkpointing "
+        "and offloading.",
         LayerModeError,
     )
 
@@ -57,8 +57,8 @@ class _LayerModesCallback(OwningCallback):
 def _refuse_other_offload(args: TrainingArguments) -> None:
     if getattr(args, "activation_offloading", False):
         raise LayerModeError(
-            "activation_offloading=True (TRL) takes every saved tensor to the host itself. Set it to False, or drop this "
-            "callback."
+            "activation_offloading=True (TRL) takes every saved tensor to the host itself. Set it to False, or drop "
+            "this callback."
         )
 
 
@@ -66,8 +66,8 @@ class ActivationOffloadCallback(_LayerModesCallback):
     """
     Hold the inputs of checkpointed layers in host memory, on any Trainer; gradients are equal to the bit.
 
-    Checkpointing keeps `layers x tokens x hidden_size` values on the device. This moves them to pinned host buffers on a
-    stream of their own and brings each back one layer before it is needed.
+    Checkpointing keeps `layers x tokens x hidden_size` values on the device. This moves them to pinned host buffers on
+    a stream of their own and brings each back one layer before it is needed.
 
     ALST, arXiv:2506.13996.
 
@@ -143,14 +143,14 @@ class MemoryBudgetCallback(_LayerModesCallback):
     Keep as many activations as fit: the fastest mix of keep, selective, checkpoint and offload under a budget.
 
     The first micro-batch runs under plain checkpointing and measures each layer; then the plan of
-    [`~hf_effi.functional.layer_plan.plan_layer_modes`] holds. All ranks take the largest measurement of any rank, and so
-    make the same plan. Gradients are equal for every plan.
+    [`~hf_effi.functional.layer_plan.plan_layer_modes`] holds. All ranks take the largest measurement of any rank, and
+    so make the same plan. Gradients are equal for every plan.
 
     Args:
-        budget_gib (`float`): Memory for the activations of all layers, in GiB: what they keep, and what recomputing one
-            layer takes.
-        max_tokens (`int`, *optional*): Tokens of the largest micro-batch (padding included), where the first one may be
-            smaller. Bytes grow in proportion, masks of SDPA with the square.
+        budget_gib (`float`): Memory for the activations of all layers, in GiB: what they keep, and what recomputing
+            one layer takes.
+        max_tokens (`int`, *optional*): Tokens of the largest micro-batch (padding included), where the first one may
+            be smaller. Bytes grow in proportion, masks of SDPA with the square.
         offload (`bool`, *optional*, defaults to `False`): Whether layers may be offloaded to the host. Measures the
             bandwidth first.
 
@@ -184,8 +184,8 @@ class MemoryBudgetCallback(_LayerModesCallback):
         weights = list(kwargs["model"].parameters())
         if any(isinstance(p, DTensor) for p in weights) or sharded_by_zero3(weights):
             raise LayerModeError(
-                "MemoryBudgetCallback runs single layers to measure them, which sharded parameters (FSDP, ZeRO-3, tensor "
-                "parallelism) do not allow. Use ActivationOffloadCallback or SelectiveCheckpointCallback."
+                "MemoryBudgetCallback runs single layers to measure them, which sharded parameters (FSDP, ZeRO-3, "
+                "tensor parallelism) do not allow. Use ActivationOffloadCallback or SelectiveCheckpointCallback."
             )
         self.modes = None
         super().on_train_begin(args, state, control, **kwargs)

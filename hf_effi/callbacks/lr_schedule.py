@@ -63,8 +63,8 @@ class LRScheduleCallback(OwningCallback):
         on_mismatch (`str`, *optional*, defaults to `"error"`): What to do when a checkpoint was trained with another
             schedule, length or learning rate: `"error"` raises, `"stored"` goes on exactly as stored, `"new"` trains
             with what this run asks for from here on. See [`settle`].
-        allow_lr_jump (`bool`, *optional*, defaults to `False`): Whether with `on_mismatch="new"` a new schedule may lift
-            a run that is already decaying.
+        allow_lr_jump (`bool`, *optional*, defaults to `False`): Whether with `on_mismatch="new"` a new schedule may
+            lift a run that is already decaying.
         stop_when_decayed (`bool`, *optional*, defaults to `True`): End training when a decay that was started with
             [`~LRScheduleCallback.start_decay`] is finished, instead of going on at the lowest LR.
         counter (`Callable[[], float]`, *optional*): Progress in equivalent steps, for a [`token_indexed`] schedule.
@@ -73,9 +73,9 @@ class LRScheduleCallback(OwningCallback):
         followed ([`Followed`]): What the last training followed; `None` before the first.
 
     Raises:
-        ScheduleError: the scheduler belongs to DeepSpeed, is driven by a metric or by layer, the run has another length
-            than the schedule, the arguments or another callback ask for a second schedule, or a schedule of your own
-            that a checkpoint cannot hold.
+        ScheduleError: the scheduler belongs to DeepSpeed, is driven by a metric or by layer, the run has another
+            length than the schedule, the arguments or another callback ask for a second schedule, or a schedule of
+            your own that a checkpoint cannot hold.
         ScheduleMismatchError: see `on_mismatch`.
 
     Example:
@@ -230,8 +230,8 @@ class LRScheduleCallback(OwningCallback):
                 since = "" if entry is None else f" since update {until}"
                 raise ScheduleMismatchError(
                     f"The checkpoint at step {state.global_step} was trained without LRScheduleCallback or lr_schedule"
-                    f"{since}, so its LR followed another schedule. Pass {self.option}='new' to switch to this one from "
-                    "here on."
+                    f"{since}, so its LR followed another schedule. Pass {self.option}='new' to switch to this one "
+                    "from here on."
                 )
             return asked
         if entry.get("counter") is not None and hasattr(self.counter, "load_state_dict"):
@@ -282,7 +282,9 @@ def note_optimizer(optimizer: Any) -> None:
 
 
 def _innermost(optimizer: Any) -> Any:
-    """Return the optimizer inside the wrappers of accelerate and DeepSpeed; an optimizer of a user may wrap one too."""
+    """
+    Return the optimizer inside the wrappers of accelerate and DeepSpeed; an optimizer of a user may wrap one too.
+    """
     while hasattr(optimizer, "optimizer") and type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")):
         optimizer = optimizer.optimizer
     return optimizer
@@ -311,7 +313,9 @@ def _asked(
 
 
 def _note_asked(asked: Followed, followed: Followed, optimizer: Optimizer) -> None:
-    """Let the groups' `initial_lr`, from which the next `train()` starts, be what is asked for and not a checkpoint's."""
+    """
+    Let the groups' `initial_lr`, from which the next `train()` starts, be what is asked for and not a checkpoint's.
+    """
     lrs = asked.base_lrs
     if asked.optimizer_lrs is None and followed.learning_rate:
         lrs = tuple(lr * (asked.learning_rate / followed.learning_rate) for lr in followed.base_lrs)
@@ -350,8 +354,8 @@ def check_scheduler(scheduler: Any, asker: str = "LRScheduleCallback") -> None:
     owned = any(known in names for known in _DEEPSPEED) or type(scheduler).__module__.startswith("deepspeed")
     if owned:
         raise ScheduleError(
-            f"DeepSpeed owns the LR scheduler ({name}), so {asker} cannot set the LR. Remove the 'scheduler' section from "
-            "the DeepSpeed config."
+            f"DeepSpeed owns the LR scheduler ({name}), so {asker} cannot set the LR. Remove the 'scheduler' section "
+            "from the DeepSpeed config."
         )
     if any(known in names for known in _METRIC_DRIVEN):
         raise ScheduleError(

@@ -21,15 +21,16 @@ class MultigridLRCallback(LRFactorCallback):
     """
     Multiply the scheduled LR by `c^p` where a batch has `c` times as many rows of `L / c` tokens.
 
-    The linear rule of the paper (`p = 1`) is for steps that see `c` times as many samples. Here a step keeps its tokens, so
-    that no change (no callback) is the default for language models.
+    The linear rule of the paper (`p = 1`) is for steps that see `c` times as many samples. Here a step keeps its
+    tokens, so that no change (no callback) is the default for language models.
 
     Args:
         shapes ([`Multigrid`]): What the Trainer has as `sequence_length`.
         exponent (`float`, *optional*, defaults to 1.0): `p` in `[0, 1]`; 0.5 is the square-root rule.
 
     Raises:
-        CurriculumError: another kind of object, `exponent` out of range, or a Trainer whose `sequence_length` is another.
+        CurriculumError: another kind of object, `exponent` out of range, or a Trainer whose `sequence_length` is
+            another.
         ScheduleError: the scheduler is driven by a metric or owned by DeepSpeed.
 
     Example:
@@ -57,7 +58,8 @@ class MultigridLRCallback(LRFactorCallback):
         cutter = owner_of(state, SEQUENCE_LENGTH)
         if cutter != self.shapes:
             raise CurriculumError(
-                f"MultigridLRCallback has {self.shapes!r}, but the Trainer has sequence_length={cutter!r}: the LR would "
-                "follow shapes that the batches do not have. Use a Trainer with SequenceLengthMixin and pass one Multigrid "
-                "to both."
+                f"MultigridLRCallback has {self.shapes!r}, but the Trainer has sequence_length={cutter!r}: the LR "
+                "would "
+                "follow shapes that the batches do not have. Use a Trainer with SequenceLengthMixin and pass one "
+                "Multigrid to both."
             )

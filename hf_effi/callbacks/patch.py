@@ -34,8 +34,8 @@ class PatchCallback(TrainerCallback):
         wrong = [patch for patch in patches if not callable(patch)]
         if wrong or not patches:
             raise TypeError(
-                f"PatchCallback takes functions of a model, such as tile_mlp; got {wrong or 'none'}. Pass the function "
-                "itself, or functools.partial(function, setting=...), not the handle that it returns."
+                f"PatchCallback takes functions of a model, such as tile_mlp; got {wrong or 'none'}. Pass the "
+                "function itself, or functools.partial(function, setting=...), not the handle that it returns."
             )
         self.patches = patches
         self._handles: list[Any] = []

@@ -25,15 +25,17 @@ class RandomLTDCallback(TurnCallback):
 
     The number of kept tokens is [`~hf_effi.functional.random_ltd.kept_tokens`] of the finished updates, with
     `ramp_steps = ceil(ramp_fraction * max_steps)`. Evaluation sees all tokens. Logs `effi/ltd_kept_tokens`, and
-    `effi/ltd_layer_tokens`, `effi/ltd_layer_token_fraction` of the run so far on the main process. Updates that a search
-    tries and undoes ([`AutoLRSCallback`]) are in none of these counts.
+    `effi/ltd_layer_tokens`, `effi/ltd_layer_token_fraction` of the run so far on the main process. Updates that a
+    search tries and undoes ([`AutoLRSCallback`]) are in none of these counts.
 
     Random-LTD, arXiv:2211.11586.
 
     Args:
-        min_tokens (`int`): Tokens of a sequence that a middle layer processes at first, from `multiple` to `max_tokens`.
+        min_tokens (`int`): Tokens of a sequence that a middle layer processes at first, from `multiple` to
+            `max_tokens`.
         max_tokens (`int`): The length of the sequences, where the ramp ends.
-        ramp_fraction (`float`, *optional*, defaults to `0.7`): Share of the run in which tokens are dropped, in `[0, 1]`.
+        ramp_fraction (`float`, *optional*, defaults to `0.7`): Share of the run in which tokens are dropped, in
+            `[0, 1]`.
         multiple (`int`, *optional*, defaults to `16`): Grid of the kept tokens.
 
     Attributes:
@@ -41,8 +43,8 @@ class RandomLTDCallback(TurnCallback):
 
     Raises:
         ValueError: a setting out of range.
-        RandomLTDError: an RL, preference or distillation trainer, whose log-probs are compared with other passes; a model,
-            attention or setting that cannot drop tokens.
+        RandomLTDError: an RL, preference or distillation trainer, whose log-probs are compared with other passes; a
+            model, attention or setting that cannot drop tokens.
 
     Example:
     ```python
@@ -73,8 +75,8 @@ class RandomLTDCallback(TurnCallback):
         """
         Return the finished updates in units of full ones, by the layer-tokens of rows of `max_tokens`.
 
-        The `counter` of [`~hf_effi.LRScheduleCallback`] for a [`~hf_effi.schedules.token_indexed`] schedule: the paper's LayerToken
-        LR. A function of the schedule alone, so that all ranks and resumed runs agree.
+        The `counter` of [`~hf_effi.LRScheduleCallback`] for a [`~hf_effi.schedules.token_indexed`] schedule: the
+        paper's LayerToken LR. A function of the schedule alone, so that all ranks and resumed runs agree.
 
         Raises:
             RuntimeError: training is not running, or this callback comes after the one that asks.
@@ -190,7 +192,8 @@ def refuse_trainer(args: TrainingArguments) -> None:
     trl = [cls.__name__ for cls in type(args).__mro__ if cls.__module__.startswith("trl.")]
     if trl and trl[0] != "SFTConfig":
         raise RandomLTDError(
-            f"random-LTD was given a {trl[0]}. RL, preference, reward and distillation trainers compare log-probs or scores "
+            f"random-LTD was given a {trl[0]}. RL, preference, reward and distillation trainers compare log-probs or "
+            "scores "
             "between forward passes, and dropped tokens would differ between them. Use it for pre-training and SFT."
         )
     if args.torch_compile:

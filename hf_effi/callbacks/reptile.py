@@ -23,13 +23,13 @@ class ReptileCallback(TurnCallback, SideFileCallback):
     Every `every_steps` updates, go back most of the way: `theta <- theta_ref + beta (theta - theta_ref)`.
 
     With replayed data in the batches this is meta-experience replay. The optimizer's moments stay as they are. The
-    reference is saved with each checkpoint, so a resumed run equals the uninterrupted one. Updates that a search tries and
-    undoes ([`AutoLRSCallback`]) are not counted.
+    reference is saved with each checkpoint, so a resumed run equals the uninterrupted one. Updates that a search tries
+    and undoes ([`AutoLRSCallback`]) are not counted.
 
     Args:
         every_steps (`int`): Updates between two Reptile steps. Released code: 500; IBM's port: 100.
-        beta (`float`): Share of the way that is kept, in `(0, 1]`. Released code: 0.01, which keeps almost nothing of the
-            progress; the port: 0.1. For short runs start at 0.3. With 1 nothing changes, to the bit.
+        beta (`float`): Share of the way that is kept, in `(0, 1]`. Released code: 0.01, which keeps almost nothing of
+            the progress; the port: 0.1. For short runs start at 0.3. With 1 nothing changes, to the bit.
         last_partial (`bool`, *optional*, defaults to `False`): Whether to step once more when training ends inside an
             interval.
 
@@ -58,8 +58,8 @@ class ReptileCallback(TurnCallback, SideFileCallback):
     ) -> None:
         if sharding_engine(args):
             raise ValueError(
-                "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own that "
-                "would overwrite them, and tensor parallelism has them in parts. Train with DDP or on one device."
+                "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own "
+                "that would overwrite them, and tensor parallelism has them in parts. Train with DDP or on one device."
             )
         super().on_train_begin(args, state, control, **kwargs)
         weights = self._trainable(kwargs["model"])

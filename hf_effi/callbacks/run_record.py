@@ -53,12 +53,12 @@ class RunRecordCallback(OwningCallback):
     Write what a run was and did: arguments, schedule, methods, versions, hardware, commits, data, time, tokens, drops.
 
     Two files in `output_dir/effi`, written by the first process: `effi_events.jsonl`, appended to at every log entry,
-    evaluation and checkpoint, and `effi_run.json`, the summary, replaced as a whole. Whatever kills the process, what it
-    logged can be read with [`read_run`]. `status` is "running", "finished", "failed" (with the error) or "interrupted" (by
-    Ctrl-C or SIGTERM); what SIGKILL ended stays "running", and `updated` says since when. A resumed run goes on in the
-    same record, as its next segment; a new run in the same folder puts the old record aside. Nothing that looks like a
-    token or password is written. The run never fails because of the record: whatever goes wrong ends the record with a
-    warning, and values that have no text or no end are told as such.
+    evaluation and checkpoint, and `effi_run.json`, the summary, replaced as a whole. Whatever kills the process, what
+    it logged can be read with [`read_run`]. `status` is "running", "finished", "failed" (with the error) or
+    "interrupted" (by Ctrl-C or SIGTERM); what SIGKILL ended stays "running", and `updated` says since when. A resumed
+    run goes on in the same record, as its next segment; a new run in the same folder puts the old record aside.
+    Nothing that looks like a token or password is written. The run never fails because of the record: whatever goes
+    wrong ends the record with a warning, and values that have no text or no end are told as such.
 
     Args:
         methods (`Sequence[str]`, *optional*): Keys of `hf_effi.METHODS` in use that arguments and checkpoints do not
@@ -212,7 +212,9 @@ class RunRecordCallback(OwningCallback):
     # ---- helpers ----
 
     def _count(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
-        """Add what happened since the last log entry. Trainers log means; the counts of what was averaged undo them."""
+        """
+        Add what happened since the last log entry. Trainers log means; the counts of what was averaged undo them.
+        """
         updates = state.global_step - self._logged_step
         made = self._generations(args, self._logged_step, state.global_step)
         self._probes += plan_of(state).probes(state.global_step) - plan_of(state).probes(self._logged_step)
@@ -295,7 +297,9 @@ class RunRecordCallback(OwningCallback):
 
 
 def arguments_of(args: Any) -> dict[str, Any]:
-    """Return the arguments field by field. `to_dict` copies what they hold, which need not be possible, nor have an end."""
+    """
+    Return the arguments field by field. `to_dict` copies what they hold, which need not be possible, nor have an end.
+    """
     found = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(args) if field.init}
     return {name: _named(value) for name, value in found.items()}
 
@@ -345,8 +349,8 @@ def describe_data(dataset: Any) -> dict[str, Any] | None:
     """
     Return size, columns and a fingerprint of the content of up to 16 rows, evenly spread; `None` without a dataset.
 
-    The fingerprint is the same in every process and on every machine. It tells other data from this, not every change of
-    a row. Random numbers that reading draws are put back.
+    The fingerprint is the same in every process and on every machine. It tells other data from this, not every change
+    of a row. Random numbers that reading draws are put back.
     """
     if dataset is None:
         return None
@@ -409,7 +413,9 @@ def _is_live(entry: dict[str, Any], state: TrainerState, role: Role, writer: typ
 
 
 def methods_of_parts(parts: Iterable[Any]) -> set[str]:
-    """Return the keys of methods that these callbacks, samplers and policies are; classes of users count as their base."""
+    """
+    Return the keys of methods that these callbacks, samplers and policies are; classes of users count as their base.
+    """
     names = set()
     for part in parts:
         ours = next((base for base in type(part).__mro__ if base.__module__.startswith("hf_effi.")), None)

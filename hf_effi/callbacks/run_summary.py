@@ -41,7 +41,8 @@ def summary_lines(run: Mapping[str, Any]) -> list[str]:
 
     Example:
     ```python
-    >>> totals = {"seconds": {"train": 9.0, "data": 1.0}, "drops": {"pruned": 6}, "rows": {"generated": 24, "trained": 18}}
+    >>> totals = {"seconds": {"train": 9.0, "data": 1.0}, "drops": {"pruned": 6}}
+    >>> totals["rows"] = {"generated": 24, "trained": 18}
     >>> print("\\n".join(summary_lines({"progress": {"step": 3}, "totals": totals})))
     ***** hf_effi: 3 steps in 10.0 s (whole step 90 %, data 10 %) *****
       completions: 24 generated, 18 trained on; dropped: pruned 6

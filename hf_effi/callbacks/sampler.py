@@ -33,8 +33,8 @@ class SamplerCallback(OwningCallback):
     Put a sampler into the Trainer's dataloader at the start of training, before its first batch.
 
     The order, the resumed order and the weights are those of [`SamplerMixin`]. Two things need the mixin, because a
-    callback comes too late or does not learn the path of the checkpoint: samplers of rule B, and samplers whose epoch has
-    another length than the dataset (the Trainer has counted its steps by then). Both raise here, by name.
+    callback comes too late or does not learn the path of the checkpoint: samplers of rule B, and samplers whose epoch
+    has another length than the dataset (the Trainer has counted its steps by then). Both raise here, by name.
 
     Args:
         sampler ([`EffiSampler`]): Orders the rows of `train_dataset`. Rule A.
@@ -42,8 +42,8 @@ class SamplerCallback(OwningCallback):
     Raises:
         SamplerError: rule B, another length, a streaming dataset, or a second sampling option, callback or
             `train_sampler`.
-        SamplerMismatchError: the checkpoint was made with another sampler, without one, or with another number of rows per
-            update.
+        SamplerMismatchError: the checkpoint was made with another sampler, without one, or with another number of rows
+            per update.
 
     Example:
     ```python
@@ -58,13 +58,13 @@ class SamplerCallback(OwningCallback):
             raise SamplerError(f"sampler={sampler!r} is not an EffiSampler. Use one of hf_effi.samplers.")
         if sampler.rule != "A":
             raise SamplerError(
-                f"{type(sampler).__name__} learns during training (rule {sampler.rule}), and a callback cannot load its "
-                "state from a checkpoint. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
+                f"{type(sampler).__name__} learns during training (rule {sampler.rule}), and a callback cannot load "
+                "its state from a checkpoint. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
         if isinstance(sampler, TokenBudgetBatchSampler):
             raise SamplerError(
-                "TokenBudgetBatchSampler makes the batches themselves, and a callback comes when the dataloader has made "
-                "its own. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
+                "TokenBudgetBatchSampler makes the batches themselves, and a callback comes when the dataloader has "
+                "made its own. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
         self.sampler = sampler
         self._served: EffiSampler | None = None

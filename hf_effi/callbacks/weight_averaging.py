@@ -29,10 +29,11 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
     """
     Average the weights at the last update, and at `last - 1` earlier ones, `every_steps` apart.
 
-    Training itself is not changed. The average is held in fp32 on the CPU, and saved at the end in `output_dir/folder`,
-    with a file `average.json` that says of which updates it is; in a hyperparameter search, in the folder of each trial. A checkpoint inside the window carries the average so
-    far, so that a resumed run equals the uninterrupted one. Updates that a search tries and undoes ([`AutoLRSCallback`])
-    are neither counted nor averaged; what another callback does to the weights after an update ([`ReptileCallback`]) is.
+    Training itself is not changed. The average is held in fp32 on the CPU, and saved at the end in
+    `output_dir/folder`, with a file `average.json` that says of which updates it is; in a hyperparameter search, in
+    the folder of each trial. A checkpoint inside the window carries the average so far, so that a resumed run equals
+    the uninterrupted one. Updates that a search tries and undoes ([`AutoLRSCallback`]) are neither counted nor
+    averaged; what another callback does to the weights after an update ([`ReptileCallback`]) is.
 
     Args:
         last (`int`, *optional*, defaults to 6): Snapshots, at least 1. Where the run is too short, as many as it has.
@@ -40,8 +41,8 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
             interval is not known to us.
         kind (`str`, *optional*, defaults to `"ema"`): `"ema"`, `"uniform"` or `"linear"`, see [`averaging_weights`].
         alpha (`float`, *optional*, defaults to 0.2): Of `"ema"`, in `(0, 1]`.
-        swap_in (`bool`, *optional*, defaults to `False`): Whether the model holds the average after training; a line in the
-            log says so. `trainer.save_model()` then saves the average.
+        swap_in (`bool`, *optional*, defaults to `False`): Whether the model holds the average after training; a line
+            in the log says so. `trainer.save_model()` then saves the average.
         folder (`str`, *optional*, defaults to `"averaged"`): Name below `output_dir`.
 
     Raises:
@@ -110,8 +111,8 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
             warn_decay_to_zero(
                 kwargs["lr_scheduler"],
                 state.max_steps,
-                "and after such a decay the average of the last checkpoints is worth little or nothing. Let it end at a "
-                "third of its peak, or drop WeightAveragingCallback.",
+                "and after such a decay the average of the last checkpoints is worth little or nothing. Let it end at "
+                "a third of its peak, or drop WeightAveragingCallback.",
             )
 
     @in_turn(READ)
@@ -152,20 +153,21 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
     def _check(self, args: TrainingArguments, state: TrainerState) -> None:
         if sharding_engine(args):
             raise ValueError(
-                "WeightAveragingCallback reads whole weights, which DeepSpeed, FSDP and tensor parallelism keep in shards. "
-                "Train with DDP or on one device, or average what was saved: average_checkpoints."
+                "WeightAveragingCallback reads whole weights, which DeepSpeed, FSDP and tensor parallelism keep in "
+                "shards. Train with DDP or on one device, or average what was saved: average_checkpoints."
             )
         if "schedule_free" in str(args.optim):
             raise ValueError(f"optim={args.optim!r} averages its iterates itself. Drop WeightAveragingCallback.")
         if self.swap_in and args.load_best_model_at_end:
             raise ValueError(
-                "swap_in=True and load_best_model_at_end=True both say what the model holds at the end. Set one to False; "
-                f"the average is in {self.folder!r} either way."
+                "swap_in=True and load_best_model_at_end=True both say what the model holds at the end. Set one to "
+                f"False; the average is in {self.folder!r} either way."
             )
         folder = run_folder(args, state) / self.folder
         if folder.exists() and not (folder / _DESCRIPTION).exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(
-                f"{folder} exists and holds no average, and would be replaced by one. Choose another folder=, or move it."
+                f"{folder} exists and holds no average, and would be replaced by one. Choose another folder=, or move "
+                "it."
             )
 
     def _done(self, state: TrainerState) -> list[int]:
@@ -175,14 +177,14 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
         path = self.side_path(args, state)
         if not path.exists():
             raise ValueError(
-                f"{path} is missing: the checkpoint lies elsewhere or was made without WeightAveragingCallback. Resume "
-                f"from a folder in output_dir={args.output_dir!r}, or from before update {min(self._plan)}."
+                f"{path} is missing: the checkpoint lies elsewhere or was made without WeightAveragingCallback. "
+                f"Resume from a folder in output_dir={args.output_dir!r}, or from before update {min(self._plan)}."
             )
         stored = load_state(path)
         if stored["steps"] != self._done(state):
             raise ValueError(
-                f"{path} averages updates {stored['steps']}, but this run wants {self._done(state)}. Keep max_steps, last "
-                f"and every_steps, or resume from before update {min(self._plan)}."
+                f"{path} averages updates {stored['steps']}, but this run wants {self._done(state)}. Keep max_steps, "
+                f"last and every_steps, or resume from before update {min(self._plan)}."
             )
         self._average.load_state_dict(stored["average"])
 

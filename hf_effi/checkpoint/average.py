@@ -25,11 +25,12 @@ def average_checkpoints(
     alpha: float = 0.2,
 ) -> list[int]:
     """
-    Average the last checkpoints in a folder, one weight file at a time, and write a model that `from_pretrained` loads.
+    Average the last checkpoints in a folder, one weight file at a time, and write a model that `from_pretrained`
+    loads.
 
-    For runs without [`WeightAveragingCallback`], and for FSDP and DeepSpeed where they save whole weights. Configuration
-    and tokenizer are those of the newest checkpoint, adapters included. A checkpoint that was written inside of a probe
-    ([`AutoLRSCallback`]) holds weights that were undone, and is left out.
+    For runs without [`WeightAveragingCallback`], and for FSDP and DeepSpeed where they save whole weights.
+    Configuration and tokenizer are those of the newest checkpoint, adapters included. A checkpoint that was written
+    inside of a probe ([`AutoLRSCallback`]) holds weights that were undone, and is left out.
 
     Args:
         run_dir (`str` or `Path`): Folder with `checkpoint-N` folders, each with `*.safetensors` files.
@@ -41,8 +42,8 @@ def average_checkpoints(
         `list[int]`: The updates that were averaged, ascending.
 
     Raises:
-        ValueError: no checkpoint, one whose weight files or tensors differ from the others', a taken `output_dir`, or an
-            argument out of range.
+        ValueError: no checkpoint, one whose weight files or tensors differ from the others', a taken `output_dir`, or
+            an argument out of range.
 
     Example:
     ```python

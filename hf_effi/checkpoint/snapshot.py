@@ -21,7 +21,9 @@ def _clone(value: Any) -> Any:
 
 
 def take_rng() -> dict[str, Any]:
-    """Return the state of every random number generator, in a form that a checkpoint gives back without running code."""
+    """
+    Return the state of every random number generator, in a form that a checkpoint gives back without running code.
+    """
     name, keys, *rest = numpy.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),

@@ -30,8 +30,8 @@ def _attention_layers(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]
             found[layer] = module, projection
     if not found:
         raise CurriculumError(
-            f"{type(model).__name__} has no attention module with a layer_idx and one of {list(_OUTPUT_PROJECTIONS)}. Use "
-            "a causal language model of transformers."
+            f"{type(model).__name__} has no attention module with a layer_idx and one of {list(_OUTPUT_PROJECTIONS)}. "
+            "Use a causal language model of transformers."
         )
     return found
 
@@ -181,9 +181,9 @@ class AttentionInfluence(ModelScore):
     """
     Relative increase of a row's loss when the retrieval heads are masked: `(L_masked - L) / L` (AttentionInfluence).
 
-    High: the row is predicted from what stands earlier in it. A scorer for [`add_score`]: reads `input_ids` and, where there
-    are, `labels` and `attention_mask`. Its fingerprint covers the model and the heads. A row without a labelled token
-    scores NaN.
+    High: the row is predicted from what stands earlier in it. A scorer for [`add_score`]: reads `input_ids` and, where
+    there are, `labels` and `attention_mask`. Its fingerprint covers the model and the heads. A row without a labelled
+    token scores NaN.
 
     Args:
         model: Causal language model of transformers, bare or PEFT.
@@ -217,7 +217,7 @@ class AttentionInfluence(ModelScore):
         missed = {layer for layer, _ in self.heads} - reached
         if missed:
             raise CurriculumError(
-                f"The output projections of layers {sorted(missed)} were not called as modules, so their heads were not "
-                "masked. Score with the unpatched model."
+                f"The output projections of layers {sorted(missed)} were not called as modules, so their heads were "
+                "not masked. Score with the unpatched model."
             )
         return relative_increase(base, masked)

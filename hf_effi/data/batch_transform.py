@@ -23,8 +23,8 @@ class BatchTransform:
         """
         Return the batch to train on; all chance comes from `generator`.
 
-        `step` is the number of finished updates and `total_steps` that of the run; updates that a search tries and undoes
-        (`AutoLRSCallback`) count in neither, and get the setting of the update of training that follows them.
+        `step` is the number of finished updates and `total_steps` that of the run; updates that a search tries and
+        undoes (`AutoLRSCallback`) count in neither, and get the setting of the update of training that follows them.
         """
         raise NotImplementedError
 

@@ -26,9 +26,9 @@ class UL2Denoising(BatchTransform):
     """
     Turn each row of text into a denoising task, drawn from a mixture, when an update takes it.
 
-    Decoder-only: `mode inputs separator targets eos`, padded to `max_length`, loss on `targets eos`. Encoder-decoder, with
-    `max_target_length`: `input_ids` are `mode inputs eos` and `labels` are `targets eos`. Nothing is cut off: a row may have
-    `row_length` tokens and always fits then.
+    Decoder-only: `mode inputs separator targets eos`, padded to `max_length`, loss on `targets eos`. Encoder-decoder,
+    with `max_target_length`: `input_ids` are `mode inputs eos` and `labels` are `targets eos`. Nothing is cut off: a
+    row may have `row_length` tokens and always fits then.
 
     Args:
         sentinel_ids (`Sequence[int]`): Tokens that stand for hidden spans, in their order; no text has them.
@@ -38,8 +38,8 @@ class UL2Denoising(BatchTransform):
         denoisers (`Sequence[Denoiser]`, *optional*): The mixture. Default: the seven of UL2.
         mode_ids (`Mapping[str, int]`, *optional*): First token of each mode, such as `{"R": ..., "X": ..., "S": ...}`.
             Default: none, the mode is not told.
-        separator_id (`int`, *optional*): Between inputs and targets; decoder-only. Default: none, the targets begin with
-            the first sentinel.
+        separator_id (`int`, *optional*): Between inputs and targets; decoder-only. Default: none, the targets begin
+            with the first sentinel.
         eos_token_id (`int`, *optional*): Ends the targets, and the inputs of an encoder.
 
     Attributes:
@@ -107,12 +107,14 @@ class UL2Denoising(BatchTransform):
     def _check_marks(self) -> None:
         if self.marks.unique().numel() != self.marks.numel() or bool((self.marks < 0).any()):
             raise CurriculumError(
-                f"sentinel_ids, separator_id and mode_ids are {self.marks.tolist()}: each must be a token id of its own."
+                f"sentinel_ids, separator_id and mode_ids are {self.marks.tolist()}: each must be a token id of its "
+                "own."
             )
         most = max(noise_counts(self.row_length, denoiser)[1] for denoiser in self.denoisers)
         if most > len(self.sentinel_ids):
             raise CurriculumError(
-                f"Rows of {self.row_length} tokens are hidden in up to {most} spans, and there are {len(self.sentinel_ids)} "
+                f"Rows of {self.row_length} tokens are hidden in up to {most} spans, and there are "
+                f"{len(self.sentinel_ids)} "
                 "sentinel_ids. Add sentinel tokens to the tokenizer, lower max_length, or use longer spans."
             )
 
@@ -121,8 +123,8 @@ class UL2Denoising(BatchTransform):
         other = sorted(key for key, value in batch.items() if key not in known and isinstance(value, Tensor))
         if other:
             raise CurriculumError(
-                f"The batch carries {other}, which do not fit the denoised rows. Use a collator that gives input_ids and "
-                "attention_mask only."
+                f"The batch carries {other}, which do not fit the denoised rows. Use a collator that gives input_ids "
+                "and attention_mask only."
             )
         ids = batch["input_ids"].cpu()
         mask = batch.get("attention_mask")

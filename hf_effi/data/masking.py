@@ -22,7 +22,8 @@ class MaskingRatioCurriculum(BatchTransform):
         mask_token_id (`int`): What a masked token becomes.
         special_ids (`Sequence[int]`): Never masked: `tokenizer.all_special_ids`.
         vocab_size (`int`): Random tokens are drawn below it: `len(tokenizer)`.
-        start, end (`float`, *optional*, default to 0.3 and 0.15): Ratio at the first update and at the end, in `(0, 1]`.
+        start, end (`float`, *optional*, default to 0.3 and 0.15): Ratio at the first update and at the end, in
+            `(0, 1]`.
         warmup_fraction, warmup_from (`float`, *optional*, default to 0.0 and 0.15): See [`masking_ratio`].
         continues (`torch.Tensor`, *optional*): From [`continues_word`], shape `(vocab_size,)`, for whole-word masking.
         random_share, keep_share (`float`, *optional*, default to 0.1): See [`mask_tokens`].

@@ -46,7 +46,9 @@ class RowLoss:
 
 
 class RowCorrect(RowLoss):
-    """1 where every labelled token of a row is the most likely one (teacher forcing), else 0. Arguments as in `RowLoss`."""
+    """
+    1 where every labelled token of a row is the most likely one (teacher forcing), else 0. Arguments as in `RowLoss`.
+    """
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
         return ((logits.argmax(-1) == labels) | (labels == -100)).all(1).double()

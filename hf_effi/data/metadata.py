@@ -1,4 +1,6 @@
-"""MeCo on a Trainer: a collator that keeps metadata beside the text, and the transform that joins them until cooldown."""
+"""
+MeCo on a Trainer: a collator that keeps metadata beside the text, and the transform that joins them until cooldown.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,13 @@ class MetadataCollator:
         max_length (`int`, *optional*): Longest row, at least 4, metadata included. Longer documents are cut.
 
     Raises:
-        CurriculumError: an argument out of range, a row without tokens, packed rows, or rows without the column `metadata_ids`.
+        CurriculumError: an argument out of range, a row without tokens, packed rows, or rows without the column
+            `metadata_ids`.
 
     Example:
     ```python
-    >>> batch = MetadataCollator(0)([{"input_ids": [5, 6], "metadata_ids": [9]}, {"input_ids": [7], "metadata_ids": []}])
+    >>> rows = [{"input_ids": [5, 6], "metadata_ids": [9]}, {"input_ids": [7], "metadata_ids": []}]
+    >>> batch = MetadataCollator(0)(rows)
     >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["metadata_ids"].tolist()
     ([[5, 6], [7, 0]], [[5, 6], [7, -100]], [[9], [-1]])
     ```
@@ -88,7 +92,8 @@ class MetadataConditioning(BatchTransform):
 
     Args:
         collator (`MetadataCollator`): The Trainer's collator; special tokens and length are read from it.
-        where (`str`, *optional*, defaults to `"prepend"`): `"prepend"` without loss on the metadata, or `"append"` with.
+        where (`str`, *optional*, defaults to `"prepend"`): `"prepend"` without loss on the metadata, or `"append"`
+            with.
         cooldown_fraction (`float`, *optional*, defaults to 0.1): Plain share of the updates at the end, in `[0, 1]`.
         dropout (`float`, *optional*, defaults to 0.0): Share of documents that stay plain before that, in `[0, 1]`.
 

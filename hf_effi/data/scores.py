@@ -1,4 +1,7 @@
-"""Scores computed once: written into the dataset as a column, with a fingerprint per row, resumable after an interruption."""
+"""
+Scores computed once: written into the dataset as a column, with a fingerprint per row, resumable after an
+interruption.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,8 @@ class ModelScore(RowScorer):
     """
     Mean loss of each row under a causal language model, in nats, or its perplexity.
 
-    Reads `input_ids` and, where there are, `labels` (else every token but the first counts) and `attention_mask`. Rows are
-    padded on the right. A row without a labelled token scores NaN.
+    Reads `input_ids` and, where there are, `labels` (else every token but the first counts) and `attention_mask`. Rows
+    are padded on the right. A row without a labelled token scores NaN.
 
     Args:
         model: Causal language model; it is put into eval mode while it scores, and back.
@@ -137,13 +140,14 @@ def _padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 class ColumnScore(RowScorer):
     """
-    A pure function of columns that are there: `row_lengths`, `learnability`, `rarity_under`, `instruct_mining`, your own.
+    A pure function of columns that are there: `row_lengths`, `learnability`, `rarity_under`, `instruct_mining`, your
+    own.
 
     Args:
-        function (`Callable`): Called with one list per column, and returns one number per row. It must be importable by name,
-            which is its fingerprint together with `settings`: rename it when you change what it computes.
-        columns (`Sequence[str]` or `Mapping[str, str]`): Columns in the order of the arguments; a mapping is passed as one
-            argument `{key: values of the column}`.
+        function (`Callable`): Called with one list per column, and returns one number per row. It must be importable
+            by name, which is its fingerprint together with `settings`: rename it when you change what it computes.
+        columns (`Sequence[str]` or `Mapping[str, str]`): Columns in the order of the arguments; a mapping is passed as
+            one argument `{key: values of the column}`.
         settings: Keyword arguments of the function, JSON-able.
 
     Raises:
@@ -258,8 +262,8 @@ def _identify(score_fn: Any, fingerprint: str | None, columns: Sequence[str] | N
         raise CurriculumError(f"score_fn={score_fn!r} must be a RowScorer or a function of a batch.")
     if not fingerprint:
         raise CurriculumError(
-            "A plain score_fn needs fingerprint='...': a string that you change whenever its scores may change, such as "
-            "'judge-v2 prompt-3'."
+            "A plain score_fn needs fingerprint='...': a string that you change whenever its scores may change, such "
+            "as 'judge-v2 prompt-3'."
         )
     chosen = names if columns is None else list(columns)
     _require(set(chosen) - set(names), names)
@@ -277,8 +281,8 @@ def _score(score_fn: Callable[[Batch], Any], batch: Batch, first: int, size: int
     missing = scores.isnan().nonzero().flatten()
     if nan == "error" and missing.numel():
         raise CurriculumError(
-            f"The score of row {first + int(missing[0])} is NaN. Drop or repair the row, or pass nan='keep' and have the "
-            "sampler treat it: QualityAscendingSampler(..., nan='median')."
+            f"The score of row {first + int(missing[0])} is NaN. Drop or repair the row, or pass nan='keep' and have "
+            "the sampler treat it: QualityAscendingSampler(..., nan='median')."
         )
     return scores.tolist()
 
@@ -319,13 +323,14 @@ def add_score(
     Return the dataset with the column `name`, one score per row, and `name + "_fingerprint"`, one hash per row.
 
     The hash covers the scorer (weights, settings) and what it reads of the row, so that it stays right when rows are
-    shuffled, filtered or concatenated. A dataset that has the column for these rows and this scorer comes back as it is.
-    Finished shards are kept in `cache_dir`: after an interruption, call it again with the same `shard_size`.
+    shuffled, filtered or concatenated. A dataset that has the column for these rows and this scorer comes back as it
+    is. Finished shards are kept in `cache_dir`: after an interruption, call it again with the same `shard_size`.
 
     Args:
         dataset (`datasets.Dataset`): Map-style.
         name (`str`): Column to write.
-        score_fn (`RowScorer` or `Callable`): [`ModelScore`], [`ColumnScore`], or a function of a batch (`dict` of lists).
+        score_fn (`RowScorer` or `Callable`): [`ModelScore`], [`ColumnScore`], or a function of a batch (`dict` of
+            lists).
         batch_size (`int`, *optional*, defaults to 8): Rows scored at once. Not in the fingerprint: another padding may
             change the last bits of a loss.
         shard_size (`int`, *optional*, defaults to 1024): Rows that an interruption can cost.
@@ -338,8 +343,8 @@ def add_score(
 
     Raises:
         ScoreMismatchError: the column exists and belongs to other rows or another scorer.
-        CurriculumError: a dataset without length or rows, a plain function without a fingerprint, a NaN, a wrong number of
-            scores, a missing column, a damaged shard, or an argument out of range.
+        CurriculumError: a dataset without length or rows, a plain function without a fingerprint, a NaN, a wrong
+            number of scores, a missing column, a damaged shard, or an argument out of range.
     """
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "add_column") and hasattr(dataset, "select_columns")):
         raise CurriculumError(

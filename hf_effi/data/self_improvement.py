@@ -89,10 +89,10 @@ class SelfImprovement:
     """
     Rounds of easy-to-hard self-improvement around any Trainer, with the data of each round on disk.
 
-    Round `r` draws `per_round` problems of `levels[r]`, has the models answer them, drops what the filters drop, and hands
-    out the rest mixed with all earlier rows. You train on them with the Trainer you have and call
-    [`~SelfImprovement.finish`]. A script that is started again goes on with the round that was not finished, on the same
-    rows. With several processes each answers a part, and all get the same rows.
+    Round `r` draws `per_round` problems of `levels[r]`, has the models answer them, drops what the filters drop, and
+    hands out the rest mixed with all earlier rows. You train on them with the Trainer you have and call
+    [`~SelfImprovement.finish`]. A script that is started again goes on with the round that was not finished, on the
+    same rows. With several processes each answers a part, and all get the same rows.
 
     Filters, in this order: answers without an end; disagreement of the models (with two or more); answers more than
     `length_slack` characters shorter than the longest of their level; your own `keep`.
@@ -100,8 +100,10 @@ class SelfImprovement:
     Args:
         folder (`str`): Where rounds and models are stored.
         rows (`Sequence[dict]`): Supervised rows, strings `prompt` and `completion`.
-        problem (`Callable[[level, random.Random], str]`): Draws a prompt of a level. All chance comes from its argument.
-        levels (`Sequence`): Of each round: a level, or a tuple of levels that share the round. More may be added later.
+        problem (`Callable[[level, random.Random], str]`): Draws a prompt of a level. All chance comes from its
+            argument.
+        levels (`Sequence`): Of each round: a level, or a tuple of levels that share the round. More may be added
+            later.
         per_round (`int`): Problems of a round. The paper: 50,000 for addition, 20,000 for copying.
         min_agreement (`float`, *optional*, defaults to 0.5): See [`majority_answers`].
         length_slack (`int`, *optional*): See [`keep_by_length`]; no length filter if `None`.
@@ -112,7 +114,8 @@ class SelfImprovement:
 
     Attributes:
         finished (`int`): Rounds that are done.
-        history (`list[dict]`): Counts of each round: `asked`, `unfinished`, `disagreed`, `short`, `rejected`, `accepted`.
+        history (`list[dict]`): Counts of each round: `asked`, `unfinished`, `disagreed`, `short`, `rejected`,
+            `accepted`.
 
     Raises:
         CurriculumError: rows without the two columns, an argument out of range, or a folder of other rows, levels or
@@ -320,8 +323,8 @@ class SelfImprovement:
         )
         if state.get("fingerprint") != self._fingerprint() or not same_levels or len(history) > len(self.levels):
             raise CurriculumError(
-                f"{self.folder} holds rounds of other rows, levels or settings. Build SelfImprovement as they were built "
-                "(levels may be added at the end), or use another folder."
+                f"{self.folder} holds rounds of other rows, levels or settings. Build SelfImprovement as they were "
+                "built (levels may be added at the end), or use another folder."
             )
         self.finished, self.history = finished, history
 

@@ -22,8 +22,8 @@ def group_by_prompt(rows: Dataset | Iterable[Mapping[str, Any]], max_completions
 
     Args:
         rows (`Dataset` or `Iterable[Mapping]`): Columns `prompt_ids` and `completion_ids`, lists of token ids.
-        max_completions (`int`, *optional*): Most completions of one row; a prompt with more gets several rows. It bounds the
-            tokens of a micro-batch. All by default.
+        max_completions (`int`, *optional*): Most completions of one row; a prompt with more gets several rows. It
+            bounds the tokens of a micro-batch. All by default.
 
     Returns:
         `Dataset`: Columns `prompt_ids`, a list of token ids, and `completion_ids`, a list of such lists.
@@ -52,8 +52,8 @@ def group_by_prompt(rows: Dataset | Iterable[Mapping[str, Any]], max_completions
         prompt, completion = _columns(row)
         if not _is_ids(completion):
             raise SharedPrefixError(
-                f"{COMPLETION} must be a list of token ids, got {completion!r:.60}. Lists of such lists are grouped already; "
-                "a dataset of tensors needs with_format(None)."
+                f"{COMPLETION} must be a list of token ids, got {completion!r:.60}. Lists of such lists are grouped "
+                "already; a dataset of tensors needs with_format(None)."
             )
         groups.setdefault(tuple(prompt), []).append(completion)
     if not groups:
@@ -71,14 +71,16 @@ class SharedPrefixCollator:
     """
     Collate prompts with their completions so that each prompt is forwarded once, with the loss of padded rows.
 
-    Rows come from [`group_by_prompt`]; a batch of `n` rows is `n` prompts with all their completions. Prompts are shared
-    across its rows too. The loss is that of the completions. Set `remove_unused_columns=False`.
+    Rows come from [`group_by_prompt`]; a batch of `n` rows is `n` prompts with all their completions. Prompts are
+    shared across its rows too. The loss is that of the completions. Set `remove_unused_columns=False`.
 
     Args:
-        model (`PreTrainedModel`): What will be trained, with `attn_implementation="hf_effi_varlen"`. Only its config is kept.
+        model (`PreTrainedModel`): What will be trained, with `attn_implementation="hf_effi_varlen"`. Only its config
+            is kept.
 
     Raises:
-        SharedPrefixError: a model for which prompts cannot be shared exactly; rows without these columns, or not grouped.
+        SharedPrefixError: a model for which prompts cannot be shared exactly; rows without these columns, or not
+            grouped.
 
     Example:
     ```python
@@ -99,8 +101,8 @@ class SharedPrefixCollator:
             prompt, completions = _columns(row)
             if not isinstance(completions, list) or not completions or not all(map(_is_ids, completions)):
                 raise SharedPrefixError(
-                    f"{COMPLETION} must be a list of completions, each a list of token ids; got {completions!r:.60}. Use "
-                    "group_by_prompt(dataset)."
+                    f"{COMPLETION} must be a list of completions, each a list of token ids; got {completions!r:.60}. "
+                    "Use group_by_prompt(dataset)."
                 )
             prompts += [prompt] * len(completions)
             sequences += [[*prompt, *completion] for completion in completions]
@@ -117,7 +119,8 @@ def _columns(row: Mapping[str, Any]) -> tuple[list[int], Any]:
         )
     if not _is_ids(row[PROMPT]):
         raise SharedPrefixError(
-            f"{PROMPT} must be a list of token ids, got {row[PROMPT]!r:.60}. A dataset of tensors needs with_format(None)."
+            f"{PROMPT} must be a list of token ids, got {row[PROMPT]!r:.60}. A dataset of tensors needs "
+            "with_format(None)."
         )
     return row[PROMPT], row[COMPLETION]
 

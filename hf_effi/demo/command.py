@@ -78,8 +78,8 @@ def run_demo(
     Run the demo and leave `model/`, `report.html` and `results.json` in `output_dir`.
 
     Args:
-        goals (`bool`, *optional*, defaults to `True`): Whether the headline figures have goals. A run that learns nothing
-            has none.
+        goals (`bool`, *optional*, defaults to `True`): Whether the headline figures have goals. A run that learns
+            nothing has none.
 
     A seed whose records are already in `output_dir / "cache"` for the same settings and arms is not run again.
 

@@ -64,8 +64,8 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.steps < self.eval_every_steps or self.steps % self.eval_every_steps:
             raise ValueError(
-                f"steps must be a positive multiple of eval_every_steps={self.eval_every_steps}, got {self.steps}: the "
-                "arms are compared at an evaluation."
+                f"steps must be a positive multiple of eval_every_steps={self.eval_every_steps}, got {self.steps}: "
+                "the arms are compared at an evaluation."
             )
         if self.steps % self.num_iterations:
             raise ValueError(

@@ -96,7 +96,8 @@ def logged(trainer: Any, name: str) -> list[float]:
     Example:
     ```python
     >>> from types import SimpleNamespace
-    >>> trainer = SimpleNamespace(state=SimpleNamespace(log_history=[{"loss": 2.0}, {"eval_loss": 3.0}, {"loss": 1.5}]))
+    >>> state = SimpleNamespace(log_history=[{"loss": 2.0}, {"eval_loss": 3.0}, {"loss": 1.5}])
+    >>> trainer = SimpleNamespace(state=state)
     >>> logged(trainer, "loss")
     [2.0, 1.5]
     ```

@@ -75,10 +75,12 @@ def count_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int,
 
     Args:
         input_ids (`torch.Tensor`): Token ids of any shape.
-        attention_mask (`torch.Tensor`, *optional*): Of that shape, 0 on padding; any other mask says nothing of padding.
+        attention_mask (`torch.Tensor`, *optional*): Of that shape, 0 on padding; any other mask says nothing of
+            padding.
 
     Returns:
-        `tuple`: All tokens, and those that are no padding: a tensor without dimensions, on the device, where there is a
+        `tuple`: All tokens, and those that are no padding: a tensor without dimensions, on the device, where there is
+            a
         mask.
 
     Example:

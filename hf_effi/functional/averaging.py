@@ -24,8 +24,9 @@ def averaging_weights(count: int, kind: AverageKind = "ema", alpha: float = 0.2)
     Args:
         count (`int`): Checkpoints, `k`, at least 1.
         kind (`str`, *optional*, defaults to `"ema"`): `"ema"`, `"uniform"` or `"linear"`.
-        alpha (`float`, *optional*, defaults to 0.2): Weight of the newest, in `(0, 1]`; only `"ema"` reads it. The source
-            does not say whether its 0.2 belongs to the newer or to the older weights; for the other reading pass 0.8.
+        alpha (`float`, *optional*, defaults to 0.2): Weight of the newest, in `(0, 1]`; only `"ema"` reads it. The
+            source does not say whether its 0.2 belongs to the newer or to the older weights; for the other reading
+            pass 0.8.
 
     Raises:
         ValueError: an argument out of range, or an `alpha` that nothing reads.
@@ -88,8 +89,8 @@ class RunningAverage:
     """
     The weighted mean of states that come one after another, in one copy on the CPU.
 
-    Floating-point tensors are averaged in fp32 or wider, so that small shares also move bf16 weights; of others the latest
-    counts. Nothing is shared with the states that were pushed.
+    Floating-point tensors are averaged in fp32 or wider, so that small shares also move bf16 weights; of others the
+    latest counts. Nothing is shared with the states that were pushed.
 
     Example:
     ```python
@@ -169,7 +170,8 @@ def weighted_average(states: Iterable[Mapping[str, Tensor]], weights: Sequence[f
 @torch.no_grad()
 def exchange(live: Mapping[str, Tensor], other: dict[str, Tensor]) -> None:
     """
-    Exchange the values of two states tensor by tensor, so that no third copy is held. Twice restores `live` to the bit.
+    Exchange the values of two states tensor by tensor, so that no third copy is held. Twice restores `live` to the
+    bit.
 
     Args:
         live (`Mapping[str, torch.Tensor]`): Such as a model's parameters; written in place, in their own dtype.

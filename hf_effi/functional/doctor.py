@@ -13,7 +13,9 @@ from .lr_watch import group_at_zero, group_that_ignores, of_group, overlong_fact
 
 
 def not_finite(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | None:
-    """NaN or infinity in loss, gradient norm or reward. (The Trainer's `logging_nan_inf_filter` hides it in the loss.)"""
+    """
+    NaN or infinity in loss, gradient norm or reward. (The Trainer's `logging_nan_inf_filter` hides it in the loss.)
+    """
     for key in ("loss", "grad_norm", "reward"):
         value = trace[-1].get(key) if trace else None
         if isinstance(value, float) and not math.isfinite(value):
@@ -43,8 +45,8 @@ def no_gradient(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding |
         "no_gradient",
         step_of(trace, facts),
         f"The gradient has been exactly 0 for {len(norms)} log entries: {why}",
-        "print the labels of one batch: a completion cut off by max_length, a chat template without generation marks or a "
-        "wrong response template leaves nothing to learn",
+        "print the labels of one batch: a completion cut off by max_length, a chat template without generation marks "
+        "or a wrong response template leaves nothing to learn",
     )
 
 
@@ -76,8 +78,8 @@ def scheduler_rate(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Findin
         "scheduler_rate",
         step_of(trace, facts),
         f"The LR scheduler made {steps} steps in {done} updates, so {effect}",
-        "pass the Trainer a plain scheduler, not one prepared by accelerate (which steps once per process), and step it "
-        "nowhere else",
+        "pass the Trainer a plain scheduler, not one prepared by accelerate (which steps once per process), and step "
+        "it nowhere else",
     )
 
 
@@ -121,7 +123,8 @@ def always_clipped(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Findin
         step_of(trace, facts),
         f"The gradient was clipped in each of the last {len(norms)} log entries (median norm "
         f"{statistics.median(norms):.3g}, max_grad_norm {facts.max_grad_norm:g})",
-        "raise max_grad_norm above the usual norm so that it only cuts spikes, or lower the LR if the loss is not falling",
+        "raise max_grad_norm above the usual norm so that it only cuts spikes, or lower the LR if the loss is not "
+        "falling",
     )
 
 
@@ -135,9 +138,10 @@ def optimizer_restarted(trace: Trace, facts: RunFacts, limits: TrainLimits) -> F
     return Finding(
         "optimizer_restarted",
         facts.start_step,
-        f"The run resumed at step {facts.start_step} with an optimizer that has counted {facts.optimizer_steps} updates"
-        + schedule,
-        "resume from a checkpoint with optimizer.pt and scheduler.pt (save_only_model=False), or expect a jump in the loss",
+        f"The run resumed at step {facts.start_step} with an optimizer that has counted {facts.optimizer_steps} "
+        "updates" + schedule,
+        "resume from a checkpoint with optimizer.pt and scheduler.pt (save_only_model=False), or expect a jump in the "
+        "loss",
     )
 
 
@@ -150,8 +154,8 @@ def mostly_padding(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Findin
         "mostly_padding",
         step_of(trace, facts),
         f"{values[-1]:.0%} of the forwarded tokens are padding",
-        "group rows by length (train_sampling_strategy='group_by_length'), pack them, or for GRPO use EffiGRPOTrainer, "
-        "which trims and sorts",
+        "group rows by length (train_sampling_strategy='group_by_length'), pack them, or for GRPO use "
+        "EffiGRPOTrainer, which trims and sorts",
     )
 
 

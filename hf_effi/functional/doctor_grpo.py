@@ -60,7 +60,8 @@ def reward_never_varies(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Fi
     return Finding(
         "reward_never_varies",
         step_of(trace, facts),
-        f"The reward was {means[-1]:g} for every completion of the last {len(means)} log entries, so nothing is learned",
+        f"The reward was {means[-1]:g} for every completion of the last {len(means)} log entries, so nothing is "
+        "learned",
         "call the reward function on one right and one wrong answer: it may not find the answer in the completion",
     )
 
@@ -75,8 +76,8 @@ def zero_variance(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding 
         "zero_variance",
         step_of(trace, facts),
         f"In {statistics.fmean(values):.0%} of the groups all rewards are equal, so they carry no gradient",
-        "choose prompts that the model solves sometimes (difficulty_range of EffiGRPOConfig), raise num_generations or "
-        "the temperature, or give partial rewards",
+        "choose prompts that the model solves sometimes (difficulty_range of EffiGRPOConfig), raise num_generations "
+        "or the temperature, or give partial rewards",
     )
 
 
@@ -90,8 +91,8 @@ def no_loss_tokens(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding
     return Finding(
         "no_loss_tokens",
         step_of(trace, facts),
-        f"In {statistics.fmean(dead):.0%} of the groups no completion has both an advantage and a token in the loss, so "
-        "they carry no gradient",
+        f"In {statistics.fmean(dead):.0%} of the groups no completion has both an advantage and a token in the loss, "
+        "so they carry no gradient",
         "raise max_completion_length, or turn off mask_truncated_completions",
     )
 
@@ -106,8 +107,8 @@ def entropy_collapse(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Findi
     return Finding(
         "entropy_collapse",
         step_of(trace, facts),
-        f"The entropy fell from {statistics.fmean(first):.3g} to {last[-1]:.3g} nats per token, so completions of a prompt "
-        "become copies",
+        f"The entropy fell from {statistics.fmean(first):.3g} to {last[-1]:.3g} nats per token, so completions of a "
+        "prompt become copies",
         "lower the LR, raise epsilon_high or the temperature, or set entropy_coef or beta",
     )
 

@@ -1,8 +1,8 @@
 """
 What rules for a training run read and return: a trace of logs, facts, limits, and findings of one sentence.
 
-A trace is the list of log entries so far, each a dict with `step` and what was logged. [`RunFacts`] holds what logs do not
-say. A rule reads both and returns a [`Finding`] or `None`.
+A trace is the list of log entries so far, each a dict with `step` and what was logged. [`RunFacts`] holds what logs do
+not say. A rule reads both and returns a [`Finding`] or `None`.
 """
 
 from __future__ import annotations

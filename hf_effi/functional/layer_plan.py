@@ -1,4 +1,6 @@
-"""Which decoder layers keep, save in part, recompute or offload their activations: least time under a memory budget."""
+"""
+Which decoder layers keep, save in part, recompute or offload their activations: least time under a memory budget.
+"""
 
 from __future__ import annotations
 

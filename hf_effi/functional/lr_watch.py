@@ -1,4 +1,6 @@
-"""What plans and logs say about learning rates: schedules made for a longer run, groups that stand still or ignore them."""
+"""
+What plans and logs say about learning rates: schedules made for a longer run, groups that stand still or ignore them.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ def overlong_factor(
     """
     Return by which of `factors` a plan is longer than the run, and the share of its peak at the end of the run.
 
-    A plan is made for `factor * max_steps` updates where it is still running at 80 % of them, is at its lowest at the end
-    and never falls below it afterwards, whatever its floor; and the end of the run lies above that by more than `limit`.
-    A plan without an end (constant, inverse square root, exponential, cyclic) is not too long.
+    A plan is made for `factor * max_steps` updates where it is still running at 80 % of them, is at its lowest at the
+    end and never falls below it afterwards, whatever its floor; and the end of the run lies above that by more than
+    `limit`. A plan without an end (constant, inverse square root, exponential, cyclic) is not too long.
 
     Args:
         plan (`Callable[[int], float]`): Finished updates -> LR, in any unit.

@@ -20,9 +20,9 @@ class ForwardTrace:
 
     Args:
         tokens (`int`): Tokens of the micro-batch on one rank.
-        layer_inputs, layer_kept, layer_attention, layer_mlp (`tuple[int, ...]`): One number per run of a layer that can be
-            checkpointed (a layer that is run twice counts twice): its input; all that it saves (input included); outputs
-            of fused attention; what its MLP saves. Empty for a model without such layers.
+        layer_inputs, layer_kept, layer_attention, layer_mlp (`tuple[int, ...]`): One number per run of a layer that
+            can be checkpointed (a layer that is run twice counts twice): its input; all that it saves (input
+            included); outputs of fused attention; what its MLP saves. Empty for a model without such layers.
         outside (`int`): Saved outside these layers, without logits and loss.
         logits (`int`): Saved by the LM head and the loss.
         logits_width (`int`): Vocabulary size.
@@ -30,8 +30,8 @@ class ForwardTrace:
         weight_copies (`int`, *optional*, defaults to `0`): Weights that autocast has copied to the compute dtype.
         attention_width (`int`, *optional*, defaults to `0`): `(query heads + 2 KV heads) * head_dim`.
         itemsize (`int`, *optional*, defaults to `2`): Bytes of a value in the compute dtype.
-        kept (`int`, *optional*): What all layers save together, tensors that several save counted once; by default the sum
-            of `layer_kept`.
+        kept (`int`, *optional*): What all layers save together, tensors that several save counted once; by default the
+            sum of `layer_kept`.
         passed (`int`, *optional*, defaults to `0`): Masks and the like that are passed to layers, and that recomputing
             keeps alive.
     """
@@ -103,12 +103,13 @@ class Switches:
         activations (`str`, *optional*, defaults to `"keep"`): One of `ACTIVATIONS`.
         tiled_loss (`bool`, *optional*, defaults to `False`): The LM head and the loss over tiles of tokens.
         tiled_mlp (`bool`, *optional*, defaults to `False`): The MLP over tiles of `hidden_size` tokens.
-        optimizer (`str`, *optional*, defaults to `"adamw_torch"`): One of `OPTIMIZERS`; `None`: its state is not counted.
-        shard_stage (`int`, *optional*, defaults to `0`): What the data-parallel ranks share, as in ZeRO: 1 optimizer, 2
-            and gradients, 3 and parameters (FSDP's full shard).
+        optimizer (`str`, *optional*, defaults to `"adamw_torch"`): One of `OPTIMIZERS`; `None`: its state is not
+            counted.
+        shard_stage (`int`, *optional*, defaults to `0`): What the data-parallel ranks share, as in ZeRO: 1 optimizer,
+            2 and gradients, 3 and parameters (FSDP's full shard).
         shard_ranks (`int`, *optional*, defaults to `1`): Number of ranks that share.
-        sequence_parallel_size (`int`, *optional*, defaults to `1`): Ranks that share each sequence. The trace must be of
-            one rank's share already.
+        sequence_parallel_size (`int`, *optional*, defaults to `1`): Ranks that share each sequence. The trace must be
+            of one rank's share already.
         loss_tile_tokens (`int`, *optional*, defaults to `4096`): Tokens of a tile of the loss.
         stream_chunks (`int`, *optional*, defaults to `3`): Chunks of a layer under `stream`.
     """
@@ -256,7 +257,8 @@ def _logits(trace: ForwardTrace, switches: Switches) -> int:
 
 def kv_cache_bytes(sequences: int, tokens: int, layers: int, kv_heads: int, head_dim: int, itemsize: int = 2) -> int:
     """
-    Return the bytes of keys and values of a generation, `2 * sequences * tokens * layers * kv_heads * head_dim * itemsize`.
+    Return the bytes of keys and values of a generation,
+    `2 * sequences * tokens * layers * kv_heads * head_dim * itemsize`.
 
     Args:
         sequences (`int`): Sequences generated at once on a device.
@@ -299,8 +301,8 @@ def extra_time(switches: Switches, flops: StepFlops) -> float:
     """
     Return the estimated extra time of a step as a fraction of one without switches (three forward passes' FLOPs).
 
-    Checkpointing repeats the forward pass of the layers, `selective` does so without attention, a tiled loss repeats the
-    LM head. What moves or slices data counts 1% each: enough to be chosen last.
+    Checkpointing repeats the forward pass of the layers, `selective` does so without attention, a tiled loss repeats
+    the LM head. What moves or slices data counts 1% each: enough to be chosen last.
 
     Args:
         switches (`Switches`): What is on.
@@ -330,7 +332,9 @@ def exact_switch_sets(base: Switches) -> list[Switches]:
 
 
 def possible_switch_sets(trace: ForwardTrace, base: Switches) -> list[Switches]:
-    """Return the sets of [`exact_switch_sets`] that a model allows: without layers to recompute, those that keep all."""
+    """
+    Return the sets of [`exact_switch_sets`] that a model allows: without layers to recompute, those that keep all.
+    """
     return [switches for switches in exact_switch_sets(base) if trace.layer_inputs or switches.activations == "keep"]
 
 

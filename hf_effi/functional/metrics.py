@@ -7,7 +7,7 @@ from __future__ import annotations
 
 PREFIX = "effi/"
 
-# --- an update of GRPO: once each, sums over the ranks ----------------------------------------------------------------
+# --- an update of GRPO: once each, sums over the ranks ---------------------------------------------------------------
 
 #: + one of `PHASES`: seconds of the main process in a phase; a phase inside another is not counted twice
 TIME = "effi/time_"
@@ -24,7 +24,7 @@ ROWS_GENERATED = "effi/rows_generated"
 ROWS_TRAINED = "effi/rows_trained"
 EFFECTIVE_RATIO = "effi/effective_ratio"
 
-# --- a generation of GRPO ---------------------------------------------------------------------------------------------
+# --- a generation of GRPO --------------------------------------------------------------------------------------------
 
 #: rounds of a generation, the first included
 GEN_ROUNDS = "effi/gen_rounds"
@@ -47,7 +47,7 @@ PRUNE_ABS_ADVANTAGE_KEPT = "effi/prune/abs_advantage_kept"
 PRUNE_POSITIVE_FRACTION = "effi/prune/positive_fraction"
 PRUNE_GROUPS_WITH_ONE_SIGN = "effi/prune/groups_with_one_sign"
 
-# --- any trainer ------------------------------------------------------------------------------------------------------
+# --- any trainer -----------------------------------------------------------------------------------------------------
 
 #: marks the log entries of probes, so that curves and trackers can leave them out
 PROBE = "effi/probe"

@@ -22,8 +22,8 @@ class Parameter:
         itemsize (`int`): Bytes of a value.
         trainable (`bool`): Whether it gets a gradient.
         four_bit (`bool`, *optional*, defaults to `False`): Whether it is stored in a 4-bit type of bitsandbytes.
-        embedding (`bool`, *optional*, defaults to `False`): Whether it is the weight of a `torch.nn.Embedding`, also where
-            the LM head is tied to it.
+        embedding (`bool`, *optional*, defaults to `False`): Whether it is the weight of a `torch.nn.Embedding`, also
+            where the LM head is tied to it.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +45,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class _States:
-    """`values` numbers for each of a parameter: in its own dtype (`own`), in fp32 or in 8 bits; a step in a tensor or not."""
+    """
+    `values` numbers for each of a parameter: in its own dtype (`own`), in fp32 or in 8 bits; a step in a tensor or
+    not.
+    """
 
     values: int
     kind: str
@@ -86,9 +89,10 @@ def optimizer_bytes(parameters: Iterable[Parameter], optimizer: str) -> int:
 
     Torch's optimizers keep values of the parameter's dtype (two for AdamW, one for Adagrad and RMSprop, none for SGD
     without momentum) and a step of 4 bytes a tensor. Those of bitsandbytes keep fp32 values whatever the parameter's
-    dtype, or 8-bit values with an fp32 scale for 256 of them; the Trainer keeps the states of embeddings in 32 bits under
-    the 8-bit ones, and bitsandbytes those of tensors below 4096 values. `adafactor` (transformers) keeps a row and a column
-    of a matrix and one number in fp32. The two tables that all 8-bit tensors share (1 KiB each) are left out.
+    dtype, or 8-bit values with an fp32 scale for 256 of them; the Trainer keeps the states of embeddings in 32 bits
+    under the 8-bit ones, and bitsandbytes those of tensors below 4096 values. `adafactor` (transformers) keeps a row
+    and a column of a matrix and one number in fp32. The two tables that all 8-bit tensors share (1 KiB each) are left
+    out.
 
     Args:
         parameters (`Iterable[Parameter]`): All parameters; those without a gradient have no state.

@@ -69,8 +69,9 @@ def partial_attention_backward(
     Return what these keys give to the gradients of query, key and value.
 
     `p_j = e^(s_j - lse)`, `dv_j = p_j grad`, `ds_j = p_j (grad . v_j - grad . out)`.
-    With `(out, lse)` of an attention over more keys than these, the results of its parts add up to its gradients. This is
-    the backward of FlashAttention, https://arxiv.org/abs/2205.14135, algorithm 4, which never asks where `out` is from.
+    With `(out, lse)` of an attention over more keys than these, the results of its parts add up to its gradients. This
+    is the backward of FlashAttention, https://arxiv.org/abs/2205.14135, algorithm 4, which never asks where `out` is
+    from.
 
     Args:
         grad, out (`Tensor`): `(tokens_q, heads, head_dim)`.
@@ -114,7 +115,9 @@ def _flash_backward(
 
 
 def _heads_first(heads: int, *tensors: Tensor) -> list[Tensor]:
-    """Return `(1, heads, tokens, d)` of each; grouped heads are repeated, since not every torch's kernel knows them."""
+    """
+    Return `(1, heads, tokens, d)` of each; grouped heads are repeated, since not every torch's kernel knows them.
+    """
     whole = (t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1) for t in tensors)
     return [t.transpose(0, 1)[None] for t in whole]
 

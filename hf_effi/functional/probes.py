@@ -29,12 +29,12 @@ class ProbePlan:
     """
     The probing updates of a run, in blocks of probes that follow each other.
 
-    Updates count from 1, as `TrainerState.global_step` does once an update is finished. The weights after the last update
-    of each single probe are those before its first one.
+    Updates count from 1, as `TrainerState.global_step` does once an update is finished. The weights after the last
+    update of each single probe are those before its first one.
 
     Args:
-        blocks (`tuple[tuple[int, int, int], ...]`): First update, last update, and updates of one probe, for each search;
-            ascending, not touching each other's updates.
+        blocks (`tuple[tuple[int, int, int], ...]`): First update, last update, and updates of one probe, for each
+            search; ascending, not touching each other's updates.
 
     Raises:
         ProbeError: blocks that overlap, are empty or begin before update 1.

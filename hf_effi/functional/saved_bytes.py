@@ -13,9 +13,9 @@ class SavedBytes(saved_tensors_hooks):
     """
     Count the bytes of the tensors that autograd saves for the backward pass, each storage once.
 
-    A view counts as its whole storage, since that is what it keeps alive. What is freed again before the end, with a part
-    of the graph that leads nowhere, no longer counts: `total` is the most that was saved at one time. Works on real, fake
-    and meta tensors.
+    A view counts as its whole storage, since that is what it keeps alive. What is freed again before the end, with a
+    part of the graph that leads nowhere, no longer counts: `total` is the most that was saved at one time. Works on
+    real, fake and meta tensors.
 
     Args:
         exclude (`Iterable[torch.Tensor]`, *optional*, defaults to `()`): Tensors whose storage does not count, such as

@@ -91,11 +91,12 @@ def segment_attention(
     pattern: AttentionPattern | None = None,
 ) -> torch.Tensor:
     """
-    Attend within each document only. Exact, on any device and in any dtype; one SDPA call a document, or a block of it.
+    Attend within each document only. Exact, on any device and in any dtype; one SDPA call a document, or a block of
+    it.
 
-    Where a document has fewer queries than keys, as in decoding, its queries are the last ones. A pattern with a window
-    reads a block of queries against the keys that it can see, so that its cost grows with the length and not with its
-    square.
+    Where a document has fewer queries than keys, as in decoding, its queries are the last ones. A pattern with a
+    window reads a block of queries against the keys that it can see, so that its cost grows with the length and not
+    with its square.
 
     Args:
         query (`torch.Tensor`): `(tokens, heads, head_dim)`.

@@ -1,4 +1,6 @@
-"""Plans over a sequence of tokens (tiles, chunks), and the documents, shifted labels and shards of a batch of sequences."""
+"""
+Plans over a sequence of tokens (tiles, chunks), and the documents, shifted labels and shards of a batch of sequences.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,8 @@ def chunk_segments(cu_seq_lens: Sequence[int], start: int, end: int) -> tuple[li
         start, end (`int`): The chunk, not empty.
 
     Returns:
-        The boundaries of the chunk's queries; those of the keys they may see, which for the first segment reach back to
-        its begin; and the token at which these keys begin. Queries are at the end of their segment's keys.
+        The boundaries of the chunk's queries; those of the keys they may see, which for the first segment reach back
+        to its begin; and the token at which these keys begin. Queries are at the end of their segment's keys.
 
     Example:
     ```python
@@ -102,8 +104,8 @@ def document_ids(
     """
     Number the documents of each row from 0; a token may attend only to earlier tokens of its own document.
 
-    A document starts where `position_ids` do not go on by one, at a boundary of `cu_seqlens`, and where real tokens and
-    padding meet. Padding at the end of a row stays in the last document, where causality already hides it.
+    A document starts where `position_ids` do not go on by one, at a boundary of `cu_seqlens`, and where real tokens
+    and padding meet. Padding at the end of a row stays in the last document, where causality already hides it.
 
     Args:
         shape (`tuple[int, int]`): `(rows, length)` of the batch.
@@ -231,8 +233,8 @@ class ChunkPlan(NamedTuple):
 
     Args:
         standalone (`tuple[tuple[int, ...], ...]`): Numbers of the short sequences that share a chunk, by chunk.
-        dependent (`tuple[tuple[int, tuple[tuple[int, int], ...]], ...]`): Number of each long sequence and the bounds of its
-            chunks, each of which needs the ones before it.
+        dependent (`tuple[tuple[int, tuple[tuple[int, int], ...]], ...]`): Number of each long sequence and the bounds
+            of its chunks, each of which needs the ones before it.
     """
 
     standalone: tuple[tuple[int, ...], ...]
@@ -243,8 +245,8 @@ def plan_chunks(lengths: Sequence[int], chunk_size: int) -> ChunkPlan:
     """
     Sort sequences into chunks of at most `chunk_size` tokens (ChunkFlow, https://arxiv.org/abs/2503.02356).
 
-    Longer ones are cut into `ceil(length / chunk_size)` chunks; the others are packed, the longest first, each into the first
-    chunk that has room.
+    Longer ones are cut into `ceil(length / chunk_size)` chunks; the others are packed, the longest first, each into
+    the first chunk that has room.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each sequence, at least 1.
@@ -280,8 +282,8 @@ def chunk_schedule(num_chunks: int, max_live: int) -> list[tuple[Literal["prefix
     """
     Order the work on dependent chunks so that the activations of at most `max_live` exist at once.
 
-    `"prefix"` runs a chunk for its keys and values only; `"keep"` runs it and keeps its activations; `"backward"` runs it,
-    unless it was kept, and goes backward. `max(0, num_chunks - max_live)` chunks are run twice.
+    `"prefix"` runs a chunk for its keys and values only; `"keep"` runs it and keeps its activations; `"backward"` runs
+    it, unless it was kept, and goes backward. `max(0, num_chunks - max_live)` chunks are run twice.
 
     Args:
         num_chunks (`int`): At least 1.

@@ -56,10 +56,10 @@ class ShapeRun(TorchDispatchMode):
     """
     A context in which a model runs without data, at no cost of memory and little of time.
 
-    Weights and what is computed from them are fake tensors of a CPU: shapes, dtypes, storages and autograd are those of a
-    real run. Token ids, masks, positions and what follows from them alone are real, so that code that branches on them or
-    takes its shapes from them (packed rows, masks that can be left out, experts with their tokens) does what it does.
-    Where values of activations decide, they are invented, and `invented` says so.
+    Weights and what is computed from them are fake tensors of a CPU: shapes, dtypes, storages and autograd are those
+    of a real run. Token ids, masks, positions and what follows from them alone are real, so that code that branches on
+    them or takes its shapes from them (packed rows, masks that can be left out, experts with their tokens) does what
+    it does. Where values of activations decide, they are invented, and `invented` says so.
 
     Attributes:
         invented (`set[str]`): `"routing"`: places picked by value (top-k, argmax), spread evenly. `"values"`: other
@@ -118,7 +118,10 @@ class ShapeRun(TorchDispatchMode):
         return self._known(model)
 
     def copied(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return a copy of `model` with tensors without data, also of one with adapters or patches; `model` stays as it is."""
+        """
+        Return a copy of `model` with tensors without data, also of one with adapters or patches; `model` stays as it
+        is.
+        """
         return self._known(copy.deepcopy(model, dict(self._made_for(model))))
 
     def _made_for(self, model: torch.nn.Module) -> dict[int, torch.Tensor]:
@@ -225,7 +228,9 @@ def _grouped_product(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The shape of a grouped product, for which torch's shape function allows bf16 only; its rows are padded to 16 bytes."""
+    """
+    The shape of a grouped product, for which torch's shape function allows bf16 only; its rows are padded to 16 bytes.
+    """
     dtype = out_dtype or rows.dtype
     outer = () if rows.dim() != weight.dim() else (rows.shape[0] if offs is None else offs.shape[0],)
     height, width = rows.shape[-2], weight.shape[-1]

@@ -67,7 +67,8 @@ class SharedPrefixLayout:
         labelled (`Tensor`): `(tokens,)`, bool: whether it is of a completion.
         cu_seq_lens (`Tensor`): `(segments + 1,)` int32: where prefixes, branches and rows on their own begin.
         prefix ([`PrefixSegments`], *optional*): Which of them attend to which; `None` if no prompt is shared.
-        scores_begin (`Tensor`): `(rows,)`: the flat index of each row's last prompt token, which scores its completion.
+        scores_begin (`Tensor`): `(rows,)`: the flat index of each row's last prompt token, which scores its
+            completion.
         completion_lengths (`Tensor`): `(rows,)`.
         num_row_tokens (`int`): Tokens of all rows, each with its own prompt: what padding-free rows would forward.
     """
@@ -108,7 +109,9 @@ class SharedPrefixLayout:
         }
 
     def completion_index(self, width: int | None = None) -> Tensor:
-        """Return `(rows, width)`: the flat index whose output scores each completion token; -1 past a completion's end."""
+        """
+        Return `(rows, width)`: the flat index whose output scores each completion token; -1 past a completion's end.
+        """
         width = int(self.completion_lengths.max()) if width is None else width
         places = torch.arange(width)
         return torch.where(

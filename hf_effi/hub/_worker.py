@@ -41,7 +41,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_failure(error: Exception, token: str | None = None) -> dict[str, Any]:
-    """Return `error` (one line, without secrets), `status` of the HTTP answer, `retry` and `retry_after` in seconds."""
+    """
+    Return `error` (one line, without secrets), `status` of the HTTP answer, `retry` and `retry_after` in seconds.
+    """
     from huggingface_hub import get_token
 
     response = getattr(error, "response", None)

@@ -1,9 +1,9 @@
 """
 What a card may name: an allow-list by class, by argument and by kind of value.
 
-A card comes from the Internet. What is made from it are numbers, words and objects that compute with them; nothing that is
-listed here loads a model, imports a module by a name that it is given, opens a file or a connection, or starts a process.
-Everything else is named in `Recipe.missing` and left to the reader.
+A card comes from the Internet. What is made from it are numbers, words and objects that compute with them; nothing
+that is listed here loads a model, imports a module by a name that it is given, opens a file or a connection, or starts
+a process. Everything else is named in `Recipe.missing` and left to the reader.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NotAdmittedError(ValueError):
     """A card names something that it may not name, or that this version does not have."""
 
 
-# --- kinds of values ------------------------------------------------------------------------------------------------------
+# --- kinds of values -------------------------------------------------------------------------------------------------
 
 
 def _number(value: Any) -> bool:
@@ -93,7 +93,8 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "numbers": (_list_of(_number), "a list of numbers"),
     "words": (_list_of(_key), "a list of names"),
     "modules": (_modules, "names or patterns of modules"),
-    "ranks": (lambda v: isinstance(v, dict) and all(map(_modules, v)) and all(map(_number, v.values())), "numbers by module"),
+    "ranks": (lambda v: isinstance(v, dict) and all(map(_modules, v)) and all(map(_number, v.values())), "numbers by "
+        "module"),
     "plain": (_plain, "numbers, flags and names, in lists and mappings"),
     "kernels": (_kernels, f"kernels from {', '.join(sorted(KERNEL_SOURCES))}"),
     "loader": (_loader, f"flags among {', '.join(sorted(_LOADER_FLAGS))}"),
@@ -169,8 +170,8 @@ _SCHEDULES: dict[str, dict[str, str]] = {
     "token_indexed": _arguments(number="total_steps", schedule="schedule"),
 }
 _LIMITS = (
-    "lr_zero_logs scheduler_updates scheduler_low scheduler_high lr_frozen_logs plan_end clip_logs resume_fraction padding "
-    "padding_logs leak"
+    "lr_zero_logs scheduler_updates scheduler_low scheduler_high lr_frozen_logs plan_end clip_logs resume_fraction "
+    "padding padding_logs leak"
 )
 _CALLBACKS: dict[str, dict[str, str]] = {
     "AccuracyGradientCallback": _arguments(
@@ -195,8 +196,8 @@ _CALLBACKS: dict[str, dict[str, str]] = {
 }
 _DOCTORS: dict[str, dict[str, str]] = {
     "GRPOLimits": _arguments(
-        number=f"{_LIMITS} truncated zero_std group_logs constant_logs entropy_ratio entropy_logs trend_logs length_growth "
-        "reward_fall zero_loss zero_loss_logs"
+        number=f"{_LIMITS} truncated zero_std group_logs constant_logs entropy_ratio entropy_logs trend_logs "
+        "length_growth reward_fall zero_loss zero_loss_logs"
     ),
     "TrainLimits": _arguments(number=_LIMITS),
 }
@@ -307,20 +308,24 @@ ARGUMENTS: dict[str, str] = _arguments(
     "torch_empty_cache_steps logging_steps eval_steps eval_delay per_device_eval_batch_size eval_accumulation_steps "
     "save_steps save_total_limit seed data_seed dataloader_prefetch_factor dataloader_num_workers ddp_bucket_cap_mb "
     "router_aux_loss_coef max_length pad_to_multiple_of num_generations num_generations_eval max_completion_length "
-    "generation_batch_size steps_per_generation temperature top_p top_k min_p repetition_penalty beta num_iterations epsilon "
-    "delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
+    "generation_batch_size steps_per_generation temperature top_p top_k min_p repetition_penalty beta num_iterations "
+    "epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
     "vespo_lambda_neg ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile entropy_coef entropy_coef_min "
     "entropy_coef_max entropy_coef_delta entropy_target max_tool_calling_iterations vllm_importance_sampling_clip_max "
-    "vllm_importance_sampling_clip_min vllm_importance_sampling_cap off_policy_mask_threshold num_completions_to_print "
+    "vllm_importance_sampling_clip_min vllm_importance_sampling_cap off_policy_mask_threshold "
+    "num_completions_to_print "
     "precompute_ref_batch_size ld_alpha f_alpha_divergence_coef label_smoothing discopop_tau desirable_weight "
-    "undesirable_weight center_rewards_coefficient sequence_parallel_size forward_buckets difficulty_max_rounds prune_rate "
-    "generation_max_length generation_num_beams dataset_num_proc ddp_timeout",
+    "undesirable_weight center_rewards_coefficient sequence_parallel_size forward_buckets difficulty_max_rounds "
+    "prune_rate generation_max_length generation_num_beams dataset_num_proc ddp_timeout",
     flag="average_tokens_across_devices bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing "
     "gradient_checkpointing use_liger_kernel use_cache auto_find_batch_size logging_first_step log_on_each_node "
-    "logging_nan_inf_filter disable_tqdm prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object "
+    "logging_nan_inf_filter disable_tqdm prediction_loss_only eval_on_start eval_do_concat_batches "
+    "eval_use_gather_object "
     "batch_eval_metrics save_only_model save_on_each_node load_best_model_at_end greater_is_better ignore_data_skip "
-    "full_determinism use_cpu dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers dataloader_in_order "
-    "remove_unused_columns ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph skip_memory_metrics do_train "
+    "full_determinism use_cpu dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers "
+    "dataloader_in_order "
+    "remove_unused_columns ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph skip_memory_metrics "
+    "do_train "
     "do_eval do_predict shuffle_dataset packing padding_free eval_packing completion_only_loss assistant_only_loss "
     "activation_offloading disable_dropout cast_lm_head_to_fp32 ds3_gather_for_generation mask_truncated_completions "
     "sync_ref_model use_adaptive_entropy vllm_importance_sampling_correction use_bias_correction_kl log_completions "
@@ -331,7 +336,8 @@ ARGUMENTS: dict[str, str] = _arguments(
     "multi_objective_aggregation scale_rewards vllm_importance_sampling_mode f_divergence_type lr_schedule "
     "lr_schedule_on_mismatch difficulty_underfill prune_metric prune_scope prune_normalizer dataset_text_field",
     key="metric_for_best_model length_column_name difficulty_reward include_num_input_tokens_seen",
-    plain="loss_type loss_weights lr_scheduler_kwargs lr_schedule_kwargs label_names include_for_metrics reward_weights "
+    plain="loss_type loss_weights lr_scheduler_kwargs lr_schedule_kwargs label_names include_for_metrics "
+    "reward_weights "
     "difficulty_range reward_clip_range exact_savings optim_args chat_template_kwargs liger_kernel_config "
     "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
     modules="optim_target_modules",
@@ -340,7 +346,7 @@ ARGUMENTS: dict[str, str] = _arguments(
 )
 
 
-# --- asking the list ------------------------------------------------------------------------------------------------------
+# --- asking the list -------------------------------------------------------------------------------------------------
 
 
 def find(path: Any, table: Mapping[str, Any]) -> Any:

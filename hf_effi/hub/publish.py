@@ -78,7 +78,9 @@ def check_seconds(args: Any, seconds: float) -> None:
 
 
 def write_section(trainer: Any, repo_id: str) -> None:
-    """Add the section to the card in `output_dir`. Whatever goes wrong is no reason to end a run: it becomes a warning."""
+    """
+    Add the section to the card in `output_dir`. Whatever goes wrong is no reason to end a run: it becomes a warning.
+    """
     folder = Path(trainer.args.output_dir)
     try:
         run = read_run(folder) if has_record(folder) else _run_without_a_record(trainer)
@@ -168,7 +170,9 @@ def push_checkpoint(
     message: str,
     path_in_repo: str | None = None,
 ) -> None:
-    """Upload the model of a checkpoint beside training. Without room for the copy it is left out, with an error log."""
+    """
+    Upload the model of a checkpoint beside training. Without room for the copy it is left out, with an error log.
+    """
     try:
         folder = snapshot(output_dir, checkpoint, path_in_repo)
     except Exception as error:

@@ -192,8 +192,9 @@ def from_card(
     """
     Read the recipe of a run back from its model card.
 
-    A card comes from the Internet: what it may name is an allow-list (`docs/card_and_report.md`), by class, by argument and by
-    kind of value. Nothing of it loads a model, imports code, opens a file or connects; the rest is in `missing`.
+    A card comes from the Internet: what it may name is an allow-list (`docs/card_and_report.md`), by class, by
+    argument and by kind of value. Nothing of it loads a model, imports code, opens a file or connects; the rest is in
+    `missing`.
 
     Args:
         source (`str` or `Path`): A card, a folder with one, an `effi_recipe.json`, or a repository on the Hub.

@@ -44,10 +44,10 @@ class HubUploader:
     """
     Upload folders to one repository, one after the other, while training goes on.
 
-    An upload runs in a process of its own, so that a server that never answers can be left behind, also when Python ends.
-    What may work later (no connection, 408, 409, 425, 429 and 5xx) is tried again with growing pauses, or after the
-    pause that the server asks for; what will not (401, 403, 404, a full disk) is not. A failure is logged as an error
-    and kept in `failure`; it never raises. The token goes to the process through a pipe and is in no message.
+    An upload runs in a process of its own, so that a server that never answers can be left behind, also when Python
+    ends. What may work later (no connection, 408, 409, 425, 429 and 5xx) is tried again with growing pauses, or after
+    the pause that the server asks for; what will not (401, 403, 404, a full disk) is not. A failure is logged as an
+    error and kept in `failure`; it never raises. The token goes to the process through a pipe and is in no message.
 
     Args:
         repo_id (`str`): `user/name`, or `name` for a repository of the token's owner.
@@ -216,7 +216,8 @@ class HubUploader:
                 "ignore": list(job.ignore),
             }
         )
-        # Nothing is imported from the folder that the run happens to be in: neither by `-m` (`-P`) nor by a relative path.
+        # Nothing is imported from the folder that the run happens to be in: neither by `-m` (`-P`) nor by a relative
+        # path.
         paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
         path, errors = os.pathsep.join([str(_PACKAGE_FOLDER), *paths]), ""
         try:

@@ -27,8 +27,8 @@ class TokenDropping:
     """
     What the patched layers of one model share: the tokens to keep and the key of the draw, moved by the training loop.
 
-    The subset is a function of `(seed, step, micro_step, layer, rank)`, so that a resumed run draws as the uninterrupted
-    one and a layer that is recomputed in the backward pass sees the same tokens.
+    The subset is a function of `(seed, step, micro_step, layer, rank)`, so that a resumed run draws as the
+    uninterrupted one and a layer that is recomputed in the backward pass sees the same tokens.
 
     Args:
         seed (`int`): Seed of all draws.
@@ -71,7 +71,8 @@ def drop_layer_tokens(model: nn.Module, dropping: TokenDropping) -> PatchHandle:
     Random-LTD, arXiv:2211.11586.
 
     Args:
-        model (`nn.Module`): A model of transformers with one stack of at least 3 layers and `sdpa` or `eager` attention.
+        model (`nn.Module`): A model of transformers with one stack of at least 3 layers and `sdpa` or `eager`
+            attention.
         dropping ([`TokenDropping`]): Set `kept`, `step` and `micro_step` on it before each forward pass.
 
     Returns:
@@ -126,7 +127,8 @@ def _check_config(model: nn.Module) -> None:
         )
     if getattr(config, "output_router_logits", False):
         raise RandomLTDError(
-            "output_router_logits=True: the router loss expects every token in every layer. Set it to False in the config."
+            "output_router_logits=True: the router loss expects every token in every layer. Set it to False in the "
+            "config."
         )
 
 
@@ -182,8 +184,8 @@ def _cut(name: str, value: Any, kept: Tensor, length: int) -> Any:
         return _cut_rows(value, kept)
     if isinstance(value, (tuple, list, dict)) or (isinstance(value, Tensor) and value.ndim > 0):
         raise RandomLTDError(
-            f"a layer is given {name}, and random-LTD does not know which part of it belongs to which of {length} tokens. "
-            "With packed rows, pass position_ids and leave sequence boundaries (cu_seq_lens) out."
+            f"a layer is given {name}, and random-LTD does not know which part of it belongs to which of {length} "
+            "tokens. With packed rows, pass position_ids and leave sequence boundaries (cu_seq_lens) out."
         )
     return value
 

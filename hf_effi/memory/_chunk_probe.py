@@ -23,8 +23,8 @@ def chunks_are_exact(model: nn.Module, layout: Layout = "padded") -> Finding:
     """
     Ask whether chunks with the keys and values of the ones before them give the loss and gradients of whole rows.
 
-    Chunked attention, states that are not keys and values, positions of their own, layers that ignore a cache, documents that
-    see each other in one row, and losses that are means over a call give other ones.
+    Chunked attention, states that are not keys and values, positions of their own, layers that ignore a cache,
+    documents that see each other in one row, and losses that are means over a call give other ones.
 
     Args:
         model (`nn.Module`): A causal language model with a loss.

@@ -30,9 +30,10 @@ class ChunkFlow:
     How to cut batches into chunks.
 
     Args:
-        chunk_size (`int`): Tokens of a chunk, at least 1. Sequences that are longer are cut; shorter ones share a chunk.
-        max_live_chunks (`int`, *optional*, defaults to 1): `K`: chunks of a sequence whose activations may exist at once, at
-            least 1. A sequence of `N` chunks is run forward `(N - K) / N` times more than once.
+        chunk_size (`int`): Tokens of a chunk, at least 1. Sequences that are longer are cut; shorter ones share a
+            chunk.
+        max_live_chunks (`int`, *optional*, defaults to 1): `K`: chunks of a sequence whose activations may exist at
+            once, at least 1. A sequence of `N` chunks is run forward `(N - K) / N` times more than once.
 
     Raises:
         ChunkFlowError: a number out of range.
@@ -126,7 +127,10 @@ class ChunkGroup:
         return _CarryGradients.apply(loss, [gradient for _, gradient in trained], *(state for state, _ in trained))
 
     def leaves(self, index: int) -> list[Tensor]:
-        """Return the keys and values of earlier chunks that a chunk was run with, of which its backward is to get gradients."""
+        """
+        Return the keys and values of earlier chunks that a chunk was run with, of which its backward is to get
+        gradients.
+        """
         return self._leaves.get(index, [])
 
     def went_back(self, index: int) -> None:
@@ -146,12 +150,12 @@ def make_groups(batch: dict[str, Any], chunk_size: int, cache_name: str = CACHE_
     """
     Cut a batch into groups of chunks: those of long sequences first, then chunks of short sequences, packed.
 
-    Padding goes, and so do sequences without a label, which have no gradient. Labels are shifted within the row, as the
-    model would, before it is cut: the last token of a chunk predicts the first of the next.
+    Padding goes, and so do sequences without a label, which have no gradient. Labels are shifted within the row, as
+    the model would, before it is cut: the last token of a chunk predicts the first of the next.
 
     Args:
-        batch (`dict`): `input_ids` and `labels` `(rows, tokens)`; optionally `attention_mask`, and `position_ids` that begin
-            at 0 with each packed segment.
+        batch (`dict`): `input_ids` and `labels` `(rows, tokens)`; optionally `attention_mask`, and `position_ids` that
+            begin at 0 with each packed segment.
         chunk_size (`int`): Tokens of a chunk.
         cache_name (`str`, *optional*): The model's argument for earlier keys and values; that of upstream's models.
 
@@ -182,8 +186,8 @@ def _rows(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if (shifted[~real] != IGNORED).any():
         raise ChunkFlowError(
-            "A padding token would have to predict a label. Pad on the right and label padding -100, or give the first "
-            "token of left-padded rows the label -100."
+            "A padding token would have to predict a label. Pad on the right and label padding -100, or give the "
+            "first token of left-padded rows the label -100."
         )
     if positions is None:
         return [(row[keep], labels[keep], None) for row, labels, keep in zip(ids, shifted, real, strict=True)]

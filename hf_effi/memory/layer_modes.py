@@ -93,8 +93,8 @@ class _LayerMode(Claim):
     def __init__(self, path: str, mode: str, run: Callable[..., Any], layer: GradientCheckpointingLayer) -> None:
         if other := layer.__dict__.get(MODE_CLAIM):
             raise LayerModeError(
-                f"the layer already has the mode {other.mode!r} from other code. Use one callback for the modes of all "
-                "layers; after a run that failed, call `hf_effi.unpatch(model)`."
+                f"the layer already has the mode {other.mode!r} from other code. Use one callback for the modes of "
+                "all layers; after a run that failed, call `hf_effi.unpatch(model)`."
             )
         self.mode, self.run = mode, run
         _check_upstream(layer.__dict__.get("_gradient_checkpointing_func"), mode)
@@ -122,8 +122,8 @@ class _SameDraws:
     """
     A layer's forward that draws the same numbers of Python's and numpy's generators when it is computed again.
 
-    torch.utils.checkpoint does so for torch's generators alone: a layer that is left out by `random.random()` would be there
-    in the forward and not in the backward.
+    torch.utils.checkpoint does so for torch's generators alone: a layer that is left out by `random.random()` would be
+    there in the forward and not in the backward.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -150,7 +150,8 @@ class _SameDraws:
             if "not found in storage" not in str(error):
                 raise
             raise LayerModeError(
-                "mode 'selective': a layer runs other operations when it is computed again than the first time, as one whose "
+                "mode 'selective': a layer runs other operations when it is computed again than the first time, as "
+                "one whose "
                 "first forward of a length grows a table of positions (dynamic RoPE). Use the mode 'checkpoint'."
             ) from error
 
@@ -165,8 +166,8 @@ def _check_upstream(found: Any, mode: str) -> None:
         return
     if getattr(found, "func", None) is not checkpoint:
         raise LayerModeError(
-            f"mode {mode!r} builds on torch.utils.checkpoint, but the layer checkpoints with {found!r}. Take `offload` "
-            "out of the checkpointing kwargs, and do not combine it with another package's checkpointing."
+            f"mode {mode!r} builds on torch.utils.checkpoint, but the layer checkpoints with {found!r}. Take "
+            "`offload` out of the checkpointing kwargs, and do not combine it with another package's checkpointing."
         )
     if found.keywords.get("use_reentrant") is not False:
         raise LayerModeError(
@@ -192,7 +193,8 @@ class LayerModes:
     """
     Give each decoder layer its own way to keep activations for the backward pass. Gradients do not change.
 
-    A layer that is computed again draws the numbers of its first time, from torch's, Python's and numpy's own generators.
+    A layer that is computed again draws the numbers of its first time, from torch's, Python's and numpy's own
+    generators.
 
     | mode | kept on the device | recomputed |
     |---|---|---|

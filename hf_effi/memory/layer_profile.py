@@ -80,8 +80,9 @@ class LayerProbe(LayerModes):
     """
     Plain checkpointing that measures each layer once, by running it twice more on the input it gets.
 
-    The extra runs see a copy of the random state (torch's, Python's and numpy's) and of what a layer counts, and leave no trace
-    in the outputs that the model collects, so the loss and the gradients of the step are those of a step without them.
+    The extra runs see a copy of the random state (torch's, Python's and numpy's) and of what a layer counts, and leave
+    no trace in the outputs that the model collects, so the loss and the gradients of the step are those of a step
+    without them.
 
     Args:
         model (`PreTrainedModel`): A model with gradient checkpointing on.

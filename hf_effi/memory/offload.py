@@ -84,7 +84,8 @@ class _HostCopy:
         self.size = tensor.numel() * tensor.element_size()
         buffer = buffers.take(self.size)
         weakref.finalize(self, buffers.give_back, buffer).atexit = False
-        # In the order of its memory. A recomputation reads strides as well: which operators it takes, and so its last bits.
+        # In the order of its memory. A recomputation reads strides as well: which operators it takes, and so its last
+        # bits.
         self.shape, self.stride, dense = (
             tensor.shape,
             tensor.stride(),
@@ -163,12 +164,13 @@ class ActivationOffloader:
     """
     Hold checkpoint inputs in host memory between the forward and the backward pass.
 
-    Inside [`saving`], each activation that autograd saves (a tensor that needs a gradient and is no parameter) is copied
-    to a host buffer, and an object that owns this buffer is saved in its place. With non-reentrant checkpointing these
-    are exactly the inputs of the checkpointed function. In the backward pass each comes back when it is needed, and the
-    one saved before it starts its way back at the same time, so that its copy runs beside the recomputation of one
-    layer. On an accelerator the buffers are pinned and copies run on a stream of their own; on a CPU the same happens
-    synchronously. Values are copied bit by bit and come back with their strides, so gradients do not change. Expanded tensors stay.
+    Inside [`saving`], each activation that autograd saves (a tensor that needs a gradient and is no parameter) is
+    copied to a host buffer, and an object that owns this buffer is saved in its place. With non-reentrant
+    checkpointing these are exactly the inputs of the checkpointed function. In the backward pass each comes back when
+    it is needed, and the one saved before it starts its way back at the same time, so that its copy runs beside the
+    recomputation of one layer. On an accelerator the buffers are pinned and copies run on a stream of their own; on a
+    CPU the same happens synchronously. Values are copied bit by bit and come back with their strides, so gradients do
+    not change. Expanded tensors stay.
 
     ALST, arXiv:2506.13996.
 
@@ -204,8 +206,8 @@ class ActivationOffloader:
             return tensor
         if type(tensor) is not torch.Tensor:
             raise TypeError(
-                f"an activation of type {type(tensor).__name__} cannot be offloaded, a plain tensor can. Leave such layers "
-                "to mode 'checkpoint'."
+                f"an activation of type {type(tensor).__name__} cannot be offloaded, a plain tensor can. Leave such "
+                "layers to mode 'checkpoint'."
             )
         if tensor.device not in self._lanes:
             self._lanes[tensor.device] = _Lane(tensor.device, self.stats, self._allocate)

@@ -1,7 +1,7 @@
 """StreamLayer: the backward of a decoder layer, a chunk of tokens at a time, through the layer's own code.
 
-A causal layer needs of earlier chunks only their keys and values, which every decoder layer of transformers takes from a
-cache. So a chunk is an ordinary call of the layer with the earlier keys and values in a cache, whatever its norms,
+A causal layer needs of earlier chunks only their keys and values, which every decoder layer of transformers takes from
+a cache. So a chunk is an ordinary call of the layer with the earlier keys and values in a cache, whatever its norms,
 projections (LoRA, quantized) and position embedding are, and nothing of the layer is written again here.
 """
 
@@ -51,7 +51,8 @@ class _Prefix:
     The cache that a chunk sees: puts the earlier keys and values in front of its own.
 
     Attributes:
-        new, whole (`tuple[torch.Tensor, torch.Tensor]`): Keys and values of the chunk alone, and with the earlier ones.
+        new, whole (`tuple[torch.Tensor, torch.Tensor]`): Keys and values of the chunk alone, and with the earlier
+            ones.
     """
 
     new: tuple[Tensor, Tensor] | None = None
@@ -124,8 +125,8 @@ class _Call:
         torchs, others = _random_states(device)
         if others != before[1] or not all(map(torch.equal, before[0], torchs)):
             raise ValueError(
-                f"StreamLayer: {type(self.layer).__name__} draws random numbers (dropout, noise), and chunks are computed "
-                "twice, with other ones. Set its rates to 0."
+                f"StreamLayer: {type(self.layer).__name__} draws random numbers (dropout, noise), and chunks are "
+                "computed twice, with other ones. Set its rates to 0."
             )
 
     def run(self, x: Tensor, chunk: _Chunk, prefix: _Prefix) -> Tensor:
@@ -135,13 +136,15 @@ class _Call:
         out = type(self.layer).forward(self.layer, x, attention_mask=mask, **earlier, **chunk.arguments)
         if not isinstance(out, Tensor) or prefix.new is None:
             raise ValueError(
-                f"StreamLayer: {type(self.layer).__name__} returns a {type(out).__name__} or keeps no keys and values in "
-                "its cache. It streams layers that return their hidden states and attend by keys and values."
+                f"StreamLayer: {type(self.layer).__name__} returns a {type(out).__name__} or keeps no keys and values "
+                "in its cache. It streams layers that return their hidden states and attend by keys and values."
             )
         return out
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return those of all chunks but the last, `(batch, heads, tokens, head_dim)`, without the rest of the layer."""
+        """
+        Return those of all chunks but the last, `(batch, heads, tokens, head_dim)`, without the rest of the layer.
+        """
         found = []
         for chunk in self.chunks[:-1]:
             prefix = _Prefix(stop=True)
@@ -233,29 +236,31 @@ def _chunk_backward(
 
 def stream_layers(model: nn.Module, num_chunks: int = 3, *, verify: bool = True) -> PatchHandle:
     """
-    Run every decoder layer in chunks of tokens, and its backward a chunk at a time: StreamBP, exactly the same gradients.
+    Run every decoder layer in chunks of tokens, and its backward a chunk at a time: StreamBP, exactly the same
+    gradients.
 
     A layer keeps its input only, as with checkpointing, which it replaces for these layers; its backward holds the
     activations of `1 / num_chunks` of the tokens, and keys and values of all. For output `Z` in chunks,
-    `dL/dW = sum_i (dZ_i/dW)^T dL/dZ_i`. The parameters are inputs of the autograd Function, so that DDP, FSDP2, any loss
-    and any trainer keep working. StreamBP, https://arxiv.org/abs/2506.03077.
+    `dL/dW = sum_i (dZ_i/dW)^T dL/dZ_i`. The parameters are inputs of the autograd Function, so that DDP, FSDP2, any
+    loss and any trainer keep working. StreamBP, https://arxiv.org/abs/2506.03077.
 
     Args:
-        model (`torch.nn.Module`): Decoder of transformers whose layers have a causal `self_attn` and return their hidden
-            states (Llama, Mistral, Qwen, Gemma, OLMo, ...), plain or wrapped by PEFT. Attention: `sdpa`, `eager`, flash or
-            `hf_effi_varlen`; sliding windows, packed and padded rows as the model has them.
+        model (`torch.nn.Module`): Decoder of transformers whose layers have a causal `self_attn` and return their
+            hidden states (Llama, Mistral, Qwen, Gemma, OLMo, ...), plain or wrapped by PEFT. Attention: `sdpa`,
+            `eager`, flash or `hf_effi_varlen`; sliding windows, packed and padded rows as the model has them.
         num_chunks (`int`, *optional*, defaults to 3): Chunks of a sequence, at least 1; StreamBP's own advice is 3.
-        verify (`bool`, *optional*, defaults to `True`): Whether to compare loss and gradients on a few tokens, with and
-            without; `False` for a model whose weights are sharded already, on your own account.
+        verify (`bool`, *optional*, defaults to `True`): Whether to compare loss and gradients on a few tokens, with
+            and without; `False` for a model whose weights are sharded already, on your own account.
 
     Returns:
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no such layer or a bad `num_chunks`; weights that ZeRO-3 shards; a model that draws random numbers in its layers (dropout) or whose
-            loss or gradients would be others, a router's loss among them, with the measured difference; at the call, in
-            training: a filled cache, sequence parallelism, attention weights or router logits asked for, or a per-token
-            argument that is not known here.
+        ValueError: no such layer or a bad `num_chunks`; weights that ZeRO-3 shards; a model that draws random numbers
+            in its layers (dropout) or whose loss or gradients would be others, a router's loss among them, with the
+            measured difference; at the call, in
+            training: a filled cache, sequence parallelism, attention weights or router logits asked for, or a
+            per-token argument that is not known here.
 
     Example:
     ```python
@@ -313,8 +318,8 @@ def _check_equal(model: nn.Module, layers: dict[str, nn.Module], num_chunks: int
     drawn = remembered(model, "draws in layers", lambda: draws_random_numbers(model, within=layers.values()))
     if drawn.looked and not drawn.equal:
         raise ValueError(
-            f"stream_layers: the layers draw random numbers, and chunks are computed twice, with other ones: {drawn}. Set "
-            f"dropout and noise to 0; settings of that name: {named_draws(model)}."
+            f"stream_layers: the layers draw random numbers, and chunks are computed twice, with other ones: {drawn}. "
+            f"Set dropout and noise to 0; settings of that name: {named_draws(model)}."
         )
     found = drawn.worst(remembered(model, ("stream_layers", chunks), lambda: compare(model, plain, streamed)))
     if not found.equal:
@@ -346,8 +351,8 @@ def _streamed_forward(
 def _check_whole(module: nn.Module) -> None:
     if sharded_by_zero3(module.parameters()):
         raise ValueError(
-            "StreamLayer: the gradients of a layer's weights are collected outside of the modules that own them, where ZeRO-3 "
-            "has shards only. Use ZeRO-2, FSDP2 or DDP, or leave stream_layers out."
+            "StreamLayer: the gradients of a layer's weights are collected outside of the modules that own them, "
+            "where ZeRO-3 has shards only. Use ZeRO-2, FSDP2 or DDP, or leave stream_layers out."
         )
 
 
@@ -360,13 +365,15 @@ def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
         raise ValueError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
     if arguments.get("encoder_hidden_states") is not None:
         raise ValueError(
-            f"StreamLayer: {type(layer).__name__} attends to an encoder's states as well, which chunks are not made for."
+            f"StreamLayer: {type(layer).__name__} attends to an encoder's states as well, which chunks are not made "
+            "for."
         )
     if arguments.get("output_attentions"):
         raise ValueError("StreamLayer: output_attentions=True is not possible in training: weights come in chunks.")
     if recorded := recorded_outputs() - {"hidden_states"}:
         raise ValueError(
-            f"StreamLayer: {', '.join(sorted(recorded))} are recorded inside of the layers, which run in chunks and without a "
+            f"StreamLayer: {', '.join(sorted(recorded))} are recorded inside of the layers, which run in chunks and "
+            "without a "
             "graph there. Do not ask for them in training; for a router's loss, set output_router_logits=False."
         )
 
@@ -375,7 +382,8 @@ def _with_boundaries(arguments: dict[str, Any], batch: int) -> dict[str, Any]:
     """
     Add the boundaries of packed segments where the positions alone tell them.
 
-    Flash and varlen kernels find them there only while queries and keys are equally many, which they are not in a chunk.
+    Flash and varlen kernels find them there only while queries and keys are equally many, which they are not in a
+    chunk.
     """
     positions = arguments.get("position_ids")
     if positions is None or arguments.get("cu_seq_lens_q") is not None or arguments.get("attention_mask") is not None:

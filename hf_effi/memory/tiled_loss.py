@@ -1,4 +1,5 @@
-"""Next-token loss over tiles of tokens: the logits of one tile exist at a time, their gradient is taken in the forward.
+"""Next-token loss over tiles of tokens: the logits of one tile exist at a time, their gradient is taken in the
+forward.
 
 TRL's trainers and Liger have such a loss; a plain `transformers.Trainer` has none. [`tile_loss`] gives it one.
 """
@@ -29,7 +30,9 @@ Step = Callable[[Any], Any]
 
 
 class _TiledSum(torch.autograd.Function):
-    """`sum_tiles loss(tile)` with the gradients of `hidden` and of the parameters accumulated while the tile is there."""
+    """
+    `sum_tiles loss(tile)` with the gradients of `hidden` and of the parameters accumulated while the tile is there.
+    """
 
     @staticmethod
     def forward(
@@ -72,17 +75,17 @@ def tiled_cross_entropy(
     """
     `sum_i CE(transform(head(hidden_i)), labels_i) / n` over the tokens with a label, a tile of tokens at a time.
 
-    Three matrix products a tile, as without tiles; tokens labelled -100 take part in none. A plain linear head in fp32 or
-    fp64 goes through `torch.nn.functional.linear_cross_entropy` where torch has it (2.13). In half precision that one
-    returns the loss in half precision too, and it knows no softcap and no LoRA: these take tiles of our own, in which the
-    loss and the sums over tiles are fp32.
+    Three matrix products a tile, as without tiles; tokens labelled -100 take part in none. A plain linear head in fp32
+    or fp64 goes through `torch.nn.functional.linear_cross_entropy` where torch has it (2.13). In half precision that
+    one returns the loss in half precision too, and it knows no softcap and no LoRA: these take tiles of our own, in
+    which the loss and the sums over tiles are fp32.
 
     Args:
         hidden (`torch.Tensor`): `(..., hidden_size)`, the input of the head.
         labels (`torch.Tensor`): `(...)`, the token that each position predicts (shifted already), or -100.
         head (`torch.nn.Module`): Gives logits `(..., vocab_size)`; frozen, tied, with bias or with LoRA.
-        num_items_in_batch (`int` or `torch.Tensor`, *optional*): `n`: labelled tokens of all micro-batches and ranks that
-            are accumulated. Default: those of this call, so that without any the loss is NaN, as torch's mean is.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): `n`: labelled tokens of all micro-batches and ranks
+            that are accumulated. Default: those of this call, so that without any the loss is NaN, as torch's mean is.
         transform (`Callable`, *optional*): Acts on the logits of a tile, for example a softcap.
         num_shards (`int`, *optional*): Tiles, at least 1. Default: as many as keep a tile's fp32 logits below 1 GiB.
 
@@ -107,8 +110,8 @@ def tiled_cross_entropy(
         )
     if any(isinstance(p, DTensor) for p in head.parameters()) or sharded_by_zero3(head.parameters()):
         raise ValueError(
-            "The head's weights are sharded outside of its forward (ZeRO-3, or FSDP around the head alone). Use ZeRO-2, DDP, "
-            "or FSDP2 around decoder layers; or leave tile_loss out."
+            "The head's weights are sharded outside of its forward (ZeRO-3, or FSDP around the head alone). Use "
+            "ZeRO-2, DDP, or FSDP2 around decoder layers; or leave tile_loss out."
         )
     chosen = labels != IGNORED
     hidden, labels = hidden[chosen], labels[chosen]
@@ -165,7 +168,8 @@ class _DeferredLogits:
     """
     What the head returns in training: its input, and what the model did to the logits before it asked for the loss.
 
-    Models scale or softcap their logits in many ways. Recording the operations keeps each exact without a list of them.
+    Models scale or softcap their logits in many ways. Recording the operations keeps each exact without a list of
+    them.
     """
 
     def __init__(self, hidden: Tensor, steps: tuple[Step, ...] = ()) -> None:
@@ -218,8 +222,8 @@ class _DeferredLogits:
         fix = (
             f"{asker} makes a loss of its own from them in its forward: leave tile_loss out for it."
             if asker
-            else "It needs the labels in the forward: leave out label_smoothing_factor and compute_loss_func, or revert "
-            "tile_loss."
+            else "It needs the labels in the forward: leave out label_smoothing_factor and compute_loss_func, or "
+            "revert tile_loss."
         )
         raise _LogitsAsked(
             f"tile_loss is on, so that a training forward has no logits, and {what!r} was asked of them. {fix}",
@@ -250,15 +254,15 @@ def tile_loss(model: nn.Module, num_shards: int | None = None, *, verify: bool =
     Args:
         model (`torch.nn.Module`): A causal language model of transformers, plain or wrapped by PEFT.
         num_shards (`int`, *optional*): As in [`tiled_cross_entropy`].
-        verify (`bool`, *optional*, defaults to `True`): Whether to compare loss and gradients on a few tokens, with and
-            without; `False` for a model whose weights are sharded already, on your own account.
+        verify (`bool`, *optional*, defaults to `True`): Whether to compare loss and gradients on a few tokens, with
+            and without; `False` for a model whose weights are sharded already, on your own account.
 
     Returns:
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no causal language model, TRL's fused head, another loss than transformers' for causal models, a forward
-            that uses its logits or computes its loss in a way of its own, or a bad `num_shards`.
+        ValueError: no causal language model, TRL's fused head, another loss than transformers' for causal models, a
+            forward that uses its logits or computes its loss in a way of its own, or a bad `num_shards`.
 
     Example:
     ```python

@@ -58,8 +58,8 @@ def attention_scope(implementations: Iterable[str]) -> Iterator[None]:
     """
     Let models that are called with a layout attend over the whole sequence; put everything back at the end.
 
-    Forward, backward and the recomputation of checkpoints belong inside. Calls without a layout (generation, a teacher)
-    reach their backend unchanged.
+    Forward, backward and the recomputation of checkpoints belong inside. Calls without a layout (generation, a
+    teacher) reach their backend unchanged.
 
     Args:
         implementations (`Iterable[str]`): Names of backends, such as `"sdpa"`.
@@ -181,7 +181,8 @@ def prove_isolation(
             moved = changes(token)
             if moved != expected:
                 raise SequenceParallelError(
-                    f"attn_implementation={name!r} does not keep documents apart: changing token {token} of two packed "
+                    f"attn_implementation={name!r} does not keep documents apart: changing token {token} of two "
+                    "packed "
                     f"documents of {half} tokens moves the outputs {[i for i, m in enumerate(moved) if m]} instead of "
                     f"{[i for i, m in enumerate(expected) if m]}. Use 'sdpa', 'flash_attention_2' or another backend "
                     "that follows cu_seq_lens_q and cu_seq_lens_k."

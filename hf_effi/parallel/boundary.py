@@ -44,8 +44,8 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
     Let each model, called with the whole batch, compute on its shard and return the whole outputs.
 
     Args:
-        models (`Iterable[nn.Module]`): Policy and reference models, unwrapped; one that is named twice counts once. A sequence classifier is split at its
-            backbone: its head pools over whole hidden states.
+        models (`Iterable[nn.Module]`): Policy and reference models, unwrapped; one that is named twice counts once. A
+            sequence classifier is split at its backbone: its head pools over whole hidden states.
         group ([`SequenceGroup`]): The ranks of the sequence, which call with the same batch.
         gradient (`str`): `"sum"` for replicated batches, `"slice"` for rounds; see [`gather_sequence`].
     """
@@ -55,8 +55,8 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
     }  # before the hooks, which these forwards must not meet
     if gradient == "slice" and torch.is_grad_enabled() and any(point is not model for model, point in points):
         raise SequenceParallelError(
-            "A sequence classifier cannot be trained in rounds: its head runs on whole hidden states, so that every rank "
-            "would add the whole gradient of the head in every round. Use sequence_parallel_mode='replicated'."
+            "A sequence classifier cannot be trained in rounds: its head runs on whole hidden states, so that every "
+            "rank would add the whole gradient of the head in every round. Use sequence_parallel_mode='replicated'."
         )
     open_calls: list[tuple[SequenceLayout, int]] = []
 
@@ -65,8 +65,8 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
         fused = bool(inputs.get("fused_lm_head"))
         if inputs.get("labels") is not None and not fused:
             raise SequenceParallelError(
-                "The model was called with labels and returns their mean loss, which cannot be joined from shards. Use "
-                "sequence_parallel_mode='token' for such a trainer."
+                "The model was called with labels and returns their mean loss, which cannot be joined from shards. "
+                "Use sequence_parallel_mode='token' for such a trainer."
             )
         layout, shard = split_batch(inputs, group)
         # TRL scores all positions of pre-shifted labels; called with labels it returns one column less.
@@ -115,6 +115,6 @@ def _check_entered(module: nn.Module, layout: SequenceLayout) -> None:
     missed = [name for name, layer in attention_layers(module).items() if id(layer) not in layout.entered]
     if missed:
         raise SequenceParallelError(
-            f"Sequence parallelism is not active in {', '.join(missed[:3])} ({len(missed)} layers): their attention did "
-            "not go through transformers' attention interface, so each rank would attend to its own part only."
+            f"Sequence parallelism is not active in {', '.join(missed[:3])} ({len(missed)} layers): their attention "
+            "did not go through transformers' attention interface, so each rank would attend to its own part only."
         )

@@ -69,8 +69,8 @@ def _check_kind(model: nn.Module, config: Any, text: Any) -> None:
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
     if found := kinds & _LENGTH_DEPENDENT_ROPE:
         raise SequenceParallelError(
-            f"rope_type={sorted(found)[0]!r} depends on the longest position in a forward, and each rank sees only its "
-            "own. Use 'linear', 'yarn' or 'llama3'."
+            f"rope_type={sorted(found)[0]!r} depends on the longest position in a forward, and each rank sees only "
+            "its own. Use 'linear', 'yarn' or 'llama3'."
         )
 
 
@@ -131,8 +131,10 @@ def check_deepspeed(parallelism: Any, deepspeed_plugin: Any, packed: bool) -> st
         )
     if stage in (1, 2):
         return (
-            f"DeepSpeed ZeRO-{stage} with sp_size={size} multiplies every gradient by {size}: the differentiable gather "
-            f"of the loss adds {size} copies, and ZeRO-{stage} divides by the data-parallel ranks only. Adam hides it, "
+            f"DeepSpeed ZeRO-{stage} with sp_size={size} multiplies every gradient by {size}: the differentiable "
+            "gather "
+            f"of the loss adds {size} copies, and ZeRO-{stage} divides by the data-parallel ranks only. Adam hides "
+            "it, "
             f"but grad_norm is {size} times too large and max_grad_norm clips {size} times too early. Use ZeRO-3, or "
             f"set max_grad_norm to {size} times the value you want, or use sequence_parallel_size={size} instead."
         )

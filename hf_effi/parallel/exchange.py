@@ -125,8 +125,8 @@ def gather_sequence(x: Tensor, group: SequenceGroup, gradient: GatherGradient) -
     All ranks then compute the same loss from the whole sequence. What their copies of the gradient become depends on
     who averages later:
 
-    - `"sum"`: the copies are added, `P` times the gradient. Right when each of the `W` ranks averages over the world and
-      a batch is processed once by its group (replicated batches).
+    - `"sum"`: the copies are added, `P` times the gradient. Right when each of the `W` ranks averages over the world
+      and a batch is processed once by its group (replicated batches).
     - `"slice"`: each rank keeps its part of its own copy. Right when the group processes the batches of all its `P`
       ranks in turn (rounds).
 

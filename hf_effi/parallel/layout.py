@@ -42,8 +42,8 @@ class SequenceLayout:
         documents (`Tensor`): `(B, S)` with `S` a multiple of `group.size`, from `document_ids`.
         length (`int`): `S` before padding.
         inputs (`set[str]`): Names of what the model is called with; `position_ids` included, which models also make.
-        padding_mask (`Tensor`, *optional*): `(B, S)`, 1 on real tokens, where the batch came without `position_ids`: the model
-            that is called then says how it counts them.
+        padding_mask (`Tensor`, *optional*): `(B, S)`, 1 on real tokens, where the batch came without `position_ids`:
+            the model that is called then says how it counts them.
     """
 
     group: SequenceGroup
@@ -146,8 +146,8 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
     """
     Split a whole batch, the same on every rank of `group`, along the sequence.
 
-    Positions stay global (counted by column where none are given; `sharded_forward` and `gathered_forward` then ask the
-    model), labels also come as `shift_labels`, and rows are padded at the end to a multiple of `P`.
+    Positions stay global (counted by column where none are given; `sharded_forward` and `gathered_forward` then ask
+    the model), labels also come as `shift_labels`, and rows are padded at the end to a multiple of `P`.
 
     Args:
         inputs (`Mapping[str, Any]`): What the model takes: `input_ids` or `inputs_embeds`, and any of `labels`,
@@ -203,8 +203,8 @@ def _check_labels(shifted: Tensor, mask: Tensor | None) -> None:
     """What padding attends to is the backend's own affair, so what it predicts is the same nowhere."""
     if mask is not None and bool((shifted[:, : mask.shape[1]][mask == 0] != -100).any()):
         raise SequenceParallelError(
-            "A padding token would have to predict a label, from keys that differ between backends. Pad on the right and "
-            "label padding -100, or give the first token of left-padded rows the label -100."
+            "A padding token would have to predict a label, from keys that differ between backends. Pad on the right "
+            "and label padding -100, or give the first token of left-padded rows the label -100."
         )
 
 

@@ -79,9 +79,10 @@ def _measure(model: nn.Module) -> PositionRule:
             if differences[-1] <= allowed:
                 return rule
     raise SequenceParallelError(
-        f"{type(model).__name__} numbers its tokens in a way of its own, which a rank with a part of the sequence cannot "
-        f"do: on a left-padded row its outputs differ by {differences[0]:.1e} (relative) from those with positions counted "
-        f"by column, and by {differences[1]:.1e} from those counted by token."
+        f"{type(model).__name__} numbers its tokens in a way of its own, which a rank with a part of the sequence "
+        "cannot "
+        f"do: on a left-padded row its outputs differ by {differences[0]:.1e} (relative) from those with positions "
+        f"counted by column, and by {differences[1]:.1e} from those counted by token."
     )
 
 
@@ -93,7 +94,8 @@ def _output(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor | Non
 @contextlib.contextmanager
 def as_it_is_or_wide(model: nn.Module) -> Iterator[float]:
     """
-    The conditions of a probe, without gradients: in double precision; single where weights are packed; as they are, sharded.
+    The conditions of a probe, without gradients: in double precision; single where weights are packed; as they are,
+    sharded.
 
     Yields:
         `float`: The largest relative difference that is rounding.
@@ -110,7 +112,9 @@ def as_it_is_or_wide(model: nn.Module) -> Iterator[float]:
 
 
 def difference(own: Tensor, other: Tensor, mask: Tensor) -> float:
-    """Return the largest difference on real tokens, relative to the largest output; infinity where one is not finite."""
+    """
+    Return the largest difference on real tokens, relative to the largest output; infinity where one is not finite.
+    """
     real = mask != 0
     gap = (own - other)[real].abs().max() / own[real].abs().max().clamp(min=1e-30)
     return float(gap.nan_to_num(nan=torch.inf))

@@ -23,8 +23,9 @@ def prove_split(models: Sequence[nn.Module], group: SequenceGroup, with_loss: bo
     """
     Forward a few tokens whole and split, and compare: every rank calls it with its own instances of the same models.
 
-    Two rows, one of them left-padded, of a length that the ranks do not divide. What this finds needs no name: state that
-    runs along the sequence (recurrences, convolutions), positions of a kind of their own, extra terms of the loss.
+    Two rows, one of them left-padded, of a length that the ranks do not divide. What this finds needs no name: state
+    that runs along the sequence (recurrences, convolutions), positions of a kind of their own, extra terms of the
+    loss.
 
     Args:
         models (`Sequence[nn.Module]`): Policy and reference models, unwrapped.
@@ -48,9 +49,10 @@ def prove_split(models: Sequence[nn.Module], group: SequenceGroup, with_loss: bo
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group.process_group)
         if float(worst) > allowed:
             raise SequenceParallelError(
-                f"{type(model).__name__} split over {group.size} ranks is not the whole model: on a few left-padded tokens "
-                f"its {what} differ by {float(worst):.1e} (relative). Something in it passes along the sequence outside "
-                "of its attention (a convolution, a recurrence, positions of its own)."
+                f"{type(model).__name__} split over {group.size} ranks is not the whole model: on a few left-padded "
+                "tokens "
+                f"its {what} differ by {float(worst):.1e} (relative). Something in it passes along the sequence "
+                "outside of its attention (a convolution, a recurrence, positions of its own)."
             )
 
 
@@ -59,8 +61,8 @@ def _check_rotation(model: nn.Module) -> None:
     found = length_dependent_positions(model)
     if found.looked and not found.equal:
         raise SequenceParallelError(
-            f"{type(model).__name__}: {found} between a short and a long call, and each rank sees only its own part. Use a "
-            "rope_type with fixed frequencies, such as 'linear', 'yarn' or 'llama3'."
+            f"{type(model).__name__}: {found} between a short and a long call, and each rank sees only its own part. "
+            "Use a rope_type with fixed frequencies, such as 'linear', 'yarn' or 'llama3'."
         )
 
 

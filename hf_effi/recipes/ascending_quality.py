@@ -24,8 +24,8 @@ def cma(
     """
     Return the keyword arguments of curriculum model averaging: ascending quality, constant LR, averaged checkpoints.
 
-    They fit every Trainer, stock ones included. Set `num_train_epochs=1` and leave `lr_scheduler_type` and `warmup_steps`
-    at their defaults. Paper: How Learning Rate Decay Wastes Your Best Data (2511.18903).
+    They fit every Trainer, stock ones included. Set `num_train_epochs=1` and leave `lr_scheduler_type` and
+    `warmup_steps` at their defaults. Paper: How Learning Rate Decay Wastes Your Best Data (2511.18903).
 
     Args:
         scores (`torch.Tensor` or `Sequence[float]`): Quality of each row of the training dataset, high is good.
@@ -58,9 +58,11 @@ def cdma(
     **order: Any,
 ) -> dict[str, Any]:
     """
-    Return the keyword arguments of CMA with a moderate decay: the LR ends at a third of its peak. As [`cma`] otherwise.
+    Return the keyword arguments of CMA with a moderate decay: the LR ends at a third of its peak. As [`cma`]
+    otherwise.
 
-    A `final_ratio` below 0.1 makes training begin with a `DecayToZeroWarning`: the order and the decay fight each other.
+    A `final_ratio` below 0.1 makes training begin with a `DecayToZeroWarning`: the order and the decay fight each
+    other.
 
     Args:
         scores (`torch.Tensor` or `Sequence[float]`): Quality of each row of the training dataset, high is good.

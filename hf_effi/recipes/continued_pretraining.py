@@ -1,4 +1,6 @@
-"""Continual pre-training without the stability gap: several epochs on the best part, mixed like the pre-training data."""
+"""
+Continual pre-training without the stability gap: several epochs on the best part, mixed like the pre-training data.
+"""
 
 from __future__ import annotations
 
@@ -31,23 +33,25 @@ def stability_gap(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Return the keyword arguments of a continual pre-training that goes `epochs` times over the best part of a new domain.
+    Return the keyword arguments of a continual pre-training that goes `epochs` times over the best part of a new
+    domain.
 
     Of the rows of the source `new`, the `keep` with the highest scores are trained on, `epochs` times, at a share of
-    `new_share` of every block. The rest of each block comes from the old sources, which are not restarted: later epochs
-    get old rows that were not seen yet, as long as there are some. The run has `epochs * kept / new_share` samples; set
-    `num_train_epochs=1`. The trainer needs [`SamplerMixin`], which `EffiTrainer` and `EffiSFTTrainer` have. Paper:
-    Efficient Continual Pre-training by Mitigating the Stability Gap (2406.14833).
+    `new_share` of every block. The rest of each block comes from the old sources, which are not restarted: later
+    epochs get old rows that were not seen yet, as long as there are some. The run has `epochs * kept / new_share`
+    samples; set `num_train_epochs=1`. The trainer needs [`SamplerMixin`], which `EffiTrainer` and `EffiSFTTrainer`
+    have. Paper: Efficient Continual Pre-training by Mitigating the Stability Gap (2406.14833).
 
     Args:
-        scores (`torch.Tensor` or `Sequence[float]`): Quality of each row, high is good; of a perplexity pass the negative.
-            Only the rows of `new` are looked at.
+        scores (`torch.Tensor` or `Sequence[float]`): Quality of each row, high is good; of a perplexity pass the
+            negative. Only the rows of `new` are looked at.
         sources (`Sequence[Hashable]`): Source of each row of the training dataset.
         new (`Hashable`): The source that is new.
         block (`int`): Samples over which the shares are exact, such as the global batch size.
         keep (`float`, *optional*, defaults to 0.1): Share of the new rows, in (0, 1]. Paper: 5B of 50B tokens.
         epochs (`int`, *optional*, defaults to 4): Passes over the kept rows. Paper: 4.
-        new_share (`float`, *optional*, defaults to 0.82): In (0, 1). Paper: what web text was of the pre-training data.
+        new_share (`float`, *optional*, defaults to 0.82): In (0, 1). Paper: what web text was of the pre-training
+            data.
         old_weights (`Mapping`, *optional*): Weight of each old source; its number of rows if `None`.
         schedule (`Schedule`, *optional*): `None` re-warms over 1 % and decays as a cosine to a tenth, which is from
             another study (2403.08763): this paper's schedule is not known to us.

@@ -31,7 +31,7 @@ def accelerate_config(kind: str, num_gpus: int) -> str:
         raise ValueError(f"kind={kind!r} is not known. Known: {', '.join(KINDS)}.")
     if num_gpus not in NUM_GPUS:
         raise ValueError(
-            f"num_gpus={num_gpus!r} has no launch file. There are {', '.join(map(str, NUM_GPUS))}; for another number add "
-            "--num_processes to accelerate launch."
+            f"num_gpus={num_gpus!r} has no launch file. There are {', '.join(map(str, NUM_GPUS))}; for another number "
+            "add --num_processes to accelerate launch."
         )
     return str(Path(__file__).parent / "accelerate" / f"{kind}_{num_gpus}gpu.yaml")

@@ -25,8 +25,8 @@ def extend_rope(config: PreTrainedConfig, max_length: int, *, theta: float | Non
         theta (`float`, *optional*): The base to set, for papers that give one: 8e6 for ProLong's 64k stage.
 
     Raises:
-        ValueError: no rotary positions, positions that are scaled already (`llama3`, `yarn`, ...), a length that is not
-            longer, or a base that is not larger.
+        ValueError: no rotary positions, positions that are scaled already (`llama3`, `yarn`, ...), a length that is
+            not longer, or a base that is not larger.
 
     Example:
     ```python
@@ -193,8 +193,8 @@ def lambda_patterns(num_layers: int, *, window: int, sink: int = 10) -> list[Att
     """
     Return LM-Infinite's mask for all layers: the first `sink` keys and the latest `window`. arXiv:2308.16137.
 
-    The mask only. The paper also limits the distance at which the first keys are seen, which needs no training; with the
-    mask alone, train with it.
+    The mask only. The paper also limits the distance at which the first keys are seen, which needs no training; with
+    the mask alone, train with it.
 
     Args:
         num_layers (`int`): Layers of the model.

@@ -24,8 +24,8 @@ class TraceProbe(LayerProbe):
     Args:
         model (`torch.nn.Module`): With checkpointing on.
         run (`ShapeRun`): In which it runs.
-        counts_as_copy (`Callable`): Whether what autocast makes of a weight is counted as a copy of weights, apart from
-            activations.
+        counts_as_copy (`Callable`): Whether what autocast makes of a weight is counted as a copy of weights, apart
+            from activations.
 
     Attributes:
         calls (`list[dict]`): What each run of a layer keeps, in order.

@@ -25,7 +25,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Attention that runs here as it does in training. Others are traced as fused attention without masks, as FlashAttention.
+#: Attention that runs here as it does in training. Others are traced as fused attention without masks, as
+#: FlashAttention.
 TRACED_ATTENTION = ("sdpa", "eager")
 #: Not in the table of masks, so that transformers builds none and the attention is the fused causal one.
 _MASKLESS = "hf_effi_maskless_sdpa"
@@ -51,8 +52,8 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
     """
     Return the class that a config is loaded as for language modelling, and the part of the config that it takes.
 
-    It is the one that `architectures` name, or the first that the auto classes know: causal (encoder-decoder first, where
-    the config is of one), image and text to text, encoder-decoder. Classes without an LM head do not count.
+    It is the one that `architectures` name, or the first that the auto classes know: causal (encoder-decoder first,
+    where the config is of one), image and text to text, encoder-decoder. Classes without an LM head do not count.
 
     Raises:
         ValueError: there is none.
@@ -103,7 +104,10 @@ def build_on_meta(config: PreTrainedConfig, dtype: str, attention: str | None) -
 
 
 def _kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Convert back what `from_pretrained` leaves in fp32 where 16 bits are asked for, by its own rule: routers, for example."""
+    """
+    Convert back what `from_pretrained` leaves in fp32 where 16 bits are asked for, by its own rule: routers, for
+    example.
+    """
     if patterns := list(model._get_dtype_plan(dtype)):
         kept, *_ = build_glob_alternation(patterns)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -164,7 +168,9 @@ def setting(config: PreTrainedConfig, name: str) -> Any:
 
 
 def four_bit_linears(model: Any) -> list[torch.nn.Module]:
-    """Return the layers that transformers stores in 4 bits, by its own rule: not the LM head, nor what is tied to it."""
+    """
+    Return the layers that transformers stores in 4 bits, by its own rule: not the LM head, nor what is tied to it.
+    """
     left = get_keys_to_not_convert(model)
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is torch.nn.Linear]
     return [module for name, module in linear if should_convert_module(name, left)]

@@ -35,8 +35,8 @@ _ACTIVATION_SWITCHES = {
 }
 #: what is an estimate in every plan, and what no plan counts
 ESTIMATED = (
-    "selective, offload, gradients of the logits, tiled loss, tiled MLP, stream, recomputed layers, exchange buffers of sequence parallelism, "
-    "layers gathered by ZeRO-3 or FSDP, the time column (FLOPs that are repeated)"
+    "selective, offload, gradients of the logits, tiled loss, tiled MLP, stream, recomputed layers, exchange buffers "
+    "of sequence parallelism, layers gathered by ZeRO-3 or FSDP, the time column (FLOPs that are repeated)"
 )
 NOT_COUNTED = "temporaries, fragmentation, the CUDA context (leave --headroom)"
 
@@ -138,8 +138,8 @@ def plan_memory(
     `exact` of the result names the columns that are those of a real step, `not_modelled` what the plan leaves out.
 
     Args:
-        config (`PreTrainedConfig`, `torch.nn.Module` or `str`): The model: a config, a folder, a `config.json`, a name on
-            the Hub, or a model, which is left as it is (`dtype`, `attention`, LoRA and 4 bits are then its own).
+        config (`PreTrainedConfig`, `torch.nn.Module` or `str`): The model: a config, a folder, a `config.json`, a name
+            on the Hub, or a model, which is left as it is (`dtype`, `attention`, LoRA and 4 bits are then its own).
         seq_len (`int`): Tokens of a row; of the encoder and of the decoder, where there are two.
         batch (`int`, *optional*, defaults to `1`): Rows of a micro-batch on one device.
         gpu_gib (`float`, *optional*): Memory of a device in GiB; without it nothing is chosen.
@@ -150,8 +150,8 @@ def plan_memory(
             attention without masks. By default what the config says, or what transformers takes.
         padded (`bool`, *optional*, defaults to `False`): Whether rows are padded or packed: SDPA then keeps a mask of
             `seq_len**2` values for each layer and row.
-        optimizer (`str`, *optional*, defaults to `"adamw_torch"`): A name of `TrainingArguments.optim`; `OPTIMIZERS` are
-            counted, the state of others is named as left out.
+        optimizer (`str`, *optional*, defaults to `"adamw_torch"`): A name of `TrainingArguments.optim`; `OPTIMIZERS`
+            are counted, the state of others is named as left out.
         sharding (`str`, *optional*, defaults to `"ddp"`): `ddp`, `zero1`, `zero2`, `zero3` or `fsdp`.
         ranks (`int`, *optional*, defaults to `1`): Devices that share under `sharding`.
         sequence_parallel_size (`int`, *optional*, defaults to `1`): Devices that share each row.
@@ -162,7 +162,8 @@ def plan_memory(
             device.
 
     Raises:
-        ValueError: an argument out of range, one that does nothing beside the others, or a model that cannot be traced.
+        ValueError: an argument out of range, one that does nothing beside the others, or a model that cannot be
+            traced.
 
     Example:
     ```python
@@ -228,7 +229,9 @@ def _counted_optimizer(optimizer: str) -> str | None:
 
 
 def _exact(traced: Any, base: Switches, kv_cache: int | None) -> tuple[str, ...]:
-    """Return the columns of which every byte is known: none that ranks share, which pad their shares, or that is guessed."""
+    """
+    Return the columns of which every byte is known: none that ranks share, which pad their shares, or that is guessed.
+    """
     shared = base.shard_stage if base.shard_ranks > 1 else 0
     guessed = traced.run.invented
     as_stored = traced.quantization is None and not any(parameter.four_bit for parameter in traced.parameters)
@@ -249,7 +252,8 @@ def _left_out(traced: Any, trace: ForwardTrace) -> list[str]:
     found = []
     if parts := traced.not_run():
         found.append(
-            f"activations, gradients and optimizer state of {_named(parts)}: these parts do not run on rows of text alone"
+            f"activations, gradients and optimizer state of {_named(parts)}: these parts do not run on rows of text "
+            "alone"
         )
     if parts := traced.not_reached():
         found.append(f"gradients and optimizer state of {_named(parts)}: no gradient of the loss reaches these parts")
@@ -262,8 +266,8 @@ def _left_out(traced: Any, trace: ForwardTrace) -> list[str]:
         found.append("branches that depend on the values of activations, which are guessed")
     if "length" in traced.run.invented:
         found.append(
-            f"rows of this length, since the model loops over tokens: figures of up to {SHORT_ROWS[-1]} tokens are continued, "
-            "in which longer windows do not show"
+            f"rows of this length, since the model loops over tokens: figures of up to {SHORT_ROWS[-1]} tokens are "
+            "continued, in which longer windows do not show"
         )
     if traced.stand_in is not None:
         found.append(f"attention {traced.stand_in!r}: counted as fused attention without masks")

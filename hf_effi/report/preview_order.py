@@ -65,7 +65,8 @@ def preview(
         batches (`int`, *optional*, defaults to 3): First batches to list.
 
     Returns:
-        `dict`: `samples`, `distinct_rows`, `rows`, `most_often` (times that the most frequent row comes), `parts` (each
+        `dict`: `samples`, `distinct_rows`, `rows`, `most_often` (times that the most frequent row comes), `parts`
+            (each
         with `samples`, `mean`, `low`, `high` and `shares` of the groups) and `first_batches` of row numbers.
 
     Raises:

@@ -19,8 +19,8 @@ def leaves_of_graph(out: Any) -> tuple[set[int], set[str]]:
         out (`ModelOutput`): Of a forward pass.
 
     Returns:
-        The ids of the tensors that get a gradient, and the names of the functions on the way that are written in Python:
-        their backward pass may reach further weights, which no graph shows.
+        The ids of the tensors that get a gradient, and the names of the functions on the way that are written in
+        Python: their backward pass may reach further weights, which no graph shows.
     """
     waiting = [tensor.grad_fn for tensor in _roots(out)]
     seen, leaves, functions = set(waiting), set(), set()

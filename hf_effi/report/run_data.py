@@ -48,7 +48,8 @@ def _load(folder: Path) -> dict[str, Any]:
     states = [path for path in states if path.is_file()]
     if not states:
         raise NoRunError(
-            f"{folder} has no {FOLDER}/{SUMMARY} and no {STATE}. Give the output_dir of a run; RunRecordCallback() records one."
+            f"{folder} has no {FOLDER}/{SUMMARY} and no {STATE}. Give the output_dir of a run; RunRecordCallback() "
+            "records one."
         )
     found = [check_state(load_json(path), path) for path in states]
     state = max(found, key=lambda one: one["global_step"])

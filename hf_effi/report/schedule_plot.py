@@ -53,7 +53,8 @@ def plot_schedules(
         path (`str`, *optional*): File to write (PNG, SVG, PDF).
         base_lr (`float`, *optional*, defaults to 1.0): Scales the vertical axis from multipliers to learning rates.
         title (`str`, *optional*): Title.
-        panels (`int`, *optional*): Columns of a grid with one small panel for each schedule; `None` draws all into one.
+        panels (`int`, *optional*): Columns of a grid with one small panel for each schedule; `None` draws all into
+            one.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.

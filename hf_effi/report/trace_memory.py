@@ -34,8 +34,8 @@ from .reachable import backward, bytes_of_cache, leaves_of_graph
 
 #: Operators of one forward pass after which it is given up: some 20 seconds. Loops over tokens get there.
 MAX_OPERATIONS = 300_000
-#: What tells how bytes grow where a long row takes too long: the first three have to foretell the last. Whole chunks of
-#: linear attention, and more than one.
+#: What tells how bytes grow where a long row takes too long: the first three have to foretell the last. Whole chunks
+#: of linear attention, and more than one.
 SHORT_ROWS = (128, 192, 256, 320)
 #: what else a model may ask for in a step on text alone
 _EXTRA_INPUTS = ("token_type_ids", "mm_token_type_ids")
@@ -63,19 +63,20 @@ class TracedModel:
     A model without data, whose forward passes tell what autograd saves.
 
     Args:
-        model (`PreTrainedConfig` or `torch.nn.Module`): A config, or a model, of which a copy without data is made; `dtype`,
-            `attention` and LoRA are then those of the model.
+        model (`PreTrainedConfig` or `torch.nn.Module`): A config, or a model, of which a copy without data is made;
+            `dtype`, `attention` and LoRA are then those of the model.
         dtype (`str`, *optional*, defaults to `"float32"`): Dtype of the weights.
         autocast (`bool`, *optional*, defaults to `False`): Whether the forward pass runs under bf16 autocast, as with
             `bf16=True` in the training arguments.
-        attention (`str`, *optional*): `sdpa`, `eager`, or the name of another, which is traced as fused attention without
-            masks. By default what transformers takes.
+        attention (`str`, *optional*): `sdpa`, `eager`, or the name of another, which is traced as fused attention
+            without masks. By default what transformers takes.
         lora_rank (`int`, *optional*): Train LoRA matrices of this rank only.
         lora_targets (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): As in PEFT.
         four_bit (`bool`, *optional*, defaults to `False`): Keep the linear weights in 4 bits, but the LM head's.
 
     Attributes:
-        recomputing (`set[str]`): Functions whose backward pass runs parts of the model again, unseen by a forward pass.
+        recomputing (`set[str]`): Functions whose backward pass runs parts of the model again, unseen by a forward
+            pass.
         quantization (`str` or `None`): The method by which the weights of a config are stored, which is not counted.
         stand_in (`str` or `None`): The attention that fused attention without masks stands for.
 
@@ -150,22 +151,25 @@ class TracedModel:
             return self._continued(lambda row: self._trace(batch, row, padded), extrapolated_trace, seq_len)
 
     def _continued(self, measure: Callable[[int], Any], through: Callable[..., Any], tokens: int) -> Any:
-        """Return what `measure` gives for short rows, continued to longer ones; refuse where it does not grow evenly."""
+        """
+        Return what `measure` gives for short rows, continued to longer ones; refuse where it does not grow evenly.
+        """
         self.run.invented.add("length")
         name, (*first, last) = type(self.model).__name__, SHORT_ROWS
         try:
             found = [measure(row) for row in SHORT_ROWS]
         except TooManyOperations as error:
             raise ValueError(
-                f"{name} loops over tokens: rows of {last} tokens take more than {MAX_OPERATIONS} operators already, so "
-                f"that {tokens} tokens cannot be planned."
+                f"{name} loops over tokens: rows of {last} tokens take more than {MAX_OPERATIONS} operators already, "
+                f"so that {tokens} tokens cannot be planned."
             ) from error
         for value, expected in zip(_numbers(found[-1]), _numbers(through(found[:-1], first, last)), strict=True):
             if abs(value - expected) > 0.01 * abs(value):
                 raise ValueError(
-                    f"{name} loops over tokens, so that {tokens} tokens are too long to be traced, and {last} tokens take "
-                    f"{value:,} bytes where rows of {', '.join(map(str, first))} tokens foretell {expected:,}: longer rows "
-                    "cannot be planned."
+                    f"{name} loops over tokens, so that {tokens} tokens are too long to be traced, and {last} tokens "
+                    "take "
+                    f"{value:,} bytes where rows of {', '.join(map(str, first))} tokens foretell {expected:,}: longer "
+                    "rows cannot be planned."
                 )
         return through(found[1:], SHORT_ROWS[1:], tokens)
 
@@ -250,7 +254,10 @@ class TracedModel:
         return step
 
     def _reached_from(self, out: Any) -> set[int]:
-        """Return the ids of the weights that get a gradient, by the graph, or by a backward pass where that says too little."""
+        """
+        Return the ids of the weights that get a gradient, by the graph, or by a backward pass where that says too
+        little.
+        """
         reached, functions = leaves_of_graph(out)
         used = {id(w) for key, w in weights_of(self.model) if w.requires_grad and key in self.run.used}
         if functions and not used <= reached:
@@ -265,7 +272,10 @@ class TracedModel:
 
     @contextlib.contextmanager
     def _at_head(self, step: _Step, saved: SavedBytes, first: int) -> Iterator[None]:
-        """Note what is saved when the model below the LM head is done, or when the LM head begins, as not all call the former."""
+        """
+        Note what is saved when the model below the LM head is done, or when the LM head begins, as not all call the
+        former.
+        """
 
         def note(*args: Any) -> None:
             step.backbone, step.copies = saved.now, self._copies(saved, first)
@@ -333,7 +343,9 @@ class TracedModel:
     # ---- what the plan cannot see ----
 
     def not_run(self) -> dict[str, int]:
-        """Return the largest parts of the model whose weights no pass has used, with their parameters; `*` is any layer."""
+        """
+        Return the largest parts of the model whose weights no pass has used, with their parameters; `*` is any layer.
+        """
         return self._parts(lambda key, weight: key not in self.run.used)
 
     def not_reached(self) -> dict[str, int]:
@@ -344,7 +356,9 @@ class TracedModel:
         )
 
     def _parts(self, belongs: Callable[[Any, torch.nn.Parameter], bool]) -> dict[str, int]:
-        """Return the largest modules of which all weights belong, or else single weights, with their number of values."""
+        """
+        Return the largest modules of which all weights belong, or else single weights, with their number of values.
+        """
         found: dict[str, int] = {}
 
         def add(name: str, weights: list[Any]) -> None:
@@ -392,7 +406,9 @@ class TracedModel:
     # ---- helpers ----
 
     def _layers(self, checkpointing: bool) -> list[torch.nn.Module]:
-        """Switch checkpointing and return the layers that it treats one by one; none where the model does not support it."""
+        """
+        Switch checkpointing and return the layers that it treats one by one; none where the model does not support it.
+        """
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not checkpointing:
             for layer in layers:

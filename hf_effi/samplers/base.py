@@ -157,8 +157,8 @@ class EffiSampler(Sampler[int]):
         """
         if self._start is not None:
             raise SamplerError(
-                f"start_from{self._start} was called, and the Trainer skips the finished batches itself: they would be "
-                "skipped twice. Remove the call; trainer.train(resume_from_checkpoint=True) is all it takes."
+                f"start_from{self._start} was called, and the Trainer skips the finished batches itself: they would "
+                "be skipped twice. Remove the call; trainer.train(resume_from_checkpoint=True) is all it takes."
             )
 
     # ---- state ----
@@ -207,8 +207,8 @@ class EffiSampler(Sampler[int]):
         # Earlier versions did not store the class.
         if not same_class_path(stored.get("class", self.identity()), self.identity()):
             raise SamplerMismatchError(
-                f"The checkpoint was made by {stored['class']}, this run has {self.identity()}. Build the sampler as in the "
-                "run that is resumed, or start a new run from the weights."
+                f"The checkpoint was made by {stored['class']}, this run has {self.identity()}. Build the sampler as "
+                "in the run that is resumed, or start a new run from the weights."
             )
         if stored["fingerprint"] != self.fingerprint():
             raise SamplerMismatchError(
@@ -241,8 +241,8 @@ class EffiSampler(Sampler[int]):
             order = self.order(self.epoch)
             if order.dtype != torch.int64 or order.ndim != 1 or order.numel() != len(self):
                 raise SamplerError(
-                    f"{type(self).__name__}.order returned {order.dtype} of shape {tuple(order.shape)}, but len() says "
-                    f"{len(self)}. Return int64 of shape ({len(self)},)."
+                    f"{type(self).__name__}.order returned {order.dtype} of shape {tuple(order.shape)}, but len() "
+                    f"says {len(self)}. Return int64 of shape ({len(self)},)."
                 )
             self._cached = (key, order)
         return self._cached[1]

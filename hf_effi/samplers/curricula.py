@@ -27,8 +27,8 @@ class QualityAscendingSampler(EffiSampler):
     """
     Rows in the order of a score, lowest first: the best data comes last.
 
-    Use it for one epoch, and with a learning rate that does not decay to zero: a schedule that does meets the best rows
-    with the smallest updates, and `DecayToZeroWarning` says so. Formula:
+    Use it for one epoch, and with a learning rate that does not decay to zero: a schedule that does meets the best
+    rows with the smallest updates, and `DecayToZeroWarning` says so. Formula:
     [`~hf_effi.functional.data.score_order`].
 
     Args:
@@ -36,7 +36,8 @@ class QualityAscendingSampler(EffiSampler):
         buckets (`int`, *optional*): Shuffle inside this many equal parts; a full sort if `None`.
         folds (`int`, *optional*, defaults to 1): Interleaved ascending passes.
         descending (`bool`, *optional*, defaults to `False`): Highest first.
-        sources (`Sequence[Hashable]`, *optional*): Source of each row; the mixture then stays constant along the order.
+        sources (`Sequence[Hashable]`, *optional*): Source of each row; the mixture then stays constant along the
+            order.
         seed (`int`, *optional*, defaults to 0): Seed of ties and of the shuffles in buckets.
         nan (`str`, *optional*, defaults to `"error"`): `"error"` or `"median"`.
 
@@ -173,14 +174,14 @@ class CyclicalSampler(EffiSampler):
     plan covers the whole run in one epoch: set `num_train_epochs=1`.
 
     Args:
-        losses (`torch.Tensor` or `Sequence[float]`): Loss of each row under a model of the same kind, trained the plain
-            way; at least 0 (floored at 1e-8).
+        losses (`torch.Tensor` or `Sequence[float]`): Loss of each row under a model of the same kind, trained the
+            plain way; at least 0 (floored at 1e-8).
         total_epochs (`float`): Passes over the data, in rows, that the cyclical part shall at least have.
         start (`float`, *optional*, defaults to 0.25): Smallest share, in `(0, end]`.
         end (`float`, *optional*, defaults to 1.0): Largest share.
         alpha (`float`, *optional*, defaults to 0.5): Factor from one stage to the next, in `(0, 1)`.
-        full_epochs (`int`, *optional*, defaults to 0): Plain shuffled passes before the first stage. The released script
-            spends half of its epochs so.
+        full_epochs (`int`, *optional*, defaults to 0): Plain shuffled passes before the first stage. The released
+            script spends half of its epochs so.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
         nan (`str`, *optional*, defaults to `"error"`): `"error"` or `"median"`.
 

@@ -41,8 +41,8 @@ class GroupSampler(EffiSampler):
         self.layout = GenerationLayout(mini_repeat_count * batch_size, mini_repeat_count, num_iterations=repeat_count)
         if len(sampler) < batch_size:
             raise SamplerError(
-                f"{type(sampler).__name__} gives {len(sampler)} prompts per epoch, but one generation needs {batch_size}. "
-                "Add prompts, or lower per_device_train_batch_size or steps_per_generation."
+                f"{type(sampler).__name__} gives {len(sampler)} prompts per epoch, but one generation needs "
+                f"{batch_size}. Add prompts, or lower per_device_train_batch_size or steps_per_generation."
             )
 
     def __len__(self) -> int:

@@ -32,16 +32,17 @@ class MeasuringSampler(EffiSampler):
     """
     Base of samplers that measure the model once before an epoch and then keep the order of that epoch.
 
-    The trainer calls [`~MeasuringSampler.rows_to_measure`], has `measure` look at these rows (each process at its part),
-    and hands the gathered values to [`~MeasuringSampler.observe`]. The values are in the checkpoint: an epoch that is
-    resumed is not measured again, since the model has moved on.
+    The trainer calls [`~MeasuringSampler.rows_to_measure`], has `measure` look at these rows (each process at its
+    part), and hands the gathered values to [`~MeasuringSampler.observe`]. The values are in the checkpoint: an epoch
+    that is resumed is not measured again, since the model has moved on.
 
     Epochs have a fixed number of samples, so that the number of steps and the schedule are known: the chosen rows are
     repeated, each time in a new order, until the epoch is full.
 
     Args:
         num_rows (`int`): Rows of the dataset.
-        measure (`Callable[[model, list[int]], Tensor]`): One number for each row. Called in eval mode without gradients.
+        measure (`Callable[[model, list[int]], Tensor]`): One number for each row. Called in eval mode without
+            gradients.
         num_samples (`int`, *optional*): Samples of an epoch; `num_rows` if `None`.
         seed (`int`, *optional*, defaults to 0): Seed of the orders.
     """
@@ -148,8 +149,8 @@ class SelfPacedSampler(MeasuringSampler):
         super().__init__(num_rows, measure, num_samples, seed)
         if (share is None) == (threshold is None):
             raise CurriculumError(
-                f"share={share!r} and threshold={threshold!r}: give exactly one, a share of the rows or a bound on the "
-                "loss."
+                f"share={share!r} and threshold={threshold!r}: give exactly one, a share of the rows or a bound on "
+                "the loss."
             )
         if share is not None:
             check_number("share", share, 0, 1, open_low=True)
@@ -181,9 +182,9 @@ class AbilitySampler(MeasuringSampler):
     """
     Train on items that are not harder than the model is able: PUDF's dynamic data selection.
 
-    Before each epoch the model answers up to `max_probe` items; its ability `theta` is the MAP under the Rasch model, and
-    the epoch holds the items with `theta + lower <= b <= theta + upper`. If `theta` moved by less than `min_change` for
-    two epochs in a row, `shift` is added to it, for good.
+    Before each epoch the model answers up to `max_probe` items; its ability `theta` is the MAP under the Rasch model,
+    and the epoch holds the items with `theta + lower <= b <= theta + upper`. If `theta` moved by less than
+    `min_change` for two epochs in a row, `shift` is added to it, for good.
 
     Args:
         difficulty (`torch.Tensor` or `Sequence[float]`): `b` of each row, such as `fit_rasch(responses)[0]`.

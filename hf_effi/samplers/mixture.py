@@ -22,8 +22,8 @@ class MixtureSampler(EffiSampler):
 
     Args:
         domains (`Sequence[Hashable]`): Domain of each row of the training dataset.
-        waypoints (`Sequence[tuple[float, Mapping]]`): `(progress, weights)`; the first at progress 0. To upsample a domain
-            at the end of training: `[(0.0, {"web": 9, "math": 1}), (0.85, {"web": 3, "math": 7})]`.
+        waypoints (`Sequence[tuple[float, Mapping]]`): `(progress, weights)`; the first at progress 0. To upsample a
+            domain at the end of training: `[(0.0, {"web": 9, "math": 1}), (0.85, {"web": 3, "math": 7})]`.
         block (`int`): Samples over which the shares are exact.
         num_samples (`int`, *optional*): Samples of the run; the number of rows if `None`.
         smooth (`bool`, *optional*, defaults to `False`): Move linearly from one way-point to the next.
@@ -35,7 +35,8 @@ class MixtureSampler(EffiSampler):
 
     Example:
     ```python
-    >>> sampler = MixtureSampler(["web"] * 4 + ["math"] * 2, [(0.0, {"web": 1}), (0.5, {"math": 1})], block=2, num_samples=8)
+    >>> mixes = [(0.0, {"web": 1}), (0.5, {"math": 1})]
+    >>> sampler = MixtureSampler(["web"] * 4 + ["math"] * 2, mixes, block=2, num_samples=8)
     >>> sorted(set(list(sampler)[:4])), sorted(set(list(sampler)[4:])), sampler.passes()
     ([0, 1, 2, 3], [4, 5], {'web': 1.0, 'math': 2.0})
     ```

@@ -1,4 +1,6 @@
-"""Multistage filtering: first everything, then what has a high loss, then what a cheap predictor expects to have one."""
+"""
+Multistage filtering: first everything, then what has a high loss, then what a cheap predictor expects to have one.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,14 @@ class MultistageSampler(MeasuringSampler):
     samples.
 
     - Stage 0, `warmup_rounds` rounds: every row of the stream. No row is measured.
-    - Stage 1: the next `window` rows are forwarded. The mean loss of the first `threshold_rows` of them is the threshold,
-      for good; rows above it queue up for training, and naive Bayes on their tokens learns which ones they are.
-    - Stage 2, once the mean log loss of the predictor on the last `switch_rows` rows, before it learned them, is at most
-      `switch_loss`: only rows that it calls hard are forwarded, filtered and learned.
+    - Stage 1: the next `window` rows are forwarded. The mean loss of the first `threshold_rows` of them is the
+      threshold, for good; rows above it queue up for training, and naive Bayes on their tokens learns which ones they
+      are.
+    - Stage 2, once the mean log loss of the predictor on the last `switch_rows` rows, before it learned them, is at
+      most `switch_loss`: only rows that it calls hard are forwarded, filtered and learned.
 
-    Hard rows that do not fit into a round wait for the next. Where there are too few, the hardest of the other measured
-    rows fill the round, then repetitions.
+    Hard rows that do not fit into a round wait for the next. Where there are too few, the hardest of the other
+    measured rows fill the round, then repetitions.
 
     Args:
         tokens (`Sequence[Sequence[int]]`): Tokens of each row, for the predictor.

@@ -27,9 +27,9 @@ def cost_of_model(model: Any) -> tuple[float, float]:
     """
     Return `(a, b)` of the cost `a l + b l^2` of a row of `l` tokens for a dense transformer of transformers.
 
-    Reads layers, query heads and head size from the text part of `model.config`; see [`flop_coefficients`]. A mixture of
-    experts multiplies fewer parameters per token than it has, and packed 4-bit weights hide some: call that function with the
-    right number.
+    Reads layers, query heads and head size from the text part of `model.config`; see [`flop_coefficients`]. A mixture
+    of experts multiplies fewer parameters per token than it has, and packed 4-bit weights hide some: call that
+    function with the right number.
 
     Raises:
         CurriculumError: the config does not say.
@@ -53,18 +53,19 @@ class TokenBudgetBatchSampler(EffiSampler):
     """
     Batches of as many rows as a token budget takes, each update dealt evenly to all processes.
 
-    Padding-free rows are packed best fit decreasing, padded ones with their neighbours in length. The micro-batches are
-    sorted by their cost and dealt back and forth to the `processes x accumulation steps` places of the updates, so that
-    those of one update cost the same. Each row is given once per epoch: where places would stay empty, dear micro-batches
-    are halved. Every process gets the same number of micro-batches, the same in each epoch. The seed decides which rows
-    of one length change places, and the order of the updates.
+    Padding-free rows are packed best fit decreasing, padded ones with their neighbours in length. The micro-batches
+    are sorted by their cost and dealt back and forth to the `processes x accumulation steps` places of the updates, so
+    that those of one update cost the same. Each row is given once per epoch: where places would stay empty, dear
+    micro-batches are halved. Every process gets the same number of micro-batches, the same in each epoch. The seed
+    decides which rows of one length change places, and the order of the updates.
 
     Args:
         lengths (`torch.Tensor` or `Sequence[int]`): Tokens of each row of the dataset, in `[1, max_tokens]`.
         max_tokens (`int`): Most tokens of a micro-batch; padding counts unless `padding_free`.
         cost (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.0)`): `(a, b)` of a row's cost `a l + b l^2`; see
             [`cost_of_model`].
-        padding_free (`bool`, *optional*, defaults to `False`): Whether the collator joins rows instead of padding them.
+        padding_free (`bool`, *optional*, defaults to `False`): Whether the collator joins rows instead of padding
+            them.
         length_multiple (`int`, *optional*, defaults to 1): Lengths count rounded up to it: `pad_to_multiple_of` of the
             collator. Rows of one rounded length change places.
         seed (`int`, *optional*, defaults to 0): Seed of all draws.
@@ -175,7 +176,7 @@ def _whole(lengths: Tensor | Sequence[int]) -> Tensor:
     values = torch.as_tensor(lengths)
     if values.ndim != 1 or not values.numel() or not bool((values == values.long()).all()):
         raise CurriculumError(
-            f"lengths has shape {tuple(values.shape)} and dtype {values.dtype}. Pass one whole number of tokens for each row "
-            "of the dataset, at least one."
+            f"lengths has shape {tuple(values.shape)} and dtype {values.dtype}. Pass one whole number of tokens for "
+            "each row of the dataset, at least one."
         )
     return values.long()

@@ -42,8 +42,8 @@ def check_trainer(args: Any, dataset: Any, sampler: EffiSampler) -> None:
         )
     if args.ignore_data_skip:
         raise SamplerError(
-            "ignore_data_skip=True makes the Trainer begin the interrupted epoch anew, so rows would be trained twice. "
-            f"Set it to False: with {name} the skipped rows are not read, and skipping costs next to nothing."
+            "ignore_data_skip=True makes the Trainer begin the interrupted epoch anew, so rows would be trained "
+            f"twice. Set it to False: with {name} the skipped rows are not read, and skipping costs next to nothing."
         )
 
 
@@ -59,7 +59,9 @@ STATE_KEY = "hf_effi.sampler"
 
 
 def rows_per_update(loader: Any, args: Any) -> int:
-    """Return how many rows all processes train on in one update; of batches without a fixed size: how many there are."""
+    """
+    Return how many rows all processes train on in one update; of batches without a fixed size: how many there are.
+    """
     batches = loader.batch_sampler
     size = getattr(batches, "batch_size", None)
     if size is None:
@@ -76,16 +78,17 @@ def store_order(state: Any, served: EffiSampler, loader: Any, args: Any) -> None
     Write into the state that gets saved which sampler orders the rows of the run, up to this update.
 
     Raises:
-        SamplerMismatchError: the checkpoint was trained with another number of rows per update, so that its place in the
-            order would be missed.
+        SamplerMismatchError: the checkpoint was trained with another number of rows per update, so that its place in
+            the order would be missed.
     """
     rows = rows_per_update(loader, args)
     stored = state.stateful_callbacks.get(STATE_KEY) or {}
     trained = stored.get("rows_per_update", rows) if stored.get("step") == state.global_step > 0 else rows
     if trained != rows and not args.ignore_data_skip:
         raise SamplerMismatchError(
-            f"The checkpoint at step {state.global_step} was trained with {trained} rows per update, this run has {rows}: the "
-            "Trainer counts finished updates, and would go on at another place in the order. Keep per_device_train_batch_size "
+            f"The checkpoint at step {state.global_step} was trained with {trained} rows per update, this run has "
+            f"{rows}: the Trainer counts finished updates, and would go on at another place in the order. Keep "
+            "per_device_train_batch_size "
             f"x gradient_accumulation_steps x processes at {trained}, or start a new run from the weights."
         )
     state.stateful_callbacks[STATE_KEY] = {
@@ -109,8 +112,8 @@ def check_stored_order(state: Any, served: EffiSampler) -> None:
     if stored is None or stored.get("step", state.global_step) != state.global_step:
         since = "" if stored is None else f" since update {stored['step']}"
         raise SamplerMismatchError(
-            f"The checkpoint at step {state.global_step} was trained without train_sampler or SamplerCallback{since}, in "
-            "another order. Resume without a sampler, or start a new run from the weights."
+            f"The checkpoint at step {state.global_step} was trained without train_sampler or SamplerCallback{since}, "
+            "in another order. Resume without a sampler, or start a new run from the weights."
         )
     served.check_same_order(stored)
 
@@ -125,8 +128,8 @@ def check_plan(sampler: EffiSampler, max_steps: int, dataloader: Any, accumulati
     updates = -(-len(dataloader) // accumulation)
     if sampler.single_pass and max_steps > updates:
         raise SamplerError(
-            f"{type(sampler).__name__} is a plan of {updates} steps for the whole run, but the run has {max_steps}. Set "
-            f"num_train_epochs=1 or max_steps={updates}, or make the plan longer."
+            f"{type(sampler).__name__} is a plan of {updates} steps for the whole run, but the run has {max_steps}. "
+            f"Set num_train_epochs=1 or max_steps={updates}, or make the plan longer."
         )
     if sampler.single_pass and max_steps < updates:
         logger.warning(
@@ -143,7 +146,8 @@ def warn_order_against_decay(sampler: EffiSampler, args: Any, scheduler: Any, ma
         warn_decay_to_zero(
             scheduler,
             max_steps,
-            f"and {type(sampler).__name__} serves the rows with the highest scores last: they are met with the smallest "
+            f"and {type(sampler).__name__} serves the rows with the highest scores last: they are met with the "
+            "smallest "
             "updates. Let the LR end at a third of its peak or stay constant, and average the last checkpoints "
             "(hf_effi.recipes.cdma).",
         )
@@ -157,15 +161,16 @@ def resume_in_dispatcher(served: EffiSampler, dataloader: Any, epoch: int, batch
     each finished step. The rest is passed over here, so that the two together discard what was trained on.
 
     Raises:
-        SamplerError: the last batch of the epoch has to be filled up with the first rows, which the resumed loader lacks.
+        SamplerError: the last batch of the epoch has to be filled up with the first rows, which the resumed loader
+            lacks.
     """
     if not isinstance(dataloader, DataLoaderDispatcher) or batches_done == 0:
         return
     world = dataloader.state.num_processes
     if len(served) % world and not dataloader._drop_last:
         raise SamplerError(
-            f"With dispatch_batches the last of {len(served)} samples would be filled up to {world} processes with other "
-            "rows than in the run that is resumed. Set dataloader_drop_last=True, or dispatch_batches=False."
+            f"With dispatch_batches the last of {len(served)} samples would be filled up to {world} processes with "
+            "other rows than in the run that is resumed. Set dataloader_drop_last=True, or dispatch_batches=False."
         )
     if not dataloader.split_batches:
         served.start_from(epoch, min(batches_done * (world - 1) * dataloader.batch_sampler.batch_size, len(served)))

@@ -51,15 +51,16 @@ def branch_cooldown(
     branch is bit for bit the run that would have called `start_decay` at that update.
 
     Args:
-        checkpoint (`str`): A `checkpoint-N` of a run with [`LRScheduleCallback`] and a schedule that has `start_decay`.
+        checkpoint (`str`): A `checkpoint-N` of a run with [`LRScheduleCallback`] and a schedule that has
+            `start_decay`.
         decay_steps (`int`): Length of the cooldown in updates, at least 1.
         output_dir (`str`): Folder of the branch; must not hold a checkpoint of the same name.
         shape (`str`, *optional*): Another shape for the decay.
         schedule (`Schedule`, *optional*): The trunk's schedule, for a checkpoint that has none stored.
 
     Raises:
-        ScheduleError: no stored schedule, one without a plateau, a decay that has begun, a checkpoint inside of a probe, or
-            a taken folder.
+        ScheduleError: no stored schedule, one without a plateau, a decay that has begun, a checkpoint inside of a
+            probe, or a taken folder.
 
     Example:
     ```python

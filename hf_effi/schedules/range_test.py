@@ -25,8 +25,8 @@ class RangeTest:
 
     Args:
         low, high (`float` or `None`): Median range over the repeats; `None` where too few of them found one.
-        confidence (`str`): `"high"`: the repeats' upper ends agree within a factor of 2; `"low"`: within a factor of 10;
-            `"none"`: they do not agree, or the loss did not fall.
+        confidence (`str`): `"high"`: the repeats' upper ends agree within a factor of 2; `"low"`: within a factor of
+            10; `"none"`: they do not agree, or the loss did not fall.
         spread (`float` or `None`): Largest upper end / smallest.
         runs (`list[dict]`): LRs and losses of each repeat, and what it suggests.
     """
@@ -51,8 +51,8 @@ def lr_range_test(
     """
     Run a learning-rate range test and put weights, optimizer and random numbers back, bit for bit.
 
-    Its updates are made outside of a Trainer's loop, so callbacks have no event of them, and what counts tokens in front
-    of the model leaves them out.
+    Its updates are made outside of a Trainer's loop, so callbacks have no event of them, and what counts tokens in
+    front of the model leaves them out.
 
     Formula: `lr_t = low (high/low)^(t/(n-1))`; a repeat ends when the smoothed loss is above `stop_factor` times the
     lowest, or not finite. Repeats see the batches in different orders.
@@ -109,9 +109,10 @@ def _check_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
     owned = kind.startswith("deepspeed") or kind == "accelerate.utils.deepspeed"
     if owned or is_sharded(model) or out_of_reach(model):
         raise ScheduleError(
-            f"lr_range_test steps the optimizer itself and puts whole weights back, but {type(optimizer).__name__} or the "
-            "model is DeepSpeed's, FSDP's or tensor-parallel. Run the test on the plain model, before it is given to the "
-            "engine."
+            f"lr_range_test steps the optimizer itself and puts whole weights back, but {type(optimizer).__name__} or "
+            "the "
+            "model is DeepSpeed's, FSDP's or tensor-parallel. Run the test on the plain model, before it is given to "
+            "the engine."
         )
 
 

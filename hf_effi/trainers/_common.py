@@ -41,8 +41,8 @@ def check_config(args: Any) -> None:
     Check the fields that the mixins read when a trainer is built, which is after its model was loaded.
 
     Raises:
-        ValueError: a kernel patch or a sequence parallel size that no trainer would take, or an option of GRPO whose method
-            is off.
+        ValueError: a kernel patch or a sequence parallel size that no trainer would take, or an option of GRPO whose
+            method is off.
     """
     layers_from_config(args)
     resolve_size(None, args.sequence_parallel_size)

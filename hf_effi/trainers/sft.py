@@ -25,9 +25,9 @@ class EffiSFTConfig(EffiArguments, SFTConfig):
 @with_signatures_of(SFTTrainer)
 class EffiSFTTrainer(EffiMixin, SFTTrainer):
     """
-    `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it trains
-    and splits sequences over `args.sequence_parallel_size` ranks, packed ones included. With every method off it is the
-    stock one to the bit.
+    `trl.SFTTrainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
+    trains and splits sequences over `args.sequence_parallel_size` ranks, packed ones included. With every method off
+    it is the stock one to the bit.
     """
 
     def __init__(

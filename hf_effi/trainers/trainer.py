@@ -29,8 +29,8 @@ class EffiTrainingArguments(EffiArguments, TrainingArguments):
 class EffiTrainer(EffiMixin, Trainer):
     """
     `transformers.Trainer` that follows `args.lr_schedule`, takes a `train_sampler`, holds `args.kernel_patch` while it
-    trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer to
-    the bit.
+    trains and splits sequences over `args.sequence_parallel_size` ranks. With every method off it is the stock Trainer
+    to the bit.
 
     Example:
     ```python

@@ -17,8 +17,8 @@ TRAINER = "transformers.trainer:Trainer"
 
 EVENTS = "transformers.trainer_callback"
 
-#: callable -> its parameter names in order; `*` and `**` mark the variadic ones. Where they differ between the releases
-#: that setup.cfg allows: release -> names, from that one on.
+#: callable -> its parameter names in order; `*` and `**` mark the variadic ones. Where they differ between the
+#: releases that setup.cfg allows: release -> names, from that one on.
 SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     # What EffiGRPOTrainer overrides or calls.
     f"{GRPO}.__init__": "self model reward_funcs args train_dataset eval_dataset processing_class"
@@ -50,7 +50,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{GRPO}.log": "self logs start_time",
     f"{GRPO}.create_model_card": "self model_name dataset_name tags",
     # What stands in for the client of a vLLM server, and who calls it.
-    "trl.generation.vllm_client:VLLMClient.generate": "self prompts features n repetition_penalty temperature top_p top_k"
+    "trl.generation.vllm_client:VLLMClient.generate": "self prompts features n repetition_penalty temperature top_p "
+    "top_k"
     " min_p max_tokens logprobs structured_outputs_regex generation_kwargs",
     "trl.generation.vllm_client:VLLMClient.update_named_params": "self metadata named_params",
     "trl.generation.vllm_client:VLLMClient.image_features": "self images max_concurrent_requests",
@@ -67,7 +68,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{UTILS}:is_async_callable": "func",
     f"{UTILS}:repeat_iterable_dataset": "dataset mini_repeat_count batch_size repeat_count",
     # What `FusedLMHead` stands in for.
-    "trl.kernels.chunked_logprob:ChunkedLogProbFunction.forward": "ctx hidden weight bias targets temperature chunk_size"
+    "trl.kernels.chunked_logprob:ChunkedLogProbFunction.forward": "ctx hidden weight bias targets temperature "
+    "chunk_size"
     " final_logit_softcapping logit_scale outputs",
     f"{UTILS}:_use_triton": "device",
     f"{UTILS}:add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
@@ -86,7 +88,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{TRAINER}._run_epoch": "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial"
     " ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
     f"{TRAINER}._prepare_for_training": "self max_steps train_dataloader resume_from_checkpoint",
-    f"{TRAINER}._init_training_state": "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint"
+    f"{TRAINER}._init_training_state": "self max_steps num_update_steps_per_epoch num_train_epochs "
+    "resume_from_checkpoint"
     " trial",
     f"{TRAINER}._maybe_log_save_evaluate": "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time"
     " learning_rate",
@@ -117,10 +120,12 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{TRAINER}.get_tp_size": "self",
     f"{TRAINER}.get_sp_size": "self",
     # The one class that `Trainer._get_dataloader` takes as a batch sampler.
-    "transformers.trainer_pt_utils:BatchRebalanceSampler.__init__": "self lengths effective_batch_size dp_size grad_accum"
+    "transformers.trainer_pt_utils:BatchRebalanceSampler.__init__": "self lengths effective_batch_size dp_size "
+    "grad_accum"
     " shuffle seed rank drop_last",
     f"{TRAINER}.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
-    "transformers.modeling_utils:PreTrainedModel.set_attn_implementation": "self attn_implementation allow_all_kernels",
+    "transformers.modeling_utils:PreTrainedModel.set_attn_implementation": "self attn_implementation "
+    "allow_all_kernels",
     f"{TRAINER}.add_callback": "self callback",
     # PEFT.
     "peft.tuners.adalora:AdaLoraModel.update_and_allocate": "self global_step",
@@ -136,7 +141,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     "transformers.modeling_utils:AttentionInterface.register": "key value",
     "transformers.masking_utils:AttentionMaskInterface.register": "key value",
     "transformers.masking_utils:causal_mask_function": "batch_idx head_idx q_idx kv_idx",
-    "transformers.masking_utils:sdpa_mask": "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask"
+    "transformers.masking_utils:sdpa_mask": "batch_size q_length kv_length q_offset kv_offset mask_function "
+    "attention_mask"
     " local_size allow_is_causal_skip allow_is_bidirectional_skip use_vmap device **kwargs",
     "transformers.masking_utils:flash_attention_mask": "batch_size q_length kv_length q_offset kv_offset mask_function"
     " attention_mask **kwargs",

@@ -1,8 +1,8 @@
 """
 A trainer that was built without `__init__` misses no attribute of ours.
 
-TRL's tests, and code of users, make a trainer by `__new__`, give it what one method of stock needs, and call that method.
-Whatever our overrides read beside that has a default on the class.
+TRL's tests, and code of users, make a trainer by `__new__`, give it what one method of stock needs, and call that
+method. Whatever our overrides read beside that has a default on the class.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the command line and the card lean on in TRL's scripts, datasets and huggingface_hub: fails by name when it moves."""
+"""
+What the command line and the card lean on in TRL's scripts, datasets and huggingface_hub: fails by name when it moves.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """
 Each place that communicates with the other ranks, and why every rank comes there equally often.
 
-A rank that runs one collective more than another hangs the run, or joins the wrong tensors. A new place enters the table
-with its reason; what upstream calls once per row, per turn or under a condition of one rank's data is no place for one.
-`run_distributed` compares what the ranks really ran.
+A rank that runs one collective more than another hangs the run, or joins the wrong tensors. A new place enters the
+table with its reason; what upstream calls once per row, per turn or under a condition of one rank's data is no place
+for one. `run_distributed` compares what the ranks really ran.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
 Every keyword of a public object acts or raises.
 
-A keyword that acts whatever the others are is in `ACTS`, and its source reads it. One that another keyword can turn off is in
-`IDLE`, with a call that turns it off and has to raise. A new keyword is in neither, and fails.
+A keyword that acts whatever the others are is in `ACTS`, and its source reads it. One that another keyword can turn
+off is in `IDLE`, with a call that turns it off and has to raise. A new keyword is in neither, and fails.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ ACTS = {
     "lr_range_test": "loss_fn low high repeats stop_factor",
     "one_cycle": "total_steps up_fraction down_fraction div final_div momentum_low momentum_high",
     "patch": "verify",
-    "plan_memory": "batch gpu_gib dtype autocast attention padded optimizer sharding ranks sequence_parallel_size lora_rank four_bit"
+    "plan_memory": "batch gpu_gib dtype autocast attention padded optimizer sharding ranks sequence_parallel_size "
+    "lora_rank four_bit"
     " generate",
     "plot_schedules": "steps path base_lr title panels",
     "power": "total_steps warmup_steps warmup_fraction floor tokens_per_step max_lr a b sequence_length"
@@ -372,7 +373,9 @@ def reads(value: Any, keyword: str) -> bool:
 
 
 def constructor_of(cls: type, keyword: str) -> Callable[..., None]:
-    """Return the constructor that has the keyword: the class's own, or that of a mixin which takes it from the others."""
+    """
+    Return the constructor that has the keyword: the class's own, or that of a mixin which takes it from the others.
+    """
     own = [base.__init__ for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
     having = (f for f in own if inspect.isfunction(f) and keyword in f.__code__.co_varnames)
     return next(having, own[0])

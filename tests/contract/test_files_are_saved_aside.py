@@ -1,4 +1,6 @@
-"""Whatever the package writes is written aside and renamed: `hf_effi/_files.py` is the only place that opens a target."""
+"""
+Whatever the package writes is written aside and renamed: `hf_effi/_files.py` is the only place that opens a target.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ CALLS: dict[str, tuple[str, str]] = {
         f"{_HERE}test_the_padding_mask_comes_through",
     ),
     "self.model": ("logits_to_keep", f"{_KEYWORDS}test_a_model_uses"),
-    "type(self.layer).forward": ("attention_mask", f"{_KEYWORDS}test_a_layer_uses_its_mask_and_its_position_embeddings"),
+    "type(self.layer).forward": ("attention_mask",
+    f"{_KEYWORDS}test_a_layer_uses_its_mask_and_its_position_embeddings"),
     "self.model.generate": (
         "input_ids attention_mask do_sample max_new_tokens pad_token_id eos_token_id",
         f"{_HERE}test_generate_uses",
@@ -66,7 +67,8 @@ CALLS: dict[str, tuple[str, str]] = {
     "transformers:Trainer": ("data_collator train_dataset", "why: no run without them"),
     "transformers:TrainingArguments": (
         "output_dir max_steps per_device_train_batch_size train_sampling_strategy learning_rate warmup_steps"
-        " lr_scheduler_type lr_scheduler_kwargs adam_beta2 max_grad_norm seed use_cpu bf16 logging_strategy save_strategy"
+        " lr_scheduler_type lr_scheduler_kwargs adam_beta2 max_grad_norm seed use_cpu bf16 logging_strategy "
+        "save_strategy"
         " report_to remove_unused_columns disable_tqdm",
         "why: a dataclass, which raises for a field that it does not have",
     ),
@@ -79,7 +81,8 @@ CALLS: dict[str, tuple[str, str]] = {
         "tests/contract/test_upstream_helpers.py::test_collectives_are_rank_major_and_flat",
     ),
     # tokenizers and texts
-    "self.tokenizer.pad": ("padding_side return_tensors", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
+    "self.tokenizer.pad": ("padding_side return_tensors",
+    f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
     "self.tokenizer.decode": ("skip_special_tokens", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
     "tokenizer": ("padding return_tensors", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
     "tokenizer.batch_decode": (
@@ -93,7 +96,8 @@ CALLS: dict[str, tuple[str, str]] = {
     "transformers.utils:logging.tqdm": ("total desc unit disable", "why: a progress line"),
     "trl:TrlParser": ("prog usage description epilog formatter_class", "why: the text of --help"),
     # the Hub
-    "huggingface_hub:HfApi": ("library_name token", "tests/training/test_hub_uploads.py::test_a_wrong_token_is_told_before_training"),
+    "huggingface_hub:HfApi": ("library_name token",
+    "tests/training/test_hub_uploads.py::test_a_wrong_token_is_told_before_training"),
     "huggingface_hub:try_to_load_from_cache": ("revision", f"{_HERE}test_the_cache_is_asked_for_the_revision"),
     "huggingface_hub:hf_hub_download": (
         "token revision",
@@ -244,11 +248,13 @@ def test_the_demos_config_has_these_fields():
     unset = [name for name in keywords if not hasattr(Qwen3Config(), name)]
     assert not unset, f"Qwen3Config no longer has {unset}"
     base = {
-        "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "head_dim": 8, "intermediate_size": 24, "tie_word_embeddings": False,
     }  # fmt: skip
     other = {
-        "vocab_size": 24, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "vocab_size": 24, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 1,
         "head_dim": 4, "intermediate_size": 32, "tie_word_embeddings": True,
     }  # fmt: skip
 

@@ -13,8 +13,10 @@ MACHINE_PATHS = re.compile(
 NOTES = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3]) + r")\b")
 #: "one number a" + " row" is "one number per row"; words after which `a row` is a row are let through
 RATES = re.compile(
-    r"\b(?:one|each|once|twice|bytes) (?!(?:and|after|as|at|before|while|but|by|for|from|in|into|is|of|on|or|than|to|with|has|share)\b)"
-    r"(?:\w+ )?an? (?:row|step|token|rank|layer|save|prompt|process|group|parameter|generation|epoch|method|element|update)"
+    r"\b(?:one|each|once|twice|bytes) "
+    r"(?!(?:and|after|as|at|before|while|but|by|for|from|in|into|is|of|on|or|than|to|with|has|share)\b)"
+    r"(?:\w+ )?an? "
+    r"(?:row|step|token|rank|layer|save|prompt|process|group|parameter|generation|epoch|method|element|update)"
     r"\b(?! (?:is|has|of|keeps|that))"
 )
 TEXT = {

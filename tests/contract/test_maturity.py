@@ -1,4 +1,6 @@
-"""The status of each method follows from its evidence, by the rule of `docs/adding_a_method.md`, and nobody's opinion."""
+"""
+The status of each method follows from its evidence, by the rule of `docs/adding_a_method.md`, and nobody's opinion.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,8 @@ def test_the_card_says_the_same_status(key: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"exact": ""}, {"exact": "tests/unit/test_tiled_loss.py::test_that_nobody_wrote"}, {"zoo": ()}, {"zoo": ("no such feature",)},
+        {"exact": ""}, {"exact": "tests/unit/test_tiled_loss.py::test_that_nobody_wrote"}, {"zoo": ()},
+        {"zoo": ("no such feature",)},
         {"zoo": ("nothing like it",)}, {"bench": "bench/none.py"}, {"bench": "bench/sparse_24.py"},
     ],
     ids=str,

@@ -1,4 +1,7 @@
-"""The reference of the docs is made from the sources: every public name is found there, has something said, and has one entry."""
+"""
+The reference of the docs is made from the sources: every public name is found there, has something said, and has one
+entry.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ def test_what_a_face_promises_is_found_in_its_source(face):
 def test_an_object_has_one_entry_in_the_shortest_room(tmp_path):
     package = tmp_path / "hf_effi"
     for name, text in {
-        "__init__": 'if TYPE_CHECKING:\n    from .rooms.inner import thing as other\n__all__ = ["alone", "other"]\nalone = 1\n',
+        "__init__": 'if TYPE_CHECKING:\n    from .rooms.inner import thing as other\n__all__ = ["alone", '
+        '"other"]\nalone = 1\n',
         "rooms/__init__": 'from .inner import thing\n__all__ = ["thing"]\n',
         "rooms/inner/__init__": 'from ._deep import thing\n__all__ = ["thing"]\n',
         "rooms/inner/_deep": 'def thing():\n    """Do it well. And\n    more."""\n',

@@ -14,7 +14,8 @@ from hf_effi.trainers.mixins._signatures import only_passes_on, overridden, with
 from hf_effi.trainers.mixins.sequence_parallel import _mode_of
 
 PAIRS = [(EffiTrainer, Trainer), (EffiSFTTrainer, SFTTrainer), (EffiGRPOTrainer, GRPOTrainer)]
-NAMES = ("__init__", "train", "training_step", "prediction_step", "create_model_card", "push_to_hub", "log", "evaluate",
+NAMES = ("__init__", "train", "training_step", "prediction_step", "create_model_card", "push_to_hub", "log",
+    "evaluate",
          "predict", "compute_loss", "get_train_dataloader", "save_model")  # fmt: skip
 #: method -> what we add to it, by keyword only
 ADDED = {

@@ -172,7 +172,9 @@ def test_padding_sides(runs):
 
 
 def test_generation_schedule(runs):
-    """One generation every `steps_per_generation * num_iterations` micro-steps, each split into equal micro-batches."""
+    """
+    One generation every `steps_per_generation * num_iterations` micro-steps, each split into equal micro-batches.
+    """
     for name, generations, micro_steps in (("default", 2, 2), ("misaligned", 1, 2), ("two passes", 1, 2)):
         trainer = runs(name)
         assert (len(trainer.outputs), len(trainer.batches)) == (generations, micro_steps), name

@@ -1,8 +1,8 @@
 """
 What we pass to upstream code by keyword is used there: another value gives another result.
 
-A signature says only that a name is taken. An argument that `**kwargs` swallow, or that stands beside its own new name, is
-ignored without a word, and then the numbers are those of another computation.
+A signature says only that a name is taken. An argument that `**kwargs` swallow, or that stands beside its own new
+name, is ignored without a word, and then the numbers are those of another computation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The average of the last checkpoints at two ranks: that of one process, the same on both, written by the first only."""
+"""
+The average of the last checkpoints at two ranks: that of one process, the same on both, written by the first only.
+"""
 
 from __future__ import annotations
 

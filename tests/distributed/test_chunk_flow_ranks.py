@@ -1,4 +1,7 @@
-"""ChunkFlow at two ranks, whose rows give different numbers of chunks: the run of one process, for Trainer and SFTTrainer."""
+"""
+ChunkFlow at two ranks, whose rows give different numbers of chunks: the run of one process, for Trainer and
+SFTTrainer.
+"""
 
 from __future__ import annotations
 

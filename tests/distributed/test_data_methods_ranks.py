@@ -67,7 +67,8 @@ def test_two_ranks_are_one(tmp_path):
     two = run_distributed(both, 2, str(tmp_path / "two"))
     assert [length for length, *_ in alone] == [8, 16, 24, 32, 32, 32]
     for (seen, theirs), (rows, theirs_replayed) in two:
-        # Half of the tokens per rank (24 does not divide 32: its last piece is filled up), one count of predicted tokens.
+        # Half of the tokens per rank (24 does not divide 32: its last piece is filled up), one count of predicted
+        # tokens.
         assert [(length, 2 * tokens, items) for length, tokens, items in seen] == alone
         assert rows == alone_rows
         torch.testing.assert_close(theirs, weights, rtol=0, atol=1e-6)

@@ -1,4 +1,6 @@
-"""Two gloo ranks: each generation is laid out over both, from a dataset or a stream, and resumed from files of both."""
+"""
+Two gloo ranks: each generation is laid out over both, from a dataset or a stream, and resumed from files of both.
+"""
 
 from __future__ import annotations
 

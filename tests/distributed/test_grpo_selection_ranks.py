@@ -1,4 +1,6 @@
-"""Two gloo ranks choose alike from what is in the loss, serve no prompt twice, and average over the same original rows."""
+"""
+Two gloo ranks choose alike from what is in the loss, serve no prompt twice, and average over the same original rows.
+"""
 
 from __future__ import annotations
 

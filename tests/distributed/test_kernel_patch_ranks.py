@@ -33,7 +33,9 @@ def test_two_ranks_train_as_one(tmp_path):
 
 
 def sharded_gradients():
-    """Return how far the gradients of a patched, then sharded model are from the plain one's, and what comes too late."""
+    """
+    Return how far the gradients of a patched, then sharded model are from the plain one's, and what comes too late.
+    """
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 

@@ -1,4 +1,6 @@
-"""Packed SFT on one rank and on two that share each sequence: varlen attention, offload and selective checkpointing."""
+"""
+Packed SFT on one rank and on two that share each sequence: varlen attention, offload and selective checkpointing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Two ranks: one decision for all, sharded models looked at or named, and not one of the run's random numbers drawn."""
+"""
+Two ranks: one decision for all, sharded models looked at or named, and not one of the run's random numbers drawn.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def _join() -> int:
     return dist.get_rank()
 
 
-# --- one decision -------------------------------------------------------------------------------------------------------
+# --- one decision ----------------------------------------------------------------------------------------------------
 
 
 def decisions() -> list[tuple[bool, str]]:
@@ -74,7 +76,7 @@ def test_ranks_take_one_decision():
     assert texts[5].startswith("b: ") and "not loaded on rank 0" in texts[6] and "of every rank" in texts[7]
 
 
-# --- sharded weights ------------------------------------------------------------------------------------------------------
+# --- sharded weights -------------------------------------------------------------------------------------------------
 
 
 def _sharded(kind: str) -> Any:
@@ -109,7 +111,9 @@ def _sharded(kind: str) -> Any:
 
 
 def _trained(model: Any, before: bool = False) -> torch.Tensor:
-    """Return the logits after two updates; `before`: after a forward without a backward, which leaves FSDP2's root whole."""
+    """
+    Return the logits after two updates; `before`: after a forward without a backward, which leaves FSDP2's root whole.
+    """
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(2):
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -199,7 +203,7 @@ def test_the_root_of_fsdp1_is_named():
         )
 
 
-# --- random numbers -------------------------------------------------------------------------------------------------------
+# --- random numbers --------------------------------------------------------------------------------------------------
 
 
 def numbers() -> list[bool]:
@@ -222,7 +226,10 @@ def test_no_rank_loses_a_random_number():
 
 
 def searched(out: str) -> list[Any]:
-    """Train with dropout on Python's, numpy's and torch's numbers under a search of the LR, noting states before each update."""
+    """
+    Train with dropout on Python's, numpy's and torch's numbers under a search of the LR, noting states before each
+    update.
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from hf_effi.callbacks import AutoLRSCallback

@@ -21,7 +21,9 @@ def problem(level, rng):
 
 
 def rounds(folder: str):
-    """Return the rows of two rounds, how many prompts this process answered, and what a failure on rank 1 raises here."""
+    """
+    Return the rows of two rounds, how many prompts this process answered, and what a failure on rank 1 raises here.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")

@@ -162,7 +162,7 @@ def test_training_with_a_reference_is_that_of_unsplit_sequences(ranks, folder, t
         assert any(not torch.equal(whole[name], value) for name, value in weights_of(start).items())
 
 
-# --- positions that a model makes itself --------------------------------------------------------------------------------
+# --- positions that a model makes itself -----------------------------------------------------------------------------
 
 
 def tiny_opt() -> OPTForCausalLM:

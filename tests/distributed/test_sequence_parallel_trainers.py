@@ -198,8 +198,8 @@ LOCAL = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": True},
 }
-#: name -> (run, settings, sizes). With two groups, LOCAL averages the groups' own means, and KTO pairs rows inside its own
-#: batch, as two data-parallel ranks do: only one group is one rank.
+#: name -> (run, settings, sizes). With two groups, LOCAL averages the groups' own means, and KTO pairs rows inside its
+#: own batch, as two data-parallel ranks do: only one group is one rank.
 RUNS = {
     "Trainer": (run_trainer, {"gradient_checkpointing": True}, (2, 4)),
     "Trainer, local counts": (run_trainer, LOCAL, (4,)),

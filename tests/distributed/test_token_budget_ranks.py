@@ -80,7 +80,8 @@ def test_two_ranks(tmp_path):
         assert "average_tokens_across_devices=False" in run["refused"]
         torch.testing.assert_close(run["resumed_weights"], run["weights"], rtol=0, atol=0)
         torch.testing.assert_close(run["weights"], alone["weights"], rtol=0, atol=1e-5)
-        # One update of learning rate 1 is the gradient: unequal micro-batches on both ranks, and one batch of all rows.
+        # One update of learning rate 1 is the gradient: unequal micro-batches on both ranks, and one batch of all
+        # rows.
         assert len({len(batch) for batch in run["one_update_seen"]}) > 1
         torch.testing.assert_close(run["one_update"], alone["big_batch"], rtol=0, atol=1e-6)
     torch.testing.assert_close(alone["one_update"], alone["big_batch"], rtol=0, atol=1e-6)

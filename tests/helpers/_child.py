@@ -39,8 +39,9 @@ def _stop_after_checkpoint(directory: Path, rank: int, checkpoint: int, extra_st
     """
     Make every trainer of this process stop, for good, once checkpoint `checkpoint` is complete.
 
-    `CallbackHandler.on_save` runs at the end of `Trainer._maybe_log_save_evaluate`, after `_save_checkpoint` of the most
-    derived class has returned, and its own callbacks have run. It is the first moment at which a checkpoint is whole.
+    `CallbackHandler.on_save` runs at the end of `Trainer._maybe_log_save_evaluate`, after `_save_checkpoint` of the
+    most derived class has returned, and its own callbacks have run. It is the first moment at which a checkpoint is
+    whole.
     """
     from transformers.trainer_callback import CallbackHandler
 

@@ -1,4 +1,7 @@
-"""What a server of children runs: `python -m tests.helpers._server <file descriptor> <0 or 1: preload>`; see `servers.py`."""
+"""
+What a server of children runs: `python -m tests.helpers._server <file descriptor> <0 or 1: preload>`; see
+`servers.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A hook of the interpreter that fails a test when anything is opened, imported, connected or started outside of a list."""
+"""
+A hook of the interpreter that fails a test when anything is opened, imported, connected or started outside of a list.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-_EVENTS = ("open", "import", "socket", "subprocess", "os.system", "os.exec", "os.posix_spawn", "os.remove", "os.rename",
+_EVENTS = ("open", "import", "socket", "subprocess", "os.system", "os.exec", "os.posix_spawn", "os.remove",
+    "os.rename",
            "os.mkdir", "os.rmdir", "shutil", "urllib", "ctypes.dlopen", "exec", "webbrowser")  # fmt: skip
 #: what Python and the libraries do by themselves
 _SYSTEM = (

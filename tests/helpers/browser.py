@@ -15,16 +15,20 @@ _OPTIONS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     "disable-component-update disable-sync remote-debugging-port=0"
 )
-#: Opens each page in a frame of that width, without its scripts, and sends what reaches beyond the right edge of a page. What
-#: lies in a box that scrolls by itself does not count.
+#: Opens each page in a frame of that width, without its scripts, and sends what reaches beyond the right edge of a
+#: page. What lies in a box that scrolls by itself does not count.
 _MEASURE = """<!doctype html><body><script>
 const pages = %s, width = %d, wide = {};
 const scrolls = (element) => /auto|scroll/.test(getComputedStyle(element).overflowX);
 const beyond = (page) => {
   const outside = (e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 0;
   const found = [...page.querySelectorAll("article *")].filter(outside);
-  const loose = found.filter((e) => { while ((e = e.parentElement) && e !== page.body) if (scrolls(e)) return false; return true; });
-  const names = loose.map((e) => `<${e.localName} class="${e.getAttribute("class") ?? ""}"> ${e.textContent.slice(0, 40)}`);
+  const loose = found.filter((e) => {
+    while ((e = e.parentElement) && e !== page.body) if (scrolls(e)) return false;
+    return true;
+  });
+  const kind = (e) => e.getAttribute("class") ?? "";
+  const names = loose.map((e) => `<${e.localName} class="${kind(e)}"> ${e.textContent.slice(0, 40)}`);
   return page.documentElement.scrollWidth > width ? ["the page itself", ...names] : names;
 };
 const measure = (page) => new Promise((done) => {
@@ -35,7 +39,8 @@ const measure = (page) => new Promise((done) => {
   document.body.append(frame);
 });
 const work = async () => { while (pages.length) await measure(pages.pop()); };
-Promise.all([work(), work(), work(), work()]).then(() => fetch("/measured", { method: "POST", body: JSON.stringify(wide) }));
+const answer = () => fetch("/measured", { method: "POST", body: JSON.stringify(wide) });
+Promise.all([work(), work(), work(), work()]).then(answer);
 </script></body>"""
 
 

@@ -284,7 +284,7 @@ def _is_callback(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, TrainerCallback) and value is not TrainerCallback
 
 
-# --- one run ----------------------------------------------------------------------------------------------------------
+# --- one run ---------------------------------------------------------------------------------------------------------
 
 
 class Trace(TrainerCallback):

@@ -36,7 +36,9 @@ _FILE: list[Path] = []
 
 
 def record_collectives(path: Path) -> None:
-    """Append a line to `path` for each collective of the whole group that this process begins: its place and its name."""
+    """
+    Append a line to `path` for each collective of the whole group that this process begins: its place and its name.
+    """
     watch_collectives()
     _FILE[:] = [path]
 

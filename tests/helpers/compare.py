@@ -34,8 +34,9 @@ def assert_bitwise_equal(a: Any, b: Any, what: str = "weights") -> None:
     """
     Fail unless every tensor of `a` and `b` (dicts of tensors, or modules) has the same bits.
 
-    Stricter than `torch.equal`: -0.0 differs from 0.0, and a NaN equals itself. The failure names the first tensor that
-    differs (in the order of `a`), how many of its elements do, its largest difference, and how many tensors differ.
+    Stricter than `torch.equal`: -0.0 differs from 0.0, and a NaN equals itself. The failure names the first tensor
+    that differs (in the order of `a`), how many of its elements do, its largest difference, and how many tensors
+    differ.
     """
     a, b = _as_weights(a), _as_weights(b)
     if set(a) != set(b):

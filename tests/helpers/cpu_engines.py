@@ -1,9 +1,9 @@
 """
 DeepSpeed and FSDP2 on CPU processes, through accelerate, over gloo.
 
-accelerate knows one kind of job on CPUs, `MULTI_CPU`, which ignores both. Replaced is what makes it so, and nothing else: the
-backend that a rank gets, its device, and DeepSpeed's all-reduce in shared memory, which would be compiled at first use. All
-else is the engine's own code.
+accelerate knows one kind of job on CPUs, `MULTI_CPU`, which ignores both. Replaced is what makes it so, and nothing
+else: the backend that a rank gets, its device, and DeepSpeed's all-reduce in shared memory, which would be compiled at
+first use. All else is the engine's own code.
 """
 
 from __future__ import annotations

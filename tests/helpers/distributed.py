@@ -68,8 +68,8 @@ class Children:
     The processes of one job: one per rank, each in a session of its own, each with its own output file and hash seed.
 
     With `world_size=1` there is no process group at all, as in a plain `python script.py`; from 2 on the variables are
-    those that `torchrun` sets. A child is forked from the preloaded server of its rank, or is an interpreter of its own
-    where `fresh` asks for one or `env` is given: libraries read variables while they are imported.
+    those that `torchrun` sets. A child is forked from the preloaded server of its rank, or is an interpreter of its
+    own where `fresh` asks for one or `env` is given: libraries read variables while they are imported.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class Children:
         Return when all ranks ended well, or when `until()` is true.
 
         Raises:
-            ChildFailure: a rank failed (the others are killed at once: they would hang in a collective), or the timeout
-                passed.
+            ChildFailure: a rank failed (the others are killed at once: they would hang in a collective), or the
+                timeout passed.
         """
         deadline = time.monotonic() + timeout
         while True:

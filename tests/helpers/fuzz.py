@@ -10,8 +10,10 @@ from typing import Any
 #: what stands in the place of a value
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 10**400, 1e308, -1e39, float("nan"), float("inf"), "", "/etc/passwd", "../../x",
-    "http://127.0.0.1:9/x", "evil/repo", "os:system", "$(touch x)", "a$b$c", "<!-- hf_effi section -->", "</script>", "```",
-    "a" * 5000, "\u202e", [], {}, [[]], [1] * 300, {"a": {"b": {"c": [1]}}}, "__import__('os')", "!!python/object:os.system",
+    "http://127.0.0.1:9/x", "evil/repo", "os:system", "$(touch x)", "a$b$c", "<!-- hf_effi section "
+        "-->", "</script>", "```",
+    "a" * 5000, "\u202e", [], {}, [[]], [1] * 300, {"a": {"b": {"c": [1]}}}, "__import__('os')",
+    "!!python/object:os.system",
 )  # fmt: skip
 
 

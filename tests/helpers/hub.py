@@ -64,7 +64,8 @@ class LocalHub:
     """
     Serve from memory at `url`; use as a context manager.
 
-    `requests` has (method, path) of everything that was asked, `times` when, and `files(repo)` what a repository holds.
+    `requests` has (method, path) of everything that was asked, `times` when, and `files(repo)` what a repository
+    holds.
     """
 
     def __init__(self, user: str = "tester", token: str | None = None) -> None:

@@ -11,8 +11,8 @@ def interpret_triton() -> None:
     """
     Switch triton's interpreter on, and fill three gaps of triton 3.9 that Liger's kernels meet.
 
-    A Python float argument has no `.to`, and `libdevice` functions return nothing. Arithmetic on bf16 values is wrong in
-    the interpreter without any error: use fp32 or fp16.
+    A Python float argument has no `.to`, and `libdevice` functions return nothing. Arithmetic on bf16 values is wrong
+    in the interpreter without any error: use fp32 or fp16.
     """
     if "triton" in sys.modules:
         raise RuntimeError("triton has been imported already; run this in `run_distributed(..., fresh=True)`.")

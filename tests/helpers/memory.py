@@ -13,7 +13,9 @@ def bytes_of(tensor: torch.Tensor) -> int:
 
 
 def cache_bytes(model: Any, ids: torch.Tensor) -> int:
-    """Bytes of keys, values and states after a forward pass over whole rows: all tensors of floats in the cache, once."""
+    """
+    Bytes of keys, values and states after a forward pass over whole rows: all tensors of floats in the cache, once.
+    """
     inputs = {"input_ids": ids, "use_cache": True}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

@@ -3,7 +3,8 @@ Compile our Triton kernels for NVIDIA GPUs on a machine without one, and read wh
 
 A driver that only answers "this is sm_90" is made active, and every launch becomes a compilation: the real wrappers
 choose blocks and specialisations. Needs a process of its own, without triton's interpreter.
-`python -m tests.helpers.offline_triton` records the budget that `tests/unit/test_triton_budget.py` holds the kernels to.
+`python -m tests.helpers.offline_triton` records the budget that `tests/unit/test_triton_budget.py` holds the kernels
+to.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def _row_launches(architecture: int, dtype: torch.dtype) -> dict[str, Callable[[
 
 
 def compile_all(architecture: int) -> dict[str, dict[str, int]]:
-    """Return registers per thread, bytes spilled per thread, shared bytes per block and threads per block, by variant."""
+    """
+    Return registers per thread, bytes spilled per thread, shared bytes per block and threads per block, by variant.
+    """
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton_offline_")
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # triton 3.9 warns where it is not said
     from triton.runtime import driver

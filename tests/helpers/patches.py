@@ -249,7 +249,7 @@ def assert_close(a, b, tolerance=1e-4):
         assert gap <= tolerance * scale, f"{name}: {gap} of {scale}"
 
 
-# --- the self-check -----------------------------------------------------------------------------------------------------
+# --- the self-check --------------------------------------------------------------------------------------------------
 
 
 class TorchGemmaNormWithoutOffset(nn.Module):

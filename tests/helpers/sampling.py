@@ -130,7 +130,9 @@ def pad_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def ragged_trainer(output_dir: str | Path, lengths: list[int], sampler: Any = None, callbacks: Any = (), **over: Any):
-    """Return an untrained trainer of [`ragged_rows`] whose `seen` lists the rows of every micro-batch of this process."""
+    """
+    Return an untrained trainer of [`ragged_rows`] whose `seen` lists the rows of every micro-batch of this process.
+    """
 
     class Noting(over.pop("trainer_cls", SamplerTrainer)):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:

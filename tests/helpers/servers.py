@@ -1,4 +1,6 @@
-"""One preloaded process per rank that children are forked from, so that they need not import torch and the rest again."""
+"""
+One preloaded process per rank that children are forked from, so that they need not import torch and the rest again.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ def hash_seed(rank: int) -> int:
     """
     Return the hash seed of a rank: `PYTHONHASHSEED + rank`, from a random number where the variable is not set.
 
-    Ranks need seeds of their own: under one seed the order of a set is the same everywhere, and code that lets it decide
-    what a rank does would pass.
+    Ranks need seeds of their own: under one seed the order of a set is the same everywhere, and code that lets it
+    decide what a rank does would pass.
     """
     return (_FIRST_HASH_SEED + rank) % 2**32
 

@@ -3,9 +3,9 @@ Weights from TRL's vLLM client to a server on CPUs: gloo in place of NCCL, on bo
 
 What is replaced, and nothing else:
 
-- in TRL's client ([`trl_client_on_cpu`]): the device it is given (it refuses one that is not CUDA), the two functions of
-  vLLM that open the group and broadcast, the address it announces, and, where vLLM is not installed, the question whether
-  it is. HTTP calls, metadata, the order of tensors and when weights are sent are TRL's own.
+- in TRL's client ([`trl_client_on_cpu`]): the device it is given (it refuses one that is not CUDA), the two functions
+  of vLLM that open the group and broadcast, the address it announces, and, where vLLM is not installed, the question
+  whether it is. HTTP calls, metadata, the order of tensors and when weights are sent are TRL's own.
 - in vLLM ([`register`], a plugin that `tests/engines/install_vllm.sh` announces): how tensors travel. Rendezvous,
   endpoints, the start and finish of an update, and `load_weights` are vLLM's own.
 """

@@ -1,10 +1,10 @@
 """
 Servers for TRL's `VLLMClient`: one of our own in place of vLLM, and one in front of a vLLM.
 
-[`TinyServer`] has the endpoints that the client calls, on a tiny transformers model in fp32, and keeps the rules of vLLM's:
-weights are taken between the start and the finish of an update and only over the group that was opened, and nothing is
-generated meanwhile or before the prefix cache was reset. It has weights of its own, so that a client that sends them late, or
-not at all, shows in the log-probs it gets back.
+[`TinyServer`] has the endpoints that the client calls, on a tiny transformers model in fp32, and keeps the rules of
+vLLM's: weights are taken between the start and the finish of an update and only over the group that was opened, and
+nothing is generated meanwhile or before the prefix cache was reset. It has weights of its own, so that a client that
+sends them late, or not at all, shows in the log-probs it gets back.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Fault:
 
     Args:
         endpoint (`str`): Such as `"/v1/completions"`.
-        kind (`str`): `"die"` (the server is gone, in the middle of this request), `"hang"` (no answer, ever), `"error"`
-            (status 500), `"few"` (the last completion of the answer is missing), `"other"` (an answer for the prompts in
-            reverse order), `"stale"` (new weights are received and not used), `"cut"` (completions of one token).
+        kind (`str`): `"die"` (the server is gone, in the middle of this request), `"hang"` (no answer, ever),
+            `"error"` (status 500), `"few"` (the last completion of the answer is missing), `"other"` (an answer for
+            the prompts in reverse order), `"stale"` (new weights are received and not used), `"cut"` (completions of
+            one token).
         first (`int`, *optional*, defaults to 1): The first call of this endpoint that fails.
         times (`int`, *optional*): How many calls fail from then on; by default all.
     """
@@ -62,8 +63,8 @@ class Server:
 
     Args:
         noise (`float`, *optional*, defaults to 0):
-            Standard deviation of what is added to every log-prob: the numerical distance between two engines, which makes
-            importance ratios differ from 1.
+            Standard deviation of what is added to every log-prob: the numerical distance between two engines, which
+            makes importance ratios differ from 1.
         faults (`Sequence[Fault]`, *optional*):
             What goes wrong.
     """
@@ -244,7 +245,8 @@ def _choice(prompt: list[int], tokens: list[int], logps: list[float]) -> dict[st
 
 class Relay(Server):
     """
-    Passes everything on to a vLLM that runs elsewhere, so that the tests of [`TinyServer`] run on it: counts, adds noise, fails.
+    Passes everything on to a vLLM that runs elsewhere, so that the tests of [`TinyServer`] run on it: counts, adds
+    noise, fails.
 
     The seed makes vLLM draw the same completions again. `"stale"` cannot be played here: vLLM uses what it receives.
     """

@@ -1,4 +1,6 @@
-"""A model that learned to copy: the probe finds the heads, rows with repeats score high, and the scores order training."""
+"""
+A model that learned to copy: the probe finds the heads, rows with repeats score high, and the scores order training.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ def rows(lengths=(21, 3, 8, 13, 1, 30, 5, 9)):
         row["input_ids"][: lengths[i % len(lengths)]] for i, row in enumerate(lm_dataset(16, length=30).to_list())
     ]
     return Dataset.from_list(
-        [{"input_ids": row, "labels": [-100] * (i % 3) + row[i % 3 :], "attention_mask": [1] * len(row)} for i, row in enumerate(found)]
+        [{"input_ids": row, "labels": [-100] * (i % 3) + row[i % 3 :], "attention_mask": [1] * len(row)} for i,
+            row in enumerate(found)]
     )  # fmt: skip
 
 

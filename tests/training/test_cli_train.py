@@ -151,13 +151,15 @@ UNRESOLVED = {
     "no reward": ({"reward_funcs": None}, ["no reward: give reward_funcs"]),
     "no data": ({"dataset_name": None}, ["no data: give dataset_name"]),
     "no model": ({"model_name_or_path": None}, ["no model: give model_name_or_path"]),
-    "a misspelt reward of TRL": ({"reward_funcs": ["accuracy_rewrd"]}, ["'accuracy_rewrd'", "Did you mean accuracy_reward?"]),
+    "a misspelt reward of TRL": ({"reward_funcs": ["accuracy_rewrd"]}, ["'accuracy_rewrd'", "Did you mean "
+        "accuracy_reward?"]),
     "a reward without a module": ({"reward_funcs": ["f"]}, ["'f' is no reward function", "module.function"]),
     "no such module": ({"reward_funcs": ["no_such.f"]}, ["no module 'no_such'", "in this folder"]),
     "no such submodule": ({"reward_funcs": ["json.no_such.f"]}, ["no module 'json.no_such'"]),
     "no such function": ({"reward_funcs": ["json.dumpz"]}, ["module json has no 'dumpz'", "Did you mean dump?"]),
     "a function that is not in this folder's file": ({"reward_funcs": ["mine.scor"]}, ["mine has no 'scor'", "score"]),
-    "no such folder of a model": ({"model_name_or_path": "./nowhere"}, ["model_name_or_path: './nowhere' is neither a folder"]),
+    "no such folder of a model": ({"model_name_or_path": "./nowhere"}, ["model_name_or_path: './nowhere' is neither a "
+        "folder"]),
     "a folder without a model": ({"model_name_or_path": "empty"}, ["'empty' has no config.json"]),
     "no such reward model": ({"reward_model_name_or_path": "/no/such"}, ["reward_model_name_or_path: '/no/such'"]),
     "no such folder of rows": ({"dataset_name": "./nowhere"}, ["dataset_name: './nowhere' is neither a folder"]),
@@ -165,10 +167,13 @@ UNRESOLVED = {
     "no such split": ({"dataset_train_split": "validation"}, ["has no split 'validation'; it has train"]),
     "no split to evaluate on": ({"eval_strategy": "steps", "eval_steps": 5}, ["has no split 'test'"]),
     "no such configuration": ({"dataset_config": "french"}, ["'french'"]),
-    "a mixture": ({"datasets": [{"path": "json", "data_files": "none.json"}]}, ["datasets[0]: there is no file 'none.json'"]),
+    "a mixture": ({"datasets": [{"path": "json", "data_files": "none.json"}]}, ["datasets[0]: there is no file "
+        "'none.json'"]),
     "a package": ({"report_to": "swanlab"}, ["report_to: swanlab needs `swanlab`", "pip install swanlab"]),
-    "a package of an extra": ({"kernel_patch": {"RMSNorm": "a/b:C"}}, ["kernel_patch needs `kernels`", "hf_effi[hub]"]),
-    "a package of a reward": ({"reward_funcs": ["accuracy_reward"]}, ["accuracy_reward needs `math_verify`", "math-verify"]),
+    "a package of an extra": ({"kernel_patch": {"RMSNorm": "a/b:C"}}, ["kernel_patch needs `kernels`",
+    "hf_effi[hub]"]),
+    "a package of a reward": ({"reward_funcs": ["accuracy_reward"]}, ["accuracy_reward needs "
+        "`math_verify`", "math-verify"]),
 }  # fmt: skip
 
 
@@ -292,7 +297,10 @@ def test_completion_completes(capsys):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_notices_to_programmers_are_not_shown_unless_the_file_has_the_key(tmp_path, given):
-    """TRL's and transformers' FutureWarnings about names that nobody wrote; in a process of its own, as pytest shows them all."""
+    """
+    TRL's and transformers' FutureWarnings about names that nobody wrote; in a process of its own, as pytest shows them
+    all.
+    """
     code = (
         "import sys, warnings\n"
         "from hf_effi import cli_train\n"

@@ -1,4 +1,6 @@
-"""Each curriculum through `trainer.train()`: the predicted order, and stop-and-resume equal to the uninterrupted run."""
+"""
+Each curriculum through `trainer.train()`: the predicted order, and stop-and-resume equal to the uninterrupted run.
+"""
 
 import pytest
 import torch

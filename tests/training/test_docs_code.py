@@ -1,4 +1,7 @@
-"""Every block of code in README and docs runs, or is checked as far as it goes: Python asserts, commands parse, YAML is valid."""
+"""
+Every block of code in README and docs runs, or is checked as far as it goes: Python asserts, commands parse, YAML is
+valid.
+"""
 
 from __future__ import annotations
 

@@ -206,7 +206,8 @@ def test_notebook_is_its_script_and_shows_what_it_prints(name, monkeypatch, tmp_
     scope = MAKER["run"](notebook)
     assert scope["trainer"].state.global_step == scope["trainer"].state.max_steps
     assert notebook["cells"][-1]["outputs"], "the last cell says what the run did"
-    # Another processor takes another time and may round otherwise: numbers are left out, with the spaces that pad them.
+    # Another processor takes another time and may round otherwise: numbers are left out, with the spaces that pad
+    # them.
     times_or_numbers = re.compile(r'^ *"\*{5}.*\n|[\s+-]*\d[\d.e+-]*', re.MULTILINE)
     shape = [times_or_numbers.sub(" #", text) for text in (committed, MAKER["text_of"](notebook))]
     assert shape[0] == shape[1], "run `python examples/make_notebooks.py`"
@@ -219,7 +220,8 @@ def test_scripts_are_short_listed_and_tested():
     for path in SCRIPTS:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 80, path.name
-        # Its folder comes first on the path of a script: examples/kernels.py would stand for the package that peft imports.
+        # Its folder comes first on the path of a script: examples/kernels.py would stand for the package that peft
+        # imports.
         assert path.stem != "kernels" and importlib.util.find_spec(path.stem) is None, path.name
         assert f"python examples/{path.name}" in text.split('"""')[1], f"{path.name} does not say how to run it"
         assert f"[{path.name}]({path.name})" in table and f'run("{path.stem}"' in tests

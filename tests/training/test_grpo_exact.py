@@ -259,6 +259,8 @@ def confidences(cls: type, tmp_path: Any, **over: Any) -> list[float]:
 
 @pytest.mark.parametrize("shape", ["accumulate", "reuse"])
 def test_a_reward_may_ask_for_log_probs(tmp_path: Any, shape: str) -> None:
-    """Those that TRL asks for wait until it is known which rows have a gradient; those of a reward are needed at once."""
+    """
+    Those that TRL asks for wait until it is known which rows have a gradient; those of a reward are needed at once.
+    """
     stock, ours = (confidences(cls, tmp_path, **SHAPES[shape]) for cls in (GRPOTrainer, EffiGRPOTrainer))
     assert max(ours) < 0 and ours == pytest.approx(stock, rel=1e-4)

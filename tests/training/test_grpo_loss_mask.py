@@ -1,4 +1,7 @@
-"""`mask_truncated_completions`: a completion that is not in the loss has no advantage, for anything that chooses or counts."""
+"""
+`mask_truncated_completions`: a completion that is not in the loss has no advantage, for anything that chooses or
+counts.
+"""
 
 from __future__ import annotations
 

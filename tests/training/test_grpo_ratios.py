@@ -1,4 +1,7 @@
-"""Importance ratios of the vLLM correction, with a stand-in for the engine: joined by their mode, padded as TRL pads them."""
+"""
+Importance ratios of the vLLM correction, with a stand-in for the engine: joined by their mode, padded as TRL pads
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`hyperparameter_search`: a trial keeps its checkpoints in a folder of its own, and so do callbacks what belongs to them."""
+"""
+`hyperparameter_search`: a trial keeps its checkpoints in a folder of its own, and so do callbacks what belongs to
+them.
+"""
 
 from __future__ import annotations
 

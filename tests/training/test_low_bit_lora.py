@@ -1,4 +1,6 @@
-"""An 8-bit base through `trainer.train()`: the curve of PEFT within the noise of the format, checkpoints, resume, GRPO."""
+"""
+An 8-bit base through `trainer.train()`: the curve of PEFT within the noise of the format, checkpoints, resume, GRPO.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Watch(TrainerCallback):
 
 @EACH_FORMAT
 def test_fifty_steps_stay_within_the_noise_of_the_format(tmp_path, format):
-    """Weights, inputs and gradients are rounded here, weights alone in the run that gives the noise: 4 times at most."""
+    """
+    Weights, inputs and gradients are rounded here, weights alone in the run that gives the noise: 4 times at most.
+    """
     watch, settings = Watch(), {"max_steps": 50, "learning_rate": 2e-3}
     stock = losses_of(run(tmp_path / "a", adapted(), **settings))
     ours = run(tmp_path / "b", model := adapted(), low_bit(format), watch, **settings)

@@ -1,10 +1,11 @@
 """
-Weights and metrics of short seeded runs over all trainers and methods, to the bit: what a move of files must not change.
+Weights and metrics of short seeded runs over all trainers and methods, to the bit: what a move of files must not
+change.
 
 Temporary: this file and `move_keeps_weights.json` are deleted once the move is done.
 
-A hash of floats holds for one processor and one set of packages, so the JSON also has that of two stock runs. Where those
-give other bits the tests skip: write the hashes of the commit before the move there, with
+A hash of floats holds for one processor and one set of packages, so the JSON also has that of two stock runs. Where
+those give other bits the tests skip: write the hashes of the commit before the move there, with
 `python -m tests.training.test_move_keeps_weights --write` (or `--write grpo_stream sft` for some cases).
 """
 
@@ -138,7 +139,8 @@ def grpo(
 def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     width = max(len(row["input_ids"]) for row in rows)
     fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    return {name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows]) for name, fill in fills.items()}  # fmt: skip
+    return {name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows]) for name,
+        fill in fills.items()}  # fmt: skip
 
 
 def ragged() -> Any:
@@ -588,7 +590,9 @@ def hash_of_weights(found: Any) -> str:
 
 
 def hashes_of_metrics(history: list[dict[str, Any]]) -> dict[str, str]:
-    """For each metric that measures neither time nor memory: the hash of its values, to the last bit, and their steps."""
+    """
+    For each metric that measures neither time nor memory: the hash of its values, to the last bit, and their steps.
+    """
     from tests.helpers.compare import VOLATILE_KEYS, VOLATILE_PARTS
 
     series: dict[str, list[Any]] = {}

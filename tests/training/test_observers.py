@@ -251,7 +251,8 @@ class Waits(TrainerCallback):
 
 folder, kind, how = sys.argv[1:]
 if kind == "stock":
-    trainer = Trainer(tiny_qwen3(), push_args(folder), train_dataset=lm_dataset(16), callbacks=[RunRecordCallback(), Waits()])
+    callbacks = [RunRecordCallback(), Waits()]
+    trainer = Trainer(tiny_qwen3(), push_args(folder), train_dataset=lm_dataset(16), callbacks=callbacks)
 else:
     args = push_args(folder, EffiTrainingArguments, dataloader_num_workers=1)
     trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), callbacks=[Waits()])

@@ -1,4 +1,6 @@
-"""The memory planner beside real steps of many families: each figure is theirs to the byte, or named as not modelled."""
+"""
+The memory planner beside real steps of many families: each figure is theirs to the byte, or named as not modelled.
+"""
 
 from __future__ import annotations
 

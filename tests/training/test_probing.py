@@ -1,4 +1,6 @@
-"""AutoLRS beside what keeps a state: probes are undone, so nobody else may have seen them. All by what `train()` leaves."""
+"""
+AutoLRS beside what keeps a state: probes are undone, so nobody else may have seen them. All by what `train()` leaves.
+"""
 
 import json
 import math
@@ -110,7 +112,7 @@ class StopAt(TrainerCallback):
             control.should_save, control.should_training_stop = self.save, True
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -183,7 +185,7 @@ def test_adalora_counts_updates_of_training(tmp_path):
         run(tmp_path, AdaLoRACallback(), search(), model=adalora_model())
 
 
-# --- data and counters that depend on the step ------------------------------------------------------------------------
+# --- data and counters that depend on the step -----------------------------------------------------------------------
 
 
 def expected_progress():
@@ -269,7 +271,7 @@ def test_a_sampler_that_measures_looks_at_the_weights_of_training(tmp_path):
     assert not torch.equal(weights.after[3], weights.after[0]), "update 3 was inside of a probe"
 
 
-# --- logs, evaluations, checkpoints -------------------------------------------------------------------------------------
+# --- logs, evaluations, checkpoints ----------------------------------------------------------------------------------
 
 
 def test_no_log_entry_mixes_probes_and_training(tmp_path):
@@ -390,7 +392,7 @@ def test_weights_of_a_probe_are_not_uploaded(tmp_path, monkeypatch):
     assert [path.rpartition("-")[2] for path in pushed] == ["10", "18"]
 
 
-# --- the search itself ----------------------------------------------------------------------------------------------------
+# --- the search itself -----------------------------------------------------------------------------------------------
 
 
 def test_a_second_training_begins_anew(tmp_path):

@@ -228,7 +228,9 @@ def test_drops_of_a_grpo_run_are_counted_whatever_the_logging(tmp_path, logging_
 
 @pytest.mark.parametrize("logging_steps", [1, 2])
 def test_rows_of_updates_that_hold_several_generations_or_end_a_pass(tmp_path, logging_steps):
-    """Five generations of two groups per pass, accumulated 2 + 2 + 1: ten generations in six updates, half of each dead."""
+    """
+    Five generations of two groups per pass, accumulated 2 + 2 + 1: ten generations in six updates, half of each dead.
+    """
     args = grpo_args(
         tmp_path,
         EffiGRPOConfig,

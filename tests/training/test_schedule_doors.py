@@ -1,4 +1,6 @@
-"""`LRScheduleCallback` and `lr_schedule=` are one method: the same LRs, the same state, the same refusals, on any chain."""
+"""
+`LRScheduleCallback` and `lr_schedule=` are one method: the same LRs, the same state, the same refusals, on any chain.
+"""
 
 import json
 import random

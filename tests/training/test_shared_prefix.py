@@ -20,7 +20,8 @@ from tests.helpers.sampling import StopAt
 
 COUNT = 20
 SETTINGS = {
-    "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1,
+    "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+    "logging_steps": 1,
     "learning_rate": 5e-3, "max_steps": 5, "seed": 7, "per_device_train_batch_size": 2, "dataloader_pin_memory": False,
     "gradient_accumulation_steps": 2, "remove_unused_columns": False, "include_num_input_tokens_seen": "all",
 }  # fmt: skip
@@ -68,7 +69,9 @@ def assert_same_run(padded, shared):
 @pytest.mark.parametrize("make_model", [tiny_qwen3, tiny_llama])
 @pytest.mark.parametrize("over", [{}, {"gradient_checkpointing": True}, {"dataloader_num_workers": 1}], ids=str)
 def test_a_stock_trainer_gives_the_run_of_padded_rows(tmp_path, padded_run, make_model, over):
-    """Two prompts per micro-batch, two micro-batches per update: the mean is over the completions' tokens of the update."""
+    """
+    Two prompts per micro-batch, two micro-batches per update: the mean is over the completions' tokens of the update.
+    """
     padded = padded_run(make_model)
     shared = run(tmp_path, True, make_model, **over)
     assert_same_run(padded, shared)

@@ -76,7 +76,8 @@ def test_sft_with_lora_packing_and_checkpointing(tmp_path):
     def train(*callbacks):
         args = SFTConfig(
             str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-            max_steps=4, per_device_train_batch_size=2, logging_steps=1, learning_rate=1e-2, packing=True, max_length=32,
+            max_steps=4, per_device_train_batch_size=2, logging_steps=1, learning_rate=1e-2, packing=True,
+            max_length=32,
             gradient_accumulation_steps=2,
         )  # fmt: skip
         trainer = SFTTrainer(

@@ -1,4 +1,6 @@
-"""Where a callback, an argument and a function lead to one method: the same state, the same refusals, the same weights."""
+"""
+Where a callback, an argument and a function lead to one method: the same state, the same refusals, the same weights.
+"""
 
 from functools import partial
 

@@ -80,7 +80,9 @@ EAGER = [(build, "eager") for build in (tiny_llama, tiny_qwen3, tiny_gemma, tiny
 
 @pytest.mark.parametrize("build, attention", [*EAGER, (tiny_qwen3, "sdpa"), (tiny_gpt2, "sdpa")])
 def test_masking_equals_zeroed_weights_and_is_undone(build, attention):
-    """Zero columns of the output projection are the same model without the head; queries are grouped in three of four."""
+    """
+    Zero columns of the output projection are the same model without the head; queries are grouped in three of four.
+    """
     model = build(3)
     model.set_attn_implementation(attention)
     before, weights = logits_of(model), weights_of(model)

@@ -1,4 +1,6 @@
-"""What a card may name: the list itself, attacks that are refused, and a fuzz that watches files, imports and sockets."""
+"""
+What a card may name: the list itself, attacks that are refused, and a fuzz that watches files, imports and sockets.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,12 @@ from tests.helpers.fuzz import mutated
 
 #: parts of argument names behind which upstream loads, opens, connects or imports
 _DANGEROUS = (
-    "path", "url", "host", "_port", "repo", "remote_code", "kwargs_path", "model_init", "hub_", "auth", "push", "server",
-    "use_vllm", "compile", "resume_from", "report_to", "deepspeed", "fsdp", "parallelism", "teacher", "template_path", "project",
-    "megatron", "auto_mapping", "revision", "cache_file", "callable", "backend", "context", "continuous_batching", "generation_kwargs",
+    "path", "url", "host", "_port", "repo", "remote_code", "kwargs_path", "model_init", "hub_", "auth", "push",
+    "server",
+    "use_vllm", "compile", "resume_from", "report_to", "deepspeed", "fsdp", "parallelism", "teacher", "template_path",
+    "project",
+    "megatron", "auto_mapping", "revision", "cache_file", "callable", "backend", "context", "continuous_batching",
+    "generation_kwargs",
 )  # fmt: skip
 
 
@@ -49,7 +54,7 @@ def read(folder: Path, data: Any) -> Any:
     return from_card(path, output_dir=str(folder / "again"))
 
 
-# --- the list ---------------------------------------------------------------------------------------------------------------
+# --- the list --------------------------------------------------------------------------------------------------------
 
 
 def test_no_argument_on_the_list_loads_opens_or_connects():
@@ -91,7 +96,7 @@ def test_the_documentation_shows_the_list():
         assert f"| `{path}` | {arguments} |" in page, f"run `python -m bench.render`: {path}"
 
 
-# --- attacks ----------------------------------------------------------------------------------------------------------------
+# --- attacks ---------------------------------------------------------------------------------------------------------
 
 NESTED_CONFIG = {
     "class": "hf_effi.trainers.grpo.config:EffiGRPOConfig",
@@ -107,7 +112,8 @@ OBJECTS = {
         "class": "hf_effi:KernelPatchCallback",
         "arguments": {"layers": {"RMSNorm": "evil/kernels:RMSNorm"}},
     },
-    "a repository of kernels by its short form": {"class": "hf_effi:KernelPatchCallback", "arguments": {"layers": "evil/kernels"}},
+    "a repository of kernels by its short form": {"class": "hf_effi:KernelPatchCallback",
+    "arguments": {"layers": "evil/kernels"}},
     "a folder": {"class": "hf_effi:WeightAveragingCallback", "arguments": {"folder": "../../etc"}},
     "a checkpoint": {
         "class": "hf_effi.schedules.branch:Branch",
@@ -224,7 +230,7 @@ def test_an_old_card_names_the_module_of_a_class_and_is_read():
     assert made.built.warmup_steps == 3
 
 
-# --- the card as text ---------------------------------------------------------------------------------------------------------
+# --- the card as text ------------------------------------------------------------------------------------------------
 
 
 def card(*blocks: str, before: str = "", inside: str = "") -> str:
@@ -269,12 +275,13 @@ def test_hostile_cards_give_one_short_sentence(tmp_path, text):
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
 
 
-# --- fuzz ---------------------------------------------------------------------------------------------------------------------
+# --- fuzz ------------------------------------------------------------------------------------------------------------
 
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 10**400, 1e308, float("nan"), "", "/etc/passwd", "../../x", "http://127.0.0.1:9/x", "evil/repo",
     "os:system", "hf_effi.__main__:x", "$(touch x)", "a" * 5000, [], {}, [[]], {"class": "os:system", "arguments": {}},
-    {"class": "hf_effi.trainers.grpo.trainer:EffiGRPOTrainer", "arguments": {"model": "evil/x"}}, {"function": "os:system"},
+    {"class": "hf_effi.trainers.grpo.trainer:EffiGRPOTrainer", "arguments": {"model": "evil/x"}},
+    {"function": "os:system"},
     {"trust_remote_code": True}, [1] * 300, "__import__('os')",
 )  # fmt: skip
 

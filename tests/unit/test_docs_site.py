@@ -1,4 +1,5 @@
-"""The site builds offline: no warning, every page in the menu, links and anchors lead somewhere, nothing is loaded from elsewhere.
+"""The site builds offline: no warning, every page in the menu, links and anchors lead somewhere, nothing is loaded
+from elsewhere.
 
 Every public name has an entry made from its docstring, and on a phone no page is wider than the screen.
 """

@@ -1,4 +1,6 @@
-"""Children that a preloaded server forked are what fresh interpreters are: of their own, reported, and gone at the end."""
+"""
+Children that a preloaded server forked are what fresh interpreters are: of their own, reported, and gone at the end.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def weights(out, rank=2, size=3, *, bias=False, scale=0.5, seed=0):
     return LoRAWeights(draw(out, size), draw(out) if bias else None, draw(rank, size), draw(out, rank), scale)
 
 
-# --- the function -----------------------------------------------------------------------------------------------------
+# --- the function ----------------------------------------------------------------------------------------------------
 
 
 def test_by_hand():
@@ -95,7 +95,7 @@ def test_x_that_is_not_contiguous():
     fused_lora(x, linears)[0].sum().backward()
 
 
-# --- against PEFT -----------------------------------------------------------------------------------------------------
+# --- against PEFT ----------------------------------------------------------------------------------------------------
 
 
 CONFIGS = {
@@ -173,7 +173,7 @@ def test_adapters_in_fp32_keep_their_precision_on_a_half_precision_base():
         assert len(handle) == 14
 
 
-# --- the adapter is read at every call --------------------------------------------------------------------------------
+# --- the adapter is read at every call -------------------------------------------------------------------------------
 
 
 def test_disable_merge_and_switch():
@@ -236,7 +236,7 @@ def test_a_copy_has_its_own_siblings():
         assert_close(expected, outputs_of(model), tolerance=1e-5)
 
 
-# --- refused by name --------------------------------------------------------------------------------------------------
+# --- refused by name -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

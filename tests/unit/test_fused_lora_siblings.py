@@ -11,7 +11,7 @@ from tests.helpers import assert_bitwise_equal, tiny_llama
 from tests.helpers.lora import KEY, attention_of, lora_model, randomize, saved_bytes
 from tests.helpers.patches import IDS, assert_close, four_bit_llama, outputs_of, state_of
 
-# --- siblings ---------------------------------------------------------------------------------------------------------
+# --- siblings --------------------------------------------------------------------------------------------------------
 
 
 class Products(TorchDispatchMode):
@@ -95,13 +95,14 @@ def test_nothing_waits_after_a_forward():
         assert all(not group.waiting and group.input is None for group in groups.values())
 
 
-# --- what is saved and unpacked ---------------------------------------------------------------------------------------
+# --- what is saved and unpacked --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("base_dtype", "autocast", "peft_x_bytes", "our_x_bytes", "low_rank_bytes"),
     [
-        # Outside autocast each of the three projections makes an fp32 copy; the base layers keep nothing of a frozen W.
+        # Outside autocast each of the three projections makes an fp32 copy; the base layers keep nothing of a frozen
+        # W.
         (torch.bfloat16, False, 3 * 4, 2, 4),
         # Under autocast lora_A keeps the bf16 input, of which each projection makes a copy.
         (torch.float32, True, 3 * 2, 2, 2),

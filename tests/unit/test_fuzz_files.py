@@ -1,9 +1,9 @@
 """
 Files of strangers, changed at random: records, trainer states, cards, YAML, side files of checkpoints.
 
-Whatever they hold, they are read or refused in one short sentence; nothing is opened, imported, connected, started or left
-behind. The suite runs a part; `make fuzz` runs thirty times as many cases, from other seeds. Recipes have their fuzz in
-`test_card_allow_list.py`.
+Whatever they hold, they are read or refused in one short sentence; nothing is opened, imported, connected, started or
+left behind. The suite runs a part; `make fuzz` runs thirty times as many cases, from other seeds. Recipes have their
+fuzz in `test_card_allow_list.py`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def record(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     store.begin(header, 0)
     totals = {
         "updates": 2, "seconds": {"train": 1.5, "data": 0.5}, "phases": {"gen": 0.5, "train": 0.5},
-        "tokens": {"forwarded": 30, "real": 20, "saved": 5}, "rows": {"generated": 8, "trained": 6}, "drops": {"pruned": 2},
+        "tokens": {"forwarded": 30, "real": 20, "saved": 5}, "rows": {"generated": 8, "trained": 6},
+        "drops": {"pruned": 2},
         "peak_memory_bytes": {"host": 2**30},
     }  # fmt: skip
     for step in range(1, 5):
@@ -198,7 +199,8 @@ def test_cards(tmp_path, seed, monkeypatch):
 
 
 def configs() -> list[dict[str, Any]]:
-    common = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 5, "learning_rate": 1e-3,
+    common = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 5,
+        "learning_rate": 1e-3,
               "eval_strategy": "no", "lr_schedule": "wsd", "lr_schedule_kwargs": {"warmup_steps": 1}}  # fmt: skip
     return [
         {
@@ -271,7 +273,9 @@ def test_yaml_is_validated_without_acting(tmp_path, seed, monkeypatch, capsys):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_side_files(tmp_path, seed):
-    """A pickle in one would run as it is loaded: `torch.load` without its unpickler of plain data would open a file here."""
+    """
+    A pickle in one would run as it is loaded: `torch.load` without its unpickler of plain data would open a file here.
+    """
     rng, path = random.Random(seed), tmp_path / "effi_state.pt"
     save_state(path, {"step": 3, "weights": [torch.zeros(2)], "names": {"a": 1.5, "b": None}})
     contents = [

@@ -86,7 +86,7 @@ def test_self_check_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-# --- exceptions, order and claims -------------------------------------------------------------------------------------
+# --- exceptions, order and claims ------------------------------------------------------------------------------------
 
 
 def test_an_exception_in_the_body_reverts():

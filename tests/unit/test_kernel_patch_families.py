@@ -1,4 +1,7 @@
-"""Which layers of a model a kernel may replace follows from their structure; keys and values that mean nothing are refused."""
+"""
+Which layers of a model a kernel may replace follows from their structure; keys and values that mean nothing are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ def test_a_rotary_embedding_of_a_part_needs_its_input():
         assert len(handle) == 1
 
 
-# --- keys and values ------------------------------------------------------------------------------------------------------
+# --- keys and values -------------------------------------------------------------------------------------------------
 
 
 def test_kernel_names_follow_from_structure():

@@ -188,7 +188,9 @@ def test_parameters_and_tensors_without_gradient_stay():
     ids=["transposed", "part", "every second", "permuted part"],
 )
 def test_strides_come_back(make):
-    """A recomputation reads them: LED's encoder hands on transposed states, and a product of them is another operator."""
+    """
+    A recomputation reads them: LED's encoder hands on transposed states, and a product of them is another operator.
+    """
     offloader, seen = ActivationOffloader(), []
 
     class Look(torch.autograd.Function):
@@ -354,7 +356,9 @@ def test_probe_agrees_with_the_bytes_of_a_whole_forward():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_are_scaled_by_the_square_of_the_length(attention):
-    """What SDPA and eager attention keep for each pair of tokens, planned for rows of twice the length from shorter ones."""
+    """
+    What SDPA and eager attention keep for each pair of tokens, planned for rows of twice the length from shorter ones.
+    """
     measured = {}
     for length in (24, 48):
         model = checkpointed()
@@ -374,7 +378,7 @@ def test_bandwidth_is_measured():
     assert measure_copy_bandwidth("cpu", 1 << 20) > 0
 
 
-# --- layers that draw with Python's or numpy's generator --------------------------------------------------------------
+# --- layers that draw with Python's or numpy's generator -------------------------------------------------------------
 
 
 def _left_out_at_random(model, draw):

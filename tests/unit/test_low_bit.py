@@ -22,7 +22,7 @@ def relative(found, truth):
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-# --- rounding ---------------------------------------------------------------------------------------------------------
+# --- rounding --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_no_gradient_passes():
     assert not LowBitWeight.of(normal(16, 16), "int8").product(rows, torch.float32).requires_grad
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- products --------------------------------------------------------------------------------------------------------
 
 
 @EACH_FORMAT
@@ -166,7 +166,7 @@ def test_arguments_of_the_product_on_a_gpu(monkeypatch, rows):
     ]
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------
+# --- devices ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_weight_goes_to_another_device_after_a_look_at_it(monkeypatch):
     assert asked == [("fp8", "meta")] and moved.rows.values.is_meta and moved.rows.scale.is_meta
 
 
-# --- under an adapter -------------------------------------------------------------------------------------------------
+# --- under an adapter ------------------------------------------------------------------------------------------------
 
 
 def layer(out, size=32, rank=2, *, bias=False, seed=0, dtype=torch.float32):

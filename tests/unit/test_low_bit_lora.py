@@ -18,7 +18,7 @@ from tests.helpers.patches import IDS, outputs_of, state_of
 from tests.unit._low_bit_lora import EACH_FORMAT, bases_of, calm_model, key
 from tests.unit.test_low_bit import relative
 
-# --- against PEFT -----------------------------------------------------------------------------------------------------
+# --- against PEFT ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("format", "most"), [("fp8", 0.15), ("int8", 0.05)])
@@ -100,7 +100,7 @@ def test_a_compiled_model_leaves_the_graph_here():
     torch.compiler.reset()
 
 
-# --- the adapter is read at every call --------------------------------------------------------------------------------
+# --- the adapter is read at every call -------------------------------------------------------------------------------
 
 
 @EACH_FORMAT
@@ -143,7 +143,7 @@ def test_adapters_by_row_are_refused():
         model(input_ids=IDS, adapter_names=["default", "__base__"])
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes -----------------------------------------------------------------------------------------------------------
 
 
 @EACH_FORMAT

@@ -17,7 +17,7 @@ from tests.helpers.patches import IDS, four_bit_llama, outputs_of, state_of
 from tests.unit._low_bit_lora import EACH_FORMAT, bases_of, key
 from tests.unit.test_low_bit import relative
 
-# --- refused by name --------------------------------------------------------------------------------------------------
+# --- refused by name -------------------------------------------------------------------------------------------------
 
 
 def refused(model, message, format="int8", pattern="LoRALinear"):
@@ -104,7 +104,7 @@ def test_a_weight_with_nan_is_refused():
     refused(model, r"layers\.1\.mlp\.down_proj: its weight is off by nan")
 
 
-# --- which layers -----------------------------------------------------------------------------------------------------
+# --- which layers ----------------------------------------------------------------------------------------------------
 
 
 def test_the_output_head_stays_wide():
@@ -146,7 +146,7 @@ def test_beside_other_patches():
     assert state_of(model) == state
 
 
-# --- wrong kernels are seen -------------------------------------------------------------------------------------------
+# --- wrong kernels are seen ------------------------------------------------------------------------------------------
 
 
 def _product_without_scale(left, right, right_scale, dtype):

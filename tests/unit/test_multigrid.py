@@ -14,7 +14,8 @@ def test_sequence_by_hand():
 
 
 def test_defaults_are_the_cycles_of_the_paper():
-    # space and time of (1/4, sqrt .5), (1/2, sqrt .5), (1/2, 1), (1, 1), and squares of the short factors .5, sqrt .5, 1
+    # space and time of (1/4, sqrt .5), (1/2, sqrt .5), (1/2, 1), (1, 1), and squares of the short factors .5, sqrt .5,
+    # 1
     shapes = Multigrid(2048)
     assert [shapes.divisor(step, 60) for step in range(12)] == [32, 16, 8] * 4
     assert [shapes.divisor(step, 60) for step in range(36, 48)] == [4, 2, 1] * 4

@@ -128,7 +128,9 @@ def test_a_claim_inside_a_tiled_mlp_is_named_at_the_first_call():
 
 
 def test_unpatch_sees_every_kind_of_patch():
-    """One room makes them all, so that one function finds them: kernels, tiles, streams, dropped tokens, layer modes."""
+    """
+    One room makes them all, so that one function finds them: kernels, tiles, streams, dropped tokens, layer modes.
+    """
     model = model_of()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     state = state_of(model)

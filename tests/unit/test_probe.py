@@ -1,4 +1,6 @@
-"""What a probe answers: equal, different by how much and in what, or why it cannot look; never equal without a look."""
+"""
+What a probe answers: equal, different by how much and in what, or why it cannot look; never equal without a look.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,7 @@ def test_named_draws_of_a_float_attribute():
     assert named_draws(model) == {"router_jitter": 0.1}
 
 
-# --- compare ----------------------------------------------------------------------------------------------------------
+# --- compare ---------------------------------------------------------------------------------------------------------
 
 
 def _logits(model):
@@ -270,7 +272,7 @@ def test_an_answer_is_kept_for_when_the_model_is_out_of_reach():
     assert wanted.what == "now", "a new look counts for more than an old one"
 
 
-# --- who cannot be looked at ------------------------------------------------------------------------------------------
+# --- who cannot be looked at -----------------------------------------------------------------------------------------
 
 
 def _of_zero(model):
@@ -312,7 +314,7 @@ def test_one_module_with_a_hook_does_not_bring_in_the_weights_of_another():
     assert "on the meta device (lm_head.weight)" in out_of_reach(model)
 
 
-# --- weights elsewhere that come when they are called -------------------------------------------------------------------
+# --- weights elsewhere that come when they are called ----------------------------------------------------------------
 
 
 def _offloaded(how, tmp_path):
@@ -344,7 +346,7 @@ def test_offloaded_weights_are_looked_at_where_they_are(how, tmp_path):
     assert torch.equal(model(ids).logits, wanted)
 
 
-# --- generators ---------------------------------------------------------------------------------------------------------
+# --- generators ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("level", "value"), [("low", 0.0), ("middle", 0.5), ("high", 1.0)])

@@ -1,4 +1,7 @@
-"""The right answer for twelve model families, question by question; where a plain forward can show it, it is asked as well."""
+"""
+The right answer for twelve model families, question by question; where a plain forward can show it, it is asked as
+well.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +54,15 @@ _LONG = {
 }
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.25}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+    "initializer_range": 0.25}),
     "opt": ("OPTForCausalLM", "OPTConfig", {"hidden_size": 32, "max_position_embeddings": 64, **_OPT}),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {**_LLAMA, **_LONG}),
-    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", {**_LLAMA, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 32}),
-    "bloom": ("BloomForCausalLM", "BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.25}),
+    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", {**_LLAMA, "num_local_experts": 2, "intermediate_size_mlp": 64,
+    "attention_chunk_size": 32}),
+    "bloom": ("BloomForCausalLM", "BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4,
+    "initializer_range": 0.25}),
     "nemotron": ("NemotronForCausalLM", "NemotronConfig", {**_LLAMA, "hidden_act": "relu2"}),
     "seed_oss": ("SeedOssForCausalLM", "SeedOssConfig", _LLAMA),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_LLAMA, "query_pre_attn_scalar": 8, "sliding_window": 32}),
@@ -108,7 +114,7 @@ def test_families(family, question):
     assert found.equal or found.gap > 1e-3
 
 
-# --- the same, without a probe ------------------------------------------------------------------------------------------
+# --- the same, without a probe ---------------------------------------------------------------------------------------
 
 
 def _plain(family: str) -> nn.Module:
@@ -162,7 +168,7 @@ def test_the_longest_exact_call_of_long_rope_is_its_first_length():
     assert longest_exact_call(make("llama")) is None
 
 
-# --- what is refused, and what the message says -------------------------------------------------------------------------
+# --- what is refused, and what the message says ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

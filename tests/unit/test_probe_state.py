@@ -1,4 +1,6 @@
-"""A probe leaves no trace: whatever a model does in it, all that can be seen of it is afterwards the same, to the bit."""
+"""
+A probe leaves no trace: whatever a model does in it, all that can be seen of it is afterwards the same, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -289,7 +291,10 @@ def test_an_object_that_cannot_be_seen_whole_is_left_to_its_owner():
 
 @pytest.mark.parametrize("with_graph", [True, False])
 def test_nothing_of_a_probe_stays_in_memory(with_graph):
-    """Attention saves its own output: a hook that keeps it as it is would hold the graph, and with it every weight, for good."""
+    """
+    Attention saves its own output: a hook that keeps it as it is would hold the graph, and with it every weight, for
+    good.
+    """
     model, kept = _llama(), []
 
     def run(model):

@@ -19,7 +19,7 @@ from hf_effi.functional.probes import ProbeError, ProbePlan, is_probed, probing_
 from hf_effi.functional.schedules import ScheduleError
 from hf_effi.schedules.range_test import lr_range_test
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def test_plan_by_hand():
@@ -86,7 +86,7 @@ def test_entries_of_probes_are_left_out():
     assert without_probes([{"loss": 1.0}, {"loss": 9.0, "effi/probe": 1.0}]) == [{"loss": 1.0}]
 
 
-# --- the signal -------------------------------------------------------------------------------------------------------
+# --- the signal ------------------------------------------------------------------------------------------------------
 
 
 def state_at(step, **over):
@@ -181,7 +181,7 @@ def test_models_under_a_range_test_are_not_counted():
     assert watch.take() == (8, 8)
 
 
-# --- turns ------------------------------------------------------------------------------------------------------------
+# --- turns -----------------------------------------------------------------------------------------------------------
 
 
 class Noted(TurnCallback):
@@ -245,7 +245,7 @@ def test_a_callback_that_was_taken_out_has_no_turn():
     assert log == [(1, "write"), (1, "read"), (2, "read")]
 
 
-# --- the LR -----------------------------------------------------------------------------------------------------------
+# --- the LR ----------------------------------------------------------------------------------------------------------
 
 
 class Factor(LRFactorCallback):

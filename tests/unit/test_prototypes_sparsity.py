@@ -25,7 +25,7 @@ from bench.prototypes.structured_ffn import BlockDense, BlockShuffle, LowRank, g
 from bench.sparse_24 import MASKED, counted, tried
 from bench.structured_ffn import SHALLOW, WIDTHS, dense_arm, gaps, interpolate
 
-# --- 2:4 masks ---------------------------------------------------------------------------------------------------------
+# --- 2:4 masks -------------------------------------------------------------------------------------------------------
 
 
 def test_there_are_90_transposable_tiles():
@@ -78,7 +78,7 @@ def test_masked_decay_goes_to_the_gradient_of_the_masked_weights_only():
     assert weight.tolist() == [[1.0, 2.0, -4.0, 8.0]]
 
 
-# --- unbiased pruning --------------------------------------------------------------------------------------------------
+# --- unbiased pruning ------------------------------------------------------------------------------------------------
 
 
 def test_mvue_is_unbiased_with_the_least_variance():
@@ -116,7 +116,7 @@ def test_mvue_of_an_outlier_keeps_it():
     assert set(draws[:, 3].tolist()) == {0.0, 4.0}
 
 
-# --- soft threshold, layer ---------------------------------------------------------------------------------------------
+# --- soft threshold, layer -------------------------------------------------------------------------------------------
 
 
 def test_soft_threshold_by_hand():
@@ -167,7 +167,7 @@ def test_refresh_follows_the_weight():
     assert sparse.refresh() == 1.0
 
 
-# --- structured factors ------------------------------------------------------------------------------------------------
+# --- structured factors ----------------------------------------------------------------------------------------------
 
 LAYERS = {
     "low rank": lambda: LowRank(8, 12, 3),
@@ -281,7 +281,7 @@ def test_gradients(structured):
     assert torch.autograd.gradcheck(run, (x, *values))
 
 
-# --- studies -----------------------------------------------------------------------------------------------------------
+# --- studies ---------------------------------------------------------------------------------------------------------
 
 
 def test_models_of_one_seed_differ_in_their_ffn_only():
@@ -294,7 +294,7 @@ def test_models_of_one_seed_differ_in_their_ffn_only():
     assert ffn_linears(narrow)[0][2].weight.shape == (80, 64)
 
 
-# --- verdicts ----------------------------------------------------------------------------------------------------------
+# --- verdicts --------------------------------------------------------------------------------------------------------
 
 
 def test_counted_times_by_hand():

@@ -133,7 +133,9 @@ def test_only_the_kept_tokens_change_in_a_middle_layer(make, checkpointing):
 
 
 def dense_forward(model, dropping, mask, positions):
-    """A Llama or Mistral whose middle layers loop over rows: each row's kept tokens with their own positions and mask."""
+    """
+    A Llama or Mistral whose middle layers loop over rows: each row's kept tokens with their own positions and mask.
+    """
     decoder = model.model
     hidden = decoder.embed_tokens(IDS)
     for index, layer in enumerate(decoder.layers):

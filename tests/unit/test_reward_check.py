@@ -1,4 +1,6 @@
-"""`RewardCheck` without a trainer: functions are wrapped for one call, and problems raise after all ranks have heard."""
+"""
+`RewardCheck` without a trainer: functions are wrapped for one call, and problems raise after all ranks have heard.
+"""
 
 from __future__ import annotations
 

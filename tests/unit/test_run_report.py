@@ -1,4 +1,7 @@
-"""`hf-effi report`: what the page shows of a record, of a stock trainer_state.json and of several runs, in a real browser."""
+"""
+`hf-effi report`: what the page shows of a record, of a stock trainer_state.json and of several runs, in a real
+browser.
+"""
 
 from __future__ import annotations
 
@@ -195,7 +198,8 @@ def test_command(tmp_path, capsys):
 # ---- in a browser ----
 
 #: Puts the page into a frame of the asked width and writes what it measures into the document.
-_FRAME = """<!doctype html><body><iframe style="border:0;width:{width}px;height:900px" srcdoc="{page}"></iframe><script>
+_FRAME = """<!doctype html><body>
+<iframe style="border:0;width:{width}px;height:900px" srcdoc="{page}"></iframe><script>
 onload = () => {{
   const frame = document.querySelector("iframe").contentDocument;
   const pictures = [...frame.querySelectorAll("figure svg")].map(svg => svg.getBoundingClientRect());

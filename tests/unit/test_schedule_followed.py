@@ -179,7 +179,9 @@ def applied_multiplier(name, total, t):
 
 
 def judge(applied, asked, mode, step):
-    """Return what a run follows by the words of the contract, or `None` where it refuses; runs are (curve, length, lr)."""
+    """
+    Return what a run follows by the words of the contract, or `None` where it refuses; runs are (curve, length, lr).
+    """
     if applied is None or applied == asked:
         return asked
     if mode == "error":

@@ -13,8 +13,8 @@ key api_key apiKey api-key X-Api-Key WANDB_API_KEY private_key ssh_key secret_ac
 Proxy-Authorization dsn SENTRY_DSN password passwd credentials clientSecret
 """.split()
 INNOCENT_NAMES = """
-eos_token pad_tokens num_tokens max_new_tokens tokens_forward path pattern author authors keyboard sort_key text_key keys
-secretary passes passport monkey authority cookies_per_batch tokenizer token_budget pats bearing special_tokens
+eos_token pad_tokens num_tokens max_new_tokens tokens_forward path pattern author authors keyboard sort_key text_key
+keys secretary passes passport monkey authority cookies_per_batch tokenizer token_budget pats bearing special_tokens
 """.split()
 KEY = "Zx81Qw72Er63Ty54"
 SECRET_TEXTS = {

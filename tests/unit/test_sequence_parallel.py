@@ -42,7 +42,7 @@ def group_of(size: int, rank: int = 0) -> SequenceGroup:
     return SequenceGroup(size, rank, 0, 1, None)
 
 
-# --- documents and shards ------------------------------------------------------------------------------------------------
+# --- documents and shards --------------------------------------------------------------------------------------------
 
 
 def test_documents_start_at_resets_boundaries_and_padding():
@@ -134,7 +134,7 @@ def test_inputs_that_cannot_be_split_are_named(extra, message):
         split_batch({"input_ids": torch.zeros(1, 4, dtype=torch.long), **extra}, group_of(2))
 
 
-# --- sizes ---------------------------------------------------------------------------------------------------------------
+# --- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def test_valid_sizes():
@@ -154,7 +154,7 @@ def test_a_single_process_says_how_to_start_several():
         make_sequence_group(2)
 
 
-# --- models --------------------------------------------------------------------------------------------------------------
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def sdpa(model: nn.Module) -> nn.Module:
@@ -224,7 +224,7 @@ def test_prompt_learning_is_refused():
         check_model(model, 2)
 
 
-# --- inner attention -----------------------------------------------------------------------------------------------------
+# --- inner attention -------------------------------------------------------------------------------------------------
 
 
 def qkv(heads: int = 2, length: int = 8, width: int = 4) -> list[torch.Tensor]:
@@ -353,7 +353,7 @@ def test_a_mask_above_the_limit_names_the_varlen_backend():
     assert SequenceLayout(group_of(2), torch.zeros_like(documents), length).mask(None) is None
 
 
-# --- scope ---------------------------------------------------------------------------------------------------------------
+# --- scope -----------------------------------------------------------------------------------------------------------
 
 
 def state_of(model: nn.Module) -> list[Any]:
@@ -424,7 +424,7 @@ def test_attention_with_sinks_is_refused():
         dispatcher(nn.Linear(1, 1), *qkv(), None, sequence_layout=layout, is_causal=False)
 
 
-# --- DeepSpeed's own -----------------------------------------------------------------------------------------------------
+# --- DeepSpeed's own -------------------------------------------------------------------------------------------------
 
 
 def deepspeed(size: int, stage: int) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ class Tied(nn.Module):
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_emptied_model_saves_what_the_real_one_saves():
@@ -72,7 +72,7 @@ def test_casts_of_weights_are_noted():
     assert noted == {(id(layer.weight), torch.bfloat16), (id(layer.bias), torch.bfloat16)}
 
 
-# --- what is real, and what is invented --------------------------------------------------------------------------------
+# --- what is real, and what is invented ------------------------------------------------------------------------------
 
 
 def test_code_that_branches_on_tokens_sees_them():
@@ -124,7 +124,7 @@ def test_grouped_products_have_the_layout_of_real_ones(dtype, rows, weight, ends
     assert found.untyped_storage().nbytes() == real.untyped_storage().nbytes()
 
 
-# --- giving up ---------------------------------------------------------------------------------------------------------
+# --- giving up -------------------------------------------------------------------------------------------------------
 
 
 def test_a_long_loop_is_given_up_also_between_writes_in_place():
@@ -139,7 +139,7 @@ def test_a_long_loop_is_given_up_also_between_writes_in_place():
         assert (weight * 2).shape == (4,), "the run goes on after it"
 
 
-# --- what hangs on an output -------------------------------------------------------------------------------------------
+# --- what hangs on an output -----------------------------------------------------------------------------------------
 
 
 class Backwards(torch.autograd.Function):
@@ -191,7 +191,7 @@ def test_a_cache_counts_each_storage_of_floats_once():
     assert bytes_of_cache([Layer(keys), {"again": keys.view(4, 4), "more": (torch.zeros(3),)}]) == 64 + 12
 
 
-# --- saved bytes -------------------------------------------------------------------------------------------------------
+# --- saved bytes -----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_freed_again_no_longer_counts():

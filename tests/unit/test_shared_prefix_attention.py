@@ -124,7 +124,22 @@ def test_half_precision_is_as_exact_as_one_attention():
 def stand_in_operators(calls: list[dict[str, Any]]) -> tuple[Any, Any]:
     """Torch's two operators, with the arguments and layouts of the real ones, computed by the CPU twin."""
 
-    def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None, window_size=None, enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
+    def forward(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        is_causal=False,
+        scale=None,
+        window_size=None,
+        enable_gqa=False,
+        seqused_k=None,
+        block_table=None,
+        num_splits=None,
+    ):
         calls.append({"max": (max_q, max_k), "causal": is_causal, "window": window_size, "gqa": enable_gqa})
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
         assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
@@ -133,7 +148,22 @@ def stand_in_operators(calls: list[dict[str, Any]]) -> tuple[Any, Any]:
         calls[-1]["returned"] = out, out.clone()
         return out, lse.t().contiguous(), torch.zeros(2, dtype=torch.uint64)
 
-    def backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, rng_state, scale=None, window_size=None):  # fmt: skip
+    def backward(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        is_causal,
+        rng_state,
+        scale=None,
+        window_size=None,
+    ):
         calls.append({"max": (max_q, max_k), "causal": is_causal, "window": window_size})
         assert rng_state.dtype == torch.uint64 and rng_state.shape == (2,)
         assert lse.shape == (query.shape[1], query.shape[0]) and lse.is_contiguous() and grad_out.is_contiguous()

@@ -63,7 +63,8 @@ def assert_same(model, num_chunks, tolerance=1e-12, **inputs):
         (tiny_qwen3, {}),
         (tiny_llama, {"attention_bias": True, "mlp_bias": True}),
         (tiny_llama, {"num_key_value_heads": 1}),
-        (tiny_qwen3, {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 4}),
+        (tiny_qwen3, {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True,
+        "sliding_window": 4}),
     ],
     ids=["qwen3", "llama with biases", "one key head", "sliding window"],
 )  # fmt: skip

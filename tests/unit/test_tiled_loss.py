@@ -352,7 +352,10 @@ def test_logits_that_are_made_contiguous_or_capped_by_a_function(make_model):
 
 
 def test_a_forward_that_needs_its_logits_is_refused_when_the_patch_is_put_on():
-    """Bart's decoder computes its loss by itself, without `num_items_in_batch`; asking for their device is no use of them."""
+    """
+    Bart's decoder computes its loss by itself, without `num_items_in_batch`; asking for their device is no use of
+    them.
+    """
     sizes = {
         "d_model": 16,
         "decoder_layers": 1,

@@ -1,4 +1,6 @@
-"""Our Triton kernels by triton's interpreter on CPU tensors, against fp32 truth and the error of torch in the dtype."""
+"""
+Our Triton kernels by triton's interpreter on CPU tensors, against fp32 truth and the error of torch in the dtype.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def in_interpreter():
 
 
 def gated_products(by_torch, dtype, shape, activation):
-    """Return `(error, error of torch)` of the product and of what its backward returns; with zeros and huge entries."""
+    """
+    Return `(error, error of torch)` of the product and of what its backward returns; with zeros and huge entries.
+    """
     from hf_effi.kernels.gated_product import gated_product, gated_product_backward
 
     generator = torch.Generator().manual_seed(3)

@@ -42,7 +42,7 @@ def one_sentence(text: str) -> bool:
     return len(lines) == 1 and len(lines[0]) < 700 and "Traceback" not in text
 
 
-# --- YAML -------------------------------------------------------------------------------------------------------------------
+# --- YAML ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_a_file_holds_is_told_in_bounds(tmp_path, capsys, values):
     assert len(shown.err) < 6000 and "Traceback" not in shown.err
 
 
-# --- the card -----------------------------------------------------------------------------------------------------------------
+# --- the card --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("front", [BOMB, DEEP, "- a\n- b\n", "a: [1\n", "tags: &t [*t]\n"])
@@ -156,7 +156,7 @@ def test_text_around_the_section_survives_a_mark_of_its_own(tmp_path):
     assert "begins a section." in card.read_text() and card.read_text().count("## Training recipe") == 1
 
 
-# --- records and states --------------------------------------------------------------------------------------------------------
+# --- records and states ----------------------------------------------------------------------------------------------
 
 
 def record(folder: Path) -> Path:
@@ -222,7 +222,8 @@ def test_a_resumed_run_puts_a_damaged_record_aside(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "state",
-    [[], {}, {"global_step": 1, "max_steps": 2, "log_history": None}, {"global_step": "x", "max_steps": 2, "log_history": []},
+    [[], {}, {"global_step": 1, "max_steps": 2, "log_history": None}, {"global_step": "x", "max_steps": 2,
+    "log_history": []},
      {"global_step": 1, "max_steps": 2, "log_history": [5]}, {"global_step": 1, "max_steps": None, "log_history": []}],
 )  # fmt: skip
 def test_a_malformed_trainer_state_gets_one_sentence(tmp_path, capsys, state):
@@ -279,7 +280,7 @@ def test_side_files_of_a_checkpoint_get_one_sentence(tmp_path, content):
         assert one_sentence(str(error.value))
 
 
-# --- symbolic links --------------------------------------------------------------------------------------------------------------
+# --- symbolic links --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """
 Run a part of the zoo by hand: `python -m tests.zoo CLASSES [FEATURE ...] [AXIS=LEVEL ...] [--rows]`.
 
-`CLASSES` is a class, a model type, `kind/model_type`, a kind, or `all`. Without levels a single class runs its rows of the design,
-several classes the plain row, or with `--rows` theirs.
+`CLASSES` is a class, a model type, `kind/model_type`, a kind, or `all`. Without levels a single class runs its rows of
+the design, several classes the plain row, or with `--rows` theirs.
 """
 
 from __future__ import annotations

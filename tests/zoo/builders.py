@@ -199,7 +199,9 @@ def _size(name: str, value: Any) -> int | None:
 
 
 def _heads(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, int]:
-    """As many key and value heads as query heads where the default has that, else half of them, or the one there is."""
+    """
+    As many key and value heads as query heads where the default has that, else half of them, or the one there is.
+    """
     found = {}
     for name, value in values.items():
         if _KEY_VALUE_HEADS.fullmatch(name) and isinstance(value, int) and not isinstance(value, bool):

@@ -27,8 +27,8 @@ def all_double() -> Iterator[None]:
     """
     Keep tensors in fp64 where the model asks for fp32, also where a backward computes again.
 
-    Norms, softmaxes and rotary embeddings of transformers compute in fp32 whatever they are given: their rounding would
-    hide differences of that size.
+    Norms, softmaxes and rotary embeddings of transformers compute in fp32 whatever they are given: their rounding
+    would hide differences of that size.
     """
     places = [(torch.Tensor, name) for name in ("to", "type", "softmax", "log_softmax", *_SUMS)]
     places += [(where, name) for where in (torch, F) for name in ("softmax", "log_softmax")]

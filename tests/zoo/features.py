@@ -49,8 +49,8 @@ class Pair:
         model (`nn.Module`): With the feature on, in training mode.
         call (`Callable`): Returns the loss, with a graph unless the backward was run already, and the outputs.
         tolerance (`float`, *optional*, defaults to 0): What is allowed where that is more than the dtype's own.
-        recomputes (`bool`, *optional*, defaults to `True`): Whether the feature runs parts of the model twice, so that under
-            dropout the gradient could belong to other masks than the loss.
+        recomputes (`bool`, *optional*, defaults to `True`): Whether the feature runs parts of the model twice, so that
+            under dropout the gradient could belong to other masks than the loss.
         case ([`Case`], *optional*): Whose rounding counts, where the untouched model is another one.
     """
 
@@ -90,8 +90,8 @@ class Feature:
 class Outcome:
     """
     Args:
-        status (`str`): `"equal"`; `"refused"`; `"stock"`: the untouched model does not run; `"different"`; `"error"`: what
-            the feature raised is not its own refusal.
+        status (`str`): `"equal"`; `"refused"`; `"stock"`: the untouched model does not run; `"different"`; `"error"`:
+            what the feature raised is not its own refusal.
         note (`str`): The reason, the difference or the error.
         difference (`float`): The largest, relative.
     """

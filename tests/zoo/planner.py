@@ -42,7 +42,9 @@ def _tokens(case: Case) -> int:
 
 
 def held_bytes(case: Case) -> dict[str, int]:
-    """Return what one training step of the model in fp32 holds, and the cache of a forward pass over as many tokens."""
+    """
+    Return what one training step of the model in fp32 holds, and the cache of a forward pass over as many tokens.
+    """
     with stock():
         model = case.ready(case.fresh())
         ids = torch.randint(3, VOCAB, (ROWS, _tokens(case)), generator=torch.Generator().manual_seed(1))

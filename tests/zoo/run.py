@@ -69,7 +69,8 @@ def read_shard(text: str | None = None) -> tuple[int, int]:
     Return `(i, n)`: part `i` of `n`; the whole zoo is `(0, 1)`.
 
     Args:
-        text (`str`, *optional*): `"all"`, or `"i/n"` with `i` from 0; by default the variable `HF_EFFI_ZOO`, else `"0/16"`.
+        text (`str`, *optional*): `"all"`, or `"i/n"` with `i` from 0; by default the variable `HF_EFFI_ZOO`, else
+            `"0/16"`.
     """
     text = text or os.environ.get(VARIABLE) or f"0/{SHARDS}"
     if text == "all":
@@ -153,7 +154,10 @@ def run_family(
 
 
 def jobs_on_ranks(items: Sequence[Family], count: int) -> list[tuple[Family, Row]]:
-    """Return the class and row of each case of sequence parallelism: a third of the causal classes, with `count` rows each."""
+    """
+    Return the class and row of each case of sequence parallelism: a third of the causal classes, with `count` rows
+    each.
+    """
     jobs = []
     for family in items:
         if family.kind == "causal" and number(family.name) % 3 == 0:

@@ -1,4 +1,6 @@
-"""What comes next, and why: orders, pacing, sampling and difficulty as pure functions of scores, progress and a seed."""
+"""
+What comes next, and why: orders, pacing, sampling and difficulty as pure functions of scores, progress and a seed.
+"""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
     Args:
         scores (`torch.Tensor` or `Sequence[float]`): One number per row, shape `(num_rows,)`.
         name (`str`, *optional*, defaults to `"scores"`): What errors call it.
-        nan (`str`, *optional*, defaults to `"error"`): `"error"`, or `"median"`: a NaN counts as the lower median of the
-            others.
+        nan (`str`, *optional*, defaults to `"error"`): `"error"`, or `"median"`: a NaN counts as the lower median of
+            the others.
 
     Raises:
         CurriculumError: no row, another number of dimensions, a NaN under `nan="error"`, or nothing but NaN.

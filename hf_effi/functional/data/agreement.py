@@ -18,7 +18,8 @@ def majority_answers(
     """
     Return the most frequent answer of each problem, or `None` where too few voters gave it.
 
-    An answer wins with `votes / num_voters >= min_agreement` and more votes than any other. `None` is a vote for nothing.
+    An answer wins with `votes / num_voters >= min_agreement` and more votes than any other. `None` is a vote for
+    nothing.
 
     Args:
         answers (`Sequence[Sequence]`): Answers of each voter, shape `(num_voters, num_problems)`.
@@ -51,8 +52,8 @@ def keep_by_length(lengths: Tensor | Sequence[int], slack: int = 1, quantile: fl
     """
     Return the mask `length >= longest - slack`: an answer much shorter than the others of its level lost a part.
 
-    `longest` is the maximum, as in the paper, where one run-on answer drops all right ones; a `quantile` below 1 passes
-    over so many of the longest.
+    `longest` is the maximum, as in the paper, where one run-on answer drops all right ones; a `quantile` below 1
+    passes over so many of the longest.
 
     Args:
         lengths (`torch.Tensor` or `Sequence[int]`): Of the answers of one level, shape `(num_answers,)`.

@@ -17,19 +17,19 @@ def apportion(sizes: Sequence[int], shares: Sequence[Sequence[int]]) -> list[lis
     """
     Return how many places of each block each domain gets.
 
-    With `owed_i(b) = sum over the blocks up to b of size * share_i / sum(share)`, the places that domain `i` has got after
-    block `b` are `floor(owed_i(b))` or `ceil(owed_i(b))`: always within one of what it is owed. Every block is full, no
-    count is negative, and a domain gets nothing in a block where its share is 0.
+    With `owed_i(b) = sum over the blocks up to b of size * share_i / sum(share)`, the places that domain `i` has got
+    after block `b` are `floor(owed_i(b))` or `ceil(owed_i(b))`: always within one of what it is owed. Every block is
+    full, no count is negative, and a domain gets nothing in a block where its share is 0.
 
-    Such counts always exist: places are a flow from blocks to domains, whose running totals are bounded by whole numbers,
-    and the fractional shares are one such flow. Each block is filled by earliest deadline (the block by which a running
-    total must have grown; among equals the largest remainder). That is optimal while no share is 0 in between; where one
-    is, earlier blocks exchange places along an augmenting path.
+    Such counts always exist: places are a flow from blocks to domains, whose running totals are bounded by whole
+    numbers, and the fractional shares are one such flow. Each block is filled by earliest deadline (the block by which
+    a running total must have grown; among equals the largest remainder). That is optimal while no share is 0 in
+    between; where one is, earlier blocks exchange places along an augmenting path.
 
     Args:
         sizes (`Sequence[int]`): Places of each block, at least 0.
-        shares (`Sequence[Sequence[int]]`): Of each block, one whole number per domain, at least 0. All blocks have the same
-            positive sum.
+        shares (`Sequence[Sequence[int]]`): Of each block, one whole number per domain, at least 0. All blocks have the
+            same positive sum.
 
     Raises:
         CurriculumError: a negative size or share, or sums that differ.
@@ -49,8 +49,8 @@ def apportion(sizes: Sequence[int], shares: Sequence[Sequence[int]]) -> list[lis
     sums = {sum(row) for row in shares}
     if len(sizes) != len(shares) or len(sums) > 1 or 0 in sums:
         raise CurriculumError(
-            f"apportion() was given {len(sizes)} sizes and {len(shares)} rows of shares with the sums {sorted(sums)[:3]}. "
-            "Give one row per block, all with the same positive sum."
+            f"apportion() was given {len(sizes)} sizes and {len(shares)} rows of shares with the sums "
+            f"{sorted(sums)[:3]}. Give one row per block, all with the same positive sum."
         )
     plan = _Plan(sizes, shares)
     for block in range(len(sizes)):
@@ -59,7 +59,9 @@ def apportion(sizes: Sequence[int], shares: Sequence[Sequence[int]]) -> list[lis
 
 
 class _Plan:
-    """Running totals (`served`) between their bounds (`lower`, `upper`), one list per domain, filled block by block."""
+    """
+    Running totals (`served`) between their bounds (`lower`, `upper`), one list per domain, filled block by block.
+    """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[Sequence[int]]) -> None:
         self.sizes, self.shares = sizes, shares
@@ -103,7 +105,9 @@ class _Plan:
         return [(domain, block) for domain in self.domains if self.served[domain][block] < bound[domain][block]]
 
     def _urgency(self, domain: int, block: int) -> tuple[int, float, int]:
-        """The block by which the domain must have one more; then the largest remainder; then the order of the domains."""
+        """
+        The block by which the domain must have one more; then the largest remainder; then the order of the domains.
+        """
         served = self.served[domain][block]
         remainder = self.lower[domain][block] - served + self.part[domain][block]
         return bisect_left(self.lower[domain], served + 1), -remainder, domain
@@ -130,7 +134,9 @@ class _Plan:
         return path
 
     def _next(self, node: Node, block: int) -> list[Node]:
-        """Where one place can go: on to a later block, back to an earlier one, or out of its block for another domain."""
+        """
+        Where one place can go: on to a later block, back to an earlier one, or out of its block for another domain.
+        """
         domain, at = node
         if domain == _BLOCK:
             return [(other, at) for other in self.domains if self.shares[at][other]]

@@ -74,8 +74,8 @@ def copy_scores(attention: Tensor) -> Tensor:
     """
     if attention.ndim != 4 or attention.shape[2] != attention.shape[3] or attention.shape[2] % 2:
         raise CurriculumError(
-            f"attention has shape {tuple(attention.shape)}. Pass (rows, heads, 2 * length, 2 * length), the weights on a "
-            "copy_probe."
+            f"attention has shape {tuple(attention.shape)}. Pass (rows, heads, 2 * length, 2 * length), the weights "
+            "on a copy_probe."
         )
     length = attention.shape[2] // 2
     if length < 2:
@@ -138,7 +138,8 @@ def relative_increase(base: Tensor | Sequence[float], changed: Tensor | Sequence
     before, after = torch.as_tensor(base).double(), torch.as_tensor(changed).double()
     if before.shape != after.shape or before.ndim != 1:
         raise CurriculumError(
-            f"base has shape {tuple(before.shape)} and changed {tuple(after.shape)}. Give both losses of the same rows."
+            f"base has shape {tuple(before.shape)} and changed {tuple(after.shape)}. Give both losses of the same "
+            "rows."
         )
     if bool((before < 0).any()):
         raise CurriculumError(f"base={float(before.min())} is negative. Pass mean token losses in nats, in [0, inf).")

@@ -19,8 +19,8 @@ class Denoiser:
     Args:
         mode (`str`): Name of the mode, such as `"R"`, `"X"` or `"S"`.
         density (`float`): Share of the tokens that are hidden, in `(0, 1)`.
-        mean_span (`float`, *optional*): Mean length of the hidden spans, at least 1. `None`: one span, the end of the row
-            (prefix language modelling).
+        mean_span (`float`, *optional*): Mean length of the hidden spans, at least 1. `None`: one span, the end of the
+            row (prefix language modelling).
         weight (`float`, *optional*, defaults to 1.0): Share in a mixture, before normalising. Positive.
 
     Raises:
@@ -83,8 +83,8 @@ def span_mask(length: int, denoiser: Denoiser, generator: torch.Generator) -> Te
     """
     Draw which tokens of a row are hidden.
 
-    Plain and hidden spans take turns, a plain one first and a hidden one last; all such splits into [`noise_counts`] are
-    equally likely.
+    Plain and hidden spans take turns, a plain one first and a hidden one last; all such splits into [`noise_counts`]
+    are equally likely.
 
     Args:
         length (`int`): Tokens of the row, at least 2.
@@ -116,7 +116,8 @@ def _cut(total: int, parts: int, generator: torch.Generator) -> Tensor:
 
 def split_spans(ids: Tensor, hidden: Tensor, sentinel_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
-    Return what is left of a row, and what was hidden: each span is replaced by a sentinel, which then stands before it.
+    Return what is left of a row, and what was hidden: each span is replaced by a sentinel, which then stands before
+    it.
 
     Every token is in exactly one of the two.
 

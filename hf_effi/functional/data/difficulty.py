@@ -25,7 +25,8 @@ def pass_rate_difficulty(
     Args:
         passed (`torch.Tensor` or `Sequence[int]`): Correct answers of each row, shape `(num_rows,)`.
         tried (`torch.Tensor` or `Sequence[int]`): Answers of each row, shape `(num_rows,)`; 0 gives the prior mean.
-        prior_passed, prior_failed (`float`, *optional*, defaults to 1.0): `a` and `b`, at least 0. Both 0 is the raw rate.
+        prior_passed, prior_failed (`float`, *optional*, defaults to 1.0): `a` and `b`, at least 0. Both 0 is the raw
+            rate.
 
     Returns:
         `torch.Tensor`: In `[0, 1]`, shape `(num_rows,)`, float64.

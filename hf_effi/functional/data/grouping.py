@@ -12,8 +12,8 @@ def repeat_layout(order: Tensor, mini_repeat_count: int, batch_size: int = 1, re
     """
     Lay out an order of prompts as TRL's `RepeatSampler` does.
 
-    The order is cut into chunks of `batch_size` prompts (an incomplete last chunk is dropped); within a chunk each prompt
-    comes `mini_repeat_count` times in a row, and the chunk is given `repeat_count` times.
+    The order is cut into chunks of `batch_size` prompts (an incomplete last chunk is dropped); within a chunk each
+    prompt comes `mini_repeat_count` times in a row, and the chunk is given `repeat_count` times.
 
     Args:
         order (`torch.Tensor`): Row numbers, shape `(num_prompts,)`.

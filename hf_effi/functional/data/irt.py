@@ -13,8 +13,8 @@ def _responses(values: Tensor, ndim: int, name: str) -> Tensor:
     answered = values[~values.isnan()]
     if values.ndim != ndim or answered.numel() == 0 or not bool(((answered == 0) | (answered == 1)).all()):
         raise CurriculumError(
-            f"{name} has shape {tuple(values.shape)}; it needs {ndim} dimension(s), entries 0, 1 or NaN (not answered), "
-            "and at least one answer."
+            f"{name} has shape {tuple(values.shape)}; it needs {ndim} dimension(s), entries 0, 1 or NaN (not "
+            "answered), and at least one answer."
         )
     return values
 
@@ -76,11 +76,13 @@ def fit_rasch(
     responses: Tensor, *, prior_std: float = 1.0, max_rounds: int = 500, tolerance: float = 1e-8
 ) -> tuple[Tensor, Tensor]:
     """
-    Fit difficulties and abilities to a response matrix: the joint MAP, with normal priors, by alternating Newton steps.
+    Fit difficulties and abilities to a response matrix: the joint MAP, with normal priors, by alternating Newton
+    steps.
 
     Args:
         responses (`torch.Tensor`): 0, 1 or NaN (not answered), shape `(num_examinees, num_items)`.
-        prior_std (`float`, *optional*, defaults to 1.0): Width of both priors; keeps items that all or none solve finite.
+        prior_std (`float`, *optional*, defaults to 1.0): Width of both priors; keeps items that all or none solve
+            finite.
         max_rounds (`int`, *optional*, defaults to 500): Rounds at most.
         tolerance (`float`, *optional*, defaults to 1e-8): Largest change of a parameter at which to stop.
 

@@ -83,8 +83,9 @@ class Multigrid:
     """
     Batch shapes on two cycles: rows of `L / c` tokens, `c` times as many of them, so that a step keeps its tokens.
 
-    The long cycle goes once through its divisors, in equal stages; the short cycle goes round within each stage, a divisor
-    of the stage's length each few updates. The run ends at full length. Call it with `(step, total_steps)` for the length.
+    The long cycle goes once through its divisors, in equal stages; the short cycle goes round within each stage, a
+    divisor of the stage's length each few updates. The run ends at full length. Call it with `(step, total_steps)` for
+    the length.
 
     Args:
         max_length (`int`): Full length, `L`; a multiple of each product of a long and a short divisor.
@@ -124,7 +125,8 @@ class Multigrid:
         for divisor in (a * b for a in self.long_cycle for b in self.short_cycle):
             if self.max_length % divisor or self.max_length // divisor < 2:
                 raise CurriculumError(
-                    f"max_length={self.max_length} divided by {divisor} (a long and a short divisor) is no whole number of at "
+                    f"max_length={self.max_length} divided by {divisor} (a long and a short divisor) is no whole "
+                    "number of at "
                     "least 2, so tokens would be padded. Use divisors whose products divide it, such as powers of 2."
                 )
 

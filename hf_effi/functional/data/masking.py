@@ -60,8 +60,9 @@ def continues_word(tokens: Sequence[str], style: Literal["##", "prefix"] = "##")
 
     Args:
         tokens (`Sequence[str]`): In the order of their ids: `tokenizer.convert_ids_to_tokens(range(len(tokenizer)))`.
-        style (`str`, *optional*, defaults to `"##"`): `"##"` marks continuations (WordPiece). `"prefix"`: the first piece
-            of a word begins with a marker of the space before it (byte-level BPE, SentencePiece); all others continue.
+        style (`str`, *optional*, defaults to `"##"`): `"##"` marks continuations (WordPiece). `"prefix"`: the first
+            piece of a word begins with a marker of the space before it (byte-level BPE, SentencePiece); all others
+            continue.
 
     Returns:
         `torch.Tensor`: Boolean, shape `(vocabulary,)`.
@@ -109,8 +110,8 @@ def mask_tokens(
         mask_token_id (`int`): What a masked token becomes.
         vocab_size (`int`): Random tokens are drawn below it.
         continues (`torch.Tensor`, *optional*): From [`continues_word`]: all pieces of a word are masked, or none.
-        random_share, keep_share (`float`, *optional*, default to 0.1): Share of the chosen tokens that becomes a random
-            token, or stays; the rest becomes the mask. 0 and 0 is all masks.
+        random_share, keep_share (`float`, *optional*, default to 0.1): Share of the chosen tokens that becomes a
+            random token, or stays; the rest becomes the mask. 0 and 0 is all masks.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the new `input_ids`, and `labels` with -100 where nothing was chosen.

@@ -37,7 +37,8 @@ def cooldown_step(total_steps: int, cooldown_fraction: float) -> int:
 
     Example:
     ```python
-    >>> [cooldown_step(40000, 0.1), cooldown_step(10, 0.7), cooldown_step(7, 0.1), cooldown_step(5, 0), cooldown_step(5, 1)]
+    >>> plans = [(40000, 0.1), (10, 0.7), (7, 0.1), (5, 0), (5, 1)]
+    >>> [cooldown_step(total_steps, fraction) for total_steps, fraction in plans]
     [36000, 3, 7, 5, 0]
     ```
     """
@@ -63,8 +64,8 @@ def join_metadata(
     Join right-padded documents and their metadata into right-padded rows.
 
     `prepend`: `BOS metadata text EOS`, no loss on BOS and metadata. `append`: `BOS text metadata EOS`, loss on the
-    metadata. A row without metadata stays as it is. With `max_length` metadata is cut to a quarter of it, then the text
-    to what is left; the end of each is cut off.
+    metadata. A row without metadata stays as it is. With `max_length` metadata is cut to a quarter of it, then the
+    text to what is left; the end of each is cut off.
 
     Args:
         input_ids, labels (`torch.Tensor`): Documents, shape `(rows, tokens)`.

@@ -70,8 +70,9 @@ def mixture_counts(num_samples: int, block: int, waypoints: Waypoints, smooth: b
     Return how many samples of each domain every block of `block` samples holds.
 
     Shares are rounded on the running totals by [`apportion`]: after every block each domain has got what it is owed,
-    rounded down or up, no count is negative, and each block is full. A domain whose share is 0 gets nothing. The share of
-    a block is that of its first sample. Weights count as the decimal numbers that they are printed as: 0.05 is 1/20.
+    rounded down or up, no count is negative, and each block is full. A domain whose share is 0 gets nothing. The share
+    of a block is that of its first sample. Weights count as the decimal numbers that they are printed as: 0.05 is
+    1/20.
 
     Args:
         num_samples (`int`): Samples of the run.

@@ -24,9 +24,9 @@ def score_order(
     Sort rows by a score; every row occurs exactly once.
 
     A seeded shuffle comes first and the sort is stable, so equal scores are in random order and constant scores give a
-    plain shuffle. Sources replace each score by its percentile within its source, `(rank + 1/2) / size`, which keeps the
-    mixture constant along the order. Folds cut the order into `folds` interleaved passes `order[j::folds]`. Buckets sort
-    only which of `buckets` equal parts a row lies in, and shuffle inside each.
+    plain shuffle. Sources replace each score by its percentile within its source, `(rank + 1/2) / size`, which keeps
+    the mixture constant along the order. Folds cut the order into `folds` interleaved passes `order[j::folds]`.
+    Buckets sort only which of `buckets` equal parts a row lies in, and shuffle inside each.
 
     Args:
         scores (`torch.Tensor` or `Sequence[float]`): One number per row, shape `(num_rows,)`.
@@ -119,8 +119,9 @@ def interleave_levels(
 
     Example:
     ```python
-    >>> order = interleave_levels([1, 1, 1, 1, 2], ["art", "art", "law", "law", "law"])
-    >>> [["art", "art", "law", "law", "law"][i] for i in order[:4].tolist()] in (["art", "law"] * 2, ["law", "art"] * 2)
+    >>> domains = ["art", "art", "law", "law", "law"]
+    >>> order = interleave_levels([1, 1, 1, 1, 2], domains)
+    >>> [domains[i] for i in order[:4].tolist()] in (["art", "law"] * 2, ["law", "art"] * 2)
     True
     >>> int(order[4])
     4

@@ -16,8 +16,8 @@ def flop_coefficients(num_params: int, num_layers: int, num_heads: int, head_dim
     """
     Return `(a, b)` of the cost `a l + b l^2` of training on a row of `l` tokens, in floating-point operations.
 
-    `a = 6 N`, `b = 12 L H D`: two operations a parameter or attention product, forward once and backward twice. Attention
-    counts the full square; with kernels that skip the masked half, halve `b`.
+    `a = 6 N`, `b = 12 L H D`: two operations a parameter or attention product, forward once and backward twice.
+    Attention counts the full square; with kernels that skip the masked half, halve `b`.
 
     Args:
         num_params (`int`): Parameters that multiply each token, `N`: all but an input embedding of its own.
@@ -74,8 +74,8 @@ def batch_costs(batches: Sequence[Sequence[int]], cost: tuple[float, float], pad
 
 def pack_best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """
-    Pack rows into batches of at most `max_tokens` tokens, best fit decreasing: longest row first, into the fullest batch
-    that still takes it.
+    Pack rows into batches of at most `max_tokens` tokens, best fit decreasing: longest row first, into the fullest
+    batch that still takes it.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each row, in `[1, max_tokens]`.
@@ -118,7 +118,8 @@ def pack_best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 def pack_padded(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """
-    Pack rows into batches of at most `max_tokens` tokens, padding counted: rows of neighbouring lengths, longest first.
+    Pack rows into batches of at most `max_tokens` tokens, padding counted: rows of neighbouring lengths, longest
+    first.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each row, in `[1, max_tokens]`.
@@ -175,7 +176,8 @@ def fill_to_multiple(
     rows = sum(map(len, batches))
     if rows < needed:
         raise CurriculumError(
-            f"{rows} rows make {len(batches)} micro-batches, and {needed} are needed to give each of {multiple} (processes "
+            f"{rows} rows make {len(batches)} micro-batches, and {needed} are needed to give each of {multiple} "
+            "(processes "
             "times accumulation steps) as many. Use fewer processes or accumulation steps, or add or drop rows."
         )
 
@@ -197,8 +199,8 @@ def deal_snake(costs: Tensor | Sequence[float], ranks: int, accumulation: int = 
     """
     Deal batches to `accumulation x ranks` places an update, dearest first, back and forth.
 
-    The batches of an update are neighbours in cost, so that no rank waits; the direction turns with every update and every
-    micro-batch, so that no rank gets the dearer ones again and again.
+    The batches of an update are neighbours in cost, so that no rank waits; the direction turns with every update and
+    every micro-batch, so that no rank gets the dearer ones again and again.
 
     Args:
         costs (`torch.Tensor` or `Sequence[float]`): Cost of each batch; their number is a multiple of the places.
@@ -243,6 +245,6 @@ def check_lengths(lengths: Sequence[int], max_tokens: int) -> None:
             raise CurriculumError(f"Row {row} has {length} tokens. Filter empty rows out of the dataset.")
         if length > max_tokens:
             raise CurriculumError(
-                f"Row {row} has {length} tokens, the budget of a micro-batch is max_tokens={max_tokens}. Raise max_tokens to "
-                f"at least {max(lengths)}, truncate, or filter out longer rows."
+                f"Row {row} has {length} tokens, the budget of a micro-batch is max_tokens={max_tokens}. Raise "
+                f"max_tokens to at least {max(lengths)}, truncate, or filter out longer rows."
             )

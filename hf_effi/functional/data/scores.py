@@ -95,7 +95,8 @@ def rarity_under(rows: Sequence[Sequence[int]], *, counts: Mapping[int, int]) ->
     missing = sorted({token for row in rows for token in row} - counts.keys())
     if missing:
         raise CurriculumError(
-            f"counts has no token {missing[0]} ({len(missing)} such). Count over all rows: token_counts(dataset[column])."
+            f"counts has no token {missing[0]} ({len(missing)} such). Count over all rows: "
+            "token_counts(dataset[column])."
         )
     cost = {token: math.log(total / count) for token, count in counts.items()}
     means = [math.fsum(cost[token] for token in row) / len(row) if len(row) else 0.0 for row in rows]
@@ -109,7 +110,8 @@ def instruct_mining(
     Return InstructMining's estimate of the log loss after tuning on a row, `b + sum_i c_i x_i`: lower is better data.
 
     Args:
-        indicators (`Mapping[str, Sequence[float]]`): One sequence a name of `coefficients`, each of shape `(num_rows,)`.
+        indicators (`Mapping[str, Sequence[float]]`): One sequence a name of `coefficients`, each of shape
+            `(num_rows,)`.
         coefficients (`Mapping[str, float]`, *optional*): `"intercept"` (0 if absent) and one number an indicator.
 
     Raises:
@@ -117,7 +119,8 @@ def instruct_mining(
 
     Example:
     ```python
-    >>> given = {"reward": [1.0, 2.0], "understandability": [0.5] * 2, "naturalness": [0.5] * 2, "coherence": [0.5] * 2}
+    >>> same = dict.fromkeys(["understandability", "naturalness", "coherence"], [0.5, 0.5])
+    >>> given = {"reward": [1.0, 2.0], **same}
     >>> [round(value, 5) for value in instruct_mining(given).tolist()]
     [0.00405, -0.00375]
     ```

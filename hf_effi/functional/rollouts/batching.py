@@ -55,11 +55,11 @@ def concat_rows(batches: Sequence[Rows], pad_token_id: int, ratio_padding: float
         batches (`Sequence[dict]`): Batches with the same keys.
         pad_token_id (`int`): Fills `prompt_ids` and `completion_ids`; masks and log-probs are filled with 0,
             `tool_mask` with 1 as TRL does.
-        ratio_padding (`float` or `None`, *optional*, defaults to `1.0`): Fills an `importance_sampling_ratio` per token.
-            TRL's padding has a difference of log-probs of 0, hence a ratio of 1 before it is clipped; VESPO sums its
-            logarithm over all columns. `None` where the ratio is one number per row, shape `(rows, 1)`, which the loss
-            broadcasts and nothing may pad. The shape cannot tell: a ratio per token has it too where every completion
-            is one token long.
+        ratio_padding (`float` or `None`, *optional*, defaults to `1.0`): Fills an `importance_sampling_ratio` per
+            token. TRL's padding has a difference of log-probs of 0, hence a ratio of 1 before it is clipped; VESPO
+            sums its logarithm over all columns. `None` where the ratio is one number per row, shape `(rows, 1)`, which
+            the loss broadcasts and nothing may pad. The shape cannot tell: a ratio per token has it too where every
+            completion is one token long.
 
     Example:
     ```python
@@ -67,7 +67,8 @@ def concat_rows(batches: Sequence[Rows], pad_token_id: int, ratio_padding: float
     >>> b = {"completion_ids": torch.tensor([[7]]), "completion_mask": torch.tensor([[1]])}
     >>> concat_rows([a, b], pad_token_id=0)["completion_ids"].tolist()
     [[5, 6], [7, 0]]
-    >>> a, b = {"importance_sampling_ratio": torch.full((1, 2), 0.5)}, {"importance_sampling_ratio": torch.tensor([[0.25]])}
+    >>> a = {"importance_sampling_ratio": torch.full((1, 2), 0.5)}
+    >>> b = {"importance_sampling_ratio": torch.tensor([[0.25]])}
     >>> concat_rows([a, b], pad_token_id=0)["importance_sampling_ratio"].tolist()
     [[0.5, 0.5], [0.25, 1.0]]
     ```
@@ -98,7 +99,8 @@ def trim_rows(batch: Rows) -> Rows:
     Cut the columns that are padding in every row, keeping at least one on each side.
 
     Widths come from the masks. A row whose completion mask was cleared because it was truncated takes no part in the
-    loss, and its tokens are cut where the other rows end: what is left of it is its prompt, as far as a forward sees it.
+    loss, and its tokens are cut where the other rows end: what is left of it is its prompt, as far as a forward sees
+    it.
 
     Example:
     ```python

@@ -208,7 +208,8 @@ class GenerationLayout:
         Example:
         ```python
         >>> import torch
-        >>> GenerationLayout(rows_per_step=4, num_generations=2, num_iterations=2).order(torch.tensor([4, 3, 0])).tolist()
+        >>> layout = GenerationLayout(rows_per_step=4, num_generations=2, num_iterations=2)
+        >>> layout.order(torch.tensor([4, 3, 0])).tolist()
         [4, 4, 3, 3, 4, 4, 3, 3]
         ```
         """

@@ -35,8 +35,8 @@ def policy_mask(batch: dict[str, Any], ratio_multiplies: bool = True) -> Tensor:
     Args:
         batch (`dict`): `completion_mask`, shape `(rows, columns)`, and where present `tool_mask` of that shape and
             `importance_sampling_ratio`, shape `(rows, columns)` or `(rows, 1)`.
-        ratio_multiplies (`bool`, *optional*, defaults to `True`): Whether the loss is multiplied by the ratio, which is
-            so for every `loss_type` but `"vespo"`.
+        ratio_multiplies (`bool`, *optional*, defaults to `True`): Whether the loss is multiplied by the ratio, which
+            is so for every `loss_type` but `"vespo"`.
 
     Returns:
         `torch.Tensor`: Boolean, shape `(rows, columns)`.

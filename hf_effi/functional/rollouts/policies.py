@@ -58,7 +58,8 @@ class AdvantagePruner:
     """
     CPPO completion pruning over all rows of a generation.
 
-    A place that a pool cannot fill with a row that has a token in the loss goes to the best such row left in the others.
+    A place that a pool cannot fill with a row that has a token in the loss goes to the best such row left in the
+    others.
 
     Args:
         prune_rate (`float`): Share of rows dropped, in [0, 1).

@@ -39,8 +39,8 @@ def draw_fresh(
         count (`int`): Rows wanted.
         is_fresh (`Callable[[int], bool]`): Asked once for each row that was drawn, in order. It must say `False` for a
             row that it has accepted before.
-        most (`int`): Rows drawn before the search is given up; what is missing is then taken from those passed over, in
-            the order in which they were first drawn.
+        most (`int`): Rows drawn before the search is given up; what is missing is then taken from those passed over,
+            in the order in which they were first drawn.
 
     Returns:
         `list[int]`: `count` row numbers.

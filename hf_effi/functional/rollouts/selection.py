@@ -115,10 +115,12 @@ def keep_groups_by_pass_rate(
     rewards: Tensor, low: float = 0.2, high: float = 0.8, has_gradient: Tensor | None = None
 ) -> GroupDecision:
     """
-    Balanced online difficulty filtering: keep a group iff `low <= p <= high`, its rewards differ and it has a gradient.
+    Balanced online difficulty filtering: keep a group iff `low <= p <= high`, its rewards differ and it has a
+    gradient.
 
     The ends 0 and 1 are open: a group that is all wrong or all right has no gradient, so `(0, 1)` is the zero-variance
-    filter of DAPO's dynamic sampling. Note the discretisation: with 8 completions per group, 0.2-0.8 means 2 to 6 right.
+    filter of DAPO's dynamic sampling. Note the discretisation: with 8 completions per group, 0.2-0.8 means 2 to 6
+    right.
 
     Paper: [Online Difficulty Filtering for Reasoning Oriented Reinforcement
     Learning](https://huggingface.co/papers/2504.03380); dynamic sampling:
@@ -160,8 +162,8 @@ def keep_groups_by_pass_rate(
         outside = rewards[(rewards < 0) | (rewards > 1)]
         if outside.numel():
             raise ValueError(
-                f"a pass rate needs rewards in [0, 1], got {outside[0].item():g}. Name the 0/1 correctness reward with "
-                "`difficulty_reward`, or use `difficulty_range=(0, 1)`, which only drops groups of equal rewards."
+                f"a pass rate needs rewards in [0, 1], got {outside[0].item():g}. Name the 0/1 correctness reward "
+                "with `difficulty_reward`, or use `difficulty_range=(0, 1)`, which only drops groups of equal rewards."
             )
     rates = group_pass_rates(rewards).tolist()
     equal = equal_reward_groups(rewards).tolist()
@@ -202,8 +204,8 @@ def fill_order(
         rewards (`torch.Tensor`): Shape `(num_groups, group_size)`.
         low (`float`): Lower end of the band.
         high (`float`): Upper end of the band.
-        has_gradient (`torch.Tensor`, *optional*): As in [`keep_groups_by_pass_rate`]. By default all rows of the groups
-            whose rewards differ.
+        has_gradient (`torch.Tensor`, *optional*): As in [`keep_groups_by_pass_rate`]. By default all rows of the
+            groups whose rewards differ.
         live (`torch.Tensor`, *optional*): Boolean, shape `(num_groups, group_size)`: rows with a token in the loss. By
             default all.
 
@@ -321,7 +323,8 @@ def keep_by_advantage(
     With binary rewards the largest `|A|` belong to the rarer outcome, so a kept set can have one sign only, which
     trains like rejection sampling; `balance_signs` first gives each sign half of the places, as far as it has rows.
 
-    A row without a token in the loss counts as `A_i = 0` and is kept only when no other row is left, whatever the metric.
+    A row without a token in the loss counts as `A_i = 0` and is kept only when no other row is left, whatever the
+    metric.
 
     Args:
         advantages (`torch.Tensor`): Shape `(rows,)`.
@@ -344,7 +347,8 @@ def keep_by_advantage(
     [False, True, True, False]
     >>> keep_by_advantage(torch.tensor([3.0, 2.0, 0.1, -0.2]), keep=2, balance_signs=True).tolist()
     [True, False, False, True]
-    >>> keep_by_advantage(torch.tensor([3.0, 2.0, 0.1, -0.2]), 2, live=torch.tensor([False, True, False, True])).tolist()
+    >>> live = torch.tensor([False, True, False, True])
+    >>> keep_by_advantage(torch.tensor([3.0, 2.0, 0.1, -0.2]), 2, live=live).tolist()
     [False, True, False, True]
     ```
     """

@@ -1,4 +1,6 @@
-"""How a spec names a schedule: ours by an explicit table, a user's own by its import path. A spec never imports a module."""
+"""
+How a spec names a schedule: ours by an explicit table, a user's own by its import path. A spec never imports a module.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,8 @@ def class_of(kind: object, base: type[Schedule], prefer: Sequence[type[Schedule]
         if len(matching) > 1:
             paths = ", ".join(sorted(class_path(cls) for cls in matching))
             raise ScheduleError(
-                f"kind={kind!r} is the name of {len(matching)} schedule classes of yours: {paths}. Give each a name of its "
-                "own, or train with the one that is meant."
+                f"kind={kind!r} is the name of {len(matching)} schedule classes of yours: {paths}. Give each a name "
+                "of its own, or train with the one that is meant."
             )
         if matching:
             return matching.pop()

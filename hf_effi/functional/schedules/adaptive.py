@@ -201,8 +201,8 @@ def fit_exponential(losses: Sequence[float], steps: Sequence[float] | None = Non
     times = list(range(len(losses))) if steps is None else list(steps)
     if len(losses) < 2 or len(times) != len(losses) or not all(math.isfinite(loss) for loss in losses):
         raise ScheduleError(
-            f"{len(losses)} losses at {len(times)} steps cannot be fitted. Pass at least two finite losses and one step "
-            "for each."
+            f"{len(losses)} losses at {len(times)} steps cannot be fitted. Pass at least two finite losses and one "
+            "step for each."
         )
     # Steps that start at 0 keep the search of the rate in range; a is carried back to t = 0 afterwards.
     rate, a, c = _fit_rate([(t - times[0], y) for t, y in zip(times, losses, strict=True)])

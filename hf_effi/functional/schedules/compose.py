@@ -24,7 +24,8 @@ class join(Schedule):
 
     Args:
         total_steps (`int`, *optional*): Updates of the run; the last schedule gets what is left.
-        schedules (`tuple[Schedule, ...]`): The parts. Those that do not know their length get the length of their part.
+        schedules (`tuple[Schedule, ...]`): The parts. Those that do not know their length get the length of their
+            part.
         boundaries (`tuple[int, ...]`): Updates at which the next part begins, rising, one fewer than the parts.
 
     Example:

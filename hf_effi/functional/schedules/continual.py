@@ -115,7 +115,8 @@ class infinite(_Warm):
 
     def start_decay(self, at: int, decay_steps: int | None = None) -> Self:
         """
-        Return the schedule that anneals from update `at` on, over `decay_steps` updates (the planned length if `None`).
+        Return the schedule that anneals from update `at` on, over `decay_steps` updates (the planned length if
+        `None`).
 
         Raises:
             ScheduleError: an anneal began before `at`, or the constant phase is not reached yet.

@@ -17,8 +17,8 @@ def extend_to(
     """
     Return the schedule that goes on to `total_steps` from update `at`.
 
-    A [`wsd`] run that is still on its plateau gets a longer cooldown (`"cooldown"`) or a lower plateau (`"plateau"`) by
-    [`plan_extension`]; the two differ from the old schedule only after `at`. Any other schedule, or a WSD that is
+    A [`wsd`] run that is still on its plateau gets a longer cooldown (`"cooldown"`) or a lower plateau (`"plateau"`)
+    by [`plan_extension`]; the two differ from the old schedule only after `at`. Any other schedule, or a WSD that is
     already decaying, holds the LR it has and then falls linearly over the last fifth.
     Paper: Schaipp et al. (2501.18965): at 124M and 210M parameters the longer cooldown beat the lower plateau.
 

@@ -27,8 +27,8 @@ class Followed:
         built (`Schedule`): The schedule as it was built, bound to the length of the run.
         current (`Schedule`): The one that is followed: `built`, or `built` with a decay that was started.
         base_lrs (`tuple[float, ...]`): LR of each parameter group at multiplier 1.
-        learning_rate (`float`, *optional*): `learning_rate` of the training arguments that `base_lrs` belong to; `None`
-            outside of a Trainer.
+        learning_rate (`float`, *optional*): `learning_rate` of the training arguments that `base_lrs` belong to;
+            `None` outside of a Trainer.
         optimizer_lrs (`tuple[float, ...]`, *optional*): LRs that an optimizer of the user brought; `None` where the
             Trainer made the optimizer from `learning_rate`.
         run_steps (`int`, *optional*): Updates of the run.
@@ -65,8 +65,8 @@ class Followed:
         schema = state.get("schema")
         if schema not in (None, SCHEMA):
             raise ScheduleError(
-                f"The checkpoint holds a learning-rate schedule of schema {schema}, this version reads {SCHEMA}. Resume "
-                "with the version of hf_effi that wrote it."
+                f"The checkpoint holds a learning-rate schedule of schema {schema}, this version reads {SCHEMA}. "
+                "Resume with the version of hf_effi that wrote it."
             )
         names = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in state.items() if name in names}
@@ -97,8 +97,8 @@ def settle(
 
     - `"error"` raises and names every difference.
     - `"stored"` goes on exactly as stored, and records that.
-    - `"new"` has, from this update on, the LRs asked for times the new schedule: those of an optimizer that was passed,
-      otherwise the stored ones in proportion to `learning_rate`, so that groups keep their ratios.
+    - `"new"` has, from this update on, the LRs asked for times the new schedule: those of an optimizer that was
+      passed, otherwise the stored ones in proportion to `learning_rate`, so that groups keep their ratios.
 
     Args:
         stored ([`Followed`]): Of the checkpoint.
@@ -108,8 +108,8 @@ def settle(
         allow_lr_jump (`bool`, *optional*, defaults to `False`): See [`reconcile`].
 
     Raises:
-        ScheduleMismatchError: `"error"` and a difference; `"stored"` and a run that goes on after the stored schedule has
-            ended at 0; `"new"` and a schedule that lifts a decaying LR; another number of parameter groups.
+        ScheduleMismatchError: `"error"` and a difference; `"stored"` and a run that goes on after the stored schedule
+            has ended at 0; `"new"` and a schedule that lifts a decaying LR; another number of parameter groups.
 
     Example:
     ```python
@@ -123,8 +123,8 @@ def settle(
     check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
     if len(stored.base_lrs) != len(asked.base_lrs):
         raise ScheduleMismatchError(
-            f"The checkpoint has LRs of {len(stored.base_lrs)} parameter groups, the optimizer has {len(asked.base_lrs)}. "
-            "Build the same groups, or start a new run from the weights."
+            f"The checkpoint has LRs of {len(stored.base_lrs)} parameter groups, the optimizer has "
+            f"{len(asked.base_lrs)}. Build the same groups, or start a new run from the weights."
         )
     found = _differences(stored, asked)
     if not found:
@@ -132,7 +132,8 @@ def settle(
         return dataclasses.replace(stored, **{name: value for name, value in known.items() if value is not None})
     if on_mismatch == "error":
         raise ScheduleMismatchError(
-            f"The checkpoint was trained with {', and with '.join(found)}. Pass on_mismatch='stored' to go on with the "
+            f"The checkpoint was trained with {', and with '.join(found)}. Pass on_mismatch='stored' to go on with "
+            "the "
             "checkpoint's, or on_mismatch='new' to train with this run's from here on (lr_schedule_on_mismatch in a "
             "config)."
         )
@@ -171,8 +172,9 @@ def _check_end(stored: Followed, run_steps: int | None, step: int) -> None:
     if stored.current._multiplier(end) > 0:
         return  # it says what comes after its end
     raise ScheduleMismatchError(
-        f"on_mismatch='stored' goes on with {type(stored.current).__name__}, which ends at update {end} with an LR of 0, "
-        f"and the run has {run_steps}: {run_steps - max(end, step)} updates would change nothing. Train to update {end}, "
+        f"on_mismatch='stored' goes on with {type(stored.current).__name__}, which ends at update {end} with an LR of "
+        f"0, and the run has {run_steps}: {run_steps - max(end, step)} updates would change nothing. Train to update "
+        f"{end}, "
         f"or pass on_mismatch='new' with a schedule for {run_steps} updates, such as extend_to(schedule, {run_steps}, "
         f"at={step})."
     )
@@ -204,8 +206,8 @@ def check_storable(schedule: Schedule) -> None:
             json.dumps(value)
         except (TypeError, ValueError):
             raise ScheduleError(
-                f"{cls.__name__} cannot be stored in a checkpoint: {name}={value!r} is no JSON. Keep numbers, texts, lists "
-                "and schedules in its fields, and compute the rest from them."
+                f"{cls.__name__} cannot be stored in a checkpoint: {name}={value!r} is no JSON. Keep numbers, texts, "
+                "lists and schedules in its fields, and compute the rest from them."
             ) from None
     end = schedule.last_step or schedule.total_steps or 1
     sampled = (0, min(1, end), end // 3, end // 2, end)
@@ -215,13 +217,13 @@ def check_storable(schedule: Schedule) -> None:
         equal = [again._multiplier(t) for t in sampled] == values
     except Exception as error:
         raise ScheduleError(
-            f"{cls.__name__} cannot be stored in a checkpoint: building it again from its dataclass fields fails ({error}). "
-            "Decorate the class with @dataclass(frozen=True) and give every argument a field."
+            f"{cls.__name__} cannot be stored in a checkpoint: building it again from its dataclass fields fails "
+            f"({error}). Decorate the class with @dataclass(frozen=True) and give every argument a field."
         ) from error
     if not equal:
         raise ScheduleError(
-            f"{cls.__name__} cannot be stored in a checkpoint: built again from its dataclass fields it has other values. "
-            "Decorate the class with @dataclass(frozen=True) and give every argument a field."
+            f"{cls.__name__} cannot be stored in a checkpoint: built again from its dataclass fields it has other "
+            "values. Decorate the class with @dataclass(frozen=True) and give every argument a field."
         )
 
 

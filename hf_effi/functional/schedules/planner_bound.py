@@ -185,8 +185,8 @@ class ExtensionPlan:
         old_steps, new_steps (`int`): Length planned and length wanted.
         plateau_factor (`float`): Either: lower the plateau to this from the old cooldown start on.
         cooldown_fraction (`float`): Or: keep the plateau and make the cooldown this share of the new run.
-        gain_plateau, gain_cooldown (`float`): Predicted bound relative to the old cooldown share at the old LR (below 1
-            is better).
+        gain_plateau, gain_cooldown (`float`): Predicted bound relative to the old cooldown share at the old LR (below
+            1 is better).
     """
 
     old_steps: int

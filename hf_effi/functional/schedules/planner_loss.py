@@ -223,8 +223,8 @@ def fit_annealing_law(
     Args:
         curves (`Sequence[LossCurve]`): At least one whose LR falls: on a constant LR the gain cannot be told.
         memories (`Sequence[float]`, *optional*): Values tried; 1 - {1, 2, 5, 10, 20, 50, 100}/T and 0.999 if `None`.
-        skip_fraction (`float`, *optional*, defaults to 0.05): Part of each run that is left out at its start, on top of
-            the warm-up.
+        skip_fraction (`float`, *optional*, defaults to 0.05): Part of each run that is left out at its start, on top
+            of the warm-up.
         bootstrap (`int`, *optional*, defaults to 40): Refits with resampled residuals, for the uncertainty.
 
     Raises:

@@ -91,7 +91,8 @@ def decay(shape: str, x: float, floor: float = 0.0, power: float = 1.0) -> float
     Args:
         shape (`str`): One of `SHAPES`.
         x (`float`): Position inside the decay; values outside [0, 1] give the nearer end.
-        floor (`float`, *optional*, defaults to 0.0): Value at `x=1`, in [0, 1]; above 0 for exponential and reciprocal.
+        floor (`float`, *optional*, defaults to 0.0): Value at `x=1`, in [0, 1]; above 0 for exponential and
+            reciprocal.
         power (`float`, *optional*, defaults to 1.0): Exponent of the `"power"` shape, above 0.
 
     Returns:

@@ -94,8 +94,8 @@ class ScheduleLR(LambdaLR):
         """
         if "built" not in state_dict:
             raise ScheduleError(
-                f"The state of the scheduler holds no schedule, only {', '.join(sorted(state_dict))}: it was written by "
-                "another scheduler. Start a new one at its last_epoch, or load it into the scheduler that wrote it."
+                f"The state of the scheduler holds no schedule, only {', '.join(sorted(state_dict))}: it was written "
+                "by another scheduler. Start a new one at its last_epoch, or load it into the scheduler that wrote it."
             )
         # Earlier versions called what is followed "schedule".
         state = {"current": state_dict.get("schedule"), **state_dict}

@@ -12,12 +12,14 @@ _MARK = "_hf_effi_passes_on"
 
 def with_signatures_of(stock: type) -> Callable[[Cls], Cls]:
     """
-    Decorate a trainer class: what `inspect.signature` says of its methods is what it says of `stock`'s, plus our arguments.
+    Decorate a trainer class: what `inspect.signature` says of its methods is what it says of `stock`'s, plus our
+    arguments.
 
     Our mixins take `*args, **kwargs` and pass them on, so that nothing of a signature is copied from upstream. But
-    `"processing_class" in inspect.signature(SomeTrainer.__init__).parameters` is how projects tell versions of transformers
-    apart, and editors and documentation read signatures too. Each public method that a mixin overrides gets the parameters
-    of the installed `stock`, with the same names, order, kinds and defaults; ours follow by keyword only.
+    `"processing_class" in inspect.signature(SomeTrainer.__init__).parameters` is how projects tell versions of
+    transformers apart, and editors and documentation read signatures too. Each public method that a mixin overrides
+    gets the parameters of the installed `stock`, with the same names, order, kinds and defaults; ours follow by
+    keyword only.
     """
 
     def decorate(cls: Cls) -> Cls:
@@ -74,5 +76,8 @@ def _passing_on(cls: type, name: str) -> Callable[..., Any]:
 
 
 def only_passes_on(method: Any) -> bool:
-    """Return whether a method was made here, for its signature: whoever looks for who overrides something goes on looking."""
+    """
+    Return whether a method was made here, for its signature: whoever looks for who overrides something goes on
+    looking.
+    """
     return getattr(method, _MARK, False)

@@ -1,4 +1,6 @@
-"""Whether a checkpoint was written to its end: what a process that was killed inside of a save leaves is told by name."""
+"""
+Whether a checkpoint was written to its end: what a process that was killed inside of a save leaves is told by name.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ def check_checkpoint(folder: str | Path) -> None:
     """
     Raise where a resume from this checkpoint would stop at a file that is not whole.
 
-    Only the structure of each file is looked at, in milliseconds for any size: a header and what it says of the length, a
-    directory at the end, JSON that ends.
+    Only the structure of each file is looked at, in milliseconds for any size: a header and what it says of the
+    length, a directory at the end, JSON that ends.
 
     Args:
         folder (`str` or `Path`): A `checkpoint-N`. What is no folder is left to the Trainer.

@@ -1,4 +1,6 @@
-"""`AttentionCheckMixin`: a model that was given `hf_effi_varlen` and never calls it is refused before it is trained."""
+"""
+`AttentionCheckMixin`: a model that was given `hf_effi_varlen` and never calls it is refused before it is trained.
+"""
 
 from __future__ import annotations
 

@@ -18,16 +18,16 @@ class BatchTransformMixin:
     """
     Give a Trainer a constructor argument `batch_transform`.
 
-    Batches are changed when an update takes them, not when a worker builds them: a switch is exact at its step in spite
-    of prefetching, and no worker holds a stale setting. Chance is a function of `args.seed`, the update, the micro-batch
-    and the rank: the global random state is left alone and a resumed run needs no state.
+    Batches are changed when an update takes them, not when a worker builds them: a switch is exact at its step in
+    spite of prefetching, and no worker holds a stale setting. Chance is a function of `args.seed`, the update, the
+    micro-batch and the rank: the global random state is left alone and a resumed run needs no state.
 
     Args:
         batch_transform (`BatchTransform`, *optional*): Without it nothing changes.
 
     Raises:
-        CurriculumError: another kind of object, columns that `remove_unused_columns` would drop, or rows of several widths
-            with `dispatch_batches` and several processes.
+        CurriculumError: another kind of object, columns that `remove_unused_columns` would drop, or rows of several
+            widths with `dispatch_batches` and several processes.
 
     Example:
     ```python
@@ -45,14 +45,15 @@ class BatchTransformMixin:
     def __init__(self, *args: Any, batch_transform: BatchTransform | None = None, **kwargs: Any) -> None:
         if batch_transform is not None and not isinstance(batch_transform, BatchTransform):
             raise CurriculumError(
-                f"batch_transform={batch_transform!r} must be a BatchTransform, such as MetadataConditioning(collator)."
+                f"batch_transform={batch_transform!r} must be a BatchTransform, such as "
+                "MetadataConditioning(collator)."
             )
         self.batch_transform = batch_transform
         super().__init__(*args, **kwargs)
         if batch_transform is not None and batch_transform.columns and self.args.remove_unused_columns:
             raise CurriculumError(
-                f"{type(batch_transform).__name__} needs {list(batch_transform.columns)}, which the Trainer drops. Set "
-                "remove_unused_columns=False."
+                f"{type(batch_transform).__name__} needs {list(batch_transform.columns)}, which the Trainer drops. "
+                "Set remove_unused_columns=False."
             )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -102,6 +103,6 @@ def _check_dispatch(loader: Any, rows: int = 64) -> None:
     ragged = {key: sorted(found)[:3] for key, found in widths.items() if len(found) > 1}
     if ragged:
         raise CurriculumError(
-            f"dispatch_batches=True joins the batches of all processes, and rows are collated to several widths: {ragged}. Set "
-            "dispatch_batches=False (each process then reads its own), or pad all rows to one length."
+            f"dispatch_batches=True joins the batches of all processes, and rows are collated to several widths: "
+            f"{ragged}. Set dispatch_batches=False (each process then reads its own), or pad all rows to one length."
         )

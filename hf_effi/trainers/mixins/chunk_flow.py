@@ -20,17 +20,18 @@ class ChunkFlowMixin:
     """
     Give a Trainer or SFTTrainer a constructor argument `chunk_flow`.
 
-    A micro-batch is cut into chunks of `chunk_size` tokens: short sequences share one, long ones are cut into chunks that see
-    each other's keys and values. Each chunk is one call of the model and one backward, with at most `max_live_chunks` of a
-    sequence alive; losses and gradients are those of the whole micro-batch, with gradient accumulation and under DDP, where
-    gradients are exchanged once. Evaluation is untouched. Nothing is stored for a resume.
+    A micro-batch is cut into chunks of `chunk_size` tokens: short sequences share one, long ones are cut into chunks
+    that see each other's keys and values. Each chunk is one call of the model and one backward, with at most
+    `max_live_chunks` of a sequence alive; losses and gradients are those of the whole micro-batch, with gradient
+    accumulation and under DDP, where gradients are exchanged once. Evaluation is untouched. Nothing is stored for a
+    resume.
 
     Args:
         chunk_flow ([`ChunkFlow`], *optional*): Without it nothing changes.
 
     Raises:
-        ChunkFlowError: gradient checkpointing (chunks are their own), dropout, DataParallel, FSDP, DeepSpeed, a loss outside
-            of the model, layers without keys and values, or a batch that cannot be cut exactly.
+        ChunkFlowError: gradient checkpointing (chunks are their own), dropout, DataParallel, FSDP, DeepSpeed, a loss
+            outside of the model, layers without keys and values, or a batch that cannot be cut exactly.
 
     Example:
     ```python
@@ -89,15 +90,17 @@ class ChunkFlowMixin:
         drawn = agreed(draws_random_numbers(self.model))
         if not drawn.equal:
             raise ChunkFlowError(
-                f"chunk_flow is not possible here: random numbers would be others when a chunk is run again: {drawn}. Set "
-                f"dropout and noise to 0; settings of that name: {named_draws(self.model)}."
+                f"chunk_flow is not possible here: random numbers would be others when a chunk is run again: {drawn}. "
+                f"Set dropout and noise to 0; settings of that name: {named_draws(self.model)}."
             )
         self._asked = {}
         self._check_layout("padded")
         self._longest_exact = longest_exact_call(self.model)
 
     def _check_layout(self, layout: Layout) -> None:
-        """Refuse rows that are laid out in a way in which this model's chunks are not its rows; asked once for each way."""
+        """
+        Refuse rows that are laid out in a way in which this model's chunks are not its rows; asked once for each way.
+        """
         found = self._asked.get(layout)
         if found is None:
             found = self._asked[layout] = chunks_are_exact(self.model, layout)
@@ -105,8 +108,9 @@ class ChunkFlowMixin:
             config = self.model.config.get_text_config()
             router = " output_router_logits=True takes a mean over the tokens of a call."
             raise ChunkFlowError(
-                f"chunk_flow is not possible here: {type(self.model).__name__} does not give the same for rows that are "
-                f"{layout} and for their chunks: {found}.{router if getattr(config, 'output_router_logits', False) else ''}"
+                f"chunk_flow is not possible here: {type(self.model).__name__} does not give the same for rows that "
+                f"are {layout} and for their chunks: "
+                f"{found}.{router if getattr(config, 'output_router_logits', False) else ''}"
             )
 
     def _check_batch(self, batch: dict[str, Any], groups: Sequence[ChunkGroup]) -> None:
@@ -115,8 +119,8 @@ class ChunkFlowMixin:
         if self._longest_exact is not None and longest > self._longest_exact:
             raise ChunkFlowError(
                 f"A row of {longest} tokens: this model's positions depend on the length of a call from "
-                f"{self._longest_exact + 1} tokens on (dynamic or long RoPE), and a chunk is shorter than its row. Leave "
-                "longer rows out, or train them without chunk_flow."
+                f"{self._longest_exact + 1} tokens on (dynamic or long RoPE), and a chunk is shorter than its row. "
+                "Leave longer rows out, or train them without chunk_flow."
             )
 
     def training_step(

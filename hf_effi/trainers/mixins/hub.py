@@ -52,10 +52,10 @@ class HubMixin:
     """
     Replaces the uploads of a Trainer. Put it before the Trainer class. Without pushes only the card gains a section.
 
-    The Trainer's own uploads read `output_dir` while the next save overwrites it, are not tried again, and what fails in
-    the background is never told. Here a push goes from a copy, in a process of its own, with retries, and is waited for
-    at most `args.hub_wait_seconds`. `push_to_hub=True`, `hub_strategy`, `hub_always_push` and the other `hub_*` arguments
-    mean what they always do, except that `training_args.bin`, which holds the token, stays here.
+    The Trainer's own uploads read `output_dir` while the next save overwrites it, are not tried again, and what fails
+    in the background is never told. Here a push goes from a copy, in a process of its own, with retries, and is waited
+    for at most `args.hub_wait_seconds`. `push_to_hub=True`, `hub_strategy`, `hub_always_push` and the other `hub_*`
+    arguments mean what they always do, except that `training_args.bin`, which holds the token, stays here.
     """
 
     #: The card of this trainer has the section already; read by HubCallback.
@@ -90,10 +90,12 @@ class HubMixin:
 
         Args:
             blocking (`bool`, *optional*, defaults to `True`): Wait for the upload, at most `args.hub_wait_seconds`.
-            kwargs: Of `create_model_card`, such as `dataset_name`. The rest is as in [`~transformers.Trainer.push_to_hub`].
+            kwargs: Of `create_model_card`, such as `dataset_name`. The rest is as in
+                [`~transformers.Trainer.push_to_hub`].
 
         Returns:
-            `CommitInfo`: The commit; with `blocking=False` a `Future` of it. In the place of the commit `None` where the
+            `CommitInfo`: The commit; with `blocking=False` a `Future` of it. In the place of the commit `None` where
+                the
             upload failed, which is logged as an error with its reason, and on all processes but the first.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)

@@ -43,8 +43,8 @@ def layers_from_config(args: Any) -> dict[str, Any] | str | None:
             value = None
     if not isinstance(value, dict) or not value:
         raise PatchError(
-            f"kernel_patch={args.kernel_patch!r} must be 'liger' or a mapping such as {{'RMSNorm': 'liger'}}, as a dict "
-            "or as JSON."
+            f"kernel_patch={args.kernel_patch!r} must be 'liger' or a mapping such as {{'RMSNorm': 'liger'}}, as a "
+            "dict or as JSON."
         )
     return value
 

@@ -1,4 +1,6 @@
-"""`ResumeMixin`: a resume from half a checkpoint is refused by name, and one from the end of the run trains nothing."""
+"""
+`ResumeMixin`: a resume from half a checkpoint is refused by name, and one from the end of the run trains nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ class ResumeMixin:
     """
     Overrides `train` and the passes of a Trainer. Put it before the Trainer class.
 
-    A process that is killed inside of a save leaves a checkpoint that stock stops at with an error of whoever reads the
-    file. And a run that had reached its end trains one more update in stock each time that it is resumed inside of a pass,
-    so that a job that restarts by itself drifts.
+    A process that is killed inside of a save leaves a checkpoint that stock stops at with an error of whoever reads
+    the file. And a run that had reached its end trains one more update in stock each time that it is resumed inside of
+    a pass, so that a job that restarts by itself drifts.
     """
 
     _at_its_end = False
@@ -36,8 +38,8 @@ class ResumeMixin:
         self._at_its_end = resume_from_checkpoint is not None and self.state.global_step >= max_steps
         if self._at_its_end and self.is_world_process_zero():
             logger.warning(
-                f"The run had reached its end: update {self.state.global_step} of {max_steps}. Nothing is trained. Raise "
-                "max_steps or num_train_epochs to train further."
+                f"The run had reached its end: update {self.state.global_step} of {max_steps}. Nothing is trained. "
+                "Raise max_steps or num_train_epochs to train further."
             )
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 

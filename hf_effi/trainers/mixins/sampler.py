@@ -35,16 +35,16 @@ class SamplerMixin:
     Give a Trainer a constructor argument `train_sampler`.
 
     Put it before the Trainer: `class MyTrainer(SamplerMixin, Trainer): pass`. Works with several processes,
-    `dispatch_batches`, workers, persistent workers, gradient accumulation. A Trainer that repeats each prompt (GRPO) gets
-    the order in its own layout. The sampler's state is saved in each checkpoint, and a resumed run goes on with the same
-    order, in the middle of any epoch.
+    `dispatch_batches`, workers, persistent workers, gradient accumulation. A Trainer that repeats each prompt (GRPO)
+    gets the order in its own layout. The sampler's state is saved in each checkpoint, and a resumed run goes on with
+    the same order, in the middle of any epoch.
 
     Args:
         train_sampler ([`EffiSampler`], *optional*): Orders the rows of `train_dataset`. Without it nothing changes.
 
     Raises:
-        SamplerError: the dataset is a stream, has another length than the sampler, another sampling option is set, or the
-            run is longer than the sampler's plan.
+        SamplerError: the dataset is a stream, has another length than the sampler, another sampling option is set, or
+            the run is longer than the sampler's plan.
         SamplerMismatchError: a checkpoint was made with another sampler, or with another number of rows per update.
 
     Example:
@@ -123,16 +123,18 @@ class SamplerMixin:
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
             raise SamplerError(
-                f"{type(sampler).__name__} forwards the model outside of its wrapper, each process with rows of its own, which "
-                "FSDP, DeepSpeed and tensor parallelism do not allow. Measure before training and use a sampler of rule A, such as QualityAscendingSampler."
+                f"{type(sampler).__name__} forwards the model outside of its wrapper, each process with rows of its "
+                "own, which "
+                "FSDP, DeepSpeed and tensor parallelism do not allow. Measure before training and use a sampler of "
+                "rule A, such as QualityAscendingSampler."
             )
         rows, rank, world = sampler.rows_to_measure(epoch), self.args.process_index, self.args.world_size
         mine: list[float] = []
         if rows:
             was_training = self.model.training
             self.model.eval()
-            # What a measure draws at random must not shift the random numbers of the training that follows; an epoch that
-            # begins inside of a probe looks at the weights of training.
+            # What a measure draws at random must not shift the random numbers of the training that follows; an epoch
+            # that begins inside of a probe looks at the weights of training.
             with torch.no_grad(), torch.random.fork_rng(), training_weights(self.state):
                 mine = [float(value) for value in sampler.measure(self.model, rows[rank::world])]
             self.model.train(was_training)
@@ -141,8 +143,8 @@ class SamplerMixin:
         for part, found in enumerate(parts):
             if len(found) != len(rows[part::world]):
                 raise SamplerError(
-                    f"measure returned {len(found)} values for {len(rows[part::world])} rows on process {part}. Return "
-                    "one number per row."
+                    f"measure returned {len(found)} values for {len(rows[part::world])} rows on process {part}. "
+                    "Return one number per row."
                 )
             values[part::world] = found
         sampler.observe(epoch, values)
@@ -165,9 +167,10 @@ class SamplerMixin:
             check_stored_order(self.state, self._served_sampler)  # of SamplerCallback, which writes no file
             if self.train_sampler.rule != "A":
                 raise SamplerMismatchError(
-                    f"{checkpoint} has no {SAMPLER_FILE}, which holds what {type(self.train_sampler).__name__} has learned: "
-                    "it was saved with save_only_model, or copied in part. Resume from a checkpoint that has it, or start "
-                    "a new run from the weights."
+                    f"{checkpoint} has no {SAMPLER_FILE}, which holds what {type(self.train_sampler).__name__} has "
+                    "learned: "
+                    "it was saved with save_only_model, or copied in part. Resume from a checkpoint that has it, or "
+                    "start a new run from the weights."
                 )
             return
         self._served_sampler.load_state_dict(load_state(path))

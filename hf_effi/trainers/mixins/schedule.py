@@ -95,8 +95,8 @@ class FollowedLR(LambdaLR):
     """
     The scheduler that a [`ConfigSchedule`] takes over. Until then it is constant.
 
-    In place of it earlier versions had one that kept the schedule in `scheduler.pt`; such a file is read, and its content
-    handed over as `earlier`.
+    In place of it earlier versions had one that kept the schedule in `scheduler.pt`; such a file is read, and its
+    content handed over as `earlier`.
     """
 
     __slots__ = ("earlier",)  # no attribute: those go into `state_dict`
@@ -117,14 +117,14 @@ class FollowedLR(LambdaLR):
 
 class ScheduleMixin:
     """
-    Makes `args.lr_schedule` what the Trainer follows, by a [`LRScheduleCallback`] of its own: one contract, one state in
-    the checkpoint, and the same errors as with the callback. Put it before the Trainer class.
+    Makes `args.lr_schedule` what the Trainer follows, by a [`LRScheduleCallback`] of its own: one contract, one state
+    in the checkpoint, and the same errors as with the callback. Put it before the Trainer class.
 
     With `lr_schedule=None` nothing changes.
 
     Attributes:
-        lr_schedule ([`LRScheduleCallback`]): The callback, for example for `start_decay`; `None` where the config names no
-            schedule.
+        lr_schedule ([`LRScheduleCallback`]): The callback, for example for `start_decay`; `None` where the config
+            names no schedule.
     """
 
     lr_schedule: LRScheduleCallback | None = None

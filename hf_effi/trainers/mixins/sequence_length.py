@@ -22,12 +22,13 @@ class SequenceLengthMixin:
     Give a Trainer a constructor argument `sequence_length`.
 
     Rows of `L` tokens (packed text) are cut into `ceil(L / length)` rows of `length` tokens after they left the
-    dataloader, so the switch is exact at its step in spite of prefetching, every token is trained on, the tokens of a step
-    stay the same, and a resumed run needs no state. Each piece starts at position 0 and does not see the piece before it.
+    dataloader, so the switch is exact at its step in spite of prefetching, every token is trained on, the tokens of a
+    step stay the same, and a resumed run needs no state. Each piece starts at position 0 and does not see the piece
+    before it.
 
     Args:
-        sequence_length (`Callable[[int, int], int]`, *optional*): `(finished updates, max_steps) -> length`. Without it
-            nothing changes. Updates that a search tries and undoes (`AutoLRSCallback`) count in neither number.
+        sequence_length (`Callable[[int, int], int]`, *optional*): `(finished updates, max_steps) -> length`. Without
+            it nothing changes. Updates that a search tries and undoes (`AutoLRSCallback`) count in neither number.
 
     Raises:
         CurriculumError: the rows are padded or carry `position_ids`, or the length is below 2.
@@ -38,7 +39,11 @@ class SequenceLengthMixin:
         pass
 
 
-    GrowingTrainer(model, args, train_dataset=rows, sequence_length=lambda step, total: 128 if step < total // 2 else 512)
+    def length(step, total):
+        return 128 if step < total // 2 else 512
+
+
+    GrowingTrainer(model, args, train_dataset=rows, sequence_length=length)
     ```
     """
 
@@ -89,8 +94,8 @@ def cut_batch(batch: dict[str, Any], length: int) -> dict[str, Any]:
     unknown = [key for key, value in batch.items() if key not in _FILLS and isinstance(value, Tensor) and value.ndim]
     if unknown:
         raise CurriculumError(
-            f"The batch carries {unknown}, which cannot be cut into pieces. Use a collator that gives input_ids, labels "
-            "and attention_mask only (with packing: without padding-free position_ids)."
+            f"The batch carries {unknown}, which cannot be cut into pieces. Use a collator that gives input_ids, "
+            "labels and attention_mask only (with packing: without padding-free position_ids)."
         )
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):

@@ -64,19 +64,21 @@ class SequenceParallelMixin:
     Split every sequence over `P` ranks, with the loss and gradients of one rank. Put it before the Trainer.
 
     Ulysses attention (arXiv 2309.14509) in plain PyTorch: between attention layers a rank holds `S/P` tokens, inside
-    them `Hq/P` heads of all `S` tokens. Works under DDP and FSDP2, with packed and padded batches, checkpointing and LoRA.
+    them `Hq/P` heads of all `S` tokens. Works under DDP and FSDP2, with packed and padded batches, checkpointing and
+    LoRA.
 
     How a batch is split depends on the loss (`sequence_parallel_mode`, chosen for the Trainers named):
 
-    - `"token"` (`Trainer`, `SFTTrainer`): the loss is a sum over tokens divided by a global count; each rank sums its own.
-    - `"replicated"` (`DPOTrainer`, `KTOTrainer`, `RewardTrainer`): the loss needs whole sequences; per-token outputs are
-      gathered, and the `P` ranks compute it alike.
-    - `"rounds"` (`GRPOTrainer`, `RLOOTrainer`): every rank keeps its own batch, and a group works on the batches of its
-      ranks in turn. Generation stays data-parallel.
+    - `"token"` (`Trainer`, `SFTTrainer`): the loss is a sum over tokens divided by a global count; each rank sums its
+      own.
+    - `"replicated"` (`DPOTrainer`, `KTOTrainer`, `RewardTrainer`): the loss needs whole sequences; per-token outputs
+      are gathered, and the `P` ranks compute it alike.
+    - `"rounds"` (`GRPOTrainer`, `RLOOTrainer`): every rank keeps its own batch, and a group works on the batches of
+      its ranks in turn. Generation stays data-parallel.
 
     Args:
-        sequence_parallel_size (`int`, *optional*): `P`. By default the field of that name in `args`, or 1, which changes
-            nothing.
+        sequence_parallel_size (`int`, *optional*): `P`. By default the field of that name in `args`, or 1, which
+            changes nothing.
 
     Raises:
         SequenceParallelError: a size, model or setting with which the gradient would not be that of one rank.
@@ -193,7 +195,7 @@ class SequenceParallelMixin:
             f"{implementation_of(self.model)}, with the exchange checked at every forward."
         )
 
-    # --- data: the ranks of a group get the same batch, except in rounds -----------------------------------------------
+    # --- data: the ranks of a group get the same batch, except in rounds ---------------------------------------------
 
     @property
     def _shares_batches(self) -> bool:
@@ -223,7 +225,7 @@ class SequenceParallelMixin:
             counted = self.state.num_input_tokens_seen - before
             self.state.num_input_tokens_seen = before + counted // self._sequence_group.size
 
-    # --- forward and backward ------------------------------------------------------------------------------------------
+    # --- forward and backward ----------------------------------------------------------------------------------------
 
     def _prove_split(self, model: nn.Module) -> None:
         """Once; under FSDP at the first step, when every rank has the weights."""
@@ -350,7 +352,9 @@ class SequenceParallelMixin:
             self._round = None
 
     def _pool(self) -> contextlib.AbstractContextManager[_Pool]:
-        """What a micro-batch logs is pooled over its rounds, in the trainers whose loss logs for the ranks together."""
+        """
+        What a micro-batch logs is pooled over its rounds, in the trainers whose loss logs for the ranks together.
+        """
         if self.sequence_parallel_mode != "rounds":
             return contextlib.nullcontext(_Pool(None, {}, 0))
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -365,8 +369,8 @@ class _Pool:
     """
     Pools what TRL's loss logs over the rounds, as it is pooled over the ranks without splitting.
 
-    That loss reduces and gathers for its metrics only. Inside, round `k` gets the sum, or the values, of rounds 1 to `k`,
-    and what the rounds before the last have logged is taken back.
+    That loss reduces and gathers for its metrics only. Inside, round `k` gets the sum, or the values, of rounds 1 to
+    `k`, and what the rounds before the last have logged is taken back.
 
     Args:
         accelerator (`Accelerator`): Whose `reduce` and `gather` are replaced; `None` leaves everything as it is.
@@ -436,8 +440,8 @@ def _mode_of(trainer_class: type) -> str:
         return _MODES[owner.__name__]
     raise SequenceParallelError(
         f"{owner.__name__} has a compute_loss of its own, so that it must say how it may be split. Set the class "
-        "attribute sequence_parallel_mode: 'token' (a sum over tokens over num_items_in_batch), 'replicated' (a mean over "
-        "whole sequences) or 'rounds' (every rank keeps its own batch)."
+        "attribute sequence_parallel_mode: 'token' (a sum over tokens over num_items_in_batch), 'replicated' (a mean "
+        "over whole sequences) or 'rounds' (every rank keeps its own batch)."
     )
 
 
@@ -453,6 +457,6 @@ def _check_same_batch(inputs: dict[str, Any], group: SequenceGroup) -> None:
     if any(not torch.equal(part, mine) for part in parts):
         raise SequenceParallelError(
             f"The ranks {list(group.ranks)} share their sequences and got different batches (rows, length, sum of all "
-            f"ids: {[part.tolist() for part in parts]}). A sampler, collator or transform depends on the rank; make it "
-            "depend on the group of ranks only."
+            f"ids: {[part.tolist() for part in parts]}). A sampler, collator or transform depends on the rank; make "
+            "it depend on the group of ranks only."
         )

@@ -48,29 +48,30 @@ def rank_batches(trainer: Any, stock: Any, plan: TokenBudgetBatchSampler) -> Ran
     for setting in ("dispatch_batches", "split_batches"):
         if getattr(settings, setting):
             raise SamplerError(
-                f"accelerator_config has {setting}=True, which cuts the micro-batches of {name} anew. Set it to False: each "
-                "process then reads its own."
+                f"accelerator_config has {setting}=True, which cuts the micro-batches of {name} anew. Set it to "
+                "False: each process then reads its own."
             )
     if args.auto_find_batch_size:
         raise SamplerError(
-            f"auto_find_batch_size=True lowers a batch size that {name} does not use. Set it to False and lower max_tokens."
+            f"auto_find_batch_size=True lowers a batch size that {name} does not use. Set it to False and lower "
+            "max_tokens."
         )
     if hasattr(stock, "mini_repeat_count"):
         raise SamplerError(
-            f"{type(trainer).__name__} needs the completions of a prompt side by side, and {name} packs single rows. Use "
-            "it for SFT and pre-training."
+            f"{type(trainer).__name__} needs the completions of a prompt side by side, and {name} packs single rows. "
+            "Use it for SFT and pre-training."
         )
     if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
         raise SamplerError(
-            f"With tensor, context or sequence parallelism several processes need one micro-batch, and {name} gives each its "
-            "own. Use it with data parallelism only."
+            f"With tensor, context or sequence parallelism several processes need one micro-batch, and {name} gives "
+            "each its own. Use it with data parallelism only."
         )
     places = args.world_size * args.gradient_accumulation_steps
     counts_tokens = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
     if places > 1 and not counts_tokens:
         raise SamplerError(
-            f"{type(trainer.model).__name__} takes no num_items_in_batch, so the {places} micro-batches of an update would "
-            "count alike, whatever they hold. Pass compute_loss_func, which gets num_items_in_batch."
+            f"{type(trainer.model).__name__} takes no num_items_in_batch, so the {places} micro-batches of an update "
+            "would count alike, whatever they hold. Pass compute_loss_func, which gets num_items_in_batch."
         )
     if places > 1 and trainer.compute_loss_func is None:
         _check_loss(trainer.model, places)
@@ -87,9 +88,10 @@ def _check_loss(model: nn.Module, places: int) -> None:
     found = agreed(remembered(model, "loss by item count", lambda: loss_by_item_count(model)))
     if found.looked and not found.equal:
         raise SamplerError(
-            f"{type(model).__name__} takes num_items_in_batch and averages over each call all the same ({found}, where twice "
-            f"the number has to halve it), so the {places} micro-batches of an update would count alike, whatever they hold. "
-            "Pass compute_loss_func, which gets num_items_in_batch."
+            f"{type(model).__name__} takes num_items_in_batch and averages over each call all the same ({found}, "
+            "where twice "
+            f"the number has to halve it), so the {places} micro-batches of an update would count alike, whatever "
+            "they hold. Pass compute_loss_func, which gets num_items_in_batch."
         )
     if not found.looked:
         logger.warning(
