@@ -38,8 +38,8 @@ test-vllm: ## the vLLM tests on a real vLLM for CPUs, in a virtual environment o
 fuzz: $(STAMP) ## files of strangers (records, states, cards, YAML, side files), changed at random: some minutes
 	HF_EFFI_FUZZ=30 $(BIN)/python -m pytest -q tests/unit/test_fuzz_files.py
 
-quality: $(STAMP) ## lint and format check
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+quality: $(STAMP) ## lint, format and type check
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 compat: $(STAMP) ## oldest allowed, pinned and newest release of transformers, trl, accelerate, peft, datasets
 	$(BIN)/python -m bench.compatibility

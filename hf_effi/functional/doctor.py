@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from .findings import Finding, Rule, RunFacts, Trace, TrainLimits, latest, step_of
+from .findings import Finding, GRPOLimits, Rule, RunFacts, Trace, TrainLimits, latest, step_of
 from .lr_watch import group_at_zero, group_that_ignores, of_group, overlong_factor
 
 # --- any trainer ---------------------------------------------------------------------------------------------------
@@ -37,7 +37,8 @@ def no_gradient(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding |
     if any("reward" in entry for entry in trace):
         # Of GRPO: dead groups and missing rewards have rules of their own.
         equal = latest(trace, "frac_reward_zero_std", 1)
-        if trace[-1].get("reward", 0.0) is None or not equal or equal[0] >= limits.zero_std:
+        dead = limits.zero_std if isinstance(limits, GRPOLimits) else GRPOLimits.zero_std
+        if trace[-1].get("reward", 0.0) is None or not equal or equal[0] >= dead:
             return None
     masked = all(entry.get("labels_in_loss") == 0 for entry in trace[-limits.no_gradient_logs :])
     why = "every label is -100" if masked else "nothing of the loss reaches the weights"

@@ -79,7 +79,7 @@ def partial_attention_backward(
         query, key, value, bounds_q, bounds_k, scale, causal: As in [`partial_attention`].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    grads = tuple(torch.zeros_like(t) for t in (query, key, value))
+    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     attend = _flash_backward if query.device.type == "cpu" else _attend_backward
     for at_q, at_k in _segments(bounds_q, bounds_k):
         tensors = grad[at_q], query[at_q], key[at_k], value[at_k], out[at_q], lse[at_q]
@@ -141,7 +141,8 @@ def _attend_backward(
     weights = (_scores(query, key, scale, causal) - statistic).exp()
     grad_scores = weights * (up @ v.mT - (up * result).sum(-1, keepdim=True)) * scale
     grad_k, grad_v = (part.sum(1, keepdim=True) for part in (grad_scores.mT @ q, weights.mT @ up))
-    return tuple(_flat(t).to(query.dtype) for t in (grad_scores @ k, grad_k, grad_v))
+    grad_q, grad_k, grad_v = (_flat(t).to(query.dtype) for t in (grad_scores @ k, grad_k, grad_v))
+    return grad_q, grad_k, grad_v
 
 
 def _by_head(tensor: Tensor, kv_heads: int) -> Tensor:

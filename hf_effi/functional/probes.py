@@ -7,6 +7,8 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from . import metrics
@@ -62,11 +64,16 @@ class ProbePlan:
                     "ascend without overlap, and a probe has at least one update."
                 )
             end = last
-        counts = [0]
-        for first, last, _ in self.blocks:
-            counts.append(counts[-1] + last - first + 1)
-        object.__setattr__(self, "_firsts", tuple(block[0] for block in self.blocks))
-        object.__setattr__(self, "_counts", tuple(counts))
+
+    @cached_property
+    def _firsts(self) -> tuple[int, ...]:
+        """The first update of each block."""
+        return tuple(first for first, _, _ in self.blocks)
+
+    @cached_property
+    def _counts(self) -> tuple[int, ...]:
+        """How many probes there are before each block, and after the last."""
+        return tuple(accumulate((last - first + 1 for first, last, _ in self.blocks), initial=0))
 
     def is_probe(self, update: int) -> bool:
         """Return whether this update is tried and undone."""

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class SavedBytes(saved_tensors_hooks):
+class SavedBytes:
     """
     Count the bytes of the tensors that autograd saves for the backward pass, each storage once.
 
@@ -37,15 +37,18 @@ class SavedBytes(saved_tensors_hooks):
     """
 
     def __init__(self, exclude: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__(self._pack, lambda held: held.tensor)
+        self._hooks = saved_tensors_hooks(self._pack, lambda held: held.tensor)
         self._excluded = {_storage(tensor) for tensor in exclude}
         #: storage -> how many saved tensors lie in it now
         self._holders: dict[Any, int] = {}
         self.now = self.total = 0
 
     def __enter__(self) -> SavedBytes:
-        super().__enter__()
+        self._hooks.__enter__()
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Return whether autograd saves this tensor, or another one in the same storage, now."""

@@ -129,7 +129,7 @@ def segment_attention(
             continue
         q, k, v = (t.transpose(0, 1) for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
         if pattern is not None and pattern.window is not None and pattern.window < k1 - k0:
-            out = _windowed(q, k, v, scale, pattern)
+            out = _windowed(q, k, v, scale, pattern, pattern.window)
         else:
             out = _dense(q, k, v, scale, causal)
         outputs.append(out.transpose(0, 1))
@@ -145,25 +145,25 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
 
 
 def _windowed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, pattern: AttentionPattern
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, pattern: AttentionPattern, window: int
 ) -> torch.Tensor:
     """Blocks of queries against sinks, strided columns before the window, and the window, all of one document."""
-    block = min(max(pattern.window, _MIN_BLOCK), _MAX_BLOCK)
+    block = min(max(window, _MIN_BLOCK), _MAX_BLOCK)
     offset = k.shape[1] - q.shape[1]
     positions = torch.arange(k.shape[1], device=q.device)
     outputs = []
     for begin in range(0, q.shape[1], block):
         end = min(begin + block, q.shape[1])
-        seen = _keys_of_block(pattern, begin + offset, end + offset).to(q.device)
+        seen = _keys_of_block(pattern, window, begin + offset, end + offset).to(q.device)
         mask = pattern.keeps(positions[begin + offset : end + offset, None], seen[None, :])
         keys, values = k.index_select(1, seen), v.index_select(1, seen)
         outputs.append(_sdpa(q[:, begin:end], keys, values, scale, attn_mask=mask))
     return torch.cat(outputs, dim=1)
 
 
-def _keys_of_block(pattern: AttentionPattern, begin: int, end: int) -> torch.Tensor:
+def _keys_of_block(pattern: AttentionPattern, window: int, begin: int, end: int) -> torch.Tensor:
     """Return the positions that any of the queries `begin` to `end` sees, in order."""
-    low = max(0, begin - pattern.window + 1)
+    low = max(0, begin - window + 1)
     parts = [torch.arange(min(pattern.sink, low)), torch.arange(low, end)]
     if pattern.stride:
         starts = torch.arange(0, low, pattern.stride * pattern.stride_block)

@@ -278,7 +278,11 @@ def plan_chunks(lengths: Sequence[int], chunk_size: int) -> ChunkPlan:
     return ChunkPlan(tuple(tuple(members) for _, members in bins), dependent)
 
 
-def chunk_schedule(num_chunks: int, max_live: int) -> list[tuple[Literal["prefix", "keep", "backward"], int]]:
+#: what to do with a chunk, and which one
+ChunkWork = tuple[Literal["prefix", "keep", "backward"], int]
+
+
+def chunk_schedule(num_chunks: int, max_live: int) -> list[ChunkWork]:
     """
     Order the work on dependent chunks so that the activations of at most `max_live` exist at once.
 
@@ -296,5 +300,5 @@ def chunk_schedule(num_chunks: int, max_live: int) -> list[tuple[Literal["prefix
     ```
     """
     first_kept = max(0, num_chunks - max_live)
-    forward = [("prefix" if i < first_kept else "keep", i) for i in range(num_chunks - 1)]
+    forward: list[ChunkWork] = [("prefix" if i < first_kept else "keep", i) for i in range(num_chunks - 1)]
     return [*forward, *(("backward", i) for i in reversed(range(num_chunks)))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -111,10 +111,11 @@ class ShapeRun(TorchDispatchMode):
 
         Buffers of whole numbers and truth values are real: those of a model on the meta device count up, or are true.
         """
-        made = self._made_for(model)
+        weights, made = self._made_for(model)
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                tensors.update({name: made[id(old)] for name, old in tensors.items() if old is not None})
+            parameters, buffers = module._parameters, module._buffers
+            parameters.update({name: weights[id(old)] for name, old in parameters.items() if old is not None})
+            buffers.update({name: made[id(old)] for name, old in buffers.items() if old is not None})
         return self._known(model)
 
     def copied(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -122,19 +123,28 @@ class ShapeRun(TorchDispatchMode):
         Return a copy of `model` with tensors without data, also of one with adapters or patches; `model` stays as it
         is.
         """
-        return self._known(copy.deepcopy(model, dict(self._made_for(model))))
-
-    def _made_for(self, model: torch.nn.Module) -> dict[int, torch.Tensor]:
-        made = {id(tensor): self.without_data(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        _, made = self._made_for(model)
         for module in model.modules():
             # States that a model keeps as plain attributes may have a graph, which cannot be copied.
             plain = [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
             made |= {id(value): self.without_data(value.detach()) for value in plain if id(value) not in made}
-        return made
+        return self._known(copy.deepcopy(model, made))
+
+    def _made_for(self, model: torch.nn.Module) -> tuple[dict[int, torch.nn.Parameter], dict[int, torch.Tensor]]:
+        """Return what stands for each parameter, and for each of all tensors."""
+        weights = {id(tensor): self.without_data(tensor) for tensor in model.parameters()}
+        buffers = {id(tensor): self.without_data(tensor) for tensor in model.buffers() if id(tensor) not in weights}
+        return weights, {**weights, **buffers}
 
     def _known(self, model: torch.nn.Module) -> torch.nn.Module:
         self._weights |= dict(weights_of(model))
         return model
+
+    @overload
+    def without_data(self, tensor: torch.nn.Parameter) -> torch.nn.Parameter: ...
+
+    @overload
+    def without_data(self, tensor: torch.Tensor) -> torch.Tensor: ...
 
     def without_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a fake tensor (or parameter) of the same shape, dtype and need of a gradient."""

@@ -47,11 +47,11 @@ class PrefixSegments(NamedTuple):
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PrefixSegments | None:
         """Return what `as_kwargs` put into a call, or `None` if the call shares nothing."""
-        found = {name: kwargs.get(_KEYWORD + name) for name in cls._fields}
-        missing = [_KEYWORD + name for name, value in found.items() if value is None]
-        if len(missing) == len(found):
+        given = {name: kwargs.get(_KEYWORD + name) for name in cls._fields}
+        found = {name: value for name, value in given.items() if value is not None}
+        if not found:
             return None
-        if missing:
+        if missing := [_KEYWORD + name for name in given if name not in found]:
             raise SharedPrefixError(f"The call has some arguments of a shared prefix, but not {', '.join(missing)}.")
         return cls(**found)
 
@@ -202,6 +202,8 @@ def plan_shared_prefix(prompts: Sequence[Sequence[int]], completion_lengths: Seq
 def _prefix_segments(shared: Sequence[tuple[int, list[int]]], lengths: Sequence[int]) -> PrefixSegments:
     keys = [prefix for prefix, _ in shared]
     queries = [sum(lengths[row] - prefix for row in rows) for prefix, rows in shared]
-    bounds = [torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int32) for parts in (queries, keys)]
+    of_queries, of_keys = (
+        torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int32) for parts in (queries, keys)
+    )
     longest = max(lengths[row] for _, rows in shared for row in rows)
-    return PrefixSegments(*bounds, max(queries), max(keys), sum(queries), sum(keys), longest)
+    return PrefixSegments(of_queries, of_keys, max(queries), max(keys), sum(queries), sum(keys), longest)

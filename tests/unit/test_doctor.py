@@ -148,6 +148,14 @@ def test_what_only_looks_alike_is_left_alone(rule, over, facts):
     assert rule not in found(trace(start=facts.start_step, **over), facts)
 
 
+def test_the_doctor_of_any_trainer_reads_rewards_too():
+    def rules(**over):
+        return set(found(trace(grad_norm=constant(0.0), **over), limits=TrainLimits(), rules=TRAIN_RULES))
+
+    assert rules() == {"no_gradient"}
+    assert rules(frac_reward_zero_std=constant(1.0)) == set()
+
+
 def test_a_group_of_weights_at_lr_zero_is_named():
     groups = {"scheduler_lrs": constant({0: 1e-3, 1: 0.0}), "optimizer_lrs": constant({0: 1e-3, 1: 0.0})}
     finding = found(trace(**groups))["lr_zero"]

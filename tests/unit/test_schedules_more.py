@@ -84,6 +84,8 @@ def test_rewarm_redecay_one_cosine_for_each_data_set():
     for bad in ({}, {"data_fractions": (0.5, 0.4)}, {"data_steps": (5, 6)}, {"data_steps": (5, 5), "peaks": (1.0,)}):
         with pytest.raises(ScheduleError):
             S.rewarm_redecay(10, **bad)
+    with pytest.raises(ScheduleError, match="names no data set"):
+        S.rewarm_redecay(data_steps=())
 
 
 def test_one_cycle_momentum_is_the_mirror_of_the_lr():
@@ -157,6 +159,10 @@ def test_join_and_scale():
     assert late.trace() == [1, 1, 1, 1, 1, 0.5]
     half = S.scale(schedule=S.wsd(warmup_steps=2), factor=0.5).start_decay(10, 4, shape="linear")
     assert half(9) == 0.5 and half(14) == 0
+    with pytest.raises(ScheduleError, match="linear has no decay to start. Use wsd"):
+        S.scale(schedule=S.linear(20)).start_decay(10)
+    with pytest.raises(ScheduleError, match="linear has no decay to start. Use wsd"):
+        S.to_lambda_lr(S.linear(20), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)).start_decay(10)
     for bad in (
         {"schedules": (S.linear(), S.linear()), "boundaries": ()},
         {"schedules": (S.linear(), S.linear()), "boundaries": (10,)},

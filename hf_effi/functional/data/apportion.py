@@ -122,10 +122,10 @@ class _Plan:
                 if following not in came:
                     came[following] = node
                     queue.append(following)
-        path, node = [queue[0]], came[queue[0]]
-        while node is not None:
-            path.append(node)
-            node = came[node]
+        path, before = [queue[0]], came[queue[0]]
+        while before is not None:
+            path.append(before)
+            before = came[before]
         path.reverse()
         for (domain, first), (other, second) in zip(path, path[1:], strict=False):
             if domain == other:

@@ -75,7 +75,7 @@ def concat_rows(batches: Sequence[Rows], pad_token_id: int, ratio_padding: float
     """
     if len(batches) == 1:
         return dict(batches[0])
-    fills = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
+    fills: dict[str, float | None] = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
     fills["importance_sampling_ratio"] = ratio_padding
     joined: Rows = {}
     for key, first in batches[0].items():

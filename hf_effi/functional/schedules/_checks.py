@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
+from typing import SupportsFloat
 
 
 class ScheduleError(ValueError):
@@ -38,15 +40,15 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or math.isinf(value):
         raise ScheduleError(f"{name}={value!r} is not allowed: it must be {allowed}. {fix}".rstrip())
     below = value <= low if low_open else value < low
-    above = value >= high if high_open else value > high
+    above = not (value < high if high_open else value <= high)
     if below or above:
         raise ScheduleError(f"{name}={value!r} is not allowed: it must be {allowed}. {fix}".rstrip())
 
 
-def as_numbers(name: str, values: object, fix: str = "") -> list[float]:
+def as_numbers(name: str, values: Iterable[SupportsFloat], fix: str = "") -> list[float]:
     """Return `values` as floats, or raise [`ScheduleError`] where it is no sequence of numbers."""
     try:
-        return [float(value) for value in values]  # type: ignore[union-attr]
+        return [float(value) for value in values]
     except (TypeError, ValueError):
         raise ScheduleError(
             f"{name}={values!r} is not allowed: it must be a sequence of numbers. {fix}".rstrip()

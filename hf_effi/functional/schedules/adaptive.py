@@ -198,7 +198,7 @@ def fit_exponential(losses: Sequence[float], steps: Sequence[float] | None = Non
     (2.0, -0.05, 1.0)
     ```
     """
-    times = list(range(len(losses))) if steps is None else list(steps)
+    times: list[float] = list(range(len(losses))) if steps is None else list(steps)
     if len(losses) < 2 or len(times) != len(losses) or not all(math.isfinite(loss) for loss in losses):
         raise ScheduleError(
             f"{len(losses)} losses at {len(times)} steps cannot be fitted. Pass at least two finite losses and one "
@@ -240,7 +240,7 @@ def extrapolate_exponential(losses: Sequence[float], horizon: int, steps: Sequen
     return a * math.exp(b * horizon) + c
 
 
-def _fit_rate(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
+def _fit_rate(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
     n, span = len(points), max(1, points[-1][0])
     best = (math.inf, 1.0, 0.0, points[-1][1])
 

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from ..options import refuse_idle
 from ._checks import (
@@ -55,6 +55,8 @@ class Schedule:
     absolute: ClassVar[bool] = False
     #: the argument of `__call__` is progress in equivalent steps, which a token counter has to supply
     needs_counter: ClassVar[bool] = False
+    # Whether this one has warned of its end. No field: it is no argument, and two schedules are equal without it.
+    _warned: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, (Schedule, str, list, tuple, dict)):
@@ -164,6 +166,27 @@ class Schedule:
                 ".bind(total_steps), or give it to LRScheduleCallback, which reads it from the Trainer."
             )
         return self.total_steps
+
+
+@runtime_checkable
+class StartsDecay(Protocol):
+    """A schedule whose decay begins when it is asked to, as those of [`wsd`], [`infinite`] and [`scale`]."""
+
+    def start_decay(self, at: int, decay_steps: int | None = None, **kwargs: Any) -> Schedule:
+        """Return the schedule that decays from update `at` on, over `decay_steps` updates."""
+        ...
+
+
+def start_decay(schedule: Schedule, at: int, decay_steps: int | None = None, **kwargs: Any) -> Schedule:
+    """
+    Return `schedule` with its decay started; see `wsd.start_decay`.
+
+    Raises:
+        ScheduleError: it has no decay to start, or the decay has begun before `at`.
+    """
+    if not isinstance(schedule, StartsDecay):
+        raise ScheduleError(f"{type(schedule).__name__} has no decay to start. Use wsd, wsdc or infinite.")
+    return schedule.start_decay(at, decay_steps, **kwargs)
 
 
 def _to_json(value: Any) -> Any:

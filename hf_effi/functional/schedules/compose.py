@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from ._checks import ScheduleError, check_number, check_steps
-from .base import Schedule
+from .base import Schedule, start_decay
 
 
-def _need_schedule(name: str, value: object) -> None:
+def _need_schedule(name: str, value: object) -> Schedule:
     if not isinstance(value, Schedule):
         raise ScheduleError(f"{name}={value!r} is not a Schedule. Pass one, e.g. linear(100).")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,28 @@ class join(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class scale(Schedule):
+class _Around(Schedule):
+    """Shared by the schedules around one other, which end with it and know as much of the run's length."""
+
+    schedule: Schedule | None = None
+
+    @property
+    def _inner(self) -> Schedule:
+        return _need_schedule("schedule", self.schedule)
+
+    def _check(self) -> None:
+        if self.total_steps is not None and self._inner.total_steps is None:
+            object.__setattr__(self, "schedule", self._inner.bind(self.total_steps))
+        if self.total_steps is None and self._inner.total_steps is not None:
+            object.__setattr__(self, "total_steps", self._inner.total_steps)
+
+    @property
+    def last_step(self) -> int | None:
+        return self._inner.last_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class scale(_Around):
     """
     A schedule times a factor.
 
@@ -92,20 +114,11 @@ class scale(Schedule):
     ```
     """
 
-    schedule: Schedule | None = None
     factor: float = 1.0
 
     def _check(self) -> None:
-        _need_schedule("schedule", self.schedule)
+        super()._check()
         check_number("factor", self.factor, 0.0, math.inf, low_open=True)
-        if self.total_steps is not None and self.schedule.total_steps is None:
-            object.__setattr__(self, "schedule", self.schedule.bind(self.total_steps))
-        if self.total_steps is None and self.schedule.total_steps is not None:
-            object.__setattr__(self, "total_steps", self.schedule.total_steps)
-
-    @property
-    def last_step(self) -> int | None:
-        return self.schedule.last_step
 
     @property
     def floor(self) -> float:
@@ -114,14 +127,14 @@ class scale(Schedule):
 
     def start_decay(self, at: int, decay_steps: int | None = None, **kwargs: Any) -> Self:
         """Start the decay of the scaled schedule."""
-        return self.replace(schedule=self.schedule.start_decay(at, decay_steps, **kwargs), total_steps=None)
+        return self.replace(schedule=start_decay(self._inner, at, decay_steps, **kwargs), total_steps=None)
 
     def _multiplier(self, t: float) -> float:
-        return self.factor * self.schedule._multiplier(t)
+        return self.factor * self._inner._multiplier(t)
 
 
 @dataclass(frozen=True, kw_only=True)
-class token_indexed(Schedule):
+class token_indexed(_Around):
     """
     A schedule over tokens (or layer-tokens) consumed, in units of a full step.
 
@@ -145,26 +158,13 @@ class token_indexed(Schedule):
 
     needs_counter: ClassVar[bool] = True
 
-    schedule: Schedule | None = None
-
-    def _check(self) -> None:
-        _need_schedule("schedule", self.schedule)
-        if self.total_steps is not None and self.schedule.total_steps is None:
-            object.__setattr__(self, "schedule", self.schedule.bind(self.total_steps))
-        if self.total_steps is None and self.schedule.total_steps is not None:
-            object.__setattr__(self, "total_steps", self.schedule.total_steps)
-
-    @property
-    def last_step(self) -> int | None:
-        return self.schedule.last_step
-
     @property
     def floor(self) -> float:
         """Lowest multiplier."""
         return getattr(self.schedule, "floor", 0.0)
 
     def _multiplier(self, t: float) -> float:
-        return self.schedule._multiplier(t)
+        return self._inner._multiplier(t)
 
 
 class TokenCounter:

@@ -147,6 +147,9 @@ class infinite(_Warm):
         return 1 + (c - 1) * (1 / math.sqrt(1 + self.alpha * x) - 1) / (1 / math.sqrt(1 + self.alpha) - 1)
 
 
+_STEPS_OR_SHARES = "Pass one of data_fractions=(0.5, 0.5) and data_steps=(1000, 1000)."
+
+
 @dataclass(frozen=True, kw_only=True)
 class rewarm_redecay(_Warm):
     """
@@ -183,27 +186,41 @@ class rewarm_redecay(_Warm):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if (self.data_fractions is None) == (self.data_steps is None):
-            raise ScheduleError("Pass one of data_fractions=(0.5, 0.5) and data_steps=(1000, 1000).")
-        if self.data_steps is not None:
-            for steps in self.data_steps:
-                check_steps("data_steps", steps, 1)
-            if self.total_steps is not None and sum(self.data_steps) != self.total_steps:
-                raise ScheduleError(
-                    f"data_steps={self.data_steps} add up to {sum(self.data_steps)}, but total_steps is "
-                    f"{self.total_steps}. Correct one, or use data_fractions."
-                )
-        else:
-            for share in self.data_fractions:
-                check_number("data_fractions", share, 0.0, 1.0, low_open=True)
-            if abs(sum(self.data_fractions) - 1) > 1e-9:
-                raise ScheduleError(f"data_fractions={self.data_fractions} must add up to 1.")
+            raise ScheduleError(_STEPS_OR_SHARES)
+        count = self._check_shares() if self.data_steps is None else self._check_steps(self.data_steps)
         super()._check()
-        count = len(self.data_steps or self.data_fractions)
         if self.peaks is not None:
             if len(self.peaks) != count:
                 raise ScheduleError(f"peaks has {len(self.peaks)} values for {count} data sets. Pass one for each.")
             for peak in self.peaks:
                 check_number("peaks", peak, self.floor, 1.0)
+
+    def _check_steps(self, data_steps: tuple[int, ...]) -> int:
+        """Check the updates of each data set; return how many there are."""
+        if not data_steps:
+            raise ScheduleError("data_steps=() names no data set. Pass the updates of each, such as (1000, 1000).")
+        for steps in data_steps:
+            check_steps("data_steps", steps, 1)
+        if self.total_steps is not None and sum(data_steps) != self.total_steps:
+            raise ScheduleError(
+                f"data_steps={data_steps} add up to {sum(data_steps)}, but total_steps is {self.total_steps}. "
+                "Correct one, or use data_fractions."
+            )
+        return len(data_steps)
+
+    def _check_shares(self) -> int:
+        """Check the share of each data set; return how many there are."""
+        shares = self._shares()
+        for share in shares:
+            check_number("data_fractions", share, 0.0, 1.0, low_open=True)
+        if abs(sum(shares) - 1) > 1e-9:
+            raise ScheduleError(f"data_fractions={shares} must add up to 1.")
+        return len(shares)
+
+    def _shares(self) -> tuple[float, ...]:
+        if self.data_fractions is None:
+            raise ScheduleError(_STEPS_OR_SHARES)
+        return self.data_fractions
 
     def _check_idle(self) -> None:
         needs = "in other schedules: here every ramp starts from floor"
@@ -211,11 +228,9 @@ class rewarm_redecay(_Warm):
 
     def _ends(self) -> list[int]:
         if self.data_steps is not None:
-            ends = [sum(self.data_steps[: i + 1]) for i in range(len(self.data_steps))]
-        else:
-            shares = [sum(self.data_fractions[: i + 1]) for i in range(len(self.data_fractions))]
-            ends = [round_share(share, self._total()) for share in shares]
-        return ends
+            return [sum(self.data_steps[: i + 1]) for i in range(len(self.data_steps))]
+        shares = self._shares()
+        return [round_share(sum(shares[: i + 1]), self._total()) for i in range(len(shares))]
 
     @property
     def last_step(self) -> int | None:
@@ -307,12 +322,9 @@ class power(_Warm):
     decay_offset: DecayOffset = "inside"
 
     def _check(self) -> None:
-        if self.tokens_per_step is None:
-            raise ScheduleError("power needs tokens_per_step=..., the tokens in one update over all processes.")
-        check_steps("tokens_per_step", self.tokens_per_step, 1)
+        check_steps("tokens_per_step", self._tokens(), 1)
         check_steps("sequence_length", self.sequence_length, 1)
-        if self.reference_lr is None:
-            object.__setattr__(self, "reference_lr", self.max_lr)
+        object.__setattr__(self, "reference_lr", self._reference())
         check_number("reference_lr", self.reference_lr, 0.0, math.inf, low_open=True)
         power_lr(1.0, 1.0, self.a, self.b, self.max_lr)
         super()._check()
@@ -332,17 +344,25 @@ class power(_Warm):
             return self.decay_steps
         return round_share(0.1 if self.decay_fraction is None else self.decay_fraction, self._total())
 
+    def _tokens(self) -> int:
+        if self.tokens_per_step is None:
+            raise ScheduleError("power needs tokens_per_step=..., the tokens in one update over all processes.")
+        return self.tokens_per_step
+
+    def _reference(self) -> float:
+        return self.max_lr if self.reference_lr is None else self.reference_lr
+
     def _eta(self, t: float) -> float:
-        tokens = t * self.tokens_per_step
-        return power_lr(tokens, self.tokens_per_step / self.sequence_length, self.a, self.b, self.max_lr)
+        tokens = t * self._tokens()
+        return power_lr(tokens, self._tokens() / self.sequence_length, self.a, self.b, self.max_lr)
 
     def _multiplier(self, t: float) -> float:
         if t < self.warmup:
-            return self._ramp(t) * self._eta(self.warmup) / self.reference_lr
+            return self._ramp(t) * self._eta(self.warmup) / self._reference()
         if self.total_steps is not None and t >= self.total_steps - self.decay_length:
             begin = self.total_steps - self.decay_length
             if self.decay_length == 0:
-                return self._eta(t) / self.reference_lr
+                return self._eta(t) / self._reference()
             position = decay_position(t - begin, self.decay_length, self.decay_offset)
-            return max(self.floor, decay(self.shape, position, 0.0) * self._eta(begin) / self.reference_lr)
-        return max(self.floor, self._eta(t) / self.reference_lr)
+            return max(self.floor, decay(self.shape, position, 0.0) * self._eta(begin) / self._reference())
+        return max(self.floor, self._eta(t) / self._reference())

@@ -54,7 +54,7 @@ class one_cycle(Schedule):
         check_number("final_div", self.final_div, 1.0, math.inf)
         if (self.momentum_low is None) != (self.momentum_high is None):
             raise ScheduleError("Pass both momentum_low and momentum_high, or None for both.")
-        if self.momentum_low is not None:
+        if self.momentum_low is not None and self.momentum_high is not None:
             check_number("momentum_high", self.momentum_high, 0.0, 1.0, high_open=True)
             check_number("momentum_low", self.momentum_low, 0.0, self.momentum_high)
 
@@ -84,7 +84,7 @@ class one_cycle(Schedule):
 
     def momentum(self, step: float) -> float | None:
         """Return the momentum (or beta1) of the update after `step` finished ones; `None`: leave it alone."""
-        if self.momentum_low is None:
+        if self.momentum_low is None or self.momentum_high is None:
             return None
         step = min(step, self._total())
         return self.momentum_high - (self.momentum_high - self.momentum_low) * self._height(step)

@@ -50,22 +50,23 @@ def extend_to(
     check_steps("transition_steps", transition_steps)
     refuse_idle("transition_steps", transition_steps, 0, method == "plateau", "with method='plateau'", ScheduleError)
     check_steps("total_steps", total_steps, old_total + 1, f"The schedule already has {old_total} updates.")
-    plain = type(schedule) is wsd and schedule.decay_begin is not None
+    begin = schedule.decay_begin if type(schedule) is wsd else None
     if at is None:
-        at = schedule.decay_begin if plain else old_total - 1
+        at = old_total - 1 if begin is None else begin
     check_steps("at", at)
     if at >= old_total:
         raise ScheduleError(
             f"at={at} is the end of the old run, where the decay is over. Go on from a checkpoint before update "
-            f"{schedule.decay_begin if plain else old_total}."
+            f"{old_total if begin is None else begin}."
         )
-    if plain and at <= schedule.decay_begin:
-        return _extend_plateau(schedule, old_total, total_steps, at, method, transition_steps)
+    if type(schedule) is wsd and begin is not None and at <= begin:
+        return _extend_plateau(schedule, begin, total_steps, at, method, transition_steps)
     refuse_idle("method", method, "cooldown", False, "for a wsd that is still on its plateau", ScheduleError)
     return _hold_then_fall(schedule, total_steps, at)
 
 
-def _extend_plateau(schedule: wsd, old_total: int, total: int, at: int, method: str, transition: int) -> Schedule:
+def _extend_plateau(schedule: wsd, begin: int, total: int, at: int, method: str, transition: int) -> Schedule:
+    old_total = begin + schedule.decay_length
     share = schedule.decay_length / old_total
     open_end = schedule.replace(total_steps=total, decay_start=None, decay_steps=None, decay_fraction=None)
     # The warm-up keeps its length in updates, whatever share of the old run it was.
@@ -79,7 +80,6 @@ def _extend_plateau(schedule: wsd, old_total: int, total: int, at: int, method: 
         length = min(round(fraction * total), total - max(at, schedule.warmup))
         return open_end.replace(decay_steps=length)
     length = round(share * total)
-    begin = schedule.decay_begin
     lowered = scale(
         schedule=wsd(
             total - begin - transition,

@@ -143,9 +143,9 @@ def settle(
     return _switch(stored, asked, step, allow_lr_jump)
 
 
-def _own_lrs_differ(stored: Followed, asked: Followed) -> bool:
-    """Whether the optimizer that was passed has other LRs than the one that the stored LRs came from."""
-    return asked.optimizer_lrs is not None and asked.optimizer_lrs != (stored.optimizer_lrs or stored.base_lrs)
+def _other_lrs(stored: Followed, asked: Followed) -> tuple[float, ...] | None:
+    """Return the LRs of the optimizer that was passed, where they are not those that the stored LRs came from."""
+    return None if asked.optimizer_lrs == (stored.optimizer_lrs or stored.base_lrs) else asked.optimizer_lrs
 
 
 def _differences(stored: Followed, asked: Followed) -> list[str]:
@@ -159,9 +159,9 @@ def _differences(stored: Followed, asked: Followed) -> list[str]:
             f"learning_rate={stored.learning_rate}, this run has {asked.learning_rate}, which the Trainer alone would "
             "ignore"
         )
-    if _own_lrs_differ(stored, asked):
+    if (other := _other_lrs(stored, asked)) is not None:
         before = stored.optimizer_lrs or stored.base_lrs
-        found.append(f"an optimizer of LRs {list(before)}, this one has {list(asked.optimizer_lrs)}")
+        found.append(f"an optimizer of LRs {list(before)}, this one has {list(other)}")
     return found
 
 
@@ -185,9 +185,9 @@ def _switch(stored: Followed, asked: Followed, step: int, allow_lr_jump: bool) -
     if not same_schedule(stored.built, asked.built):
         current, decay = reconcile(current, asked.built, "new", step=step, allow_lr_jump=allow_lr_jump), None
     base_lrs, old, new = stored.base_lrs, stored.learning_rate, asked.learning_rate
-    if _own_lrs_differ(stored, asked):
-        base_lrs = asked.optimizer_lrs
-    elif None not in (old, new) and old != new:
+    if (other := _other_lrs(stored, asked)) is not None:
+        base_lrs = other
+    elif old is not None and new is not None and old != new:
         # Equal to the last digit where a group simply has the learning rate.
         base_lrs = tuple(new if lr == old else lr * (new / old) for lr in base_lrs)
     return dataclasses.replace(asked, current=current, base_lrs=base_lrs, decay_asked_at=decay)

@@ -151,7 +151,7 @@ class wsd(_Warm):
         return max(self.floor, peak * self._fall(t - begin, self.decay_length))
 
     def _fall(self, k: float, length: int) -> float:
-        if self.shape == "half-life":
+        if self.half_life_steps is not None:  # with shape="half-life", and with no other
             # No position in [0, 1] here: the rate counts steps, so "start" and the others differ by one step.
             return max(self.floor, half_life(k + (self.decay_offset != "start"), self.half_life_steps))
         if length == 0:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..options import refuse_idle
 from ._checks import DecayToZeroWarning, ScheduleError, check_choice
-from .base import OnMismatch, Schedule
+from .base import OnMismatch, Schedule, start_decay
 from .followed import Followed, check_storable, classes_in, settle
 
 
@@ -71,8 +71,13 @@ class ScheduleLR(LambdaLR):
         apply_momentum(self.optimizer, schedule, self.last_epoch)
 
     def start_decay(self, decay_steps: int | None = None, **kwargs: Any) -> None:
-        """Start the decay of a WSD-like schedule with the next update; see `wsd.start_decay`."""
-        self.follow(self.schedule.start_decay(at=self.last_epoch, decay_steps=decay_steps, **kwargs))
+        """
+        Start the decay of a WSD-like schedule with the next update; see `wsd.start_decay`.
+
+        Raises:
+            ScheduleError: the schedule has no decay to start, or the decay has begun.
+        """
+        self.follow(start_decay(self.schedule, self.last_epoch, decay_steps, **kwargs))
         self._followed = dataclasses.replace(self._followed, decay_asked_at=self.last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
