@@ -110,8 +110,8 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
             call(model, tiny_tokens(model, 1, 4))
     except Exception as error:  # whatever a forward of somebody's model says
         raise VarlenAttentionError(
-            f"{kind} does not run on four tokens, so that it cannot be tried whether its layers call {VARLEN_ATTENTION}: "
-            f"{type(error).__name__}: {error}"
+            f"{kind} does not run on four tokens, so that it cannot be tried whether its layers call "
+            f"{VARLEN_ATTENTION}: {type(error).__name__}: {error}"
         ) from error
     if LEDGER.calls == before:
         raise VarlenAttentionError(

@@ -1,4 +1,4 @@
-"""Which engine shards the model of a run, if any."""
+"""Which engine shards the model of a run, if any, and which processes share their data."""
 
 from __future__ import annotations
 
@@ -31,3 +31,16 @@ def sharding_engine(args: Any) -> str | None:
     if getattr(args, "deepspeed", None):
         return "DeepSpeed"
     return "FSDP" if getattr(args, "fsdp", None) else None
+
+
+def data_rank(args: Any) -> int:
+    """
+    Return which part of the data this process works on: ranks that compute one forward together have the same.
+
+    What is drawn for the rows of a batch is drawn by this number, and not by the process's own.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+    """
+    parallelism = AcceleratorState().parallelism_config if is_initialized() else None
+    return args.process_index // (1 if parallelism is None else parallelism.non_data_parallel_size)

@@ -10,6 +10,7 @@ from ..functional import metrics
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..layers.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
 from ..patching.handle import PatchHandle
+from ._engines import data_rank
 from ._owners import Role
 from ._probing import in_probe, outside_probes, trained_steps, trained_total
 from ._turns import WRITE, TurnCallback, in_turn
@@ -100,7 +101,7 @@ class RandomLTDCallback(TurnCallback):
         _refuse(args)  # a callback may be added after the Trainer was built
         super().on_train_begin(args, state, control, **kwargs)
         self._revert()  # left by a run that failed
-        self.dropping = TokenDropping(args.seed, args.process_index)
+        self.dropping = TokenDropping(args.seed, data_rank(args))
         stored = state.stateful_callbacks.get(STATE_KEY, {}) if state.global_step else {}
         self.dropping.layer_tokens = stored.get("layer_tokens", 0)
         self.dropping.full_layer_tokens = stored.get("full_layer_tokens", 0)

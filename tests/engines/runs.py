@@ -113,6 +113,9 @@ def finish(trainer: Any, resume: str | None = None) -> Outcome:
     trainer.train(resume_from_checkpoint=resume)
     wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model_wrapped
     state = trainer.accelerator.get_state_dict(wrapped)
+    state = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in (state or {}).items()
+    }
     weights = {}
     if trainer.accelerator.process_index == 0:
         weights = {name.removeprefix("module."): value.detach().cpu().clone() for name, value in state.items()}

@@ -201,6 +201,13 @@ SETTINGS = (
         "tests/engines/test_settings.py::test_liger_layers_under_grpo",
     ),
     Setting(
+        'A model with `tp_plan="auto"` (tensor parallelism)',
+        RUNS,
+        "On 2 processes the weights of one, for `EffiTrainer`, `stream_layers` and `RandomLTDCallback`. Refused: what reads whole "
+        "weights or gradients, samplers that measure, `tile_mlp`, `sequence_parallel_size`.",
+        "tests/engines/test_tensor_parallel.py::test_tensor_parallel_runs_are_those_of_one_process",
+    ),
+    Setting(
         "`torch_compile=True`",
         RUNS,
         "With patches the run of the uncompiled model; random-LTD and `sequence_parallel_size` refuse it by name.",

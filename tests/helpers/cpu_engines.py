@@ -21,7 +21,7 @@ def run_on_cpu(engine: str) -> None:
     Let accelerate run an engine in this process. Call it before the first training arguments are made.
 
     Args:
-        engine (`str`): One of `ENGINES`; under `"ddp"`, which accelerate runs on CPUs by itself, nothing is replaced.
+        engine (`str`): One of `ENGINES`, or `"tp"` for a model that is loaded with a `tp_plan`; under `"ddp"`, which accelerate runs on CPUs by itself, nothing is replaced.
     """
     if engine == "ddp":
         return
@@ -49,7 +49,7 @@ def engine_arguments(engine: str) -> dict[str, Any]:
     Args:
         engine (`str`): One of `ENGINES`. FSDP2 saves shards.
     """
-    if engine == "ddp":
+    if engine in ("ddp", "tp"):
         return {"use_cpu": True}
     if engine == "fsdp2":
         sharding = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}

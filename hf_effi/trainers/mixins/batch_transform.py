@@ -65,9 +65,11 @@ class BatchTransformMixin:
         if self.batch_transform is not None:
             step, total = trained_steps(self.state), trained_total(self.state)
             seed = (self.args.seed, self.state.global_step)
+            # Ranks that share a sequence or a forward have the same batch, and have to draw the same for it.
+            sharing = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
             # Lazily, over the same iterator: only the batches of this update are changed.
             epoch_iterator = (
-                self.batch_transform(batch, step, total, seeded(*seed, micro, self.args.process_index))
+                self.batch_transform(batch, step, total, seeded(*seed, micro, self.args.process_index // sharing))
                 for micro, batch in enumerate(epoch_iterator)
             )
             self._transform_metrics = self.batch_transform.metrics(step, total)
