@@ -159,7 +159,7 @@ def card_arguments(root: Path) -> str:
 
 
 def engines_table(root: Path) -> str:
-    """Return one row a trainer or method: which engine gives DDP's weights, and which refuses."""
+    """Return one row per trainer or method: which engine gives DDP's weights, and which refuses."""
     from tests.engines.table import ENGINES, REFUSED, ROWS
 
     titles = {method.key: method.title for method in METHODS}
@@ -178,7 +178,7 @@ def engines_table(root: Path) -> str:
 
 
 def engine_settings_table(root: Path) -> str:
-    """Return one row a setting of the stack: whether our trainers run with it, and the test that shows it."""
+    """Return one row per setting of the stack: whether our trainers run with it, and the test that shows it."""
     from tests.engines.table import REFUSED, SETTINGS
 
     rows = [

@@ -21,7 +21,8 @@ def run_on_cpu(engine: str) -> None:
     Let accelerate run an engine in this process. Call it before the first training arguments are made.
 
     Args:
-        engine (`str`): One of `ENGINES`, or `"tp"` for a model that is loaded with a `tp_plan`; under `"ddp"`, which accelerate runs on CPUs by itself, nothing is replaced.
+        engine (`str`): One of `ENGINES`, or `"tp"` for a model that is loaded with a `tp_plan`; under `"ddp"`, which
+            accelerate runs on CPUs by itself, nothing is replaced.
     """
     if engine == "ddp":
         return

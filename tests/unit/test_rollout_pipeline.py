@@ -78,7 +78,7 @@ class Setup:
         return ids[:, -columns:].float(), None, None
 
     def stock(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Row `i` of prompt `p` has the prompt token `p + 1`; old and reference log-probs are asked for, then rewards."""
+        """Row `i` of prompt `p` has the prompt token `p + 1`; old and reference log-probs are asked for first."""
         numbers = [int(row["prompt"]) for row in inputs]
         self.prompts.append(numbers)
         tokens = torch.tensor([[number + 1] for number in numbers])
