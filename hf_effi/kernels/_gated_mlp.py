@@ -1,9 +1,9 @@
 """
 The arithmetic of [`hf_effi.kernels.tiled_mlp`]: a gated MLP and its backward, a tile of tokens at a time.
 
-Two things differ from the tiled MLPs of DeepSpeed and Liger. The parameters are inputs of the autograd Function, so that
-each gets its gradient once a backward, as DDP and FSDP2 need. And under activation checkpointing nothing is computed
-twice: see [`Keep`].
+Two things differ from the tiled MLPs of DeepSpeed and Liger. The parameters are inputs of the autograd Function, so
+that each gets its gradient once a backward, as DDP and FSDP2 need. And under activation checkpointing nothing is
+computed twice: see [`Keep`].
 """
 
 from __future__ import annotations
@@ -151,9 +151,10 @@ class Keep(torch.autograd.Function):
     """
     Identity of `x` that saves `x` and the parameters for the MLP's node behind it.
 
-    A Function saves its tensors when its forward has returned. Non-reentrant checkpointing ends its recompute as soon as
-    the last saved tensor is known; saved here, before the tiles run, no tile is computed for a recompute that needs
-    nothing behind the MLP. Where a later operation saves something (a norm behind the MLP), it goes on and stays exact.
+    A Function saves its tensors when its forward has returned. Non-reentrant checkpointing ends its recompute as soon
+    as the last saved tensor is known; saved here, before the tiles run, no tile is computed for a recompute that needs
+    nothing behind the MLP. Where a later operation saves something (a norm behind the MLP), it goes on and stays
+    exact.
     """
 
     @staticmethod

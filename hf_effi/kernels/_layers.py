@@ -32,9 +32,10 @@ class Unit:
         input_of (`nn.Module`, *optional*): Whose input the self-check draws; `None`: the first target's.
         switch_off (`Callable`, *optional*): Makes the replacement compute the original. For one that others may wrap
             after the patch, as accelerate wraps a model's forward for mixed precision.
-        install (`Callable`, *optional*): Called for each target once the self-check has passed; returns what undoes it.
-        error_budget (`float`): Relative error, by the Frobenius norm, that outputs and gradients of inputs may have beyond
-            rounding, for a replacement that approximates. Gradients of weights get none.
+        install (`Callable`, *optional*): Called for each target once the self-check has passed; returns what undoes
+            it.
+        error_budget (`float`): Relative error, by the Frobenius norm, that outputs and gradients of inputs may have
+            beyond rounding, for a replacement that approximates. Gradients of weights get none.
     """
 
     targets: Sequence[Target]
@@ -121,8 +122,8 @@ def with_globals(function: Callable[..., Any], **changed: Any) -> Callable[..., 
     """
     Return a copy of `function` that sees other values for some globals of its module.
 
-    The copy changes one instance, where an assignment to the global would change every model of the process. Decorators
-    that hold what they wrap in their closure are copied around it.
+    The copy changes one instance, where an assignment to the global would change every model of the process.
+    Decorators that hold what they wrap in their closure are copied around it.
     """
     inner = decorated(function)
     names, closure = function.__globals__, function.__closure__
@@ -144,7 +145,8 @@ def _with_rotary(target: Target, rotary: Callable[..., Any]) -> Callable[..., An
     forward = _unbound(target.original, target.module)
     if calling(forward, ROTARY_FUNCTION) is None:
         raise PatchError(
-            f"{target.name} ({type(target.module).__name__}): its forward does not call `{ROTARY_FUNCTION}` itself, or "
+            f"{target.name} ({type(target.module).__name__}): its forward does not call `{ROTARY_FUNCTION}` itself, "
+            "or "
             "under a decorator that cannot be copied, so its rotary embedding cannot be replaced."
         )
     return with_globals(forward, **{ROTARY_FUNCTION: rotary})

@@ -26,7 +26,8 @@ class LMHeadCounters:
         rows, rows_skipped (`int`): Scored rows, and those of them whose upstream gradient was zero.
         columns, columns_skipped (`int`): Columns of tiles, and those of them under `column_eps`.
         dropped_mass (`float`): Sum over the kept rows of the probability in skipped columns.
-        recomputed (`int`): Backwards under `grad_in_forward` with another upstream gradient than one value for all rows.
+        recomputed (`int`): Backwards under `grad_in_forward` with another upstream gradient than one value for all
+            rows.
     """
 
     rows: int = 0
@@ -131,7 +132,7 @@ class Vocabulary:
             total[tile.local] = grad.to(total.dtype)
 
 
-# --- one tile ----------------------------------------------------------------------------------------------------------
+# --- one tile --------------------------------------------------------------------------------------------------------
 
 
 def _capped(tile: Tensor, shape: Shape) -> tuple[Tensor, float]:

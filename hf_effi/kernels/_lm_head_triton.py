@@ -137,7 +137,9 @@ def _lm_head_bwd_kernel(
 
 
 def fold_tile(tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, start: int, shape, outputs) -> None:
-    """Fold one tile of logits into the running statistics: [`hf_effi.kernels._lm_head_tiles.fold_tile`] in one launch."""
+    """
+    Fold one tile of logits into the running statistics: [`hf_effi.kernels._lm_head_tiles.fold_tile`] in one launch.
+    """
     _lm_head_fwd_kernel[(tile.shape[0],)](
         tile,
         tile.stride(0),

@@ -104,7 +104,8 @@ def _free_targets(model: nn.Module, key: Key) -> list[Target]:
     for target in targets:
         if claim := target.module.__dict__.get(CLAIM):
             raise PatchError(
-                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by {claim.key!r}. Revert the other "
+                f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by {claim.key!r}. Revert the "
+                "other "
                 "patch first (`unpatch(model)` where its handle is lost), or narrow one of the two keys."
             )
     return targets
@@ -168,7 +169,8 @@ class _Checker:
             sharded = hasattr(parameter, "device_mesh") or sharded_by_zero3([parameter])
             if sharded or parameter.device.type == "meta" or not parameter.numel():
                 raise PatchError(
-                    "its weights are sharded or offloaded, or in 8 bits by another patch, so the self-check cannot run. "
+                    "its weights are sharded or offloaded, or in 8 bits by another patch, so the self-check cannot "
+                    "run. "
                     "Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."
                 )
         deviations = []
@@ -258,17 +260,18 @@ def patch(
     Replace the computation of modules of one model; check each replacement; return a handle that undoes it exactly.
 
     The replacement is written into the `__dict__` of the instance. Neither classes nor modules of transformers are
-    touched: other models of the process stay as they are. Patch before `torch.compile`, and before the model is wrapped
-    for FSDP or DeepSpeed.
+    touched: other models of the process stay as they are. Patch before `torch.compile`, and before the model is
+    wrapped for FSDP or DeepSpeed.
 
     Args:
         model (`nn.Module`): Any model, also one with PEFT adapters, accelerate hooks or gradient checkpointing.
         layers (`Mapping` or `str`): Key -> layer. `"liger"` stands for every layer that Liger has for this model.
             Keys: a kernel's name (`"RMSNorm"`, `"SwiGLUMLP"`, `"GeGLUMLP"`, `"rotary_pos_emb"`, `"ForCausalLMLoss"`,
-            `"LoRALinear"`, `"LMHead"`), a module's name, a glob on names (`"*.mlp"`) or a compiled regex. Values: a stateless
-            `nn.Module` class (Hugging Face's contract: `forward`, `has_backward`, `can_torch_compile`), one of Liger's
-            classes, `"liger"`, `"organisation/repository:Layer"` or a `kernels` repository object, `FusedLoRALinear()`,
-            `LowBitLoRALinear("fp8")`, `FusedLMHead()`; or a list of these, of which the first that passes is taken.
+            `"LoRALinear"`, `"LMHead"`), a module's name, a glob on names (`"*.mlp"`) or a compiled regex. Values: a
+            stateless `nn.Module` class (Hugging Face's contract: `forward`, `has_backward`, `can_torch_compile`), one
+            of Liger's classes, `"liger"`, `"organisation/repository:Layer"` or a `kernels` repository object,
+            `FusedLoRALinear()`, `LowBitLoRALinear("fp8")`, `FusedLMHead()`; or a list of these, of which the first
+            that passes is taken.
         on_mismatch (`str`, *optional*, defaults to `"error"`): What a failed self-check does. `"eager"` leaves the
             module as it is and logs one line per kind of module.
         verify (`bool`, *optional*, defaults to `True`): Whether to compare forward and backward on random input, once

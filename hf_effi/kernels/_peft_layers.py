@@ -33,7 +33,8 @@ def active_adapters(module: Any, reject: Callable[[str], Exception]) -> dict[str
     Return the adapters that a LoRA layer adds to its base layer now: none where they are merged or switched off.
 
     Raises:
-        What `reject` makes of a reason: a variant such as DoRA, dropout while training, a bias or a hook in the adapter.
+        What `reject` makes of a reason: a variant such as DoRA, dropout while training, a bias or a hook in the
+            adapter.
     """
     if module.disable_adapters or module.merged:
         return {}

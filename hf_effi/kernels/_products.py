@@ -12,8 +12,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     `total += left @ right`, in the wider of the two precisions.
 
-    A sum in fp32 of products of 16-bit operands is one cuBLAS call on a GPU: rounding each tile's product to bf16 would
-    add up to a bias, and cost a pass over the sum.
+    A sum in fp32 of products of 16-bit operands is one cuBLAS call on a GPU: rounding each tile's product to bf16
+    would add up to a bias, and cost a pass over the sum.
     """
     if total.dtype == left.dtype:
         total.addmm_(left, right)

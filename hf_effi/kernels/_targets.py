@@ -59,7 +59,9 @@ def holds(cell: CellType, value: Any) -> bool:
 
 
 def decorated(function: Any) -> FunctionType | None:
-    """Return what a decorator wraps, where it holds it in its closure, so that the decorator can be copied around it."""
+    """
+    Return what a decorator wraps, where it holds it in its closure, so that the decorator can be copied around it.
+    """
     inner = getattr(function, "__wrapped__", None)
     is_held = any(holds(cell, inner) for cell in getattr(function, "__closure__", None) or ())
     return inner if isinstance(inner, FunctionType) and is_held else None
@@ -143,7 +145,8 @@ def find_targets(model: nn.Module, key: Key) -> list[Target]:
     found = [_target(key, name, module) for name, module in model.named_modules() if _matches(key, name, module)]
     if not found and key == LM_HEAD_NAME:
         raise PatchError(
-            f"{key!r}: {type(model).__name__} has no fused head of TRL that could be replaced. TRL's trainers add it when "
+            f"{key!r}: {type(model).__name__} has no fused head of TRL that could be replaced. TRL's trainers add it "
+            "when "
             "they are built and wrap it in train(): patch trainer.model between the two."
         )
     if not found:

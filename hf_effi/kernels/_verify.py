@@ -113,8 +113,8 @@ def _results(
     """
     Return outputs and gradients by name; with `wide`, of the same function with everything in a wider dtype.
 
-    Weights and arguments are copies, and what else a call changes in its modules is put back. Each such change, and the
-    form of the output, is among the names.
+    Weights and arguments are copies, and what else a call changes in its modules is put back. Each such change, and
+    the form of the output, is among the names.
     """
     call, copied = _Call(modules, function), functools.partial(_copied, wide=wide)
     args, kwargs = _map_floats(arguments, copied)
@@ -175,7 +175,9 @@ def _gradients(outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor])
 
 
 def _distance(value: torch.Tensor, truth: torch.Tensor, order: float) -> float:
-    """Return `|value - truth| / |truth|` by a norm; of activations the worst over the batch, whose rows differ in size."""
+    """
+    Return `|value - truth| / |truth|` by a norm; of activations the worst over the batch, whose rows differ in size.
+    """
     if truth.dim() > 2:
         return max(
             (_distance(v, t, order) for v, t in zip(value.flatten(1, -1), truth.flatten(1, -1), strict=True)),
@@ -202,17 +204,17 @@ def compare(
     """
     Measure a replacement against the original and both against the original in a wider dtype.
 
-    `error = max|y - y_wide| / max|y_wide|`, taken for each row of a batch, for each output, each gradient of a float input and of a trainable parameter,
-    allowed up to `2 * own_error + 2 eps(dtype) + 16 eps(float32)`. Gradients come from `torch.autograd.grad` along a
-    random direction: nothing is accumulated into `.grad`.
+    `error = max|y - y_wide| / max|y_wide|`, taken for each row of a batch, for each output, each gradient of a float
+    input and of a trainable parameter, allowed up to `2 * own_error + 2 eps(dtype) + 16 eps(float32)`. Gradients come
+    from `torch.autograd.grad` along a random direction: nothing is accumulated into `.grad`.
 
     Args:
         modules (`Sequence[nn.Module]`): Whose parameters the functions use.
         original, replacement (`Callable`): Called with `arguments`.
         arguments (`tuple`): `(args, kwargs)`; floats that require a gradient get one.
         backward (`bool`, *optional*, defaults to `True`): Whether to compare gradients.
-        budget (`float`, *optional*, defaults to 0.0): What outputs and gradients of inputs are allowed beyond that, by the
-            Frobenius norm: single entries of an approximation scatter.
+        budget (`float`, *optional*, defaults to 0.0): What outputs and gradients of inputs are allowed beyond that, by
+            the Frobenius norm: single entries of an approximation scatter.
 
     Raises:
         PatchError: the original does not run on these arguments.

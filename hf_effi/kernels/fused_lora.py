@@ -38,7 +38,8 @@ class LoRAWeights(NamedTuple):
         scale (`float`): `s`: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
         quant_state (*optional*): bitsandbytes' description of packed weights.
         compute_dtype (`torch.dtype`, *optional*): Dtype of the product with packed weights; `None`: that of `x`.
-        low_bit ([`~hf_effi.kernels.low_bit.LowBitWeight`], *optional*): The weight in 8 bits: `x` and `dy` are rounded too.
+        low_bit ([`~hf_effi.kernels.low_bit.LowBitWeight`], *optional*): The weight in 8 bits: `x` and `dy` are rounded
+            too.
     """
 
     weight: Tensor | None
@@ -79,7 +80,8 @@ def fused_lora(x: Tensor, linears: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
 
     Args:
         x (`Tensor`): `(..., in)`.
-        linears (`Sequence[LoRAWeights]`): At least one, all with the same `in`; adapters of several dtypes are promoted.
+        linears (`Sequence[LoRAWeights]`): At least one, all with the same `in`; adapters of several dtypes are
+            promoted.
 
     Returns:
         `tuple[Tensor, ...]`: `(..., out_i)`, in the dtypes that PEFT returns.
@@ -230,8 +232,8 @@ def _read(name: str, module: Any) -> LoRAWeights | None:
     Return the weights as they are at this moment, or `None` where PEFT would compute the base layer only.
 
     Raises:
-        PatchError: several active adapters, a variant such as DoRA, dropout while training, a bias in the adapter, or hooks
-            inside the layer.
+        PatchError: several active adapters, a variant such as DoRA, dropout while training, a bias in the adapter, or
+            hooks inside the layer.
     """
     adapters = active_adapters(module, functools.partial(_reject, name))
     if not adapters:
@@ -261,8 +263,8 @@ class _Siblings:
     """
     Projections that share an input. The first one that is called computes all, the others take their result.
 
-    A result is handed out for the very tensor that it was computed from, unchanged and in the same mode. What is left over
-    when a recompute stops early is dropped at the next call.
+    A result is handed out for the very tensor that it was computed from, unchanged and in the same mode. What is left
+    over when a recompute stops early is dropped at the next call.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -303,12 +305,12 @@ class FusedLoRALinear:
     A value of [`~hf_effi.patch`] for the key `"LoRALinear"`: PEFT's linear LoRA layers, grouped by shared input.
 
     Reads the adapter at every call, so that `disable_adapter`, `merge_adapter` and `set_adapter` act as usual. rsLoRA
-    works through its scale. Base layers are `torch.nn.Linear`, trained or frozen, or bitsandbytes' `Linear4bit`. Inside a
-    compiled graph PEFT's own forward runs.
+    works through its scale. Base layers are `torch.nn.Linear`, trained or frozen, or bitsandbytes' `Linear4bit`.
+    Inside a compiled graph PEFT's own forward runs.
 
     Args:
-        siblings (`Sequence[Sequence[str]]`, *optional*): Names of children of one module that are given the same input.
-            Default: `(q_proj, k_proj, v_proj)` and `(gate_proj, up_proj)`.
+        siblings (`Sequence[Sequence[str]]`, *optional*): Names of children of one module that are given the same
+            input. Default: `(q_proj, k_proj, v_proj)` and `(gate_proj, up_proj)`.
 
     Raises:
         PatchError: when applied or when called: several active adapters, DoRA and other variants, `lora_dropout > 0`

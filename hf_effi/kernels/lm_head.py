@@ -2,7 +2,8 @@
 Log-probabilities and entropies of a language model's head from hidden states, without the logits of all tokens.
 
 The products run in cuBLAS on tiles of `(rows, columns)`; one pass over a tile folds it into running statistics, and in
-the backward turns it into the gradient of the logits. Rows whose upstream gradient is zero are left out of the backward.
+the backward turns it into the gradient of the logits. Rows whose upstream gradient is zero are left out of the
+backward.
 """
 
 from __future__ import annotations
@@ -103,15 +104,16 @@ def lm_head_log_probs(
 
     Forward: running `m = max z`, `s = sum e^(z - m)`, `x = sum z e^(z - m)`; `log Z = m + log s`,
     `log p = z_target - log Z`, `H = log Z - x / s`. Backward: tiles are computed again; with
-    `p = e^(z - log Z)`, `g = dL/dlogp (1[target] - p) - dL/dH p (log p + H)`, `dh = g W`, `dW = g^T h`, summed in fp32.
-    Rows with `dL/dlogp = dL/dH = 0` do not enter the backward, which is exact. The column filter is the one of
+    `p = e^(z - log Z)`, `g = dL/dlogp (1[target] - p) - dL/dH p (log p + H)`, `dh = g W`, `dW = g^T h`, summed in
+    fp32. Rows with `dL/dlogp = dL/dH = 0` do not enter the backward, which is exact. The column filter is the one of
     Cut Cross-Entropy, https://arxiv.org/abs/2411.09009, by column instead of by block.
 
     Args:
         hidden (`Tensor`): `(..., H)`.
-        weight (`Tensor`): `(V, H)`, or this rank's rows of it with `group`. Without `requires_grad` its gradient is not
-            computed.
-        targets (`Tensor`): `(...)`, in `[0, V)` or `ignore_index`. Ignored rows are not projected; their outputs are 0.
+        weight (`Tensor`): `(V, H)`, or this rank's rows of it with `group`. Without `requires_grad` its gradient is
+            not computed.
+        targets (`Tensor`): `(...)`, in `[0, V)` or `ignore_index`. Ignored rows are not projected; their outputs are
+            0.
         bias (`Tensor`, *optional*): `(V,)`.
         temperature (`float`, *optional*, defaults to 1.0): Above 0.
         softcap (`float`, *optional*): Above 0. `None`: none.

@@ -25,8 +25,8 @@ class LowBitFormat(NamedTuple):
         dtype (`torch.dtype`): Of the values.
         largest (`float`): Largest value.
         multiple (`int`): Both sizes of a weight must be multiples of it.
-        error_budget (`float`): Relative error, by the Frobenius norm, that one product may have. Normal values of e4m3 have
-            3.7 % with both operands rounded, those of int8 about 1 %, and more with outliers.
+        error_budget (`float`): Relative error, by the Frobenius norm, that one product may have. Normal values of e4m3
+            have 3.7 % with both operands rounded, those of int8 about 1 %, and more with outliers.
     """
 
     dtype: torch.dtype
@@ -76,11 +76,12 @@ def quantize_rows_reference(x: Tensor, format: str, column_scale: Tensor | None 
 
 def quantize_rows(x: Tensor, format: str, column_scale: Tensor | None = None) -> QuantizedRows:
     """
-    Round a matrix to 8 bits with one scale per row: `scale_i = max_j |x_ij c_j| / largest`, `values = round(x c / scale)`.
+    Round a matrix to 8 bits with one scale per row: `scale_i = max_j |x_ij c_j| / largest`,
+    `values = round(x c / scale)`.
 
-    Rounds to the nearest value, ties to even; `largest` is 448 for e4m3 (https://arxiv.org/abs/2209.05433) and 127 for int8
-    (vector-wise quantization, https://arxiv.org/abs/2208.07339). A row with NaN or infinities gives no finite product. No gradient
-    passes here: [`~hf_effi.kernels.fused_lora.fused_lora`] has the backward.
+    Rounds to the nearest value, ties to even; `largest` is 448 for e4m3 (https://arxiv.org/abs/2209.05433) and 127 for
+    int8 (vector-wise quantization, https://arxiv.org/abs/2208.07339). A row with NaN or infinities gives no finite
+    product. No gradient passes here: [`~hf_effi.kernels.fused_lora.fused_lora`] has the backward.
 
     Args:
         x (`Tensor`): `(rows, columns)`.
@@ -117,12 +118,14 @@ def check_device(format: str, device: torch.device) -> None:
     card = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
     if capability < _INT8_CAPABILITY:
         raise PatchError(
-            f"{card}, and products of 8 bits need 7.5. Keep the base in 16 bits, or load it in 4 bits; FusedLoRALinear "
+            f"{card}, and products of 8 bits need 7.5. Keep the base in 16 bits, or load it in 4 bits; "
+            "FusedLoRALinear "
             "takes both."
         )
     if format == "fp8" and capability[0] not in _FP8_MAJORS:
         raise PatchError(
-            f"{card}, and row-wise FP8 products need 9.x or 10.x (Hopper, B200). Use format='int8', which works from 7.5."
+            f"{card}, and row-wise FP8 products need 9.x or 10.x (Hopper, B200). Use format='int8', which works from "
+            "7.5."
         )
 
 
@@ -169,8 +172,8 @@ class LowBitWeight:
         """
         Return `grad W`, `(rows, in)`.
 
-        The product sums over the channels that the weight's scales belong to: they are multiplied into `grad` before that is
-        rounded.
+        The product sums over the channels that the weight's scales belong to: they are multiplied into `grad` before
+        that is rounded.
         """
         rows = quantize_rows(grad, self.format, self.rows.scale.view(-1))
         # Both products want the summed dimension last; one more copy of W would be one more byte per parameter.
@@ -182,7 +185,9 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _product(left: QuantizedRows, right: Tensor, right_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return `(left.values left.scale) (right^T right_scale)` for `right (columns, summed)`, `right_scale (1, columns)`."""
+    """
+    Return `(left.values left.scale) (right^T right_scale)` for `right (columns, summed)`, `right_scale (1, columns)`.
+    """
     count = len(left.values)
     if _on_gpu(left.values):
         left = _padded(left)

@@ -26,7 +26,8 @@ _TRAINED = (
     "its base weight is trained, and 8 bits take no updates. Freeze it (requires_grad=False), or use FusedLoRALinear."
 )
 _TAKEN_OVER = (
-    "its base weight, which is empty while patched, was replaced since, as FSDP does when it shards a model: the wide weight "
+    "its base weight, which is empty while patched, was replaced since, as FSDP does when it shards a model: the wide "
+    "weight "
     "could not come back. Use DDP or ZeRO-2 (8 bits need no shards), or FusedLoRALinear."
 )
 
@@ -64,7 +65,8 @@ class _Base:
         if not lost <= most:  # also of NaN
             raise _reject(
                 self.name,
-                f"its weight is off by {lost:.1%} in {self.format}, and {most:.0%} are allowed: a few entries of a row "
+                f"its weight is off by {lost:.1%} in {self.format}, and {most:.0%} are allowed: a few entries of a "
+                "row "
                 "are far larger than the others. Leave this layer out by a narrower key, or try the other format.",
             )
         self.low, self.wide = low, layer.weight.detach().to("cpu")
@@ -145,23 +147,24 @@ class LowBitLoRALinear(FusedLoRALinear):
     """
     A value of [`~hf_effi.patch`] for the key `"LoRALinear"`: PEFT's linear LoRA layers on a frozen base of 8 bits.
 
-    `y = round(x) round(W)^T + s B (A x)`, `dx = round(dy s_w) W_q + s A^T B^T dy`: weights are rounded once, when patched,
-    inputs and gradients at every product, each row with its own scale. Adapters stay as they are. On a CPU the same 8-bit
-    values are multiplied in fp32 (FP8) or as integers (INT8).
+    `y = round(x) round(W)^T + s B (A x)`, `dx = round(dy s_w) W_q + s A^T B^T dy`: weights are rounded once, when
+    patched, inputs and gradients at every product, each row with its own scale. Adapters stay as they are. On a CPU
+    the same 8-bit values are multiplied in fp32 (FP8) or as integers (INT8).
 
-    The wide weight waits in host memory until the patch is reverted, and comes back to the bit. Meanwhile the parameter is
-    empty, `state_dict()` gives the wide weight, and adapters are saved as always. With the adapter disabled the 8-bit base
-    runs: a reference model is then the one that training started from. `model.unload()` gives the wide base back. The output head (`lm_head`) is left as it is.
+    The wide weight waits in host memory until the patch is reverted, and comes back to the bit. Meanwhile the
+    parameter is empty, `state_dict()` gives the wide weight, and adapters are saved as always. With the adapter
+    disabled the 8-bit base runs: a reference model is then the one that training started from. `model.unload()` gives
+    the wide base back. The output head (`lm_head`) is left as it is.
 
     Args:
         format (`str`): `"fp8"`: e4m3 on Hopper and B200. `"int8"`: from compute capability 7.5.
         siblings (`Sequence[Sequence[str]]`, *optional*): As in [`~hf_effi.kernels.FusedLoRALinear`].
 
     Raises:
-        PatchError: when applied or when called: a base that is trained, merged, sharded or no `torch.nn.Linear`; sizes that
-            are no multiple of 16 (FP8) or 8 (INT8); a weight that 8 bits change too much; a GPU without the format;
-            several active adapters, DoRA and other variants, `lora_dropout > 0` while training, `lora_bias`, hooks inside the
-            layer. `merge_adapter` and loading of base weights while patched.
+        PatchError: when applied or when called: a base that is trained, merged, sharded or no `torch.nn.Linear`; sizes
+            that are no multiple of 16 (FP8) or 8 (INT8); a weight that 8 bits change too much; a GPU without the
+            format; several active adapters, DoRA and other variants, `lora_dropout > 0` while training, `lora_bias`,
+            hooks inside the layer. `merge_adapter` and loading of base weights while patched.
 
     Example:
     ```python

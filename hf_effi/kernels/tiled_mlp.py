@@ -30,14 +30,14 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
     """
     Compute every gated MLP of a model in tiles of tokens: the same output and gradients, for a fraction of the memory.
 
-    `down(act(gate(x)) * up(x))` acts on each token alone, so that it may run over `num_shards` tiles one after another;
-    the backward does a tile's forward again instead of keeping `8 I` bytes per token (bf16, `I` the intermediate size).
-    Under non-reentrant activation checkpointing this costs no further matrix product.
+    `down(act(gate(x)) * up(x))` acts on each token alone, so that it may run over `num_shards` tiles one after
+    another; the backward does a tile's forward again instead of keeping `8 I` bytes per token (bf16, `I` the
+    intermediate size). Under non-reentrant activation checkpointing this costs no further matrix product.
     ALST, https://arxiv.org/abs/2506.13996.
 
     Args:
-        model (`torch.nn.Module`): Model whose MLPs have `gate_proj`, `up_proj`, `down_proj` and `act_fn` (Llama, Mistral,
-            Qwen, Gemma, ...); plain or wrapped by PEFT, before or after. Only instances are changed.
+        model (`torch.nn.Module`): Model whose MLPs have `gate_proj`, `up_proj`, `down_proj` and `act_fn` (Llama,
+            Mistral, Qwen, Gemma, ...); plain or wrapped by PEFT, before or after. Only instances are changed.
         num_shards (`int`, *optional*): Tiles of a call, at least 1. Default: `ceil(tokens / hidden_size)`, so that a
             tile is about square.
 
@@ -45,9 +45,9 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no such MLP, an MLP with another formula or activation, a bad `num_shards`; at the call, a projection
-            that is no plain, 4-bit or LoRA linear layer (DoRA, LoRA dropout, 8-bit), or whose weights only its own hooks
-            bring together (ZeRO-3, FSDP around single linear layers).
+        ValueError: no such MLP, an MLP with another formula or activation, a bad `num_shards`; at the call, a
+            projection that is no plain, 4-bit or LoRA linear layer (DoRA, LoRA dropout, 8-bit), or whose weights only
+            its own hooks bring together (ZeRO-3, FSDP around single linear layers).
 
     Example:
     ```python
@@ -176,7 +176,8 @@ def _read_linear(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
     if type(module).__name__ != "Linear4bit":
         raise ValueError(
             f"TiledMLP: {name} is a {type(module).__name__}, not a torch.nn.Linear or bitsandbytes' Linear4bit. "
-            "stream_layers can run it; or pass the part of the model whose MLPs are plain, such as model.model.language_model."
+            "stream_layers can run it; or pass the part of the model whose MLPs are plain, such as "
+            "model.model.language_model."
         )
     state, dtype = module.weight.quant_state, module.compute_dtype
     if is_repacked(state):
@@ -191,7 +192,8 @@ def _check_bare(module: nn.Module, name: str) -> None:
     """The tiles read the weights and never call the projection: hooks on it would be lost."""
     if has_own_call(module):
         raise ValueError(
-            f"TiledMLP: {name} has hooks of its own (ZeRO-3: use ZeRO-2; FSDP around a single layer, an accelerate hook or a patch), "
+            f"TiledMLP: {name} has hooks of its own (ZeRO-3: use ZeRO-2; FSDP around a single layer, an accelerate "
+            "hook or a patch), "
             "which the tiles would pass by. Shard whole decoder layers, or leave tile_mlp out."
         )
 
@@ -243,8 +245,8 @@ class _CheckedAtFirst:
 
 def _check_formula(name: str, module: nn.Module, forward: Callable[..., Tensor]) -> None:
     """
-    Compare output and gradients on a few tokens, in both modes: a class may have the names of a gated MLP and scale, clip or
-    drop on top, and models are loaded in evaluation mode.
+    Compare output and gradients on a few tokens, in both modes: a class may have the names of a gated MLP and scale,
+    clip or drop on top, and models are loaded in evaluation mode.
     """
     for part in _PROJECTIONS:
         _read_projection(getattr(module, part), f"{name}.{part}")
@@ -267,7 +269,8 @@ def _check_formula(name: str, module: nn.Module, forward: Callable[..., Tensor])
         if not found.equal:
             mode = "in training" if training else "in evaluation"
             raise ValueError(
-                f"TiledMLP: {name} ({type(module).__name__}) does not compute down(act(gate(x)) * up(x)) {mode}: {found}."
+                f"TiledMLP: {name} ({type(module).__name__}) does not compute down(act(gate(x)) * up(x)) {mode}: "
+                f"{found}."
             )
 
 

@@ -130,7 +130,8 @@ def _check_whole(weight: Tensor) -> None:
     # In such a run TRL's own head gathers the weight, already in the self-check before the engine has the model.
     if sharded_by_zero3([weight]) or is_deepspeed_zero3_enabled():
         raise PatchError(
-            "FusedLMHead reads the head's weight outside of the head's own call, where ZeRO-3 has a shard of it. Use ZeRO-2, "
+            "FusedLMHead reads the head's weight outside of the head's own call, where ZeRO-3 has a shard of it. Use "
+            "ZeRO-2, "
             "FSDP2 or DDP, or remove 'LMHead'."
         )
 

@@ -1,4 +1,6 @@
-"""Caches that a forward fills outside of its instance: dictionaries of its class or file, and functions that remember."""
+"""
+Caches that a forward fills outside of its instance: dictionaries of its class or file, and functions that remember.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ class SharedCaches:
     """
     Take out what a probe put into caches that a class, or all models, share.
 
-    A table of positions that is remembered by its length alone would stay in the dtype of the probe, and the next forward of
-    the model would fail on it, or be slower. Dictionaries lose their new tensors; a function that remembers its results
-    (`functools.lru_cache`) is asked to forget all of them where it has learned new ones.
+    A table of positions that is remembered by its length alone would stay in the dtype of the probe, and the next
+    forward of the model would fail on it, or be slower. Dictionaries lose their new tensors; a function that remembers
+    its results (`functools.lru_cache`) is asked to forget all of them where it has learned new ones.
 
     Args:
         spaces (`Iterable[Mapping]`): What the classes and files hold, by name.

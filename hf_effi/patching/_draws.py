@@ -17,9 +17,9 @@ class PinnedDraws(TorchDispatchMode):
     """
     Give every random operation of torch the same outcome each time; nothing is drawn from any generator.
 
-    In the middle, dropout of any kind keeps everything, a layer that is skipped at random runs, noise is zero: a forward in
-    training mode is a function of its input. At the two ends, whatever depends on a draw comes out differently. An
-    operation is random where torch says so (`torch.Tag.nondeterministic_seeded`).
+    In the middle, dropout of any kind keeps everything, a layer that is skipped at random runs, noise is zero: a
+    forward in training mode is a function of its input. At the two ends, whatever depends on a draw comes out
+    differently. An operation is random where torch says so (`torch.Tag.nondeterministic_seeded`).
 
     Args:
         level (`str`): `"low"`, `"middle"` or `"high"`.
@@ -114,7 +114,8 @@ def _seed(seed: int) -> None:
     """
     Seed torch's generators that are in use.
 
-    `torch.manual_seed` would also leave a seed for those of an accelerator that has not been used yet, which nobody restores.
+    `torch.manual_seed` would also leave a seed for those of an accelerator that has not been used yet, which nobody
+    restores.
     """
     torch.default_generator.manual_seed(seed)
     if devices := accelerator_generators():

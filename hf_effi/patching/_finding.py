@@ -129,7 +129,8 @@ def agreed(finding: Finding) -> Finding:
     """
     Return one finding for all ranks: the worst of those that looked, else the first rank's reason. One collective.
 
-    A rank may hold weights that are not loaded yet (FSDP with `cpu_ram_efficient_loading`); all ranks have to decide alike.
+    A rank may hold weights that are not loaded yet (FSDP with `cpu_ram_efficient_loading`); all ranks have to decide
+    alike.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return finding

@@ -81,7 +81,9 @@ class OtherStates:
 
 
 def owned_generators(model: nn.Module) -> dict[str, Any]:
-    """Return the generators that modules hold, plain objects in them, their classes and the files of these, by name."""
+    """
+    Return the generators that modules hold, plain objects in them, their classes and the files of these, by name.
+    """
     modules = dict(model.named_modules())
     spaces = {name: vars(module) for name, module in modules.items()}
     spaces |= {type(o).__name__: vars(o) for o in plain_objects(modules.values())} | shared_spaces(modules.values())
@@ -125,13 +127,15 @@ def _set_state(generator: Any, state: Any) -> None:
 
 class HeldGenerators:
     """
-    Python's and numpy's generators, the global ones and those of a model's own, put where their next numbers are at a level.
+    Python's and numpy's generators, the global ones and those of a model's own, put where their next numbers are at a
+    level.
 
-    A Mersenne twister's state is its next 624 outputs in disguise, so that its next 300 numbers can be chosen. numpy's other
-    bit generators can only be put at one state for each level. The caller restores them all.
+    A Mersenne twister's state is its next 624 outputs in disguise, so that its next 300 numbers can be chosen. numpy's
+    other bit generators can only be put at one state for each level. The caller restores them all.
 
     Args:
-        model (`nn.Module`): What may hold generators ([`owned_generators`]). torch's are not touched here: its operators are pinned.
+        model (`nn.Module`): What may hold generators ([`owned_generators`]). torch's are not touched here: its
+            operators are pinned.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -63,7 +63,9 @@ def _special_ids(model: nn.Module) -> set[int]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the tokens of a model belong: on the device of its first weights that are not on the meta device."""
+    """
+    Return where the tokens of a model belong: on the device of its first weights that are not on the meta device.
+    """
     with contextlib.suppress(Exception):
         weight = model.get_input_embeddings().weight
         if weight.device.type != "meta":

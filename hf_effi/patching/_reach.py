@@ -14,7 +14,9 @@ _FLATTENED = "_fsdp_flattened"
 
 
 def out_of_reach(model: nn.Module) -> str | None:
-    """Say why a model cannot be run here and now, or return `None`: sharded weights are whole only in a training step."""
+    """
+    Say why a model cannot be run here and now, or return `None`: sharded weights are whole only in a training step.
+    """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return (
             "the weights are sharded by FullyShardedDataParallel (FSDP1), which has them whole in a training step only"
@@ -33,7 +35,9 @@ def out_of_reach(model: nn.Module) -> str | None:
 
 
 def _loaded_by_hooks(model: nn.Module) -> set[int]:
-    """Return the parameters that accelerate keeps elsewhere and brings in when their module, or one around it, is called."""
+    """
+    Return the parameters that accelerate keeps elsewhere and brings in when their module, or one around it, is called.
+    """
     hooked = (module for module in model.modules() if hasattr(module, "_hf_hook"))
     return {id(parameter) for module in hooked for parameter in module.parameters()}
 
@@ -42,8 +46,8 @@ def dtypes_to_try(model: nn.Module) -> list[torch.dtype | None]:
     """
     Return the dtypes to try: double precision where the device has it, then single precision, then as it is.
 
-    Packed weights begin at single precision: bitsandbytes' kernels for a CPU return memory that nobody has written to when
-    they are asked for double. Sharded ones are brought together in dtypes of their own.
+    Packed weights begin at single precision: bitsandbytes' kernels for a CPU return memory that nobody has written to
+    when they are asked for double. Sharded ones are brought together in dtypes of their own.
     """
     if is_sharded(model):
         return [None]
@@ -53,7 +57,10 @@ def dtypes_to_try(model: nn.Module) -> list[torch.dtype | None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or tensor parallelism has the weights in parts; after a forward FSDP2 may show them whole for a while."""
+    """
+    Whether FSDP2 or tensor parallelism has the weights in parts; after a forward FSDP2 may show them whole for a
+    while.
+    """
     parts = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     return parts or any(isinstance(module, FSDPModule) for module in model.modules())
 

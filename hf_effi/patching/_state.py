@@ -66,15 +66,17 @@ def set_mode(model: nn.Module, training: bool) -> None:
     """
     Put all modules into training or evaluation mode, but for packed 4-bit layers, which stay in training mode.
 
-    In evaluation bitsandbytes repacks their weights on a CPU, for good and in a form that only its own kernel reads; they
-    compute the same in both.
+    In evaluation bitsandbytes repacks their weights on a CPU, for good and in a form that only its own kernel reads;
+    they compute the same in both.
     """
     for module in model.modules():
         module.training = training or hasattr(getattr(module, "weight", None), "quant_state")
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 free the weights that its root keeps whole after a forward, and have the shards as parameters again."""
+    """
+    Let FSDP2 free the weights that its root keeps whole after a forward, and have the shards as parameters again.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -85,16 +87,17 @@ def untouched(model: nn.Module, watch_writes: bool = True) -> Iterator[None]:
     """
     Leave a block of code with the model and all random generators as they were before it, to the bit.
 
-    Restored are the attributes of all modules, of their configs and of plain objects that are attributes (training flags,
-    hooks, caches, states of quantized layers), the containers in them, the values of buffers and of other tensors there,
-    tensors that a forward put into a cache of its class or file, and of each parameter which tensor it holds, its gradient,
-    its flags, and its values where the block wrote to them; the state of Python's, numpy's and torch's generators and of
-    generators that modules, their classes or files own. Weights are copied only when something is about to write to them.
+    Restored are the attributes of all modules, of their configs and of plain objects that are attributes (training
+    flags, hooks, caches, states of quantized layers), the containers in them, the values of buffers and of other
+    tensors there, tensors that a forward put into a cache of its class or file, and of each parameter which tensor it
+    holds, its gradient, its flags, and its values where the block wrote to them; the state of Python's, numpy's and
+    torch's generators and of generators that modules, their classes or files own. Weights are copied only when
+    something is about to write to them.
 
     Args:
         model (`nn.Module`): Any model.
-        watch_writes (`bool`, *optional*, defaults to `True`): Whether to look at each operation for writes to weights, which
-            takes time; without it, nothing in the block may write to them.
+        watch_writes (`bool`, *optional*, defaults to `True`): Whether to look at each operation for writes to weights,
+            which takes time; without it, nothing in the block may write to them.
     """
     reshard(model)
     modules = list(model.named_modules())

@@ -1,4 +1,6 @@
-"""Where the state of a model can lie: attributes, containers and plain objects in them, its classes and their files."""
+"""
+Where the state of a model can lie: attributes, containers and plain objects in them, its classes and their files.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ def plain_objects(modules: Iterable[nn.Module]) -> list[Any]:
     """
     Return objects with attributes of their own that modules hold, such as the state of a quantized layer.
 
-    Only those which can be put back as a whole: what holds modules, handles or anything that cannot be looked into (a state of
-    FSDP, a hook of accelerate) is left to its owner, since half of it as it was would be worse than none.
+    Only those which can be put back as a whole: what holds modules, handles or anything that cannot be looked into (a
+    state of FSDP, a hook of accelerate) is left to its owner, since half of it as it was would be worse than none.
     """
     found: dict[int, Any] = {}
     for module in modules:

@@ -17,7 +17,8 @@ _NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 #: change of dtype by name, whatever it is: the result stays wide
 _CASTS = {"float", "half", "bfloat16", "double"}
-#: read the weights and compute nothing: cast behind them, a slice of the experts or of an embedding instead of all of it
+#: read the weights and compute nothing: cast behind them, a slice of the experts or of an embedding instead of all of
+#: it
 _VIEWS = {
     "__getitem__", "t", "transpose", "permute", "view", "reshape", "chunk", "split", "detach", "unsqueeze", "squeeze",
     "narrow", "select", "expand", "flatten", "unflatten", "unbind", "index_select", "contiguous", "clone",
@@ -36,7 +37,8 @@ _SLICE = 2**24
 
 class Wide(TorchFunctionMode):
     """
-    Compute in `dtype` whatever dtype the weights have: half precision hides an effect of one percent behind its rounding.
+    Compute in `dtype` whatever dtype the weights have: half precision hides an effect of one percent behind its
+    rounding.
 
     Operands are cast as each operation asks for them; half and single precision that the code asks for by name become
     `dtype` too. Weights are never written, and backward casts them again in place of keeping the copies (`saving`).
@@ -103,7 +105,9 @@ class Wide(TorchFunctionMode):
         allow_unused: bool | None = None,
         **unused: Any,
     ) -> tuple[Tensor | None, ...]:
-        """What `torch.autograd.grad` does, which torch would run without this mode: backwards compute forwards again."""
+        """
+        What `torch.autograd.grad` does, which torch would run without this mode: backwards compute forwards again.
+        """
         outputs, inputs = ((t,) if isinstance(t, Tensor) else tuple(t) for t in (outputs, inputs))
         given = (grad_outputs,) if isinstance(grad_outputs, Tensor) else grad_outputs or (None,) * len(outputs)
         with torch._C.DisableTorchFunction():

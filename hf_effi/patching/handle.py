@@ -1,8 +1,8 @@
 """
 `PatchHandle`: change attributes of module instances, and put everything back exactly. No class is touched.
 
-Every patch of this package is made of claims: a module says in its own `__dict__` who changed it, so that the next patch, a
-pickle and [`unpatch`] find it, also where the handle is lost.
+Every patch of this package is made of claims: a module says in its own `__dict__` who changed it, so that the next
+patch, a pickle and [`unpatch`] find it, also where the handle is lost.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NoReturn, Self
 
 from torch import nn
 
-#: entries of a patched module's `__dict__` that say who patched it, gone with the patch. A module takes one patch of what it
-#: computes, and one of what it keeps for its backward.
+#: entries of a patched module's `__dict__` that say who patched it, gone with the patch. A module takes one patch of
+#: what it computes, and one of what it keeps for its backward.
 CLAIM, MODE_CLAIM = "_hf_effi_patch", "_hf_effi_layer_mode"
 _SLOTS = (CLAIM, MODE_CLAIM)
 
@@ -25,7 +25,8 @@ class PatchError(ValueError):
 
 class Claim:
     """
-    One attribute of one module instance, replaced by a patch. It lies in the module too, where the next patch finds it.
+    One attribute of one module instance, replaced by a patch. It lies in the module too, where the next patch finds
+    it.
 
     A copy of a patched model is patched as well. Pickled it would come back without the patch but with its claim.
 
@@ -109,7 +110,8 @@ class Claim:
 
     def __reduce__(self) -> NoReturn:
         raise ValueError(
-            f"{self.path} is patched by {self.key!r}, and a patched model cannot be pickled. Revert the patch first, or "
+            f"{self.path} is patched by {self.key!r}, and a patched model cannot be pickled. Revert the patch first, "
+            "or "
             "save the weights: save_pretrained() and state_dict() are the same with and without it."
         )
 
@@ -124,7 +126,8 @@ def check_free(path: str, module: nn.Module, slot: str = CLAIM) -> None:
     claim = module.__dict__.get(slot)
     if claim is not None:
         raise PatchError(
-            f"{path or 'the model'} of {type(module).__name__} was replaced before, by {claim.key!r}. Revert that patch "
+            f"{path or 'the model'} of {type(module).__name__} was replaced before, by {claim.key!r}. Revert that "
+            "patch "
             "first (`unpatch(model)` where its handle is lost)."
         )
 
@@ -156,8 +159,9 @@ class PatchHandle:
     """
     What every patch of a model returns: what was replaced, and the way back.
 
-    A patch acts at once; used as a context manager the handle reverts at the end of the block, also after an exception. A
-    module takes one patch of a kind at a time, so that several handles on one model can be reverted in any order.
+    A patch acts at once; used as a context manager the handle reverts at the end of the block, also after an
+    exception. A module takes one patch of a kind at a time, so that several handles on one model can be reverted in
+    any order.
 
     Args:
         key (`str`): Name of the patch, for the error that a second patch of a module gives.
@@ -191,15 +195,16 @@ class PatchHandle:
         Set `module.<attribute>` on the instance, beside the class's own.
 
         Raises:
-            PatchError: another patch has the module, or the instance such an attribute, as from an accelerate hook. What
-                this handle replaced before is put back.
+            PatchError: another patch has the module, or the instance such an attribute, as from an accelerate hook.
+                What this handle replaced before is put back.
         """
         path = f"{name}.{attribute}" if name else attribute
         try:
             check_free(path, module)
             if attribute in module.__dict__:
                 raise PatchError(
-                    f"{path} of {type(module).__name__} was replaced before, by an accelerate hook or other code. Undo "
+                    f"{path} of {type(module).__name__} was replaced before, by an accelerate hook or other code. "
+                    "Undo "
                     "that first, or patch the model before it is given to a Trainer."
                 )
         except PatchError:
@@ -240,9 +245,9 @@ def claims_of(model: nn.Module) -> list[Claim]:
 
 def unpatch(model: nn.Module) -> None:
     """
-    Revert everything that this package changed on a model, for example after an interrupted run whose handles are lost:
-    kernel patches, `tile_mlp`, `tile_loss`, `stream_layers`, `drop_layer_tokens` and the modes of layers. Without patches:
-    nothing.
+    Revert everything that this package changed on a model, for example after an interrupted run whose handles are
+    lost: kernel patches, `tile_mlp`, `tile_loss`, `stream_layers`, `drop_layer_tokens` and the modes of layers.
+    Without patches: nothing.
 
     Raises:
         PatchError: something else replaced what was patched since. All other modules are restored.

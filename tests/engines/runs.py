@@ -1,4 +1,7 @@
-"""What the ranks of one engine run: short trainings, each of which ends in numbers or in a refusal. Several share a launch."""
+"""
+What the ranks of one engine run: short trainings, each of which ends in numbers or in a refusal. Several share a
+launch.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,8 @@ class Place:
     Args:
         engine (`str`): See [`~tests.helpers.cpu_engines.ENGINES`].
         folder (`Path`): For checkpoints; the same on all ranks.
-        launched (`bool`): Whether a launcher has chosen the engine, by its environment, so that the arguments say nothing.
+        launched (`bool`): Whether a launcher has chosen the engine, by its environment, so that the arguments say
+            nothing.
     """
 
     engine: str
@@ -133,7 +137,7 @@ def is_shard(parameter: torch.nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) or (hasattr(parameter, "ds_id") and not parameter.numel())
 
 
-# --- the trainers -----------------------------------------------------------------------------------------------------
+# --- the trainers ----------------------------------------------------------------------------------------------------
 
 
 def lm(
@@ -202,7 +206,7 @@ def resumed(train: Callable[..., Outcome], place: Place, at: int, **over: Any) -
     return whole
 
 
-# --- the cases --------------------------------------------------------------------------------------------------------
+# --- the cases -------------------------------------------------------------------------------------------------------
 
 WSD = {"lr_schedule": "wsd", "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 2}}
 

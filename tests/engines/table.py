@@ -1,9 +1,11 @@
 """
-Which engine runs which method: the one table, from which `docs/engines.md` is made and which the tests of this folder prove.
+Which engine runs which method: the one table, from which `docs/engines.md` is made and which the tests of this folder
+prove.
 
-A cell is `"runs"`: the weights after some updates are those of DDP within 1e-6; or `"refused"`: the run stops by name before its
-first update. There is nothing in between. To add an engine, add a column to `ENGINES` and its outcome to each row; to add a
-method, a row here and a case of the same key in `runs.py`; to add a setting of the stack, a `Setting` with the test that shows it.
+A cell is `"runs"`: the weights after some updates are those of DDP within 1e-6; or `"refused"`: the run stops by name
+before its first update. There is nothing in between. To add an engine, add a column to `ENGINES` and its outcome to
+each row; to add a method, a row here and a case of the same key in `runs.py`; to add a setting of the stack, a
+`Setting` with the test that shows it.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ TRAINERS = (
     Row("EffiSFTTrainer", "`EffiSFTTrainer` with `lr_schedule` and `train_sampler`"),
     Row(
         "EffiGRPOTrainer",
-        "`EffiGRPOTrainer` with `lr_schedule`, `train_sampler`, `difficulty_range`, `prune_rate`, `GRPODoctor`; resumed inside "
+        "`EffiGRPOTrainer` with `lr_schedule`, `train_sampler`, `difficulty_range`, `prune_rate`, `GRPODoctor`; "
+        "resumed inside "
         "of a generation block",
     ),
 )
@@ -154,7 +157,8 @@ METHODS = (
         "`sequence_parallel_size=2`",
         dict.fromkeys(("zero2", "zero3"), "does not work with DeepSpeed"),
         "sequence_parallel",
-        "DeepSpeed scales the gradients of ranks that share a sequence. Use DDP or FSDP2, or DeepSpeed's own `sp_size`.",
+        "DeepSpeed scales the gradients of ranks that share a sequence. Use DDP or FSDP2, or DeepSpeed's own "
+        "`sp_size`.",
     ),
 )
 
@@ -182,28 +186,32 @@ SETTINGS = (
     Setting(
         "4 processes; `sequence_parallel_size=2` on 4 processes",
         RUNS,
-        "The weights of 2 processes and of 1 with the same global batch; a checkpoint of 4 resumes on 2 and on 1 where the "
+        "The weights of 2 processes and of 1 with the same global batch; a checkpoint of 4 resumes on 2 and on 1 "
+        "where the "
         "global batch stays the same.",
         "tests/engines/test_four_ranks.py::test_four_ranks_train_as_one",
     ),
     Setting(
         "`use_transformers_continuous_batching=True` (GRPO)",
         RUNS,
-        "Off is stock to the bit, exact savings have its weights, filter and pruning refill. On a CPU set `num_blocks`: "
+        "Off is stock to the bit, exact savings have its weights, filter and pruning refill. On a CPU set "
+        "`num_blocks`: "
         "transformers otherwise sizes its cache by the memory of a GPU.",
         "tests/engines/test_settings.py::test_continuous_batching",
     ),
     Setting(
         "`use_liger_kernel=True` (GRPO)",
         RUNS,
-        "TRL 1.16 has no loss of Liger's any more. With the flag, off is stock to the bit and exact savings have its weights; "
+        "TRL 1.16 has no loss of Liger's any more. With the flag, off is stock to the bit and exact savings have its "
+        "weights; "
         "Liger's own layers need a GPU and are not in this test.",
         "tests/engines/test_settings.py::test_liger_layers_under_grpo",
     ),
     Setting(
         'A model with `tp_plan="auto"` (tensor parallelism)',
         RUNS,
-        "On 2 processes the weights of one, for `EffiTrainer`, `stream_layers` and `RandomLTDCallback`. Refused: what reads whole "
+        "On 2 processes the weights of one, for `EffiTrainer`, `stream_layers` and `RandomLTDCallback`. Refused: what "
+        "reads whole "
         "weights or gradients, samplers that measure, `tile_mlp`, `sequence_parallel_size`.",
         "tests/engines/test_tensor_parallel.py::test_tensor_parallel_runs_are_those_of_one_process",
     ),

@@ -1,8 +1,8 @@
 """
 DeepSpeed ZeRO-2 and ZeRO-3, and FSDP2, on two gloo processes beside DDP: the same weights, or a refusal by name.
 
-Each engine is launched once and runs all cases of `runs.py`; the tests look at what came back. The launch files of the package
-go through the real `accelerate launch`.
+Each engine is launched once and runs all cases of `runs.py`; the tests look at what came back. The launch files of the
+package go through the real `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_the_cases_do_what_their_names_say(outcomes: Outcomes, engine: str) -> N
     assert len(moved) == len(start)
 
 
-# --- the launch files -------------------------------------------------------------------------------------------------
+# --- the launch files ------------------------------------------------------------------------------------------------
 
 
 def launch(kind: str, engine: str, names: list[str], folder: Path, timeout: float = 600) -> list[dict[str, Outcome]]:
@@ -149,7 +149,7 @@ def test_the_launch_files_train_as_ddp(outcomes: Outcomes, tmp_path: Path, kind:
             assert_refused(rank[name], row.refused[engine])
 
 
-# --- the table itself -------------------------------------------------------------------------------------------------
+# --- the table itself ------------------------------------------------------------------------------------------------
 
 
 def test_the_table_has_a_case_a_card_and_a_proof_for_everything() -> None:

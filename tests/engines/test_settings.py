@@ -1,4 +1,7 @@
-"""Settings of the stack that change who generates or computes for GRPO: ours with savings off is stock, on has its weights."""
+"""
+Settings of the stack that change who generates or computes for GRPO: ours with savings off is stock, on has its
+weights.
+"""
 
 from __future__ import annotations
 

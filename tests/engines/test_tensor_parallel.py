@@ -1,4 +1,7 @@
-"""A model that transformers loads with `tp_plan="auto"`, on two gloo processes: the run of one process, or a refusal by name."""
+"""
+A model that transformers loads with `tp_plan="auto"`, on two gloo processes: the run of one process, or a refusal by
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""TRL's vLLM client against a server of our own: stock and ours, the methods under every correction, resume, evaluation."""
+"""
+TRL's vLLM client against a server of our own: stock and ours, the methods under every correction, resume, evaluation.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def after_opening(server: Any) -> list[str]:
     ]
 
 
-# --- stock and ours -----------------------------------------------------------------------------------------------------
+# --- stock and ours --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_adapters_are_merged_into_what_the_server_gets(over: dict[str, Any]) -> 
         assert_bitwise_equal(train(GRPOTrainer, **settings).model, train(exact_savings="off", **settings).model)
 
 
-# --- filter, refill and pruning under the importance correction -----------------------------------------------------------
+# --- filter, refill and pruning under the importance correction ------------------------------------------------------
 
 
 class Records(EffiGRPOTrainer):
@@ -153,7 +155,7 @@ def expected_ratio(batch: dict[str, Any], mode: str) -> torch.Tensor:
     return ratio.clamp(max=3.0) if mode.endswith("truncate") else ratio.masked_fill(ratio > 3.0, 0.0)
 
 
-# --- resume and evaluation ------------------------------------------------------------------------------------------------
+# --- resume and evaluation -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [None, "token_truncate", "sequence_mask"])
@@ -173,8 +175,9 @@ def test_an_evaluation_generates_with_the_weights_of_its_step() -> None:
     assert len(logged(watched, "eval_reward")) == 4
     differences = logged(watched, "eval_sampling/sampling_logp_difference/max")
     assert len(differences) == 4 and max(differences) < 1e-4
-    # The first evaluation falls into the block of steps 1 and 2, and the second lies before the generation of step 3: both
-    # leave the training as it is. (From then on TRL shuffles the rows by a random state that evaluations move, as in stock.)
+    # The first evaluation falls into the block of steps 1 and 2, and the second lies before the generation of step 3:
+    # both leave the training as it is. (From then on TRL shuffles the rows by a random state that evaluations move, as
+    # in stock.)
     for key in ("loss", "grad_norm"):
         assert logged(plain, key)[:2] == logged(watched, key)[:2]
     assert logged(plain, "reward")[:2] == logged(watched, "reward")[:2]

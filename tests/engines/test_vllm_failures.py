@@ -1,4 +1,6 @@
-"""A vLLM server that dies, hangs, answers 500 or answers something else: one sentence that says so, and nothing lost."""
+"""
+A vLLM server that dies, hangs, answers 500 or answers something else: one sentence that says so, and nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,7 @@ def test_stock_trains_on_completions_of_other_prompts() -> None:
     assert logged(stock, "sampling/sampling_logp_difference/max")[0] > 0.1
 
 
-# --- the guard alone ------------------------------------------------------------------------------------------------------
+# --- the guard alone -------------------------------------------------------------------------------------------------
 
 
 class Session:

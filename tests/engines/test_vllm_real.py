@@ -1,4 +1,6 @@
-"""What only a real vLLM can show, for CPUs: `make test-vllm`. Its log-probs, its weights, its death, and colocate mode."""
+"""
+What only a real vLLM can show, for CPUs: `make test-vllm`. Its log-probs, its weights, its death, and colocate mode.
+"""
 
 from __future__ import annotations
 
@@ -77,16 +79,17 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path: Path)
     assert_bitwise_equal(whole.model, resumed.model)
 
 
-# --- colocate -------------------------------------------------------------------------------------------------------------
+# --- colocate --------------------------------------------------------------------------------------------------------
 
 
 def colocated(model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     Train with vLLM in this process, once for each of `runs`; `run_distributed` gives them a process of their own.
 
-    On a CPU vLLM packs the weights of linear layers for oneDNN and drops the parameter that TRL loads new ones into, so that
-    this is turned off. It is not compiled, since each run would be again, and computes in float32: TRL leaves the choice to
-    vLLM, which takes bfloat16 for weights in float32, and log-probs 0.1 apart do not show whether weights are new.
+    On a CPU vLLM packs the weights of linear layers for oneDNN and drops the parameter that TRL loads new ones into,
+    so that this is turned off. It is not compiled, since each run would be again, and computes in float32: TRL leaves
+    the choice to vLLM, which takes bfloat16 for weights in float32, and log-probs 0.1 apart do not show whether
+    weights are new.
     """
     import vllm._custom_ops
     from trl.generation import vllm_generation

@@ -149,7 +149,8 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
             refuse_unused(
                 self,
                 ("forward_buckets",),
-                f"acts only with 'trim', which exact_savings={self.exact_savings!r} leaves out. Set exact_savings='auto'",
+                f"acts only with 'trim', which exact_savings={self.exact_savings!r} leaves out. Set "
+                "exact_savings='auto'",
             )
         self._check_filter()
         self._check_pruning()
@@ -168,7 +169,8 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         rounds = self.difficulty_max_rounds
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ValueError(
-                f"difficulty_max_rounds must be an int >= 1 (the first round counts), got {self.difficulty_max_rounds!r}."
+                f"difficulty_max_rounds must be an int >= 1 (the first round counts), got "
+                f"{self.difficulty_max_rounds!r}."
             )
         _check_choice("difficulty_underfill", self.difficulty_underfill, ("fill", "shrink"))
 
@@ -198,7 +200,8 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         if self.prune_allocation and abs(rate - (1 - 1 / self.prune_oversample)) > 1e-3:
             below, above = int(1 / (1 - rate)), int(1 / (1 - rate)) + 1
             raise ValueError(
-                f"prune_rate={rate} with prune_allocation=True must be 1 - 1/R for a whole R, so that the trained rows "
+                f"prune_rate={rate} with prune_allocation=True must be 1 - 1/R for a whole R, so that the trained "
+                "rows "
                 f"stay constant. Nearest: {1 - 1 / below:.4g} (R={below}) or {1 - 1 / above:.4g} (R={above}); or set "
                 "prune_allocation=False."
             )

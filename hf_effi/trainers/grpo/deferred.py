@@ -12,8 +12,9 @@ class DeferredLogProbs:
     """
     Stands in for the log-probs that TRL asks for while it generates, in one call of `_generate_and_score_completions`.
 
-    Dropped rows would pay for them. TRL gets a placeholder for each forward, and the entry of its output that holds the very
-    same tensor is the one to compute later: so nothing of TRL's conditions for these forwards is repeated here.
+    Dropped rows would pay for them. TRL gets a placeholder for each forward, and the entry of its output that holds
+    the very same tensor is the one to compute later: so nothing of TRL's conditions for these forwards is repeated
+    here.
     """
 
     def __init__(self) -> None:
@@ -41,9 +42,12 @@ class DeferredLogProbs:
         found = [[name for name, value in batch.items() if value is placeholder] for placeholder in self._placeholders]
         if not all(found):
             raise RuntimeError(
-                "log-probs that were asked for during the generation are in no entry of the batch that it returns. They "
-                "were put off until the rows are chosen, and are zero until then: compute nothing from them in an override "
-                "of `_generate` or `_generate_and_score_completions`, or turn off prompt selection, difficulty filtering, "
+                "log-probs that were asked for during the generation are in no entry of the batch that it returns. "
+                "They "
+                "were put off until the rows are chosen, and are zero until then: compute nothing from them in an "
+                "override "
+                "of `_generate` or `_generate_and_score_completions`, or turn off prompt selection, difficulty "
+                "filtering, "
                 "pruning and the exact saving 'skip'."
             )
         return tuple(name for names in found for name in names)

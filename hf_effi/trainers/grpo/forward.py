@@ -40,8 +40,8 @@ class LogProbForward:
         host ([`Host`]): The trainer whose forward it is.
         exact_savings (`tuple[str, ...]`, *optional*): The savings that are on.
         buckets (`int`, *optional*, defaults to 0): In how many length buckets `trim` splits a micro-batch; 0 chooses.
-        count (`Callable[[int, int, int], None]`, *optional*): Told of every forward: its real tokens, its tokens with padding,
-            and those that were saved.
+        count (`Callable[[int, int, int], None]`, *optional*): Told of every forward: its real tokens, its tokens with
+            padding, and those that were saved.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class LogProbForward:
 
     def sorted_chunks(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """
-        Return the micro-batches of a generation with rows of similar length together, and those without a gradient first.
+        Return the micro-batches of a generation with rows of similar length together, and those without a gradient
+        first.
 
         Args:
             chunks (`list[dict]`): As TRL buffers them.

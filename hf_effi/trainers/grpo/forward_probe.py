@@ -1,4 +1,6 @@
-"""What the loaded model itself says about exact savings: does a row give the same alone, unpadded, and in other company?"""
+"""
+What the loaded model itself says about exact savings: does a row give the same alone, unpadded, and in other company?
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def measured_reasons(
     """
     Measure which savings would change what a model computes, and return the reasons by name; exact ones are absent.
 
-    All run through TRL's own forward, its fused head and adapters included. Every rank asks the same questions and gets the
-    same answers.
+    All run through TRL's own forward, its fused head and adapters included. Every rank asks the same questions and
+    gets the same answers.
 
     Args:
         model (`nn.Module`): The unwrapped policy.
@@ -63,7 +65,9 @@ def measured_reasons(
 
 
 def log_probs_by_token(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the log-prob of each next token `(rows, columns)` as TRL's trainer asks for them; 0 where there is none."""
+    """
+    Return the log-prob of each next token `(rows, columns)` as TRL's trainer asks for them; 0 where there is none.
+    """
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
     return F.pad(outputs.log_probs, (0, 1))

@@ -75,10 +75,10 @@ class RolloutPipeline:
 
     Attributes:
         generations_done (`int`): Generations since the run began.
-        prompts ([`PromptSelector`], *optional*): Where further prompts come from: the selector, or the stream of refills once
-            there was one.
-        rewards (`torch.Tensor`, *optional*): Gathered rewards of the last round, `(rows, num_functions)`. The trainer sets
-            them.
+        prompts ([`PromptSelector`], *optional*): Where further prompts come from: the selector, or the stream of
+            refills once there was one.
+        rewards (`torch.Tensor`, *optional*): Gathered rewards of the last round, `(rows, num_functions)`. The trainer
+            sets them.
         lengths (`list[int]`, *optional*): Tokens of this rank's completions in the last round. The trainer sets them.
 
     Raises:
@@ -144,7 +144,8 @@ class RolloutPipeline:
         if refills or self.prompt_selector is not None:
             if not hasattr(self._host.train_dataset, "__len__"):
                 raise ValueError(
-                    "refilling and prompt selection pick rows by number, which a streaming dataset cannot serve. Use a "
+                    "refilling and prompt selection pick rows by number, which a streaming dataset cannot serve. Use "
+                    "a "
                     "map-style dataset, or difficulty_max_rounds=1."
                 )
             self._step_prompts = StepPrompts(self._host.train_dataset)
@@ -206,9 +207,11 @@ class RolloutPipeline:
         layout = self._layout
         if len(inputs) != layout.loader_rows:
             raise ValueError(
-                f"the loader gave {len(inputs)} rows where a generation of {layout.generated_rows} on {layout.world_size} "
+                f"the loader gave {len(inputs)} rows where a generation of {layout.generated_rows} on "
+                f"{layout.world_size} "
                 f"processes has {layout.loader_rows} for each. Difficulty filtering, completion pruning and prompt "
-                "selection need whole generations: leave accelerator_config.split_batches off, use one process for each "
+                "selection need whole generations: leave accelerator_config.split_batches off, use one process for "
+                "each "
                 "device, and leave get_train_dataloader as it is."
             )
         return layout.prompts

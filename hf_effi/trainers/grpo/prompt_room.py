@@ -1,4 +1,6 @@
-"""Prompts that do not fit the model: an error where they would crash, a counter and one warning where they would not."""
+"""
+Prompts that do not fit the model: an error where they would crash, a counter and one warning where they would not.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ class PromptRoom:
 
         Args:
             lengths (`Sequence[int]`): Tokens of each prompt of this rank; at least one.
-            max_completion_length (`int`, *optional*): `None` is as long as the model's generation settings let it be, which
-                is at least one token.
+            max_completion_length (`int`, *optional*): `None` is as long as the model's generation settings let it be,
+                which is at least one token.
             accelerator (`Accelerator`): Gathers, so that all ranks count, warn and raise alike.
             log (`dict[str, list[float]]`): TRL's `_metrics` of training or evaluation.
 

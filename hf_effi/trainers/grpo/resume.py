@@ -1,4 +1,5 @@
-"""Exact resume for GRPO, and prompts in the layout of the run: repairs of TRL 1.16, the intended differences from stock.
+"""Exact resume for GRPO, and prompts in the layout of the run: repairs of TRL 1.16, the intended differences from
+stock.
 
 1. TRL's `RepeatSampler` has no epoch: a run resumed in epoch k replays epoch 0's prompts.
 2. `_step` restarts at 0, so generation happens at other steps than in the uninterrupted run.
@@ -6,8 +7,9 @@
 4. A run on a stream restarts at the second pass, whichever it was in.
 5. A second `train()` may go on with the weights that vLLM was sent in the first.
 
-What this needs is stored before `trainer_state.json` is, hence before the checkpoint is pushed, and `trainer_state.json`
-names it: a checkpoint that has lost a file is refused, one of the stock trainer is continued as far as it can be.
+What this needs is stored before `trainer_state.json` is, hence before the checkpoint is pushed, and
+`trainer_state.json` names it: a checkpoint that has lost a file is refused, one of the stock trainer is continued as
+far as it can be.
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ class WholeStream(IterableDataset):
     """
     A stream that every rank reads whole, to take its own rows of each batch.
 
-    A `datasets` stream with as many shards as ranks is split by accelerate: each rank then lays out generations of the whole
-    run from its own shards, generates for some of their prompts several times, and for the others never.
+    A `datasets` stream with as many shards as ranks is split by accelerate: each rank then lays out generations of the
+    whole run from its own shards, generates for some of their prompts several times, and for the others never.
     """
 
     def __init__(self, stream: datasets.IterableDataset) -> None:
@@ -114,15 +116,16 @@ class NoRollouts:
 
     def make_prompts(self) -> PromptSelector:
         raise StateFileError(
-            "the checkpoint holds the state of a prompt selector, which this trainer has no use for. Resume it with the "
+            "the checkpoint holds the state of a prompt selector, which this trainer has no use for. Resume it with "
+            "the "
             "trainer that wrote it, or start a new run from the weights."
         )
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """
-    TRL's trainer with the repairs of this file, through `super()`. Mixins stand above it: they read the loader, whose batches
-    are laid out here.
+    TRL's trainer with the repairs of this file, through `super()`. Mixins stand above it: they read the loader, whose
+    batches are laid out here.
     """
 
     _step_after_update = 0
@@ -154,8 +157,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         layout = self._layout
         if layout.oversample == 1:
             return super().get_train_dataloader()
-        # TRL lays out sampler, stream and batches by these two. A generation has R times more prompts, an epoch R times
-        # fewer batches.
+        # TRL lays out sampler, stream and batches by these two. A generation has R times more prompts, an epoch R
+        # times fewer batches.
         saved = self._train_batch_size, self.args.generation_batch_size
         self._train_batch_size *= layout.oversample
         self.args.generation_batch_size = layout.generated_rows
@@ -174,7 +177,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 call["dataset"] = WholeStream(dataset)
             elif self.accelerator.is_main_process:
                 logger.warning(
-                    f"train_dataset is a stream of {dataset.num_shards} shards, which accelerate deals to {world} processes. "
+                    f"train_dataset is a stream of {dataset.num_shards} shards, which accelerate deals to {world} "
+                    "processes. "
                     "As in TRL, prompts of a process are then generated for more than once and others never. Give the "
                     f"stream fewer shards than processes, e.g. dataset.to_iterable_dataset(num_shards={world - 1})."
                 )
@@ -212,7 +216,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         result = super()._run_epoch(*args, **kwargs)
         if self._step == self._pass_began_at and self._streams:
             raise ValueError(
-                f"train_dataset is a stream that ends before the {self._layout.prompts} prompts of one generation batch. "
+                f"train_dataset is a stream that ends before the {self._layout.prompts} prompts of one generation "
+                "batch. "
                 "Add prompts, or lower per_device_train_batch_size, steps_per_generation or prune_rate."
             )
         return result
@@ -257,7 +262,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         Save a checkpoint of the last finished update, from inside of the next one, whose weights are still its own.
 
         Returns:
-            `Path`: The checkpoint, or `None` where there is none to save: before the first update, and with engines that
+            `Path`: The checkpoint, or `None` where there is none to save: before the first update, and with engines
+                that
             save on every process together.
         """
         if self.state.global_step == 0 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -275,8 +281,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         call = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
         if self.use_vllm:
-            # TRL remembers the step that it last sent weights at. A further training may begin at the same number, with
-            # other weights.
+            # TRL remembers the step that it last sent weights at. A further training may begin at the same number,
+            # with other weights.
             self._last_loaded_step = -1
         place = super()._init_training_state(*args, **kwargs)
         if (checkpoint := call["resume_from_checkpoint"]) is None:
@@ -309,7 +315,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         version = state.get("schema", 0)
         if version > SCHEMA:
             raise StateFileError(
-                f"{path} has schema {version}, and this hf_effi knows schemas up to {SCHEMA}. Resume with the hf_effi that "
+                f"{path} has schema {version}, and this hf_effi knows schemas up to {SCHEMA}. Resume with the hf_effi "
+                "that "
                 "wrote it, or a newer one."
             )
         if version and not ours:
@@ -329,7 +336,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         mine, theirs = _name(prompts), state.get("prompt_selector", _name(prompts))
         if mine != theirs:
             raise StateFileError(
-                f"{checkpoint} was trained with a prompt selector {theirs}, this run has {mine}. Build it as in the run that "
+                f"{checkpoint} was trained with a prompt selector {theirs}, this run has {mine}. Build it as in the "
+                "run that "
                 "is resumed, or start a new run from the weights."
             )
         prompts.load_state_dict(stored)
@@ -340,7 +348,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         lost = [name for name in gather_object([None if path.exists() else path.name]) if name is not None]
         if state["world_size"] != world or (lost and "schema" not in state):
             logger.warning(
-                f"{checkpoint} was saved by {state['world_size']} processes in the middle of a generation; with {world} "
+                f"{checkpoint} was saved by {state['world_size']} processes in the middle of a generation; with "
+                f"{world} "
                 "the rest of that generation is made anew."
             )
             return

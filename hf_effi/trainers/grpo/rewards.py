@@ -31,11 +31,12 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
     Turn what a reward function returned into a list of floats, or say what is wrong with it.
 
     Args:
-        values (`Any`): Anything that gives one value per completion when it is iterated over: a list, a generator, a tensor
-            or array of shape `(N,)` or `(N, 1)`. A value is whatever `float` takes and is no text; `None` and NaN mean "not
-            applicable to this completion": the other functions alone decide on it, and where none applies its advantage is
-            0 and it is left out of the group's mean. A function that gives NaN for every completion is warned of, once:
-            mostly it divides by 0.
+        values (`Any`): Anything that gives one value per completion when it is iterated over: a list, a generator, a
+            tensor or array of shape `(N,)` or `(N, 1)`. A value is whatever `float` takes and is no text; `None` and
+            NaN mean "not applicable to this completion": the other functions alone decide on it, and where none
+            applies its advantage is 0 and it is left out of the group's mean. A function that gives NaN for every
+            completion is warned of,
+            once: mostly it divides by 0.
         expected (`int`): Completions that were passed in, `N`.
         name (`str`): The function's name, for the message.
 
@@ -80,8 +81,10 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
 @functools.cache
 def _warn_of_nothing_but_nan(name: str, number: int) -> None:
     logger.warning(
-        "reward function '%s' returned NaN for all %d completions of a generation. NaN counts as None: the function has no "
-        "say in them, and without another one nothing is learned from them. Is it 0/0, or the logarithm of 0? Return 0.0 "
+        "reward function '%s' returned NaN for all %d completions of a generation. NaN counts as None: the function "
+        "has no "
+        "say in them, and without another one nothing is learned from them. Is it 0/0, or the logarithm of 0? Return "
+        "0.0 "
         "for a completion that is worth nothing.",
         name,
         number,
@@ -103,7 +106,8 @@ def _as_reward(value: Any, index: int, name: str) -> float | None:
         return None
     if number is None or abs(number) > LARGEST:
         raise RewardError(
-            f"reward function '{name}' returned {reprlib.repr(value)} for completion {index}. A reward must be a finite "
+            f"reward function '{name}' returned {reprlib.repr(value)} for completion {index}. A reward must be a "
+            "finite "
             f"number in float32 (at most {LARGEST:.4g} in size), or None where the function does not apply."
         )
     return number
@@ -137,8 +141,8 @@ class RewardCheck:
     """
     One call of `GRPOTrainer._calculate_rewards` whose reward functions are looked at.
 
-    A problem of one rank is told to all, and all raise together: one that stopped alone would leave the others waiting in a
-    collective.
+    A problem of one rank is told to all, and all raise together: one that stopped alone would leave the others waiting
+    in a collective.
 
     Args:
         host ([`Host`]): Whose reward functions are wrapped, for the time of the call.

@@ -27,9 +27,10 @@ class Ratios:
     The importance ratios of vLLM: what they do to the loss, and how they are laid out.
 
     Args:
-        multiply (`bool`): Whether a ratio of exactly 0 takes a token out of the policy term; VESPO takes its logarithm instead.
-        padding (`float`, *optional*): What a ratio per token is padded with, as in TRL; `None` where the mode has one ratio
-            per sequence.
+        multiply (`bool`): Whether a ratio of exactly 0 takes a token out of the policy term; VESPO takes its logarithm
+            instead.
+        padding (`float`, *optional*): What a ratio per token is padded with, as in TRL; `None` where the mode has one
+            ratio per sequence.
     """
 
     multiply: bool

@@ -42,7 +42,9 @@ class GRPOSettings:
 
     @classmethod
     def of(cls, args: Any) -> GRPOSettings:
-        """Return the settings of a config of any class; a plain `GRPOConfig` has the defaults of [`EffiGRPOConfig`]."""
+        """
+        Return the settings of a config of any class; a plain `GRPOConfig` has the defaults of [`EffiGRPOConfig`].
+        """
         own = EffiGRPOConfig.__dataclass_fields__
         return cls(**{field.name: getattr(args, field.name, own[field.name].default) for field in fields(cls)})
 
@@ -70,7 +72,8 @@ class GRPOSettings:
             raise ValueError("pass either `rollout_pruner=` or `prune_rate`, not both.")
         if prompt_selector is not None and train_sampler is not None:
             raise ValueError(
-                "`prompt_selector=` chooses the prompts of every generation, so that `train_sampler=` would order rows "
+                "`prompt_selector=` chooses the prompts of every generation, so that `train_sampler=` would order "
+                "rows "
                 "that nobody reads. Drop one of the two."
             )
         if group_filter is None and self.difficulty_range is None:

@@ -64,8 +64,8 @@ def guard_vllm_server(host: Host, generation: Any) -> None:
     Let a server that fails end the run with one sentence.
 
     Args:
-        generation (`VLLMGeneration`): TRL's, whose client is wrapped. A `rollout_func` may talk to the server in ways of its
-            own.
+        generation (`VLLMGeneration`): TRL's, whose client is wrapped. A `rollout_func` may talk to the server in ways
+            of its own.
     """
     in_use = host.args.vllm_mode == "server" and host.rollout_func is None
     if not in_use or not host.accelerator.is_main_process:

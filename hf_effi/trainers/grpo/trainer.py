@@ -37,9 +37,11 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
     Args:
         model, reward_funcs, args, train_dataset, ...:
             As in [`~trl.GRPOTrainer`]. `args` may be an [`EffiGRPOConfig`] or a plain [`~trl.GRPOConfig`], which then
-            has the defaults of the former's own fields. A reward of `None` or NaN means that the function does not apply to
-            the completion: the others decide on it, and where none applies its advantage is 0 and the group's mean leaves
-            it out, as in TRL. A function that returns NaN for all completions of a generation is warned of, once.
+            has the defaults of the former's own fields. A reward of `None` or NaN means that the function does not
+            apply to
+            the completion: the others decide on it, and where none applies its advantage is 0 and the group's mean
+            leaves it out, as in TRL. A function that returns NaN for all completions of a generation is warned of,
+            once.
         prompt_selector ([`~hf_effi.protocols.PromptSelector`], *optional*):
             Chooses the prompts of every generation in place of the data loader's order.
         group_filter ([`~hf_effi.protocols.GroupFilter`], *optional*):
@@ -104,7 +106,7 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
         if self.args.use_vllm:
             guard_vllm_server(self, self.vllm_generation)
 
-    # --- the seams, in the order in which data flows ------------------------------------------------------------------
+    # --- the seams, in the order in which data flows -----------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -178,7 +180,7 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
         scale = inputs.get(LOSS_SCALE)
         return loss if scale is None else loss * scale
 
-    # --- what they share ----------------------------------------------------------------------------------------------
+    # --- what they share ---------------------------------------------------------------------------------------------
 
     # Made when it is first asked for: other code builds trainers without `__init__` and calls single methods.
     @functools.cached_property

@@ -1,9 +1,9 @@
 """
 A vLLM server that fails: one clear sentence, on every process at once, and the checkpoint to go on from.
 
-TRL's client raises on the first process alone, while the others wait for its broadcast. It waits for ever where the server
-hangs. And it takes an answer with fewer completions than it asked for, whose rows then belong to other prompts. Here it is
-wrapped by one that hands on what went wrong in the place of the completions, which every process is sent.
+TRL's client raises on the first process alone, while the others wait for its broadcast. It waits for ever where the
+server hangs. And it takes an answer with fewer completions than it asked for, whose rows then belong to other prompts.
+Here it is wrapped by one that hands on what went wrong in the place of the completions, which every process is sent.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Failure:
 
 class GuardedClient:
     """
-    Stands in for [`~trl.generation.vllm_client.VLLMClient`] on the first process. What is not here is the client's own.
+    Stands in for [`~trl.generation.vllm_client.VLLMClient`] on the first process. What is not here is the client's
+    own.
 
     Args:
         client (`VLLMClient`): TRL's, whose session gets limits and retries of ours.
@@ -93,7 +94,9 @@ class GuardedClient:
         return {"prompt_ids": [], "completion_ids": failure, "logprobs": None, "logprob_token_ids": None}
 
     def _attempt(self, doing: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call, unless the generation has failed already, and remember a failure until the completions are asked for."""
+        """
+        Call, unless the generation has failed already, and remember a failure until the completions are asked for.
+        """
         if self._failure is not None:
             return None
         try:
@@ -105,7 +108,8 @@ class GuardedClient:
     def _explain(self, error: Exception) -> str:
         if isinstance(error, requests.exceptions.ReadTimeout):
             return (
-                f"no answer within {self._limit:g} seconds, so it hangs: stop it. Where a single answer does take that "
+                f"no answer within {self._limit:g} seconds, so it hangs: stop it. Where a single answer does take "
+                "that "
                 "long, raise ddp_timeout, which is also how long the other processes wait."
             )
         if isinstance(error, requests.exceptions.ConnectionError):
@@ -185,7 +189,9 @@ class _Patience(HTTPAdapter):
 
 
 def _mount(session: Any, base_url: str, seconds: float) -> None:
-    """TRL's retries with a limit in time; none, once the server has seen it, of a request that may not be sent twice."""
+    """
+    TRL's retries with a limit in time; none, once the server has seen it, of a request that may not be sent twice.
+    """
     common: dict[str, Any] = {"total": 5, "connect": 5, "backoff_factor": 2, "allowed_methods": ("POST", "GET")}
     # The last answer is handed on in place of urllib3's "too many 500 error responses": it says what the server said.
     often = _Retries(**common, read=5, status=3, status_forcelist=(500, 502, 503), raise_on_status=False)
