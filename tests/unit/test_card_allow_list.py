@@ -86,7 +86,7 @@ def test_the_list_holds_no_trainer_config_model_or_function_among_the_objects():
         for name in classes:
             found = admitted.find(f"{module}:{name}", CLASSES)
             assert isinstance(found, type) and not issubclass(found, (nn.Module, Trainer, TrainingArguments)), name
-            assert found.__module__.startswith(("hf_effi.callbacks.", "hf_effi.functional.", "hf_effi.samplers.",
+            assert found.__module__.startswith(("hf_effi.callbacks.", "hf_effi.data.", "hf_effi.functional.", "hf_effi.samplers.",
                                                 "hf_effi.trainers.", "peft."))  # fmt: skip
 
 
