@@ -24,4 +24,4 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .trainer import EffiTrainer as EffiTrainer
     from .trainer import EffiTrainingArguments as EffiTrainingArguments
 
-__getattr__, __dir__, __all__ = face(__name__, _PUBLIC)
+__getattr__, __dir__, __all__ = face(__name__, _PUBLIC, ("grpo", "mixins"))

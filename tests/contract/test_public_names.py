@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
 import hf_effi
-from tests.contract._sources import PACKAGE, tree_of
+from tests.contract._sources import PACKAGE, ROOT, tree_of
 from tests.contract.test_import_arrows import _absolute
+from tests.helpers.distributed import child_environment
 from tests.helpers.public import ROOMS
 
 FACES = ("hf_effi", *ROOMS)
@@ -66,3 +69,8 @@ def test_editors_see_the_same_names(module):
 def test_a_name_of_a_room_is_not_at_the_top_and_the_message_says_where_it_is(name):
     with pytest.raises(AttributeError, match=rf"from hf_effi\.[a-z.]+ import {name}`"):
         getattr(hf_effi, name)
+
+
+def test_rooms_are_reached_from_the_top_without_an_import_of_their_own():
+    code = "import hf_effi; [hf_effi.trainers.mixins.SamplerMixin, hf_effi.trainers.grpo.EffiGRPOConfig, hf_effi.schedules.wsd]"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=child_environment(), cwd=ROOT)

@@ -86,8 +86,8 @@ def test_the_list_holds_no_trainer_config_model_or_function_among_the_objects():
         for name in classes:
             found = admitted.find(f"{module}:{name}", CLASSES)
             assert isinstance(found, type) and not issubclass(found, (nn.Module, Trainer, TrainingArguments)), name
-            assert found.__module__.startswith(("hf_effi.callbacks.", "hf_effi.data.", "hf_effi.functional.", "hf_effi.samplers.",
-                                                "hf_effi.trainers.", "peft."))  # fmt: skip
+            rooms = ("callbacks", "data", "functional", "samplers", "trainers")
+            assert found.__module__.startswith((*(f"hf_effi.{room}." for room in rooms), "peft."))
 
 
 def test_the_documentation_shows_the_list():
