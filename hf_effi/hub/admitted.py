@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 #: longest list, deepest nesting and most values of one object
-LARGEST_LIST, DEEPEST, MOST_VALUES = 256, 8, 4096
+LARGEST_LIST, DEEPEST, MOST_VALUES = 256, 16, 4096
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+-]{0,63}")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+./ -]{0,99}")
 _MODULES = re.compile(r"[A-Za-z0-9_.*|()^$\\?+\[\]-]{1,512}")

@@ -69,7 +69,7 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
 
     def carry(name: str, value: Any) -> None:
         try:
-            objects[name] = to_plain(value)
+            objects[name] = _readable(value)
         except NotPlainError as error:
             missing[name] = f"it holds {error}"
 
@@ -84,7 +84,7 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
     for callback in own_callbacks(trainer):
         name = f"callbacks: {type(callback).__name__}"
         try:
-            objects.setdefault("callbacks", []).append(to_plain(callback))
+            objects.setdefault("callbacks", []).append(_readable(callback))
         except NotPlainError as error:
             missing[name] = f"it holds {error}"
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -105,6 +105,21 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
             "not_carried": missing,
         }
     )
+
+
+def _readable(value: Any) -> Any:
+    """
+    Return a value as data that [`from_card`] takes back.
+
+    Raises:
+        NotPlainError: it is no data, or larger or deeper than a recipe that is read may be.
+    """
+    plain = to_plain(value)
+    try:
+        check_size(plain, depth=3)  # recipe, objects, callbacks
+    except NotAdmittedError as error:
+        raise NotPlainError(f"too much: {error}") from None
+    return plain
 
 
 def own_callbacks(trainer: Any) -> list[TrainerCallback]:

@@ -264,7 +264,7 @@ def test_the_recipe_is_the_last_one_of_our_section(tmp_path):
         card("{" + '"a":1,' * 300_000 + '"b":1}'),
         card("null"), card("[]"), card("7"), card("{}"), card('{"schema": 1}'), card('{"schema": NaN}'),
         card(json.dumps({**recipe(), "objects": None})), card(json.dumps({**recipe(), "arguments": []})),
-        card(json.dumps({**recipe(), "objects": {"callbacks": [[[[[[[[[[[[1]]]]]]]]]]]]}})),
+        card(json.dumps({**recipe(), "objects": {"callbacks": json.loads("[" * 20 + "1" + "]" * 20)}})),
         "",
     ],
 )  # fmt: skip
