@@ -127,8 +127,7 @@ def check_free(path: str, module: nn.Module, slot: str = CLAIM) -> None:
     if claim is not None:
         raise PatchError(
             f"{path or 'the model'} of {type(module).__name__} was replaced before, by {claim.key!r}. Revert that "
-            "patch "
-            "first (`unpatch(model)` where its handle is lost)."
+            "patch first (`unpatch(model)` where its handle is lost)."
         )
 
 
@@ -137,7 +136,8 @@ def restore_all(claims: Iterable[Claim]) -> None:
     Take claims away, the last one first: all that can be, before anything is raised.
 
     Raises:
-        PatchError: something else replaced what was patched since, or could not be undone. All others are restored.
+        PatchError: something else replaced what was patched since, or several could not be undone. All others are
+            restored. The error of a single `undo` is raised as it is.
     """
     problems, failure = [], None
     for claim in reversed(list(claims)):
@@ -147,6 +147,8 @@ def restore_all(claims: Iterable[Claim]) -> None:
             problem, failure = f"{claim.path}: {error}", error
         if problem:
             problems.append(problem)
+    if failure is not None and len(problems) == 1:
+        raise failure  # as it is: whoever frees memory and tries again looks for its kind
     if problems:
         raise PatchError(
             "could not restore: "

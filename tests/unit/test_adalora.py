@@ -90,7 +90,7 @@ def test_a_missing_gradient_is_named():
 
 @pytest.mark.parametrize("engine", [{"deepspeed": "ds.json", "fsdp": []}, {"deepspeed": None, "fsdp": ["full_shard"]}])
 def test_sharded_engines_are_refused(engine):
-    with pytest.raises(ValueError, match="DeepSpeed and FSDP"):
+    with pytest.raises(ValueError, match="DeepSpeed, FSDP and tensor parallelism"):
         AdaLoRACallback().on_train_begin(SimpleNamespace(**engine), None, None, model=adapter_of())
 
 

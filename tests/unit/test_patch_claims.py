@@ -178,7 +178,7 @@ def test_an_undo_that_fails_leaves_its_claim_and_no_other():
     for index, layer in enumerate(model.model.layers):
         own = undo if index == 1 else None
         handle.hold(Claim(f"layers.{index}.mlp.forward", layer.mlp, "forward", layer.mlp.forward, "test", undo=own))
-    with pytest.raises(PatchError, match=r"layers\.1\.mlp\.forward: no room on the device"):
+    with pytest.raises(MemoryError, match="no room on the device"):
         handle.revert()
     assert handle.replaced == ("layers.1.mlp.forward",)
     broken.clear()
