@@ -99,6 +99,8 @@ def _alive(pid: int) -> bool:
 
 
 SESSION = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind it ignore Ctrl-C
 import sys, threading, time
 from tests.helpers import run_distributed, servers
 from tests.helpers._targets import hang, show_environment
