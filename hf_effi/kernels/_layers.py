@@ -146,8 +146,7 @@ def _with_rotary(target: Target, rotary: Callable[..., Any]) -> Callable[..., An
     if calling(forward, ROTARY_FUNCTION) is None:
         raise PatchError(
             f"{target.name} ({type(target.module).__name__}): its forward does not call `{ROTARY_FUNCTION}` itself, "
-            "or "
-            "under a decorator that cannot be copied, so its rotary embedding cannot be replaced."
+            "or under a decorator that cannot be copied, so its rotary embedding cannot be replaced."
         )
     return with_globals(forward, **{ROTARY_FUNCTION: rotary})
 

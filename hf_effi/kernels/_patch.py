@@ -105,8 +105,7 @@ def _free_targets(model: nn.Module, key: Key) -> list[Target]:
         if claim := target.module.__dict__.get(CLAIM):
             raise PatchError(
                 f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by {claim.key!r}. Revert the "
-                "other "
-                "patch first (`unpatch(model)` where its handle is lost), or narrow one of the two keys."
+                "other patch first (`unpatch(model)` where its handle is lost), or narrow one of the two keys."
             )
     return targets
 
@@ -170,8 +169,7 @@ class _Checker:
             if sharded or parameter.device.type == "meta" or not parameter.numel():
                 raise PatchError(
                     "its weights are sharded or offloaded, or in 8 bits by another patch, so the self-check cannot "
-                    "run. "
-                    "Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."
+                    "run. Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."
                 )
         deviations = []
         # A model is loaded in evaluation mode, without dropout; without modules there is no mode.

@@ -146,8 +146,7 @@ def find_targets(model: nn.Module, key: Key) -> list[Target]:
     if not found and key == LM_HEAD_NAME:
         raise PatchError(
             f"{key!r}: {type(model).__name__} has no fused head of TRL that could be replaced. TRL's trainers add it "
-            "when "
-            "they are built and wrap it in train(): patch trainer.model between the two."
+            "when they are built and wrap it in train(): patch trainer.model between the two."
         )
     if not found:
         known = sorted({name for module in model.modules() if (name := kernel_name(module))})

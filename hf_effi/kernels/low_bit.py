@@ -119,8 +119,7 @@ def check_device(format: str, device: torch.device) -> None:
     if capability < _INT8_CAPABILITY:
         raise PatchError(
             f"{card}, and products of 8 bits need 7.5. Keep the base in 16 bits, or load it in 4 bits; "
-            "FusedLoRALinear "
-            "takes both."
+            "FusedLoRALinear takes both."
         )
     if format == "fp8" and capability[0] not in _FP8_MAJORS:
         raise PatchError(

@@ -27,8 +27,7 @@ _TRAINED = (
 )
 _TAKEN_OVER = (
     "its base weight, which is empty while patched, was replaced since, as FSDP does when it shards a model: the wide "
-    "weight "
-    "could not come back. Use DDP or ZeRO-2 (8 bits need no shards), or FusedLoRALinear."
+    "weight could not come back. Use DDP or ZeRO-2 (8 bits need no shards), or FusedLoRALinear."
 )
 
 
@@ -66,8 +65,7 @@ class _Base:
             raise _reject(
                 self.name,
                 f"its weight is off by {lost:.1%} in {self.format}, and {most:.0%} are allowed: a few entries of a "
-                "row "
-                "are far larger than the others. Leave this layer out by a narrower key, or try the other format.",
+                "row are far larger than the others. Leave this layer out by a narrower key, or try the other format.",
             )
         self.low, self.wide = low, layer.weight.detach().to("cpu")
         self.emptied = layer.weight

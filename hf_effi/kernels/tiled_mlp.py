@@ -193,8 +193,7 @@ def _check_bare(module: nn.Module, name: str) -> None:
     if has_own_call(module):
         raise ValueError(
             f"TiledMLP: {name} has hooks of its own (ZeRO-3: use ZeRO-2; FSDP around a single layer, an accelerate "
-            "hook or a patch), "
-            "which the tiles would pass by. Shard whole decoder layers, or leave tile_mlp out."
+            "hook or a patch), which the tiles would pass by. Shard whole decoder layers, or leave tile_mlp out."
         )
 
 

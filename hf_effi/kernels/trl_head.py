@@ -131,8 +131,7 @@ def _check_whole(weight: Tensor) -> None:
     if sharded_by_zero3([weight]) or is_deepspeed_zero3_enabled():
         raise PatchError(
             "FusedLMHead reads the head's weight outside of the head's own call, where ZeRO-3 has a shard of it. Use "
-            "ZeRO-2, "
-            "FSDP2 or DDP, or remove 'LMHead'."
+            "ZeRO-2, FSDP2 or DDP, or remove 'LMHead'."
         )
 
 

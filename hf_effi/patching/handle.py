@@ -111,8 +111,7 @@ class Claim:
     def __reduce__(self) -> NoReturn:
         raise ValueError(
             f"{self.path} is patched by {self.key!r}, and a patched model cannot be pickled. Revert the patch first, "
-            "or "
-            "save the weights: save_pretrained() and state_dict() are the same with and without it."
+            "or save the weights: save_pretrained() and state_dict() are the same with and without it."
         )
 
 
@@ -206,8 +205,7 @@ class PatchHandle:
             if attribute in module.__dict__:
                 raise PatchError(
                     f"{path} of {type(module).__name__} was replaced before, by an accelerate hook or other code. "
-                    "Undo "
-                    "that first, or patch the model before it is given to a Trainer."
+                    "Undo that first, or patch the model before it is given to a Trainer."
                 )
         except PatchError:
             self.revert()

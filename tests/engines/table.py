@@ -70,8 +70,7 @@ TRAINERS = (
     Row(
         "EffiGRPOTrainer",
         "`EffiGRPOTrainer` with `lr_schedule`, `train_sampler`, `difficulty_range`, `prune_rate`, `GRPODoctor`; "
-        "resumed inside "
-        "of a generation block",
+        "resumed inside of a generation block",
     ),
 )
 
@@ -187,32 +186,28 @@ SETTINGS = (
         "4 processes; `sequence_parallel_size=2` on 4 processes",
         RUNS,
         "The weights of 2 processes and of 1 with the same global batch; a checkpoint of 4 resumes on 2 and on 1 "
-        "where the "
-        "global batch stays the same.",
+        "where the global batch stays the same.",
         "tests/engines/test_four_ranks.py::test_four_ranks_train_as_one",
     ),
     Setting(
         "`use_transformers_continuous_batching=True` (GRPO)",
         RUNS,
         "Off is stock to the bit, exact savings have its weights, filter and pruning refill. On a CPU set "
-        "`num_blocks`: "
-        "transformers otherwise sizes its cache by the memory of a GPU.",
+        "`num_blocks`: transformers otherwise sizes its cache by the memory of a GPU.",
         "tests/engines/test_settings.py::test_continuous_batching",
     ),
     Setting(
         "`use_liger_kernel=True` (GRPO)",
         RUNS,
         "TRL 1.16 has no loss of Liger's any more. With the flag, off is stock to the bit and exact savings have its "
-        "weights; "
-        "Liger's own layers need a GPU and are not in this test.",
+        "weights; Liger's own layers need a GPU and are not in this test.",
         "tests/engines/test_settings.py::test_liger_layers_under_grpo",
     ),
     Setting(
         'A model with `tp_plan="auto"` (tensor parallelism)',
         RUNS,
         "On 2 processes the weights of one, for `EffiTrainer`, `stream_layers` and `RandomLTDCallback`. Refused: what "
-        "reads whole "
-        "weights or gradients, samplers that measure, `tile_mlp`, `sequence_parallel_size`.",
+        "reads whole weights or gradients, samplers that measure, `tile_mlp`, `sequence_parallel_size`.",
         "tests/engines/test_tensor_parallel.py::test_tensor_parallel_runs_are_those_of_one_process",
     ),
     Setting(

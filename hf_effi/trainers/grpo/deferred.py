@@ -47,7 +47,6 @@ class DeferredLogProbs:
                 "were put off until the rows are chosen, and are zero until then: compute nothing from them in an "
                 "override "
                 "of `_generate` or `_generate_and_score_completions`, or turn off prompt selection, difficulty "
-                "filtering, "
-                "pruning and the exact saving 'skip'."
+                "filtering, pruning and the exact saving 'skip'."
             )
         return tuple(name for names in found for name in names)

@@ -145,8 +145,7 @@ class RolloutPipeline:
             if not hasattr(self._host.train_dataset, "__len__"):
                 raise ValueError(
                     "refilling and prompt selection pick rows by number, which a streaming dataset cannot serve. Use "
-                    "a "
-                    "map-style dataset, or difficulty_max_rounds=1."
+                    "a map-style dataset, or difficulty_max_rounds=1."
                 )
             self._step_prompts = StepPrompts(self._host.train_dataset)
         names, wanted = self._host.reward_func_names, self._settings.difficulty_reward
@@ -211,8 +210,7 @@ class RolloutPipeline:
                 f"{layout.world_size} "
                 f"processes has {layout.loader_rows} for each. Difficulty filtering, completion pruning and prompt "
                 "selection need whole generations: leave accelerator_config.split_batches off, use one process for "
-                "each "
-                "device, and leave get_train_dataloader as it is."
+                "each device, and leave get_train_dataloader as it is."
             )
         return layout.prompts
 

@@ -117,8 +117,7 @@ class NoRollouts:
     def make_prompts(self) -> PromptSelector:
         raise StateFileError(
             "the checkpoint holds the state of a prompt selector, which this trainer has no use for. Resume it with "
-            "the "
-            "trainer that wrote it, or start a new run from the weights."
+            "the trainer that wrote it, or start a new run from the weights."
         )
 
 
@@ -217,8 +216,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if self._step == self._pass_began_at and self._streams:
             raise ValueError(
                 f"train_dataset is a stream that ends before the {self._layout.prompts} prompts of one generation "
-                "batch. "
-                "Add prompts, or lower per_device_train_batch_size, steps_per_generation or prune_rate."
+                "batch. Add prompts, or lower per_device_train_batch_size, steps_per_generation or prune_rate."
             )
         return result
 
@@ -316,8 +314,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if version > SCHEMA:
             raise StateFileError(
                 f"{path} has schema {version}, and this hf_effi knows schemas up to {SCHEMA}. Resume with the hf_effi "
-                "that "
-                "wrote it, or a newer one."
+                "that wrote it, or a newer one."
             )
         if version and not ours:
             logger.warning(
@@ -337,8 +334,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if mine != theirs:
             raise StateFileError(
                 f"{checkpoint} was trained with a prompt selector {theirs}, this run has {mine}. Build it as in the "
-                "run that "
-                "is resumed, or start a new run from the weights."
+                "run that is resumed, or start a new run from the weights."
             )
         prompts.load_state_dict(stored)
 
@@ -349,8 +345,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if state["world_size"] != world or (lost and "schema" not in state):
             logger.warning(
                 f"{checkpoint} was saved by {state['world_size']} processes in the middle of a generation; with "
-                f"{world} "
-                "the rest of that generation is made anew."
+                f"{world} the rest of that generation is made anew."
             )
             return
         if lost:

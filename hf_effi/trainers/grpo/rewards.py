@@ -84,8 +84,7 @@ def _warn_of_nothing_but_nan(name: str, number: int) -> None:
         "reward function '%s' returned NaN for all %d completions of a generation. NaN counts as None: the function "
         "has no "
         "say in them, and without another one nothing is learned from them. Is it 0/0, or the logarithm of 0? Return "
-        "0.0 "
-        "for a completion that is worth nothing.",
+        "0.0 for a completion that is worth nothing.",
         name,
         number,
     )
@@ -107,8 +106,7 @@ def _as_reward(value: Any, index: int, name: str) -> float | None:
     if number is None or abs(number) > LARGEST:
         raise RewardError(
             f"reward function '{name}' returned {reprlib.repr(value)} for completion {index}. A reward must be a "
-            "finite "
-            f"number in float32 (at most {LARGEST:.4g} in size), or None where the function does not apply."
+            f"finite number in float32 (at most {LARGEST:.4g} in size), or None where the function does not apply."
         )
     return number
 

@@ -73,8 +73,7 @@ class GRPOSettings:
         if prompt_selector is not None and train_sampler is not None:
             raise ValueError(
                 "`prompt_selector=` chooses the prompts of every generation, so that `train_sampler=` would order "
-                "rows "
-                "that nobody reads. Drop one of the two."
+                "rows that nobody reads. Drop one of the two."
             )
         if group_filter is None and self.difficulty_range is None:
             # `difficulty_reward` also says which function's pass rates a selector is told.

@@ -109,8 +109,7 @@ class GuardedClient:
         if isinstance(error, requests.exceptions.ReadTimeout):
             return (
                 f"no answer within {self._limit:g} seconds, so it hangs: stop it. Where a single answer does take "
-                "that "
-                "long, raise ddp_timeout, which is also how long the other processes wait."
+                "that long, raise ddp_timeout, which is also how long the other processes wait."
             )
         if isinstance(error, requests.exceptions.ConnectionError):
             cause = error.args[0] if error.args else error
