@@ -279,9 +279,8 @@ def _add_training(commands: Any) -> None:
         "check a YAML before a model is loaded",
         "hf-effi validate run.yaml --kind grpo",
         "Keys, types, ranges and combinations, as `hf-effi grpo` or `sft` will read them; then whether model, data, "
-        "reward "
-        "functions and packages are there. Nothing of it is loaded or imported. Exit code 0: valid; what only this "
-        "machine would refuse is a note.",
+        "reward functions and packages are there. Nothing of it is loaded or imported. Exit code 0: valid; what only "
+        "this machine would refuse is a note.",
         has_json=True,
     )
     validate.add_argument("config", metavar="CONFIG.yaml", help="the file that `--config` would read")

@@ -116,9 +116,8 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
     if LEDGER.calls == before:
         raise VarlenAttentionError(
             f"{kind} was given {VARLEN_ATTENTION} and computes its attention in its own code, which never calls it. "
-            "Documents "
-            "that share a row would see each other. Use attn_implementation='eager', rows of their own, and no "
-            "patterns."
+            "Documents that share a row would see each other. Use attn_implementation='eager', rows of their own, "
+            "and no patterns."
         )
 
 

@@ -239,9 +239,8 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
             if trained != args.world_size:
                 raise ScheduleError(
                     f"The checkpoint at step {state.global_step} lies inside a search on {trained} processes, each "
-                    "with "
-                    f"its own random numbers to go back to; this run has {args.world_size}. Resume on {trained}, or "
-                    "from a checkpoint between two searches."
+                    f"with its own random numbers to go back to; this run has {args.world_size}. Resume on {trained}, "
+                    "or from a checkpoint between two searches."
                 )
             if not file.is_file():
                 raise ScheduleError(

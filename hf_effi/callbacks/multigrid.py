@@ -59,7 +59,6 @@ class MultigridLRCallback(LRFactorCallback):
         if cutter != self.shapes:
             raise CurriculumError(
                 f"MultigridLRCallback has {self.shapes!r}, but the Trainer has sequence_length={cutter!r}: the LR "
-                "would "
-                "follow shapes that the batches do not have. Use a Trainer with SequenceLengthMixin and pass one "
-                "Multigrid to both."
+                "would follow shapes that the batches do not have. Use a Trainer with SequenceLengthMixin and pass "
+                "one Multigrid to both."
             )

@@ -194,8 +194,8 @@ def refuse_trainer(args: TrainingArguments) -> None:
     if trl and trl[0] != "SFTConfig":
         raise RandomLTDError(
             f"random-LTD was given a {trl[0]}. RL, preference, reward and distillation trainers compare log-probs or "
-            "scores "
-            "between forward passes, and dropped tokens would differ between them. Use it for pre-training and SFT."
+            "scores between forward passes, and dropped tokens would differ between them. Use it for pre-training "
+            "and SFT."
         )
     if args.torch_compile:
         raise RandomLTDError(

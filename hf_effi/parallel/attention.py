@@ -182,9 +182,8 @@ def prove_isolation(
             if moved != expected:
                 raise SequenceParallelError(
                     f"attn_implementation={name!r} does not keep documents apart: changing token {token} of two "
-                    "packed "
-                    f"documents of {half} tokens moves the outputs {[i for i, m in enumerate(moved) if m]} instead of "
-                    f"{[i for i, m in enumerate(expected) if m]}. Use 'sdpa', 'flash_attention_2' or another backend "
-                    "that follows cu_seq_lens_q and cu_seq_lens_k."
+                    f"packed documents of {half} tokens moves the outputs {[i for i, m in enumerate(moved) if m]} "
+                    f"instead of {[i for i, m in enumerate(expected) if m]}. Use 'sdpa', 'flash_attention_2' or "
+                    "another backend that follows cu_seq_lens_q and cu_seq_lens_k."
                 )
     _proven.add(kind)

@@ -132,10 +132,9 @@ def check_deepspeed(parallelism: Any, deepspeed_plugin: Any, packed: bool) -> st
     if stage in (1, 2):
         return (
             f"DeepSpeed ZeRO-{stage} with sp_size={size} multiplies every gradient by {size}: the differentiable "
-            "gather "
-            f"of the loss adds {size} copies, and ZeRO-{stage} divides by the data-parallel ranks only. Adam hides "
-            "it, "
-            f"but grad_norm is {size} times too large and max_grad_norm clips {size} times too early. Use ZeRO-3, or "
-            f"set max_grad_norm to {size} times the value you want, or use sequence_parallel_size={size} instead."
+            f"gather of the loss adds {size} copies, and ZeRO-{stage} divides by the data-parallel ranks only. Adam "
+            f"hides it, but grad_norm is {size} times too large and max_grad_norm clips {size} times too early. Use "
+            f"ZeRO-3, or set max_grad_norm to {size} times the value you want, or use sequence_parallel_size={size} "
+            "instead."
         )
     return None

@@ -80,9 +80,8 @@ def _measure(model: nn.Module) -> PositionRule:
                 return rule
     raise SequenceParallelError(
         f"{type(model).__name__} numbers its tokens in a way of its own, which a rank with a part of the sequence "
-        "cannot "
-        f"do: on a left-padded row its outputs differ by {differences[0]:.1e} (relative) from those with positions "
-        f"counted by column, and by {differences[1]:.1e} from those counted by token."
+        f"cannot do: on a left-padded row its outputs differ by {differences[0]:.1e} (relative) from those with "
+        f"positions counted by column, and by {differences[1]:.1e} from those counted by token."
     )
 
 

@@ -50,9 +50,8 @@ def prove_split(models: Sequence[nn.Module], group: SequenceGroup, with_loss: bo
         if float(worst) > allowed:
             raise SequenceParallelError(
                 f"{type(model).__name__} split over {group.size} ranks is not the whole model: on a few left-padded "
-                "tokens "
-                f"its {what} differ by {float(worst):.1e} (relative). Something in it passes along the sequence "
-                "outside of its attention (a convolution, a recurrence, positions of its own)."
+                f"tokens its {what} differ by {float(worst):.1e} (relative). Something in it passes along the "
+                "sequence outside of its attention (a convolution, a recurrence, positions of its own)."
             )
 
 

@@ -167,9 +167,8 @@ class TracedModel:
             if abs(value - expected) > 0.01 * abs(value):
                 raise ValueError(
                     f"{name} loops over tokens, so that {tokens} tokens are too long to be traced, and {last} tokens "
-                    "take "
-                    f"{value:,} bytes where rows of {', '.join(map(str, first))} tokens foretell {expected:,}: longer "
-                    "rows cannot be planned."
+                    f"take {value:,} bytes where rows of {', '.join(map(str, first))} tokens foretell {expected:,}: "
+                    "longer rows cannot be planned."
                 )
         return through(found[1:], SHORT_ROWS[1:], tokens)
 

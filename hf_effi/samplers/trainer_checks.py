@@ -147,9 +147,8 @@ def warn_order_against_decay(sampler: EffiSampler, args: Any, scheduler: Any, ma
             scheduler,
             max_steps,
             f"and {type(sampler).__name__} serves the rows with the highest scores last: they are met with the "
-            "smallest "
-            "updates. Let the LR end at a third of its peak or stay constant, and average the last checkpoints "
-            "(hf_effi.recipes.cdma).",
+            "smallest updates. Let the LR end at a third of its peak or stay constant, and average the last "
+            "checkpoints (hf_effi.recipes.cdma).",
         )
 
 

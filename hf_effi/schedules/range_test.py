@@ -110,9 +110,8 @@ def _check_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
     if owned or is_sharded(model) or out_of_reach(model):
         raise ScheduleError(
             f"lr_range_test steps the optimizer itself and puts whole weights back, but {type(optimizer).__name__} or "
-            "the "
-            "model is DeepSpeed's, FSDP's or tensor-parallel. Run the test on the plain model, before it is given to "
-            "the engine."
+            "the model is DeepSpeed's, FSDP's or tensor-parallel. Run the test on the plain model, before it is "
+            "given to the engine."
         )
 
 

@@ -177,8 +177,8 @@ def fill_to_multiple(
     if rows < needed:
         raise CurriculumError(
             f"{rows} rows make {len(batches)} micro-batches, and {needed} are needed to give each of {multiple} "
-            "(processes "
-            "times accumulation steps) as many. Use fewer processes or accumulation steps, or add or drop rows."
+            "(processes times accumulation steps) as many. Use fewer processes or accumulation steps, or add or drop "
+            "rows."
         )
 
     def priced(some: Sequence[Sequence[int]]) -> list[tuple[float, list[int]]]:

@@ -133,9 +133,8 @@ def settle(
     if on_mismatch == "error":
         raise ScheduleMismatchError(
             f"The checkpoint was trained with {', and with '.join(found)}. Pass on_mismatch='stored' to go on with "
-            "the "
-            "checkpoint's, or on_mismatch='new' to train with this run's from here on (lr_schedule_on_mismatch in a "
-            "config)."
+            "the checkpoint's, or on_mismatch='new' to train with this run's from here on (lr_schedule_on_mismatch "
+            "in a config)."
         )
     if on_mismatch == "stored":
         _check_end(stored, asked.run_steps, step)

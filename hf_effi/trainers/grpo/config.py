@@ -201,9 +201,8 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
             below, above = int(1 / (1 - rate)), int(1 / (1 - rate)) + 1
             raise ValueError(
                 f"prune_rate={rate} with prune_allocation=True must be 1 - 1/R for a whole R, so that the trained "
-                "rows "
-                f"stay constant. Nearest: {1 - 1 / below:.4g} (R={below}) or {1 - 1 / above:.4g} (R={above}); or set "
-                "prune_allocation=False."
+                f"rows stay constant. Nearest: {1 - 1 / below:.4g} (R={below}) or {1 - 1 / above:.4g} (R={above}); or "
+                "set prune_allocation=False."
             )
         if self.prune_scope == "group" and pruned_count(group, rate) < 1:
             raise ValueError(f"prune_rate={rate} leaves no completion of num_generations={group}. Lower it.")

@@ -43,10 +43,8 @@ class DeferredLogProbs:
         if not all(found):
             raise RuntimeError(
                 "log-probs that were asked for during the generation are in no entry of the batch that it returns. "
-                "They "
-                "were put off until the rows are chosen, and are zero until then: compute nothing from them in an "
-                "override "
-                "of `_generate` or `_generate_and_score_completions`, or turn off prompt selection, difficulty "
-                "filtering, pruning and the exact saving 'skip'."
+                "They were put off until the rows are chosen, and are zero until then: compute nothing from them in "
+                "an override of `_generate` or `_generate_and_score_completions`, or turn off prompt selection, "
+                "difficulty filtering, pruning and the exact saving 'skip'."
             )
         return tuple(name for names in found for name in names)

@@ -177,9 +177,9 @@ class ResumableGRPOTrainer(GRPOTrainer):
             elif self.accelerator.is_main_process:
                 logger.warning(
                     f"train_dataset is a stream of {dataset.num_shards} shards, which accelerate deals to {world} "
-                    "processes. "
-                    "As in TRL, prompts of a process are then generated for more than once and others never. Give the "
-                    f"stream fewer shards than processes, e.g. dataset.to_iterable_dataset(num_shards={world - 1})."
+                    "processes. As in TRL, prompts of a process are then generated for more than once and others "
+                    "never. Give the stream fewer shards than processes, e.g. "
+                    f"dataset.to_iterable_dataset(num_shards={world - 1})."
                 )
         return super()._get_dataloader(**call)
 

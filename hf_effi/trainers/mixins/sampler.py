@@ -168,9 +168,8 @@ class SamplerMixin:
             if self.train_sampler.rule != "A":
                 raise SamplerMismatchError(
                     f"{checkpoint} has no {SAMPLER_FILE}, which holds what {type(self.train_sampler).__name__} has "
-                    "learned: "
-                    "it was saved with save_only_model, or copied in part. Resume from a checkpoint that has it, or "
-                    "start a new run from the weights."
+                    "learned: it was saved with save_only_model, or copied in part. Resume from a checkpoint that "
+                    "has it, or start a new run from the weights."
                 )
             return
         self._served_sampler.load_state_dict(load_state(path))
