@@ -103,16 +103,14 @@ def merged(
         ValueError: the two runs do not have the same classes, as with another release of transformers.
     """
     classes = {(row["kind"], row["class"]): row for row in again if "class" in row}
-    if set(classes) != {(row["kind"], row["class"]) for row in rows if "class" in row}:
+    before = {(row["kind"], row["class"]): row for row in rows if "class" in row}
+    if not set(classes) <= set(before):
         raise ValueError("the file has other classes than the installed transformers: run the whole zoo again.")
     found = []
-    for row in rows:
-        cells = classes[row["kind"], row["class"]].get("cells", {}) if "class" in row else {}
-        found += (
-            [{**row, "cells": {**row["cells"], **cells}} if cells and "cells" in row else row]
-            if "class" in row
-            else []
-        )
+    for name, row in before.items():
+        cells = {key: cell for key, cell in row.get("cells", {}).items() if key not in keys}
+        cells |= classes.get(name, {}).get("cells", {})
+        found.append({**row, "cells": cells} if "cells" in row else row)
     counts: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         if "axis" in row:

@@ -12,9 +12,9 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_effi._files import StateFileError
+from hf_effi.trainers.grpo import resume as _grpo_resume
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
-from hf_effi.trainers.grpo.trainer import resume as _grpo_resume
 from tests.helpers import (
     assert_bitwise_equal,
     binary_hash_reward,
