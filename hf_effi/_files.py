@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def save_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
     try:
         write(part)
         for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
-            _sync(file)
+            sync(file)
         if path.is_dir() and not path.is_symlink():
             old = part.with_name(f"{part.name}_old")
             path.rename(old)  # a folder cannot be replaced in one step
@@ -58,7 +59,7 @@ def save_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
             os.replace(part, path)
     finally:
         _remove(part)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -121,10 +122,17 @@ def state_bytes(state: Any, whose: str) -> bytes:
     return buffer.getvalue()
 
 
+#: Takes a state that could be written later, while a checkpoint is made whose files go to the disk in the background.
+#: Returns whether it did.
+later: ContextVar[Callable[[Path, Any], bool] | None] = ContextVar("later", default=None)
+
+
 def save_state(path: str | Path, state: Any) -> None:
     """[`save_aside`] of a state by `torch.save`, without a check: for tensors that are large and known."""
     import torch
 
+    if (take := later.get()) is not None and take(Path(path), state):
+        return
     save_aside(path, lambda part: torch.save(state, part))
 
 
@@ -177,7 +185,7 @@ def missing_file(path: str | Path) -> StateFileError:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file, or the names in a folder, to the disk, where the system can."""
     try:
         number = os.open(path, os.O_RDONLY)

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
+
+#: attribute of a TrainerState: the folder in progress while a checkpoint is written aside. It is no field, so no
+#: checkpoint has it.
+_ASIDE = "_hf_effi_saving_into"
+
+
+@contextmanager
+def saving_into(state: TrainerState, folder: Path) -> Iterator[None]:
+    """Let [`run_folder`] give `folder` for a while: a checkpoint that is being written has not got its place yet."""
+    setattr(state, _ASIDE, folder)
+    try:
+        yield
+    finally:
+        delattr(state, _ASIDE)
 
 
 def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -19,9 +35,11 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     Raises:
         ValueError: a trial of a search, and no Trainer of this state has called.
     """
+    if (aside := getattr(state, _ASIDE, None)) is not None:
+        return aside
     if not state.is_hyper_param_search:
         return Path(args.output_dir)
-    trainer = _calling_trainer(state)
+    trainer = calling_trainer(state)
     if trainer is None:
         raise ValueError(
             "This run is a trial of a hyperparameter search, and the Trainer that runs it did not call the callback, "
@@ -31,7 +49,8 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(trainer._get_output_dir(trainer._trial))
 
 
-def _calling_trainer(state: TrainerState) -> Any:
+def calling_trainer(state: TrainerState) -> Any:
+    """Return the Trainer of a state among those who called this function, or `None`."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -27,7 +27,7 @@ from hf_effi import (
 )
 from hf_effi._files import StateFileError
 from hf_effi.samplers import ShuffledSampler
-from hf_effi.trainers.mixins._whole_checkpoint import check_checkpoint, first_broken
+from hf_effi.checkpoint.structure import check_checkpoint, first_broken
 from tests.helpers import (
     assert_bitwise_equal,
     grpo_args,

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ._whole_checkpoint import check_checkpoint
+from ...checkpoint.structure import check_checkpoint
 
 logger = logging.get_logger(__name__)
 

@@ -10,15 +10,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers.trainer import (
-    OPTIMIZER_NAME,
-    SCALER_NAME,
-    SCHEDULER_NAME,
-    TRAINER_STATE_NAME,
-)
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from .._files import CHECKPOINT_PREFIXES, StateFileError
 
-from ..._files import CHECKPOINT_PREFIXES, StateFileError
+# As transformers calls them. Named here since importing a Trainer takes seconds, and whoever only looks needs none.
+OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME = "optimizer.pt", "scheduler.pt", "scaler.pt"
+TRAINER_STATE_NAME = "trainer_state.json"
+PREFIX_CHECKPOINT_DIR = "checkpoint"
 
 #: what a Trainer reads when it resumes, as patterns; other files of a checkpoint are no concern of a resume
 _READ = (
@@ -85,8 +82,43 @@ def _broken(folder: Path) -> Iterator[str]:
         yield f"{TRAINER_STATE_NAME} is missing"
     elif (wrong := _wrong_json(state)) is not None:
         yield f"{TRAINER_STATE_NAME} {wrong}"
-    elif not isinstance(json.loads(state.read_text(encoding="utf-8")), dict):
+    elif not isinstance(found := json.loads(state.read_text(encoding="utf-8")), dict):
         yield f"{TRAINER_STATE_NAME} holds no state"
+    elif _step(folder) >= 0 and found.get("global_step") != _step(folder):
+        yield f"{TRAINER_STATE_NAME} is of update {found.get('global_step')!r}"
+    yield from _missing_halves(folder)
+
+
+def _missing_halves(folder: Path) -> Iterator[str]:
+    """
+    What a resume would go on without, in silence: stock then starts a fresh optimizer, scheduler or generator.
+
+    A checkpoint of `save_only_model=True` has none of the three. An engine keeps the optimizer in files of its own.
+    """
+    engine = [*folder.glob("optimizer.bin"), *folder.glob("optimizer_*"), *folder.glob("global_step*")]
+    found = {
+        OPTIMIZER_NAME: (folder / OPTIMIZER_NAME).is_file() or bool(engine),
+        SCHEDULER_NAME: (folder / SCHEDULER_NAME).is_file() or any(path.is_dir() for path in engine),
+        "rng_state.pth": any(folder.glob("rng_state*.pth")),
+    }
+    if any(found.values()):
+        yield from (f"{name} is missing" for name, there in found.items() if not there)
+
+
+def _missing_halves(folder: Path) -> Iterator[str]:
+    """
+    What a resume would go on without, in silence: stock then starts a fresh optimizer, scheduler or generator.
+
+    A checkpoint of `save_only_model=True` has none of the three. An engine keeps the optimizer in files of its own.
+    """
+    engine = [*folder.glob("optimizer.bin"), *folder.glob("optimizer_*"), *folder.glob("global_step*")]
+    found = {
+        OPTIMIZER_NAME: (folder / OPTIMIZER_NAME).is_file() or bool(engine),
+        SCHEDULER_NAME: (folder / SCHEDULER_NAME).is_file() or any(path.is_dir() for path in engine),
+        "rng_state.pth": any(folder.glob("rng_state*.pth")),
+    }
+    if any(found.values()):
+        yield from (f"{name} is missing" for name, there in found.items() if not there)
 
 
 def _wrong_json(path: Path) -> str | None:

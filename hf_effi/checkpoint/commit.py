@@ -1,0 +1,149 @@
+"""
+From a folder in progress to a checkpoint: write what is still in memory, force everything to the disk, seal, rename.
+
+Each moment at which a process can end leaves the older checkpoints as they were:
+
+1. `write`, `sync`: files of the folder in progress. Its name begins with a dot; nobody takes it for a checkpoint.
+2. `seal`: the manifest, written last into the folder in progress.
+3. `replace`: only where a checkpoint of this step exists already, it moves aside. [`repair_run_dir`] knows both.
+4. `rename`: one step of the file system. From here on the new checkpoint is the newest.
+5. `clean`, `rotate`: what is deleted gets a name with a dot first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .._files import sync
+from ._locks import lock
+from .folders import ASIDE, LOCK, REPLACED, rotate
+from .manifest import Digest, files_in, write_manifest
+from .staging import StagedFile
+
+Phase = Literal["write", "sync", "seal", "replace", "rename", "clean", "rotate"]
+
+
+@dataclass
+class Commit:
+    """
+    One checkpoint on its way to the disk.
+
+    Args:
+        run_dir (`Path`): Folder of the run.
+        step (`int`): The update it holds.
+        leader (`bool`): Whether this process seals and renames; the others only write files.
+        digest (`str`): Of the manifest.
+        facts (`dict`): For the manifest.
+        limit (`int`, *optional*): `save_total_limit`.
+        best (`Path`, *optional*): The best checkpoint, which a rotation leaves.
+        writes (`list[StagedFile]`): What is still in memory.
+        at (`Callable[[str], None]`): Is told each phase before it begins.
+    """
+
+    run_dir: Path
+    step: int
+    leader: bool = True
+    digest: Digest = "crc32"
+    facts: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    best: Path | None = None
+    writes: list[StagedFile] = field(default_factory=list)
+    at: Callable[[Phase], None] = lambda phase: None
+
+    @property
+    def aside(self) -> Path:
+        """The folder in progress, which holds the checkpoint under its own name."""
+        return self.run_dir / f"{ASIDE}{self.step}"
+
+    @property
+    def made(self) -> Path:
+        """Where the checkpoint is written."""
+        return self.aside / f"checkpoint-{self.step}"
+
+    @property
+    def final(self) -> Path:
+        """Where the checkpoint is found once it is whole."""
+        return self.run_dir / f"checkpoint-{self.step}"
+
+    def begin(self) -> None:
+        """Make an empty folder in progress. The leader calls it before anybody writes."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.made.mkdir(parents=True)
+
+    def finish(self) -> None:
+        """
+        Write what is in memory, force everything to the disk, seal, rename and rotate. The leader calls it once all
+        other processes have written their files.
+
+        Raises:
+            OSError: the disk did not take it. The older checkpoints are as they were, and the folder in progress is
+                gone. What else writing a file raises is passed on, after the same.
+        """
+        try:
+            with lock(self.aside / LOCK):
+                self.at("write")
+                for file in self.writes:
+                    file.write()
+                self.sync_files()
+                self._seal()
+                self._clean()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Delete the folder in progress."""
+        if self.leader:
+            shutil.rmtree(self.aside, ignore_errors=True)
+
+    def sync_files(self) -> None:
+        """Force every file of the folder in progress to the disk, and the names in it."""
+        self.at("sync")
+        for path in files_in(self.made):
+            sync(path)
+        for folder in (self.made, *(path for path in self.made.rglob("*") if path.is_dir())):
+            sync(folder)
+
+    def _seal(self) -> None:
+        self.at("seal")
+        self._take_along()
+        write_manifest(self.made, self.step, self.digest, self.facts)
+        sync(self.made)
+        replaced = self.aside / REPLACED / self.final.name
+        try:
+            if self.final.exists():
+                self.at("replace")
+                replaced.parent.mkdir()
+                os.rename(self.final, replaced)
+            self.at("rename")
+            os.rename(self.made, self.final)
+        except BaseException:
+            if replaced.exists() and not self.final.exists():
+                os.rename(replaced, self.final)
+            raise
+        sync(self.run_dir)
+
+    def _take_along(self) -> None:
+        """
+        Take what somebody has put under the checkpoint's name before it was there, such as a callback's `on_save`.
+        """
+        if not self.final.is_dir() or (self.final / "trainer_state.json").exists():
+            return
+        for path in sorted(files_in(self.final)):
+            target = self.made / path.relative_to(self.final)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(path, target)
+                sync(target)
+
+    def _clean(self) -> None:
+        self.at("clean")
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.at("rotate")
+        rotate(self.run_dir, self.limit, (self.best, self.final))

@@ -1,0 +1,348 @@
+"""`SafeCheckpointer`: a Trainer whose checkpoints are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import psutil
+from accelerate.utils import gather_object
+from transformers import Trainer
+from transformers.utils import logging
+
+from .capture import deferring, replaced, write_checkpoint
+from .commit import Commit, Phase
+from .folders import find_resumable
+from .manifest import Digest
+from .resume import AUTO, resolve_auto
+from .staging import Kind, NotCopyable, nbytes_of, stage
+from .writer import ProcessWriter, ThreadWriter, Writer
+
+logger = logging.get_logger(__name__)
+
+Mode = Literal["sync", "thread", "process"]
+OnError = Literal["raise", "warn"]
+#: attribute of a Trainer: the SafeCheckpointer that saves for it
+_ATTACHED = "_hf_effi_checkpointer"
+#: A state below this many bytes is written at once: a copy of it would save nothing.
+_SMALL = 1 << 10
+#: of the bytes that are to be copied; the rest is for whatever else needs memory meanwhile
+_ROOM = 1.2
+
+
+class SafeCheckpointer:
+    """
+    Makes the checkpoints of a Trainer crash-safe: each `checkpoint-N` is whole, on the disk, and can be checked.
+
+    A stock Trainer writes into `checkpoint-N` file by file. A process that ends in between leaves a folder that
+    `resume_from_checkpoint=True` takes for the newest checkpoint. Here the Trainer's own save writes into a folder
+    beside it, which is forced to the disk, sealed by a manifest with the length and a digest of each file, and renamed.
+    File names and contents are those of a stock checkpoint, and a stock Trainer can resume from it.
+
+    - At any moment a checkpoint that was whole stays so: the rotation of `save_total_limit` never deletes the last one
+      that is whole.
+    - `trainer.train(resume_from_checkpoint="auto")` takes the newest whole checkpoint, says what it skipped and why,
+      and starts fresh where there is none.
+    - Pushes to the Hub begin once the checkpoint has its name.
+    - A disk that is full, or a folder that cannot be written, ends in an error that names the newest whole checkpoint.
+
+    Works with every Trainer, those of TRL included, with PEFT, and with DDP, FSDP and DeepSpeed, whose own files are
+    part of the folder. With several nodes the folder is a shared one, or `save_on_each_node=True`.
+
+    Args:
+        mode (`str`, *optional*, defaults to `"sync"`): `"sync"` returns once the checkpoint is in place. `"thread"`
+            copies the state into host memory, which is kept from one save to the next, and goes on training while a
+            thread writes it; one checkpoint at a time, so that a save which comes before the last one is written waits
+            for it. `"process"` writes in a process of its own session, which finishes the checkpoint even if this
+            process is killed (Linux). Both need host memory for one state: weights and optimizer, for LoRA the
+            adapter's. Where less than 1.2 times that is free, the state is written at once, with a warning.
+        digest (`str`, *optional*, defaults to `"crc32"`): What the manifest holds of each file. `"crc32"` finds damage;
+            `"sha256"` also what somebody changed on purpose, and takes longer.
+        on_error (`str`, *optional*, defaults to `"raise"`): Whether a save that fails ends the run, or (`"warn"`) is
+            logged and the run goes on without this checkpoint.
+
+    Raises:
+        ValueError: an argument out of range, or `"process"` on a system without anonymous shared memory.
+
+    Example:
+    ```python
+    trainer = Trainer(model, args, train_dataset=rows)
+    SafeCheckpointer("thread").attach(trainer)
+    trainer.train(resume_from_checkpoint="auto")
+    ```
+    """
+
+    def __init__(self, mode: Mode = "sync", *, digest: Digest = "crc32", on_error: OnError = "raise") -> None:
+        for name, value, kind in (("mode", mode, Mode), ("digest", digest, Digest), ("on_error", on_error, OnError)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(kind)))}.")
+        if mode == "process" and not hasattr(os, "memfd_create"):
+            raise ValueError('mode="process" needs the anonymous shared memory of Linux. Use mode="thread".')
+        self.mode, self.digest, self.on_error = mode, digest, on_error
+        #: seconds that each save held up the training
+        self.stalls: list[float] = []
+        #: seconds that each checkpoint took until it had its name
+        self.writes: list[float] = []
+        self._writer: Writer | None = None
+        self._in_flight: Commit | None = None
+        self._when_written: list[Callable[[], None]] = []
+        self._trainer: Trainer | None = None
+        self._undo: list[Callable[[], None]] = []
+        #: files whose buffers are there
+        self._staged: set[str] = set()
+        self._run_dir = Path()
+        #: whether a checkpoint has been handed to the writer that nobody has waited for; the same on every process
+        self._saved_before = False
+        self._cause: Exception | None = None
+
+    @property
+    def trainer(self) -> Trainer:
+        """
+        The Trainer it saves for.
+
+        Raises:
+            ValueError: it is attached to none.
+        """
+        if self._trainer is None:
+            raise ValueError("This SafeCheckpointer is attached to no Trainer. Call attach(trainer) first.")
+        return self._trainer
+
+    def attach(self, trainer: Trainer) -> SafeCheckpointer:
+        """
+        Save for a Trainer from now on, and return itself.
+
+        Raises:
+            TypeError: `trainer` is no Trainer.
+            ValueError: another SafeCheckpointer saves for it already, or this one for another Trainer.
+        """
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"attach() takes a transformers.Trainer or a subclass, not {type(trainer).__name__}.")
+        if self._trainer is not None:
+            raise ValueError("This SafeCheckpointer is attached to a Trainer already. Make another one.")
+        if getattr(trainer, _ATTACHED, None) is not None:
+            raise ValueError("Another SafeCheckpointer saves for this Trainer already. Keep one.")
+        if self.mode != "sync" and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+            engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
+            raise ValueError(
+                f"mode={self.mode!r} does not write in the background under {engine}, whose own code writes the "
+                'sharded state. Use mode="sync": its checkpoints are as whole.'
+            )
+        self._trainer = trainer
+        seams: dict[str, Any] = {
+            _ATTACHED: self,
+            "train": self._train_of(trainer.train),
+            "_save_checkpoint": self._save_of(trainer._save_checkpoint),
+            "_finalize_training": self._finalize_of(trainer._finalize_training),
+        }
+        for name, value in seams.items():
+            context = replaced(trainer, name, value)
+            context.__enter__()
+            self._undo.append(lambda context=context: context.__exit__(None, None, None))
+        return self
+
+    def detach(self) -> None:
+        """Let the Trainer save as it did before, once what is being written is in place."""
+        if self._trainer is not None:
+            self.wait()
+            self._close()
+        while self._undo:
+            self._undo.pop()()
+        self._trainer = None
+
+    def wait(self) -> None:
+        """
+        Wait until the checkpoint that is being written is in place. Every process calls it, or none.
+
+        Raises:
+            OSError: it could not be saved.
+        """
+        commit, self._in_flight = self._in_flight, None
+        if self.mode == "sync" or not self._saved_before:
+            return
+        self._saved_before = False
+        leads = commit is not None and self._writer is not None
+        if (problem := self._together(self._writer.wait if leads else _nothing)) is not None:
+            self._when_written.clear()
+            return self._failed(commit or self._commit(self._run_dir), problem)
+        if leads:
+            self.writes.append(self._writer.seconds)
+        waiting, self._when_written = self._when_written, []
+        control = self.trainer.control
+        saving, control.should_save = control.should_save, False  # of another checkpoint than the one that is pushed
+        try:
+            for run in waiting:
+                run()
+        finally:
+            control.should_save = saving
+
+    def when_written(self, run: Callable[[], None]) -> None:
+        """Call `run` once the newest checkpoint has its name: now, or when training next waits for the writer."""
+        if self._in_flight is None:
+            run()
+        else:
+            self._when_written.append(run)
+
+    # ---- what stands in for the Trainer's methods ----
+
+    def _train_of(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        def safe_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+            if resume_from_checkpoint == AUTO:
+                resume_from_checkpoint = resolve_auto(self.trainer)
+            try:
+                return train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self._close()
+
+        return safe_train
+
+    def _finalize_of(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
+        def safe_finalize_training(*args: Any, **kwargs: Any) -> Any:
+            self.wait()  # before the best checkpoint is loaded, and before the last one is deleted
+            return finalize(*args, **kwargs)
+
+        return safe_finalize_training
+
+    def _save_of(self, save: Callable[..., None]) -> Callable[..., None]:
+        def safe_save_checkpoint(model: Any, trial: Any) -> None:
+            began = time.monotonic()
+            self._save(lambda: save(model, trial), Path(self.trainer._get_output_dir(trial=trial)))
+            self.stalls.append(time.monotonic() - began)
+
+        return safe_save_checkpoint
+
+    def _save(self, save: Callable[[], None], run_dir: Path) -> None:
+        self.wait()
+        trainer, leader = self.trainer, self.trainer.args.should_save
+        commit = self._commit(run_dir)
+        pushes: list[str] = []
+
+        def write() -> None:
+            with self._deferring(commit) if leader and self.mode != "sync" else nullcontext():
+                pushes.extend(write_checkpoint(trainer, save, commit.aside, commit.made, commit.final, leader))
+            if not leader:
+                commit.sync_files()  # each machine forces what it wrote itself
+
+        def finish() -> None:
+            if self.mode == "sync":
+                commit.finish()
+                self.writes.append(time.monotonic() - began)
+            else:
+                self._writer.submit(commit)
+
+        began = time.monotonic()
+        for step in (commit.begin, None), (write, write), (finish, None):
+            if (problem := self._together(step[0] if leader else step[1] or _nothing)) is not None:
+                commit.abandon()
+                return self._failed(commit, problem)
+        self._run_dir, self._saved_before = run_dir, True
+        self._in_flight = commit if self.mode != "sync" else None
+        for _ in pushes:
+            self.when_written(lambda: trainer._push_from_checkpoint(str(commit.final)))
+        if not trainer.is_in_train:
+            self.wait()
+
+    def _deferring(self, commit: Commit) -> AbstractContextManager[None]:
+        if self._writer is None:
+            self._writer = ThreadWriter() if self.mode == "thread" else ProcessWriter()
+        writer = self._writer
+
+        def take(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None) -> bool:
+            try:
+                nbytes = nbytes_of(content)
+                if nbytes < _SMALL or not self._has_room(path.name, nbytes):
+                    return False
+                commit.writes.append(stage(path, kind, content, metadata, writer.buffers))
+            except NotCopyable:
+                return False
+            return True
+
+        return deferring(commit.made, take)
+
+    def _has_room(self, name: str, nbytes: int) -> bool:
+        if name in self._staged:
+            return True  # in buffers that are there
+        free = psutil.virtual_memory().available
+        if free < _ROOM * nbytes:
+            logger.warning_once(
+                f"A copy of {name} needs {nbytes / 2**30:.1f} GiB of host memory, and {free / 2**30:.1f} GiB are free: "
+                f"it is written at once, which holds up the training as in mode='sync'."
+            )
+            return False
+        self._staged.add(name)
+        return True
+
+    def _close(self) -> None:
+        """Give threads, processes and memory back, once what they write is in place."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._staged.clear()
+
+    def _commit(self, run_dir: Path) -> Commit:
+        trainer = self.trainer
+        args, state = trainer.args, trainer.state
+        facts = {
+            "world_size": args.world_size,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        }
+        best = state.best_global_step
+        return Commit(
+            run_dir,
+            state.global_step,
+            leader=args.should_save,
+            digest=self.digest,
+            facts=facts,
+            limit=args.save_total_limit,
+            best=run_dir / f"checkpoint-{best}" if best else None,
+            at=self.at,
+        )
+
+    def at(self, phase: Phase) -> None:
+        """Is called before each phase of a commit; for tests, and for who wants to time them."""
+
+    def _together(self, step: Callable[[], None]) -> str | None:
+        """Run a step on this process, and return what went wrong on any of them."""
+        problem: str | None = None
+        cause: Exception | None = None
+        try:
+            step()
+        except Exception as error:
+            cause = error
+            problem = f"{type(error).__name__}: {error}"
+        if self.trainer.args.world_size > 1:
+            told = gather_object([problem])
+            problem = next((f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None), None)
+        self._cause = cause
+        return problem
+
+    def _failed(self, commit: Commit, problem: str) -> None:
+        whole = find_resumable(commit.run_dir, "size").path
+        rest = (
+            f"The newest whole checkpoint is {whole}."
+            if whole is not None
+            else f"No whole checkpoint is in {commit.run_dir} so far."
+        )
+        free = shutil.disk_usage(commit.run_dir).free if commit.run_dir.exists() else 0
+        text = (
+            f"{commit.final.name} could not be saved ({problem}); what was there before is untouched. {rest} "
+            f"{commit.run_dir} has {free / 2**30:.2f} GiB free. Make room or give another output_dir, then "
+            'trainer.train(resume_from_checkpoint="auto").'
+        )
+        if self.on_error == "raise":
+            raise OSError(text) from self._cause
+        logger.error(f"{text} The run goes on without it.")
+
+
+def _nothing() -> None:
+    """What a process does that does not lead."""
+
+
+def attached_to(trainer: Trainer) -> SafeCheckpointer | None:
+    """Return the [`SafeCheckpointer`] that saves for a Trainer, or `None`."""
+    return getattr(trainer, _ATTACHED, None)
