@@ -40,6 +40,11 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
 
 #: Commands of their own module, with the same two functions, help and example.
 MODULES: dict[str, tuple[str, str, str]] = {
+    "checkpoint": (
+        "hf_effi.checkpoint.command",
+        "which checkpoints of a run are whole, which are not and why; put a folder in order after a crash",
+        "hf-effi checkpoint list out/        hf-effi checkpoint verify out/checkpoint-40 --json",
+    ),
     "preview-order": (
         "hf_effi.report.preview_order",
         "what a curriculum would serve, without training",

@@ -25,6 +25,7 @@ _PUBLIC = {
     "RandomLTDCallback": "hf_effi.callbacks.random_ltd",
     "ReptileCallback": "hf_effi.callbacks.reptile",
     "RunRecordCallback": "hf_effi.callbacks.run_record",
+    "SafeCheckpointCallback": "hf_effi.callbacks.safe_checkpoint",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
     "TrainDoctor": "hf_effi.callbacks.doctor",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .random_ltd import RandomLTDCallback as RandomLTDCallback
     from .reptile import ReptileCallback as ReptileCallback
     from .run_record import RunRecordCallback as RunRecordCallback
+    from .safe_checkpoint import SafeCheckpointCallback as SafeCheckpointCallback
     from .sampler import SamplerCallback as SamplerCallback
     from .weight_averaging import WeightAveragingCallback as WeightAveragingCallback
 

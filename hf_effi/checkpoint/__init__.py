@@ -1,4 +1,4 @@
-"""What is read and made from checkpoints: averages, and exact copies of a training state."""
+"""Checkpoints: saved safely, checked, found again, averaged; and exact copies of a training state."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ from .._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
+    "CheckpointReport": "hf_effi.checkpoint.manifest",
+    "Resumable": "hf_effi.checkpoint.folders",
+    "SafeCheckpointer": "hf_effi.checkpoint.safe",
     "average_checkpoints": "hf_effi.checkpoint.average",
+    "find_resumable": "hf_effi.checkpoint.folders",
+    "list_checkpoints": "hf_effi.checkpoint.folders",
+    "repair_run_dir": "hf_effi.checkpoint.folders",
     "restore_snapshot": "hf_effi.checkpoint.snapshot",
     "take_snapshot": "hf_effi.checkpoint.snapshot",
+    "verify_checkpoint": "hf_effi.checkpoint.manifest",
     "written_in_probe": "hf_effi.checkpoint.probes",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .average import average_checkpoints as average_checkpoints
+    from .folders import Resumable as Resumable
+    from .folders import find_resumable as find_resumable
+    from .folders import list_checkpoints as list_checkpoints
+    from .folders import repair_run_dir as repair_run_dir
+    from .manifest import CheckpointReport as CheckpointReport
+    from .manifest import verify_checkpoint as verify_checkpoint
     from .probes import written_in_probe as written_in_probe
+    from .safe import SafeCheckpointer as SafeCheckpointer
     from .snapshot import restore_snapshot as restore_snapshot
     from .snapshot import take_snapshot as take_snapshot
 

@@ -1,4 +1,4 @@
-"""A Trainer's own save, led into a folder in progress. Nothing of it is copied: what it writes is what a stock one writes."""
+"""A Trainer's own save, led into a folder in progress: what it writes is what a stock Trainer writes."""
 
 from __future__ import annotations
 

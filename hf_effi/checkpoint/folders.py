@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: listed, searched for the newest whole one, rotated, and put in order after a crash."""
+"""The checkpoints of a run on disk: listed, searched for the newest whole one, rotated, repaired after a crash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ._locks import lock, locked_elsewhere
-from .manifest import CheckpointReport, Level, step_of, verify_checkpoint
+from .manifest import CheckpointReport, Level, verify_checkpoint
+from .structure import step_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def list_checkpoints(run_dir: str | Path, level: Level = "size") -> list[Checkpo
     Return a report of each checkpoint of a run, the oldest first.
 
     Args:
-        run_dir (`str` or `Path`): The `output_dir` of a run. One without checkpoints, or that does not exist, has none.
+        run_dir (`str` or `Path`): The `output_dir` of a run; one that does not exist has none.
         level (`str`, *optional*, defaults to `"size"`): As in [`verify_checkpoint`].
     """
     return [verify_checkpoint(path, level) for path in checkpoints_in(run_dir)]
@@ -177,8 +178,8 @@ def _nobody_writes(aside: Path, wait_seconds: float) -> Iterator[None]:
     while locked_elsewhere(aside / LOCK):
         if time.monotonic() > end:
             raise TimeoutError(
-                f"Somebody has been writing to {aside} for {wait_seconds:.0f} seconds. If it is another run, give this "
-                "one an output_dir of its own; if it is a writer that hangs, end that process."
+                f"Somebody has been writing to {aside} for {wait_seconds:.0f} seconds. If it is another run, give "
+                "this one an output_dir of its own; if it is a writer that hangs, end that process."
             )
         if not told:
             logger.warning(f"A writer is finishing a checkpoint in {aside}: waiting for it.")

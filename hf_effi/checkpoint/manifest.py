@@ -20,7 +20,7 @@ from typing import Any, Literal
 from .._compat import CORE_PACKAGES, version_of
 from .._files import save_json
 from .._version import __version__
-from .structure import first_broken
+from .structure import first_broken, step_of
 
 Digest = Literal["crc32", "sha256"]
 #: "size" compares lengths and the structure of each file, in milliseconds; "content" reads every byte.
@@ -169,12 +169,6 @@ def verify_checkpoint(path: str | Path, level: Level = "content") -> CheckpointR
     if manifest is not None:
         problem = _against(folder, step, manifest, level)
     return CheckpointReport(folder, step, manifest is not None, problem or first_broken(folder), level, size)
-
-
-def step_of(folder: Path) -> int:
-    """Return N of `checkpoint-N`, and -1 for another name."""
-    number = folder.name.removeprefix("checkpoint-")
-    return int(number) if number != folder.name and number.isascii() and number.isdigit() else -1
 
 
 def _against(folder: Path, step: int, manifest: dict[str, Any], level: Level) -> str | None:

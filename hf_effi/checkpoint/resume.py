@@ -9,8 +9,10 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.utils import logging
 
-from .folders import checkpoints_in, repair_run_dir
-from .manifest import Level, step_of, verify_checkpoint
+from .._files import StateFileError
+from .folders import checkpoints_in, find_resumable, repair_run_dir
+from .manifest import Level, verify_checkpoint
+from .structure import OPTIMIZER_NAME, has_optimizer, step_of
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +52,43 @@ def resolve_auto(trainer: Trainer, level: Level = "content") -> str | None:
     if trainer.is_world_process_zero():
         _tell(run_dir, chosen, repaired, skipped)
     return None if chosen is None else str(chosen)
+
+
+def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:
+    """
+    Raise where a resume from this checkpoint would stop at a file that is not whole, or go on without one in silence.
+
+    Lengths and the structure of each file are looked at, in milliseconds.
+
+    Args:
+        folder (`str` or `Path`): A `checkpoint-N`. What is no folder is left to the Trainer.
+        fresh_optimizer (`bool`, *optional*, defaults to `False`): Whether a checkpoint of weights alone is meant to be
+            continued with a fresh optimizer (`args.save_only_model`).
+
+    Raises:
+        StateFileError: names the file, what is wrong with it, and the newest whole checkpoint beside this one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    problem = verify_checkpoint(folder, "size").problem
+    if problem is None and not fresh_optimizer and not has_optimizer(folder):
+        raise StateFileError(
+            f"{folder} holds weights and no {OPTIMIZER_NAME}: a stock Trainer would go on with a fresh optimizer, "
+            "scheduler and random state. If that is meant, set save_only_model=True, or load the weights by "
+            "from_pretrained and start a new run; if not, resume from another checkpoint."
+        )
+    if problem is None:
+        return
+    whole = find_resumable(folder.parent, "size").path
+    advice = (
+        f"Resume from the newest whole checkpoint: resume_from_checkpoint={str(whole)!r}."
+        if whole is not None
+        else f"No other checkpoint in {folder.parent} is whole: start the run again."
+    )
+    raise StateFileError(
+        f"{folder} is no whole checkpoint, as where a process was killed inside of a save: {problem}. {advice}"
+    )
 
 
 def _gather(trainer: Trainer, value: Any) -> list[Any]:

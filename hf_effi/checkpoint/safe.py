@@ -30,7 +30,7 @@ OnError = Literal["raise", "warn"]
 #: attribute of a Trainer: the SafeCheckpointer that saves for it
 _ATTACHED = "_hf_effi_checkpointer"
 #: A state below this many bytes is written at once: a copy of it would save nothing.
-_SMALL = 1 << 10
+_SMALL = 1 << 20
 #: of the bytes that are to be copied; the rest is for whatever else needs memory meanwhile
 _ROOM = 1.2
 
@@ -41,8 +41,8 @@ class SafeCheckpointer:
 
     A stock Trainer writes into `checkpoint-N` file by file. A process that ends in between leaves a folder that
     `resume_from_checkpoint=True` takes for the newest checkpoint. Here the Trainer's own save writes into a folder
-    beside it, which is forced to the disk, sealed by a manifest with the length and a digest of each file, and renamed.
-    File names and contents are those of a stock checkpoint, and a stock Trainer can resume from it.
+    beside it, which is forced to the disk, sealed by a manifest with the length and a digest of each file, and
+    renamed. File names and contents are those of a stock checkpoint, and a stock Trainer can resume from it.
 
     - At any moment a checkpoint that was whole stays so: the rotation of `save_total_limit` never deletes the last one
       that is whole.
@@ -61,8 +61,8 @@ class SafeCheckpointer:
             for it. `"process"` writes in a process of its own session, which finishes the checkpoint even if this
             process is killed (Linux). Both need host memory for one state: weights and optimizer, for LoRA the
             adapter's. Where less than 1.2 times that is free, the state is written at once, with a warning.
-        digest (`str`, *optional*, defaults to `"crc32"`): What the manifest holds of each file. `"crc32"` finds damage;
-            `"sha256"` also what somebody changed on purpose, and takes longer.
+        digest (`str`, *optional*, defaults to `"crc32"`): What the manifest holds of each file. `"crc32"` finds
+            damage; `"sha256"` also what somebody changed on purpose, and takes longer.
         on_error (`str`, *optional*, defaults to `"raise"`): Whether a save that fails ends the run, or (`"warn"`) is
             logged and the run goes on without this checkpoint.
 
@@ -99,6 +99,11 @@ class SafeCheckpointer:
         #: whether a checkpoint has been handed to the writer that nobody has waited for; the same on every process
         self._saved_before = False
         self._cause: Exception | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it saves for a Trainer."""
+        return self._trainer is not None
 
     @property
     def trainer(self) -> Trainer:
@@ -269,8 +274,8 @@ class SafeCheckpointer:
         free = psutil.virtual_memory().available
         if free < _ROOM * nbytes:
             logger.warning_once(
-                f"A copy of {name} needs {nbytes / 2**30:.1f} GiB of host memory, and {free / 2**30:.1f} GiB are free: "
-                f"it is written at once, which holds up the training as in mode='sync'."
+                f"A copy of {name} needs {nbytes / 2**30:.1f} GiB of host memory, and {free / 2**30:.1f} GiB are "
+                "free: it is written at once, which holds up the training as mode='sync' does."
             )
             return False
         self._staged.add(name)

@@ -1,5 +1,6 @@
 """
-Whether a checkpoint was written to its end: what a process that was killed inside of a save leaves is told by name.
+Whether the files of a checkpoint are whole, from their structure alone: headers and what they say of the length, a
+directory at the end, JSON that ends. Milliseconds for any size.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._files import CHECKPOINT_PREFIXES, StateFileError
+from .._files import CHECKPOINT_PREFIXES
 
 # As transformers calls them. Named here since importing a Trainer takes seconds, and whoever only looks needs none.
 OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME = "optimizer.pt", "scheduler.pt", "scaler.pt"
@@ -32,34 +33,6 @@ _READ = (
     "rng_state*.pth",
     *(f"{prefix}*{ending}" for prefix in CHECKPOINT_PREFIXES for ending in (".pt", ".json")),
 )
-
-
-def check_checkpoint(folder: str | Path) -> None:
-    """
-    Raise where a resume from this checkpoint would stop at a file that is not whole.
-
-    Only the structure of each file is looked at, in milliseconds for any size: a header and what it says of the
-    length, a directory at the end, JSON that ends.
-
-    Args:
-        folder (`str` or `Path`): A `checkpoint-N`. What is no folder is left to the Trainer.
-
-    Raises:
-        StateFileError: names the file, what is wrong with it, and the newest whole checkpoint beside this one.
-    """
-    folder = Path(folder)
-    if not folder.is_dir() or (broken := first_broken(folder)) is None:
-        return
-    others = sorted(_checkpoints_beside(folder), key=_step, reverse=True)
-    whole = next((other for other in others if first_broken(other) is None), None)
-    advice = (
-        f"Resume from the newest whole checkpoint: resume_from_checkpoint={str(whole)!r}."
-        if whole is not None
-        else f"No other checkpoint in {folder.parent} is whole: start the run again."
-    )
-    raise StateFileError(
-        f"{folder} is no whole checkpoint, as where a process was killed inside of a save: {broken}. {advice}"
-    )
 
 
 def first_broken(folder: Path) -> str | None:
@@ -84,37 +57,31 @@ def _broken(folder: Path) -> Iterator[str]:
         yield f"{TRAINER_STATE_NAME} {wrong}"
     elif not isinstance(found := json.loads(state.read_text(encoding="utf-8")), dict):
         yield f"{TRAINER_STATE_NAME} holds no state"
-    elif _step(folder) >= 0 and found.get("global_step") != _step(folder):
+    elif (step := step_of(folder)) >= 0 and found.get("global_step") != step:
         yield f"{TRAINER_STATE_NAME} is of update {found.get('global_step')!r}"
     yield from _missing_halves(folder)
 
 
-def _missing_halves(folder: Path) -> Iterator[str]:
-    """
-    What a resume would go on without, in silence: stock then starts a fresh optimizer, scheduler or generator.
+def has_optimizer(folder: Path) -> bool:
+    """Return whether a checkpoint holds the state of an optimizer, its own or an engine's."""
+    return (folder / OPTIMIZER_NAME).is_file() or bool(_of_an_engine(folder))
 
-    A checkpoint of `save_only_model=True` has none of the three. An engine keeps the optimizer in files of its own.
-    """
-    engine = [*folder.glob("optimizer.bin"), *folder.glob("optimizer_*"), *folder.glob("global_step*")]
-    found = {
-        OPTIMIZER_NAME: (folder / OPTIMIZER_NAME).is_file() or bool(engine),
-        SCHEDULER_NAME: (folder / SCHEDULER_NAME).is_file() or any(path.is_dir() for path in engine),
-        "rng_state.pth": any(folder.glob("rng_state*.pth")),
-    }
-    if any(found.values()):
-        yield from (f"{name} is missing" for name, there in found.items() if not there)
+
+def _of_an_engine(folder: Path) -> list[Path]:
+    """Return the files and folders in which FSDP and DeepSpeed keep the optimizer."""
+    return [*folder.glob("optimizer.bin"), *folder.glob("optimizer_*"), *folder.glob("global_step*")]
 
 
 def _missing_halves(folder: Path) -> Iterator[str]:
     """
     What a resume would go on without, in silence: stock then starts a fresh optimizer, scheduler or generator.
 
-    A checkpoint of `save_only_model=True` has none of the three. An engine keeps the optimizer in files of its own.
+    A checkpoint of `save_only_model=True` has none of the three. DeepSpeed keeps the scheduler with the optimizer.
     """
-    engine = [*folder.glob("optimizer.bin"), *folder.glob("optimizer_*"), *folder.glob("global_step*")]
+    deepspeed = any(path.is_dir() and path.name.startswith("global_step") for path in _of_an_engine(folder))
     found = {
-        OPTIMIZER_NAME: (folder / OPTIMIZER_NAME).is_file() or bool(engine),
-        SCHEDULER_NAME: (folder / SCHEDULER_NAME).is_file() or any(path.is_dir() for path in engine),
+        OPTIMIZER_NAME: has_optimizer(folder),
+        SCHEDULER_NAME: (folder / SCHEDULER_NAME).is_file() or deepspeed,
         "rng_state.pth": any(folder.glob("rng_state*.pth")),
     }
     if any(found.values()):
@@ -166,12 +133,7 @@ def _missing_shards(index: Path) -> Iterator[str]:
             yield f"{name} is missing, which {index.name} names"
 
 
-def _checkpoints_beside(folder: Path) -> Iterator[Path]:
-    for other in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if other.is_dir() and other.name != folder.name and _step(other) >= 0:
-            yield other
-
-
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Return N of `checkpoint-N`, and -1 for another name."""
     number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-    return int(number) if number.isascii() and number.isdigit() else -1
+    return int(number) if number != folder.name and number.isascii() and number.isdigit() else -1

@@ -103,7 +103,7 @@ class ProcessWriter:
         self._running: Commit | None = None
 
     def start(self) -> None:
-        """Start the process, which takes some seconds to be ready; whoever submits before that does not wait for it."""
+        """Start the process. It takes some seconds to be ready, for which whoever submits does not wait."""
         if self._process is not None:
             return
         ours, theirs = socket.socketpair()

@@ -13,6 +13,7 @@ from ..callbacks._observer import describe
 from ..callbacks._owners import OwningCallback, Role
 from ..callbacks._probing import holds_training_weights
 from ..callbacks._run_folder import run_folder
+from ..checkpoint.safe import attached_to
 from .publish import make_room_for_card, push_checkpoint, uploader_for, write_section
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,12 @@ class HubCallback(OwningCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not holds_training_weights(state):
             return  # a checkpoint that somebody asked for inside of a probe can be resumed, and is no model to publish
-        self._push(args, state, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "Training in progress")
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        checkpointer = attached_to(self.trainer)
+        if checkpointer is None:
+            self._push(args, state, name, "Training in progress")
+        else:  # which may still be writing it
+            checkpointer.when_written(lambda: self._push(args, state, name, "Training in progress"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,20 +10,29 @@ from .mixins.hub import HubArguments, HubMixin
 from .mixins.kernel_patch import KernelArguments, KernelPatchMixin, layers_from_config
 from .mixins.resume import ResumeMixin
 from .mixins.run_record import RunRecordArguments, RunRecordMixin
+from .mixins.safe_checkpoint import SafeCheckpointArguments, SafeCheckpointMixin
 from .mixins.sampler import SamplerMixin
 from .mixins.schedule import ScheduleArguments, ScheduleMixin
 from .mixins.sequence_parallel import SequenceParallelArguments, SequenceParallelMixin, resolve_size
 
 
 @dataclass
-class EffiArguments(KernelArguments, HubArguments, RunRecordArguments, ScheduleArguments, SequenceParallelArguments):
+class EffiArguments(
+    KernelArguments,
+    HubArguments,
+    RunRecordArguments,
+    SafeCheckpointArguments,
+    ScheduleArguments,
+    SequenceParallelArguments,
+):
     """
     The fields that every Effi config gains: `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`,
-    `sequence_parallel_size`, `kernel_patch`, `run_record` and `hub_wait_seconds`.
+    `sequence_parallel_size`, `kernel_patch`, `run_record`, `hub_wait_seconds` and `safe_checkpoints`.
     """
 
 
 class EffiMixin(
+    SafeCheckpointMixin,
     ResumeMixin,
     AttentionCheckMixin,
     KernelPatchMixin,

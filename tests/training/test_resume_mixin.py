@@ -26,8 +26,9 @@ from hf_effi import (
     WeightAveragingCallback,
 )
 from hf_effi._files import StateFileError
+from hf_effi.checkpoint.resume import check_checkpoint
+from hf_effi.checkpoint.structure import first_broken
 from hf_effi.samplers import ShuffledSampler
-from hf_effi.checkpoint.structure import check_checkpoint, first_broken
 from tests.helpers import (
     assert_bitwise_equal,
     grpo_args,

@@ -18,6 +18,8 @@ _PUBLIC = {
     "ResumeMixin": "hf_effi.trainers.mixins.resume",
     "RunRecordArguments": "hf_effi.trainers.mixins.run_record",
     "RunRecordMixin": "hf_effi.trainers.mixins.run_record",
+    "SafeCheckpointArguments": "hf_effi.trainers.mixins.safe_checkpoint",
+    "SafeCheckpointMixin": "hf_effi.trainers.mixins.safe_checkpoint",
     "SamplerMixin": "hf_effi.trainers.mixins.sampler",
     "ScheduleArguments": "hf_effi.trainers.mixins.schedule",
     "ScheduleMixin": "hf_effi.trainers.mixins.schedule",
@@ -37,6 +39,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .resume import ResumeMixin as ResumeMixin
     from .run_record import RunRecordArguments as RunRecordArguments
     from .run_record import RunRecordMixin as RunRecordMixin
+    from .safe_checkpoint import SafeCheckpointArguments as SafeCheckpointArguments
+    from .safe_checkpoint import SafeCheckpointMixin as SafeCheckpointMixin
     from .sampler import SamplerMixin as SamplerMixin
     from .schedule import ScheduleArguments as ScheduleArguments
     from .schedule import ScheduleMixin as ScheduleMixin

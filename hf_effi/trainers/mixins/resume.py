@@ -9,7 +9,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ...checkpoint.structure import check_checkpoint
+from ...checkpoint.resume import AUTO, check_checkpoint, resolve_auto
 
 logger = logging.get_logger(__name__)
 
@@ -18,7 +18,8 @@ class ResumeMixin:
     """
     Overrides `train` and the passes of a Trainer. Put it before the Trainer class.
 
-    A process that is killed inside of a save leaves a checkpoint that stock stops at with an error of whoever reads
+    `resume_from_checkpoint="auto"` takes the newest whole checkpoint and starts fresh where there is none. A process
+    that is killed inside of a save leaves a checkpoint that stock stops at with an error of whoever reads
     the file. And a run that had reached its end trains one more update in stock each time that it is resumed inside of
     a pass, so that a job that restarts by itself drifts.
     """
@@ -26,12 +27,14 @@ class ResumeMixin:
     _at_its_end = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint == AUTO:
+            resume_from_checkpoint = resolve_auto(self)
         if resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint is not None:  # else stock says that there is none
-                check_checkpoint(checkpoint)
+                check_checkpoint(checkpoint, self.args.save_only_model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:

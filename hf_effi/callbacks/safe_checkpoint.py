@@ -1,0 +1,62 @@
+"""`SafeCheckpointCallback`: crash-safe checkpoints of a stock Trainer, by one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..checkpoint.safe import Digest, Mode, OnError, SafeCheckpointer, attached_to
+from ._owners import OwningCallback, Role
+from ._run_folder import calling_trainer
+
+
+class SafeCheckpointCallback(OwningCallback):
+    """
+    Attaches a [`SafeCheckpointer`] to the Trainer that it is given to.
+
+    It is the same as `SafeCheckpointer(...).attach(trainer)`. Given to the Trainer when that is built, it also makes
+    `trainer.train(resume_from_checkpoint="auto")` work; added later, from the next training on.
+
+    Args:
+        mode, digest, on_error: Of [`SafeCheckpointer`].
+
+    Raises:
+        ValueError: an argument out of range; or, when the Trainer is built, a second one for the same Trainer.
+
+    Example:
+    ```python
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[SafeCheckpointCallback()])
+    trainer.train(resume_from_checkpoint="auto")
+    ```
+    """
+
+    role = Role("checkpoints", "Two callbacks want to save the checkpoints", "Keep one.")
+
+    def __init__(self, mode: Mode = "sync", *, digest: Digest = "crc32", on_error: OnError = "raise") -> None:
+        self._arguments: dict[str, Any] = {"mode": mode, "digest": digest, "on_error": on_error}
+        self.checkpointer = SafeCheckpointer(**self._arguments)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_init_end(args, state, control, **kwargs)
+        self._attach(state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._attach(state)
+
+    def _attach(self, state: TrainerState) -> None:
+        trainer = calling_trainer(state)
+        if trainer is None:
+            raise ValueError(
+                "SafeCheckpointCallback was called by no Trainer. Call SafeCheckpointer().attach(trainer) instead."
+            )
+        if attached_to(trainer) is self.checkpointer:
+            return
+        if self.checkpointer.is_attached:  # to another Trainer, which keeps it
+            self.checkpointer = SafeCheckpointer(**self._arguments)
+        self.checkpointer.attach(trainer)

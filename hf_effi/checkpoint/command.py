@@ -1,0 +1,93 @@
+"""`hf-effi checkpoint list | verify | repair`: which checkpoints of a run are whole, which are not, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .._untrusted import one_line
+from .folders import list_checkpoints, repair_run_dir
+from .manifest import CheckpointReport, verify_checkpoint
+from .structure import step_of
+
+_HELP = {
+    "list": "each checkpoint of a run, and whether it is whole by lengths and structure of its files (milliseconds)",
+    "verify": "the same, or for one checkpoint, reading every byte; ends with 1 where one is not whole",
+    "repair": "put a folder in order after a crash: finish what was complete, delete what was not",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sub-commands and their options."""
+    commands = parser.add_subparsers(dest="action", metavar="{list,verify,repair}", required=True)
+    for name, text in _HELP.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        what = "output_dir of a run" + (", or a checkpoint-N in it" if name == "verify" else "")
+        command.add_argument("folder", type=Path, help=what)
+        command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one sub-command and return its exit code."""
+    if not args.folder.is_dir():
+        print(f"There is no folder {str(args.folder)!r}.", file=sys.stderr)
+        return 1
+    if args.action == "repair":
+        done = repair_run_dir(args.folder)
+        print(json.dumps({"done": done}) if args.json else "\n".join(done) or "Nothing to repair.")
+        return 0
+    if args.action == "verify" and step_of(args.folder) >= 0:
+        reports = [verify_checkpoint(args.folder)]
+    else:
+        reports = list_checkpoints(args.folder, "content" if args.action == "verify" else "size")
+    if args.json:
+        print(json.dumps([as_json(report) for report in reports], indent=1))
+    else:
+        print(table(reports) if reports else f"No checkpoint in {args.folder}.")
+    return int(args.action == "verify" and not all(report.whole for report in reports))
+
+
+def as_json(report: CheckpointReport) -> dict[str, Any]:
+    """Return a report in plain values."""
+    return {
+        "path": str(report.path),
+        "step": report.step,
+        "whole": report.whole,
+        "sealed": report.sealed,
+        "problem": report.problem,
+        "bytes": report.size,
+        "level": report.level,
+    }
+
+
+def table(reports: Sequence[CheckpointReport]) -> str:
+    """Return one line per checkpoint, the columns lined up, and a line that says which one a resume would take."""
+    rows = [("checkpoint", "size", "manifest", "state")]
+    for report in reports:
+        state = "whole" if report.whole else one_line(f"broken: {report.problem}")
+        rows.append((one_line(report.path.name), _size(report.size), "yes" if report.sealed else "no", state))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+    ]
+    newest = next((report.path.name for report in reversed(reports) if report.whole), None)
+    lines.append("")
+    lines.append(
+        'No whole checkpoint: resume_from_checkpoint="auto" starts fresh.'
+        if newest is None
+        else f'resume_from_checkpoint="auto" would take {one_line(newest)}.'
+    )
+    if any(not report.sealed for report in reports):
+        lines.append("Without a manifest only the structure of the files can be looked at: no flipped bit is found.")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << bits:
+            return f"{count / (1 << bits):.1f} {unit}"
+    return f"{count} B"
