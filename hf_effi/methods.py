@@ -6,7 +6,7 @@ Docs, `hf-effi list` and the contract tests read it. Nothing dispatches on it.
 
 from __future__ import annotations
 
-from ._methods import data, kernels, long_sequences, observers, rejected, rollouts, schedules
+from ._methods import checkpoints, data, kernels, long_sequences, observers, rejected, rollouts, schedules
 from ._methods.row import GOALS, Goal, Kind, Method, Status
 
 __all__ = ["GOALS", "METHODS", "Goal", "Kind", "Method", "Status", "find_method", "methods_by_goal"]
@@ -20,6 +20,7 @@ METHODS: tuple[Method, ...] = (
     *data.ROWS,
     *long_sequences.ROWS,
     *kernels.ROWS,
+    *checkpoints.ROWS,
     *observers.ROWS,
     *rejected.ROWS,
 )

@@ -23,6 +23,7 @@ Goal = Literal[
     "data choice",
     "objective",
     "continual",
+    "safety",
     "insight",
 ]
 
@@ -38,6 +39,7 @@ GOALS: dict[Goal, str] = {
     "data choice": "Score, choose or make the data",
     "objective": "Learn more from the same text",
     "continual": "Continue pre-training without forgetting",
+    "safety": "Lose nothing to a crash",
     "insight": "Know what happened in my run",
 }
 

@@ -8,7 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.safe import Digest, Mode, OnError, SafeCheckpointer, attached_to
 from ._owners import OwningCallback, Role
-from ._run_folder import calling_trainer
+from ..checkpoint.run_folder import calling_trainer
 
 
 class SafeCheckpointCallback(OwningCallback):

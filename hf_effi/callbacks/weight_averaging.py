@@ -15,7 +15,7 @@ from ..functional.schedules import warn_decay_to_zero
 from ._engines import sharding_engine
 from ._owners import Role
 from ._probing import plan_of, trained_total
-from ._run_folder import run_folder
+from ..checkpoint.run_folder import run_folder
 from ._side_file import SideFileCallback
 from ._turns import READ, TurnCallback, in_turn
 

@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .._files import later
-from ..callbacks._run_folder import saving_into
+from .run_folder import saving_into
 from .staging import Kind
 
 

@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..callbacks._observer import describe
 from ..callbacks._owners import OwningCallback, Role
 from ..callbacks._probing import holds_training_weights
-from ..callbacks._run_folder import run_folder
+from ..checkpoint.run_folder import run_folder
 from ..checkpoint.safe import attached_to
 from .publish import make_room_for_card, push_checkpoint, uploader_for, write_section
 

@@ -31,6 +31,7 @@ OWN_FIELDS = (
     "kernel_patch",
     "run_record",
     "hub_wait_seconds",
+    "safe_checkpoints",
 )
 
 #: A value for each that differs from its default and is valid next to the others and [`grpo_args`]'.
@@ -52,6 +53,7 @@ IN_YAML = {
     "sequence_parallel_size": 2,
     "run_record": False,
     "hub_wait_seconds": 60.0,
+    "safe_checkpoints": "sync",
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
     "kernel_patch": {"RMSNorm": "liger"},
 }

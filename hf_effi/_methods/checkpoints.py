@@ -1,0 +1,35 @@
+"""Methods that keep a run from being lost."""
+
+from .row import Method
+
+ROWS: tuple[Method, ...] = (
+    Method(
+        key="safe_checkpoints",
+        title="Crash-safe and asynchronous checkpoints",
+        kind="checkpoint",
+        goals=("safety", "faster steps"),
+        summary="Makes each checkpoint whole or not there, writes it while the training goes on, and resumes from the "
+        "newest whole one.",
+        entry_points=(
+            "hf_effi.checkpoint:SafeCheckpointer",
+            "hf_effi.callbacks:SafeCheckpointCallback",
+            "hf_effi.trainers.mixins:SafeCheckpointMixin",
+            "hf_effi.checkpoint:find_resumable",
+            "hf_effi.checkpoint:list_checkpoints",
+            "hf_effi.checkpoint:verify_checkpoint",
+            "hf_effi.checkpoint:repair_run_dir",
+        ),
+        arguments=("safe_checkpoints",),
+        paper="DataStates-LLM: Lazy Asynchronous Checkpointing for Large Language Models",
+        paper_id="2406.10707",
+        authors="Maurya, Avinash and others",
+        status="experimental",
+        tests=(
+            "tests/unit/test_checkpoint_folders.py",
+            "tests/training/test_safe_checkpoints.py",
+            "tests/training/test_safe_checkpoints_errors.py",
+            "tests/distributed/test_safe_checkpoints_killed.py",
+        ),
+        bench="bench/crash.py",
+    ),
+)
