@@ -206,10 +206,10 @@ def engine_settings_table(root: Path) -> str:
 
 VIEWS = {
     "cards": cards_list,
-    "further_methods": further_methods,
     "goals": goals_list,
     "papers": papers_table,
     "other_sources": other_sources_table,
+    "further_methods": further_methods,
     "versions": versions_table,
     "environments": environments_table,
     "card_objects": card_objects,
