@@ -1,8 +1,8 @@
 """
 `examples/scale_out`: two roles, and two machines, started by the launch file that people run on GPUs.
 
-A CPU needs three things, and the files of the example stay as they are: a `vllm` on the path that is our own server,
-the shims of `on_cpu.py` around the training script, and fp32.
+The files of the example stay as they are. A CPU needs three things: a `vllm` on the path that is our own server, the
+shims of `on_cpu.py` around the training script, and fp32.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engines._vllm_runs import tiny_model
-from tests.helpers import assert_bitwise_equal, prompt_dataset, save_tiny, tiny_tokenizer
+from tests.helpers import assert_bitwise_equal, prompt_dataset, run_distributed, save_tiny, tiny_tokenizer
 from tests.helpers.distributed import ROOT, child_environment
 from tests.helpers.vllm_server import free_port
 
@@ -41,15 +44,23 @@ def place(tmp_path_factory: Any) -> Path:
     (folder / "data").mkdir()
     prompt_dataset(16).to_json(folder / "data" / "train.jsonl")
     (folder / "bin").mkdir()
-    vllm = folder / "bin" / "vllm"
-    vllm.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tests.engines.tiny_vllm "$@"\n')
-    vllm.chmod(0o755)
+    programs = {
+        "vllm": f'exec {shlex.quote(sys.executable)} -m tests.engines.tiny_vllm "$@"',
+        # Of SLURM: both "machines" are this one.
+        "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
+        "scontrol": 'echo "$3" | tr , "\\n"',
+    }
+    for name, line in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / "bin" / name).chmod(0o755)
     return folder
 
 
 @contextlib.contextmanager
-def started(place: Path, name: str, engine: str, options: str = "", **environment: Any) -> Iterator[Any]:
-    """`launch.sh` in a session of its own, which ends with the context; its output is in the file `NAME.log`."""
+def started(
+    place: Path, name: str, engine: str, options: str = "", file: str = "launch.sh", **environment: Any
+) -> Iterator[Any]:
+    """A launch file in a session of its own, which ends with the context; its output is in `NAME.log`."""
     environment = {
         "MODEL": place / "model",
         "ENGINE": engine,
@@ -62,7 +73,7 @@ def started(place: Path, name: str, engine: str, options: str = "", **environmen
         "PATH": f"{place / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **environment,
     }
-    settings: Mapping[str, Any] = {
+    settings: dict[str, Any] = {
         "dataset": place / "data",
         "reward": "tests.helpers.binary_hash_reward",
         "output_dir": place / name,
@@ -71,20 +82,22 @@ def started(place: Path, name: str, engine: str, options: str = "", **environmen
         "num_generations": 4,
         "max_completion_length": 8,
         "learning_rate": 1e-3,
+        # At 1e-8 Adam makes a whole step of the rounding of a gradient that is nearly zero.
         "adam_epsilon": 1e-4,
-        "gradient_checkpointing": "false",
+        "activation_checkpointing": "false",
         "bf16": "false",
         "use_cpu": str(engine == "ddp").lower(),
         "save_strategy": "no",
         "report_to": "none",
         "logging_steps": 1,
         "disable_tqdm": "true",
+        "prune_rate": 0.5,
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = ["bash", str(EXAMPLE / "launch.sh"), "-m", "tests.engines.on_cpu", ENGINES[engine]]
+    command = ["bash", str(EXAMPLE / file), "-m", "tests.engines.on_cpu", ENGINES[engine]]
     with (place / f"{name}.log").open("w") as sink:
         process = subprocess.Popen(
-            [*command, str(EXAMPLE / "train.py"), *words, "--difficulty_range", "0", "1", "--prune_rate", "0.5"],
+            [*command, str(EXAMPLE / "train.py"), *words, "--difficulty_range", "0", "1"],
             cwd=ROOT,
             env=child_environment({key: str(value) for key, value in environment.items()}),
             stdout=sink,
@@ -95,70 +108,90 @@ def started(place: Path, name: str, engine: str, options: str = "", **environmen
             yield process
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(
+                    process.pid, signal.SIGTERM
+                )  # the launchers end their workers, which have groups of their own
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
 def said(place: Path, name: str) -> str:
-    return (place / f"{name}.log").read_text(errors="replace")[-6000:]
+    return (place / f"{name}.log").read_text(errors="replace")
 
 
-def weights(place: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(place / name / "model.safetensors")
+@dataclass(frozen=True)
+class Run:
+    """What a launch left: the saved weights, what the log says, and what the server was asked."""
+
+    weights: dict[str, torch.Tensor]
+    log: str
+    calls: list[str]
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The line that `on_cpu.py` ends with."""
+        (line,) = (line for line in self.log.splitlines() if line.startswith('{"kind"'))
+        return json.loads(line)
 
 
-def run(place: Path, name: str, engine: str, *rest: Any) -> dict[str, torch.Tensor]:
-    with started(place, name, engine, *rest) as process:
-        assert process.wait(300) == 0, said(place, name)
-    return weights(place, name)
+def run(place: Path, name: str, engine: str, *rest: Any, **more: Any) -> Run:
+    with started(place, name, engine, *rest, **more) as process:
+        assert process.wait(600) == 0, said(place, name)[-6000:]
+    calls = json.loads((place / f"{name}.vllm.log").read_text().splitlines()[-1])
+    return Run(load_file(place / name / "model.safetensors"), said(place, name), calls)
 
 
 @pytest.fixture(scope="module")
-def ddp(place: Path) -> dict[str, torch.Tensor]:
+def ddp(place: Path) -> Run:
     return run(place, "ddp", "ddp")
 
 
 @pytest.fixture(scope="module")
-def zero3(place: Path) -> dict[str, torch.Tensor]:
+def zero3(place: Path) -> Run:
     return run(place, "zero3", "deepspeed")
 
 
-def assert_trained(place: Path, name: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]):
-    assert found.keys() == expected.keys()
-    assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= 1e-6
-    calls = json.loads((place / f"{name}.vllm.log").read_text().splitlines()[-1])
-    assert calls.count("/finish_weight_update") == UPDATES <= calls.count("/v1/completions")
+def assert_trained_as(found: Run, expected: Run) -> None:
+    assert found.weights.keys() == expected.weights.keys()
+    assert max(float((found.weights[name] - weight).abs().max()) for name, weight in expected.weights.items()) <= 1e-6
+    assert found.calls.count("/finish_weight_update") == UPDATES < found.calls.count("/v1/completions"), "no refill"
+    assert found.calls == expected.calls
 
 
-def test_ddp_moves_every_weight(place: Path, ddp: dict[str, torch.Tensor]) -> None:
-    assert_trained(place, "ddp", ddp, ddp)
+def test_the_methods_act_and_every_weight_moves(ddp: Run) -> None:
+    assert ddp.place == {"kind": "MULTI_CPU", "zero_stage": None, "processes_here": 2}
     start = tiny_model().state_dict()
-    assert not [name for name, weight in ddp.items() if torch.equal(weight, start[name])]
+    assert not [name for name, weight in ddp.weights.items() if torch.equal(weight, start[name])]
+    assert "'effi/dropped/pruned': '8'" in ddp.log and "'effi/gen_rounds': '2'" in ddp.log
 
 
-def test_zero3_with_a_server_trains_as_ddp(place: Path, ddp: Any, zero3: Any) -> None:
-    assert_trained(place, "zero3", zero3, ddp)
+def test_zero3_with_a_server_trains_as_ddp(ddp: Run, zero3: Run) -> None:
+    assert zero3.place == {"kind": "DEEPSPEED", "zero_stage": 3, "processes_here": 2}
+    assert_trained_as(zero3, ddp)
 
 
-def test_zero2_with_a_server_trains_as_ddp(place: Path, ddp: Any) -> None:
-    assert_trained(place, "zero2", run(place, "zero2", "deepspeed", "--zero_stage 2"), ddp)
+def test_zero2_with_a_server_trains_as_ddp(place: Path, ddp: Run) -> None:
+    found = run(place, "zero2", "deepspeed", "--zero_stage 2")
+    assert found.place == {"kind": "DEEPSPEED", "zero_stage": 2, "processes_here": 2}
+    assert_trained_as(found, ddp)
 
 
-def test_fsdp2_with_a_server_trains_as_ddp(place: Path, ddp: Any) -> None:
-    assert_trained(place, "fsdp2", run(place, "fsdp2", "fsdp2"), ddp)
+def test_fsdp2_with_a_server_trains_as_ddp(place: Path, ddp: Run) -> None:
+    found = run(place, "fsdp2", "fsdp2")
+    assert found.place == {"kind": "FSDP", "zero_stage": None, "processes_here": 2}
+    assert_trained_as(found, ddp)
 
 
-def test_two_machines_train_as_two_processes_of_one(place: Path, zero3: Any) -> None:
-    """Of one process each, both on this machine; only the first one serves."""
-    ports = {"MAIN_PORT": free_port(), "MACHINES": 2, "PROCESSES": 1}
-    with (
-        started(place, "machine0", "deepspeed", MACHINE_RANK=0, **ports) as first,
-        started(place, "machine1", "deepspeed", MACHINE_RANK=1, **ports) as second,
-    ):
-        assert first.wait(300) == 0, said(place, "machine0")
-        assert second.wait(60) == 0, said(place, "machine1")
-    assert_bitwise_equal(weights(place, "machine0"), zero3)
-    assert not (place / "machine1.vllm.log").exists() and not (place / "machine1" / "model.safetensors").exists()
+def test_two_machines_train_as_two_processes_of_one(place: Path, zero3: Run) -> None:
+    """Of one process each, both on this machine, started by `slurm.sh` with stand-ins for `srun` and `scontrol`."""
+    job = {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "localhost,other", "PROCESSES": 1, "TRAINER_GPUS": 0}
+    found = run(place, "slurm", "deepspeed", file="slurm.sh", **job)
+    assert found.place == {"kind": "DEEPSPEED", "zero_stage": 3, "processes_here": 1}
+    assert_bitwise_equal(found.weights, zero3.weights)
+    assert found.calls == zero3.calls, "the second machine has started a server, or asked the first one's"
 
 
 def test_a_server_that_does_not_start_is_reported_with_its_log(place: Path) -> None:
@@ -166,3 +199,40 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(place: Path) -> N
         assert process.wait(120) == 1
     told = said(place, "refused")
     assert "unrecognized arguments: --no-such-flag" in told and "vllm serve ended before it was ready" in told
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+def without_ray(folder: str) -> None:
+    train = runpy.run_path(str(EXAMPLE / "ray_train.py"))["train"]
+    train({"model": None, "max_steps": 3, "output_dir": folder})
+
+
+def test_two_workers_of_ray_train_as_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[train]'")
+    command = [sys.executable, str(EXAMPLE / "ray_train.py"), "--output-dir", str(tmp_path / "ray")]
+    environment = child_environment({"RAY_USAGE_STATS_ENABLED": "0"})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "3 steps on 2 workers" in done.stdout
+    run_distributed(without_ray, 2, str(tmp_path / "plain"))
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("ray", "plain"))
+    assert_bitwise_equal(found, expected)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    """And the files of the example stay short."""
+    page = (ROOT / "docs" / "scale_out.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:tests/\w+/)?test_\w+)\.py(?:::(\w+))?`", page))
+    assert len(named) > 10
+    for file, function in named:
+        path = ROOT / (f"{file}.py" if "/" in file else f"tests/engines/{file}.py")
+        assert path.exists() and f"def {function}" in path.read_text(encoding="utf-8"), (file, function)
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert all(f"def {name}(" in here for name in re.findall(r"`(test_\w+)`", page))
+    for path in EXAMPLE.iterdir():
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 80 and path.name in page, path.name
