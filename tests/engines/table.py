@@ -185,8 +185,8 @@ SETTINGS = (
     Setting(
         "A vLLM server beside `accelerate launch`, and two machines: `examples/scale_out`",
         RUNS,
-        "With ZeRO-3, ZeRO-2 and FSDP2 the weights of DDP; two machines of one process have those of one with two, to the "
-        "bit. The server is our own, both machines are this one: [scale out](scale_out.md).",
+        "With ZeRO-3, ZeRO-2 and FSDP2 the weights of DDP; two machines of one process have those of one with two, to "
+        "the bit. The server is our own, both machines are this one: [scale out](scale_out.md).",
         "tests/engines/test_scale_out.py::test_two_machines_train_as_two_processes_of_one",
     ),
     Setting(
