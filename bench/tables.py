@@ -62,6 +62,18 @@ def goals_list(root: Path) -> str:
     return _grid(items)
 
 
+def further_methods(root: Path, methods: Sequence[Method] = METHODS) -> str:
+    """Return the methods that the page of bottlenecks does not name elsewhere, so that each is found there."""
+    text = (root / "docs" / "which-method.md").read_text(encoding="utf-8")
+    by_hand = re.sub(r"<!-- table:further_methods -->.*?<!-- /table -->", "", text, flags=re.DOTALL)
+    rows = [
+        [f"[{m.title}](methods/{m.key}.md)", m.summary]
+        for m in methods
+        if m.status != "rejected" and f"(methods/{m.key}.md)" not in by_hand
+    ]
+    return markdown_table(["method", "what it changes"], rows, numbers=False) if rows else "None: all are named above."
+
+
 def _grid(items: Sequence[tuple[str, str]]) -> str:
     """Return a list that the site draws as a grid of cards; elsewhere it stays a list."""
     entries = "\n\n".join(f"-   {head}\n\n    {text}" for head, text in items)
@@ -197,6 +209,7 @@ VIEWS = {
     "goals": goals_list,
     "papers": papers_table,
     "other_sources": other_sources_table,
+    "further_methods": further_methods,
     "versions": versions_table,
     "environments": environments_table,
     "card_objects": card_objects,

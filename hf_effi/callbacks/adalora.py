@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import StateFileError, load_state
 from ..functional import metrics
+from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
 from ._owners import Role
 from ._probing import outside_probes, trained_steps, trained_total
@@ -56,6 +57,7 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
     role = Role("AdaLoRA ranks", "Two callbacks want to move the ranks of AdaLoRA", "Keep one.")
     side_file = STATE_FILE
 
+    @keeps_arguments
     def __init__(self, set_total_step: bool = False) -> None:
         if not isinstance(set_total_step, bool):
             raise ValueError(

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
@@ -73,6 +74,7 @@ class HypergradientCallback(SideFileCallback, _RuleCallback):
     factor = "hypergradient"
     side_file = "hf_effi_hypergradient.pt"
 
+    @keeps_arguments
     def __init__(self, kappa: float = 0.1, limit: float = 10.0, step_limit: float = 1.1) -> None:
         super().__init__(Hypergradient(kappa, limit, step_limit))
         self._before: list[torch.Tensor] = []
@@ -139,6 +141,7 @@ class AccuracyGradientCallback(_RuleCallback):
 
     factor = "accuracy_gradient"
 
+    @keeps_arguments
     def __init__(self, metric: str = "eval_accuracy", min_lr: float = 1e-6, **kwargs: Any) -> None:
         check_number("min_lr", min_lr, 0.0, math.inf)
         if not isinstance(metric, str):
@@ -185,6 +188,7 @@ class GradientSNRCallback(_RuleCallback):
 
     factor = "gradient_snr"
 
+    @keeps_arguments
     def __init__(self, memory: float = 0.95, lowest: float = 0.1) -> None:
         super().__init__(GradientSNR(memory, lowest))
         self._seen = 0

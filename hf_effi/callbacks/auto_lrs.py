@@ -14,6 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._compat import require
 from .._files import load_state
 from ..checkpoint.snapshot import copy_weights, restore_snapshot, take_snapshot
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.options import refuse_idle
 from ..functional.probes import is_probed
 from ..functional.schedules import ScheduleError
@@ -75,6 +76,7 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     role = LEARNING_RATE
     factor = "auto_lrs"
 
+    @keeps_arguments
     def __init__(
         self,
         low: float,

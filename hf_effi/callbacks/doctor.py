@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..functional.doctor import TRAIN_RULES, diagnose
 from ..functional.doctor_grpo import GRPO_RULES
 from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimits
+from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
 from ._forward_watch import ForwardWatch
 from ._observer import describe, only_observes
@@ -53,6 +54,7 @@ class TrainDoctor(OwningCallback):
     rules: tuple[Rule, ...] = TRAIN_RULES
     limits_class: type[TrainLimits] = TrainLimits
 
+    @keeps_arguments
     def __init__(self, limits: TrainLimits | None = None, say: Callable[[str], None] = logger.warning) -> None:
         limits = self.limits_class() if limits is None else limits
         if not isinstance(limits, self.limits_class):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..functional.kept_arguments import keeps_arguments
 from ..kernels import KernelPatchHandle, PatchError, patch
 from .patch import PatchCallback
 
@@ -49,6 +50,7 @@ class KernelPatchCallback(PatchCallback):
     ```
     """
 
+    @keeps_arguments
     def __init__(self, layers: Mapping[Any, Any] | str, **options: Any) -> None:
         super().__init__(self._patch)
         self.layers, self.options = layers, options

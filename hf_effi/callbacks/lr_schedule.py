@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.options import refuse_idle
 from ..functional.schedules import (
     Followed,
@@ -94,6 +95,7 @@ class LRScheduleCallback(OwningCallback):
     #: what a message calls the argument `on_mismatch`
     option = "on_mismatch"
 
+    @keeps_arguments
     def __init__(
         self,
         schedule: Schedule,

@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.data import CurriculumError, Multigrid, check_number
+from ..functional.kept_arguments import keeps_arguments
 from ._lr_factors import LRFactorCallback
 from ._owners import Role, owner_of
 from ._probing import trained_steps, trained_total
@@ -42,6 +43,7 @@ class MultigridLRCallback(LRFactorCallback):
 
     factor = "multigrid"
 
+    @keeps_arguments
     def __init__(self, shapes: Multigrid, exponent: float = 1.0) -> None:
         if not isinstance(shapes, Multigrid):
             raise CurriculumError(f"shapes={shapes!r} must be the Multigrid that the Trainer has as sequence_length.")

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional import metrics
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..layers.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
 from ..patching.handle import PatchHandle
@@ -56,6 +57,7 @@ class RandomLTDCallback(TurnCallback):
 
     role = Role("layer tokens", "Two callbacks want to drop tokens of the layers", "Keep one.", RandomLTDError)
 
+    @keeps_arguments
     def __init__(self, min_tokens: int, max_tokens: int, *, ramp_fraction: float = 0.7, multiple: int = 16) -> None:
         check_range(min_tokens, max_tokens, multiple)
         if (

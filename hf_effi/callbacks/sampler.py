@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..functional.kept_arguments import keeps_arguments
 from ..samplers import EffiSampler, SamplerError, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
     STATE_KEY,
@@ -53,6 +54,7 @@ class SamplerCallback(OwningCallback):
 
     role = ROW_ORDER
 
+    @keeps_arguments
     def __init__(self, sampler: EffiSampler) -> None:
         if not isinstance(sampler, EffiSampler):
             raise SamplerError(f"sampler={sampler!r} is not an EffiSampler. Use one of hf_effi.samplers.")

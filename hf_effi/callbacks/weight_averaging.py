@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state, save_aside, save_json
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.schedules import warn_decay_to_zero
 from ._engines import sharding_engine
 from ._owners import Role
@@ -63,6 +64,7 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
     )
     side_file = AVERAGE_FILE
 
+    @keeps_arguments
     def __init__(
         self,
         last: int = 6,

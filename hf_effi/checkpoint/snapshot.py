@@ -78,7 +78,10 @@ def restore_snapshot(
     rng: bool = True,
     scheduler: Any = None,
 ) -> None:
-    """Put a snapshot back, bit for bit; `rng=False` leaves the random numbers where they are."""
+    """
+    Put a snapshot back, bit for bit; `rng=False` leaves the random numbers where they are, and `scheduler` is the one
+    that was given to [`take_snapshot`].
+    """
     model.load_state_dict(snapshot["model"])
     optimizer.load_state_dict(_clone(snapshot["optimizer"]))
     if snapshot["scaler"] is not None:

@@ -19,6 +19,7 @@ from ..functional.data import (
     span_mask,
     split_spans,
 )
+from ..functional.kept_arguments import keeps_arguments
 from .batch_transform import BatchTransform
 
 
@@ -49,6 +50,7 @@ class UL2Denoising(BatchTransform):
         CurriculumError: an argument out of range, too few sentinels, or a mode without a token.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         sentinel_ids: Sequence[int],

@@ -9,6 +9,7 @@ import torch
 
 from ..functional import metrics
 from ..functional.data import CurriculumError, check_count, mask_tokens, masking_ratio, seeded
+from ..functional.kept_arguments import keeps_arguments
 from .batch_transform import BatchTransform
 
 
@@ -33,6 +34,7 @@ class MaskingRatioCurriculum(BatchTransform):
         CurriculumError: an argument out of range.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         mask_token_id: int,

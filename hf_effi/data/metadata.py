@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..functional import metrics
 from ..functional.data import CurriculumError, check_count, check_number, cooldown_step, join_metadata
+from ..functional.kept_arguments import keeps_arguments
 from .batch_transform import BatchTransform
 
 
@@ -40,6 +41,7 @@ class MetadataCollator:
     ```
     """
 
+    @keeps_arguments
     def __init__(
         self,
         pad_token_id: int,
@@ -103,6 +105,7 @@ class MetadataConditioning(BatchTransform):
 
     columns = ("metadata_ids",)
 
+    @keeps_arguments
     def __init__(
         self,
         collator: MetadataCollator,

@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 
 from ..functional.class_paths import class_path, same_class_path
 from ..functional.data import CurriculumError, check_count
+from ..functional.kept_arguments import keeps_arguments
 
 #: Indices turned into Python integers at once: bounds memory, and keeps the loop at C speed.
 _CHUNK = 65536
@@ -74,6 +75,7 @@ class EffiSampler(Sampler[int]):
                 "its own). Set the class attribute."
             )
 
+    @keeps_arguments
     def __init__(self, num_rows: int, seed: int = 0) -> None:
         self.num_rows = check_count("num_rows", num_rows)
         self.seed = check_count("seed", seed, 0)

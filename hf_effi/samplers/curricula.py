@@ -18,6 +18,7 @@ from ..functional.data import (
     interleave_levels,
     score_order,
 )
+from ..functional.kept_arguments import keeps_arguments
 from .base import EffiSampler
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class QualityAscendingSampler(EffiSampler):
 
     rule = "A"
 
+    @keeps_arguments
     def __init__(
         self,
         scores: Tensor | Sequence[float],
@@ -100,6 +102,7 @@ class InterleavedSampler(EffiSampler):
 
     rule = "A"
 
+    @keeps_arguments
     def __init__(self, levels: Sequence[Any], subjects: Sequence[Hashable], *, seed: int = 0) -> None:
         self._order = interleave_levels(levels, subjects, seed=seed)
         super().__init__(self._order.numel(), seed)
@@ -139,6 +142,7 @@ class CompetenceSampler(EffiSampler):
     rule = "A"
     single_pass = True
 
+    @keeps_arguments
     def __init__(
         self,
         scores: Tensor | Sequence[float],
@@ -199,6 +203,7 @@ class CyclicalSampler(EffiSampler):
     rule = "A"
     single_pass = True
 
+    @keeps_arguments
     def __init__(
         self,
         losses: Tensor | Sequence[float],

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..functional.data import check_count, check_number, mixture_order
+from ..functional.data import as_labels, check_count, check_number, mixture_order
 from ..functional.data.mixing import Waypoints
+from ..functional.kept_arguments import keeps_arguments
 from .base import EffiSampler
 
 
@@ -45,6 +46,7 @@ class MixtureSampler(EffiSampler):
     rule = "A"
     single_pass = True
 
+    @keeps_arguments
     def __init__(
         self,
         domains: Sequence[Hashable],
@@ -58,7 +60,7 @@ class MixtureSampler(EffiSampler):
     ) -> None:
         super().__init__(len(domains), seed)
         self.num_samples = self.num_rows if num_samples is None else check_count("num_samples", num_samples)
-        self.domains = list(domains)
+        self.domains = list(as_labels(domains))
         self._order = mixture_order(
             self.domains, waypoints, self.num_samples, block=block, smooth=smooth, in_order=in_order, seed=seed
         )
@@ -105,6 +107,7 @@ class ReplaySampler(MixtureSampler):
     ```
     """
 
+    @keeps_arguments
     def __init__(
         self,
         is_old: Sequence[bool],

@@ -20,6 +20,7 @@ from ..functional.data import (
     pack_padded,
     seeded,
 )
+from ..functional.kept_arguments import keeps_arguments
 from .base import EffiSampler
 
 
@@ -84,6 +85,7 @@ class TokenBudgetBatchSampler(EffiSampler):
 
     rule = "A"
 
+    @keeps_arguments
     def __init__(
         self,
         lengths: Tensor | Sequence[int],

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..kept_arguments import keeps_arguments
+
 
 def prompt_key(prompt: Any) -> int:
     """
@@ -92,7 +94,8 @@ class ShuffledPrompts:
     ```
     """
 
-    def __init__(self, size: int, seed: int = 0):
+    @keeps_arguments
+    def __init__(self, size: int, seed: int = 0) -> None:
         if size < 1:
             raise ValueError(f"the dataset must have at least one row, got {size}.")
         self.size = size
