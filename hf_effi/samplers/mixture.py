@@ -119,5 +119,5 @@ class ReplaySampler(MixtureSampler):
         domains = ["old" if old else "new" for old in is_old]
         if num_samples is None:
             num_samples = max(1, round(domains.count("new") / (1 - rate)))
-        shares = [(0.0, {"old": rate, "new": 1 - rate})]
+        shares: list[tuple[float, dict[Hashable, float]]] = [(0.0, {"old": rate, "new": 1 - rate})]
         super().__init__(domains, shares, block=block, num_samples=num_samples, in_order=in_order, seed=seed)

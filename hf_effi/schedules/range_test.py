@@ -93,7 +93,7 @@ def lr_range_test(
     with probing_model(model):
         try:
             for repeat in range(repeats):
-                order = range(len(batches))
+                order: Sequence[int] = range(len(batches))
                 if repeat > 0:
                     order = torch.randperm(len(batches), generator=generator).tolist()
                 runs.append(_sweep(model, optimizer, [batches[i] for i in order], loss_fn, low, high, stop_factor))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import Sampler
 
 from ..._files import load_state, save_bytes, state_bytes
 from ...callbacks._owners import claim
@@ -73,7 +72,7 @@ class SamplerMixin:
             check_trainer(self.args, self.train_dataset, train_sampler)
             claim(self.state, ROW_ORDER, train_sampler, "train_sampler=", at="built")
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._get_train_sampler(*args, **kwargs)
         if self.train_sampler is None:
             return stock
