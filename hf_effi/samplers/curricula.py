@@ -1,4 +1,4 @@
-"""Curricula that are fixed before training (rule A)."""
+"""Curricula that are fixed before training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class QualityAscendingSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class InterleavedSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
     def __init__(self, levels: Sequence[Any], subjects: Sequence[Hashable], *, seed: int = 0) -> None:
         self._order = interleave_levels(levels, subjects, seed=seed)
@@ -136,7 +136,7 @@ class CompetenceSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
     def __init__(
@@ -196,7 +196,7 @@ class CyclicalSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Curricula that look at the model before an epoch (rule B): self-paced learning and ability-matched selection."""
+"""Curricula that look at the model before an epoch: self-paced learning and ability-matched selection."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MeasuringSampler(EffiSampler):
         seed (`int`, *optional*, defaults to 0): Seed of the orders.
     """
 
-    rule = "B"
+    learns = True
 
     def __init__(self, num_rows: int, measure: Measure, num_samples: int | None = None, seed: int = 0) -> None:
         super().__init__(num_rows, seed)

@@ -1,4 +1,4 @@
-"""Domain mixtures that change during the run, and replay (rule A)."""
+"""Domain mixtures that change during the run, and replay."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class MixtureSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
     def __init__(

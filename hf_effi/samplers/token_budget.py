@@ -82,7 +82,7 @@ class TokenBudgetBatchSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
     def __init__(
         self,

@@ -144,7 +144,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
     _buffered_inputs: Any  # a list of micro-batches from the first generation on; declared as `None`
 
     _step_after_update = 0
-    _train_sampler: EpochRepeatSampler | None = None
+    _prompt_sampler: EpochRepeatSampler | None = None
     #: The pass over the prompts that the run is in, and the micro-step at which it began.
     _pass, _pass_began_at = 0, 0
 
@@ -204,7 +204,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if type(stock) is not RepeatSampler:
             return stock
         layout = self._layout
-        self._train_sampler = EpochRepeatSampler(
+        self._prompt_sampler = EpochRepeatSampler(
             data_source=stock.data_source,
             mini_repeat_count=layout.num_generations,
             batch_size=layout.prompts,
@@ -212,7 +212,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             shuffle=stock.shuffle,
             seed=stock.seed,
         )
-        if len(self._train_sampler) == 0:
+        if len(self._prompt_sampler) == 0:
             raise ValueError(
                 f"the training dataset has {len(stock.data_source)} prompts, but one generation batch needs "
                 f"{layout.prompts} (generation_batch_size={layout.trained_rows} / num_generations="
@@ -220,7 +220,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 + (f" x {layout.oversample} for prune_allocation" if layout.oversample > 1 else "")
                 + "). Add prompts, or lower per_device_train_batch_size, steps_per_generation or prune_rate."
             )
-        return self._train_sampler
+        return self._prompt_sampler
 
     @_takes_arguments_of(GRPOTrainer._run_epoch)
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -306,9 +306,9 @@ class ResumableGRPOTrainer(GRPOTrainer):
         place = super()._init_training_state(*args, **kwargs)
         if (checkpoint := call["resume_from_checkpoint"]) is None:
             return place
-        if self._train_sampler is not None and self.state.epoch is not None:
+        if self._prompt_sampler is not None and self.state.epoch is not None:
             # The loader skips the finished batches of this pass itself. The epsilon absorbs the division that made it.
-            self._train_sampler.next_pass = int(self.state.epoch + 1e-6)
+            self._prompt_sampler.next_pass = int(self.state.epoch + 1e-6)
         state = self._read_grpo_state(Path(checkpoint))
         if state is None:
             return place
