@@ -18,8 +18,8 @@ from .._compat import CACHE_ARGUMENTS
 from ..functional.segment_attention import AttentionPattern, segment_attention
 from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
 from ..patching import call, is_sharded, looking, probing, tiny_tokens
-from ._varlen_masks import LEDGER, VARLEN_ATTENTION, Document, VarlenAttentionError, View, varlen_mask
 from ._varlen_probe import PATTERNS_FIELD
+from .varlen_masks import LEDGER, VARLEN_ATTENTION, Document, VarlenAttentionError, View, varlen_mask
 
 _MAX_HEAD_DIM = 256
 

@@ -17,7 +17,7 @@ from ..checkpoint.snapshot import copy_weights, restore_snapshot, take_snapshot
 from ..functional.options import refuse_idle
 from ..functional.probes import is_probed
 from ..functional.schedules import ScheduleError
-from ..functional.schedules._checks import check_number, check_steps
+from ..functional.schedules.checks import check_number, check_steps
 from ._lr_factors import LRFactorCallback
 from ._lr_search import (
     BROKEN,
@@ -29,11 +29,11 @@ from ._lr_search import (
     share_stage,
     validation_loss,
 )
-from ._probing import announce_probes, hold_back, mark_log, store_probes
 from ._side_file import SideFileCallback
 from ._turns import MEASURE, WRITE, in_turn
 from .adaptive_lr import refuse_sharded
 from .lr_schedule import LEARNING_RATE, check_scheduler
+from .probing import announce_probes, hold_back, mark_log, store_probes
 
 STATE_KEY = "hf_effi.auto_lrs"
 #: validation losses of one probe

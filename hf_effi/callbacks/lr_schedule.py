@@ -26,7 +26,7 @@ from ..functional.schedules import (
 )
 from ..functional.schedules.adaptive import check_schedule_free
 from ..functional.schedules.base import OnMismatch, check_choice
-from ._owners import OwningCallback, Role
+from .owners import OwningCallback, Role
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.lr_schedule"

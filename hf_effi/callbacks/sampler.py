@@ -17,7 +17,7 @@ from ..samplers.trainer_checks import (
     store_order,
     warn_order_against_decay,
 )
-from ._owners import OwningCallback, Role
+from .owners import OwningCallback, Role
 
 #: who orders the rows of a run
 ROW_ORDER = Role(

@@ -21,7 +21,7 @@ from torch import Tensor
 from .._files import save_json
 from ..functional.class_paths import class_path
 from ..functional.data import CurriculumError, check_count, perplexity, word_rarity
-from .measure import RowLoss
+from .row_measures import RowLoss
 
 Batch = dict[str, list[Any]]
 

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from .._files import save_json
 from .._untrusted import stored_json
-from ..report.card import markdown_table, write_card
 from ..report.comparison import summarize
 from ..report.page import write_page
-from ..report.record import headline, make_record
+from ..report.result_card import markdown_table, write_card
+from ..report.result_record import headline, make_record
 from .arms import BASELINE, Arm, choose_arms
 from .measure import Accuracy
 from .policy import prepare_policy
@@ -84,7 +84,7 @@ def run_demo(
     A seed whose records are already in `output_dir / "cache"` for the same settings and arms is not run again.
 
     Returns:
-        `dict`: The result, in the schema of `hf_effi.report.record`.
+        `dict`: The result, in the schema of `hf_effi.report.result_record`.
     """
     arms = choose_arms() if arms is None else tuple(arms)
     # One thread: two threads on two busy cores were seen 40 times slower, and CPU seconds would mean nothing.

@@ -16,11 +16,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .._files import save_aside
 from ..functional import metrics
+from .alternation import Job, alternate
 from .arms import Arm
 from .measure import Accuracy, Instrument, evaluate_policy
 from .policy import PolicySettings
 from .task import MAX_COMPLETION_TOKENS, Problem, build_tokenizer, exact_answer_reward, training_problems
-from .turns import Job, alternate
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..patching._triton import triton_ops
+from ..patching.triton_or_torch import triton_ops
 from ._products import add_product
 
 #: Above this share of active columns the dense product is faster than a gathered one.

@@ -36,8 +36,8 @@ from ._finding import Finding, Results, gap_of, named_results, show_nothing
 from ._generators import HeldGenerators, Level
 from ._inputs import CannotLook
 from ._reach import dtypes_to_try, out_of_reach, precision_of
-from ._state import set_mode, untouched
 from ._wide import Wide
+from .state import set_mode, untouched
 
 #: parameters whose gradients are compared: all of a small model, of a large one the small ones of every layer
 _GRADIENT_ELEMENTS = 2**25

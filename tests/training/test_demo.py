@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hf_effi import cli
+from hf_effi.demo.alternation import Cancelled, alternate
 from hf_effi.demo.arms import ARMS, choose_arms
-from hf_effi.demo.turns import Cancelled, alternate
 from hf_effi.report.comparison import BASELINE, summarize
-from hf_effi.report.record import check_record
+from hf_effi.report.result_record import check_record
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from ..options import refuse_idle
-from ._checks import (
+from ._kinds import class_of, kind_of
+from .checks import (
     PastEndWarning,
     ScheduleError,
     ScheduleMismatchError,
@@ -20,7 +21,6 @@ from ._checks import (
     check_one_of,
     check_steps,
 )
-from ._kinds import class_of, kind_of
 
 OnMismatch = Literal["error", "stored", "new"]
 DecayOffset = Literal["start", "end", "inside"]

@@ -22,7 +22,7 @@ from .resume import ResumableGRPOTrainer
 from .rewards import RewardCheck, RewardError, check_sums
 from .savings import choose_savings
 from .settings import GRPOSettings
-from .start import check_dataset, guard_vllm_server, route_checkpointing_options
+from .start_checks import check_dataset, guard_vllm_server, route_checkpointing_options
 
 
 @with_signatures_of(GRPOTrainer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...callbacks._probing import holds_training_weights
+from ...callbacks.probing import holds_training_weights
 from ...hub.publish import (
     NOT_UPLOADED,
     check_seconds,

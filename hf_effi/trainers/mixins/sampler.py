@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import gather_object
 
 from ..._files import load_state, save_bytes, state_bytes
-from ...callbacks._owners import claim
-from ...callbacks._probing import training_weights
+from ...callbacks.owners import claim
+from ...callbacks.probing import training_weights
 from ...callbacks.sampler import ROW_ORDER
 from ...samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
 from ...samplers.trainer_checks import (
