@@ -371,7 +371,17 @@ def add_score(
     if present and not overwrite:
         _check_existing(dataset, name, mark_name, marks_of, shard_size)
         return dataset
-    scores, marks = _all_scores(plain, score_fn, scorer, name, batch_size, shard_size, cache_dir, nan, progress)
+    scores, marks = _all_scores(
+        plain,
+        score_fn,
+        scorer,
+        name=name,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        cache_dir=cache_dir,
+        nan=nan,
+        progress=progress,
+    )
     return dataset.remove_columns(sorted(present)).add_column(name, scores).add_column(mark_name, marks)
 
 
@@ -379,6 +389,7 @@ def _all_scores(
     plain: Any,
     score_fn: Callable[[Batch], Any],
     scorer: str,
+    *,
     name: str,
     batch_size: int,
     shard_size: int,

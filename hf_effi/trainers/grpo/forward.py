@@ -139,7 +139,15 @@ class LogProbForward:
         logps: list[Tensor] = []
         entropies: list[Tensor] = []
         for bucket in plan:
-            part = self._bucket(stock, model, input_ids, attention_mask, columns, bucket, compute_entropy)
+            part = self._bucket(
+                stock,
+                model,
+                input_ids,
+                attention_mask,
+                columns=columns,
+                bucket=bucket,
+                compute_entropy=compute_entropy,
+            )
             logps.append(part[0])
             if part[1] is not None:
                 entropies.append(part[1])
@@ -182,6 +190,7 @@ class LogProbForward:
         model: nn.Module,
         input_ids: Tensor,
         attention_mask: Tensor,
+        *,
         columns: tuple[int, int],
         bucket: Bucket,
         compute_entropy: bool,

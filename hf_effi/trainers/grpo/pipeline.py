@@ -94,6 +94,7 @@ class RolloutPipeline:
         settings: GRPOSettings | None,
         accounting: StepAccounting,
         forward: Skipping,
+        *,
         prompt_selector: PromptSelector | None = None,
         group_filter: GroupFilter | None = None,
         rollout_pruner: RolloutPruner | None = None,

@@ -100,7 +100,13 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
             refuse_unused(self._settings, ("forward_buckets",), reason)
         self._forward = LogProbForward(self, savings, self._settings.forward_buckets, self._count_forward)
         self._rollouts = RolloutPipeline(
-            self, self._settings, self._accounting, self._forward, prompt_selector, group_filter, rollout_pruner
+            self,
+            self._settings,
+            self._accounting,
+            self._forward,
+            prompt_selector=prompt_selector,
+            group_filter=group_filter,
+            rollout_pruner=rollout_pruner,
         )
         route_checkpointing_options(self)
         if self.args.use_vllm:
