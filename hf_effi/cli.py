@@ -85,7 +85,11 @@ def _env(args: argparse.Namespace) -> int:
     from ._compat import installed_versions
     from ._environment import current_commit, describe_machine
 
-    found = {"machine": describe_machine(), "versions": installed_versions(), "commit": current_commit()}
+    found: dict[str, Any] = {
+        "machine": describe_machine(),
+        "versions": installed_versions(),
+        "commit": current_commit(),
+    }
     if args.json:
         print(json.dumps(found, indent=2))
         return 0

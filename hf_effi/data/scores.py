@@ -91,7 +91,7 @@ class ModelScore(RowScorer):
         return [name for name in ("input_ids", "labels", "attention_mask") if name in names]
 
     def fingerprint(self) -> str:
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         # Weights alone do not fix the loss: heads, rotary base and the like stand in the config.
         settings = config.to_json_string(use_diff=True) if hasattr(config, "to_json_string") else ""
         adapters = [_adapter_state(module) for module in self.model.modules() if hasattr(module, "active_adapters")]
