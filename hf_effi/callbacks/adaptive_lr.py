@@ -13,8 +13,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ..functional.schedules import ScheduleError
+from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
-from ..functional.schedules.checks import check_number
 from ._engines import sharding_engine
 from ._lr_factors import LRFactorCallback
 from ._side_file import SideFileCallback

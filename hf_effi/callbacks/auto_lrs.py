@@ -17,7 +17,7 @@ from ..checkpoint.snapshot import copy_weights, restore_snapshot, take_snapshot
 from ..functional.options import refuse_idle
 from ..functional.probes import is_probed
 from ..functional.schedules import ScheduleError
-from ..functional.schedules.checks import check_number, check_steps
+from ..functional.schedules._checks import check_number, check_steps
 from ._lr_factors import LRFactorCallback
 from ._lr_search import (
     BROKEN,

@@ -11,7 +11,7 @@ from .._compat import require
 from .._plots import as_label
 from .._text_plot import text_plot
 from ..functional.schedules import Schedule, ScheduleError
-from ..functional.schedules.checks import check_steps
+from ..functional.schedules._checks import check_steps
 
 
 def label_of(schedule: Schedule) -> str:

@@ -12,7 +12,7 @@ from .._record_check import load_trainer_state
 from ..callbacks.lr_schedule import STATE_KEY, LRScheduleCallback
 from ..checkpoint.probes import written_in_probe
 from ..functional.schedules import Schedule, ScheduleError
-from ..functional.schedules.checks import check_steps
+from ..functional.schedules._checks import check_steps
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from ..checkpoint.snapshot import restore_snapshot, take_snapshot
 from ..functional.probes import probing_model
 from ..functional.schedules import ScheduleError
+from ..functional.schedules._checks import check_number, check_steps
 from ..functional.schedules.adaptive import suggest_from_range_test
-from ..functional.schedules.checks import check_number, check_steps
 from ..patching import is_sharded, out_of_reach
 
 

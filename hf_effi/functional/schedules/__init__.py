@@ -1,5 +1,6 @@
 """Learning-rate schedules: pure functions from the number of finished updates to a multiplier of the base LR."""
 
+from ._checks import DecayToZeroWarning, PastEndWarning, ScheduleError, ScheduleMismatchError
 from .base import (
     Schedule,
     decay_position,
@@ -8,7 +9,6 @@ from .base import (
     reconcile,
     same_schedule,
 )
-from .checks import DecayToZeroWarning, PastEndWarning, ScheduleError, ScheduleMismatchError
 from .closed_forms import constant, cosine, cosine_power, damped_cosine, inverse_sqrt, linear, rex, uba
 from .compose import TokenCounter, join, scale, token_indexed
 from .continual import infinite, power, power_lr, rewarm_redecay

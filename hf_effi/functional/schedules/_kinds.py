@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..class_paths import class_path, same_class_path
-from .checks import ScheduleError
+from ._checks import ScheduleError
 
 if TYPE_CHECKING:
     from .base import Schedule

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .checks import ScheduleError, check_number, check_steps
+from ._checks import ScheduleError, check_number, check_steps
 
 
 class Hypergradient:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from ..options import refuse_idle
-from ._kinds import class_of, kind_of
-from .checks import (
+from ._checks import (
     PastEndWarning,
     ScheduleError,
     ScheduleMismatchError,
@@ -21,6 +20,7 @@ from .checks import (
     check_one_of,
     check_steps,
 )
+from ._kinds import class_of, kind_of
 
 OnMismatch = Literal["error", "stored", "new"]
 DecayOffset = Literal["start", "end", "inside"]

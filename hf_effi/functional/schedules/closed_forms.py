@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from ..options import refuse_idle
+from ._checks import ScheduleError, check_number, check_steps
 from .base import _Warm
-from .checks import ScheduleError, check_number, check_steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from ._checks import ScheduleError, check_number, check_steps
 from .base import Schedule, start_decay
-from .checks import ScheduleError, check_number, check_steps
 
 
 def _need_schedule(name: str, value: object) -> Schedule:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from ..options import refuse_idle
+from ._checks import ScheduleError, check_choice, check_number, check_one_of, check_steps
 from .base import DecayOffset, _Warm, decay_position, round_share
-from .checks import ScheduleError, check_choice, check_number, check_one_of, check_steps
 from .shapes import check_shape, decay
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ._checks import ScheduleError, check_number, check_steps
 from .base import Schedule, round_share
-from .checks import ScheduleError, check_number, check_steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..options import refuse_idle
+from ._checks import ScheduleError, check_choice, check_steps
 from .base import Schedule
-from .checks import ScheduleError, check_choice, check_steps
 from .closed_forms import linear
 from .compose import join, scale
 from .planner_bound import plan_extension

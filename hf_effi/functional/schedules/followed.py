@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ._checks import ScheduleError, ScheduleMismatchError, check_choice
 from .base import OnMismatch, Schedule, describe_difference, reconcile, same_schedule
-from .checks import ScheduleError, ScheduleMismatchError, check_choice
 
 #: of the dict that `Followed.state_dict` returns; earlier versions had none
 SCHEMA = 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..options import refuse_idle
-from .checks import ScheduleError, check_number
+from ._checks import ScheduleError, check_number
 
 _NO_DECAY = ("bias", "norm")
 _LAYER = re.compile(r"\.(\d+)\.")

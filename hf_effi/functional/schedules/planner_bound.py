@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import ScheduleError, as_numbers, check_number, check_steps
+from ._checks import ScheduleError, as_numbers, check_number, check_steps
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..probes import stored_plan, without_probes
+from ._checks import ScheduleError, check_steps
 from .base import Schedule
-from .checks import ScheduleError, check_steps
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from .checks import ScheduleError, as_numbers, check_choice, check_number
+from ._checks import ScheduleError, as_numbers, check_choice, check_number
 from .cyclic import table
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from ..options import refuse_idle
-from .checks import ScheduleError, check_number
+from ._checks import ScheduleError, check_number
 
 _E = math.e
 

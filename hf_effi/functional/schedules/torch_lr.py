@@ -10,8 +10,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..options import refuse_idle
+from ._checks import DecayToZeroWarning, ScheduleError, check_choice
 from .base import OnMismatch, Schedule, start_decay
-from .checks import DecayToZeroWarning, ScheduleError, check_choice
 from .followed import Followed, check_storable, classes_in, settle
 
 
