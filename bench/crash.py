@@ -5,8 +5,8 @@ Runs that are killed by SIGKILL and started again: stock checkpoints beside cras
 
 SFT and GRPO, on one process and on two, save after every update and are killed at random moments and inside each phase
 of a save; then they are started again as a script would: stock by `resume_from_checkpoint=True` where there is any
-checkpoint, ours by `"auto"`. A resume *fails* where it raises, *restarts* where it goes on without optimizer, scheduler
-or random state, and *differs* where the weights at the end are not those of a run that nobody killed, to the bit.
+checkpoint, ours by `"auto"`. A resume *fails* where it raises, *restarts* where it goes on from a checkpoint that is not
+whole, without optimizer, scheduler or random state, and *differs* where the weights at the end are not those of a run that nobody killed, to the bit.
 
 Then what a save costs: seconds that it holds up the training, for a state of 650 MB, with stock, and with each mode;
 alternated. And what 100 saves leave behind.
@@ -69,7 +69,7 @@ class Job(NamedTuple):
     resume: bool = False
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- what is trained -------------------------------------------------------------------------------------------------
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -189,7 +189,7 @@ def child(job: Job, told: Path) -> None:
         (told / "digest").write_text(digest(trained))
 
 
-# --- processes ----------------------------------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -291,7 +291,7 @@ def wait_for_all(pids: list[int]) -> list[int]:
         return [1] * len(pids)
 
 
-# --- killed and started again -------------------------------------------------------------------------------------------
+# --- killed and started again ----------------------------------------------------------------------------------------
 
 
 def trial(job: Job, world: int, expected: str, kill_after: float | None) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def clean_resume_differs(job: Job, world: int, expected: str) -> bool:
     return again.digest != expected
 
 
-# --- what a save costs --------------------------------------------------------------------------------------------------
+# --- what a save costs -----------------------------------------------------------------------------------------------
 
 
 class Steps(TrainerCallback):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from packaging.version import Version
 
 from hf_effi.methods import METHODS, Method, methods_by_goal
-from hf_effi.report.card import markdown_table
+from hf_effi.report.result_card import markdown_table
 
 #: the packages that `bench.compatibility` moves within the range of `setup.cfg`
 MATRIX = ("transformers", "trl", "accelerate", "peft", "datasets")

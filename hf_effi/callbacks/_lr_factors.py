@@ -13,8 +13,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional import metrics
 from ..functional.schedules import ScheduleError
-from ._owners import Role
 from ._turns import WRITE, TurnCallback, in_turn
+from .owners import Role
 
 #: before the name of a factor in the log
 METRIC = metrics.LR_FACTOR

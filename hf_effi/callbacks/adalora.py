@@ -14,10 +14,10 @@ from .._files import StateFileError, load_state
 from ..functional import metrics
 from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
-from ._owners import Role
-from ._probing import outside_probes, trained_steps, trained_total
 from ._side_file import SideFileCallback
 from ._turns import LAST, WRITE, TurnCallback, in_turn
+from .owners import Role
+from .probing import outside_probes, trained_steps, trained_total
 
 STATE_FILE = "effi_adalora.pt"
 #: what `RankAllocator` accumulates over the budgeting phase

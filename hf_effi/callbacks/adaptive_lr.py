@@ -18,10 +18,10 @@ from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
 from ._engines import sharding_engine
 from ._lr_factors import LRFactorCallback
-from ._probing import in_probe, outside_probes
 from ._side_file import SideFileCallback
 from ._turns import MEASURE, in_turn
 from .lr_schedule import check_scheduler
+from .probing import in_probe, outside_probes
 
 logger = logging.getLogger(__name__)
 

@@ -30,11 +30,11 @@ from ._lr_search import (
     share_stage,
     validation_loss,
 )
-from ._probing import announce_probes, hold_back, mark_log, store_probes
 from ._side_file import SideFileCallback
 from ._turns import MEASURE, WRITE, in_turn
 from .adaptive_lr import refuse_sharded
 from .lr_schedule import LEARNING_RATE, check_scheduler
+from .probing import announce_probes, hold_back, mark_log, store_probes
 
 STATE_KEY = "hf_effi.auto_lrs"
 #: validation losses of one probe

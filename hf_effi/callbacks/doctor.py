@@ -16,11 +16,11 @@ from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimi
 from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
 from ._forward_watch import ForwardWatch
-from ._observer import describe, only_observes
-from ._owners import OwningCallback, Role
-from ._probing import in_probe, plan_of
 from ._scheduler_plan import scheduler_plan
 from ._turns import READ, in_turn
+from .observer import describe, only_observes
+from .owners import OwningCallback, Role
+from .probing import in_probe, plan_of
 
 logger = logging.getLogger(__name__)
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")

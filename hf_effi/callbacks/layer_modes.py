@@ -15,7 +15,7 @@ from ..functional.layer_plan import plan_layer_modes
 from ..memory.layer_modes import LayerModeError, LayerModes, decoder_layers
 from ..memory.layer_profile import LayerProbe, measure_copy_bandwidth
 from ..patching import sharded_by_zero3
-from ._owners import OwningCallback, Role
+from .owners import OwningCallback, Role
 
 logger = logging.get_logger(__name__)
 

@@ -10,9 +10,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..functional.data import CurriculumError, Multigrid, check_number
 from ..functional.kept_arguments import keeps_arguments
 from ._lr_factors import LRFactorCallback
-from ._owners import Role, owner_of
-from ._probing import trained_steps, trained_total
 from .lr_schedule import check_scheduler
+from .owners import Role, owner_of
+from .probing import trained_steps, trained_total
 
 #: who cuts the rows of a run
 SEQUENCE_LENGTH = Role("sequence length", "Two objects want to set the sequence length", "Keep one.", CurriculumError)

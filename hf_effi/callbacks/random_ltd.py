@@ -12,10 +12,10 @@ from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp
 from ..layers.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
 from ..patching.handle import PatchHandle
 from ._engines import data_rank
-from ._owners import Role
-from ._probing import in_probe, outside_probes, trained_steps, trained_total
 from ._turns import WRITE, TurnCallback, in_turn
 from .kernel_patch import refuse_data_parallel
+from .owners import Role
+from .probing import in_probe, outside_probes, trained_steps, trained_total
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.random_ltd"

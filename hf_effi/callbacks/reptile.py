@@ -11,10 +11,10 @@ from .._files import load_state
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.reptile import reptile_step
 from ._engines import sharding_engine
-from ._owners import Role
-from ._probing import holds_training_weights, outside_probes, trained_steps, trained_total
 from ._side_file import SideFileCallback
 from ._turns import WRITE, TurnCallback, in_turn
+from .owners import Role
+from .probing import holds_training_weights, outside_probes, trained_steps, trained_total
 
 REFERENCE_FILE = "effi_reptile.pt"
 

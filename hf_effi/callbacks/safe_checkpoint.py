@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.safe import Digest, Mode, OnError, SafeCheckpointer, attached_to
-from ._owners import OwningCallback, Role
+from .owners import OwningCallback, Role
 from ..checkpoint.run_folder import calling_trainer
 
 

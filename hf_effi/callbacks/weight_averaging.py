@@ -14,11 +14,11 @@ from ..functional.averaging import AverageKind, RunningAverage, averaging_weight
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.schedules import warn_decay_to_zero
 from ._engines import sharding_engine
-from ._owners import Role
-from ._probing import plan_of, trained_total
-from ..checkpoint.run_folder import run_folder
 from ._side_file import SideFileCallback
 from ._turns import READ, TurnCallback, in_turn
+from .owners import Role
+from .probing import plan_of, trained_total
+from ..checkpoint.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 

@@ -53,7 +53,7 @@ class MaskingRatioCurriculum(BatchTransform):
         self.special = torch.tensor(list(special_ids), dtype=torch.long)
         self.curve = {"start": start, "end": end, "warmup_fraction": warmup_fraction, "warmup_from": warmup_from}
         self.eval_ratio = end if eval_ratio is None else eval_ratio
-        self.masking = {
+        self.masking: dict[str, Any] = {
             "mask_token_id": check_count("mask_token_id", mask_token_id, 0),
             "vocab_size": check_count("vocab_size", vocab_size),
             "continues": continues,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patching._state import Trace
+from ..patching.state import Trace
 from ._errors import KernelMismatchError, PatchError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

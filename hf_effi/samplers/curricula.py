@@ -1,4 +1,4 @@
-"""Curricula that are fixed before training (rule A)."""
+"""Curricula that are fixed before training."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class QualityAscendingSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
     @keeps_arguments
     def __init__(
@@ -68,7 +68,7 @@ class QualityAscendingSampler(EffiSampler):
     ) -> None:
         self.scores = clean_scores(scores, nan=nan)
         super().__init__(self.scores.numel(), seed)
-        self.options = {"buckets": buckets, "folds": folds, "descending": descending}
+        self.options: dict[str, Any] = {"buckets": buckets, "folds": folds, "descending": descending}
         self.best_last = not descending
         self._order = score_order(self.scores, seed=seed, sources=sources, **self.options)
 
@@ -100,7 +100,7 @@ class InterleavedSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
     @keeps_arguments
     def __init__(self, levels: Sequence[Any], subjects: Sequence[Hashable], *, seed: int = 0) -> None:
@@ -139,7 +139,7 @@ class CompetenceSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
     @keeps_arguments
@@ -157,7 +157,7 @@ class CompetenceSampler(EffiSampler):
         self.scores = clean_scores(scores, nan=nan)
         super().__init__(self.scores.numel(), seed)
         self.num_samples = self.num_rows if num_samples is None else check_count("num_samples", num_samples)
-        self.options = {"start": start, "root": root, "full_at": full_at}
+        self.options: dict[str, Any] = {"start": start, "root": root, "full_at": full_at}
         competence_order(self.scores[:1], 1, **self.options)  # refuses a bad option now, not at the first batch
 
     def __len__(self) -> int:
@@ -200,7 +200,7 @@ class CyclicalSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
     @keeps_arguments

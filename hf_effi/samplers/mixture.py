@@ -1,4 +1,4 @@
-"""Domain mixtures that change during the run, and replay (rule A)."""
+"""Domain mixtures that change during the run, and replay."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MixtureSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
     @keeps_arguments
@@ -122,5 +122,5 @@ class ReplaySampler(MixtureSampler):
         domains = ["old" if old else "new" for old in is_old]
         if num_samples is None:
             num_samples = max(1, round(domains.count("new") / (1 - rate)))
-        shares = [(0.0, {"old": rate, "new": 1 - rate})]
+        shares: list[tuple[float, dict[Hashable, float]]] = [(0.0, {"old": rate, "new": 1 - rate})]
         super().__init__(domains, shares, block=block, num_samples=num_samples, in_order=in_order, seed=seed)

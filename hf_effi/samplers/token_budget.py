@@ -83,7 +83,7 @@ class TokenBudgetBatchSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
     @keeps_arguments
     def __init__(

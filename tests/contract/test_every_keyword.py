@@ -135,7 +135,7 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("extend_to", "method"): lambda: hf_effi.schedules.extend_to(linear(100, floor=0.1), 200, method="plateau"),
     ("extend_to", "transition_steps"): lambda: hf_effi.schedules.extend_to(WSD(100), 200, transition_steps=5),
     ("infinite", "alpha"): lambda: hf_effi.schedules.infinite(100, alpha=5.0),
-    ("keep_by_advantage", "balance_signs"): lambda: KEEP(torch.ones(4), 2, "random", balance_signs=True),
+    ("keep_by_advantage", "balance_signs"): lambda: KEEP(torch.ones(4), 2, metric="random", balance_signs=True),
     ("keep_by_advantage", "generator"): lambda: KEEP(torch.ones(4), 2, generator=torch.Generator()),
     ("layerwise_param_groups", "head_factor"): lambda: hf_effi.schedules.layerwise_param_groups(
         sgd(), 1e-3, head_factor=2.0

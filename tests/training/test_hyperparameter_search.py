@@ -16,8 +16,8 @@ from transformers.trainer_utils import HPSearchBackend
 
 import hf_effi
 from hf_effi import EffiTrainer, EffiTrainingArguments, WeightAveragingCallback
-from hf_effi.checkpoint.run_folder import run_folder
 from hf_effi.callbacks._side_file import SideFileCallback
+from hf_effi.checkpoint.run_folder import run_folder
 from hf_effi.hub import callback as hub_callback
 from tests.helpers import callback_cases, lm_dataset, push_args, tiny_qwen3
 from tests.helpers.callback_cases import CASES, STEPS, PairsArguments, PairsTrainer, flat, rows, settings_of

@@ -7,7 +7,7 @@ from __future__ import annotations
 from ._checks import CurriculumError, as_labels, check_count, check_number, clean_scores, seeded
 from .agreement import keep_by_length, majority_answers
 from .apportion import apportion
-from .attention import copy_probe, copy_scores, relative_increase, top_heads
+from .attention_influence import copy_probe, copy_scores, relative_increase, top_heads
 from .denoising import (
     UL2_DENOISERS,
     UL2R_DENOISERS,
@@ -19,7 +19,6 @@ from .denoising import (
     split_spans,
 )
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
-from .gap import Dip, stability_dip
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
 from .lengths import Multigrid, rechunk, root_length, staged_length
@@ -58,6 +57,7 @@ from .scores import (
     row_lengths,
     token_counts,
 )
+from .stability_gap import Dip, stability_dip
 
 __all__ = [
     "INSTRUCT_MINING",

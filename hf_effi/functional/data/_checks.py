@@ -112,7 +112,7 @@ def check_number(
     return value
 
 
-def check_count(name: str, value: int, low: int = 1) -> int:
+def check_count(name: str, value: Any, low: int = 1) -> int:
     """
     Return `value` if it is an integer of at least `low`.
 
