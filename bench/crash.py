@@ -5,8 +5,9 @@ Runs that are killed by SIGKILL and started again: stock checkpoints beside cras
 
 SFT and GRPO, on one process and on two, save after every update and are killed at random moments and inside each phase
 of a save; then they are started again as a script would: stock by `resume_from_checkpoint=True` where there is any
-checkpoint, ours by `"auto"`. A resume *fails* where it raises, *restarts* where it goes on from a checkpoint that is not
-whole, without optimizer, scheduler or random state, and *differs* where the weights at the end are not those of a run that nobody killed, to the bit.
+checkpoint, ours by `"auto"`. A resume *fails* where it raises, *restarts* where it goes on from a torn checkpoint
+without a word, and *differs* where the weights at the end are not those of a run that nobody
+killed, to the bit.
 
 Then what a save costs: seconds that it holds up the training, for a state of 650 MB, with stock, and with each mode;
 alternated. And what 100 saves leave behind.
@@ -230,22 +231,33 @@ def fork(job: Job, world: int, told: Path) -> list[int]:
     return pids
 
 
-def wait(pids: list[int], seconds: float = 300.0, first_ends_all: bool = False) -> list[int]:
-    """Wait for processes; all are killed once one has failed, or when the time is over."""
-    codes: dict[int, int] = {}
-    end = time.monotonic() + seconds
-    while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-        if any(codes.values()) or time.monotonic() > end:
-            for pid in pids:
-                if pid not in codes:
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
-    return [codes[pid] for pid in pids]
+class Ranks:
+    """The processes of one training."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.pids, self.codes = pids, dict[int, int]()
+
+    def look(self) -> bool:
+        """Return whether all still run; the exit codes of those that do not are kept."""
+        for pid in self.pids:
+            if pid not in self.codes and (done := os.waitpid(pid, os.WNOHANG))[0]:
+                self.codes[pid] = os.waitstatus_to_exitcode(done[1])
+        return not self.codes
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            if pid not in self.codes:
+                os.kill(pid, signal.SIGKILL)
+
+    def wait(self, seconds: float = 300.0) -> list[int]:
+        """Wait for all; they are killed once one has failed, or when the time is over."""
+        end = time.monotonic() + seconds
+        while len(self.codes) < len(self.pids):
+            self.look()
+            if any(self.codes.values()) or time.monotonic() > end:
+                self.kill()
+            time.sleep(0.005)
+        return [self.codes[pid] for pid in self.pids]
 
 
 class Outcome(NamedTuple):
@@ -262,33 +274,18 @@ def run(job: Job, world: int, kill_after: float | None = None) -> Outcome:
     """Run a job to its end, or kill all its processes some seconds after its first update began."""
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder)
-        pids = fork(job, world, told)
-        while not (told / "began").exists() and all(os.waitpid(pid, os.WNOHANG) == (0, 0) for pid in pids):
+        ranks = Ranks(fork(job, world, told))
+        while not (told / "began").exists() and ranks.look():
             time.sleep(0.005)
         began = time.monotonic()
-        if kill_after is not None and (told / "began").exists():
+        if kill_after is not None:
             time.sleep(kill_after)
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-        codes = wait_for_all(pids)
+            ranks.look()
+            ranks.kill()
+        codes = ranks.wait()
         read = {name: (told / name).read_text() if (told / name).exists() else None for name in ("from", "digest")}
         log = (told / "log0").read_text(errors="replace") if (told / "log0").exists() else ""
     return Outcome(codes, int(read["from"]) if read["from"] else None, read["digest"], time.monotonic() - began, log)
-
-
-def wait_for_all(pids: list[int]) -> list[int]:
-    """[`wait`], for processes of which some may have been waited for already."""
-    alive = []
-    for pid in pids:
-        try:
-            os.kill(pid, 0)
-            alive.append(pid)
-        except ProcessLookupError:
-            continue
-    try:
-        return wait(alive)
-    except ChildProcessError:
-        return [1] * len(pids)
 
 
 # --- killed and started again ----------------------------------------------------------------------------------------
@@ -302,7 +299,8 @@ def trial(job: Job, world: int, expected: str, kill_after: float | None) -> dict
     torn = newest is not None and first_broken(Path(newest)) is not None
     again = run(job._replace(end="", resume=True), world)
     failed = any(again.codes)
-    restarted = not failed and torn and again.begun_from == int(Path(newest).name[11:]) if newest else False
+    from_it = newest is not None and again.begun_from == int(Path(newest).name.removeprefix("checkpoint-"))
+    restarted = not failed and torn and from_it
     left = [path.name for path in folder.iterdir() if path.name.startswith(".hf_effi")] if folder.is_dir() else []
     shutil.rmtree(folder, ignore_errors=True)
     return {

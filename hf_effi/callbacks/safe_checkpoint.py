@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..checkpoint.run_folder import calling_trainer
 from ..checkpoint.safe import Digest, Mode, OnError, SafeCheckpointer, attached_to
 from .owners import OwningCallback, Role
-from ..checkpoint.run_folder import calling_trainer
 
 
 class SafeCheckpointCallback(OwningCallback):

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state, save_aside, save_json
+from ..checkpoint.run_folder import run_folder
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.schedules import warn_decay_to_zero
@@ -18,7 +19,6 @@ from ._side_file import SideFileCallback
 from ._turns import READ, TurnCallback, in_turn
 from .owners import Role
 from .probing import plan_of, trained_total
-from ..checkpoint.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
