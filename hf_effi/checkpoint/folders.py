@@ -40,6 +40,11 @@ class Resumable:
     path: Path | None
     skipped: list[CheckpointReport] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        found = "no whole checkpoint" if self.path is None else str(self.path)
+        left_out = "; ".join(f"{report.path.name}: {report.problem}" for report in self.skipped)
+        return found + (f" (not whole, and skipped: {left_out})" if left_out else "")
+
 
 def checkpoints_in(run_dir: str | Path) -> list[Path]:
     """Return the `checkpoint-N` folders of a run, by step, the oldest first."""
@@ -148,7 +153,7 @@ def repair_run_dir(run_dir: str | Path, wait_seconds: float = 600.0) -> list[str
     repair_run_dir("out")
     ```
     """
-    run_dir, done = Path(run_dir), []
+    run_dir, done = Path(run_dir), list[str]()
     if not run_dir.is_dir():
         return done
     for aside in sorted(run_dir.glob(f"{ASIDE}*")):

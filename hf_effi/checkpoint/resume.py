@@ -33,7 +33,7 @@ def resolve_auto(trainer: Trainer, level: Level = "content") -> str | None:
     Returns:
         `str`, *optional*: A folder for `resume_from_checkpoint`; `None` where the run starts fresh.
     """
-    run_dir, looks = Path(trainer.args.output_dir), trainer.args.should_save
+    run_dir, looks = Path(str(trainer.args.output_dir)), trainer.args.should_save
     repaired = repair_run_dir(run_dir) if looks else []
     there = {step_of(path) for path in checkpoints_in(run_dir)} if looks else None
     # Each process that saves has looked at a disk of its own, or is the only one.

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -38,7 +39,7 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     if (aside := getattr(state, _ASIDE, None)) is not None:
         return aside
     if not state.is_hyper_param_search:
-        return Path(args.output_dir)
+        return Path(str(args.output_dir))
     trainer = calling_trainer(state)
     if trainer is None:
         raise ValueError(
@@ -51,7 +52,7 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 def calling_trainer(state: TrainerState) -> Any:
     """Return the Trainer of a state among those who called this function, or `None`."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer) and caller.state is state:

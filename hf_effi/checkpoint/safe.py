@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -92,7 +92,7 @@ class SafeCheckpointer:
         self._in_flight: Commit | None = None
         self._when_written: list[Callable[[], None]] = []
         self._trainer: Trainer | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
         #: files whose buffers are there
         self._staged: set[str] = set()
         self._run_dir = Path()
@@ -145,9 +145,7 @@ class SafeCheckpointer:
             "_finalize_training": self._finalize_of(trainer._finalize_training),
         }
         for name, value in seams.items():
-            context = replaced(trainer, name, value)
-            context.__enter__()
-            self._undo.append(lambda context=context: context.__exit__(None, None, None))
+            self._undo.enter_context(replaced(trainer, name, value))
         return self
 
     def detach(self) -> None:
@@ -155,8 +153,7 @@ class SafeCheckpointer:
         if self._trainer is not None:
             self.wait()
             self._close()
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
         self._trainer = None
 
     def wait(self) -> None:
@@ -170,12 +167,12 @@ class SafeCheckpointer:
         if self.mode == "sync" or not self._saved_before:
             return
         self._saved_before = False
-        leads = commit is not None and self._writer is not None
-        if (problem := self._together(self._writer.wait if leads else _nothing)) is not None:
+        writer = self._writer if commit is not None else None
+        if (problem := self._together(_nothing if writer is None else writer.wait)) is not None:
             self._when_written.clear()
             return self._failed(commit or self._commit(self._run_dir), problem)
-        if leads:
-            self.writes.append(self._writer.seconds)
+        if writer is not None:
+            self.writes.append(writer.seconds)
         waiting, self._when_written = self._when_written, []
         control = self.trainer.control
         saving, control.should_save = control.should_save, False  # of another checkpoint than the one that is pushed
@@ -215,7 +212,7 @@ class SafeCheckpointer:
     def _save_of(self, save: Callable[..., None]) -> Callable[..., None]:
         def safe_save_checkpoint(model: Any, trial: Any) -> None:
             began = time.monotonic()
-            self._save(lambda: save(model, trial), Path(self.trainer._get_output_dir(trial=trial)))
+            self._save(lambda: save(model, trial), Path(self.trainer._get_output_dir(trial)))
             self.stalls.append(time.monotonic() - began)
 
         return safe_save_checkpoint
@@ -237,7 +234,7 @@ class SafeCheckpointer:
                 commit.finish()
                 self.writes.append(time.monotonic() - began)
             else:
-                self._writer.submit(commit)
+                self._writer_of_mode().submit(commit)
 
         began = time.monotonic()
         for step in (commit.begin, None), (write, write), (finish, None):
@@ -252,21 +249,24 @@ class SafeCheckpointer:
             self.wait()
 
     def _deferring(self, commit: Commit) -> AbstractContextManager[None]:
-        if self._writer is None:
-            self._writer = ThreadWriter() if self.mode == "thread" else ProcessWriter()
-        writer = self._writer
+        buffers = self._writer_of_mode().buffers
 
         def take(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None) -> bool:
             try:
                 nbytes = nbytes_of(content)
                 if nbytes < _SMALL or not self._has_room(path.name, nbytes):
                     return False
-                commit.writes.append(stage(path, kind, content, metadata, writer.buffers))
+                commit.writes.append(stage(path, kind, content, metadata, buffers))
             except NotCopyable:
                 return False
             return True
 
         return deferring(commit.made, take)
+
+    def _writer_of_mode(self) -> Writer:
+        if self._writer is None:
+            self._writer = ThreadWriter() if self.mode == "thread" else ProcessWriter()
+        return self._writer
 
     def _has_room(self, name: str, nbytes: int) -> bool:
         if name in self._staged:
@@ -327,12 +327,7 @@ class SafeCheckpointer:
         return problem
 
     def _failed(self, commit: Commit, problem: str) -> None:
-        whole = find_resumable(commit.run_dir, "size").path
-        rest = (
-            f"The newest whole checkpoint is {whole}."
-            if whole is not None
-            else f"No whole checkpoint is in {commit.run_dir} so far."
-        )
+        rest = f"To go on from, {commit.run_dir} has {find_resumable(commit.run_dir, 'size')}."
         free = shutil.disk_usage(commit.run_dir).free if commit.run_dir.exists() else 0
         text = (
             f"{commit.final.name} could not be saved ({problem}); what was there before is untouched. {rest} "

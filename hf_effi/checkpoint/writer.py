@@ -17,7 +17,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from .commit import Commit
 from .staging import Buffers, HostBuffers, Place, SharedBuffers, StagedFile
@@ -26,8 +26,10 @@ from .staging import Buffers, HostBuffers, Place, SharedBuffers, StagedFile
 class Writer(Protocol):
     """Writes one checkpoint at a time."""
 
-    #: where the states that it writes are copied to
-    buffers: Buffers
+    @property
+    def buffers(self) -> Buffers:
+        """Where the states that it writes are copied to."""
+
     #: how long the last one took
     seconds: float
 
@@ -84,6 +86,14 @@ class WriterEnded(OSError):
     """The process that writes checkpoints is gone."""
 
 
+@dataclasses.dataclass
+class _Child:
+    process: subprocess.Popen[bytes]
+    pipe: Connection[Any, Any]
+    #: file -> inode of the memory that it has
+    known: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
 class ProcessWriter:
     """
     A process of its own session, which goes on writing where this process is killed, and ends after that.
@@ -97,31 +107,21 @@ class ProcessWriter:
     def __init__(self) -> None:
         self.buffers: SharedBuffers = SharedBuffers()
         self.seconds = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: Connection | None = None
-        self._known: dict[str, int] = {}
+        self._child: _Child | None = None
         self._running: Commit | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the process; `None` where none runs."""
+        return None if self._child is None else self._child.process.pid
 
     def start(self) -> None:
         """Start the process. It takes some seconds to be ready, for which whoever submits does not wait."""
-        if self._process is not None:
-            return
-        ours, theirs = socket.socketpair()
-        with theirs:
-            number = theirs.fileno()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module, str(number)],
-                pass_fds=(number,),
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        self._pipe, self._known = Connection(ours.detach()), {}
+        self._child = self._child or self._started()
 
     def submit(self, commit: Commit) -> None:
         """Begin to write."""
-        self.start()
+        child = self._child = self._child or self._started()
         assigned = {field.name: getattr(commit, field.name) for field in dataclasses.fields(commit)}
         del assigned["at"]
         try:
@@ -129,39 +129,53 @@ class ProcessWriter:
                 name = file.path.name
                 descriptor = self.buffers.descriptor(name)
                 inode = os.fstat(descriptor).st_ino
-                if self._known.get(name) != inode:
-                    self._pipe.send(("memory", name))
-                    send_handle(self._pipe, descriptor, self._process.pid)
-                    self._known[name] = inode
-            self._pipe.send(("commit", assigned))
+                if child.known.get(name) != inode:
+                    child.pipe.send(("memory", name))
+                    send_handle(child.pipe, descriptor, child.process.pid)
+                    child.known[name] = inode
+            child.pipe.send(("commit", assigned))
         except OSError as error:
-            self._gone(commit, error)
+            self._gone(child, commit, error)
         self._running = commit
 
     def wait(self) -> None:
         """Wait for what was submitted, and raise what it raised."""
         commit, self._running = self._running, None
-        if commit is None:
+        if commit is None or (child := self._child) is None:
             return
         try:
-            error, self.seconds = self._pipe.recv()
+            error, self.seconds = child.pipe.recv()
         except (EOFError, OSError) as gone:
-            self._gone(commit, gone)
+            self._gone(child, commit, gone)
         if error is not None:
             raise error
 
     def close(self) -> None:
         """End the process once it has written what it was given, and give the memory back."""
-        if self._process is not None:
-            self._pipe.close()
-            self._process.wait()
-            self._process = self._pipe = None
+        if self._child is not None:
+            self._child.pipe.close()
+            self._child.process.wait()
+            self._child = None
         self.buffers.close()
 
-    def _gone(self, commit: Commit, error: Exception) -> None:
-        code = self._process.wait()
-        self._pipe.close()
-        self._process = self._pipe = None
+    def _started(self) -> _Child:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            number = theirs.fileno()
+            process = subprocess.Popen(
+                [sys.executable, "-m", self.module, str(number)],
+                pass_fds=(number,),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        return _Child(process, Connection(ours.detach()))
+
+    def _gone(self, child: _Child, commit: Commit, error: Exception) -> NoReturn:
+        code = child.process.wait()
+        child.pipe.close()
+        self._child = None
         commit.abandon()
         raise WriterEnded(
             f"the process that writes checkpoints ended with exit code {code}"
@@ -169,7 +183,7 @@ class ProcessWriter:
         ) from error
 
 
-def _tensors(content: Any, memory: mmap.mmap | None) -> Any:
+def _tensors(content: Any, memory: mmap.mmap) -> Any:
     """Return a state with each place replaced by the tensor that is there."""
     if isinstance(content, Place):
         return content.tensor(memory)
@@ -190,7 +204,7 @@ def _portable(error: Exception) -> Exception:
     return OSError(f"{type(error).__name__}: {error}")
 
 
-def serve(pipe: Connection, at: Any = None) -> None:
+def serve(pipe: Connection[Any, Any], at: Any = None) -> None:
     """Write the checkpoints that come through a pipe, until the other end is closed or gone."""
     memory: dict[str, mmap.mmap] = {}
     while True:
@@ -206,7 +220,7 @@ def serve(pipe: Connection, at: Any = None) -> None:
         began, error = time.monotonic(), None
         commit = Commit(**content, **({} if at is None else {"at": at}))
         commit.writes = [
-            StagedFile(file.path, file.kind, _tensors(file.content, memory.get(file.path.name)), file.metadata)
+            StagedFile(file.path, file.kind, _tensors(file.content, memory[file.path.name]), file.metadata)
             for file in commit.writes
         ]
         try:

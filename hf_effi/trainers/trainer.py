@@ -14,7 +14,7 @@ from .mixins._signatures import with_signatures_of
 class EffiTrainingArguments(EffiArguments, TrainingArguments):
     """
     `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
-    `kernel_patch`, `run_record` and `hub_wait_seconds`.
+    `kernel_patch`, `run_record`, `hub_wait_seconds` and `safe_checkpoints`.
 
     Example:
     ```python

@@ -50,6 +50,7 @@ MAKE = {
     "RandomLTDCallback": lambda cls: cls(16, 32),
     "ReptileCallback": lambda cls: cls(2, 0.5),
     "RunRecordCallback": lambda cls: cls(),
+    "SafeCheckpointCallback": lambda cls: cls(),
     "SamplerCallback": lambda cls: cls(ShuffledSampler(8)),
     "SelectiveCheckpointCallback": lambda cls: cls(),
     "TrainDoctor": lambda cls: cls(),

@@ -92,6 +92,8 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         hub_wait_seconds (`float`, *optional*):
             How long one upload to the Hub may take, and how long the end of the run waits for it; 0.8 of `ddp_timeout`
             without it.
+        safe_checkpoints (`str`, *optional*):
+            Crash-safe checkpoints: `"sync"`, `"thread"` or `"process"`. Those of a stock Trainer without it.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
