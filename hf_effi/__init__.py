@@ -2,7 +2,7 @@
 
 What most users type is here; the rest is in rooms: `hf_effi.schedules`, `hf_effi.samplers`, `hf_effi.data`,
 `hf_effi.callbacks`, `hf_effi.memory`, `hf_effi.attention`, `hf_effi.kernels`, `hf_effi.layers`, `hf_effi.parallel`,
-`hf_effi.checkpoint`, `hf_effi.recipes`, `hf_effi.report`, `hf_effi.hub`, `hf_effi.trainers` and
+`hf_effi.checkpoint`, `hf_effi.recipes`, `hf_effi.report`, `hf_effi.hub`, `hf_effi.errors`, `hf_effi.trainers` and
 `hf_effi.trainers.mixins`. All names are loaded on first use: `import hf_effi` imports neither trl nor triton.
 """
 
@@ -45,7 +45,7 @@ _PUBLIC = {
 #: rooms whose faces have public names, in the order in which a name is looked for
 _ROOMS = (
     "schedules", "samplers", "data", "memory", "attention", "layers", "kernels", "parallel", "checkpoint", "callbacks",
-    "trainers", "recipes", "report", "hub", "methods",
+    "trainers", "recipes", "report", "hub", "methods", "errors",
 )  # fmt: skip
 
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names

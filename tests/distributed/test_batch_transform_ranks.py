@@ -75,7 +75,6 @@ def others(folder: str):
     from transformers import BertConfig, BertForMaskedLM, Trainer
 
     from hf_effi.data import MaskingRatioCurriculum, MetadataCollator, MetadataConditioning, UL2Denoising
-    from hf_effi.functional.data import CurriculumError
     from hf_effi.trainers.mixins import BatchTransformMixin
     from tests.helpers import lm_dataset, tiny_qwen3, weights_of
     from tests.helpers.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
@@ -111,9 +110,7 @@ def others(folder: str):
         tiny_qwen3(), arguments(folder, True), collator, ragged, batch_transform=MetadataConditioning(collator)
     )
     refused.seen = []
-    with pytest.raises(
-        CurriculumError, match=r"dispatch_batches=True joins .*'metadata_ids': \[\(1,\), \(2,\), \(3,\)\]"
-    ):
+    with pytest.raises(ValueError, match=r"dispatch_batches=True joins .*'metadata_ids': \[\(1,\), \(2,\), \(3,\)\]"):
         refused.train()
     assert not refused.seen
     return {(kind, dispatch): run(kind, dispatch) for kind in ("masking", "ul2") for dispatch in (False, True)}

@@ -15,8 +15,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from trl import GRPOTrainer, SFTTrainer
 
 from hf_effi import EffiSFTConfig, EffiSFTTrainer
+from hf_effi.errors import RewardError
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
-from hf_effi.trainers.grpo.rewards import RewardError
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     assert_bitwise_equal,

@@ -32,9 +32,10 @@ from hf_effi import (
     read_run,
 )
 from hf_effi._run_record import REDACTED
+from hf_effi.errors import HubRefusedError
 from hf_effi.hub import publish
 from hf_effi.hub.model_card import PICTURE
-from hf_effi.hub.uploads import HubRefusedError, HubUploader
+from hf_effi.hub.uploads import HubUploader
 from hf_effi.schedules import wsd
 from tests.helpers import (
     Fault,

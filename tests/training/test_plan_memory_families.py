@@ -406,7 +406,7 @@ def test_a_row_that_loops_too_long_is_continued_and_named(monkeypatch):
     assert not any("loops" in sentence for sentence in whole.not_modelled)
     monkeypatch.setattr(trace_memory, "MAX_OPERATIONS", 4000)
     monkeypatch.setattr(trace_memory, "SHORT_ROWS", (16, 24, 32, 40))
-    with pytest.raises(trace_memory.TooManyOperations, match="more than 4000 operators"):
+    with pytest.raises(trace_memory._TooManyOperations, match="more than 4000 operators"):
         TracedModel(config)._trace(1, 96, padded=False)
     continued = plan_memory(config, seq_len=96)
     assert any("loops over tokens: figures of up to 40 tokens" in sentence for sentence in continued.not_modelled)

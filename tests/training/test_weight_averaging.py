@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_effi.callbacks.weight_averaging import AVERAGE_FILE, WeightAveragingCallback
+from hf_effi.errors import DecayToZeroWarning
 from hf_effi.functional.averaging import averaging_weights
-from hf_effi.functional.schedules import DecayToZeroWarning
 from tests.helpers import assert_bitwise_equal, compare_runs, weights_of
 from tests.helpers.resume import weights_in
 from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hf_effi import patch, unpatch
-from hf_effi.kernels import FusedLoRALinear, PatchError, PatchHandle, TiledMLP, tile_mlp
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import FusedLoRALinear, PatchHandle, TiledMLP, tile_mlp
 from hf_effi.layers.random_ltd import TokenDropping, drop_layer_tokens
 from hf_effi.memory import LayerModes, stream_layers, tile_loss
 from hf_effi.patching.handle import Claim, claims_of
@@ -155,7 +156,7 @@ def test_a_stranger_is_named_after_all_others_are_restored(apply):
     ours = middle.forward
     middle.forward = lambda hidden: hidden
     with pytest.raises(
-        PatchError, match=r"could not restore: model\.layers\.1\.mlp\.forward was replaced by something"
+        RefusedError, match=r"could not restore: model\.layers\.1\.mlp\.forward was replaced by something"
     ):
         handle.revert()
     assert all("forward" not in model.model.layers[i].mlp.__dict__ for i in (0, 2))

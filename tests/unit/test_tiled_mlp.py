@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bench._counters import GemmCounter, LiveBytes
+from hf_effi.errors import RefusedError
 from hf_effi.functional.sequence import tile_rows
-from hf_effi.kernels import PatchError
 from hf_effi.kernels._products import add_product
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from tests.helpers import tiny_gemma, tiny_llama, tiny_qwen3
@@ -306,7 +306,7 @@ def test_a_patch_on_top_has_to_go_first():
     handle = tile_mlp(model)
     ours = model.model.layers[1].mlp.forward
     model.model.layers[1].mlp.forward = lambda x: x
-    with pytest.raises(PatchError, match="replaced by something else after this patch. Undo what was done later"):
+    with pytest.raises(RefusedError, match="replaced by something else after this patch. Undo what was done later"):
         handle.revert()
     model.model.layers[1].mlp.forward = ours
     handle.revert()
