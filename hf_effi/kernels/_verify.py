@@ -19,6 +19,13 @@ class _KernelMismatchError(RefusedError):
     """A replacement that does not compute what it replaces: `patch` then tries the next one, or leaves the module."""
 
 
+class _LayerRefusedError(RefusedError):
+    """
+    A kernel layer says itself what it cannot compute, or where. No failed self-check: the caller is told, also with
+    `on_mismatch="eager"`.
+    """
+
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: A replacement may be twice as far from the truth as the original is (the rule of flash-attention's tests), plus one
@@ -236,7 +243,7 @@ def compare(
         ) from error
     try:
         new = _results(modules, replacement, arguments, wide=False, backward=backward)
-    except RefusedError:
+    except _LayerRefusedError:
         raise
     except Exception as error:  # whatever a kernel raises where it does not work: no driver, an unknown shape or dtype
         raise _KernelMismatchError(f"it does not run: {type(error).__name__}: {error}") from error

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..errors import RefusedError
 from ._layers import Unit
 from ._peft_layers import active_adapters, dense_weight, has_own_call, is_repacked
 from ._targets import Target
+from ._verify import _LayerRefusedError
 from .low_bit import LowBitWeight, QuantizedRows, quantize_rows
 
 #: names of projections that are given the same input by the modules of transformers
@@ -212,8 +212,8 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torc
 # --- PEFT layers ---------------------------------------------------------------------------------------------------
 
 
-def _reject(name: str, reason: str) -> RefusedError:
-    return RefusedError(f"LoRA kernels cannot compute {name}: {reason}")
+def _reject(name: str, reason: str) -> _LayerRefusedError:
+    return _LayerRefusedError(f"LoRA kernels cannot compute {name}: {reason}")
 
 
 def _check_layer(name: str, module: Any) -> None:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import RefusedError
 from ..patching._triton import triton_ops
+from ._verify import _LayerRefusedError
 
 
 class LowBitFormat(NamedTuple):
@@ -113,16 +113,18 @@ def check_device(format: str, device: torch.device) -> None:
     if device.type == "cpu":
         return
     if device.type != "cuda" or torch.version.hip is not None:
-        raise RefusedError(f"format={format!r} runs on NVIDIA GPUs and, emulated, on a CPU; this is {device.type}.")
+        raise _LayerRefusedError(
+            f"format={format!r} runs on NVIDIA GPUs and, emulated, on a CPU; this is {device.type}."
+        )
     capability = torch.cuda.get_device_capability(device)
     card = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
     if capability < _INT8_CAPABILITY:
-        raise RefusedError(
+        raise _LayerRefusedError(
             f"{card}, and products of 8 bits need 7.5. Keep the base in 16 bits, or load it in 4 bits; "
             "FusedLoRALinear takes both."
         )
     if format == "fp8" and capability[0] not in _FP8_MAJORS:
-        raise RefusedError(
+        raise _LayerRefusedError(
             f"{card}, and row-wise FP8 products need 9.x or 10.x (Hopper, B200). Use format='int8', which works from "
             "7.5."
         )

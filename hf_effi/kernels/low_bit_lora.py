@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RefusedError
 from ._layers import Unit
 from ._targets import Target
+from ._verify import _LayerRefusedError
 from .fused_lora import SIBLINGS, FusedLoRALinear, LoRAWeights, _check_layer, _read, _Siblings, _unit
 from .low_bit import FORMATS, LowBitWeight, check_device
 
@@ -31,8 +31,8 @@ _TAKEN_OVER = (
 )
 
 
-def _reject(name: str, reason: str) -> RefusedError:
-    return RefusedError(f"LowBitLoRALinear cannot compute {name}: {reason}")
+def _reject(name: str, reason: str) -> _LayerRefusedError:
+    return _LayerRefusedError(f"LowBitLoRALinear cannot compute {name}: {reason}")
 
 
 class _Base:
@@ -97,7 +97,7 @@ def _put_wide(base: _Base, layer: nn.Module, state: dict[str, Any], prefix: str,
 
 def _refuse_load(base: _Base, layer: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     if f"{prefix}weight" in state:
-        raise RefusedError(
+        raise _LayerRefusedError(
             f"{prefix}weight cannot be loaded into a base of 8 bits. Revert the patch, load, and patch again."
         )
 
@@ -182,7 +182,7 @@ class LowBitLoRALinear(FusedLoRALinear):
         """Return one unit for each group of siblings among the targets, without the output head."""
         inner = [target for target in targets if target.name.rpartition(".")[2] != _HEAD]
         if not inner:
-            raise RefusedError(
+            raise _LayerRefusedError(
                 f"LowBitLoRALinear leaves the output head as it is, and {targets[0].name} is all there is."
             )
         return super().units(inner)

@@ -164,7 +164,7 @@ def _read_projection(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
     if module.merged and module.disable_adapters:
         module.unmerge()  # as PEFT's own forward does
     base, tensors = _read_linear(module.base_layer, name)
-    adapters = active_adapters(module, lambda reason: ValueError(f"TiledMLP: {name}: {reason}")).values()
+    adapters = active_adapters(module, lambda reason: RefusedError(f"TiledMLP: {name}: {reason}")).values()
     pairs = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
     return replace(base, scales=tuple(adapter.scale for adapter in adapters)), tensors + pairs
 
