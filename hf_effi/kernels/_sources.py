@@ -31,7 +31,7 @@ _OURS: dict[Key, Callable[[], LayerGroup]] = {
 def _from_liger(key: Key) -> list[Candidate]:
     layers = require("liger_kernel", "layer 'liger'") and importlib.import_module("hf_effi.kernels.liger").LAYERS
     if key not in layers:
-        raise ValueError(f"'liger' has no layer for {key!r}. It has: {', '.join(layers)}.")
+        raise RefusedError(f"'liger' has no layer for {key!r}. It has: {', '.join(layers)}.")
     return list(layers[key])
 
 
@@ -69,6 +69,7 @@ def candidates(key: Key, value: Any) -> list[Candidate]:
 
     Raises:
         ValueError: the value is no layer, no group and no source.
+        RefusedError: Liger has no layer for the key.
         MissingPackageError: the package that the value needs is not installed.
     """
     if isinstance(value, str):

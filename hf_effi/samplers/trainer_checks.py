@@ -21,7 +21,8 @@ def check_trainer(args: Any, dataset: Any, sampler: EffiSampler) -> None:
     Refuse what a sampler cannot order, or what would order the rows a second time.
 
     Raises:
-        ValueError, RefusedError: see [`SamplerMixin`].
+        RefusedError: as in [`SamplerMixin`].
+        ValueError: as there.
     """
     name = type(sampler).__name__
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):

@@ -90,7 +90,7 @@ def test_scores_are_cached_by_model_and_heads(copier, tmp_path, monkeypatch):
     assert len(forwarded) == 9
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.DecayToZeroWarning")
 def test_training_on_the_scores_serves_random_rows_first_and_resumes(copier, tmp_path):
     heads = retrieval_heads(copier, share=0.5, length=10, token_ids=TOKENS)
     data = scored(copier, heads, tmp_path / "scores")

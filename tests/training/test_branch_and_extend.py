@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
+from hf_effi.errors import BrokenFileError
 from hf_effi.functional.schedules import cosine, wsd
 from hf_effi.functional.schedules.extend import extend_to
 from hf_effi.schedules.branch import branch_cooldown
@@ -58,7 +59,7 @@ def test_what_cannot_be_branched_is_refused(tmp_path):
         branch_cooldown(tmp_path / "cosine" / "checkpoint-3", 2, tmp_path / "b")
     with pytest.raises(ValueError, match="starts once"):
         branch_cooldown(tmp_path / "late" / "checkpoint-9", 2, tmp_path / "b")
-    with pytest.raises(ValueError, match="no trainer_state.json"):
+    with pytest.raises(BrokenFileError, match="no trainer_state.json"):
         branch_cooldown(tmp_path, 2, tmp_path / "b")
     with pytest.raises(ValueError, match="decay_steps=0"):
         branch_cooldown(tmp_path / "cosine" / "checkpoint-3", 0, tmp_path / "b")

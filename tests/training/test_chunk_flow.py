@@ -240,7 +240,7 @@ def with_prompt(config):
 )
 def test_what_is_not_exact_is_named(tmp_path, over, message):
     model = over.pop("model", tiny_qwen3)()
-    with pytest.raises(RefusedError, match=message):
+    with pytest.raises(ValueError, match=message):
         make(tmp_path, over.pop("chunk_flow", ChunkFlow(4)), model=model, **over)
 
 

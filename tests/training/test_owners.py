@@ -62,7 +62,7 @@ LATE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.DecayToZeroWarning")
 @pytest.mark.parametrize("kind", LATE)
 def test_what_is_added_to_a_trainer_later_is_seen_before_the_first_update(tmp_path, kind):
     first, second, over = LATE[kind]
@@ -89,7 +89,7 @@ class Fails(TrainerCallback):
             raise RuntimeError("node lost")
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.DecayToZeroWarning")
 def test_the_same_objects_train_again_after_a_failure_and_in_another_trainer(tmp_path):
     def callbacks():
         return [

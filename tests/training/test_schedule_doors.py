@@ -94,7 +94,7 @@ def chain_of(seed):
     return chain
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.PastEndWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.PastEndWarning")
 @pytest.mark.parametrize("seed", range(6))
 def test_any_chain_of_resumes_is_the_same_through_both_doors_and_through_both_in_turn(tmp_path, seed):
     applied, step = None, 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_effi.data import AttentionInfluence, copy_head_scores, masked_heads, retrieval_heads
+from hf_effi.errors import RefusedError
 from hf_effi.functional.data import copy_probe, copy_scores, relative_increase, top_heads
 from tests.helpers import assert_bitwise_equal, tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3, weights_of
 
@@ -194,7 +195,7 @@ def test_unknown_heads_raise(heads):
 def test_nothing_to_mask_raises():
     with pytest.raises(ValueError, match="heads is empty"):
         AttentionInfluence(tiny_llama(), [])
-    with pytest.raises(ValueError, match="no attention module"):
+    with pytest.raises(RefusedError, match="no attention module"):
         AttentionInfluence(torch.nn.Linear(1, 1), [(0, 0)])
     model = tiny_llama()
     fused = model.model.layers[0].self_attn.o_proj
@@ -203,8 +204,8 @@ def test_nothing_to_mask_raises():
         torch.nn.functional.linear(hidden_states, fused.weight),
         None,
     )
-    with pytest.raises(ValueError, match="not called as modules"):
+    with pytest.raises(RefusedError, match="not called as modules"):
         scorer({"input_ids": IDS.tolist()})
-    with pytest.raises(ValueError, match="no attention weights"):
+    with pytest.raises(RefusedError, match="no attention weights"):
         copy_head_scores(model, num_rows=1, length=2)
     assert model.config._attn_implementation == "sdpa"

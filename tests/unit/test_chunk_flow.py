@@ -141,5 +141,5 @@ def test_a_model_that_leaves_its_cache_alone_is_refused():
     ],
 )
 def test_bad_input_is_named(call, message):
-    with pytest.raises(RefusedError, match=message):
+    with pytest.raises(ValueError, match=message):
         call()

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hf_effi.data.denoising import UL2Denoising
+from hf_effi.errors import RefusedError
 from hf_effi.functional.data import (
     UL2_DENOISERS,
     UL2R_DENOISERS,
@@ -164,7 +165,7 @@ def test_refusals_name_the_fix():
         transform(batch_of([[10]], 4), 0, 1, seeded(0))
     with pytest.raises(ValueError, match="holds a sentinel"):
         transform(batch_of([[10, 901, 12]], 4), 0, 1, seeded(0))
-    with pytest.raises(ValueError, match=r"carries \['position_ids'\]"):
+    with pytest.raises(RefusedError, match=r"carries \['position_ids'\]"):
         transform({**batch_of([[10, 11]], 2), "position_ids": torch.zeros(1, 2)}, 0, 1, seeded(0))
     with pytest.raises(ValueError, match="3 spans are hidden, and there are 1"):
         split_spans(torch.arange(6), torch.tensor([0, 1, 0, 1, 0, 1]).bool(), [9])

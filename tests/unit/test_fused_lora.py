@@ -301,7 +301,7 @@ def test_other_layers_are_refused():
 
 def test_siblings_argument():
     for wrong in ("q_proj", ["q_proj", "k_proj"]):
-        with pytest.raises(RefusedError, match="siblings=.* must be groups of names"):
+        with pytest.raises(ValueError, match="siblings=.* must be groups of names"):
             FusedLoRALinear(wrong)
     with patch(lora_model(), {"LoRALinear": FusedLoRALinear([["k_proj", "v_proj"]])}) as handle:
         layers = {row.name.rsplit(".", 1)[1]: row.layer for row in handle}

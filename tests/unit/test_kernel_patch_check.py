@@ -244,7 +244,7 @@ def test_inputs_for_a_module_that_takes_no_activations():
     ids = {"model.embed_tokens": lambda module, generator: (torch.tensor([[1, 2, 2]]),)}
     with patch(model, {"model.embed_tokens": Lookup}, inputs=ids) as handle:
         assert handle.rows[0].note.startswith(("output 0", "gradient of weight"))
-    with pytest.raises(RefusedError, match="inputs has keys that `layers` has not"):
+    with pytest.raises(ValueError, match="inputs has keys that `layers` has not"):
         patch(model, {"RMSNorm": TorchRMSNorm}, inputs=ids)
 
 

@@ -238,7 +238,7 @@ def test_selective_saves_further_operators():
         with Ops() as ops:
             loss.backward()
     assert ops.count["aten::silu"] == 0
-    with pytest.raises(RefusedError, match=r"save_ops holds 'silu'"):
+    with pytest.raises(ValueError, match=r"save_ops holds 'silu'"):
         selective_contexts(["silu"])
 
 
@@ -271,9 +271,9 @@ def test_errors_name_the_fix():
     with pytest.raises(RefusedError, match="no GradientCheckpointingLayer"):
         LayerModes(torch.nn.Linear(2, 2), "keep")
     model = checkpointed()
-    with pytest.raises(RefusedError, match=r"\['kept'\]. Known: keep, selective, checkpoint, offload"):
+    with pytest.raises(ValueError, match=r"\['kept'\]. Known: keep, selective, checkpoint, offload"):
         LayerModes(model, "kept")
-    with pytest.raises(RefusedError, match="3 modes for 4 layers"):
+    with pytest.raises(ValueError, match="3 modes for 4 layers"):
         LayerModes(model, ["keep"] * 3)
     with LayerModes(model, "offload"), pytest.raises(RefusedError, match="already has the mode 'offload'"):
         LayerModes(model, "keep").apply()
@@ -312,7 +312,7 @@ def test_only_plain_tensors_are_offloaded():
         pass
 
     x = torch.ones(3, requires_grad=True).as_subclass(Own)
-    with pytest.raises(TypeError, match="type Own cannot be offloaded"), ActivationOffloader().saving():
+    with pytest.raises(RefusedError, match="type Own cannot be offloaded"), ActivationOffloader().saving():
         (x * 2).square()
 
 

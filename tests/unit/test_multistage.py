@@ -76,7 +76,7 @@ def test_naive_bayes_refuses():
         BernoulliBayes(3, alpha=0)
     with pytest.raises(ValueError, match="num_tokens"):
         BernoulliBayes(0)
-    with pytest.raises(ValueError, match="4 tokens"):
+    with pytest.raises(MismatchError, match="4 tokens"):
         bayes.load_state_dict(BernoulliBayes(4).state_dict())
 
 

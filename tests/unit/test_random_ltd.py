@@ -233,7 +233,7 @@ def test_refusals_name_the_reason():
             model(IDS, **{CACHE_ARGUMENT: DynamicCache(config=model.config)})
         with pytest.raises(RefusedError, match="cu_seq_lens_q"):
             model(IDS, use_cache=False, cu_seq_lens_q=torch.tensor([0, 12, 24]))
-        with pytest.raises(ValueError, match="replaced before"):
+        with pytest.raises(RefusedError, match="replaced before"):
             drop_layer_tokens(model, dropping_of(4))
         model(IDS, use_cache=False)
     with pytest.raises(RefusedError, match="only 2"):

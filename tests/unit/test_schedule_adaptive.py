@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_effi.checkpoint.snapshot import restore_snapshot, take_snapshot
+from hf_effi.errors import RefusedError
 from hf_effi.functional.schedules.adaptive import (
     AccuracyGradient,
     GradientSNR,
@@ -157,8 +158,8 @@ def test_range_test_restores_after_an_error_and_survives_nan():
 
 
 def test_schedule_free_guard():
-    with pytest.raises(ValueError, match="wsd would decay it"):
+    with pytest.raises(RefusedError, match="wsd would decay it"):
         check_schedule_free("AdamWScheduleFree", "wsd", "constant")
-    with pytest.raises(ValueError, match="lr_scheduler_type='constant'"):
+    with pytest.raises(RefusedError, match="lr_scheduler_type='constant'"):
         check_schedule_free("schedule_free_adamw", None, "linear")
     check_schedule_free("schedule_free_adamw", "constant", "constant")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hf_effi.functional.schedules as S
-from hf_effi.errors import MismatchError
+from hf_effi.errors import BrokenFileError, MismatchError
 from hf_effi.functional.schedules import (
     Followed,
     Schedule,
@@ -122,7 +122,7 @@ def test_states_survive_json_and_those_of_earlier_versions_are_read():
     earlier = {"built": spec, "current": spec, "decay_asked_at": None, "learning_rate": 5e-4, "counter": None}
     read = Followed.from_state(earlier, base_lrs=[1e-3], learning_rate=1e-3, optimizer_lrs=None)
     assert read == followed(S.cosine(10), 1e-3, rate=1e-3)
-    with pytest.raises(ValueError, match="schema 7, this version reads 1"):
+    with pytest.raises(BrokenFileError, match="schema 7, this version reads 1"):
         Followed.from_state({**state.state_dict(), "schema": 7})
 
 
@@ -160,7 +160,7 @@ def test_a_loop_reads_the_state_of_an_earlier_version_and_refuses_a_foreign_one(
     names = ("base_lrs", "last_epoch", "_step_count", "_last_lr")
     earlier = {**{name: state["scheduler"][name] for name in names}, "built": spec, "schedule": spec}
     assert loop(S.wsd(10, decay_steps=2), 1.0, 6, {**state, "scheduler": earlier})[0] == [[1.0, 0.1]] * 2
-    with pytest.raises(ValueError, match="holds no schedule, only _last_lr.*written by another scheduler"):
+    with pytest.raises(MismatchError, match="holds no schedule, only _last_lr.*written by another scheduler"):
         loop(S.linear(10), 1.0, 6, {**state, "scheduler": {name: earlier[name] for name in names}})
 
 
@@ -207,7 +207,7 @@ def random_chain(seed):
     return chain
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.PastEndWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.PastEndWarning")
 def test_random_chains_of_resumes_follow_the_contract():
     refused = 0
     for seed in range(400):

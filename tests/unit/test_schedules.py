@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import hf_effi.functional.schedules as S
-from hf_effi.errors import MismatchError
+from hf_effi.errors import MismatchError, PastEndWarning
 
 
 def optimizer(lr=1.0):
@@ -253,7 +253,7 @@ def test_past_the_end_is_clamped_with_one_warning(total):
         if schedule.last_step is None:
             continue
         last = schedule(schedule.last_step)
-        with pytest.warns(S.PastEndWarning, match="ends at step") as record:
+        with pytest.warns(PastEndWarning, match="ends at step") as record:
             assert schedule(schedule.last_step + 1) == last
             assert schedule(schedule.last_step + 10_000) == last
         assert len(record) == 1

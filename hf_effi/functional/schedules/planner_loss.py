@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...errors import BrokenFileError
 from ..probes import stored_plan, without_probes
 from ._checks import check_steps
 from .base import Schedule
@@ -53,6 +54,7 @@ def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> Los
 
     Raises:
         ValueError: fewer than four losses, or no learning rate.
+        BrokenFileError: a loss is no number.
     """
     path = Path(path)
     state = json.loads((path / "trainer_state.json" if path.is_dir() else path).read_text())
@@ -62,6 +64,9 @@ def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> Los
     if metric is None:
         metric = "eval_loss" if sum("eval_loss" in row for row in history) >= 4 else "loss"
     points = {row["step"]: row[metric] for row in history if metric in row and row["step"] > 0}
+    for step, value in points.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BrokenFileError(f"{path} is damaged: its {metric} at step {step} is {repr(value)[:60]}, no number.")
     if len(points) < 4:
         raise ValueError(f"{path} has {len(points)} values of {metric}; at least 4 are needed. Log more often.")
     total = max(points)
