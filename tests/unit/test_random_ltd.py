@@ -166,7 +166,7 @@ PADDING = torch.tensor([[1] * 12, [1] * 3 + [0] * 9])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_a_dense_reference_of_the_same_subset(attention, kind, checkpointing):
     make, over = (tiny_mistral, {"sliding_window": 4}) if kind == "sliding" else (tiny_llama, {})
-    model, reference = (model_of(make, attn_implementation=attention, **over) for _ in range(2))
+    model, reference = (model_of(make, attn_implementation=attention, **over).double() for _ in range(2))
     positions, mask, inputs = torch.arange(12).expand(2, -1), CAUSAL.expand(2, -1, -1), {}
     if kind == "packed":
         documents = (PACKED == 0).cumsum(-1)
@@ -184,14 +184,14 @@ def test_gradients_equal_a_dense_reference_of_the_same_subset(attention, kind, c
     with drop_layer_tokens(model, dropping):
         logits = model(IDS, use_cache=False, **inputs).logits
         (logits.log_softmax(-1) * weight).sum().backward()
-    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    additive = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
     if attention == "eager":
         dense = dense_forward(reference, _WithMask(dropping), additive, positions)
     else:
         dense = dense_forward(reference, dropping, mask, positions)
     (dense.log_softmax(-1) * weight).sum().backward()
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
 class _WithMask:
