@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from hf_effi.errors import RefusedError
 from tests.helpers import run_distributed
 
 META = 3  # no row of the dataset has this token
@@ -110,7 +111,9 @@ def others(folder: str):
         tiny_qwen3(), arguments(folder, True), collator, ragged, batch_transform=MetadataConditioning(collator)
     )
     refused.seen = []
-    with pytest.raises(ValueError, match=r"dispatch_batches=True joins .*'metadata_ids': \[\(1,\), \(2,\), \(3,\)\]"):
+    with pytest.raises(
+        RefusedError, match=r"dispatch_batches=True joins .*'metadata_ids': \[\(1,\), \(2,\), \(3,\)\]"
+    ):
         refused.train()
     assert not refused.seen
     return {(kind, dispatch): run(kind, dispatch) for kind in ("masking", "ul2") for dispatch in (False, True)}

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from trl import GRPOTrainer, SFTTrainer
 
 from hf_effi import EffiSFTConfig, EffiSFTTrainer
-from hf_effi.errors import RewardError
+from hf_effi.errors import RefusedError, RewardError
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
@@ -208,7 +208,7 @@ def test_a_completion_may_be_as_long_as_the_generation_settings_say(tmp_path: Pa
 def test_streaming_data_works_without_refills_and_is_named_with_them(tmp_path: Path) -> None:
     stream = IterableDataset.from_generator(lambda: iter(prompt_dataset(16).to_list()))
     assert train(tmp_path, data=stream, max_steps=2).state.global_step == 2
-    with pytest.raises(ValueError, match="streaming dataset cannot serve.*difficulty_max_rounds=1"):
+    with pytest.raises(RefusedError, match="streaming dataset cannot serve.*difficulty_max_rounds=1"):
         train(tmp_path, data=stream, difficulty_range=(0, 1))
     filtered = train(tmp_path, data=stream, difficulty_range=(0, 1), difficulty_max_rounds=1, max_steps=2)
     assert filtered.state.global_step == 2

@@ -229,7 +229,7 @@ def test_sft_trainer_has_the_field(tmp_path, torch_source, tokenizer):
 
 @pytest.mark.parametrize("value", ["ligr", "[1]", "{}", 3, {}])
 def test_bad_values_raise_before_training(tmp_path, value):
-    with pytest.raises(RefusedError, match="kernel_patch=.* must be 'liger' or a mapping"):
+    with pytest.raises(ValueError, match="kernel_patch=.* must be 'liger' or a mapping"):
         trainer_of(tmp_path, cls=EffiTrainer, args_cls=EffiTrainingArguments, kernel_patch=value)
 
 

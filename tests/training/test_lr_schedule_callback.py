@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_effi.callbacks.lr_schedule import STATE_KEY, LRScheduleCallback, check_scheduler
-from hf_effi.errors import MismatchError
+from hf_effi.errors import MismatchError, RefusedError
 from hf_effi.functional.schedules import (
     TokenCounter,
     constant,
@@ -215,12 +215,12 @@ def test_schedulers_of_others_are_refused_by_name(tmp_path):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     wrapped = DeepSpeedSchedulerWrapper(torch.optim.lr_scheduler.ConstantLR(optimizer), optimizer)
     for scheduler in (wrapped, DummyScheduler(optimizer)):
-        with pytest.raises(ValueError, match="DeepSpeed owns the LR scheduler"):
+        with pytest.raises(RefusedError, match="DeepSpeed owns the LR scheduler"):
             check_scheduler(scheduler)
     for scheduler in (torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), GreedyLR(optimizer)):
-        with pytest.raises(ValueError, match=f"{type(scheduler).__name__} is driven by an evaluation metric"):
+        with pytest.raises(RefusedError, match=f"{type(scheduler).__name__} is driven by an evaluation metric"):
             check_scheduler(scheduler)
-    with pytest.raises(ValueError, match="layer-wise"):
+    with pytest.raises(RefusedError, match="layer-wise"):
         check_scheduler(object.__new__(LayerWiseDummyScheduler))
     step = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with pytest.raises(ValueError, match="StepLR"):
@@ -271,7 +271,7 @@ def test_metric_driven_trainer_is_refused_through_train(tmp_path):
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
     trainer = make_trainer(tmp_path, [LRScheduleCallback(wsd())], optimizers=(optimizer, plateau))
     assert isinstance(trainer, Trainer)
-    with pytest.raises(ValueError, match="evaluation metric"):
+    with pytest.raises(RefusedError, match="evaluation metric"):
         trainer.train()
 
 

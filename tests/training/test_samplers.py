@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_effi.callbacks.sampler import SamplerCallback
-from hf_effi.errors import MismatchError
+from hf_effi.errors import MismatchError, RefusedError
 from hf_effi.samplers import EffiSampler, SelfPacedSampler, ShuffledSampler
 from hf_effi.trainers.mixins.sampler import SAMPLER_FILE, SamplerMixin
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, run_grpo
@@ -217,9 +217,9 @@ def test_a_checkpoint_of_another_order_is_refused(tmp_path, way):
 def test_refusals_name_the_fix(tmp_path):
     with pytest.raises(ValueError, match="made for 23 rows, but train_dataset has 24"):
         sampler_trainer(tmp_path, train_sampler=ShuffledSampler(23))
-    with pytest.raises(ValueError, match="train_sampling_strategy='sequential'"):
+    with pytest.raises(RefusedError, match="train_sampling_strategy='sequential'"):
         sampler_trainer(tmp_path, train_sampler=ShuffledSampler(24), train_sampling_strategy="sequential")
-    with pytest.raises(ValueError, match="ignore_data_skip=True"):
+    with pytest.raises(RefusedError, match="ignore_data_skip=True"):
         sampler_trainer(tmp_path, train_sampler=ShuffledSampler(24), ignore_data_skip=True)
     with pytest.raises(ValueError, match=r"train_sampler=\[0\] is not an EffiSampler"):
         sampler_trainer(tmp_path, train_sampler=[0])

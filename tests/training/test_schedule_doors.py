@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyScheduler
 
 from hf_effi import EffiTrainer, EffiTrainingArguments, LRScheduleCallback
 from hf_effi.callbacks.lr_schedule import STATE_KEY, taken_over
-from hf_effi.errors import MismatchError
+from hf_effi.errors import MismatchError, RefusedError
 from hf_effi.functional.schedules import linear, make_schedule, wsd
 from hf_effi.schedules import branch_cooldown
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
@@ -338,7 +338,7 @@ def test_a_scheduler_that_deepspeed_only_steps_is_taken_over_and_its_own_is_not(
     inner = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     assert taken_over(DeepSpeedSchedulerWrapper(inner, optimizer)) is inner
     own = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    with pytest.raises(ValueError, match="DeepSpeed owns the LR scheduler"):
+    with pytest.raises(RefusedError, match="DeepSpeed owns the LR scheduler"):
         taken_over(DeepSpeedSchedulerWrapper(own, optimizer))
 
 

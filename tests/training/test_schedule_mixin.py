@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser, Trainer
 
-from hf_effi.errors import MismatchError
+from hf_effi.errors import MismatchError, RefusedError
 from hf_effi.functional.schedules import wsd
 from hf_effi.trainers.trainer import EffiTrainer, EffiTrainingArguments
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer
@@ -138,7 +138,7 @@ def test_scheduler_of_the_user_and_lr_schedule_conflict(tmp_path):
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    with pytest.raises(ValueError, match="brings a scheduler"):
+    with pytest.raises(RefusedError, match="brings a scheduler"):
         make_trainer(
             tmp_path,
             [],
@@ -190,5 +190,5 @@ def test_a_scheduler_in_the_deepspeed_config_is_refused_by_name(tmp_path):
 
     args = arguments(tmp_path, lr_schedule="wsd")
     args.hf_deepspeed_config = SimpleNamespace(config={"scheduler": {"type": "WarmupLR"}})
-    with pytest.raises(ValueError, match="DeepSpeed owns the LR scheduler.*WarmupLR"):
+    with pytest.raises(RefusedError, match="DeepSpeed owns the LR scheduler.*WarmupLR"):
         schedule_from_config(args)

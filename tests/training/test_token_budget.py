@@ -3,7 +3,7 @@ import torch
 from transformers import Trainer
 
 from hf_effi.callbacks.sampler import SamplerCallback
-from hf_effi.errors import MismatchError
+from hf_effi.errors import MismatchError, RefusedError
 from hf_effi.samplers import TokenBudgetBatchSampler
 from tests.helpers import compare_runs, grpo_args, run_grpo, sft_dataset, tiny_llama, tiny_tokenizer, weights_of
 from tests.helpers.sampling import StopAt, pad_rows, ragged_rows, ragged_trainer, stop_and_resume
@@ -146,7 +146,7 @@ def test_one_micro_batch_an_update_needs_no_token_count(tmp_path):
 
 
 def test_other_ways_in_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"makes the batches themselves.*SamplerMixin"):
+    with pytest.raises(RefusedError, match=r"makes the batches themselves.*SamplerMixin"):
         SamplerCallback(budget())
     with pytest.raises(ValueError, match="made for 30 rows, but train_dataset has 3"):
         ragged_trainer(tmp_path, LENGTHS[:3], budget())
@@ -161,7 +161,7 @@ def test_trl_trainers(tmp_path):
     class Grouped(SamplerMixin, GRPOTrainer):
         pass
 
-    with pytest.raises(ValueError, match="completions of a prompt side by side"):
+    with pytest.raises(RefusedError, match="completions of a prompt side by side"):
         run_grpo(Grouped, grpo_args(tmp_path), train_sampler=TokenBudgetBatchSampler([4] * 16, 8))
 
     rows, tokenizer = sft_dataset(16), tiny_tokenizer()

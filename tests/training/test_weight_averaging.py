@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_effi.callbacks.weight_averaging import AVERAGE_FILE, WeightAveragingCallback
-from hf_effi.errors import DecayToZeroWarning
+from hf_effi.errors import BrokenFileError, DecayToZeroWarning, MismatchError
 from hf_effi.functional.averaging import averaging_weights
 from tests.helpers import assert_bitwise_equal, compare_runs, weights_of
 from tests.helpers.resume import weights_in
@@ -94,10 +94,10 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path):
         trainer = sampler_trainer(tmp_path, Trainer, callbacks=[callback], lr_scheduler_type="constant")
         trainer.train(resume_from_checkpoint=checkpoint)
 
-    with pytest.raises(ValueError, match=r"averages updates \[14\], but this run wants \[12, 15\]"):
+    with pytest.raises(MismatchError, match=r"averages updates \[14\], but this run wants \[12, 15\]"):
         resume(last=3, every_steps=3)
     (tmp_path / "checkpoint-15" / AVERAGE_FILE).unlink()
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(BrokenFileError, match="is missing"):
         resume(last=3, every_steps=2)
 
 

@@ -8,6 +8,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from hf_effi.callbacks.adalora import AdaLoRACallback, adalora_of, check_gradients, check_plan
+from hf_effi.errors import RefusedError
 
 
 class TwoLayers(nn.Module):
@@ -47,7 +48,7 @@ def test_a_model_without_adalora_is_refused(model, found):
 
 
 def test_a_frozen_adapter_is_refused():
-    with pytest.raises(ValueError, match="is_trainable=True"):
+    with pytest.raises(RefusedError, match="is_trainable=True"):
         adalora_of(adapter_of(inference_mode=True))
 
 
@@ -90,7 +91,7 @@ def test_a_missing_gradient_is_named():
 
 @pytest.mark.parametrize("engine", [{"deepspeed": "ds.json", "fsdp": []}, {"deepspeed": None, "fsdp": ["full_shard"]}])
 def test_sharded_engines_are_refused(engine):
-    with pytest.raises(ValueError, match="DeepSpeed, FSDP and tensor parallelism"):
+    with pytest.raises(RefusedError, match="DeepSpeed, FSDP and tensor parallelism"):
         AdaLoRACallback().on_train_begin(SimpleNamespace(**engine), None, None, model=adapter_of())
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_effi.functional.schedules as S
+from hf_effi.errors import RefusedError
 
 INFINITE = {"warmup_steps": 50, "cooldown_steps": 100, "anneal_steps": 200, "warmup_start": 0.0, "warmup_offset": 0}
 
@@ -108,7 +109,7 @@ def test_one_cycle_writes_momentum_into_every_group(kind, key):
             assert value == S.one_cycle(10).momentum(t)
         optimizer.step()
         scheduler.step()
-    with pytest.raises(ValueError, match="neither momentum nor betas"):
+    with pytest.raises(RefusedError, match="neither momentum nor betas"):
         S.to_lambda_lr(S.one_cycle(10), torch.optim.Adagrad(params, lr=0.1))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_effi.data import GreedyAnswers, SelfImprovement
+from hf_effi.errors import MismatchError
 from hf_effi.functional.data import keep_by_length, majority_answers
 from tests.helpers import tiny_qwen3, tiny_tokenizer
 
@@ -164,7 +165,7 @@ def test_a_failed_answerer_leaves_the_round_open(tmp_path):
         improve.extend(failing)
     with pytest.raises(ValueError, match="no round to finish"):
         improve.finish()
-    with pytest.raises(ValueError, match="other rows, levels or settings"):
+    with pytest.raises(MismatchError, match="other rows, levels or settings"):
         build(tmp_path, seed=3)
     assert len(build(tmp_path).extend(copy)) == 8
 
@@ -175,7 +176,7 @@ def test_levels_may_be_added_but_not_changed(tmp_path):
     improve.finish()
     assert improve.done and not build(tmp_path, levels=(3, 4)).done
     for over in ({"levels": (4, 5)}, {"per_round": 7}, {"length_slack": 1}, {"exclude": ["a"]}, {"levels": ()}):
-        with pytest.raises(ValueError, match="other rows, levels or settings"):
+        with pytest.raises(MismatchError, match="other rows, levels or settings"):
             build(tmp_path, **{"levels": (3,), **over})
 
 

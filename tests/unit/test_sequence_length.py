@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hf_effi.errors import RefusedError
 from hf_effi.functional.data import rechunk, root_length, staged_length
 from hf_effi.trainers.mixins.sequence_length import cut_batch
 
@@ -64,7 +65,7 @@ def test_cut_batch_masks_what_it_adds():
     assert cut["labels"].tolist() == [[1, 2], [3, 4], [5, -100]]
     assert "attention_mask" not in cut_batch({key: value[:, :4] for key, value in batch.items()}, 2)
     assert cut_batch(batch, 5) is batch
-    with pytest.raises(ValueError, match="position_ids"):
+    with pytest.raises(RefusedError, match="position_ids"):
         cut_batch({**batch, "position_ids": torch.arange(5)[None]}, 2)
     with pytest.raises(ValueError, match="padded"):
         cut_batch({**batch, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, 2)

@@ -80,7 +80,7 @@ def test_bad_rows_are_named():
         plan_shared_prefix([[1], [2]], [1])
     with pytest.raises(RefusedError, match="0 prompts"):
         plan_shared_prefix([], [])
-    with pytest.raises(RefusedError, match=r"values of shape \(3,\) for 2 tokens"):
+    with pytest.raises(ValueError, match=r"values of shape \(3,\) for 2 tokens"):
         plan_shared_prefix([[1]], [1]).to_completions(torch.zeros(3))
     with pytest.raises(RefusedError, match="not shared_prefix_cu_seq_lens_k, .*longest_context"):
         PrefixSegments.from_kwargs({"shared_prefix_cu_seq_lens_q": torch.zeros(2)})

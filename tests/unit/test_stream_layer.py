@@ -7,6 +7,7 @@ from torch import nn
 from bench._counters import GemmCounter, LiveBytes
 from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.attention.varlen import register_varlen_attention
+from hf_effi.errors import RefusedError
 from hf_effi.functional.sequence import chunk_bounds, chunk_segments
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from hf_effi.memory.stream_layer import stream_layers
@@ -128,7 +129,7 @@ def test_padded_rows_of_a_varlen_kernel(varlen, side):
 
 
 def test_packed_rows_in_a_batch_of_several_are_refused(varlen):
-    with stream_layers(varlen), pytest.raises(ValueError, match="packed segments in more than one row"):
+    with stream_layers(varlen), pytest.raises(RefusedError, match="packed segments in more than one row"):
         step(varlen, position_ids=PACKED.expand(2, -1), use_cache=False)
 
 
@@ -282,7 +283,7 @@ def test_a_filled_cache_is_refused():
 
     model, cache = tiny_qwen3().train(), DynamicCache()
     model(IDS[:, :3], **{CACHE_ARGUMENT: cache}, use_cache=True)
-    with stream_layers(model), pytest.raises(ValueError, match="the cache holds keys already"):
+    with stream_layers(model), pytest.raises(RefusedError, match="the cache holds keys already"):
         model(IDS[:, 3:], **{CACHE_ARGUMENT: cache})
 
 

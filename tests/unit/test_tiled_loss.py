@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from bench._counters import GemmCounter, LiveBytes
+from hf_effi.errors import RefusedError
 from hf_effi.functional.sequence import logit_rows
 from hf_effi.memory.tiled_loss import tile_loss, tiled_cross_entropy
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3
@@ -304,11 +305,11 @@ def test_other_losses_and_fused_heads_are_refused():
     for own in (lambda **kwargs: 0, ForCausalLMLoss):
         model = tiny_qwen3()
         model.loss_function = own
-        with pytest.raises(ValueError, match="replaces transformers' ForCausalLMLoss"):
+        with pytest.raises(RefusedError, match="replaces transformers' ForCausalLMLoss"):
             tile_loss(model)
     model = tiny_qwen3()
     add_fused_lm_head(model)
-    with pytest.raises(ValueError, match="TRL has fused this model's head already"):
+    with pytest.raises(RefusedError, match="TRL has fused this model's head already"):
         tile_loss(model)
 
 
