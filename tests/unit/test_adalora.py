@@ -43,7 +43,7 @@ def test_budget_of_each_update():
     ],
 )
 def test_a_model_without_adalora_is_refused(model, found):
-    with pytest.raises(ValueError, match=f"{found}.*AdaLoraConfig"):
+    with pytest.raises(RefusedError, match=f"{found}.*AdaLoraConfig"):
         adalora_of(model())
 
 
@@ -77,13 +77,13 @@ def test_set_total_step_writes_the_length_and_checks_the_phases_again():
 def test_an_adapter_that_was_reduced_already_is_refused():
     adapter = adalora_of(adapter_of())
     adapter.resize_modules_by_rank_pattern({"first.lora_E.default": [True, False, True]}, "default")
-    with pytest.raises(ValueError, match="holds 5 ranks and its config starts from 6"):
+    with pytest.raises(RefusedError, match="holds 5 ranks and its config starts from 6"):
         check_plan(adapter, 10, set_total_step=False)
 
 
 def test_a_missing_gradient_is_named():
     adapter = adalora_of(adapter_of())
-    with pytest.raises(ValueError, match="first.lora_A.default has no gradient"):
+    with pytest.raises(RefusedError, match="first.lora_A.default has no gradient"):
         check_gradients(adapter)
     adapter(torch.ones(1, 4)).sum().backward()
     check_gradients(adapter)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_effi.functional.schedules as S
-from hf_effi.errors import RefusedError
+from hf_effi.errors import MismatchError, RefusedError
 
 INFINITE = {"warmup_steps": 50, "cooldown_steps": 100, "anneal_steps": 200, "warmup_start": 0.0, "warmup_offset": 0}
 
@@ -184,7 +184,7 @@ def test_token_index():
     again = S.TokenCounter(full_step=4096 * 12)
     again.load_state_dict(half.state_dict())
     assert again() == 0.5
-    with pytest.raises(ValueError, match="old size"):
+    with pytest.raises(MismatchError, match="old size"):
         S.TokenCounter(full_step=10).load_state_dict(half.state_dict())
 
 

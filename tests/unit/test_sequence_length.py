@@ -67,5 +67,5 @@ def test_cut_batch_masks_what_it_adds():
     assert cut_batch(batch, 5) is batch
     with pytest.raises(RefusedError, match="position_ids"):
         cut_batch({**batch, "position_ids": torch.arange(5)[None]}, 2)
-    with pytest.raises(ValueError, match="padded"):
+    with pytest.raises(RefusedError, match="padded"):
         cut_batch({**batch, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, 2)

@@ -74,7 +74,7 @@ def test_layout_edges(prompts, completions, ids, shared):
 
 
 def test_bad_rows_are_named():
-    with pytest.raises(RefusedError, match="prompt of row 1 is empty.*BOS"):
+    with pytest.raises(ValueError, match="prompt of row 1 is empty.*BOS"):
         plan_shared_prefix([[1], []], [1, 1])
     with pytest.raises(RefusedError, match="2 prompts and 1 completions"):
         plan_shared_prefix([[1], [2]], [1])

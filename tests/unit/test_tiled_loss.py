@@ -367,7 +367,7 @@ def test_a_forward_that_needs_its_logits_is_refused_when_the_patch_is_put_on():
     model = BartForCausalLM(BartConfig(vocab_size=40, max_position_embeddings=32, is_decoder=True, **sizes))
     before = dict(model.lm_head.__dict__)
     with pytest.raises(
-        ValueError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'view'"
+        RefusedError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'view'"
     ):
         tile_loss(model)
     assert model.lm_head.__dict__ == before, "and nothing is left of it"
@@ -408,5 +408,5 @@ def test_a_loss_that_is_another_is_refused_with_the_difference():
 
     model = tiny_qwen3()
     model.__class__ = Doubled
-    with pytest.raises(ValueError, match=r"Doubled gives without it: the .*: a relative difference of 5\.0e-01"):
+    with pytest.raises(RefusedError, match=r"Doubled gives without it: the .*: a relative difference of 5\.0e-01"):
         tile_loss(model)
