@@ -13,7 +13,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_effi.callbacks.reptile import ReptileCallback
-from hf_effi.errors import BrokenFileError, RewardError
+from hf_effi.errors import BrokenFileError, MismatchError, RewardError
 from hf_effi.functional.rollouts import ShuffledPrompts
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
 from hf_effi.trainers.grpo.resume import MARK, PROMPTS_FILE, STATE_FILE
@@ -121,7 +121,7 @@ def test_a_file_that_was_lost_is_missed_by_name(whole: tuple[Any, Path], tmp_pat
 
 def test_another_selector_and_a_newer_file_are_refused(whole: tuple[Any, Path], tmp_path: Path) -> None:
     checkpoint = copied(whole[1] / "checkpoint-3", tmp_path)
-    with pytest.raises(BrokenFileError, match="trained with a prompt selector Counting, this run has ShuffledPrompts"):
+    with pytest.raises(MismatchError, match="trained with a prompt selector Counting, this run has ShuffledPrompts"):
         train(tmp_path / "resumed", checkpoint)
     state = json.loads((checkpoint / STATE_FILE).read_text())
     (checkpoint / STATE_FILE).write_text(json.dumps({**state, "schema": 2}))

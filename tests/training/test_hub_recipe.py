@@ -154,7 +154,7 @@ def test_a_card_cannot_name_other_code(tmp_path, part, value):
     ],
 )
 def test_objects_of_other_code_are_not_made(plain):
-    with pytest.raises(ValueError):
+    with pytest.raises(RecipeError):
         from_plain(plain)
 
 

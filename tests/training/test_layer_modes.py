@@ -102,7 +102,7 @@ def test_off_is_an_error_by_name(tmp_path):
         plain(tmp_path, ActivationOffloadCallback(), gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(RefusedError, match="Take `offload`"):
         plain(tmp_path, ActivationOffloadCallback(), activation_checkpointing_kwargs={"offload": True})
-    with pytest.raises(RefusedError, match="keep_last=3 leaves none of the 3 layers"):
+    with pytest.raises(ValueError, match="keep_last=3 leaves none of the 3 layers"):
         plain(tmp_path, ActivationOffloadCallback(keep_last=3))
     with pytest.raises(RefusedError, match="every_n_layers"):
         plain(tmp_path, ActivationOffloadCallback(), activation_checkpointing_kwargs={"every_n_layers": 2})

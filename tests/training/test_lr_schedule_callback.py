@@ -223,7 +223,7 @@ def test_schedulers_of_others_are_refused_by_name(tmp_path):
     with pytest.raises(RefusedError, match="layer-wise"):
         check_scheduler(object.__new__(LayerWiseDummyScheduler))
     step = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    with pytest.raises(ValueError, match="StepLR"):
+    with pytest.raises(RefusedError, match="StepLR"):
         train(tmp_path, linear(), optimizers=(optimizer, step))
 
 
@@ -348,7 +348,7 @@ def test_token_indexed_follows_the_counter_and_resumes(tmp_path):
 
 
 def test_two_schedules_for_one_lr_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="Two schedules want to set the LR"):
+    with pytest.raises(RefusedError, match="Two schedules want to set the LR"):
         train(tmp_path, linear(), extra=[LRScheduleCallback(cosine())])
 
 
@@ -359,5 +359,5 @@ def test_config_and_callback_are_refused_together(tmp_path):
         str(tmp_path), max_steps=2, lr_schedule="wsd", use_cpu=True, bf16=False, save_strategy="no", report_to="none"
     )
     trainer = make_trainer(tmp_path, [LRScheduleCallback(linear())], trainer_class=EffiTrainer, args=args)
-    with pytest.raises(ValueError, match="lr_schedule in the config"):
+    with pytest.raises(RefusedError, match="lr_schedule in the config"):
         trainer.train()

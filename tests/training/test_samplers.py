@@ -184,11 +184,11 @@ def test_callback_equals_mixin(tmp_path):
 
 
 def test_callback_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(ValueError, match=r"rule B.*SamplerMixin"):
+    with pytest.raises(RefusedError, match=r"rule B.*SamplerMixin"):
         SamplerCallback(Learned(24))
     with pytest.raises(ValueError, match="not an EffiSampler"):
         SamplerCallback([1, 2])
-    with pytest.raises(ValueError, match="12 samples and the Trainer has counted its steps with 24"):
+    with pytest.raises(RefusedError, match="12 samples and the Trainer has counted its steps with 24"):
         sampler_trainer(tmp_path, Trainer, callbacks=[SamplerCallback(Half(24))]).train()
 
 
@@ -235,11 +235,11 @@ def test_a_stream_is_refused(tmp_path):
             kwargs["train_dataset"] = kwargs["train_dataset"].to_iterable_dataset()
             super().__init__(**kwargs)
 
-    with pytest.raises(ValueError, match="train_dataset is a stream"):
+    with pytest.raises(RefusedError, match="train_dataset is a stream"):
         sampler_trainer(tmp_path, StreamTrainer, train_sampler=ShuffledSampler(24), max_steps=3)
     stream = type("Loader", (), {"dataset": Dataset.from_dict({"a": [1]}).to_iterable_dataset()})()
     callback, args = SamplerCallback(ShuffledSampler(24)), sampler_trainer(tmp_path).args
-    with pytest.raises(ValueError, match="train_dataset is a stream"):
+    with pytest.raises(RefusedError, match="train_dataset is a stream"):
         callback.on_train_begin(args, None, None, train_dataloader=stream)
 
 
