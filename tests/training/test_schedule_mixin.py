@@ -99,7 +99,7 @@ def test_bad_configs_raise_before_training(tmp_path, changes, message):
 )
 def test_a_conflict_names_the_field_and_no_callback(tmp_path, change):
     """Whoever writes a YAML has not written a callback."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(RefusedError) as error:
         arguments(tmp_path, lr_schedule="wsd", **change)
     assert "LRScheduleCallback" not in str(error.value)
 
@@ -108,7 +108,7 @@ def test_a_scheduler_that_appears_later_names_the_field_too(tmp_path):
     trainer = make_trainer(tmp_path, [], trainer_class=EffiTrainer, args=arguments(tmp_path, lr_schedule="wsd"))
     optimizer = trainer.create_optimizer()
     stock = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    with pytest.raises(ValueError, match="The Trainer's scheduler is StepLR.*or drop lr_schedule in the config"):
+    with pytest.raises(RefusedError, match="The Trainer's scheduler is StepLR.*or drop lr_schedule in the config"):
         trainer.lr_schedule.on_train_begin(trainer.args, trainer.state, trainer.control, lr_scheduler=stock)
 
 

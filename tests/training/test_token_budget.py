@@ -118,7 +118,9 @@ class Counting(Ignoring):
 
 def test_a_model_that_ignores_the_count_is_found_by_asking_it(tmp_path):
     over = {"gradient_accumulation_steps": 2, "max_steps": 1}
-    with pytest.raises(ValueError, match="Ignoring takes num_items_in_batch and averages over each call all the same"):
+    with pytest.raises(
+        RefusedError, match="Ignoring takes num_items_in_batch and averages over each call all the same"
+    ):
         ragged_trainer(tmp_path, LENGTHS, budget(), model=Ignoring(), **over).train()
     ragged_trainer(tmp_path, LENGTHS, budget(), model=Counting(), **over).train()
     ragged_trainer(tmp_path, LENGTHS, budget(), model=Ignoring(), **{**over, "gradient_accumulation_steps": 1}).train()
@@ -135,7 +137,7 @@ def test_a_model_that_ignores_the_count_is_found_by_asking_it(tmp_path):
     ],
 )
 def test_refusals_name_the_fix(tmp_path, over, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RefusedError, match=message):
         ragged_trainer(tmp_path, LENGTHS, budget(), **over).train()
 
 

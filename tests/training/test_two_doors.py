@@ -27,7 +27,7 @@ from hf_effi.callbacks.layer_modes import SelectiveCheckpointCallback
 from hf_effi.callbacks.random_ltd import RandomLTDCallback
 from hf_effi.callbacks.run_record import methods_of_parts
 from hf_effi.data import Multigrid
-from hf_effi.errors import MismatchError, RefusedError
+from hf_effi.errors import BrokenFileError, MismatchError, RefusedError
 from hf_effi.functional.rollouts import AdvantagePruner, PassRateBand
 from hf_effi.functional.schedules import cosine
 from hf_effi.hub.recipe import from_card, recipe_of
@@ -140,19 +140,19 @@ def test_what_was_learned_is_not_replaced_by_a_fingerprint(tmp_path):
 
     make(StopAt(4)).train()
     (tmp_path / "checkpoint-4" / "effi_sampler.pt").unlink()
-    with pytest.raises(MismatchError, match="holds what SelfPacedSampler has learned"):
+    with pytest.raises(BrokenFileError, match="holds what SelfPacedSampler has learned"):
         make().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_two_orders_of_rows(tmp_path):
     two = [SamplerCallback(ShuffledSampler(24, seed=seed)) for seed in (1, 2)]
-    with pytest.raises(ValueError, match="Two samplers want to order the rows: SamplerCallback and SamplerCallback"):
+    with pytest.raises(RefusedError, match="Two samplers want to order the rows: SamplerCallback and SamplerCallback"):
         sampler_trainer(tmp_path, Trainer, callbacks=two)
-    with pytest.raises(ValueError, match="SamplerCallback and train_sampler=. Keep one"):
+    with pytest.raises(RefusedError, match="SamplerCallback and train_sampler=. Keep one"):
         by_argument(tmp_path, ShuffledSampler(24), [SamplerCallback(ShuffledSampler(24))])
     late = by_argument(tmp_path, ShuffledSampler(24))
     late.add_callback(SamplerCallback(ShuffledSampler(24)))
-    with pytest.raises(ValueError, match="train_sampler= and SamplerCallback. Keep one"):
+    with pytest.raises(RefusedError, match="train_sampler= and SamplerCallback. Keep one"):
         late.train()
     assert late.seen == []
 
@@ -206,7 +206,7 @@ def test_patches_by_callback_and_with_alone_and_together(tmp_path):
         runs[2].train()
     compare_runs(runs[0], runs[1])
     compare_runs(runs[0], runs[2])
-    with pytest.raises(ValueError, match="replaced before, by 'tile_mlp'"):
+    with pytest.raises(RefusedError, match="replaced before, by 'tile_mlp'"):
         trainer_of(tmp_path, None, PatchCallback(tile_mlp), PatchCallback(tile_mlp))
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_effi.callbacks.weight_averaging import AVERAGE_FILE, WeightAveragingCallback
-from hf_effi.errors import BrokenFileError, DecayToZeroWarning, MismatchError
+from hf_effi.errors import BrokenFileError, DecayToZeroWarning, MismatchError, RefusedError
 from hf_effi.functional.averaging import averaging_weights
 from tests.helpers import assert_bitwise_equal, compare_runs, weights_of
 from tests.helpers.resume import weights_in
@@ -166,7 +166,7 @@ def test_refusals(tmp_path, over, match):
     for name, value in over.items():
         setattr(trainer.args, name, value)
     callback = WeightAveragingCallback(swap_in=True)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(RefusedError, match=match):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
