@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_effi.report import record
+from hf_effi.report import result_record
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -26,7 +26,7 @@ def headline(name: str, value: float | None, goal: str | None = None, met: bool 
     Raises:
         ValueError: `met` disagrees with value and goal.
     """
-    figure = record.headline(name, value, goal)
+    figure = result_record.headline(name, value, goal)
     if met is not None and bool(met) != figure["met"]:
         raise ValueError(f"{name}: met={met} disagrees with value {value} and goal {goal!r}.")
     return figure
@@ -42,8 +42,8 @@ def write_result(
     folder: Path = RESULTS,
 ) -> Path:
     """Stamp a result with commit, date, machine and versions, check it, and write `<folder>/<bench>.json`."""
-    result = record.make_record(bench, command, seeds, headline, rows)
-    record.check_record(result, f"{bench}.json")
+    result = result_record.make_record(bench, command, seeds, headline, rows)
+    result_record.check_record(result, f"{bench}.json")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{bench}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -63,6 +63,6 @@ def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
             result = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name}: not JSON ({error}).") from None
-        record.check_record(result, path.name)
+        result_record.check_record(result, path.name)
         results[path.stem] = result
     return results

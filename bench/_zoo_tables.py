@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from hf_effi.report.card import markdown_table
+from hf_effi.report.result_card import markdown_table
 
 #: mark -> symbol; what is refused shows the letter of its reason
 SYMBOLS = {"equal": "●", "partly": "◐", "n/a": "·", "neither": "**✗**"}

@@ -34,7 +34,7 @@ def main() -> int:
 
     settings = DemoSettings() if args.steps is None else replace(DemoSettings(), steps=args.steps)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    result = run_demo(args.cache, settings, seeds, ARMS, command_line("bench.demo"))
+    result = run_demo(args.cache, settings, seeds, arms=ARMS, command=command_line("bench.demo"))
     print(render_table(summarize(result["rows"])))
     keys = ("command", "seeds", "headline", "rows")
     print(write_result("demo", **{key: result[key] for key in keys}))

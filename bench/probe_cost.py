@@ -28,7 +28,7 @@ from hf_effi.attention import _varlen_probe, register_varlen_attention
 from hf_effi.attention.shared_prefix import check_shared_prefix
 from hf_effi.kernels import tile_mlp
 from hf_effi.memory import stream_layers, tile_loss
-from hf_effi.memory._chunk_probe import chunks_are_exact
+from hf_effi.memory.chunk_probe import chunks_are_exact
 from hf_effi.patching import Finding, draws_random_numbers, longest_exact_call
 from hf_effi.trainers.grpo.forward_probe import measured_reasons
 

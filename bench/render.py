@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import _zoo_tables, tables
 from bench._schema import RESULTS, ROOT, load_results
-from hf_effi.report.card import markdown_table
+from hf_effi.report.result_card import markdown_table
 
 _BLOCK = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table:([\w.-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from packaging.version import Version
 
 from hf_effi.methods import METHODS, Method, methods_by_goal
-from hf_effi.report.card import markdown_table
+from hf_effi.report.result_card import markdown_table
 
 #: the packages that `bench.compatibility` moves within the range of `setup.cfg`
 MATRIX = ("transformers", "trl", "accelerate", "peft", "datasets")
@@ -60,6 +60,18 @@ def goals_list(root: Path) -> str:
             (f"[**{title}**](methods/index.md#{anchor})", ", ".join(f"[{m.title}](methods/{m.key}.md)" for m in rows))
         )
     return _grid(items)
+
+
+def further_methods(root: Path, methods: Sequence[Method] = METHODS) -> str:
+    """Return the methods that the page of bottlenecks does not name elsewhere, so that each is found there."""
+    text = (root / "docs" / "which-method.md").read_text(encoding="utf-8")
+    by_hand = re.sub(r"<!-- table:further_methods -->.*?<!-- /table -->", "", text, flags=re.DOTALL)
+    rows = [
+        [f"[{m.title}](methods/{m.key}.md)", m.summary]
+        for m in methods
+        if m.status != "rejected" and f"(methods/{m.key}.md)" not in by_hand
+    ]
+    return markdown_table(["method", "what it changes"], rows, numbers=False) if rows else "None: all are named above."
 
 
 def _grid(items: Sequence[tuple[str, str]]) -> str:
@@ -197,6 +209,7 @@ VIEWS = {
     "goals": goals_list,
     "papers": papers_table,
     "other_sources": other_sources_table,
+    "further_methods": further_methods,
     "versions": versions_table,
     "environments": environments_table,
     "card_objects": card_objects,

@@ -9,6 +9,7 @@ What most users type is here; the rest is in rooms: `hf_effi.schedules`, `hf_eff
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 from ._faces import face
@@ -42,11 +43,14 @@ _PUBLIC = {
     "read_run": "hf_effi._run_record",
     "unpatch": "hf_effi.patching.handle",
 }
-#: rooms whose faces have public names, in the order in which a name is looked for
+#: packages without a face
+_NO_ROOMS = ("_methods", "demo", "functional", "patching")
+#: rooms whose faces have public names: every other package, and the table
 _ROOMS = (
-    "schedules", "samplers", "data", "memory", "attention", "layers", "kernels", "parallel", "checkpoint", "callbacks",
-    "trainers", "recipes", "report", "hub", "methods", "errors",
-)  # fmt: skip
+    *sorted(found.name for found in pkgutil.iter_modules(__path__) if found.ispkg and found.name not in _NO_ROOMS),
+    "methods",
+    "errors",
+)
 
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names
     from ._run_record import read_run as read_run

@@ -21,7 +21,7 @@ def describe_machine() -> dict[str, Any]:
         model = found.group(1).strip()
     if meminfo.exists() and (found := re.search(r"MemTotal:\s*(\d+) kB", meminfo.read_text())):
         memory_kib = int(found.group(1))
-    machine = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine: dict[str, Any] = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if memory_kib:
         machine["memory_gib"] = round(memory_kib / 2**20, 1)
     if torch.cuda.is_available():

@@ -71,8 +71,9 @@ def _figure(width: float, height: float, colours: Mapping[str, str] = _STAND_INS
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(colours["line"])
+    formatter: Any = short_number  # annotated there without the `None` that a position may be
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(short_number)
+        axis.set_major_formatter(formatter)
     axes.tick_params(colors=colours["muted"], labelsize=9, length=3)
     axes.xaxis.label.set_color(colours["muted"])
     axes.yaxis.label.set_color(colours["muted"])

@@ -85,7 +85,11 @@ def _env(args: argparse.Namespace) -> int:
     from ._compat import installed_versions
     from ._environment import current_commit, describe_machine
 
-    found = {"machine": describe_machine(), "versions": installed_versions(), "commit": current_commit()}
+    found: dict[str, Any] = {
+        "machine": describe_machine(),
+        "versions": installed_versions(),
+        "commit": current_commit(),
+    }
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -187,7 +191,14 @@ def _demo(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"hf-effi demo: cannot write to {args.output_dir}: {error.strerror}.", file=sys.stderr)
         return 1
-    return run(args.output_dir, range(args.seed, args.seed + args.seeds), args.steps, arms, args.quick, args.json)
+    return run(
+        args.output_dir,
+        seeds=range(args.seed, args.seed + args.seeds),
+        steps=args.steps,
+        arms=arms,
+        quick=args.quick,
+        as_json=args.json,
+    )
 
 
 def _accelerate_config(args: argparse.Namespace) -> int:
@@ -201,7 +212,7 @@ def _accelerate_config(args: argparse.Namespace) -> int:
     return 0
 
 
-def _command(commands: Any, name: str, text: str, example: str, more: str = "", has_json: bool = False) -> Any:
+def _command(commands: Any, name: str, text: str, example: str, *, more: str = "", has_json: bool = False) -> Any:
     """Return the parser of one command, whose help says what it does, shows an example and tells the exit codes."""
     parser = commands.add_parser(
         name,
@@ -234,7 +245,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         "train with TRL's GRPOTrainer and with ours on the same work, compare",
         "hf-effi demo --quick",
-        "Runs on a CPU without a download, and leaves a model, a report page and results.json.",
+        more="Runs on a CPU without a download, and leaves a model, a report page and results.json.",
         has_json=True,
     )
     parser.add_argument("--output-dir", default="demo-output", help="model, report and results go here")
@@ -278,9 +289,9 @@ def _add_training(commands: Any) -> None:
         "validate",
         "check a YAML before a model is loaded",
         "hf-effi validate run.yaml --kind grpo",
-        "Keys, types, ranges and combinations, as `hf-effi grpo` or `sft` will read them; then whether model, data, "
-        "reward functions and packages are there. Nothing of it is loaded or imported. Exit code 0: valid; what only "
-        "this machine would refuse is a note.",
+        more="Keys, types, ranges and combinations, as `hf-effi grpo` or `sft` will read them; then whether model, "
+        "data, reward functions and packages are there. Nothing of it is loaded or imported. Exit code 0: valid; what "
+        "only this machine would refuse is a note.",
         has_json=True,
     )
     validate.add_argument("config", metavar="CONFIG.yaml", help="the file that `--config` would read")

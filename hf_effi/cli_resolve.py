@@ -83,7 +83,8 @@ def resolve(parsed: Any, kind: str) -> Found:
         here (no connection, an address).
     """
     script, training, model, data = parsed[:4]
-    problems, notes = missing_of(parsed, kind), []
+    problems = missing_of(parsed, kind)
+    notes: list[str] = []
     for key, name, revision in _models(script, model, kind):
         _add(problems, notes, _find_repository(key, name, revision, "model"))
     for found in _find_data(script, training, data):

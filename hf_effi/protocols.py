@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class RolloutGroups:
     @property
     def live(self) -> Tensor:
         """Rows with a token in the loss, boolean, shape `(num_groups, group_size)`."""
-        return self.loss_tokens > 0
+        return cast(Tensor, self.loss_tokens) > 0  # filled in when the view was made
 
     @property
     def has_gradient(self) -> Tensor:

@@ -9,7 +9,16 @@ from typing import Any, Literal
 Status = Literal["experimental", "stable", "rejected"]
 #: where a method acts
 Kind = Literal[
-    "schedule", "callback", "rollout", "exact saving", "sampler", "recipe", "kernel", "parallel", "checkpoint"
+    "schedule",
+    "optimizer",
+    "callback",
+    "rollout",
+    "exact saving",
+    "sampler",
+    "recipe",
+    "kernel",
+    "parallel",
+    "checkpoint",
 ]
 #: what a user wants, see `GOALS`
 Goal = Literal[

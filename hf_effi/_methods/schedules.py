@@ -1,4 +1,4 @@
-"""Rows of the table: learning rates."""
+"""Rows of the table: learning rates, and optimizers."""
 
 from __future__ import annotations
 

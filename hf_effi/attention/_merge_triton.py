@@ -104,7 +104,7 @@ def merge_rows(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tu
 
 
 def merge_rows_backward(
-    grad: Tensor, grad_lse: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, grad: Tensor, grad_lse: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[`hf_effi.attention.merge.merge_rows_backward`] in one launch, which needs no `lse`."""
     parts = [t.contiguous() for t in (out_a, lse_a, out_b, lse_b)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..patching._triton import triton_ops
+from ..patching.triton_or_torch import triton_ops
 
 
 def merge_attention_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def merge_rows(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tu
 
 
 def merge_rows_backward(
-    grad: Tensor, grad_lse: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, grad: Tensor, grad_lse: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `out_a, lse_a, out_b, lse_b`."""
     share_a, share_b = _share(lse_a, lse), _share(lse_b, lse)
@@ -115,7 +115,7 @@ class _MergeAttention(torch.autograd.Function):
         lse, *rows = ctx.saved_tensors
         ops = triton_ops("hf_effi.attention._merge_triton", rows[0])
         found = (ops.merge_rows_backward if ops else merge_rows_backward)(
-            grad.reshape(rows[0].shape), grad_lse.reshape(lse.shape), lse, *rows
+            *rows, grad=grad.reshape(rows[0].shape), grad_lse=grad_lse.reshape(lse.shape), lse=lse
         )
         shape = ctx.out_shape
         return tuple(g.view(shape if g.dim() == 2 else shape[:-1]) for g in found)

@@ -48,6 +48,7 @@ def shared_prefix_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     cu_seq_lens: Tensor,
     max_length: int,
     prefix: PrefixSegments,
@@ -170,6 +171,7 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     cu_seq_lens: Tensor | None,
     max_length: int | None,
     prefix: PrefixSegments,
@@ -185,7 +187,9 @@ def _forward(
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     query, key, value = (kernel_inputs if _on_kernel(query) else in_autocast_dtype)(query, key, value)
     longest = int(cu_seq_lens.diff().max()) if max_length is None else int(max_length)
-    return shared_prefix_attention(query, key, value, cu_seq_lens, longest, prefix, scale)[None]
+    return shared_prefix_attention(
+        query, key, value, cu_seq_lens=cu_seq_lens, max_length=longest, prefix=prefix, scale=scale
+    )[None]
 
 
 def _check_call(name: str, query: Tensor, key: Tensor, cu_seq_lens: Tensor, prefix: PrefixSegments) -> None:
@@ -248,10 +252,11 @@ class _SharedPrefixAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         _, attend_backward = _operators(query)
         prefixes, branches = ctx.slices
-        grads = attend_backward(grad, query, key, value, out, lse, ctx.segments, ctx.scale)
+        grads = attend_backward(grad, query, key, value, out, lse, part=ctx.segments, scale=ctx.scale)
         of_branches = (t[branches] for t in (grad, query))
         of_prefixes = (t[prefixes] for t in (key, value))
-        more = attend_backward(*of_branches, *of_prefixes, out[branches], lse[branches], ctx.shared, ctx.scale)
+        results = out[branches], lse[branches]
+        more = attend_backward(*of_branches, *of_prefixes, *results, part=ctx.shared, scale=ctx.scale)
         for total, part, where in zip(grads, more, (branches, prefixes, prefixes), strict=True):
             total[where] += part
         return *grads, None, None, None, None, None
@@ -273,7 +278,7 @@ def _by_segment(query: Tensor, key: Tensor, value: Tensor, part: _Part, scale: f
 
 
 def _by_segment_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: _Part, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, part: _Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = part.bounds_q.tolist(), part.bounds_k.tolist()
     return partial_attention_backward(grad, query, key, value, out, lse, *bounds, scale=scale, causal=part.causal)
@@ -288,7 +293,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, part: _Part, scale: float
 
 
 def _kernel_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, part: _Part, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, part: _Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, backward = varlen_operators()
     statistics = out, lse.t().contiguous()

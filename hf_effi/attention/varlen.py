@@ -19,8 +19,8 @@ from ..errors import RefusedError
 from ..functional.segment_attention import AttentionPattern, segment_attention
 from ..functional.shared_prefix import PrefixSegments
 from ..patching import call, is_sharded, looking, probing, tiny_tokens
-from ._varlen_masks import LEDGER, VARLEN_ATTENTION, Document, View, varlen_mask
 from ._varlen_probe import PATTERNS_FIELD
+from .varlen_masks import LEDGER, VARLEN_ATTENTION, Document, View, varlen_mask
 
 _MAX_HEAD_DIM = 256
 
@@ -36,7 +36,7 @@ class _Segments(NamedTuple):
     index_k: torch.Tensor | None = None
 
 
-def _unknown_prefix(*call: Any) -> torch.Tensor:
+def _unknown_prefix(*call: Any, **options: Any) -> torch.Tensor:
     raise ValueError("A shared prefix: call hf_effi.attention.shared_prefix.check_shared_prefix(model) first.")
 
 
@@ -178,23 +178,40 @@ def varlen_attention_forward(
     batch, _, length, _ = query.shape
     prefix = PrefixSegments.from_kwargs(kwargs)
     if prefix is not None:
-        name, segments = type(module).__name__, (cu_seq_lens_q, max_length_q)
+        name = type(module).__name__
         if attention_mask is not None:
             raise ValueError(f"{name}: rows that share a prompt have no padding, got an attention mask with zeros.")
-        out = _prefix_attention(name, query, key, value, *segments, prefix, causal, pattern, scaling)
+        out = _prefix_attention(
+            name,
+            query,
+            key,
+            value,
+            cu_seq_lens=cu_seq_lens_q,
+            max_length=max_length_q,
+            prefix=prefix,
+            causal=causal,
+            pattern=pattern,
+            scale=scaling,
+        )
         own = _Segments(cu_seq_lens_q, cu_seq_lens_q, 0, 0)
-        _check_masks(module, View(bool(causal), sliding_window), own, batch, length, key.shape[2])
+        _check_masks(
+            module, View(bool(causal), sliding_window), own, batch=batch, length_q=length, length_k=key.shape[2]
+        )
         _check_reach(name, prefix)
         return out, None
     if cu_seq_lens_q is not None:
         segments = _given_segments(batch * length, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     else:
-        segments = _find_segments(batch, length, key.shape[2], attention_mask, position_ids, query.device)
-    _check_masks(module, View(bool(causal), sliding_window), segments, batch, length, key.shape[2])
+        segments = _find_segments(
+            batch, length, key.shape[2], attention_mask=attention_mask, position_ids=position_ids, device=query.device
+        )
+    _check_masks(
+        module, View(bool(causal), sliding_window), segments, batch=batch, length_q=length, length_k=key.shape[2]
+    )
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     if segments.index_q is not None:
         q, k, v = q[segments.index_q], k[segments.index_k], v[segments.index_k]
-    out = _attend(q, k, v, segments, scaling, causal, pattern)
+    out = _attend(q, k, v, segments, scaling=scaling, causal=causal, pattern=pattern)
     if segments.index_q is not None:
         padded = out.new_zeros(batch * length, *out.shape[1:])
         out = padded.index_copy(0, segments.index_q, out)
@@ -245,7 +262,7 @@ def _arguments_of_others(attention: type) -> tuple[str, ...]:
     return tuple(sorted(names - _READ - set(CACHE_ARGUMENTS)))
 
 
-def _check_masks(module: Any, view: View, segments: _Segments, batch: int, length_q: int, length_k: int) -> None:
+def _check_masks(module: Any, view: View, segments: _Segments, *, batch: int, length_q: int, length_k: int) -> None:
     """Refuse a model whose masks say other than its layers are computed here; see [`MaskLedger`]."""
     if torch.compiler.is_compiling() or segments.bounds_k.numel() < 2:  # or nothing but padding
         return
@@ -309,6 +326,7 @@ def _find_segments(
     batch: int,
     length_q: int,
     length_k: int,
+    *,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     device: torch.device,
@@ -375,6 +393,7 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     segments: _Segments,
+    *,
     scaling: float | None,
     causal: bool,
     pattern: AttentionPattern | None,
@@ -384,7 +403,7 @@ def _attend(
         window = (
             (-1, -1) if not causal else (-1 if pattern is None or pattern.window is None else pattern.window - 1, 0)
         )
-        return _kernel(q, k, v, segments, scaling, window)
+        return _kernel(q, k, v, segments, scaling=scaling, window=window)
     bounds = segments.bounds_q.tolist(), segments.bounds_k.tolist()
     return segment_attention(q, k, v, *bounds, scale=scaling, causal=causal, pattern=pattern)
 
@@ -394,6 +413,7 @@ def _kernel(
     k: torch.Tensor,
     v: torch.Tensor,
     segments: _Segments,
+    *,
     scaling: float | None,
     window: tuple[int, int],
 ) -> torch.Tensor:

@@ -30,20 +30,16 @@ _PUBLIC = {
     "TrainDoctor": "hf_effi.callbacks.doctor",
     "TrainLimits": "hf_effi.functional.findings",
     "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
-    "in_probe": "hf_effi.callbacks._probing",
-    "outside_probes": "hf_effi.callbacks._probing",
-    "trained_steps": "hf_effi.callbacks._probing",
-    "trained_total": "hf_effi.callbacks._probing",
+    "in_probe": "hf_effi.callbacks.probing",
+    "outside_probes": "hf_effi.callbacks.probing",
+    "trained_steps": "hf_effi.callbacks.probing",
+    "trained_total": "hf_effi.callbacks.probing",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from ..functional.findings import Finding as Finding
     from ..functional.findings import GRPOLimits as GRPOLimits
     from ..functional.findings import TrainLimits as TrainLimits
-    from ._probing import in_probe as in_probe
-    from ._probing import outside_probes as outside_probes
-    from ._probing import trained_steps as trained_steps
-    from ._probing import trained_total as trained_total
     from .adalora import AdaLoRACallback as AdaLoRACallback
     from .adaptive_lr import AccuracyGradientCallback as AccuracyGradientCallback
     from .adaptive_lr import GradientSNRCallback as GradientSNRCallback
@@ -58,6 +54,10 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .lr_schedule import LRScheduleCallback as LRScheduleCallback
     from .multigrid import MultigridLRCallback as MultigridLRCallback
     from .patch import PatchCallback as PatchCallback
+    from .probing import in_probe as in_probe
+    from .probing import outside_probes as outside_probes
+    from .probing import trained_steps as trained_steps
+    from .probing import trained_total as trained_total
     from .random_ltd import RandomLTDCallback as RandomLTDCallback
     from .reptile import ReptileCallback as ReptileCallback
     from .run_record import RunRecordCallback as RunRecordCallback

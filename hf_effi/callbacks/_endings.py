@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from .._run_record import RunStore
-from ._observer import describe
+from .observer import describe
 
 logger = logging.getLogger(__name__)
 #: what ends a process without a word, where nobody handles it

@@ -9,7 +9,7 @@ import torch
 
 from ..functional.accounting import count_tokens
 from ..functional.probes import is_probed
-from ._observer import describe
+from .observer import describe
 
 logger = logging.getLogger(__name__)
 #: what the losses of torch and transformers leave out

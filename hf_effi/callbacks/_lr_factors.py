@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional import metrics
-from ._owners import Role
 from ._turns import WRITE, TurnCallback, in_turn
+from .owners import Role
 
 #: before the name of a factor in the log
 METRIC = metrics.LR_FACTOR

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._files import save_state
-from ._run_folder import run_folder
+from .run_folder import run_folder
 
 
 class SideFileCallback(TrainerCallback):

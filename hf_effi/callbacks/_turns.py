@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._owners import OwningCallback
+from .owners import OwningCallback
 
 #: turns: who reads what the optimizer did, who writes weights (or a log entry), who reads the result, who comes last
 MEASURE, WRITE, READ, LAST = range(4)

@@ -13,11 +13,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._files import load_state
 from ..errors import BrokenFileError, RefusedError
 from ..functional import metrics
+from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
-from ._owners import Role
-from ._probing import outside_probes, trained_steps, trained_total
 from ._side_file import SideFileCallback
 from ._turns import LAST, WRITE, TurnCallback, in_turn
+from .owners import Role
+from .probing import outside_probes, trained_steps, trained_total
 
 STATE_FILE = "effi_adalora.pt"
 #: what `RankAllocator` accumulates over the budgeting phase
@@ -58,6 +59,7 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
     role = Role("AdaLoRA ranks", "Two callbacks want to move the ranks of AdaLoRA", "Keep one.")
     side_file = STATE_FILE
 
+    @keeps_arguments
     def __init__(self, set_total_step: bool = False) -> None:
         if not isinstance(set_total_step, bool):
             raise ValueError(

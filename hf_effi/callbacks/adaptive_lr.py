@@ -13,14 +13,15 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ..errors import RefusedError
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
 from ._engines import sharding_engine
 from ._lr_factors import LRFactorCallback
-from ._probing import in_probe, outside_probes
 from ._side_file import SideFileCallback
 from ._turns import MEASURE, in_turn
 from .lr_schedule import check_scheduler
+from .probing import in_probe, outside_probes
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class HypergradientCallback(SideFileCallback, _RuleCallback):
     factor = "hypergradient"
     side_file = "hf_effi_hypergradient.pt"
 
+    @keeps_arguments
     def __init__(self, kappa: float = 0.1, limit: float = 10.0, step_limit: float = 1.1) -> None:
         super().__init__(Hypergradient(kappa, limit, step_limit))
         self._before: list[torch.Tensor] = []
@@ -140,6 +142,7 @@ class AccuracyGradientCallback(_RuleCallback):
 
     factor = "accuracy_gradient"
 
+    @keeps_arguments
     def __init__(self, metric: str = "eval_accuracy", min_lr: float = 1e-6, **kwargs: Any) -> None:
         check_number("min_lr", min_lr, 0.0, math.inf)
         if not isinstance(metric, str):
@@ -184,6 +187,7 @@ class GradientSNRCallback(_RuleCallback):
 
     factor = "gradient_snr"
 
+    @keeps_arguments
     def __init__(self, memory: float = 0.95, lowest: float = 0.1) -> None:
         super().__init__(GradientSNR(memory, lowest))
         self._seen = 0

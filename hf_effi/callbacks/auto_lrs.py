@@ -15,6 +15,7 @@ from .._compat import require
 from .._files import load_state
 from ..checkpoint.snapshot import copy_weights, restore_snapshot, take_snapshot
 from ..errors import BrokenFileError, MismatchError, RefusedError
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.options import refuse_idle
 from ..functional.probes import is_probed
 from ..functional.schedules._checks import check_number, check_steps
@@ -29,11 +30,11 @@ from ._lr_search import (
     share_stage,
     validation_loss,
 )
-from ._probing import announce_probes, hold_back, mark_log, store_probes
 from ._side_file import SideFileCallback
 from ._turns import MEASURE, WRITE, in_turn
 from .adaptive_lr import refuse_sharded
 from .lr_schedule import LEARNING_RATE, check_scheduler
+from .probing import announce_probes, hold_back, mark_log, store_probes
 
 STATE_KEY = "hf_effi.auto_lrs"
 #: validation losses of one probe
@@ -77,6 +78,7 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     role = LEARNING_RATE
     factor = "auto_lrs"
 
+    @keeps_arguments
     def __init__(
         self,
         low: float,

@@ -14,13 +14,14 @@ from ..errors import RefusedError
 from ..functional.doctor import TRAIN_RULES, diagnose
 from ..functional.doctor_grpo import GRPO_RULES
 from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimits
+from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
 from ._forward_watch import ForwardWatch
-from ._observer import describe, only_observes
-from ._owners import OwningCallback, Role
-from ._probing import in_probe, plan_of
 from ._scheduler_plan import scheduler_plan
 from ._turns import READ, in_turn
+from .observer import describe, only_observes
+from .owners import OwningCallback, Role
+from .probing import in_probe, plan_of
 
 logger = logging.getLogger(__name__)
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
@@ -54,6 +55,7 @@ class TrainDoctor(OwningCallback):
     rules: tuple[Rule, ...] = TRAIN_RULES
     limits_class: type[TrainLimits] = TrainLimits
 
+    @keeps_arguments
     def __init__(self, limits: TrainLimits | None = None, say: Callable[[str], None] = logger.warning) -> None:
         limits = self.limits_class() if limits is None else limits
         if not isinstance(limits, self.limits_class):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RefusedError
+from ..functional.kept_arguments import keeps_arguments
 from ..kernels import KernelPatchHandle, patch
 from .patch import PatchCallback
 
@@ -50,6 +51,7 @@ class KernelPatchCallback(PatchCallback):
     ```
     """
 
+    @keeps_arguments
     def __init__(self, layers: Mapping[Any, Any] | str, **options: Any) -> None:
         super().__init__(self._patch)
         self.layers, self.options = layers, options

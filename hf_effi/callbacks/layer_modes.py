@@ -11,11 +11,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import RefusedError
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.layer_plan import plan_layer_modes
 from ..memory.layer_modes import LayerModes, decoder_layers
 from ..memory.layer_profile import LayerProbe, measure_copy_bandwidth
 from ..patching import sharded_by_zero3
-from ._owners import OwningCallback, Role
+from .owners import OwningCallback, Role
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +87,7 @@ class ActivationOffloadCallback(_LayerModesCallback):
     ```
     """
 
+    @keeps_arguments
     def __init__(self, keep_last: int = 1) -> None:
         super().__init__()
         if not isinstance(keep_last, int) or isinstance(keep_last, bool) or keep_last < 0:
@@ -130,6 +132,7 @@ class SelectiveCheckpointCallback(_LayerModesCallback):
     ```
     """
 
+    @keeps_arguments
     def __init__(self, save_ops: Iterable[Any] = ()) -> None:
         super().__init__()
         self.save_ops = tuple(save_ops)
@@ -168,6 +171,7 @@ class MemoryBudgetCallback(_LayerModesCallback):
     ```
     """
 
+    @keeps_arguments
     def __init__(self, budget_gib: float, *, max_tokens: int | None = None, offload: bool = False) -> None:
         super().__init__()
         if not isinstance(budget_gib, (int, float)) or isinstance(budget_gib, bool) or not budget_gib > 0:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import MismatchError, RefusedError
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.options import refuse_idle
 from ..functional.schedules import (
     Followed,
@@ -25,7 +26,7 @@ from ..functional.schedules import (
 )
 from ..functional.schedules.adaptive import check_schedule_free
 from ..functional.schedules.base import OnMismatch, check_choice
-from ._owners import OwningCallback, Role
+from .owners import OwningCallback, Role
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.lr_schedule"
@@ -93,6 +94,7 @@ class LRScheduleCallback(OwningCallback):
     #: what a message calls the argument `on_mismatch`
     option = "on_mismatch"
 
+    @keeps_arguments
     def __init__(
         self,
         schedule: Schedule,
@@ -306,7 +308,14 @@ def _asked(
         lrs = (args.learning_rate,) * len(lrs)  # those of the scheduler are the checkpoint's
     elif state.global_step == 0 and made_for and made_for != args.learning_rate:
         lrs = tuple(lr * (args.learning_rate / made_for) for lr in lrs)  # changed between two calls of train()
-    return Followed(bound, bound, lrs, float(args.learning_rate), brought, state.max_steps)
+    return Followed(
+        bound,
+        bound,
+        base_lrs=lrs,
+        learning_rate=float(args.learning_rate),
+        optimizer_lrs=brought,
+        run_steps=state.max_steps,
+    )
 
 
 def _note_asked(asked: Followed, followed: Followed, optimizer: Optimizer) -> None:

@@ -8,10 +8,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional.data import Multigrid, check_number
+from ..functional.kept_arguments import keeps_arguments
 from ._lr_factors import LRFactorCallback
-from ._owners import Role, owner_of
-from ._probing import trained_steps, trained_total
 from .lr_schedule import check_scheduler
+from .owners import Role, owner_of
+from .probing import trained_steps, trained_total
 
 #: who cuts the rows of a run
 SEQUENCE_LENGTH = Role("sequence length", "Two objects want to set the sequence length", "Keep one.")
@@ -42,6 +43,7 @@ class MultigridLRCallback(LRFactorCallback):
 
     factor = "multigrid"
 
+    @keeps_arguments
     def __init__(self, shapes: Multigrid, exponent: float = 1.0) -> None:
         if not isinstance(shapes, Multigrid):
             raise ValueError(f"shapes={shapes!r} must be the Multigrid that the Trainer has as sequence_length.")

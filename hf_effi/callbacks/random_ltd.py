@@ -8,14 +8,15 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RefusedError
 from ..functional import metrics
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
 from ..layers.random_ltd import TokenDropping, drop_layer_tokens
 from ..patching.handle import PatchHandle
 from ._engines import data_rank
-from ._owners import Role
-from ._probing import in_probe, outside_probes, trained_steps, trained_total
 from ._turns import WRITE, TurnCallback, in_turn
 from .kernel_patch import refuse_data_parallel
+from .owners import Role
+from .probing import in_probe, outside_probes, trained_steps, trained_total
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 STATE_KEY = "hf_effi.random_ltd"
@@ -57,6 +58,7 @@ class RandomLTDCallback(TurnCallback):
 
     role = Role("layer tokens", "Two callbacks want to drop tokens of the layers", "Keep one.")
 
+    @keeps_arguments
     def __init__(self, min_tokens: int, max_tokens: int, *, ramp_fraction: float = 0.7, multiple: int = 16) -> None:
         check_range(min_tokens, max_tokens, multiple)
         if (

@@ -9,12 +9,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
 from ..errors import BrokenFileError, MismatchError, RefusedError
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.reptile import reptile_step
 from ._engines import sharding_engine
-from ._owners import Role
-from ._probing import holds_training_weights, outside_probes, trained_steps, trained_total
 from ._side_file import SideFileCallback
 from ._turns import WRITE, TurnCallback, in_turn
+from .owners import Role
+from .probing import holds_training_weights, outside_probes, trained_steps, trained_total
 
 REFERENCE_FILE = "effi_reptile.pt"
 
@@ -49,6 +50,7 @@ class ReptileCallback(TurnCallback, SideFileCallback):
     role = Role("Reptile", "Two Reptile steps want the same place in a checkpoint", "Keep one.")
     side_file = REFERENCE_FILE
 
+    @keeps_arguments
     def __init__(self, every_steps: int, beta: float, *, last_partial: bool = False) -> None:
         if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
             raise ValueError(f"every_steps={every_steps!r} must be an integer of at least 1.")

@@ -30,13 +30,13 @@ from ..methods import METHODS, find_method
 from ..samplers.trainer_checks import STATE_KEY as ORDER_KEY
 from ._endings import end_record, forget_end, watch_end
 from ._forward_watch import ForwardWatch
-from ._observer import describe, only_observes
-from ._owners import OwningCallback, Role, owner_of
-from ._probing import mark_log, plan_of
 from ._turns import READ, in_turn
 from .lr_schedule import LEARNING_RATE, LRScheduleCallback
 from .lr_schedule import STATE_KEY as SCHEDULE_KEY
+from .observer import describe, only_observes
+from .owners import OwningCallback, Role, owner_of
 from .patch import PatchCallback
+from .probing import mark_log, plan_of
 from .sampler import ROW_ORDER
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""`SamplerCallback`: a sampler of rule A on a stock `transformers.Trainer`, without a subclass."""
+"""`SamplerCallback`: a sampler that does not learn on a stock `transformers.Trainer`, without a subclass."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RefusedError
+from ..functional.kept_arguments import keeps_arguments
 from ..samplers import EffiSampler, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
     STATE_KEY,
@@ -18,7 +19,7 @@ from ..samplers.trainer_checks import (
     store_order,
     warn_order_against_decay,
 )
-from ._owners import OwningCallback, Role
+from .owners import OwningCallback, Role
 
 #: who orders the rows of a run
 ROW_ORDER = Role(
@@ -33,16 +34,14 @@ class SamplerCallback(OwningCallback):
     Put a sampler into the Trainer's dataloader at the start of training, before its first batch.
 
     The order, the resumed order and the weights are those of [`SamplerMixin`]. Two things need the mixin, because a
-    callback comes too late or does not learn the path of the checkpoint: samplers of rule B, and samplers whose epoch
+    callback comes too late or is not told the path of the checkpoint: samplers that learn, and samplers whose epoch
     has another length than the dataset (the Trainer has counted its steps by then). Both raise here, by name.
 
     Args:
-        sampler ([`EffiSampler`]): Orders the rows of `train_dataset`. Rule A.
+        sampler ([`EffiSampler`]): Orders the rows of `train_dataset`, by nothing that is learned in training.
 
     Raises:
-        RefusedError: rule B, a streaming dataset, or a second sampling option, callback or `train_sampler`.
-        ValueError: another length.
-        MismatchError: the checkpoint was made with another sampler, without one, or with another number of rows
+            or `train_sampler`.
             per update.
 
     Example:
@@ -53,12 +52,13 @@ class SamplerCallback(OwningCallback):
 
     role = ROW_ORDER
 
+    @keeps_arguments
     def __init__(self, sampler: EffiSampler) -> None:
         if not isinstance(sampler, EffiSampler):
             raise ValueError(f"sampler={sampler!r} is not an EffiSampler. Use one of hf_effi.samplers.")
-        if sampler.rule != "A":
+        if sampler.learns:
             raise RefusedError(
-                f"{type(sampler).__name__} learns during training (rule {sampler.rule}), and a callback cannot load "
+                f"{type(sampler).__name__} learns during training, and a callback cannot load "
                 "its state from a checkpoint. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
         if isinstance(sampler, TokenBudgetBatchSampler):
@@ -67,7 +67,7 @@ class SamplerCallback(OwningCallback):
                 "made its own. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
         self.sampler = sampler
-        self._served: EffiSampler | None = None
+        self._sampler_in_loader: EffiSampler | None = None
         self._epoch = self._batches_done = 0
 
     def on_train_begin(
@@ -83,28 +83,28 @@ class SamplerCallback(OwningCallback):
                 f"The dataloader is a {type(loader).__name__}, which takes no sampler. Use SamplerMixin instead."
             )
         stock = loader.get_sampler()
-        self._served = in_layout_of(stock, self.sampler)
-        if len(self._served) != len(stock):
+        self._sampler_in_loader = in_layout_of(stock, self.sampler)
+        if len(self._sampler_in_loader) != len(stock):
             raise RefusedError(
-                f"An epoch of {name} has {len(self._served)} samples and the Trainer has counted its steps with "
-                f"{len(stock)}. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
+                f"An epoch of {name} has {len(self._sampler_in_loader)} samples and the Trainer has counted its steps "
+                f"with {len(stock)}. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
         check_plan(self.sampler, state.max_steps, loader, args.gradient_accumulation_steps)
         if state.global_step > 0:
-            check_stored_order(state, self._served)
+            check_stored_order(state, self._sampler_in_loader)
         updates = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
         self._epoch = state.global_step // updates
         self._batches_done = state.global_step % updates * args.gradient_accumulation_steps
-        store_order(state, self._served, loader, args)
-        loader.set_sampler(self._served)
+        store_order(state, self._sampler_in_loader, loader, args)
+        loader.set_sampler(self._sampler_in_loader)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:  # and not in on_train_begin, where another callback may still set the schedule
             warn_order_against_decay(self.sampler, args, kwargs["lr_scheduler"], state.max_steps)
-        self._served.set_epoch(self._epoch)
-        resume_in_dispatcher(self._served, kwargs["train_dataloader"], self._epoch, self._batches_done)
+        self._sampler_in_loader.set_epoch(self._epoch)
+        resume_in_dispatcher(self._sampler_in_loader, kwargs["train_dataloader"], self._epoch, self._batches_done)
         self._batches_done = 0
 
     def on_step_end(
@@ -116,4 +116,4 @@ class SamplerCallback(OwningCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._epoch += 1
-        self._served.forget_start()
+        self._sampler_in_loader.forget_start()

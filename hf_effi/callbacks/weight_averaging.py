@@ -12,13 +12,14 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._files import load_state, save_aside, save_json
 from ..errors import BrokenFileError, MismatchError, RefusedError
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
+from ..functional.kept_arguments import keeps_arguments
 from ..functional.schedules import warn_decay_to_zero
 from ._engines import sharding_engine
-from ._owners import Role
-from ._probing import plan_of, trained_total
-from ._run_folder import run_folder
 from ._side_file import SideFileCallback
 from ._turns import READ, TurnCallback, in_turn
+from .owners import Role
+from .probing import plan_of, trained_total
+from .run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
     )
     side_file = AVERAGE_FILE
 
+    @keeps_arguments
     def __init__(
         self,
         last: int = 6,

@@ -24,7 +24,8 @@ def take_rng() -> dict[str, Any]:
     """
     Return the state of every random number generator, in a form that a checkpoint gives back without running code.
     """
-    name, keys, *rest = numpy.random.get_state()
+    legacy: Any = numpy.random.get_state()  # a tuple, unless a dict is asked for
+    name, keys, *rest = legacy
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
@@ -78,11 +79,15 @@ def restore_snapshot(
     rng: bool = True,
     scheduler: Any = None,
 ) -> None:
-    """Put a snapshot back, bit for bit; `rng=False` leaves the random numbers where they are."""
+    """
+    Put a snapshot back, bit for bit; `rng=False` leaves the random numbers where they are, and `scheduler` is the one
+    that was given to [`take_snapshot`].
+    """
     model.load_state_dict(snapshot["model"])
     optimizer.load_state_dict(_clone(snapshot["optimizer"]))
     if snapshot["scaler"] is not None:
-        optimizer.scaler.load_state_dict(_clone(snapshot["scaler"]))
+        carrier: Any = optimizer  # it carried a scaler when the snapshot was taken
+        carrier.scaler.load_state_dict(_clone(snapshot["scaler"]))
     if scheduler is not None:
         scheduler.load_state_dict(_clone(snapshot["scheduler"]))
     for parameter, gradient in zip(model.parameters(), snapshot["gradients"], strict=True):

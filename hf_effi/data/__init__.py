@@ -18,8 +18,8 @@ _PUBLIC = {
     "MetadataConditioning": "hf_effi.data.metadata",
     "ModelScore": "hf_effi.data.scores",
     "Multigrid": "hf_effi.functional.data",
-    "RowCorrect": "hf_effi.data.measure",
-    "RowLoss": "hf_effi.data.measure",
+    "RowCorrect": "hf_effi.data.row_measures",
+    "RowLoss": "hf_effi.data.row_measures",
     "RowScorer": "hf_effi.data.scores",
     "SelfImprovement": "hf_effi.data.self_improvement",
     "SharedPrefixCollator": "hf_effi.data.shared_prefix",
@@ -46,10 +46,10 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .batch_transform import BatchTransform as BatchTransform
     from .denoising import UL2Denoising as UL2Denoising
     from .masking import MaskingRatioCurriculum as MaskingRatioCurriculum
-    from .measure import RowCorrect as RowCorrect
-    from .measure import RowLoss as RowLoss
     from .metadata import MetadataCollator as MetadataCollator
     from .metadata import MetadataConditioning as MetadataConditioning
+    from .row_measures import RowCorrect as RowCorrect
+    from .row_measures import RowLoss as RowLoss
     from .scores import ColumnScore as ColumnScore
     from .scores import ModelScore as ModelScore
     from .scores import RowScorer as RowScorer

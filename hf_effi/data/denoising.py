@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..functional.data import (
     span_mask,
     split_spans,
 )
+from ..functional.kept_arguments import keeps_arguments
 from .batch_transform import BatchTransform
 
 
@@ -50,6 +51,7 @@ class UL2Denoising(BatchTransform):
         RefusedError: at the call, a batch with columns that would not fit the denoised rows.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         sentinel_ids: Sequence[int],
@@ -146,7 +148,8 @@ class UL2Denoising(BatchTransform):
     def _joined(self, parts: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         if self.encodes:
             rows = [inputs for inputs, _ in parts]
-            labels = _filled([targets for _, targets in parts], self.max_target_length, -100)
+            longest = cast(int, self.max_target_length)  # checked when this was built
+            labels = _filled([targets for _, targets in parts], longest, -100)
         else:
             rows = [inputs + targets for inputs, targets in parts]
             labels = _filled([[-100] * len(inputs) + targets for inputs, targets in parts], self.max_length, -100)

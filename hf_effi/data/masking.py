@@ -9,6 +9,7 @@ import torch
 
 from ..functional import metrics
 from ..functional.data import check_count, mask_tokens, masking_ratio, seeded
+from ..functional.kept_arguments import keeps_arguments
 from .batch_transform import BatchTransform
 
 
@@ -33,6 +34,7 @@ class MaskingRatioCurriculum(BatchTransform):
         ValueError: an argument out of range.
     """
 
+    @keeps_arguments
     def __init__(
         self,
         mask_token_id: int,
@@ -51,7 +53,7 @@ class MaskingRatioCurriculum(BatchTransform):
         self.special = torch.tensor(list(special_ids), dtype=torch.long)
         self.curve = {"start": start, "end": end, "warmup_fraction": warmup_fraction, "warmup_from": warmup_from}
         self.eval_ratio = end if eval_ratio is None else eval_ratio
-        self.masking = {
+        self.masking: dict[str, Any] = {
             "mask_token_id": check_count("mask_token_id", mask_token_id, 0),
             "vocab_size": check_count("vocab_size", vocab_size),
             "continues": continues,

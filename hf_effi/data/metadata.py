@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import RefusedError
 from ..functional import metrics
 from ..functional.data import check_count, check_number, cooldown_step, join_metadata
+from ..functional.kept_arguments import keeps_arguments
 from .batch_transform import BatchTransform
 
 
@@ -41,6 +42,7 @@ class MetadataCollator:
     ```
     """
 
+    @keeps_arguments
     def __init__(
         self,
         pad_token_id: int,
@@ -104,6 +106,7 @@ class MetadataConditioning(BatchTransform):
 
     columns = ("metadata_ids",)
 
+    @keeps_arguments
     def __init__(
         self,
         collator: MetadataCollator,

@@ -22,7 +22,7 @@ from .._files import save_json
 from ..errors import BrokenFileError, MismatchError
 from ..functional.class_paths import class_path
 from ..functional.data import check_count, perplexity, word_rarity
-from .measure import RowLoss
+from .row_measures import RowLoss
 
 Batch = dict[str, list[Any]]
 
@@ -88,7 +88,7 @@ class ModelScore(RowScorer):
         return [name for name in ("input_ids", "labels", "attention_mask") if name in names]
 
     def fingerprint(self) -> str:
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         # Weights alone do not fix the loss: heads, rotary base and the like stand in the config.
         settings = config.to_json_string(use_diff=True) if hasattr(config, "to_json_string") else ""
         adapters = [_adapter_state(module) for module in self.model.modules() if hasattr(module, "active_adapters")]
@@ -360,7 +360,17 @@ def add_score(
     if present and not overwrite:
         _check_existing(dataset, name, mark_name, marks_of, shard_size)
         return dataset
-    scores, marks = _all_scores(plain, score_fn, scorer, name, batch_size, shard_size, cache_dir, nan, progress)
+    scores, marks = _all_scores(
+        plain,
+        score_fn,
+        scorer,
+        name=name,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        cache_dir=cache_dir,
+        nan=nan,
+        progress=progress,
+    )
     return dataset.remove_columns(sorted(present)).add_column(name, scores).add_column(mark_name, marks)
 
 
@@ -368,6 +378,7 @@ def _all_scores(
     plain: Any,
     score_fn: Callable[[Batch], Any],
     scorer: str,
+    *,
     name: str,
     batch_size: int,
     shard_size: int,

@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
@@ -263,7 +263,8 @@ class SelfImprovement:
         self, problems: list[tuple[Any, str]], answers: list[list[str | None]]
     ) -> tuple[list[Row], dict[str, Any]]:
         reasons: list[str] = ["accepted"] * len(problems)
-        winners = majority_answers(answers, self.min_agreement)
+        # Of answers, which are texts, the winner is one of them.
+        winners = cast(list[str | None], majority_answers(answers, self.min_agreement))
         for place, winner in enumerate(winners):
             if winner is None:
                 silent = all(voter[place] is None for voter in answers)
@@ -271,14 +272,14 @@ class SelfImprovement:
         if self.length_slack is not None:
             for level in {level for level, _ in problems}:
                 places = [p for p, (own, _) in enumerate(problems) if own == level and winners[p] is not None]
-                long_enough = keep_by_length(
-                    [len(winners[p]) for p in places], self.length_slack, self.length_quantile
-                )
+                lengths = [len(winner) for p in places if (winner := winners[p]) is not None]
+                long_enough = keep_by_length(lengths, self.length_slack, self.length_quantile)
                 for place, kept in zip(places, long_enough.tolist(), strict=True):
                     reasons[place] = "accepted" if kept else "short"
         if self.keep is not None:
             for place, (_, prompt) in enumerate(problems):
-                if reasons[place] == "accepted" and not self.keep(prompt, winners[place]):
+                winner = winners[place]
+                if reasons[place] == "accepted" and winner is not None and not self.keep(prompt, winner):
                     reasons[place] = "rejected"
         number = self.finished + 1
         rows = [

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from .._files import save_json
 from .._untrusted import stored_json
-from ..report.card import markdown_table, write_card
 from ..report.comparison import summarize
 from ..report.page import write_page
-from ..report.record import headline, make_record
+from ..report.result_card import markdown_table, write_card
+from ..report.result_record import headline, make_record
 from .arms import BASELINE, Arm, choose_arms
 from .measure import Accuracy
 from .policy import prepare_policy
@@ -69,6 +69,7 @@ def run_demo(
     output_dir: Path,
     settings: DemoSettings,
     seeds: Sequence[int] = (0,),
+    *,
     arms: Sequence[Arm] | None = None,
     command: str = "hf-effi demo",
     show_progress: bool = True,
@@ -84,7 +85,7 @@ def run_demo(
     A seed whose records are already in `output_dir / "cache"` for the same settings and arms is not run again.
 
     Returns:
-        `dict`: The result, in the schema of `hf_effi.report.record`.
+        `dict`: The result, in the schema of `hf_effi.report.result_record`.
     """
     arms = choose_arms() if arms is None else tuple(arms)
     # One thread: two threads on two busy cores were seen 40 times slower, and CPU seconds would mean nothing.
@@ -102,8 +103,17 @@ def run_demo(
             print(f"2/2  {len(arms)} arms x {settings.steps} steps x {len(seeds)} seeds, in turns ...", flush=True)
         records = []
         for seed in seeds:
-            records += _records_of_seed(arms, settings, checkpoint, start, held_out, seed, output_dir, show_progress)
-    result = build_result(records, settings, arms, seeds, command, goals)
+            records += _records_of_seed(
+                arms,
+                settings,
+                checkpoint,
+                start,
+                held_out,
+                seed=seed,
+                output_dir=output_dir,
+                show_progress=show_progress,
+            )
+    result = build_result(records, settings, arms, seeds=seeds, command=command, goals=goals)
     save_json(output_dir / "results.json", result, indent=1)
     write_page(result, output_dir / "report.html")
     write_model_card(result, settings, arms, output_dir)
@@ -116,6 +126,7 @@ def _records_of_seed(
     checkpoint: Path,
     start: Accuracy,
     held_out: Sequence[Any],
+    *,
     seed: int,
     output_dir: Path,
     show_progress: bool,
@@ -136,9 +147,9 @@ def _records_of_seed(
             arms,
             settings,
             checkpoint,
-            start,
-            held_out,
-            seed,
+            start=start,
+            held_out=held_out,
+            seed=seed,
             keep_policy_of=pick_result_arm(arms),
             on_step=on_step,
             output_dir=output_dir,
@@ -160,6 +171,7 @@ def build_result(
     records: Sequence[dict[str, Any]],
     settings: DemoSettings,
     arms: Sequence[Arm],
+    *,
     seeds: Sequence[int],
     command: str,
     goals: bool = True,
@@ -230,6 +242,7 @@ def write_model_card(result: dict[str, Any], settings: DemoSettings, arms: Seque
 
 def main(
     output_dir: str,
+    *,
     seeds: Sequence[int],
     steps: int | None,
     arms: Sequence[str] | None,
@@ -248,10 +261,10 @@ def main(
     began, folder = time.perf_counter(), Path(output_dir)
     if as_json:
         with contextlib.redirect_stdout(sys.stderr):  # what it is doing now
-            result = run_demo(folder, settings, seeds, chosen, shlex.join(command), goals=not quick)
+            result = run_demo(folder, settings, seeds, arms=chosen, command=shlex.join(command), goals=not quick)
         print(json.dumps(result))
         return 0
-    result = run_demo(folder, settings, seeds, chosen, shlex.join(command), goals=not quick)
+    result = run_demo(folder, settings, seeds, arms=chosen, command=shlex.join(command), goals=not quick)
     print("\n" + render_table(summarize(result["rows"])))
     start = result["rows"][0]["curve"][0]
     low, high = USABLE_SAMPLED_ACCURACY

@@ -16,11 +16,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .._files import save_aside
 from ..functional import metrics
+from .alternation import Job, alternate
 from .arms import Arm
 from .measure import Accuracy, Instrument, evaluate_policy
 from .policy import PolicySettings
 from .task import MAX_COMPLETION_TOKENS, Problem, build_tokenizer, exact_answer_reward, training_problems
-from .turns import Job, alternate
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def grpo_arguments(settings: DemoSettings, seed: int, output_dir: str) -> dict[s
 
 
 def build_trainer(
-    arm: Arm, settings: DemoSettings, checkpoint: Path, dataset: Dataset, seed: int, runs: Path
+    arm: Arm, settings: DemoSettings, checkpoint: Path, dataset: Dataset, *, seed: int, runs: Path
 ) -> GRPOTrainer:
     """Return the arm's trainer on a fresh copy of the checkpoint."""
     arguments = grpo_arguments(settings, seed, str(runs / arm.key))
@@ -206,6 +206,7 @@ def run_arms(
     arms: Sequence[Arm],
     settings: DemoSettings,
     checkpoint: Path,
+    *,
     start: Accuracy,
     held_out: Sequence[Problem],
     seed: int,
@@ -235,7 +236,7 @@ def run_arms(
 
     def train(arm: Arm) -> Callable[[Job], dict[str, Any]]:
         def run(job: Job) -> dict[str, Any]:
-            trainer = build_trainer(arm, settings, checkpoint, dataset, seed, folder / "cache" / "runs")
+            trainer = build_trainer(arm, settings, checkpoint, dataset, seed=seed, runs=folder / "cache" / "runs")
             tokenizer, instrument = trainer.processing_class, Instrument(trainer)
 
             def evaluate(step: int) -> Accuracy:

@@ -47,6 +47,7 @@ class LayerCost:
 def mode_costs(
     forward_seconds: float,
     attention_seconds: float,
+    *,
     kept_bytes: int,
     attention_bytes: int,
     input_bytes: int,

@@ -255,7 +255,9 @@ def _logits(trace: ForwardTrace, switches: Switches) -> int:
     return 2 * tile * trace.logits_width * 4 + hidden + 4 * trace.logits_width * trace.hidden_size
 
 
-def kv_cache_bytes(sequences: int, tokens: int, layers: int, kv_heads: int, head_dim: int, itemsize: int = 2) -> int:
+def kv_cache_bytes(
+    sequences: int, tokens: int, *, layers: int, kv_heads: int, head_dim: int, itemsize: int = 2
+) -> int:
     """
     Return the bytes of keys and values of a generation,
     `2 * sequences * tokens * layers * kv_heads * head_dim * itemsize`.
@@ -343,6 +345,7 @@ def cheapest_fit(
     trace: ForwardTrace,
     flops: StepFlops,
     base: Switches,
+    *,
     budget_bytes: int,
     kv_cache: int = 0,
 ) -> Switches | None:

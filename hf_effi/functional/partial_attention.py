@@ -83,7 +83,7 @@ def partial_attention_backward(
     attend = _flash_backward if query.device.type == "cpu" else _attend_backward
     for at_q, at_k in _segments(bounds_q, bounds_k):
         tensors = grad[at_q], query[at_q], key[at_k], value[at_k], out[at_q], lse[at_q]
-        found = attend(*tensors, scale, causal)
+        found = attend(*tensors, scale=scale, causal=causal)
         for total, part, where in zip(grads, found, (at_q, at_k, at_k), strict=True):
             total[where] = part
     return grads
@@ -104,7 +104,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
 
 
 def _flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, ...]:
     tensors = _heads_first(query.shape[1], grad, query, key, value, out)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -133,7 +133,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: boo
 
 
 def _attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, up, result, statistic = (
         _by_head(t, key.shape[1]) for t in (query, key, value, grad, out, lse[..., None])

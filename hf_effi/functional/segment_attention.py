@@ -129,7 +129,7 @@ def segment_attention(
             continue
         q, k, v = (t.transpose(0, 1) for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
         if pattern is not None and pattern.window is not None and pattern.window < k1 - k0:
-            out = _windowed(q, k, v, scale, pattern, pattern.window)
+            out = _windowed(q, k, v, scale=scale, pattern=pattern, window=pattern.window)
         else:
             out = _dense(q, k, v, scale, causal)
         outputs.append(out.transpose(0, 1))
@@ -145,7 +145,7 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
 
 
 def _windowed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, pattern: AttentionPattern, window: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None, pattern: AttentionPattern, window: int
 ) -> torch.Tensor:
     """Blocks of queries against sinks, strided columns before the window, and the window, all of one document."""
     block = min(max(window, _MIN_BLOCK), _MAX_BLOCK)

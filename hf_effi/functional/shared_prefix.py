@@ -200,4 +200,12 @@ def _prefix_segments(shared: Sequence[tuple[int, list[int]]], lengths: Sequence[
         torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int32) for parts in (queries, keys)
     )
     longest = max(lengths[row] for _, rows in shared for row in rows)
-    return PrefixSegments(of_queries, of_keys, max(queries), max(keys), sum(queries), sum(keys), longest)
+    return PrefixSegments(
+        cu_seq_lens_q=of_queries,
+        cu_seq_lens_k=of_keys,
+        max_length_q=max(queries),
+        max_length_k=max(keys),
+        num_queries=sum(queries),
+        num_keys=sum(keys),
+        longest_context=longest,
+    )

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import RecipeError
+from ..functional.kept_arguments import LARGEST_LIST, MOST_VALUES
 
-#: longest list, deepest nesting and most values of one object
-LARGEST_LIST, DEEPEST, MOST_VALUES = 256, 16, 4096
+#: deepest nesting of one object
+DEEPEST = 16
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+-]{0,63}")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+./ -]{0,99}")
 _MODULES = re.compile(r"[A-Za-z0-9_.*|()^$\\?+\[\]-]{1,512}")
@@ -121,7 +122,7 @@ _SCHEDULES: dict[str, dict[str, str]] = {
     "constant": _WARM,
     "cosine": _WARM,
     "linear": _WARM,
-    "cosine_power": {**_WARM, **_arguments(number="base spread")},
+    "cosine_power": {**_WARM, **_arguments(number="base", flag="spread")},
     "damped_cosine": {**_WARM, **_arguments(number="cycles gamma")},
     "inverse_sqrt": {**_WARM, **_arguments(number="timescale_steps")},
     "rex": {**_WARM, **_arguments(number="kappa")},

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..callbacks._observer import describe
-from ..callbacks._owners import OwningCallback, Role
-from ..callbacks._probing import holds_training_weights
-from ..callbacks._run_folder import run_folder
+from ..callbacks.observer import describe
+from ..callbacks.owners import OwningCallback, Role
+from ..callbacks.probing import holds_training_weights
+from ..callbacks.run_folder import run_folder
 from ..errors import RefusedError
 from .publish import make_room_for_card, push_checkpoint, uploader_for, write_section
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError
+from ..functional.kept_arguments import NotKept, arguments_of
 from .admitted import (
     CLASSES,
     FUNCTIONS,
@@ -22,8 +23,8 @@ from .admitted import (
     public_path,
 )
 
-#: class -> constructor argument -> attribute that holds it, where the two differ
-_STORED_AS = {"LRScheduleCallback": {"schedule": "built"}}
+#: fields without which a config cannot be made, though they have a default
+_PEFT_NEEDED = ("total_step",)
 _PEFT_INTERNAL = ("peft_version", "auto_mapping", "runtime_config", "base_model_name_or_path", "inference_mode")
 
 
@@ -35,9 +36,9 @@ def to_plain(value: Any) -> Any:
     """
     Return a value as JSON data from which [`from_plain`] makes an equal one.
 
-    Objects of this package whose constructor arguments can be read off them, and PEFT configs, become
-    `{"class": "module:name", "arguments": {...}}`; functions of this package and `trl.rewards` become
-    `{"function": "module:name"}`.
+    Objects of this package that remember what they were made with ([`keeps_arguments`]), its dataclasses, and PEFT
+    configs become `{"class": "module:name", "arguments": {...}}`; functions of this package and `trl.rewards` become
+    `{"function": "module:name"}`. Scores that were given as a tensor or an array are a list.
 
     Raises:
         _NotPlainError: the value, or a part of it, is something else or is too long.
@@ -108,6 +109,12 @@ def _argument(name: str, value: Any, kinds: Mapping[str, str]) -> Any:
             check_object(name, item.get("class") if isinstance(item, dict) else item, kinds[name])
         return tuple(from_plain(item) for item in value)
     check_value(name, value, kinds[name])
+    if kinds[name] in ("number", "numbers"):
+        return [_as_number(item) for item in value] if isinstance(value, list) else _as_number(value)
+    return value
+
+
+def _as_number(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
@@ -116,7 +123,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _constructor_arguments(thing: Any, kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Read the arguments that differ from their defaults off the attributes of the same names."""
+    """Return the arguments that differ from their defaults."""
     found = _peft_arguments(thing) if hasattr(thing, "peft_type") else _own_arguments(thing)
     for name, value in found.items():
         try:  # write nothing that reading would refuse
@@ -127,28 +134,38 @@ def _constructor_arguments(thing: Any, kinds: Mapping[str, str]) -> dict[str, An
 
 
 def _own_arguments(thing: Any) -> dict[str, Any]:
-    name_of, found = _STORED_AS.get(type(thing).__name__, {}), {}
-    for name, parameter in inspect.signature(type(thing)).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    """Return what differs from the defaults, of the fields of a dataclass or of what a constructor was given."""
+    name_of_class, parameters = type(thing).__name__, inspect.signature(type(thing)).parameters
+    if dataclasses.is_dataclass(thing):
+        given: dict[str, Any] | None = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init}
+    else:
+        given = arguments_of(thing)
+    if given is None:
+        raise _NotPlainError(f"{name_of_class}, which does not remember what it was made with")
+    found = {}
+    for name, value in given.items():
+        default = parameters[name].default if name in parameters else inspect.Parameter.empty
+        if value is default:
             continue
-        attribute = name_of.get(name, name)
-        if not hasattr(thing, attribute):
-            raise _NotPlainError(f"{type(thing).__name__}, which does not keep its argument {name!r}")
-        value = getattr(thing, attribute)
-        if parameter.default is parameter.empty or value is not parameter.default:
-            plain = to_plain(value)
-            if parameter.default is parameter.empty or plain != _plain_or_none(parameter.default):
-                found[name] = plain
+        if isinstance(value, NotKept):
+            raise _NotPlainError(
+                f"{name}: {value.reason}. Make the {name_of_class} again from your data, and pass it to "
+                "Recipe.make_trainer"
+            )
+        plain = to_plain(value)
+        if default is inspect.Parameter.empty or plain != _plain_or_none(default):
+            found[name] = plain
     return found
 
 
 def _peft_arguments(config: Any) -> dict[str, Any]:
     """Return the fields that differ from a new config's, without those that PEFT fills in or does not save."""
     fields = [field for field in dataclasses.fields(config) if field.init and field.name not in _PEFT_INTERNAL]
-    unset, found = type(config)(), {}
+    needed = {name: getattr(config, name) for name in _PEFT_NEEDED if hasattr(config, name)}
+    unset, found = type(config)(**needed), {}
     for field in fields:
         value = getattr(config, field.name)
-        if value != getattr(unset, field.name):
+        if field.name in needed or value != getattr(unset, field.name):
             found[field.name] = to_plain(value)
     return found
 

@@ -14,7 +14,7 @@ from .._compat import installed_versions
 from .._environment import describe_machine
 from .._files import CHECKPOINT_PREFIXES, drop_link
 from .._run_record import EVENTS, FOLDER, SUMMARY, has_record, read_run
-from ..callbacks._observer import describe
+from ..callbacks.observer import describe
 from ..functional.probes import without_probes
 from .model_card import PICTURE, add_section
 from .recipe import RECIPE_FILE, recipe_of

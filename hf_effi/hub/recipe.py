@@ -273,7 +273,17 @@ def _check_form(data: Mapping[str, Any], source: Any) -> None:
 
 
 def read_recipe(source: str | Path, *, token: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Return the recipe in a card, a folder, a recipe file or a repository, as data."""
+    """
+    Return the recipe in a card, a folder, a recipe file or a repository, as data.
+
+    Args:
+        source (`str` or `Path`): A card, a folder with one, an `effi_recipe.json`, or a repository on the Hub.
+        token (`str`, *optional*): Read token of a private repository.
+        revision (`str`, *optional*): Branch or commit of the repository.
+
+    Raises:
+        RecipeError: no recipe there, or one that cannot be read.
+    """
     path = Path(source)
     if path.is_dir():
         files = [file for name in ("README.md", RECIPE_FILE) if (file := path / name).exists()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -40,6 +40,7 @@ class Unit:
 
     targets: Sequence[Target]
     replacements: Sequence[Callable[..., Any]]
+    _: KW_ONLY
     original: Callable[..., Any]
     replacement: Callable[..., Any]
     modules: Sequence[nn.Module]
@@ -153,26 +154,25 @@ def _with_rotary(target: Target, rotary: Callable[..., Any]) -> Callable[..., An
 
 def layer_unit(layer: type[nn.Module], target: Target) -> Unit:
     """Return the unit that puts one kernel layer into one place."""
-    has_backward, _ = _flags(layer)
+    about: dict[str, Any] = {"label": layer.__name__, "has_backward": _flags(layer)[0]}
     if target.kind == "module":
         run = _guarded(layer.forward, _unbound(target.original, target.module), layer)
         replacement = types.MethodType(run, target.module)
         return Unit(
             (target,),
             (replacement,),
-            target.original,
-            replacement,
-            (target.module,),
-            layer.__name__,
-            has_backward,
+            original=target.original,
+            replacement=replacement,
+            modules=(target.module,),
+            **about,
         )
     function = layer().forward
     if target.kind == "loss":
         run = _guarded(function, target.original, layer)
-        return Unit((target,), (run,), target.original, run, (), layer.__name__, has_backward)
+        return Unit((target,), (run,), original=target.original, replacement=run, modules=(), **about)
     forward = _unbound(target.original, target.module)
     calls = calling(forward, ROTARY_FUNCTION)
     original = None if calls is None else calls.__globals__.get(ROTARY_FUNCTION)
     run = _guarded(function, original, layer)
     installed = types.MethodType(_with_rotary(target, run), target.module)
-    return Unit((target,), (installed,), original, run, (), layer.__name__, has_backward)
+    return Unit((target,), (installed,), original=original, replacement=run, modules=(), **about)

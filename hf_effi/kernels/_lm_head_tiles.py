@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..patching._triton import triton_ops
+from ..patching.triton_or_torch import triton_ops
 from ._products import add_product
 
 #: Above this share of active columns the dense product is faster than a gathered one.
@@ -150,14 +150,14 @@ def new_statistics(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fold(
-    tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, start: int, shape: Shape, outputs: Sequence[str]
+    tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, *, start: int, shape: Shape, outputs: Sequence[str]
 ) -> None:
     ops = triton_ops("hf_effi.kernels._lm_head_triton", tile)
-    (ops.fold_tile if ops else fold_tile)(tile, stats, top, targets, start, shape, outputs)
+    (ops.fold_tile if ops else fold_tile)(tile, stats, top, targets, start=start, shape=shape, outputs=outputs)
 
 
 def fold_tile(
-    tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, start: int, shape: Shape, outputs: Sequence[str]
+    tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, *, start: int, shape: Shape, outputs: Sequence[str]
 ) -> None:
     """
     Fold one tile of products into the running statistics of its rows, in place.
@@ -231,13 +231,13 @@ class Gradients(NamedTuple):
 
 
 def add_gradients(
-    tile: Tensor, rows: Rows, weight: Tensor, into: Gradients, start: int, shape: Shape, options: Options
+    tile: Tensor, rows: Rows, weight: Tensor, *, into: Gradients, start: int, shape: Shape, options: Options
 ) -> None:
     """Turn a tile of products into its gradient and add what follows from it to the sums."""
     ops = triton_ops("hf_effi.kernels._lm_head_triton", tile)
     filtered = options.column_eps > 0
     measured = (ops.gradient_tile if ops else gradient_tile)(tile, rows, start, shape, columns=filtered)
-    kept = None if measured is None else _active_columns(*measured, rows, start, shape, options)
+    kept = None if measured is None else _active_columns(*measured, rows, start=start, shape=shape, options=options)
     narrow, w = (tile, weight) if kept is None else (tile[:, kept], weight[kept])
     if into.hidden is not None:
         add_product(into.hidden, narrow, w)
@@ -253,7 +253,7 @@ def add_gradients(
 
 
 def _active_columns(
-    largest: Tensor, mass: Tensor, rows: Rows, start: int, shape: Shape, options: Options
+    largest: Tensor, mass: Tensor, rows: Rows, *, start: int, shape: Shape, options: Options
 ) -> Tensor | None:
     """Return the columns to keep, or `None` for all of them; count what is left out."""
     upstream = rows.grad_log_probs.abs().amax()

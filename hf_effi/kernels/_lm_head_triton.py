@@ -136,7 +136,7 @@ def _lm_head_bwd_kernel(
         tl.store(mass_ptr + partial, tl.sum(tl.where(inside, p, 0.0), axis=0), mask=is_column)
 
 
-def fold_tile(tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, start: int, shape, outputs) -> None:
+def fold_tile(tile: Tensor, stats: Tensor, top: Tensor, targets: Tensor, *, start: int, shape, outputs) -> None:
     """
     Fold one tile of logits into the running statistics: [`hf_effi.kernels._lm_head_tiles.fold_tile`] in one launch.
     """

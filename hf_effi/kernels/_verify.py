@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import RefusedError
-from ..patching._state import Trace
+from ..patching.state import Trace
 
 
 class _KernelMismatchError(RefusedError):

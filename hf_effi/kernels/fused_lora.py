@@ -350,8 +350,15 @@ class FusedLoRALinear:
 
 def _unit(targets: Sequence[Target], siblings: _Siblings, label: str, **options: Any) -> Unit:
     runs = [functools.partial(siblings.run, index) for index in range(len(targets))]
-    originals, ours = _together(siblings.originals), _together(runs)
-    return Unit(targets, runs, originals, ours, siblings.modules, f"{label} x{len(targets)}", **options)
+    return Unit(
+        targets,
+        runs,
+        original=_together(siblings.originals),
+        replacement=_together(runs),
+        modules=siblings.modules,
+        label=f"{label} x{len(targets)}",
+        **options,
+    )
 
 
 def _together(functions: Sequence[Callable[..., Tensor]]) -> Callable[..., tuple[Tensor, ...]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patching._triton import triton_ops
+from ..patching.triton_or_torch import triton_ops
 
 
 class Activation(NamedTuple):

@@ -219,6 +219,7 @@ def _backward_tiles(
     weight: Tensor,
     bias: Tensor | None,
     vocabulary: Vocabulary,
+    *,
     needed: Sequence[bool],
     shape: Shape,
     options: Options,
@@ -242,7 +243,7 @@ def _backward_tiles(
             logits = buffer[: part.hidden.shape[0] * tile.width].view(-1, tile.width)
             product(part.hidden, w, b, logits)
             into = Gradients(None if grad_hidden is None else grad_hidden[chunk], tile_weight, tile_bias)
-            add_gradients(logits, part, w, into, tile.start, shape, options)
+            add_gradients(logits, part, w, into=into, start=tile.start, shape=shape, options=options)
         vocabulary.give(tile_weight, grad_weight, tile)
         vocabulary.give(tile_bias, grad_bias, tile)
     return Gradients(grad_hidden, grad_weight, grad_bias)
@@ -253,6 +254,7 @@ def _forward_with_gradients(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    *,
     vocabulary: Vocabulary,
     needed: Sequence[bool],
     shape: Shape,
@@ -272,16 +274,24 @@ def _forward_with_gradients(
     for chunk in _chunks(hidden.shape[0], size):
         h, y = hidden[chunk], targets[chunk]
         logits = product(h, weight, bias, buffer[: h.shape[0]])
-        fold(logits, stats[:, chunk], top[chunk], y, 0, shape, options.outputs)
+        fold(logits, stats[:, chunk], top[chunk], y, start=0, shape=shape, outputs=options.outputs)
         log_z = stats[0, chunk] + stats[1, chunk].log()
-        part = Rows(h, y, log_z, None, torch.ones_like(log_z), None)
+        part = Rows(h, y, log_z, entropy=None, grad_log_probs=torch.ones_like(log_z), grad_entropy=None)
         for tile in vocabulary.tiles:
             into = Gradients(
                 None if total.hidden is None else total.hidden[chunk],
                 None if total.weight is None else total.weight[tile.local],
                 None if total.bias is None else total.bias[tile.local],
             )
-            add_gradients(logits[:, tile.local], part, weight[tile.local], into, tile.start, shape, options)
+            add_gradients(
+                logits[:, tile.local],
+                part,
+                weight[tile.local],
+                into=into,
+                start=tile.start,
+                shape=shape,
+                options=options,
+            )
     return stats, top, total
 
 
@@ -302,7 +312,14 @@ class _LMHead(torch.autograd.Function):
         rows, known = hidden.to(dtype), Gradients(None, None, None)
         if options.grad_in_forward:
             stats, top, sums = _forward_with_gradients(
-                rows, weight, bias, targets, vocabulary, ctx.needs_input_grad[:3], shape, options
+                rows,
+                weight,
+                bias,
+                targets,
+                vocabulary=vocabulary,
+                needed=ctx.needs_input_grad[:3],
+                shape=shape,
+                options=options,
             )
             inputs = (hidden, weight, bias)
             known = Gradients(*(None if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=True)))
@@ -312,7 +329,15 @@ class _LMHead(torch.autograd.Function):
                 w, b = vocabulary.fetch(weight, tile, dtype), vocabulary.fetch(bias, tile, dtype)
                 for chunk in _chunks(rows.shape[0], ROW_CHUNK):
                     logits = F.linear(rows[chunk], w, b)
-                    fold(logits, stats[:, chunk], top[chunk], targets[chunk], tile.start, shape, options.outputs)
+                    fold(
+                        logits,
+                        stats[:, chunk],
+                        top[chunk],
+                        targets[chunk],
+                        start=tile.start,
+                        shape=shape,
+                        outputs=options.outputs,
+                    )
         found = _finish(stats, top, targets, vocabulary.size, options.outputs)
         ctx.save_for_backward(hidden, weight, bias, targets, stats[0] + stats[1].log(), found.entropy, *known)
         ctx.vocabulary, ctx.dtype, ctx.shape, ctx.options = vocabulary, dtype, shape, options
@@ -343,7 +368,9 @@ def _backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | No
     kept = wanted.nonzero().squeeze(-1)
     counters.rows_skipped += hidden.shape[0] - kept.numel()
     rows = Rows(hidden.to(ctx.dtype), targets, log_z, entropy, grad_log_probs, grad_entropy)
-    grads = _backward_tiles(rows.take(kept), weight, bias, ctx.vocabulary, needed, ctx.shape, options)
+    grads = _backward_tiles(
+        rows.take(kept), weight, bias, ctx.vocabulary, needed=needed, shape=ctx.shape, options=options
+    )
     if grads.hidden is None:
         return grads
     return grads._replace(hidden=torch.zeros_like(hidden).index_copy_(0, kept, grads.hidden.to(hidden.dtype)))

@@ -118,7 +118,14 @@ class TiledMLP:
                 f"{', '.join(GATED_NAMES)}."
             )
         forward = MethodType(tiled_forward(target.name, target.module, self.num_shards), target.module)
-        return Unit((target,), (forward,), target.original, forward, (target.module,), "TiledMLP")
+        return Unit(
+            (target,),
+            (forward,),
+            original=target.original,
+            replacement=forward,
+            modules=(target.module,),
+            label="TiledMLP",
+        )
 
 
 def check_num_shards(num_shards: int | None) -> None:

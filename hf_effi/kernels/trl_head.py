@@ -76,10 +76,12 @@ class FusedLMHead:
         return Unit(
             (target,),
             (types.MethodType(forward, target.module),),
-            functools.partial(_probe, theirs.apply, head),
-            functools.partial(_probe, functools.partial(self._score, **_EXACT, counters=LMHeadCounters()), head),
-            (head,),
-            "FusedLMHead",
+            original=functools.partial(_probe, theirs.apply, head),
+            replacement=functools.partial(
+                _probe, functools.partial(self._score, **_EXACT, counters=LMHeadCounters()), head
+            ),
+            modules=(head,),
+            label="FusedLMHead",
             input_of=head,
             switch_off=lambda: running.update(forward=stock),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ class TokenDropping:
         """Return the kept positions in `layer`, of shape `(batch, kept)`."""
         batch, length = hidden_states.shape[:2]
         scores = uniform_scores(batch, length, self.seed, self.step, self.micro_step, layer, self.rank)
-        return draw_kept(scores.to(hidden_states.device), self.kept, real)
+        kept = cast(int, self.kept)  # a layer draws only while tokens are dropped
+        return draw_kept(scores.to(hidden_states.device), kept, real)
 
 
 def drop_layer_tokens(model: nn.Module, dropping: TokenDropping) -> PatchHandle:
@@ -116,7 +117,7 @@ def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _check_config(model: nn.Module) -> None:
-    config = next(module.config for module in model.modules() if hasattr(module, "config"))
+    config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
     if config._attn_implementation not in _ATTENTION:
         raise RefusedError(
             f"random-LTD cuts the mask of {' or '.join(_ATTENTION)} attention, and this model uses "
@@ -131,7 +132,7 @@ def _check_config(model: nn.Module) -> None:
 
 def _check_layers(layers: nn.ModuleList) -> None:
     for kind in dict.fromkeys(map(type, layers)):
-        names = list(inspect.signature(kind.forward).parameters)
+        names = list(inspect.signature(cast(type[nn.Module], kind).forward).parameters)
         if "hidden_states" not in names:
             raise RefusedError(
                 f"{kind.__name__} takes {', '.join(names[1:])}, and random-LTD cuts the hidden_states of a layer."

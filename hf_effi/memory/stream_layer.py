@@ -184,7 +184,7 @@ class _StreamedLayer(torch.autograd.Function):
                 past = keys, values, _zeros(keys), _zeros(values)
             # From the last chunk on: when a chunk's turn comes, all that attend to it have been there.
             for chunk in reversed(call.chunks):
-                grad_chunk, grads = _chunk_backward(call, chunk, x, grad, past, grad_x is not None)
+                grad_chunk, grads = _chunk_backward(call, chunk, x, grad, past=past, needs_x=grad_x is not None)
                 if grad_x is not None:
                     grad_x[:, chunk.start : chunk.end] = grad_chunk
                 for index, found in enumerate(grads):
@@ -206,7 +206,7 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 def _chunk_backward(
-    call: _Call, chunk: _Chunk, x: Tensor, grad: Tensor, past: tuple[Tensor, ...] | None, needs_x: bool
+    call: _Call, chunk: _Chunk, x: Tensor, grad: Tensor, *, past: tuple[Tensor, ...] | None, needs_x: bool
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """
     Run one chunk forward and backward; `past` is `(K, V, dK, dV)` of all chunks but the last.

@@ -49,8 +49,8 @@ class _Dispatcher:
         _check_call(module, options)
         query, key, value = heads_from_sequence(query, key, value, layout.group)
         local = _LocalHeads(module, query.size(1) // key.size(1))
-        prove_isolation(self.name, self.core, local, query, key, value, options, layout.group)
-        output = attend(self.name, self.core, local, query, key, value, layout, options)
+        prove_isolation(self.name, self.core, local, query, key, value, options=options, group=layout.group)
+        output = attend(self.name, self.core, local, query, key, value, layout=layout, options=options)
         return sequence_from_heads(output.transpose(1, 2), layout.group).transpose(1, 2).contiguous(), None
 
 
@@ -87,6 +87,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     layout: SequenceLayout,
     options: dict[str, Any],
 ) -> Tensor:
@@ -141,6 +142,7 @@ def prove_isolation(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     options: dict[str, Any],
     group: SequenceGroup,
 ) -> None:
@@ -172,7 +174,7 @@ def prove_isolation(
         other = [x.clone() for x in tensors]
         for x in other:
             x[:, :, token] += 1.0
-        before, after = (attend(name, core, module, *x, layout, options) for x in (tensors, other))
+        before, after = (attend(name, core, module, *x, layout=layout, options=options) for x in (tensors, other))
         return ((after - before).abs().amax(dim=(0, 2, 3)) > 1e-3).tolist()
 
     with torch.no_grad():

@@ -85,7 +85,8 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
 
 def split_point(model: nn.Module) -> nn.Module:
     """Return the module whose inputs and outputs are per token: the model, or a sequence classifier's backbone."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    base: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     return base.base_model if type(base).__name__.endswith("ForSequenceClassification") else model
 
 

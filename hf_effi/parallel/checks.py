@@ -26,7 +26,8 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def implementation_of(model: nn.Module) -> str:
     """Return the name of the attention backend of a model."""
-    return model.config.get_text_config()._attn_implementation
+    config: Any = model.config
+    return config.get_text_config()._attn_implementation
 
 
 def check_model(model: nn.Module, size: int) -> None:
@@ -66,8 +67,10 @@ def _check_kind(model: nn.Module, config: Any, text: Any) -> None:
             "output_router_logits=True: the router's balancing loss needs the tokens of all ranks. Set "
             "model.config.output_router_logits=False."
         )
-    rope = getattr(text, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    kinds: set[Any] = {rope.get("rope_type")} | {
+        part.get("rope_type") for part in rope.values() if isinstance(part, dict)
+    }
     if found := kinds & _LENGTH_DEPENDENT_ROPE:
         raise RefusedError(
             f"rope_type={sorted(found)[0]!r} depends on the longest position in a forward, and each rank sees only "

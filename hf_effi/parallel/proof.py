@@ -45,7 +45,7 @@ def prove_split(models: Sequence[nn.Module], group: SequenceGroup, with_loss: bo
             found = {"outputs": _outputs_apart(model, group, ids, mask)}
             if with_loss:
                 found["losses"] = _losses_apart(model, group, ids, mask)
-        what = max(found, key=found.get)
+        what = max(found, key=lambda name: found[name])
         worst = torch.tensor([found[what]], device=ids.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group.process_group)
         if float(worst) > allowed:

@@ -4,7 +4,6 @@ from ._finding import ALLOWED, Finding, Results, agreed
 from ._generators import OtherStates
 from ._inputs import device_of, output_of, tiny_tokens
 from ._reach import dtypes_to_try, is_packed, is_sharded, out_of_reach, sharded_by_zero3
-from ._state import set_mode, untouched
 from .probe import compare, gradients, looking, probing, remembered
 from .questions import (
     call,
@@ -18,6 +17,7 @@ from .questions import (
     rows_see_each_other,
     short_reach,
 )
+from .state import set_mode, untouched
 
 __all__ = [
     "ALLOWED",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from ._walk import GENERATORS, parts, plain_objects, shared_spaces
 Level = Literal["low", "middle", "high"]
 #: a uniform number at each level; never 0 itself, so that `draw <= 0.0` does not hold for a rate of zero
 UNIFORM = {"low": 1e-6, "middle": 0.5, "high": 1 - 1e-6}
-#: what the functions of the two modules draw from
-_PYTHONS, _NUMPYS = random.random.__self__, np.random.random.__self__
+#: what the functions of the two modules draw from: they are methods of it, which their type stubs do not say
+_PYTHONS, _NUMPYS = cast(Any, random.random).__self__, cast(Any, np.random.random).__self__
 
 
 def accelerator_generators() -> Any:
@@ -71,8 +71,6 @@ class OtherStates:
             return NotImplemented
         same = all(np.array_equal(a, b) for a, b in zip(self._numpy, other._numpy, strict=True))
         return same and self._python == other._python
-
-    __hash__ = None
 
     def restore(self) -> None:
         """Put them back."""

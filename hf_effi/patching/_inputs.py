@@ -39,9 +39,10 @@ def vocabulary_of(model: nn.Module) -> int:
     """Return the number of token ids that a model takes."""
     sizes = []
     with contextlib.suppress(Exception):  # some models raise NotImplementedError, wrappers have no such method
-        embeddings = model.get_input_embeddings()
+        wanted: Any = model  # modules of transformers have this method
+        embeddings = wanted.get_input_embeddings()
         sizes.append(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     sizes.append(getattr(text, "vocab_size", None))  # the table may have more rows than there are tokens
     sizes = [size for size in sizes if isinstance(size, int) and size > 0]
@@ -53,7 +54,7 @@ def vocabulary_of(model: nn.Module) -> int:
 def _special_ids(model: nn.Module) -> set[int]:
     """Return ids with a meaning of their own, such as padding or the place of an image."""
     found: set[int] = set()
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     for owner in (config, text, getattr(model, "generation_config", None)):
         for name, value in (vars(owner) if owner is not None else {}).items():
@@ -67,7 +68,8 @@ def device_of(model: nn.Module) -> torch.device:
     Return where the tokens of a model belong: on the device of its first weights that are not on the meta device.
     """
     with contextlib.suppress(Exception):
-        weight = model.get_input_embeddings().weight
+        wanted: Any = model
+        weight = wanted.get_input_embeddings().weight
         if weight.device.type != "meta":
             return weight.device
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

@@ -173,7 +173,7 @@ class Wide(TorchFunctionMode):
         with self:
             return torch.cat([F.linear(x, w, b) for w, b in zip(weight.split(rows), biases, strict=True)], dim=-1)
 
-    def _grouped(self, x: Tensor, weight: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def _grouped(self, x: Tensor, weight: Tensor, offs: Tensor, **kwargs: Any) -> Tensor:
         """The products of a mixture's experts, one at a time: the fused kernel is for half precision."""
         ends = offs.tolist()
         bounds = zip([0, *ends], ends, strict=False)

@@ -26,7 +26,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ from ._finding import Finding, Results, gap_of, named_results, show_nothing
 from ._generators import HeldGenerators, Level
 from ._inputs import _CannotLook
 from ._reach import dtypes_to_try, out_of_reach, precision_of
-from ._state import set_mode, untouched
 from ._wide import Wide
+from .state import set_mode, untouched
 
 #: parameters whose gradients are compared: all of a small model, of a large one the small ones of every layer
 _GRADIENT_ELEMENTS = 2**25
@@ -106,7 +106,8 @@ def looking(
             if getattr(module, "gradient_checkpointing", False) is True:
                 module.__dict__["gradient_checkpointing"] = False  # reentrant, it knows no `torch.autograd.grad`
         with contextlib.suppress(Exception):  # no embeddings, or none to be found: their gradient is left out
-            model.get_input_embeddings().register_forward_hook(functools.partial(_keep_embedded, look))
+            wanted: Any = model  # modules of transformers have this method
+            wanted.get_input_embeddings().register_forward_hook(functools.partial(_keep_embedded, look))
         _fill_zeros(model)
         look.others.hold(level)
         stack.enter_context(torch.autocast(device, enabled=False))
@@ -147,9 +148,9 @@ def _in_place_of(model: nn.Module, watched: dict[str, nn.Parameter], dtype: torc
         if id(parameter) in wide:
             vars(wide[id(parameter)]).update(vars(parameter))
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if id(parameter) in wide:
-                setattr(module, name, wide[id(parameter)])  # recurrent layers keep a list of them as well
+        for name, held in list(module._parameters.items()):
+            if id(held) in wide:
+                setattr(module, name, wide[id(held)])  # recurrent layers keep a list of them as well
     return {name: wide.get(id(p), p) for name, p in watched.items()}
 
 
@@ -259,7 +260,7 @@ def compare(
         except Exception as error:  # whatever a model raises on input that it was not made for
             running = "" if failed else "the model does not run on a few tokens: "
             failure = Finding(None, reason=f"{running}{said(error)}", failed=failed)
-    return unsteady or failure
+    return cast(Finding, unsteady or failure)  # there is always a dtype to try
 
 
 def _results(model: nn.Module, run: Run, conditions: tuple[Any, ...]) -> tuple[dict[str, Tensor], list[str]]:

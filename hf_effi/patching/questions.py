@@ -190,7 +190,9 @@ def short_reach(model: nn.Module, tokens: int) -> Iterator[None]:
     The settings are integers called `...window...`, `...chunk...`, `...capacity...` or `...topk...` in configs and
     modules.
     """
-    owners = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if hasattr(o, "__dict__")}
+    owners: dict[int, Any] = {
+        id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if hasattr(o, "__dict__")
+    }
     for owner in list(owners.values()):
         text = owner.get_text_config() if hasattr(owner, "get_text_config") else owner
         owners[id(text)] = text
@@ -256,7 +258,7 @@ def longest_exact_call(model: nn.Module) -> int | None:
 
 
 def _stated_lengths(model: nn.Module) -> list[int]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     return [v for name in names if isinstance(v := getattr(text, name, None), int) and 0 < v < 2**22]
@@ -371,7 +373,8 @@ def draws_random_numbers(
             return output_of(call(model, tokens, torch.ones_like(tokens)))
 
     try:
-        results, drawn = [], {}
+        results: list[Tensor] = []
+        drawn: dict[str, None] = {}
         for level in ("low", "high"):
             with looking(model, None, level if within is None else "middle", with_graph=False) as look:
                 inside = None if within is None else _pin_within(look, within, level)

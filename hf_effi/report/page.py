@@ -104,7 +104,7 @@ def environment() -> Any:
 
 def render_page(result: Mapping[str, Any]) -> str:
     """
-    Return the page for a demo result: the schema of `hf_effi.report.record`, rows as the demo writes them.
+    Return the page for a demo result: the schema of `hf_effi.report.result_record`, rows as the demo writes them.
 
     Raises:
         MissingPackageError: matplotlib or jinja2 is missing; the message names the extra.

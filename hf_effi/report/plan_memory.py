@@ -211,7 +211,7 @@ def plan_memory(
     trace = traced.trace(batch, seq_len // sequence_parallel_size, padded)
     kv_cache = None if generate is None else traced.cache_bytes(*generate)
     budget = None if gpu_gib is None else int(gpu_gib * (1 - headroom) * 2**30)
-    plan = _plan(traced.parameters, trace, traced.flops(batch, seq_len), base, budget, kv_cache or 0)
+    plan = _plan(traced.parameters, trace, traced.flops(batch, seq_len), base, budget=budget, kv_cache=kv_cache or 0)
     left_out = [f"the state of optimizer {optimizer!r}, counted as 0"] if counted is None else []
     if generate is not None and kv_cache is None:
         left_out.append(f"the KV cache, counted as 0: {type(traced.model).__name__} returns none")
@@ -341,13 +341,17 @@ def _check(**values: int) -> None:
 
 
 def _plan(
-    parameters: Any, trace: Any, flops: StepFlops, base: Switches, budget: int | None, kv_cache: int
+    parameters: Any, trace: Any, flops: StepFlops, base: Switches, *, budget: int | None, kv_cache: int
 ) -> MemoryPlan:
     rows = tuple(
         (switches, memory_table(parameters, trace, switches, kv_cache), extra_time(switches, flops))
         for switches in possible_switch_sets(trace, base)
     )
-    chosen = None if budget is None else cheapest_fit(parameters, trace, flops, base, budget, kv_cache)
+    chosen = (
+        None
+        if budget is None
+        else cheapest_fit(parameters, trace, flops, base, budget_bytes=budget, kv_cache=kv_cache)
+    )
     return MemoryPlan(rows, chosen, budget)
 
 

@@ -40,6 +40,7 @@ def plot_schedules(
     schedules: Sequence[Schedule] | Mapping[str, Schedule],
     steps: int | None = None,
     path: str | Path | None = None,
+    *,
     base_lr: float = 1.0,
     title: str | None = None,
     panels: int | None = None,

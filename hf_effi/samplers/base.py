@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 from ..errors import MismatchError
 from ..functional.class_paths import class_path, same_class_path
 from ..functional.data import check_count
+from ..functional.kept_arguments import keeps_arguments
 
 #: Indices turned into Python integers at once: bounds memory, and keeps the loop at C speed.
 _CHUNK = 65536
@@ -29,12 +30,13 @@ class EffiSampler(Sampler[int]):
     """
     Base of all samplers: implement [`~EffiSampler.order`], get exact resume.
 
-    The order of an epoch is a pure function of the settings, the seed, the epoch and, for rule B, of a state that only
-    changes between epochs and is stored in the checkpoint. It does not depend on the number of processes: batch `t` of
-    the whole run holds the indices `[t * B, (t + 1) * B)` of the order, where `B` is the global batch size.
+    The order of an epoch is a pure function of the settings, the seed, the epoch and, where the sampler learns, of a
+    state that only changes between epochs and is stored in the checkpoint. It does not depend on the number of
+    processes: batch `t` of the whole run holds the indices `[t * B, (t + 1) * B)` of the order, where `B` is the
+    global batch size.
 
     Class attributes:
-        rule (`str`): `"A"`: pure function of (seed, epoch, scores). `"B"`: also of a learned state.
+        learns (`bool`): Whether the order depends on what was learned in training, beside settings, seed and epoch.
         single_pass (`bool`): The whole plan is one epoch; a second one is an error.
         best_last (`bool`): The order ends with the rows that matter most, so the LR must not be near zero by then.
 
@@ -48,25 +50,27 @@ class EffiSampler(Sampler[int]):
     Example:
     ```python
     class Backwards(EffiSampler):
-        rule = "A"
+        learns = False
 
         def order(self, epoch):
             return torch.arange(self.num_rows).flip(0)
     ```
     """
 
-    rule: ClassVar[Literal["A", "B"]]
+    learns: ClassVar[bool]
     single_pass: ClassVar[bool] = False
     best_last: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if getattr(cls, "rule", None) not in ("A", "B"):
+        if not isinstance(getattr(cls, "learns", None), bool):
             raise ValueError(
-                f"{cls.__name__}.rule must be 'A' (a pure function of seed, epoch and scores) or 'B' (has a state of "
-                "its own). Set the class attribute."
+                f"{cls.__name__}.learns must be False (the order is a pure function of settings, seed and epoch) or "
+                "True (it has a learned state beside them). Set the class attribute; earlier versions called it rule, "
+                "'A' for False and 'B' for True."
             )
 
+    @keeps_arguments
     def __init__(self, num_rows: int, seed: int = 0) -> None:
         self.num_rows = check_count("num_rows", num_rows)
         self.seed = check_count("seed", seed, 0)
@@ -85,11 +89,11 @@ class EffiSampler(Sampler[int]):
         return {}
 
     def learned_state(self) -> dict[str, Any]:
-        """Rule B: return what was learned so far, as containers of numbers, strings and tensors."""
+        """Return what was learned so far, as containers of numbers, strings and tensors."""
         return {}
 
     def load_learned_state(self, state: dict[str, Any]) -> None:
-        """Rule B: take back what [`~EffiSampler.learned_state`] returned."""
+        """Take back what [`~EffiSampler.learned_state`] returned."""
 
     def __len__(self) -> int:
         """Return how many indices one epoch gives. The Trainer derives its number of steps from it."""
@@ -157,11 +161,11 @@ class EffiSampler(Sampler[int]):
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, a fingerprint of all that shapes the order, and for rule B what was learned."""
+        """Return the epoch, a fingerprint of all that shapes the order, and what was learned."""
         return {
             "sampler": type(self).__name__,
             "class": self.identity(),
-            "rule": self.rule,
+            "learns": self.learns,
             "epoch": self.epoch,
             "length": len(self),
             "fingerprint": self.fingerprint(),
@@ -175,7 +179,9 @@ class EffiSampler(Sampler[int]):
         Raises:
             MismatchError: the state belongs to another sampler, seed, dataset or score.
         """
-        for key, mine in (("sampler", type(self).__name__), ("rule", self.rule), ("length", len(self))):
+        if "learns" not in state:  # earlier versions stored a letter
+            state = {**state, "learns": state.get("rule") == "B"}
+        for key, mine in (("sampler", type(self).__name__), ("learns", self.learns), ("length", len(self))):
             if state.get(key) != mine:
                 raise MismatchError(
                     f"The checkpoint has a sampler with {key}={state.get(key)!r}, this run has {mine!r}. Build the "
@@ -225,7 +231,7 @@ class EffiSampler(Sampler[int]):
     # ---- helpers ----
 
     def _cache_key(self) -> Any:
-        """Return what a computed order is valid for. Rule B adds the version of what it learned."""
+        """Return what a computed order is valid for. One that learns adds the version of what it learned."""
         return self.epoch
 
     def _checked_order(self) -> Tensor:
@@ -250,7 +256,7 @@ class ShuffledSampler(EffiSampler):
         seed (`int`, *optional*, defaults to 0): Epoch `e` uses the stream `(seed, e)`.
     """
 
-    rule = "A"
+    learns = False
 
     def order(self, epoch: int) -> Tensor:
         from ..functional.data import seeded

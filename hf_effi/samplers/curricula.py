@@ -1,4 +1,4 @@
-"""Curricula that are fixed before training (rule A)."""
+"""Curricula that are fixed before training."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..functional.data import (
     interleave_levels,
     score_order,
 )
+from ..functional.kept_arguments import keeps_arguments
 from .base import EffiSampler
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,9 @@ class QualityAscendingSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
+    @keeps_arguments
     def __init__(
         self,
         scores: Tensor | Sequence[float],
@@ -66,7 +68,7 @@ class QualityAscendingSampler(EffiSampler):
     ) -> None:
         self.scores = clean_scores(scores, nan=nan)
         super().__init__(self.scores.numel(), seed)
-        self.options = {"buckets": buckets, "folds": folds, "descending": descending}
+        self.options: dict[str, Any] = {"buckets": buckets, "folds": folds, "descending": descending}
         self.best_last = not descending
         self._order = score_order(self.scores, seed=seed, sources=sources, **self.options)
 
@@ -98,8 +100,9 @@ class InterleavedSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
+    @keeps_arguments
     def __init__(self, levels: Sequence[Any], subjects: Sequence[Hashable], *, seed: int = 0) -> None:
         self._order = interleave_levels(levels, subjects, seed=seed)
         super().__init__(self._order.numel(), seed)
@@ -136,9 +139,10 @@ class CompetenceSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
+    @keeps_arguments
     def __init__(
         self,
         scores: Tensor | Sequence[float],
@@ -153,7 +157,7 @@ class CompetenceSampler(EffiSampler):
         self.scores = clean_scores(scores, nan=nan)
         super().__init__(self.scores.numel(), seed)
         self.num_samples = self.num_rows if num_samples is None else check_count("num_samples", num_samples)
-        self.options = {"start": start, "root": root, "full_at": full_at}
+        self.options: dict[str, Any] = {"start": start, "root": root, "full_at": full_at}
         competence_order(self.scores[:1], 1, **self.options)  # refuses a bad option now, not at the first batch
 
     def __len__(self) -> int:
@@ -196,9 +200,10 @@ class CyclicalSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
+    @keeps_arguments
     def __init__(
         self,
         losses: Tensor | Sequence[float],

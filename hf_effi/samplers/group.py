@@ -26,7 +26,7 @@ class GroupSampler(EffiSampler):
         ValueError: an epoch of `sampler` has fewer prompts than one generation needs, or a count below 1.
     """
 
-    rule = "B"  # as far as anybody can tell: it has whatever state the sampler inside has
+    learns = True  # as far as anybody can tell: what the sampler inside has learned is its state
 
     def __init__(
         self, sampler: EffiSampler, mini_repeat_count: int, batch_size: int = 1, repeat_count: int = 1

@@ -1,10 +1,10 @@
-"""Curricula that look at the model before an epoch (rule B): self-paced learning and ability-matched selection."""
+"""Curricula that look at the model before an epoch: self-paced learning and ability-matched selection."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class MeasuringSampler(EffiSampler):
         seed (`int`, *optional*, defaults to 0): Seed of the orders.
     """
 
-    rule = "B"
+    learns = True
 
     def __init__(self, num_rows: int, measure: Measure, num_samples: int | None = None, seed: int = 0) -> None:
         super().__init__(num_rows, seed)
@@ -169,7 +169,8 @@ class SelfPacedSampler(MeasuringSampler):
     def choose(self, epoch: int, rows: list[int], values: Tensor) -> Tensor:
         if self.share is not None:
             return easiest_share(values, min(1.0, self.share + epoch * self.share_step), self.min_rows)
-        mask = self_paced_weights(values, self.threshold * self.growth**epoch) > 0
+        threshold = cast(float, self.threshold)  # one of the two was given
+        mask = self_paced_weights(values, threshold * self.growth**epoch) > 0
         return mask if int(mask.sum()) >= self.min_rows else easiest_share(values, 0.0, self.min_rows)
 
     def settings(self) -> dict[str, Any]:

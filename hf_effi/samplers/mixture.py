@@ -1,4 +1,4 @@
-"""Domain mixtures that change during the run, and replay (rule A)."""
+"""Domain mixtures that change during the run, and replay."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..functional.data import check_count, check_number, mixture_order
+from ..functional.data import as_labels, check_count, check_number, mixture_order
 from ..functional.data.mixing import Waypoints
+from ..functional.kept_arguments import keeps_arguments
 from .base import EffiSampler
 
 
@@ -42,9 +43,10 @@ class MixtureSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
     single_pass = True
 
+    @keeps_arguments
     def __init__(
         self,
         domains: Sequence[Hashable],
@@ -58,7 +60,7 @@ class MixtureSampler(EffiSampler):
     ) -> None:
         super().__init__(len(domains), seed)
         self.num_samples = self.num_rows if num_samples is None else check_count("num_samples", num_samples)
-        self.domains = list(domains)
+        self.domains = list(as_labels(domains))
         self._order = mixture_order(
             self.domains, waypoints, self.num_samples, block=block, smooth=smooth, in_order=in_order, seed=seed
         )
@@ -105,6 +107,7 @@ class ReplaySampler(MixtureSampler):
     ```
     """
 
+    @keeps_arguments
     def __init__(
         self,
         is_old: Sequence[bool],
@@ -119,5 +122,5 @@ class ReplaySampler(MixtureSampler):
         domains = ["old" if old else "new" for old in is_old]
         if num_samples is None:
             num_samples = max(1, round(domains.count("new") / (1 - rate)))
-        shares = [(0.0, {"old": rate, "new": 1 - rate})]
+        shares: list[tuple[float, dict[Hashable, float]]] = [(0.0, {"old": rate, "new": 1 - rate})]
         super().__init__(domains, shares, block=block, num_samples=num_samples, in_order=in_order, seed=seed)

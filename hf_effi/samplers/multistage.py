@@ -145,7 +145,9 @@ class MultistageSampler(MeasuringSampler):
         """Return which of these rows are hard, and let the predictor learn it."""
         if self.threshold is None and rows:
             self.threshold = float(losses[: self.threshold_rows].mean())
-        hard = losses > self.threshold if rows else torch.empty(0, dtype=torch.bool)
+        hard = torch.empty(0, dtype=torch.bool)
+        if rows and self.threshold is not None:
+            hard = losses > self.threshold
         for first in range(0, len(rows), _LEARNED_AT_ONCE):
             labels = hard[first : first + _LEARNED_AT_ONCE]
             bags = [self.bags[row] for row in rows[first : first + _LEARNED_AT_ONCE]]

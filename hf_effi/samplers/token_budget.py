@@ -20,6 +20,7 @@ from ..functional.data import (
     pack_padded,
     seeded,
 )
+from ..functional.kept_arguments import keeps_arguments
 from .base import EffiSampler
 
 
@@ -82,8 +83,9 @@ class TokenBudgetBatchSampler(EffiSampler):
     ```
     """
 
-    rule = "A"
+    learns = False
 
+    @keeps_arguments
     def __init__(
         self,
         lengths: Tensor | Sequence[int],

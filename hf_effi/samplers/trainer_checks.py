@@ -75,7 +75,7 @@ def rows_per_update(loader: Any, args: Any) -> int:
     return size * (1 if splits else readers) * args.gradient_accumulation_steps
 
 
-def store_order(state: Any, served: EffiSampler, loader: Any, args: Any) -> None:
+def store_order(state: Any, in_loader: EffiSampler, loader: Any, args: Any) -> None:
     """
     Write into the state that gets saved which sampler orders the rows of the run, up to this update.
 
@@ -94,15 +94,15 @@ def store_order(state: Any, served: EffiSampler, loader: Any, args: Any) -> None
             f"x gradient_accumulation_steps x processes at {trained}, or start a new run from the weights."
         )
     state.stateful_callbacks[STATE_KEY] = {
-        "sampler": type(getattr(served, "sampler", served)).__name__,
-        "class": served.identity(),
-        "fingerprint": served.fingerprint(),
+        "sampler": type(getattr(in_loader, "sampler", in_loader)).__name__,
+        "class": in_loader.identity(),
+        "fingerprint": in_loader.fingerprint(),
         "rows_per_update": rows,
         "step": state.global_step,
     }
 
 
-def check_stored_order(state: Any, served: EffiSampler) -> None:
+def check_stored_order(state: Any, in_loader: EffiSampler) -> None:
     """
     Compare the sampler with the one that ordered the rows of a checkpoint.
 
@@ -117,7 +117,7 @@ def check_stored_order(state: Any, served: EffiSampler) -> None:
             f"The checkpoint at step {state.global_step} was trained without train_sampler or SamplerCallback{since}, "
             "in another order. Resume without a sampler, or start a new run from the weights."
         )
-    served.check_same_order(stored)
+    in_loader.check_same_order(stored)
 
 
 def check_plan(sampler: EffiSampler, max_steps: int, dataloader: Any, accumulation: int) -> None:
@@ -154,7 +154,7 @@ def warn_order_against_decay(sampler: EffiSampler, args: Any, scheduler: Any, ma
         )
 
 
-def resume_in_dispatcher(served: EffiSampler, dataloader: Any, epoch: int, batches_done: int) -> None:
+def resume_in_dispatcher(in_loader: EffiSampler, dataloader: Any, epoch: int, batches_done: int) -> None:
     """
     Make up for batches that accelerate forgets to skip when process 0 reads for all.
 
@@ -168,10 +168,12 @@ def resume_in_dispatcher(served: EffiSampler, dataloader: Any, epoch: int, batch
     if not isinstance(dataloader, DataLoaderDispatcher) or batches_done == 0:
         return
     world = dataloader.state.num_processes
-    if len(served) % world and not dataloader._drop_last:
+    if len(in_loader) % world and not dataloader._drop_last:
         raise RefusedError(
-            f"With dispatch_batches the last of {len(served)} samples would be filled up to {world} processes with "
+            f"With dispatch_batches the last of {len(in_loader)} samples would be filled up to {world} processes with "
             "other rows than in the run that is resumed. Set dataloader_drop_last=True, or dispatch_batches=False."
         )
     if not dataloader.split_batches:
-        served.start_from(epoch, min(batches_done * (world - 1) * dataloader.batch_sampler.batch_size, len(served)))
+        in_loader.start_from(
+            epoch, min(batches_done * (world - 1) * dataloader.batch_sampler.batch_size, len(in_loader))
+        )

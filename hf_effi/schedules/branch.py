@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .._files import save_aside, save_json
 from .._record_check import load_trainer_state
@@ -118,7 +119,7 @@ def branch_cooldown(
     return Branch(str(target), str(output_dir), total, decaying)
 
 
-def _frozen_lengths(schedule: Schedule) -> dict[str, int | None]:
+def _frozen_lengths(schedule: Any) -> dict[str, int | None]:
     """Shares of the trunk's length as updates, so that they keep their value in a run of another length."""
     frozen: dict[str, int | None] = {}
     if hasattr(schedule, "warmup"):

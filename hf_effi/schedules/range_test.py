@@ -43,6 +43,7 @@ def lr_range_test(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Any],
     loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
+    *,
     low: float = 1e-6,
     high: float = 1.0,
     repeats: int = 3,
@@ -91,10 +92,20 @@ def lr_range_test(
     with probing_model(model):
         try:
             for repeat in range(repeats):
-                order = range(len(batches))
+                order: Sequence[int] = range(len(batches))
                 if repeat > 0:
                     order = torch.randperm(len(batches), generator=generator).tolist()
-                runs.append(_sweep(model, optimizer, [batches[i] for i in order], loss_fn, low, high, stop_factor))
+                runs.append(
+                    _sweep(
+                        model,
+                        optimizer,
+                        [batches[i] for i in order],
+                        loss_fn,
+                        low=low,
+                        high=high,
+                        stop_factor=stop_factor,
+                    )
+                )
                 restore_snapshot(snapshot, model, optimizer)
         finally:
             restore_snapshot(snapshot, model, optimizer)
@@ -118,6 +129,7 @@ def _sweep(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Any],
     loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor],
+    *,
     low: float,
     high: float,
     stop_factor: float,

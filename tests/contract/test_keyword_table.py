@@ -52,10 +52,6 @@ CALLS: dict[str, tuple[str, str]] = {
     "peft:LoraConfig": ("r target_modules task_type", f"{_HERE}test_lora_is_made_as_it_is_asked_for"),
     # trainers
     "super().compute_loss": ("num_items_in_batch", f"{_HERE}test_trainers_divide_by_the_number_of_items"),
-    "super().increment": (
-        "error",
-        "tests/engines/test_vllm_failures.py::test_a_server_that_gave_no_answer_in_time_is_not_asked_again",
-    ),
     # TRL's forward for log-probs, which objects of the GRPO room are handed, and the trainer's, which goes around it.
     "stock": ("compute_entropy", f"{_HERE}test_grpo_computes_entropies_where_it_is_asked_to"),
     "self._host._get_per_token_logps_and_entropies": (

@@ -118,7 +118,7 @@ def test_a_verdict_is_measured(method):
 
 
 def test_changelog_mentions_it(method):
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    text = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())  # a line may end inside a title
     assert method.title in text, f"CHANGELOG.md does not mention {method.title!r}"
 
 

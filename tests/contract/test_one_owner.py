@@ -13,9 +13,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import hf_effi
 import hf_effi.callbacks
 from hf_effi.callbacks._lr_factors import LRFactorCallback
-from hf_effi.callbacks._owners import OwningCallback, Role, claim, owner_of
 from hf_effi.callbacks._side_file import SideFileCallback
 from hf_effi.callbacks._turns import TurnCallback
+from hf_effi.callbacks.owners import OwningCallback, Role, claim, owner_of
 from hf_effi.functional.data import Multigrid
 from hf_effi.functional.schedules import linear
 from hf_effi.hub.callback import HubCallback

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_effi.memory._chunk_probe import chunks_are_exact
+from hf_effi.memory.chunk_probe import chunks_are_exact
 from hf_effi.patching import (
     Finding,
     agreed,

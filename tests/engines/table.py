@@ -183,6 +183,13 @@ SETTINGS = (
         "tests/engines/test_engines.py::test_the_launch_files_train_as_ddp",
     ),
     Setting(
+        "A vLLM server beside `accelerate launch`, and two machines: `examples/scale_out`",
+        RUNS,
+        "With ZeRO-3, ZeRO-2 and FSDP2 the weights of DDP; two machines of one process have those of one with two, to "
+        "the bit. The server is our own, both machines are this one: [scale out](scale_out.md).",
+        "tests/engines/test_scale_out.py::test_two_machines_train_as_two_processes_of_one",
+    ),
+    Setting(
         "4 processes; `sequence_parallel_size=2` on 4 processes",
         RUNS,
         "The weights of 2 processes and of 1 with the same global batch; a checkpoint of 4 resumes on 2 and on 1 "

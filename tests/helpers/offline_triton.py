@@ -82,9 +82,9 @@ def launches(architecture: int) -> dict[str, Callable[[], Any]]:
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         tile = torch.zeros(rows, columns, dtype=dtype)
-        fold = partial(_lm_head_triton.fold_tile, tile, *new_statistics(tile), targets, 0)
-        found[f"lm_head_fwd log_probs {name}"] = partial(fold, plain, ())
-        found[f"lm_head_fwd all {name}"] = partial(fold, capped, OUTPUTS)
+        fold = partial(_lm_head_triton.fold_tile, tile, *new_statistics(tile), targets, start=0)
+        found[f"lm_head_fwd log_probs {name}"] = partial(fold, shape=plain, outputs=())
+        found[f"lm_head_fwd all {name}"] = partial(fold, shape=capped, outputs=OUTPUTS)
         gradient = partial(_lm_head_triton.gradient_tile, tile)
         one, both = (Rows(tile, targets, vector, entropy, vector, entropy) for entropy in (None, vector))
         found[f"lm_head_bwd log_probs {name}"] = partial(gradient, one, 0, plain, columns=False)
@@ -94,7 +94,7 @@ def launches(architecture: int) -> dict[str, Callable[[], Any]]:
             merge = _attention_merge_triton
             found[f"attention_merge_fwd {size} {name}"] = partial(merge.merge_rows, out, vector, out, vector)
             found[f"attention_merge_bwd {size} {name}"] = partial(
-                merge.merge_rows_backward, out, vector, vector, out, vector, out, vector
+                merge.merge_rows_backward, out, vector, out, vector, grad=out, grad_lse=vector, lse=vector
             )
         found |= _row_launches(architecture, dtype) | _gate_launches(dtype)
     return found

@@ -67,16 +67,18 @@ class Server:
             makes importance ratios differ from 1.
         faults (`Sequence[Fault]`, *optional*):
             What goes wrong.
+        port (`int`, *optional*, defaults to 0):
+            Where to listen; 0 takes a free port.
     """
 
-    def __init__(self, noise: float = 0.0, faults: Sequence[Fault] = ()) -> None:
+    def __init__(self, noise: float = 0.0, faults: Sequence[Fault] = (), port: int = 0) -> None:
         self.noise, self.faults = noise, tuple(faults)
         self.calls: list[str] = []
         #: (prompt, completion) -> the log-probs of each time that it was sampled
         self.sampled: dict[tuple[tuple[int, ...], tuple[int, ...]], list[list[float]]] = {}
         self._counts: Counter[str] = Counter()
         self._closed = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         #: for `vllm_group_port`
@@ -136,7 +138,7 @@ class TinyServer(Server):
     resumed run meets a fresh server.
     """
 
-    def __init__(self, model: Any, noise: float = 0.0, faults: Sequence[Fault] = ()) -> None:
+    def __init__(self, model: Any, noise: float = 0.0, faults: Sequence[Fault] = (), port: int = 0) -> None:
         self.model = model.eval()
         self.group: GlooGroup | None = None
         self.updating, self.cache_is_old = False, False
@@ -150,7 +152,7 @@ class TinyServer(Server):
             "/get_world_size": {"world_size": 1},
             "/server_info": {"vllm_config": config},
         }
-        super().__init__(noise, faults)
+        super().__init__(noise, faults, port)
 
     def _let_go(self) -> None:
         if self.group is not None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hf_effi import cli
+from hf_effi.demo.alternation import _Cancelled, alternate
 from hf_effi.demo.arms import ARMS, choose_arms
-from hf_effi.demo.turns import _Cancelled, alternate
 from hf_effi.report.comparison import BASELINE, summarize
-from hf_effi.report.record import check_record
+from hf_effi.report.result_record import check_record
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,13 @@ def test_taking_turns_does_not_change_a_run(demo, tmp_path):
     settings = replace(DemoSettings().quick(), steps=4)
     held_out = held_out_problems(settings.held_out_per_length, settings.min_terms, settings.max_terms)
     (alone,) = run_arms(
-        choose_arms([]), settings, demo / "base", Accuracy(0, 0, 0, 0), held_out, seed=0, output_dir=tmp_path
+        choose_arms([]),
+        settings,
+        demo / "base",
+        start=Accuracy(0, 0, 0, 0),
+        held_out=held_out,
+        seed=0,
+        output_dir=tmp_path,
     )
     beside = json.loads((demo / "results.json").read_text())["rows"][0]
     assert beside["arm"] == alone["arm"] == BASELINE

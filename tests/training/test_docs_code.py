@@ -63,6 +63,8 @@ def test_commands_exist(page: str, line: int, code: str) -> None:
 
 def check_command(words: list[str]) -> None:
     """Fail where a command of ours has a name or an option that does not exist. Nothing is run."""
+    while re.match(r"[A-Z_]+=", words[0]):  # a variable of the command
+        words = words[1:]
     if words[:3] == ["accelerate", "launch", "-m"]:
         assert words[3] == "hf_effi"
         words = ["hf-effi", *words[4:]]
@@ -71,7 +73,11 @@ def check_command(words: list[str]) -> None:
             check_command(shlex.split(inner))
         return
     program, *arguments = words
-    if program == "make":
+    if program in ("bash", "sbatch"):  # a launch file of ours, a script of ours and options of `EffiGRPOConfig`
+        files = [word for word in arguments if "/" in word and word.endswith((".sh", ".py"))]
+        assert len(files) == 2 and all((ROOT / file).exists() for file in files), words
+        check_command(["hf-effi", "grpo", *(word.replace("--dataset", "--dataset_name") for word in arguments)])
+    elif program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(arguments) <= set(targets), words
     elif words[:2] == ["python", "-m"]:

@@ -22,7 +22,7 @@ from hf_effi import (
     read_run,
 )
 from hf_effi.callbacks import AdaLoRACallback, AutoLRSCallback, HypergradientCallback, RandomLTDCallback, auto_lrs
-from hf_effi.callbacks._probing import trained_steps
+from hf_effi.callbacks.probing import trained_steps
 from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.checkpoint import average_checkpoints
 from hf_effi.errors import MismatchError, RefusedError

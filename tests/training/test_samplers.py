@@ -14,7 +14,7 @@ from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume
 
 
 class Forward(EffiSampler):
-    rule = "A"
+    learns = False
 
     def order(self, epoch):
         return torch.arange(self.num_rows).roll(epoch)
@@ -31,7 +31,7 @@ class Half(Forward):
 
 
 class Learned(Forward):
-    rule = "B"
+    learns = True
     shift = 0
 
     def order(self, epoch):
@@ -184,7 +184,7 @@ def test_callback_equals_mixin(tmp_path):
 
 
 def test_callback_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(RefusedError, match=r"rule B.*SamplerMixin"):
+    with pytest.raises(ValueError, match=r"learns during training.*SamplerMixin"):
         SamplerCallback(Learned(24))
     with pytest.raises(ValueError, match="not an EffiSampler"):
         SamplerCallback([1, 2])

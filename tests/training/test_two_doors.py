@@ -91,7 +91,7 @@ def test_a_checkpoint_of_one_door_goes_on_through_the_other(tmp_path, first, sec
 class Twin(EffiSampler):
     """The name of a class is no more than a name."""
 
-    rule = "A"
+    learns = False
 
     def order(self, epoch):
         return torch.arange(self.num_rows).flip(0)

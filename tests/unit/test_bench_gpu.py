@@ -10,7 +10,7 @@ import torch
 from bench._schema import RESULTS
 from bench.gpu import _cases, run_all
 from hf_effi.errors import RefusedError
-from hf_effi.report.record import check_record
+from hf_effi.report.result_record import check_record
 
 
 @pytest.fixture(scope="module")

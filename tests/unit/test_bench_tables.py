@@ -9,7 +9,7 @@ import pytest
 
 from bench import render, tables
 from bench._schema import ROOT
-from hf_effi.methods import METHODS
+from hf_effi.methods import METHODS, find_method
 
 CONSTRAINTS = "# tested\ntorch==2.13.0\n\njinja2==3.1.6\n"
 SETUP = """[options]
@@ -134,6 +134,19 @@ def test_the_committed_pages_are_up_to_date(page, names):
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     assert all(f"<!-- table:{name} -->" in text for name in names)
     assert render.render_tables(text) == text, "run `python -m bench.render`"
+
+
+def test_methods_that_nobody_placed_are_listed(tmp_path):
+    page = tmp_path / "docs" / "which-method.md"
+    page.parent.mkdir()
+    rows = [find_method(key) for key in ("wsd", "cppo", "jetfire")]
+    block = "<!-- table:further_methods -->\n[old](methods/cppo.md)\n<!-- /table -->\n"
+    page.write_text(f"[a schedule](methods/wsd.md)\n{block}", encoding="utf-8")
+    assert tables.further_methods(tmp_path, rows).splitlines()[2:] == [
+        f"| [{rows[1].title}](methods/cppo.md) | {rows[1].summary} |"
+    ]
+    page.write_text(f"[a](methods/wsd.md) [b](methods/cppo.md)\n{block}", encoding="utf-8")
+    assert tables.further_methods(tmp_path, rows) == "None: all are named above."
 
 
 def test_unknown_table_is_refused():

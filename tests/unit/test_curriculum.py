@@ -13,6 +13,7 @@ from hf_effi.functional.data import (
     fit_rasch,
     interleave_levels,
     learnability,
+    mixture_order,
     pass_rate_difficulty,
     percentile_within,
     rasch_ability,
@@ -46,6 +47,24 @@ def test_constant_scores_are_a_seeded_shuffle():
     one, same, other = score_order([1.0] * 50), score_order([1.0] * 50), score_order([1.0] * 50, seed=1)
     assert is_permutation(one, 50) and one.tolist() != list(range(50))
     assert one.tolist() == same.tolist() != other.tolist()
+
+
+def test_a_list_of_scores_has_the_precision_of_a_tensor_of_doubles():
+    close = [0.3 + 1e-12, 0.3]  # one number in single precision
+    for scores in (close, torch.tensor(close, dtype=torch.float64)):
+        assert {tuple(score_order(scores, seed=seed).tolist()) for seed in range(8)} == {(1, 0)}
+
+
+def test_labels_in_a_tensor_are_those_of_a_list():
+    levels, subjects = [1, 0, 1, 1, 0, 1], [7, 8, 7, 8, 7, 8]
+    wanted = interleave_levels(levels, subjects).tolist()
+    assert interleave_levels(torch.tensor(levels), torch.tensor(subjects)).tolist() == wanted
+    scores = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    wanted = percentile_within(scores, subjects).tolist()
+    assert percentile_within(scores, torch.tensor(subjects)).tolist() == wanted
+    mixes = [(0.0, {7: 1, 8: 1})]
+    wanted = mixture_order(subjects, mixes, 6, block=2).tolist()
+    assert mixture_order(torch.tensor(subjects), mixes, 6, block=2).tolist() == wanted
 
 
 def test_buckets_sort_between_and_shuffle_inside():

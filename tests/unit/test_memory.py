@@ -121,12 +121,12 @@ def test_cheapest_fit_against_all_sets():
     assert len(sets) == len(set(sets)) == 18 and all(s.optimizer == "sgd" for s in sets)
     peaks = sorted({memory_table(WEIGHTS, TRACE, s).peak for s in sets})
     for budget in [*peaks, peaks[-1] + 1]:
-        found = cheapest_fit(WEIGHTS, TRACE, FLOPS, base, budget)
+        found = cheapest_fit(WEIGHTS, TRACE, FLOPS, base, budget_bytes=budget)
         fitting = [s for s in sets if memory_table(WEIGHTS, TRACE, s).peak <= budget]
         assert found in fitting
         assert extra_time(found, FLOPS) == min(extra_time(s, FLOPS) for s in fitting)
-    assert cheapest_fit(WEIGHTS, TRACE, FLOPS, base, peaks[0] - 1) is None
-    assert cheapest_fit(WEIGHTS, TRACE, FLOPS, base, peaks[-1]).activations == "keep"
+    assert cheapest_fit(WEIGHTS, TRACE, FLOPS, base, budget_bytes=peaks[0] - 1) is None
+    assert cheapest_fit(WEIGHTS, TRACE, FLOPS, base, budget_bytes=peaks[-1]).activations == "keep"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hf_effi.attention.shared_prefix import check_shared_prefix
 from hf_effi.errors import RefusedError
 from hf_effi.kernels import tile_mlp
 from hf_effi.memory import stream_layers
-from hf_effi.memory._chunk_probe import chunks_are_exact
+from hf_effi.memory.chunk_probe import chunks_are_exact
 from hf_effi.patching import (
     draws_random_numbers,
     length_dependent_positions,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hf_effi.memory._chunk_probe import chunks_are_exact
+from hf_effi.memory.chunk_probe import chunks_are_exact
 from hf_effi.patching import (
     compare,
     draws_random_numbers,

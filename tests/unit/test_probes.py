@@ -9,12 +9,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState
 
-from hf_effi.callbacks import _probing as probing
+from hf_effi.callbacks import probing as probing
 from hf_effi.callbacks._forward_watch import ForwardWatch
 from hf_effi.callbacks._lr_factors import LRFactorCallback, LRFactors
 from hf_effi.callbacks._lr_search import probe_blocks, share_stage
-from hf_effi.callbacks._owners import Role
 from hf_effi.callbacks._turns import MEASURE, READ, WRITE, TurnCallback, in_turn
+from hf_effi.callbacks.owners import Role
 from hf_effi.errors import RefusedError
 from hf_effi.functional.probes import ProbePlan, is_probed, probing_model, stored_plan, without_probes
 from hf_effi.schedules.range_test import lr_range_test

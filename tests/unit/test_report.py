@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from hf_effi.report.card import front_matter, markdown_table, render_card
 from hf_effi.report.comparison import BASELINE, compare, first_reached, mean_curve, smoothed, summarize, value_at
 from hf_effi.report.page import as_points, as_times, render_page
-from hf_effi.report.record import check_record, headline, make_record
+from hf_effi.report.result_card import front_matter, markdown_table, render_card
+from hf_effi.report.result_record import check_record, headline, make_record
 
 
 def curve(accuracies, seconds_a_step, rows_a_step=10):

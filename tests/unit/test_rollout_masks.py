@@ -81,7 +81,9 @@ class TestPruning:
             advantages = torch.randint(-2, 3, (8,), generator=generator).float()
             live = torch.rand(8, generator=generator) < 0.5
             drawn = generator if metric == "random" else None
-            mask = keep_by_advantage(advantages, keep, metric, balance, drawn, live)
+            mask = keep_by_advantage(
+                advantages, keep, metric=metric, balance_signs=balance, generator=drawn, live=live
+            )
             assert int(mask.sum()) == keep
             assert int((mask & live).sum()) == min(keep, int(live.sum()))
 

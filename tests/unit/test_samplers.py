@@ -8,7 +8,7 @@ from hf_effi.samplers import EffiSampler, GroupSampler, ShuffledSampler
 
 
 class Forward(EffiSampler):
-    rule = "A"
+    learns = False
 
     def order(self, epoch):
         return torch.arange(self.num_rows)
@@ -92,6 +92,19 @@ def test_state_round_trip_and_mismatches():
         Forward(10, seed=1).load_state_dict(state)
 
 
+def test_a_state_of_an_earlier_version_says_by_a_letter_whether_it_learned():
+    sampler = GroupSampler(ShuffledSampler(10, seed=1), 2, 2)
+    sampler.set_epoch(3)
+    state = sampler.state_dict()
+    assert state.pop("learns") is True and state["learned"].pop("learns") is False
+    state["rule"], state["learned"]["rule"] = "B", "A"
+    fresh = GroupSampler(ShuffledSampler(10, seed=1), 2, 2)
+    fresh.load_state_dict(state)
+    assert list(fresh) == list(sampler)
+    with pytest.raises(MismatchError, match="learns=False, this run has True"):
+        fresh.load_state_dict({**state, "rule": "A"})
+
+
 def test_a_plan_has_one_pass():
     plan = Plan(4)
     assert list(plan) == [0, 1, 2, 3]
@@ -99,11 +112,16 @@ def test_a_plan_has_one_pass():
         plan.set_epoch(1)
 
 
-def test_rule_must_be_declared():
-    with pytest.raises(ValueError, match=r"Silent.rule must be 'A'"):
+def test_whether_it_learns_must_be_declared():
+    with pytest.raises(ValueError, match=r"Silent.learns must be False"):
 
         class Silent(EffiSampler):
             pass
+
+    with pytest.raises(ValueError, match="earlier versions called it rule, 'A' for False and 'B' for True"):
+
+        class OldForm(EffiSampler):
+            rule = "A"
 
 
 def test_an_order_of_the_wrong_length_or_type_is_named():
@@ -120,7 +138,7 @@ def test_an_order_of_the_wrong_length_or_type_is_named():
     with pytest.raises(ValueError, match="float32"):
         list(Wrong(4))
     with pytest.raises(NotImplementedError, match="order"):
-        type("Empty", (EffiSampler,), {"rule": "A"})(1).order(0)
+        type("Empty", (EffiSampler,), {"learns": False})(1).order(0)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True])

@@ -257,9 +257,11 @@ def test_backends_agree_on_packed_batches():
     module = SimpleNamespace(is_causal=True, num_key_value_groups=1)
     layout = SequenceLayout(group_of(2), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]]), 8)
     tensors = qkv()
-    found = attend("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"], module, *tensors, layout, {})
-    assert torch.allclose(attend("varlen", segments, module, *tensors, layout, {}), found, atol=1e-6)
-    assert not torch.allclose(attend("leaking", leaking, module, *tensors, layout, {}), found, atol=1e-2)
+    found = attend("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"], module, *tensors, layout=layout, options={})
+    assert torch.allclose(attend("varlen", segments, module, *tensors, layout=layout, options={}), found, atol=1e-6)
+    assert not torch.allclose(
+        attend("leaking", leaking, module, *tensors, layout=layout, options={}), found, atol=1e-2
+    )
 
 
 def flash_kernels(implementation: str) -> Any:
@@ -290,23 +292,30 @@ def test_transformers_flash_path_follows_the_documents(window, monkeypatch):
     query, key, value = (torch.randn(2, heads, 8, 4, dtype=torch.float64) for heads in (4, 2, 2))
     flash, sdpa_core = (ALL_ATTENTION_FUNCTIONS[name] for name in ("flash_attention_2", "sdpa"))
     options = {"sliding_window": window}
-    prove_isolation("flash_attention_2", flash, module, query, key, value, options, group_of(2))
+    prove_isolation("flash_attention_2", flash, module, query, key, value, options=options, group=group_of(2))
     for documents in ([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 1]], [[0] * 8, [0] * 8]):
         layout = SequenceLayout(group_of(2), torch.tensor(documents), 8)
-        found = attend("flash_attention_2", flash, module, query, key, value, layout, options)
-        assert torch.allclose(found, attend("sdpa", sdpa_core, module, query, key, value, layout, options))
+        found = attend("flash_attention_2", flash, module, query, key, value, layout=layout, options=options)
+        assert torch.allclose(
+            found, attend("sdpa", sdpa_core, module, query, key, value, layout=layout, options=options)
+        )
 
 
 @pytest.mark.parametrize(("core", "tokens"), [(leaking, "instead of"), (peeking, "instead of")])
 def test_a_backend_that_leaks_is_refused_before_it_is_used(core, tokens):
     with pytest.raises(RefusedError, match=f"'fast' does not keep documents apart.*{tokens}"):
-        prove_isolation("fast", core, SimpleNamespace(), *qkv(), {}, group_of(2))
+        prove_isolation("fast", core, SimpleNamespace(), *qkv(), options={}, group=group_of(2))
 
 
 def test_a_backend_that_does_nothing_is_refused():
     with pytest.raises(RefusedError, match=r"moves the outputs \[\]"):
         prove_isolation(
-            "zero", lambda m, q, *a, **k: (torch.zeros_like(q).transpose(1, 2), None), None, *qkv(), {}, group_of(2)
+            "zero",
+            lambda m, q, *a, **k: (torch.zeros_like(q).transpose(1, 2), None),
+            None,
+            *qkv(),
+            options={},
+            group=group_of(2),
         )
 
 
@@ -320,13 +329,15 @@ def test_honest_backends_are_proven_once(window, monkeypatch):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
     for _ in range(2):
-        prove_isolation("sdpa", core, SimpleNamespace(), *qkv(), {"sliding_window": window}, group_of(2))
+        prove_isolation("sdpa", core, SimpleNamespace(), *qkv(), options={"sliding_window": window}, group=group_of(2))
     assert len(calls) == 4  # two changed tokens, before and after
 
 
 def test_a_window_that_a_backend_ignores_is_found():
     with pytest.raises(RefusedError, match="does not keep documents apart"):
-        prove_isolation("no window", segments, SimpleNamespace(), *qkv(), {"sliding_window": 3}, group_of(2))
+        prove_isolation(
+            "no window", segments, SimpleNamespace(), *qkv(), options={"sliding_window": 3}, group=group_of(2)
+        )
 
 
 def test_flex_attention_gets_a_block_mask_of_the_documents():
@@ -338,7 +349,7 @@ def test_flex_attention_gets_a_block_mask_of_the_documents():
         return query.transpose(1, 2), None
 
     layout = SequenceLayout(group_of(2), documents, 8)
-    attend("flex_attention", core, SimpleNamespace(), *qkv(), layout, {"sliding_window": 2})
+    attend("flex_attention", core, SimpleNamespace(), *qkv(), layout=layout, options={"sliding_window": 2})
     index = torch.arange(8)
     found = masks[0].mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index[None, :])
     assert torch.equal(found, causal_document_mask(documents, 2)[0, 0])

@@ -53,7 +53,9 @@ LONGEST = int(LAYOUT.cu_seq_lens.diff().max())
 
 
 def attend(q, k, v, scale=None):
-    return shared_prefix_attention(q, k, v, LAYOUT.cu_seq_lens, LONGEST, LAYOUT.prefix, scale)
+    return shared_prefix_attention(
+        q, k, v, cu_seq_lens=LAYOUT.cu_seq_lens, max_length=LONGEST, prefix=LAYOUT.prefix, scale=scale
+    )
 
 
 def assert_attention_and_gradients(found, expected, tensors):

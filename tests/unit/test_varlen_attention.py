@@ -214,13 +214,13 @@ def test_kernel_is_called_with_flat_tensors(monkeypatch):
     monkeypatch.setattr(upstream, "varlen_attn", stand_in)
     q, k = torch.zeros(9, 4, 8, dtype=torch.bfloat16), torch.zeros(9, 2, 8, dtype=torch.bfloat16)
     segments = varlen._Segments(torch.tensor([0, 4, 9]), torch.tensor([0, 4, 9]), 5, 5)
-    assert varlen._kernel(q, k, k, segments, 0.5, (2, 0)).shape == q.shape
+    assert varlen._kernel(q, k, k, segments, scaling=0.5, window=(2, 0)).shape == q.shape
     assert seen["bounds"].dtype == torch.int32 and (seen["longest"], seen["window"], seen["gqa"]) == (5, (2, 0), True)
     with pytest.raises(RefusedError, match="bf16=True"):
-        varlen._kernel(q.float(), k.float(), k.float(), segments, 0.5, (-1, 0))
+        varlen._kernel(q.float(), k.float(), k.float(), segments, scaling=0.5, window=(-1, 0))
     wide = torch.zeros(9, 1, 512, dtype=torch.bfloat16)
     with pytest.raises(RefusedError, match="up to 256, got 512"):
-        varlen._kernel(wide, wide, wide, segments, 0.5, (-1, 0))
+        varlen._kernel(wide, wide, wide, segments, scaling=0.5, window=(-1, 0))
 
 
 @pytest.mark.gpu
@@ -235,7 +235,7 @@ def test_kernel_equals_its_cpu_twin(window):
     pattern = None if window is None else AttentionPattern(window=window)
     expected = segment_attention(*cpu, bounds, bounds, pattern=pattern)
     segments = varlen._Segments(torch.tensor(bounds), torch.tensor(bounds), 59, 59)
-    found = varlen._attend(*gpu, segments, None, True, pattern)
+    found = varlen._attend(*gpu, segments, scaling=None, causal=True, pattern=pattern)
     upstream = torch.randn_like(expected)
     assert torch.allclose(found.double().cpu(), expected, atol=3e-2)
     expected.backward(upstream)

@@ -4,10 +4,10 @@ What comes next, and why: orders, pacing, sampling and difficulty as pure functi
 
 from __future__ import annotations
 
-from ._checks import check_count, check_number, clean_scores, seeded
+from ._checks import as_labels, check_count, check_number, clean_scores, seeded
 from .agreement import keep_by_length, majority_answers
 from .apportion import apportion
-from .attention import copy_probe, copy_scores, relative_increase, top_heads
+from .attention_influence import copy_probe, copy_scores, relative_increase, top_heads
 from .denoising import (
     UL2_DENOISERS,
     UL2R_DENOISERS,
@@ -19,7 +19,6 @@ from .denoising import (
     split_spans,
 )
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
-from .gap import Dip, stability_dip
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
 from .lengths import Multigrid, rechunk, root_length, staged_length
@@ -58,6 +57,7 @@ from .scores import (
     row_lengths,
     token_counts,
 )
+from .stability_gap import Dip, stability_dip
 
 __all__ = [
     "INSTRUCT_MINING",
@@ -70,6 +70,7 @@ __all__ = [
     "Multigrid",
     "apportion",
     "batch_costs",
+    "as_labels",
     "check_count",
     "check_lengths",
     "check_number",

@@ -53,10 +53,17 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
 
 def _as_numbers(scores: Any, name: str) -> Tensor:
     try:
-        return torch.as_tensor(scores).detach().to("cpu", torch.float64).clone()
+        # Without a kind torch would round Python's numbers to single precision, and rows that are close would tie.
+        kind = None if isinstance(scores, Tensor) else torch.float64
+        return torch.as_tensor(scores, dtype=kind).detach().to("cpu", torch.float64).clone()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         # What torch says of words tells neither which, nor what to do.
         raise ValueError(f"{name} must hold one number per row, and {_why_no_numbers(scores)}") from error
+
+
+def as_labels(values: Any) -> Any:
+    """Return a tensor of labels as a list: two elements of a tensor are never the same key."""
+    return values.tolist() if isinstance(values, Tensor) else values
 
 
 def _why_no_numbers(scores: Any) -> str:
@@ -101,7 +108,7 @@ def check_number(
     return value
 
 
-def check_count(name: str, value: int, low: int = 1) -> int:
+def check_count(name: str, value: Any, low: int = 1) -> int:
     """
     Return `value` if it is an integer of at least `low`.
 

@@ -118,6 +118,7 @@ class Multigrid:
         for name, cycle in (("long_cycle", self.long_cycle), ("short_cycle", self.short_cycle)):
             if not cycle:
                 raise ValueError(f"{name} is empty. Use (1,) for none.")
+            object.__setattr__(self, name, tuple(cycle))  # a list would not be equal, nor have a hash
             for divisor in cycle:
                 check_count(f"a divisor of {name}", divisor)
         needs = "with a short_cycle of two or more divisors"

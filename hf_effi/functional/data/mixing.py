@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_number, seeded
+from ._checks import as_labels, check_count, check_number, seeded
 from .apportion import apportion
 
 Waypoints = Sequence[tuple[float, Mapping[Hashable, float]]]
@@ -163,7 +163,7 @@ def mixture_order(
     ```
     """
     members: dict[Hashable, list[int]] = {}
-    for row, name in enumerate(domains):
+    for row, name in enumerate(as_labels(domains)):
         members.setdefault(name, []).append(row)
     blocks = mixture_counts(num_samples, block, waypoints, smooth)
     streams: dict[Hashable, list[int]] = {}

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ._checks import check_count, clean_scores, seeded
+from ._checks import as_labels, check_count, clean_scores, seeded
 
 
 def score_order(
@@ -83,6 +83,7 @@ def percentile_within(scores: Tensor, sources: Sequence[Hashable]) -> Tensor:
     [0.25, 0.75, 0.5]
     ```
     """
+    sources = as_labels(sources)
     if len(sources) != scores.numel():
         raise ValueError(f"sources has {len(sources)} entries for {scores.numel()} scores. Give one per row.")
     members: dict[Hashable, list[int]] = {}
@@ -127,6 +128,7 @@ def interleave_levels(
     4
     ```
     """
+    levels, subjects = as_labels(levels), as_labels(subjects)
     if len(levels) != len(subjects) or len(levels) == 0:
         raise ValueError(
             f"levels has {len(levels)} and subjects {len(subjects)} entries. Give one of each per row, at least one."

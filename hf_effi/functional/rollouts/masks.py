@@ -88,6 +88,7 @@ def row_advantages(batch: dict[str, Any], ratio_multiplies: bool = True) -> Tens
 def rows_with_gradient(batch: dict[str, Any], ratio_multiplies: bool = True) -> Tensor:
     """
     Rows whose policy term has a gradient: a non-zero advantage on at least one token of [`policy_mask`].
+    `ratio_multiplies` is that function's.
 
     Returns:
         `torch.Tensor`: Boolean, shape `(rows,)`.

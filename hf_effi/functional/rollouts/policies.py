@@ -107,7 +107,12 @@ class AdvantagePruner:
         live = torch.ones_like(advantages, dtype=torch.bool) if live is None else live.cpu()
         masks = [
             keep_by_advantage(
-                pool, pruned_count(size, self.prune_rate), self.metric, self.balance_signs, generator, alive
+                pool,
+                pruned_count(size, self.prune_rate),
+                metric=self.metric,
+                balance_signs=self.balance_signs,
+                generator=generator,
+                live=alive,
             )
             for pool, alive in zip(advantages.split(size), live.split(size), strict=True)
         ]
@@ -115,7 +120,7 @@ class AdvantagePruner:
         empty, left = (mask & ~live).nonzero().flatten(), (live & ~mask).nonzero().flatten()
         moved = min(len(empty), len(left))
         if moved:
-            best = keep_by_advantage(advantages[left], moved, self.metric, generator=generator)
+            best = keep_by_advantage(advantages[left], moved, metric=self.metric, generator=generator)
             mask[left[best]] = True
             mask[empty[len(empty) - moved :]] = False
         return mask

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import MismatchError
+from ..kept_arguments import keeps_arguments
 
 
 def prompt_key(prompt: Any) -> int:
@@ -94,7 +95,8 @@ class ShuffledPrompts:
     ```
     """
 
-    def __init__(self, size: int, seed: int = 0):
+    @keeps_arguments
+    def __init__(self, size: int, seed: int = 0) -> None:
         if size < 1:
             raise ValueError(f"the dataset must have at least one row, got {size}.")
         self.size = size

@@ -309,6 +309,7 @@ def pruned_count(rows: int, prune_rate: float) -> int:
 def keep_by_advantage(
     advantages: Tensor,
     keep: int,
+    *,
     metric: str = "smallest",
     balance_signs: bool = False,
     generator: torch.Generator | None = None,

@@ -60,12 +60,12 @@ def extend_to(
             f"{old_total if begin is None else begin}."
         )
     if type(schedule) is wsd and begin is not None and at <= begin:
-        return _extend_plateau(schedule, begin, total_steps, at, method, transition_steps)
-    refuse_idle("method", method, "cooldown", False, "for a wsd that is still on its plateau")
+        return _extend_plateau(schedule, begin, total_steps, at=at, method=method, transition=transition_steps)
+    refuse_idle("method", method, "cooldown", False, "for a wsd that is still on its plateau", ValueError)
     return _hold_then_fall(schedule, total_steps, at)
 
 
-def _extend_plateau(schedule: wsd, begin: int, total: int, at: int, method: str, transition: int) -> Schedule:
+def _extend_plateau(schedule: wsd, begin: int, total: int, *, at: int, method: str, transition: int) -> Schedule:
     old_total = begin + schedule.decay_length
     share = schedule.decay_length / old_total
     open_end = schedule.replace(total_steps=total, decay_start=None, decay_steps=None, decay_fraction=None)

@@ -29,6 +29,7 @@ def layerwise_param_groups(
     model: torch.nn.Module,
     base_lr: float,
     decay: float = 0.9,
+    *,
     head_factor: float = 1.0,
     backbone_factor: float = 1.0,
     weight_decay: float = 0.0,

@@ -231,6 +231,7 @@ def fit_annealing_law(
         skip_fraction (`float`, *optional*, defaults to 0.05): Part of each run that is left out at its start, on top
             of the warm-up.
         bootstrap (`int`, *optional*, defaults to 40): Refits with resampled residuals, for the uncertainty.
+        seed (`int`, *optional*, defaults to 0): Seed of the resampling.
 
     Raises:
         ValueError: fewer than five usable losses, or no curve with a falling LR.

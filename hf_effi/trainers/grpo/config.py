@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from trl import GRPOConfig
 
@@ -164,8 +164,10 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
 
     def _check_filter(self) -> None:
         if self.difficulty_range is not None:
-            self.difficulty_range = _as_pair(self.difficulty_range)
-            check_difficulty_range(*self.difficulty_range)
+            low, high = _as_pair(self.difficulty_range)
+            check_difficulty_range(low, high)
+            # A tuple, which nobody changes in place; the parser of the command line needs the field to say `list`.
+            self.difficulty_range = cast(Any, (low, high))
         rounds = self.difficulty_max_rounds
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ValueError(
@@ -196,7 +198,7 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
                 "rollout_pruner= object has options of its own)",
             )
             return
-        group = self.num_generations
+        group = cast(int, self.num_generations)  # TRL's checks have refused `None`
         if self.prune_allocation and abs(rate - (1 - 1 / self.prune_oversample)) > 1e-3:
             below, above = int(1 / (1 - rate)), int(1 / (1 - rate)) + 1
             raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,8 @@ class LogProbForward:
         """
         if "sort" not in self.exact_savings or any(chunk.get("num_images") is not None for chunk in chunks):
             return chunks
-        window = GenerationLayout.of(self._host.args).micro_batches_per_update
+        # Whole: elsewhere `sort` is not exact, and off.
+        window = cast(int, GenerationLayout.of(self._host.args).micro_batches_per_update)
         if window == 1:
             return chunks
         ratios, pad = Ratios.of(self._host), self._host._tokenizer.pad_token_id
@@ -135,11 +136,21 @@ class LogProbForward:
         order = [row for bucket in plan for row in bucket.rows]
         forwarded = sum(bucket.tokens for bucket in plan)
         self._count(int(attention_mask[order].sum()), forwarded, input_ids.numel() - forwarded)
-        logps, entropies = [], []
+        logps: list[Tensor] = []
+        entropies: list[Tensor] = []
         for bucket in plan:
-            part = self._bucket(stock, model, input_ids, attention_mask, columns, bucket, compute_entropy)
+            part = self._bucket(
+                stock,
+                model,
+                input_ids,
+                attention_mask,
+                columns=columns,
+                bucket=bucket,
+                compute_entropy=compute_entropy,
+            )
             logps.append(part[0])
-            entropies.append(part[1])
+            if part[1] is not None:
+                entropies.append(part[1])
         full_logps = _unsort(torch.cat(logps), order, rows)
         if not compute_entropy:
             return full_logps, None, None
@@ -179,6 +190,7 @@ class LogProbForward:
         model: nn.Module,
         input_ids: Tensor,
         attention_mask: Tensor,
+        *,
         columns: tuple[int, int],
         bucket: Bucket,
         compute_entropy: bool,
@@ -203,7 +215,9 @@ class LogProbForward:
         )
         offsets = prompts - (width - window)
         logps = scatter_completion(logps, offsets, completions, columns[1])
-        return logps, scatter_completion(entropies, offsets, completions, columns[1]) if compute_entropy else None
+        if entropies is not None:
+            entropies = scatter_completion(entropies, offsets, completions, columns[1])
+        return logps, entropies
 
 
 def _missing(order: list[int], rows: int) -> list[int]:

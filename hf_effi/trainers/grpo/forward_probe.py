@@ -80,7 +80,7 @@ def _some_log_probs(model: nn.Module) -> Tensor:
 
 def named_positions(model: nn.Module) -> str | None:
     """Say what it is that moves with the padding, where the config or a table of positions tells."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
     if kinds & set(_RECURRENT_LAYERS):

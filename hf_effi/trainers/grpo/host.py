@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class Host(Protocol):
@@ -17,12 +19,11 @@ class Host(Protocol):
     accelerator: Any
     args: Any
     model: nn.Module
-    ref_model: nn.Module | None
+    ref_model: PreTrainedModel | None
     state: Any
     train_dataset: Any
     _tokenizer: Any
-    _metrics: dict[str, dict[str, list[float]]]
-    tools: list[Any] | None
+    tools: list[Callable[..., Any]]
     environment_factories: Any
     rollout_func: Any
     #: written for the time of one call
@@ -43,6 +44,9 @@ class Host(Protocol):
     vllm_importance_sampling_mode: str
     vllm_importance_sampling_clip_min: float | None
     vllm_importance_sampling_clip_max: float | None
+
+    @property
+    def _metrics(self) -> Mapping[str, dict[str, list[float]]]: ...
 
     def _get_per_token_logps_and_entropies(
         self,

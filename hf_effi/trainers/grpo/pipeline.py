@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -87,30 +87,33 @@ class RolloutPipeline:
         ValueError: `difficulty_reward` does not name the reward that the filter reads.
     """
 
+    #: gathered, of the last round
+    _advantages: Tensor
+
     def __init__(
         self,
         host: Host,
         settings: GRPOSettings | None,
         accounting: StepAccounting,
         forward: Skipping,
+        *,
         prompt_selector: PromptSelector | None = None,
         group_filter: GroupFilter | None = None,
         rollout_pruner: RolloutPruner | None = None,
     ) -> None:
-        self._host, self._settings, self._accounting, self._forward = host, settings, accounting, forward
+        self._host, self._accounting, self._forward = host, accounting, forward
+        self._settings = GRPOSettings.of(None) if settings is None else settings
         self.group_filter, self.rollout_pruner, self.prompt_selector = group_filter, rollout_pruner, prompt_selector
         self.prompts: PromptSelector | None = prompt_selector
         self.generations_done = 0
         self.rewards: Tensor | None = None
         self.lengths: list[int] | None = None
-        self._advantages: Tensor | None = None
         self._deferred: DeferredLogProbs | None = None
         #: which prompts a step has, where prompts are chosen by number
         self._step_prompts: StepPrompts | None = None
         #: the reward function that says right or wrong
         self.difficulty_column: int | None = None
-        if settings is not None:
-            self._add_methods_of(settings)
+        self._add_methods_of(self._settings)
         if prompt_selector is not None:
             check_selector(prompt_selector)
         if self.selects:
@@ -238,12 +241,12 @@ class RolloutPipeline:
                 self._step_prompts.note(inputs)
         numbers = self._select(target) if self.prompt_selector is not None else None
         for number in range(rounds):
-            local = inputs if number == 0 and numbers is None else self._rows_of_this_rank(numbers)
+            local = inputs if numbers is None else self._rows_of_this_rank(numbers)
             mine = self._round(stock, local)
             check_movable(mine.batch)
             generation.add(mine, self._gathered(mine))
             if numbers is not None:
-                self.prompts.observe(numbers, self._as_groups(generation.rounds[-1]))
+                self.make_prompts().observe(numbers, self._as_groups(generation.rounds[-1]))
             if self.group_filter is None:
                 break
             groups = self._as_groups(join_rounds(generation.rounds))
@@ -263,7 +266,7 @@ class RolloutPipeline:
         gathered = (
             self._filter_rewards(),
             self._summed_rewards(),
-            self.rewards,
+            self._rewards_of_round,
             self._advantages,
             accelerator.gather(lengths),
             accelerator.gather(tokens),
@@ -376,7 +379,8 @@ class RolloutPipeline:
         host = self._host
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        checkpointing = disable_gradient_checkpointing(host.model, host.args.gradient_checkpointing_kwargs)
+        policy: Any = host.model  # wrapped or not, as TRL hands it over itself
+        checkpointing = disable_gradient_checkpointing(policy, host.args.gradient_checkpointing_kwargs)
         skipping = self._forward.skipping(batch)
         with skipping, torch.no_grad(), checkpointing, self._scoring_model(reference) as model:
             # Through the trainer, where it is timed, trimmed and skipped, on every rank alike.
@@ -401,16 +405,21 @@ class RolloutPipeline:
 
     # --- rewards ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _rewards_of_round(self) -> Tensor:
+        return cast(Tensor, self.rewards)  # TRL calculates them in every generation, before anybody asks here
+
     def _filter_rewards(self) -> Tensor:
         """The gathered reward that decides, shape `(rows,)`: of one function as it is, or TRL's weighted sum."""
         if self.difficulty_column is None:
             return self._summed_rewards()
-        return self.rewards[:, self.difficulty_column]
+        return self._rewards_of_round[:, self.difficulty_column]
 
     def _summed_rewards(self) -> Tensor:
         """TRL's `reward` of every row: the weighted sum of what applies, NaN where no function does."""
-        summed = (self.rewards * self._host.reward_weights.to(self.rewards.device).unsqueeze(0)).nansum(dim=1)
-        summed[torch.isnan(self.rewards).all(dim=1)] = torch.nan
+        rewards = self._rewards_of_round
+        summed = (rewards * self._host.reward_weights.to(rewards.device).unsqueeze(0)).nansum(dim=1)
+        summed[torch.isnan(rewards).all(dim=1)] = torch.nan
         return summed
 
     def _settle_advantages(self, batch: dict[str, Any]) -> None:
@@ -439,7 +448,8 @@ class RolloutPipeline:
 
     def _select(self, count: int) -> list[int]:
         """Draw rows of the dataset whose prompts the step does not have yet."""
-        return self._step_prompts.draw(self.make_prompts(), count, gather_object)
+        step_prompts = cast(StepPrompts, self._step_prompts)  # whoever selects or refills has made them
+        return step_prompts.draw(self.make_prompts(), count, gather_object)
 
     def _rows_of_this_rank(self, numbers: list[int]) -> list[dict[str, Any]]:
         repeated = [number for number in numbers for _ in range(self._host.num_generations)]

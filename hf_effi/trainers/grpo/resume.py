@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import datasets
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from ..._files import load_json, load_state, missing_file, save_bytes, save_json, save_state, state_bytes
@@ -36,6 +36,7 @@ from ...functional.rollouts import GenerationLayout
 from ...protocols import PromptSelector
 
 logger = logging.get_logger(__name__)
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 STATE_FILE = "effi_state.json"
 PROMPTS_FILE = "effi_prompts.pt"
@@ -113,14 +114,29 @@ class NoRollouts:
         )
 
 
+def _takes_arguments_of(stock: Callable[..., Any]) -> Callable[[Method], Method]:
+    """
+    Let `inspect.signature` find the parameters of `stock` at a method that passes all of them on: the mixins above
+    bind calls by these names.
+    """
+    return cast(Callable[[Method], Method], functools.wraps(stock))  # which returns the function that it was given
+
+
 class ResumableGRPOTrainer(GRPOTrainer):
     """
     TRL's trainer with the repairs of this file, through `super()`. Mixins stand above it: they read the loader, whose
     batches are laid out here.
     """
 
+    # What upstream declares more widely than it holds once a trainer is built.
+    args: GRPOConfig
+    model: nn.Module
+    num_generations: int
+    pad_to_multiple_of: int | None
+    _buffered_inputs: Any  # a list of micro-batches from the first generation on; declared as `None`
+
     _step_after_update = 0
-    _train_sampler: EpochRepeatSampler | None = None
+    _prompt_sampler: EpochRepeatSampler | None = None
     #: The pass over the prompts that the run is in, and the micro-step at which it began.
     _pass, _pass_began_at = 0, 0
 
@@ -158,7 +174,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         finally:
             self._train_batch_size, self.args.generation_batch_size = saved
 
-    @functools.wraps(GRPOTrainer._get_dataloader)  # the mixins above bind calls by these names
+    @_takes_arguments_of(GRPOTrainer._get_dataloader)
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(super()._get_dataloader).bind(*args, **kwargs).arguments
         dataset, world = call["dataset"], self._layout.world_size
@@ -180,7 +196,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if type(stock) is not RepeatSampler:
             return stock
         layout = self._layout
-        self._train_sampler = EpochRepeatSampler(
+        self._prompt_sampler = EpochRepeatSampler(
             data_source=stock.data_source,
             mini_repeat_count=layout.num_generations,
             batch_size=layout.prompts,
@@ -188,7 +204,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             shuffle=stock.shuffle,
             seed=stock.seed,
         )
-        if len(self._train_sampler) == 0:
+        if len(self._prompt_sampler) == 0:
             raise ValueError(
                 f"the training dataset has {len(stock.data_source)} prompts, but one generation batch needs "
                 f"{layout.prompts} (generation_batch_size={layout.trained_rows} / num_generations="
@@ -196,9 +212,9 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 + (f" x {layout.oversample} for prune_allocation" if layout.oversample > 1 else "")
                 + "). Add prompts, or lower per_device_train_batch_size, steps_per_generation or prune_rate."
             )
-        return self._train_sampler
+        return self._prompt_sampler
 
-    @functools.wraps(GRPOTrainer._run_epoch)  # the mixins above bind calls by these names
+    @_takes_arguments_of(GRPOTrainer._run_epoch)
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
         resumed = call["resume_from_checkpoint"] is not None and call["epoch"] == call["epochs_trained"]
@@ -213,6 +229,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
         return result
 
     # ---- save ----
+
+    @property
+    def _stored_entries(self) -> dict[str, Any]:
+        # Declared as the list that `TrainerState` may be given, which it turns into this dict.
+        return cast(dict[str, Any], self.state.stateful_callbacks)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Every process comes here, before `trainer_state.json` is written and the checkpoint is pushed.
@@ -244,7 +265,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         files = [STATE_FILE, *([PROMPTS_FILE] if content is not None else [])]
         files += [_buffer_name(rank) for rank in range(world)] if inside_block else []
         # With the step, because another trainer that continues this run keeps the entry and not the files.
-        self.state.stateful_callbacks[MARK] = {"schema": SCHEMA, "step": self.state.global_step, "files": files}
+        self._stored_entries[MARK] = {"schema": SCHEMA, "step": self.state.global_step, "files": files}
         self.accelerator.wait_for_everyone()  # the first process pushes what all have written
 
     def _save_last_update(self) -> Path | None:
@@ -267,7 +288,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     # ---- load ----
 
-    @functools.wraps(GRPOTrainer._init_training_state)  # the mixins above bind calls by these names
+    @_takes_arguments_of(GRPOTrainer._init_training_state)
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         call = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
         if self.use_vllm:
@@ -277,9 +298,9 @@ class ResumableGRPOTrainer(GRPOTrainer):
         place = super()._init_training_state(*args, **kwargs)
         if (checkpoint := call["resume_from_checkpoint"]) is None:
             return place
-        if self._train_sampler is not None and self.state.epoch is not None:
+        if self._prompt_sampler is not None and self.state.epoch is not None:
             # The loader skips the finished batches of this pass itself. The epsilon absorbs the division that made it.
-            self._train_sampler.next_pass = int(self.state.epoch + 1e-6)
+            self._prompt_sampler.next_pass = int(self.state.epoch + 1e-6)
         state = self._read_grpo_state(Path(checkpoint))
         if state is None:
             return place
@@ -295,7 +316,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def _read_grpo_state(self, checkpoint: Path) -> dict[str, Any] | None:
         """Return what a checkpoint of ours stored, or `None` for one of the stock trainer."""
-        path, mark = checkpoint / STATE_FILE, self.state.stateful_callbacks.get(MARK)
+        path, mark = checkpoint / STATE_FILE, self._stored_entries.get(MARK)
         ours = mark is not None and mark["step"] == self.state.global_step
         if not path.exists():
             if ours:

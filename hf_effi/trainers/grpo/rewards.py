@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
     found = list(itertools.islice(values, expected + 1))  # a generator need not end
     if len(found) != expected:
         count = (
-            len(values) if hasattr(values, "__len__") else f"more than {expected}" if found[expected:] else len(found)
+            len(values) if isinstance(values, Sized) else f"more than {expected}" if found[expected:] else len(found)
         )
         raise RewardError(
             f"The reward function '{name}' returned {count} rewards, but {expected} were expected (one per "

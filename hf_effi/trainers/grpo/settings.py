@@ -46,7 +46,10 @@ class GRPOSettings:
         Return the settings of a config of any class; a plain `GRPOConfig` has the defaults of [`EffiGRPOConfig`].
         """
         own = EffiGRPOConfig.__dataclass_fields__
-        return cls(**{field.name: getattr(args, field.name, own[field.name].default) for field in fields(cls)})
+        values: dict[str, Any] = {
+            field.name: getattr(args, field.name, own[field.name].default) for field in fields(cls)
+        }
+        return cls(**values)
 
     @property
     def wanted_savings(self) -> tuple[str, ...] | None:

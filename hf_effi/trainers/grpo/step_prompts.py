@@ -5,13 +5,19 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 from ...functional.rollouts import ShuffledPrompts, draw_fresh, prompt_key
 from ...protocols import PromptSelector
 
 #: Keys of rows that are remembered, about 100 bytes each: enough that a small dataset is read once.
 _MOST_KEYS = 500_000
+
+
+class _Excluding(Protocol):
+    """A [`PromptSelector`] that can be told which rows the step has."""
+
+    def select(self, count: int, *, exclude: frozenset[int]) -> list[int]: ...
 
 
 class StepPrompts:
@@ -76,10 +82,13 @@ class StepPrompts:
     def _checked(self, selector: PromptSelector) -> Callable[[int], list[int]]:
         """Wrap `select`, so that a wrong answer is named where it is given."""
         name, size = type(selector).__name__, len(self._dataset)
-        excludes = takes_keyword(selector.select, "exclude")
+        excluding = cast(_Excluding, selector) if takes_keyword(selector.select, "exclude") else None
 
         def select(count: int) -> list[int]:
-            rows = selector.select(count, exclude=frozenset(self._rows)) if excludes else selector.select(count)
+            if excluding is None:
+                rows = selector.select(count)
+            else:
+                rows = excluding.select(count, exclude=frozenset(self._rows))
             try:
                 rows = [operator.index(row) for row in rows]
             except TypeError:

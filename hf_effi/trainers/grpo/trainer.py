@@ -23,7 +23,7 @@ from .resume import ResumableGRPOTrainer
 from .rewards import RewardCheck, check_sums
 from .savings import choose_savings
 from .settings import GRPOSettings
-from .start import check_dataset, guard_vllm_server, route_checkpointing_options
+from .start_checks import check_dataset, guard_vllm_server, route_checkpointing_options
 
 
 @with_signatures_of(GRPOTrainer)
@@ -101,7 +101,13 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
             refuse_unused(self._settings, ("forward_buckets",), reason)
         self._forward = LogProbForward(self, savings, self._settings.forward_buckets, self._count_forward)
         self._rollouts = RolloutPipeline(
-            self, self._settings, self._accounting, self._forward, prompt_selector, group_filter, rollout_pruner
+            self,
+            self._settings,
+            self._accounting,
+            self._forward,
+            prompt_selector=prompt_selector,
+            group_filter=group_filter,
+            rollout_pruner=rollout_pruner,
         )
         route_checkpointing_options(self)
         if self.args.use_vllm:

@@ -9,7 +9,7 @@ Here it is wrapped by one that hands on what went wrong in the place of the comp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -153,7 +153,8 @@ class _Source:
     """Runs through the parameters, and keeps an error of theirs apart from those of the server."""
 
     def __init__(self, named_params: Iterator[Any]) -> None:
-        self.named_params, self.error = named_params, None
+        self.named_params = named_params
+        self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -166,10 +167,11 @@ class _Source:
 class _Retries(Retry):
     """A server that gave no answer in time is not asked again."""
 
-    def increment(self, *args: Any, error: Exception | None = None, **kwargs: Any) -> Retry:
+    def increment(self, *args: Any, **kwargs: Any) -> Self:
+        error = kwargs.get("error")  # by name, as urllib3 gives it
         if isinstance(error, ReadTimeoutError):
             raise error
-        return super().increment(*args, error=error, **kwargs)
+        return super().increment(*args, **kwargs)
 
 
 class _Patience(HTTPAdapter):

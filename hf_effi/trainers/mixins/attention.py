@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...attention._varlen_masks import VARLEN_ATTENTION
 from ...attention.varlen import check_varlen_attention
+from ...attention.varlen_masks import VARLEN_ATTENTION
 from ...patching import is_sharded
 
 

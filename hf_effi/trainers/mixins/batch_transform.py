@@ -9,7 +9,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import IterableDataset
 
-from ...callbacks._probing import trained_steps, trained_total
+from ...callbacks.probing import trained_steps, trained_total
 from ...data.batch_transform import BatchTransform
 from ...errors import RefusedError
 from ...functional.data import seeded

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ...errors import RefusedError
 from ...functional.sequence import chunk_schedule
-from ...memory._chunk_probe import Layout, cache_name_of, chunks_are_exact, layout_of
 from ...memory.chunk_flow import ChunkFlow, ChunkGroup, make_groups
+from ...memory.chunk_probe import Layout, cache_name_of, chunks_are_exact, layout_of
 from ...patching import agreed, draws_random_numbers, longest_exact_call, named_draws
 
 

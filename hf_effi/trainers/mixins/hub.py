@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo
-
-from ...callbacks._probing import holds_training_weights
+from ...callbacks.probing import holds_training_weights
 from ...hub.publish import (
     NOT_UPLOADED,
     check_seconds,
@@ -61,6 +58,8 @@ class HubMixin:
     #: The card of this trainer has the section already; read by HubCallback.
     writes_recipe = True
     _uploader: HubUploader | None = None
+    #: The Trainer's, which declares it as `None`.
+    hub_model_id: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if not self.is_world_process_zero():
@@ -84,7 +83,7 @@ class HubMixin:
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> CommitInfo | Future[CommitInfo | None] | None:
+    ) -> Any:  # stock declares a `CommitInfo`, and returns the other two as well
         """
         Save the model, write card, record and recipe, and upload them with all retries.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..._run_record import read_run
-from ...callbacks._observer import describe
+from ...callbacks.observer import describe
 from ...callbacks.run_record import RunRecordCallback, methods_of_parts
 from ...callbacks.run_summary import summary_lines
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import Sampler
 
 from ..._files import load_state, save_bytes, state_bytes
-from ...callbacks._owners import claim
-from ...callbacks._probing import training_weights
+from ...callbacks.owners import claim
+from ...callbacks.probing import training_weights
 from ...callbacks.sampler import ROW_ORDER
 from ...errors import BrokenFileError, RefusedError
 from ...samplers import EffiSampler, MeasuringSampler, TokenBudgetBatchSampler
@@ -61,8 +60,8 @@ class SamplerMixin:
     """
 
     train_sampler: EffiSampler | None = None
-    #: the one in the loader, in the layout of the trainer
-    _served_sampler: EffiSampler | None = None
+    #: `train_sampler` in the layout of the trainer
+    _sampler_in_loader: EffiSampler | None = None
 
     def __init__(self, *args: Any, train_sampler: EffiSampler | None = None, **kwargs: Any) -> None:
         if train_sampler is not None and not isinstance(train_sampler, EffiSampler):
@@ -76,7 +75,7 @@ class SamplerMixin:
             check_trainer(self.args, self.train_dataset, train_sampler)
             claim(self.state, ROW_ORDER, train_sampler, "train_sampler=", at="built")
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._get_train_sampler(*args, **kwargs)
         if self.train_sampler is None:
             return stock
@@ -84,32 +83,32 @@ class SamplerMixin:
         check_trainer(self.args, dataset, self.train_sampler)
         self.train_sampler.check_not_started()
         if isinstance(self.train_sampler, TokenBudgetBatchSampler):
-            self._served_sampler = self.train_sampler
+            self._sampler_in_loader = self.train_sampler
             return rank_batches(self, stock, self.train_sampler)
-        self._served_sampler = in_layout_of(stock, self.train_sampler)
-        return self._served_sampler
+        self._sampler_in_loader = in_layout_of(stock, self.train_sampler)
+        return self._sampler_in_loader
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self._served_sampler is not None:
+        if self._sampler_in_loader is not None:
             claim(self.state, ROW_ORDER, self.train_sampler, "train_sampler=")
             check_plan(self.train_sampler, max_steps, train_dataloader, self.args.gradient_accumulation_steps)
             if resume_from_checkpoint is not None:
                 self._load_sampler(resume_from_checkpoint)
-            store_order(self.state, self._served_sampler, train_dataloader, self.args)
+            store_order(self.state, self._sampler_in_loader, train_dataloader, self.args)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        if self._served_sampler is None:
+        if self._sampler_in_loader is None:
             return super()._run_epoch(*args, **kwargs)
         call = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
         if self.state.global_step == 0:
             warn_order_against_decay(self.train_sampler, self.args, self.lr_scheduler, self.state.max_steps)
         # accelerate's skipping loader hides the sampler of a resumed epoch from its own `set_epoch`.
-        self._served_sampler.set_epoch(call["epoch"])
+        self._sampler_in_loader.set_epoch(call["epoch"])
         self._measure_before(call["epoch"])
         if call["resume_from_checkpoint"] is not None and call["epoch"] == call["epochs_trained"]:
             resume_in_dispatcher(
-                self._served_sampler,
+                self._sampler_in_loader,
                 call["train_dataloader"],
                 call["epoch"],
                 call["steps_trained_in_current_epoch"],
@@ -117,7 +116,7 @@ class SamplerMixin:
         try:
             return super()._run_epoch(*args, **kwargs)
         finally:
-            self._served_sampler.forget_start()
+            self._sampler_in_loader.forget_start()
 
     def _measure_before(self, epoch: int) -> None:
         """Let a sampler that learns look at the model: each process at its part, all with the gathered values."""
@@ -127,9 +126,8 @@ class SamplerMixin:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
             raise RefusedError(
                 f"{type(sampler).__name__} forwards the model outside of its wrapper, each process with rows of its "
-                "own, which "
-                "FSDP, DeepSpeed and tensor parallelism do not allow. Measure before training and use a sampler of "
-                "rule A, such as QualityAscendingSampler."
+                "own, which FSDP, DeepSpeed and tensor parallelism do not allow. Measure before training and use a "
+                "sampler that does not learn, such as QualityAscendingSampler."
             )
         rows, rank, world = sampler.rows_to_measure(epoch), self.args.process_index, self.args.world_size
         mine: list[float] = []
@@ -154,11 +152,11 @@ class SamplerMixin:
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Before `trainer_state.json` is written and the checkpoint is pushed: whatever has the one also has the other.
-        if self._served_sampler is not None:
+        if self._sampler_in_loader is not None:
             if STATE_KEY in self.state.stateful_callbacks:
                 self.state.stateful_callbacks[STATE_KEY]["step"] = self.state.global_step
             content = state_bytes(
-                self._served_sampler.state_dict(), f"train_sampler ({type(self.train_sampler).__name__})"
+                self._sampler_in_loader.state_dict(), f"train_sampler ({type(self.train_sampler).__name__})"
             )
             if self.args.should_save:
                 save_bytes(os.path.join(output_dir, SAMPLER_FILE), content)
@@ -167,12 +165,12 @@ class SamplerMixin:
     def _load_sampler(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, SAMPLER_FILE)
         if not os.path.exists(path):
-            check_stored_order(self.state, self._served_sampler)  # of SamplerCallback, which writes no file
-            if self.train_sampler.rule != "A":
+            check_stored_order(self.state, self._sampler_in_loader)  # of SamplerCallback, which writes no file
+            if self.train_sampler.learns:
                 raise BrokenFileError(
                     f"{checkpoint} has no {SAMPLER_FILE}, which holds what {type(self.train_sampler).__name__} has "
                     "learned: it was saved with save_only_model, or copied in part. Resume from a checkpoint that "
                     "has it, or start a new run from the weights."
                 )
             return
-        self._served_sampler.load_state_dict(load_state(path))
+        self._sampler_in_loader.load_state_dict(load_state(path))

@@ -129,6 +129,8 @@ class ScheduleMixin:
     """
 
     lr_schedule: LRScheduleCallback | None = None
+    #: The Trainer's, which takes any scheduler.
+    lr_scheduler: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

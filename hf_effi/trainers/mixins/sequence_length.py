@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...callbacks._owners import claim
-from ...callbacks._probing import trained_steps, trained_total
 from ...callbacks.multigrid import SEQUENCE_LENGTH
+from ...callbacks.owners import claim
+from ...callbacks.probing import trained_steps, trained_total
 from ...errors import RefusedError
 from ...functional import metrics
 from ...functional.data import rechunk

@@ -235,7 +235,14 @@ def varlen_mask(
     if not torch.compiler.is_compiling():
         LEDGER.ask_model("packed" if padding is None else "padded")
         made = _Made(
-            q_length, kv_length, int(q_offset), int(kv_offset), mask_function, local_size, use_vmap, batch_size
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=int(q_offset),
+            kv_offset=int(kv_offset),
+            function=mask_function,
+            local_size=local_size,
+            use_vmap=use_vmap,
+            batch=batch_size,
         )
         LEDGER.note(made)
     return padding

@@ -28,7 +28,7 @@ class Job:
     def __init__(self, function: Callable[[Job], Any]) -> None:
         self.finished, self.result, self.error = False, None, None
         self._function, self._cancelled = function, False
-        self._go, self._handed_back = threading.Event(), threading.Event()
+        self._my_turn, self._handed_back = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -47,8 +47,8 @@ class Job:
             self._handed_back.set()
 
     def _wait(self) -> None:
-        self._go.wait()
-        self._go.clear()
+        self._my_turn.wait()
+        self._my_turn.clear()
         if self._cancelled:
             raise _Cancelled
 
@@ -62,7 +62,7 @@ class Job:
     def resume(self) -> None:
         """Called by the owner: let the job run to its next pause, or to its end. Its exception is raised here."""
         self._handed_back.clear()
-        self._go.set()
+        self._my_turn.set()
         self._handed_back.wait()
         if self.error is not None:
             raise self.error
@@ -70,7 +70,7 @@ class Job:
     def cancel(self) -> None:
         """Called by the owner: end a job that is paused."""
         self._cancelled = True
-        self._go.set()
+        self._my_turn.set()
         self._thread.join()
 
 
