@@ -184,7 +184,7 @@ def test_callback_equals_mixin(tmp_path):
 
 
 def test_callback_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(ValueError, match=r"learns during training.*SamplerMixin"):
+    with pytest.raises(RefusedError, match=r"learns during training.*SamplerMixin"):
         SamplerCallback(Learned(24))
     with pytest.raises(ValueError, match="not an EffiSampler"):
         SamplerCallback([1, 2])

@@ -61,7 +61,7 @@ def extend_to(
         )
     if type(schedule) is wsd and begin is not None and at <= begin:
         return _extend_plateau(schedule, begin, total_steps, at=at, method=method, transition=transition_steps)
-    refuse_idle("method", method, "cooldown", False, "for a wsd that is still on its plateau", ValueError)
+    refuse_idle("method", method, "cooldown", False, "for a wsd that is still on its plateau")
     return _hold_then_fall(schedule, total_steps, at)
 
 
