@@ -150,7 +150,7 @@ def test_uneven_heads_name_the_valid_sizes_and_the_ring():
 
 
 def test_a_single_process_says_how_to_start_several():
-    with pytest.raises(RefusedError, match="torchrun --nproc_per_node 2"):
+    with pytest.raises(ValueError, match="torchrun --nproc_per_node 2"):
         make_sequence_group(2)
 
 

@@ -197,7 +197,7 @@ def test_calls_that_cannot_share_are_refused(model):
     for layer in tiny.model.layers:
         layer.self_attn.is_causal = False
     # The model is asked before a layer is: it makes a causal mask that such a layer would not follow.
-    with pytest.raises(ValueError, match="sees what is behind a token"):
+    with pytest.raises(RefusedError, match="sees what is behind a token"):
         tiny(**both_ways)
 
 
