@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
+
 
 def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """
@@ -17,13 +19,13 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     only the Trainer knows, and no event hands over the Trainer: it is looked for among those who called.
 
     Raises:
-        ValueError: a trial of a search, and no Trainer of this state has called.
+        RefusedError: a trial of a search, and no Trainer of this state has called.
     """
     if not state.is_hyper_param_search:
         return Path(args.output_dir)
     trainer = _calling_trainer(state)
     if trainer is None:
-        raise ValueError(
+        raise RefusedError(
             "This run is a trial of a hyperparameter search, and the Trainer that runs it did not call the callback, "
             "so the "
             "folder of the trial is not known. Leave callbacks that keep files in checkpoints out of the search."

@@ -18,7 +18,8 @@ from transformers.trainer import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..._files import CHECKPOINT_PREFIXES, StateFileError
+from ..._files import CHECKPOINT_PREFIXES
+from ...errors import BrokenFileError
 
 #: what a Trainer reads when it resumes, as patterns; other files of a checkpoint are no concern of a resume
 _READ = (
@@ -48,7 +49,7 @@ def check_checkpoint(folder: str | Path) -> None:
         folder (`str` or `Path`): A `checkpoint-N`. What is no folder is left to the Trainer.
 
     Raises:
-        StateFileError: names the file, what is wrong with it, and the newest whole checkpoint beside this one.
+        BrokenFileError: names the file, what is wrong with it, and the newest whole checkpoint beside this one.
     """
     folder = Path(folder)
     if not folder.is_dir() or (broken := first_broken(folder)) is None:
@@ -60,7 +61,7 @@ def check_checkpoint(folder: str | Path) -> None:
         if whole is not None
         else f"No other checkpoint in {folder.parent} is whole: start the run again."
     )
-    raise StateFileError(
+    raise BrokenFileError(
         f"{folder} is no whole checkpoint, as where a process was killed inside of a save: {broken}. {advice}"
     )
 
