@@ -102,14 +102,17 @@ def merged(
     Raises:
         ValueError: the two runs do not have the same classes, as with another release of transformers.
     """
-    classes = {(row["kind"], row["class"]): row for row in again if "class" in row}
-    before = {(row["kind"], row["class"]): row for row in rows if "class" in row}
+    # One class may stand for several model types.
+    classes = {(row["kind"], row["class"], row["model_type"]): row for row in again if "class" in row}
+    before = {(row["kind"], row["class"], row["model_type"]): row for row in rows if "class" in row}
     if not set(classes) <= set(before):
         raise ValueError("the file has other classes than the installed transformers: run the whole zoo again.")
     found = []
     for name, row in before.items():
         cells = {key: cell for key, cell in row.get("cells", {}).items() if key not in keys}
         cells |= classes.get(name, {}).get("cells", {})
+        order = [*row.get("cells", {}), *cells]
+        cells = {key: cells[key] for key in dict.fromkeys(order) if key in cells}
         found.append({**row, "cells": cells} if "cells" in row else row)
     counts: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:

@@ -2,7 +2,7 @@
 
 What most users type is here; the rest is in rooms: `hf_effi.schedules`, `hf_effi.samplers`, `hf_effi.data`,
 `hf_effi.callbacks`, `hf_effi.memory`, `hf_effi.attention`, `hf_effi.kernels`, `hf_effi.layers`, `hf_effi.parallel`,
-`hf_effi.checkpoint`, `hf_effi.recipes`, `hf_effi.report`, `hf_effi.hub`, `hf_effi.trainers` and
+`hf_effi.checkpoint`, `hf_effi.recipes`, `hf_effi.report`, `hf_effi.hub`, `hf_effi.errors`, `hf_effi.trainers` and
 `hf_effi.trainers.mixins`. All names are loaded on first use: `import hf_effi` imports neither trl nor triton.
 """
 
@@ -49,6 +49,7 @@ _NO_ROOMS = ("_methods", "demo", "functional", "patching")
 _ROOMS = (
     *sorted(found.name for found in pkgutil.iter_modules(__path__) if found.ispkg and found.name not in _NO_ROOMS),
     "methods",
+    "errors",
 )
 
 if TYPE_CHECKING:  # what editors and type checkers see of the lazy names

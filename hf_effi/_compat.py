@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from .errors import MissingPackageError
+
 #: import name -> (distribution name, extra of hf_effi that brings it)
 OPTIONAL_PACKAGES = {
     "triton": ("triton", "kernels"),
@@ -32,10 +34,6 @@ OPTIONAL_PACKAGES = {
 
 #: What `hf-effi env` and the model card report, and what the contract tests ran against.
 CORE_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
-
-
-class MissingPackageError(ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
 
 
 def version_of(distribution: str) -> str | None:

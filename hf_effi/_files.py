@@ -18,12 +18,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from .errors import BrokenFileError
+
 #: How the names of our files in a checkpoint begin. They continue a training and are no part of the model.
 CHECKPOINT_PREFIXES = ("effi_", "hf_effi_")
-
-
-class StateFileError(ValueError):
-    """A state file of a checkpoint is missing, damaged, of a newer version, or cannot be written."""
 
 
 def save_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -105,7 +103,7 @@ def state_bytes(state: Any, whose: str) -> bytes:
         whose (`str`): Names the state in the error.
 
     Raises:
-        StateFileError: it holds something else, which a resume would refuse to load.
+        ValueError: it holds something else, which a resume would refuse to load.
     """
     import torch
 
@@ -114,7 +112,7 @@ def state_bytes(state: Any, whose: str) -> bytes:
         torch.save(state, buffer)
         torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle raises what it likes
-        raise StateFileError(
+        raise ValueError(
             f"The state of {whose} cannot be stored in a checkpoint: {_first_line(error)} Return tensors, "
             "numbers, strings, None, and lists, tuples and dicts of them (array.tolist() or torch.from_numpy(array) "
             "in place of a numpy array)."
@@ -141,7 +139,7 @@ def load_state(path: str | Path, map_location: Any = "cpu") -> Any:
     Return what [`save_state`] or [`state_bytes`] stored. Nothing in the file is run.
 
     Raises:
-        StateFileError: there is no such file, or it is damaged.
+        BrokenFileError: there is no such file, or it is damaged.
     """
     import torch
 
@@ -150,7 +148,7 @@ def load_state(path: str | Path, map_location: Any = "cpu") -> Any:
     except FileNotFoundError:
         raise missing_file(path) from None
     except Exception as error:  # a torn archive, a pickle of something else
-        raise StateFileError(
+        raise BrokenFileError(
             f"{path} is damaged or not a state of hf_effi ({_first_line(error)}). Resume from another checkpoint."
         ) from error
 
@@ -160,7 +158,7 @@ def load_json(path: str | Path) -> Any:
     Return what [`save_json`] stored.
 
     Raises:
-        StateFileError: there is no such file, or it is damaged.
+        BrokenFileError: there is no such file, or it is damaged.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -168,7 +166,7 @@ def load_json(path: str | Path) -> Any:
         raise missing_file(path) from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
-        raise StateFileError(f"{path} is damaged ({reason}). Resume from another checkpoint.") from error
+        raise BrokenFileError(f"{path} is damaged ({reason}). Resume from another checkpoint.") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -176,10 +174,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def missing_file(path: str | Path) -> StateFileError:
+def missing_file(path: str | Path) -> BrokenFileError:
     """Return the error that says that a checkpoint has lost a file."""
     path = Path(path)
-    return StateFileError(
+    return BrokenFileError(
         f"{path.parent} has no {path.name}, which was written with it: the checkpoint was copied or uploaded in part. "
         "Copy the file too, or resume from another checkpoint."
     )

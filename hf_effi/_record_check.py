@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._untrusted import UntrustedFileError, is_number, load_json, shorten
+from ._untrusted import is_number, load_json, shorten
+from .errors import BrokenFileError
 
 #: a run of any trainer logs some hundred names
 _MOST_NAMES = 5000
@@ -31,13 +32,13 @@ def check_summary(run: Any, where: object, schema: int) -> dict[str, Any]:
         schema (`int`): The one that this version reads.
 
     Raises:
-        UntrustedFileError: it is no record of this schema; the message names the field.
+        BrokenFileError: it is no record of this schema; the message names the field.
     """
     if not isinstance(run, dict):
-        raise UntrustedFileError(f"{where} is damaged: it holds {type(run).__name__} and no mapping.")
+        raise BrokenFileError(f"{where} is damaged: it holds {type(run).__name__} and no mapping.")
     damaged = _complaint(where)
     if run.get("schema", schema) != schema:
-        raise UntrustedFileError(
+        raise BrokenFileError(
             f"{where} is of schema {shorten(run['schema'])}; this version of hf_effi reads {schema}. Upgrade hf_effi."
         )
     for names, kind in ((_TEXTS, str), (_MAPPINGS, dict), (_LISTS, list)):
@@ -73,7 +74,7 @@ def check_event(event: Any, segments: int, where: object) -> dict[str, Any]:
         segments (`int`): Segments that are known so far; an event may begin the next one.
 
     Raises:
-        UntrustedFileError: it is no event; the message names the field.
+        BrokenFileError: it is no event; the message names the field.
     """
     damaged = _complaint(where)
     if not isinstance(event, dict):
@@ -100,7 +101,7 @@ def check_state(state: Any, where: object) -> dict[str, Any]:
     Return a `trainer_state.json`, having checked its step, length and log history.
 
     Raises:
-        UntrustedFileError: it is no state of a Trainer; the message names the field.
+        BrokenFileError: it is no state of a Trainer; the message names the field.
     """
     check_history(state, where)
     for name in ("global_step", "max_steps"):
@@ -114,7 +115,7 @@ def check_history(state: Any, where: object) -> dict[str, Any]:
     Return a mapping with a `log_history`, having checked its entries.
 
     Raises:
-        UntrustedFileError: it holds no such list; the message names the field.
+        BrokenFileError: it holds no such list; the message names the field.
     """
     damaged = _complaint(where)
     if not isinstance(state, dict):
@@ -131,7 +132,7 @@ def load_trainer_state(checkpoint: str | Path) -> dict[str, Any]:
     Return the `trainer_state.json` of a checkpoint.
 
     Raises:
-        UntrustedFileError: it is damaged; the message names the file and the field.
+        BrokenFileError: it is damaged; the message names the file and the field.
         OSError: it cannot be read.
     """
     path = Path(checkpoint) / "trainer_state.json"
@@ -141,7 +142,7 @@ def load_trainer_state(checkpoint: str | Path) -> dict[str, Any]:
     return state
 
 
-Complaint = Callable[[str, Any, str], UntrustedFileError]
+Complaint = Callable[[str, Any, str], BrokenFileError]
 
 
 def check_log_entry(entry: Any, damaged: Complaint) -> None:
@@ -166,8 +167,8 @@ def check_totals(totals: Any, damaged: Complaint) -> None:
 
 
 def _complaint(where: object) -> Complaint:
-    def damaged(name: str, value: Any, wanted: str) -> UntrustedFileError:
-        return UntrustedFileError(f"{where} is damaged: its {name} is {shorten(value, 60)} and not {wanted}.")
+    def damaged(name: str, value: Any, wanted: str) -> BrokenFileError:
+        return BrokenFileError(f"{where} is damaged: its {name} is {shorten(value, 60)} and not {wanted}.")
 
     return damaged
 

@@ -20,7 +20,8 @@ from typing import Any
 from ._files import append_text, drop_link, save_json
 from ._record_check import check_event, check_summary
 from ._secrets import REDACTED, hide_in_text, is_secret_name
-from ._untrusted import UntrustedFileError, load_json
+from ._untrusted import load_json
+from .errors import BrokenFileError
 from .functional.probes import without_probes
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class RunStore:
         """Return the record that a resumed run goes on with; a damaged one is put aside, and a new one begins."""
         try:
             return read_run(self.folder) if (self.folder / SUMMARY).exists() else {}
-        except UntrustedFileError as error:
+        except BrokenFileError as error:
             logger.warning("The record of the run begins anew, and the old one is kept under a number: %s", error)
             self._put_aside()
             return {}
@@ -244,7 +245,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no record; the message says who writes one.
-        UntrustedFileError: a file of it is damaged; a `ValueError` that names the field.
+        BrokenFileError: a file of it is damaged; a `ValueError` that names the field.
     """
     place = record_folder(folder)
     if not (place / SUMMARY).is_file():

@@ -7,14 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .errors import BrokenFileError
+
 #: a configuration is a page or two; a record of a long run has a page for each segment
 LARGEST_YAML, LARGEST_JSON = 2**18, 2**26
 DEEPEST, MOST_VALUES = 50, 20_000
 _LARGEST_NUMBER = 1e30
-
-
-class UntrustedFileError(ValueError):
-    """A file is too large, nested too deeply, or not what it should be; the message is one sentence."""
 
 
 def shorten(value: Any, limit: int = 80) -> str:
@@ -52,13 +50,13 @@ def read_text(path: Path, largest: int) -> str:
     Return a text file of at most `largest` bytes; no more of it is ever read.
 
     Raises:
-        UntrustedFileError: it is larger.
+        BrokenFileError: it is larger.
         UnicodeDecodeError, OSError: it is no UTF-8, or cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(largest + 1)
     if len(content) > largest:
-        raise UntrustedFileError(f"{path} is larger than {largest:,} bytes, more than such a file has.")
+        raise BrokenFileError(f"{path} is larger than {largest:,} bytes, more than such a file has.")
     return content.decode("utf-8")
 
 
@@ -67,15 +65,15 @@ def parse_json(text: str, where: object) -> Any:
     Return the value of a JSON text.
 
     Raises:
-        UntrustedFileError: it is no JSON, or nested more than 50 deep.
+        BrokenFileError: it is no JSON, or nested more than 50 deep.
     """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error, 120)
-        raise UntrustedFileError(f"{where} is damaged: {reason}.") from None
+        raise BrokenFileError(f"{where} is damaged: {reason}.") from None
     if depth_of(value) > DEEPEST:
-        raise UntrustedFileError(f"{where} is damaged: it is nested more than {DEEPEST} deep.")
+        raise BrokenFileError(f"{where} is damaged: it is nested more than {DEEPEST} deep.")
     return value
 
 
@@ -84,13 +82,13 @@ def load_json(path: Path) -> Any:
     Return the value in a JSON file.
 
     Raises:
-        UntrustedFileError: it is no UTF-8, no JSON, nested too deeply, or larger than 64 MiB.
+        BrokenFileError: it is no UTF-8, no JSON, nested too deeply, or larger than 64 MiB.
         OSError: it cannot be read.
     """
     try:
         text = read_text(path, LARGEST_JSON)
     except UnicodeDecodeError:
-        raise UntrustedFileError(f"{path} is damaged: it is not UTF-8.") from None
+        raise BrokenFileError(f"{path} is damaged: it is not UTF-8.") from None
     return parse_json(text, path)
 
 
@@ -100,7 +98,7 @@ def stored_json(path: Path) -> dict[str, Any] | None:
     """
     try:
         value = load_json(path)
-    except (OSError, UntrustedFileError):
+    except (OSError, BrokenFileError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -143,13 +141,13 @@ def check_yaml(text: str, where: object) -> None:
     it.
 
     Raises:
-        UntrustedFileError: with the limit.
+        BrokenFileError: with the limit.
         yaml.YAMLError: it is no YAML.
     """
     import yaml
 
     if len(text) > LARGEST_YAML:
-        raise UntrustedFileError(f"{where} has {len(text):,} characters; at most {LARGEST_YAML:,} of YAML are read.")
+        raise BrokenFileError(f"{where} has {len(text):,} characters; at most {LARGEST_YAML:,} of YAML are read.")
     sizes: dict[str, int] = {}  # anchor -> values that an alias of it stands for
     open_nodes: list[tuple[str | None, int]] = []
     total = 0
@@ -157,7 +155,7 @@ def check_yaml(text: str, where: object) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, total))
             if len(open_nodes) > DEEPEST:
-                raise UntrustedFileError(f"{where} is nested more than {DEEPEST} deep.")
+                raise BrokenFileError(f"{where} is nested more than {DEEPEST} deep.")
             total += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_nodes.pop()
@@ -169,9 +167,7 @@ def check_yaml(text: str, where: object) -> None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in (anchor for anchor, _ in open_nodes):
-                raise UntrustedFileError(f"{where} has a value that holds itself (*{event.anchor[:40]}).")
+                raise BrokenFileError(f"{where} has a value that holds itself (*{event.anchor[:40]}).")
             total += sizes.get(event.anchor, 1)
         if total > MOST_VALUES:
-            raise UntrustedFileError(
-                f"{where} holds more than {MOST_VALUES:,} values, those of its aliases counted in."
-            )
+            raise BrokenFileError(f"{where} holds more than {MOST_VALUES:,} values, those of its aliases counted in.")

@@ -19,9 +19,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ._compat import MissingPackageError
 from ._version import __version__
 from .cli_train import EXIT_CODES, run_validate, train, without_upstream_notices
+from .errors import MissingPackageError
 
 #: `hf-effi plan <name>`: module with `add_arguments(parser)` and `run(args) -> int`, help, example. A new planner is
 #: one line here.
@@ -75,7 +75,7 @@ _DEMO_ENVIRONMENT = {
 }
 
 
-class UsageError(Exception):
+class _UsageError(Exception):
     """The command was called wrongly: printed as one line, exit code 2."""
 
 
@@ -127,7 +127,7 @@ def _describe(args: argparse.Namespace) -> int:
     except KeyError:
         known = [method.key for method in METHODS]
         near = difflib.get_close_matches(args.method, known, n=3, cutoff=0.4) or sorted(known)
-        raise UsageError(f"unknown method {args.method!r}. Nearest known: {', '.join(near)}.") from None
+        raise _UsageError(f"unknown method {args.method!r}. Nearest known: {', '.join(near)}.") from None
     source = f"{method.paper} (arXiv:{method.paper_id})" if method.paper_id else method.paper
     if args.json:
         print(json.dumps({**dataclasses.asdict(method), "card": method.card}, indent=2))
@@ -169,10 +169,10 @@ def _draw_schedule(schedule_class: type) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     if args.seeds < 1:
-        raise UsageError(f"--seeds must be at least 1, got {args.seeds}.")
+        raise _UsageError(f"--seeds must be at least 1, got {args.seeds}.")
     if args.steps is not None and (args.steps < 4 or args.steps % 4):
         # Arms are compared at an evaluation, which comes every 4 steps (DemoSettings.eval_every_steps).
-        raise UsageError(f"--steps must be a positive multiple of 4, got {args.steps}.")
+        raise _UsageError(f"--steps must be a positive multiple of 4, got {args.steps}.")
     from ._compat import require
 
     # Asked for now, not after ten minutes of training.
@@ -188,7 +188,7 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         choose_arms(arms)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise _UsageError(str(error)) from None
     from .demo.command import main as run
 
     try:
@@ -212,7 +212,7 @@ def _accelerate_config(args: argparse.Namespace) -> int:
     try:
         path = accelerate_config(args.kind, args.num_gpus)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise _UsageError(str(error)) from None
     print(json.dumps({"kind": args.kind, "num_gpus": args.num_gpus, "path": path}) if args.json else path)
     return 0
 
@@ -369,10 +369,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train(arguments[0], arguments[1:])
         args, unknown = build_parser(arguments).parse_known_args(arguments)
         if unknown:
-            raise UsageError(f"unknown argument {unknown[0]}. `{name} --help` lists what it takes.")
+            raise _UsageError(f"unknown argument {unknown[0]}. `{name} --help` lists what it takes.")
         with without_upstream_notices(set()):
             return args.run(args)
-    except UsageError as error:
+    except _UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except MissingPackageError as error:

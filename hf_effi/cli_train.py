@@ -24,6 +24,7 @@ from typing import Any
 from ._untrusted import one_line
 from .cli_resolve import missing_of, resolve
 from .cli_yaml import problems_of_keys, read_config
+from .errors import HubRefusedError
 
 EXIT_CODES = "exit codes: 0 done, 1 it failed (the reason is on stderr), 2 it was called wrongly"
 #: command -> TRL's script, our config, our trainer, the trainer it stands for
@@ -290,7 +291,6 @@ def _while_training(error: BaseException) -> bool:
 
 def _reason(error: Exception, script: str, asked: str) -> str | None:
     """Return in one sentence why training did not begin, or `None` where the traceback says more."""
-    from .hub.uploads import HubRefusedError
 
     text = " ".join(str(error).split())
     if isinstance(error, (OSError, HubRefusedError)):

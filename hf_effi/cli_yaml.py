@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ._run_record import redact
-from ._untrusted import LARGEST_YAML, UntrustedFileError, check_yaml, is_number, one_line, read_text, shorten
+from ._untrusted import LARGEST_YAML, check_yaml, is_number, one_line, read_text, shorten
+from .errors import BrokenFileError
 
 #: more sentences than this help nobody
 _MOST_PROBLEMS = 20
@@ -46,7 +47,7 @@ def read_config(path: str) -> tuple[Any, str | None]:
         return yaml.safe_load(text), None
     except OSError as error:
         return None, f"{path}: {error.strerror}."
-    except UntrustedFileError as error:
+    except BrokenFileError as error:
         return None, str(error)
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, one_line(error.problem or error.context, 120)

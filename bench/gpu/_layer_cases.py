@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.gpu._measure import Bench, Figures, optional
 from bench.prototypes.sparse_24 import transposable_mask
-from hf_effi.kernels import FusedLoRALinear, LowBitLoRALinear, PatchError, TiledMLP, patch
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import FusedLoRALinear, LowBitLoRALinear, TiledMLP, patch
 from hf_effi.kernels.gated_product import (
     gated_product,
     gated_product_backward,
@@ -104,7 +105,7 @@ def _low_bit_models(bench: Bench, peft: Any) -> dict[str, nn.Module]:
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
         try:
             patch(model, {"LoRALinear": LowBitLoRALinear(name) if name in ("fp8", "int8") else FusedLoRALinear()})
-        except PatchError as error:
+        except RefusedError as error:
             bench.skip("low_bit_lora", name, str(error))
             continue
         found[name] = model

@@ -9,8 +9,6 @@ from .._faces import face
 #: public name -> module that defines it
 _PUBLIC = {
     "AttentionPattern": "hf_effi.functional.segment_attention",
-    "SharedPrefixError": "hf_effi.functional.shared_prefix",
-    "VarlenAttentionError": "hf_effi.attention.varlen_masks",
     "check_shared_prefix": "hf_effi.attention.shared_prefix",
     "check_varlen_attention": "hf_effi.attention.varlen",
     "merge_attention": "hf_effi.attention.merge",
@@ -22,7 +20,6 @@ _PUBLIC = {
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from ..functional.segment_attention import AttentionPattern as AttentionPattern
-    from ..functional.shared_prefix import SharedPrefixError as SharedPrefixError
     from ..functional.shared_prefix import plan_shared_prefix as plan_shared_prefix
     from .merge import merge_attention as merge_attention
     from .shared_prefix import check_shared_prefix as check_shared_prefix
@@ -30,6 +27,5 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .varlen import check_varlen_attention as check_varlen_attention
     from .varlen import register_varlen_attention as register_varlen_attention
     from .varlen import set_attention_patterns as set_attention_patterns
-    from .varlen_masks import VarlenAttentionError as VarlenAttentionError
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 from transformers import PretrainedConfig
 
 from .._compat import import_module_or_none
+from ..errors import RefusedError
 from ..functional.partial_attention import partial_attention, partial_attention_backward
 from ..functional.segment_attention import AttentionPattern
-from ..functional.shared_prefix import PrefixSegments, SharedPrefixError, plan_shared_prefix
+from ..functional.shared_prefix import PrefixSegments, plan_shared_prefix
 from ..patching import (
     Results,
     call,
@@ -90,25 +91,25 @@ def check_shared_prefix(model: Any) -> None:
         model (`PreTrainedModel`): Or one that wraps it and has its attributes.
 
     Raises:
-        SharedPrefixError: another attention implementation, one that does not hand arguments to its attention, sparse
+        RefusedError: another attention implementation, one that does not hand arguments to its attention, sparse
             patterns, a router's loss, random numbers in training, or results that differ, with the measured
             difference.
     """
     if not getattr(model, "_supports_attention_backend", False):
-        raise SharedPrefixError(
+        raise RefusedError(
             f"{type(model).__name__} is not a transformers model that hands the arguments of a call to its attention."
         )
     check_config(model.config)
     drawn = remembered(model, "draws", lambda: draws_random_numbers(model))
     if drawn.looked and not drawn.equal:
-        raise SharedPrefixError(
+        raise RefusedError(
             f"Completions of a prompt would share its random numbers: {drawn}. Set dropout and noise to 0; settings "
             f"of that name: {named_draws(model)}."
         )
     found = remembered(model, "shared prefix", lambda: compare(model, _one_by_one, _sharing))
     if not found.equal:
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES
-        raise SharedPrefixError(
+        raise RefusedError(
             f"{type(model).__name__} does not give the results of separate rows where they share a prompt: {found}."
             f"{f' Its layers of type {sorted(kinds)} may carry a state along the row.' if kinds else ''}"
         )
@@ -155,14 +156,14 @@ def check_config(config: PretrainedConfig) -> None:
     """Do what [`check_shared_prefix`] does, as far as the config says: what may be changed between two batches."""
     text = config.get_text_config()
     if text._attn_implementation != VARLEN_ATTENTION:
-        raise SharedPrefixError(
+        raise RefusedError(
             f"attn_implementation={text._attn_implementation!r} would not see the shared prompt: call "
             "model.set_attn_implementation(register_varlen_attention())."
         )
     if any(getattr(text, PATTERNS_FIELD, None) or ()):
-        raise SharedPrefixError("The model has sparse attention patterns, which a shared prefix does not follow.")
+        raise RefusedError("The model has sparse attention patterns, which a shared prefix does not follow.")
     if getattr(text, "output_router_logits", False):
-        raise SharedPrefixError("output_router_logits=True: a shared prompt would count once in the router's loss.")
+        raise RefusedError("output_router_logits=True: a shared prompt would count once in the router's loss.")
 
 
 def _forward(
@@ -180,7 +181,7 @@ def _forward(
 ) -> Tensor:
     """Take `(1, heads, length, head_dim)` and return `(1, length, heads, head_dim)`; part of `hf_effi_varlen`."""
     if cu_seq_lens is None:
-        raise SharedPrefixError(f"{name}: a shared prefix without cu_seq_lens_q, which says where branches begin.")
+        raise ValueError(f"{name}: a shared prefix without cu_seq_lens_q, which says where branches begin.")
     _check_call(name, query, key, cu_seq_lens, prefix)
     _check_layer(name, causal, pattern, prefix)
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -194,9 +195,9 @@ def _forward(
 def _check_call(name: str, query: Tensor, key: Tensor, cu_seq_lens: Tensor, prefix: PrefixSegments) -> None:
     rows, _, tokens, _ = query.shape
     if rows != 1:
-        raise SharedPrefixError(f"{name}: rows that share a prompt come as one flat row, got a batch of {rows}.")
+        raise ValueError(f"{name}: rows that share a prompt come as one flat row, got a batch of {rows}.")
     if tokens != key.shape[2]:
-        raise SharedPrefixError(
+        raise ValueError(
             f"{name}: {tokens} queries and {key.shape[2]} keys. Shared prompts are for training and scoring: call the "
             "model without a cache."
         )
@@ -204,18 +205,16 @@ def _check_call(name: str, query: Tensor, key: Tensor, cu_seq_lens: Tensor, pref
     if cu_seq_lens.device.type == "cpu":
         laid_out = max(laid_out, int(cu_seq_lens[-1]))
     if laid_out > tokens:
-        raise SharedPrefixError(f"{name}: {laid_out} tokens were laid out, and the row has {tokens}. Was it cut?")
+        raise ValueError(f"{name}: {laid_out} tokens were laid out, and the row has {tokens}. Was it cut?")
 
 
 def _check_layer(name: str, causal: bool, pattern: AttentionPattern | None, prefix: PrefixSegments) -> None:
     if not causal:
-        raise SharedPrefixError(f"{name} attends in both directions, so a prompt depends on its completion.")
+        raise RefusedError(f"{name} attends in both directions, so a prompt depends on its completion.")
     if pattern is not None and (pattern.sink or pattern.stride):
-        raise SharedPrefixError(
-            f"{name} has a sparse pattern, which a shared prefix does not follow. Use full attention."
-        )
+        raise RefusedError(f"{name} has a sparse pattern, which a shared prefix does not follow. Use full attention.")
     if pattern is not None and pattern.window is not None and pattern.window < prefix.longest_context:
-        raise SharedPrefixError(
+        raise RefusedError(
             f"{name} sees a window of {pattern.window} tokens, and the longest prompt with its completion has "
             f"{prefix.longest_context}. Leave out longer rows, or do not share prompts."
         )
@@ -319,13 +318,13 @@ def varlen_operators() -> tuple[Any, Any]:
     Return torch's variable-length attention and its backward, which take and return the log-sum-exp.
 
     Raises:
-        SharedPrefixError: this torch has none, or one without grouped queries or a scale.
+        RefusedError: this torch has none, or one without grouped queries or a scale.
     """
     import_module_or_none("torch.nn.attention.varlen")  # registers them
     found = [getattr(torch.ops.torch_attn, name, None) for name in ("_varlen_attn", "_varlen_attn_backward")]
     needed = {"scale", "window_size", "enable_gqa"}, {"scale", "window_size"}
     if not all(op and names <= _argument_names(op) for op, names in zip(found, needed, strict=True)):
-        raise SharedPrefixError(
+        raise RefusedError(
             f"torch {torch.__version__} has no variable-length attention with scale, window and grouped queries, "
             "which sharing prompts needs on a GPU. Update torch."
         )

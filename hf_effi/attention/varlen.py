@@ -15,11 +15,12 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .._compat import CACHE_ARGUMENTS
+from ..errors import RefusedError
 from ..functional.segment_attention import AttentionPattern, segment_attention
-from ..functional.shared_prefix import PrefixSegments, SharedPrefixError
+from ..functional.shared_prefix import PrefixSegments
 from ..patching import call, is_sharded, looking, probing, tiny_tokens
 from ._varlen_probe import PATTERNS_FIELD
-from .varlen_masks import LEDGER, VARLEN_ATTENTION, Document, VarlenAttentionError, View, varlen_mask
+from .varlen_masks import LEDGER, VARLEN_ATTENTION, Document, View, varlen_mask
 
 _MAX_HEAD_DIM = 256
 
@@ -36,7 +37,7 @@ class _Segments(NamedTuple):
 
 
 def _unknown_prefix(*call: Any, **options: Any) -> torch.Tensor:
-    raise SharedPrefixError("A shared prefix: call hf_effi.attention.shared_prefix.check_shared_prefix(model) first.")
+    raise ValueError("A shared prefix: call hf_effi.attention.shared_prefix.check_shared_prefix(model) first.")
 
 
 _prefix_attention: Callable[..., torch.Tensor] = _unknown_prefix
@@ -81,7 +82,7 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
             `set_attn_implementation`; not sharded yet.
 
     Raises:
-        VarlenAttentionError: the class kept another attention, or never calls the one that it was given; weights are
+        RefusedError: the class kept another attention, or never calls the one that it was given; weights are
             sharded.
 
     Example:
@@ -94,13 +95,13 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
     configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "model_type")]
     names = sorted({str(getattr(config, "_attn_implementation", None)) for config in configs})
     if VARLEN_ATTENTION not in names:
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"{kind} computes its attention by {' and '.join(names) or 'itself'}, not by {VARLEN_ATTENTION}: "
             "transformers takes "
             "no other for classes that compute it in their own code. Leave packing and attention patterns out."
         )
     if is_sharded(model):
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"the weights of {kind} are sharded, so that it cannot be tried whether its layers call "
             f"{VARLEN_ATTENTION}. Check before the model is wrapped."
         )
@@ -109,12 +110,12 @@ def check_varlen_attention(model: torch.nn.Module) -> None:
         with looking(model, None, training=False, with_graph=False):
             call(model, tiny_tokens(model, 1, 4))
     except Exception as error:  # whatever a forward of somebody's model says
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"{kind} does not run on four tokens, so that it cannot be tried whether its layers call "
             f"{VARLEN_ATTENTION}: {type(error).__name__}: {error}"
         ) from error
     if LEDGER.calls == before:
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"{kind} was given {VARLEN_ATTENTION} and computes its attention in its own code, which never calls it. "
             "Documents that share a row would see each other. Use attn_implementation='eager', rows of their own, "
             "and no patterns."
@@ -133,11 +134,11 @@ def set_attention_patterns(model: Any, patterns: Sequence[AttentionPattern | Non
         patterns (`Sequence[AttentionPattern or None]`): One a layer; `None` is what the model does anyway.
 
     Raises:
-        VarlenAttentionError: not one pattern per layer.
+        ValueError: not one pattern per layer.
     """
     layers = model.config.get_text_config().num_hidden_layers
     if len(patterns) != layers:
-        raise VarlenAttentionError(f"{len(patterns)} patterns for {layers} layers: give one per layer.")
+        raise ValueError(f"{len(patterns)} patterns for {layers} layers: give one per layer.")
     model.set_attn_implementation(register_varlen_attention())
     stored = [None if pattern is None else pattern.as_dict() for pattern in patterns]
     setattr(model.config.get_text_config(), PATTERNS_FIELD, stored)
@@ -165,9 +166,9 @@ def varlen_attention_forward(
     head_dim)` out. With the arguments of [`PrefixSegments`], branches also attend to the prefix that they share.
 
     Raises:
-        SharedPrefixError: a shared prefix with a KV cache, several rows, a window that is too short, a sparse pattern.
-        VarlenAttentionError: dropout, soft-capped logits, learned sinks, a 4-D mask, attention weights as an output;
-            on CUDA fp32, or heads wider than 256.
+        RefusedError: dropout, soft-capped logits, learned sinks, a 4-D mask, attention weights as an output; on CUDA
+            fp32, or heads wider than 256; a shared prefix with a window that is too short or a sparse pattern.
+        ValueError: a shared prefix with a KV cache, padding or several rows, or boundaries that do not fit the tokens.
     """
     if probing():
         LEDGER.calls += 1
@@ -179,9 +180,7 @@ def varlen_attention_forward(
     if prefix is not None:
         name = type(module).__name__
         if attention_mask is not None:
-            raise SharedPrefixError(
-                f"{name}: rows that share a prompt have no padding, got an attention mask with zeros."
-            )
+            raise ValueError(f"{name}: rows that share a prompt have no padding, got an attention mask with zeros.")
         out = _prefix_attention(
             name,
             query,
@@ -222,22 +221,20 @@ def varlen_attention_forward(
 def _refuse(module: Any, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
     name = type(module).__name__
     if dropout:
-        raise VarlenAttentionError(
-            f"{name}: {VARLEN_ATTENTION} has no dropout, got {dropout}. Set attention_dropout=0."
-        )
+        raise RefusedError(f"{name}: {VARLEN_ATTENTION} has no dropout, got {dropout}. Set attention_dropout=0.")
     for argument, what in (("softcap", "soft-capped logits"), ("s_aux", "learned attention sinks")):
         if kwargs.get(argument) is not None:
-            raise VarlenAttentionError(f"{name}: {VARLEN_ATTENTION} has no {what}. Use attn_implementation='eager'.")
+            raise RefusedError(f"{name}: {VARLEN_ATTENTION} has no {what}. Use attn_implementation='eager'.")
     for argument in _arguments_of_others(type(module)):
         if kwargs.get(argument) is not None:
-            raise VarlenAttentionError(
+            raise RefusedError(
                 f"{name}: {VARLEN_ATTENTION} does not read {argument}, which the attention of this model is given. "
                 "Use attn_implementation='sdpa' or 'eager'."
             )
     if kwargs.get("output_attentions"):
-        raise VarlenAttentionError(f"{name}: attention weights are never formed. Use attn_implementation='eager'.")
+        raise RefusedError(f"{name}: attention weights are never formed. Use attn_implementation='eager'.")
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"{name}: got an attention mask of shape {tuple(attention_mask.shape)}; {VARLEN_ATTENTION} takes a "
             "padding mask of shape (batch, length). Use attn_implementation='sdpa'."
         )
@@ -282,12 +279,10 @@ def _check_masks(module: Any, view: View, segments: _Segments, *, batch: int, le
         ["plain"] + ["packed"] * (segments.bounds_q.numel() - 1 > batch) + ["padded"] * (segments.index_q is not None)
     )
     if problem := LEDGER.said(layouts):
-        raise VarlenAttentionError(
-            f"The model {problem}. Use attn_implementation='sdpa' or 'eager', and rows of their own."
-        )
+        raise RefusedError(f"The model {problem}. Use attn_implementation='sdpa' or 'eager', and rows of their own.")
     two_sided = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     if problem := LEDGER.problem(view, (length_q, length_k), longest, one_kind=two_sided):
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"{type(module).__name__} {problem}: {VARLEN_ATTENTION} would compute something else here. Use "
             "attn_implementation='sdpa' or 'eager'."
         )
@@ -299,7 +294,7 @@ def _check_reach(name: str, prefix: PrefixSegments) -> None:
     """
     reach = LEDGER.reach()
     if reach is not None and reach < prefix.longest_context:
-        raise SharedPrefixError(
+        raise RefusedError(
             f"{name} sees a window of {reach} tokens, and the longest prompt with its completion has "
             f"{prefix.longest_context}. Leave out longer rows, or do not share prompts."
         )
@@ -318,7 +313,7 @@ def _given_segments(tokens: int, bounds_q: Any, bounds_k: Any, max_q: int | None
     max_q = int(bounds_q.diff().max()) if max_q is None else int(max_q)
     max_k = int(bounds_k.diff().max()) if max_k is None else int(max_k)
     if bounds_q.device.type == "cpu" and int(bounds_q[-1]) != tokens:
-        raise VarlenAttentionError(f"cu_seq_lens_q ends at {int(bounds_q[-1])}, but the batch has {tokens} tokens.")
+        raise ValueError(f"cu_seq_lens_q ends at {int(bounds_q[-1])}, but the batch has {tokens} tokens.")
     return _Segments(bounds_q, bounds_k, max_q, max_k)
 
 
@@ -382,7 +377,7 @@ def _rows(
         steps = torch.arange(batch + 1, dtype=torch.int32, device=device)
         return _Segments(steps * length_q, steps * length_k, length_q, length_k)
     if attention_mask.shape[1] != length_k:
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"the padding mask has {attention_mask.shape[1]} columns for {length_k} keys: {VARLEN_ATTENTION} cannot "
             "read a static cache. Use a dynamic one, the default."
         )
@@ -437,12 +432,12 @@ def kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[to
     """Return the tensors in the dtype of autocast, if torch's kernel takes them."""
     q, k, v = in_autocast_dtype(q, k, v)
     if q.dtype not in (torch.bfloat16, torch.float16):
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"torch's variable-length attention takes bf16 and fp16, got {q.dtype}. Train with bf16=True, or load the "
             "model with dtype='bfloat16'."
         )
     if q.shape[-1] > _MAX_HEAD_DIM or v.shape[-1] != q.shape[-1]:
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"torch's variable-length attention takes heads of one width up to {_MAX_HEAD_DIM}, got {q.shape[-1]} for "
             f"queries and {v.shape[-1]} for values. Use attn_implementation='sdpa'."
         )
@@ -466,7 +461,7 @@ def _kernel_arguments(known: Iterable[str], window: tuple[int, int], groups: int
     elif window[0] == -1:
         arguments = {"is_causal": window[1] == 0}
     else:
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"varlen_attn of torch {torch.__version__} has no sliding window. Update torch, or use "
             "attn_implementation='sdpa'."
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 from transformers.utils import logging
 
+from ..errors import RefusedError
 from ..patching import Finding
 from ._varlen_probe import Layout, ask, packs_documents, problem_of, running_model
 
@@ -22,10 +23,6 @@ VARLEN_ATTENTION = "hf_effi_varlen"
 
 
 _OTHERS = "Use attn_implementation='sdpa' or 'eager'."
-
-
-class VarlenAttentionError(ValueError):
-    """The call asks for something that this attention does not do; the message names what does."""
 
 
 class View(NamedTuple):
@@ -126,7 +123,7 @@ class MaskLedger:
             # no mask, never comes to ask.
             alone = kind == "plain" and found is not None and found.looked and not found.equal
             if found is not None and (found.failed or alone):
-                raise VarlenAttentionError(f"The model {problem_of(found, kind)}. {_OTHERS}")
+                raise RefusedError(f"The model {problem_of(found, kind)}. {_OTHERS}")
 
     def said(self, layouts: Iterable[Layout]) -> str | None:
         """Return what the running model's own answers say against these layouts of a call, or `None`."""
@@ -221,7 +218,7 @@ def varlen_mask(
     What transformers calls to make a mask: notes which one is meant, and returns the padding mask, where there is any.
     """
     if indexer := _indexer_of(kwargs.get("config")):
-        raise VarlenAttentionError(
+        raise RefusedError(
             f"{indexer} says that the model chooses tokens by a mask that hf_effi_varlen does not build. Use "
             "attn_implementation='sdpa' or 'eager'."
         )

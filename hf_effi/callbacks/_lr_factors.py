@@ -12,7 +12,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional import metrics
-from ..functional.schedules import ScheduleError
 from ._turns import WRITE, TurnCallback, in_turn
 from .owners import Role
 
@@ -99,9 +98,7 @@ class LRFactorCallback(TurnCallback):
     @property
     def role(self) -> Role:
         """One factor of each name: a second one would share its entry in the checkpoint."""
-        return Role(
-            ("LR factor", self.factor), "Two callbacks multiply the LR by one rule", "Keep one.", ScheduleError
-        )
+        return Role(("LR factor", self.factor), "Two callbacks multiply the LR by one rule", "Keep one.")
 
     def multiplier(self, state: TrainerState, scheduler: LambdaLR) -> float:
         """Return what the scheduled LR of the update in progress is multiplied by."""

@@ -13,7 +13,7 @@ import torch
 
 from .._compat import require
 from ..checkpoint.snapshot import restore_rng, take_rng
-from ..functional.schedules import ScheduleError
+from ..errors import RefusedError
 from ..functional.schedules.adaptive import extrapolate_exponential
 
 #: what stands for the loss of a probe that broke
@@ -227,10 +227,10 @@ def _trainer_loss(trainer: Any, model: torch.nn.Module) -> float:
     for batch in trainer.get_eval_dataloader():
         loss, _, _ = trainer.prediction_step(model, batch, prediction_loss_only=True)
         if loss is None:
-            raise ScheduleError("An eval batch gives no loss, which AutoLRS needs. Put labels in the eval dataset.")
+            raise RefusedError("An eval batch gives no loss, which AutoLRS needs. Put labels in the eval dataset.")
         losses.append(float(loss.mean()))
     if not losses:
-        raise ScheduleError("The Trainer's eval_dataset is empty. Pass at least one batch, or evaluate=function.")
+        raise RefusedError("The Trainer's eval_dataset is empty. Pass at least one batch, or evaluate=function.")
     return sum(losses) / len(losses)
 
 

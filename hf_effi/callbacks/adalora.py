@@ -10,7 +10,8 @@ from peft.tuners.adalora import AdaLoraModel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from .._files import StateFileError, load_state
+from .._files import load_state
+from ..errors import BrokenFileError, RefusedError
 from ..functional import metrics
 from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
@@ -41,9 +42,10 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
             `AdaLoraConfig`, instead of raising when its `total_step` differs.
 
     Raises:
-        ValueError: the model has no trainable AdaLoRA adapter, `init_r` does not exceed `target_r`, `total_step` is
-            not the length of the run, a gradient is missing or sharded (DeepSpeed, FSDP), or a checkpoint has no state
-            of this callback.
+        ValueError: `init_r` does not exceed `target_r`, or `total_step` is not the length of the run.
+        RefusedError: the model has no trainable AdaLoRA adapter that is new, or a gradient is missing or sharded
+            (DeepSpeed, FSDP).
+        BrokenFileError: a checkpoint has no state of this callback.
 
     Example:
     ```python
@@ -83,7 +85,7 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if sharding_engine(args):
-            raise ValueError(
+            raise RefusedError(
                 "AdaLoRACallback reads gradients after the update, and DeepSpeed, FSDP and tensor parallelism have "
                 "freed or sharded them by then. Train with DDP or on one device."
             )
@@ -151,14 +153,14 @@ class AdaLoRACallback(TurnCallback, SideFileCallback):
 
     def _restore(self, path: Path) -> None:
         if not path.exists():
-            raise ValueError(
+            raise BrokenFileError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without AdaLoRACallback. Resume from a "
                 "folder in output_dir, or start a new run."
             )
         device = next(self._adapter.model.parameters()).device
         stored = load_state(path, device)
         if not isinstance(stored, dict) or stored.keys() != {*_AVERAGES, "pattern"}:
-            raise StateFileError(f"{path} is not a state of AdaLoRACallback. Resume from another checkpoint.")
+            raise BrokenFileError(f"{path} is not a state of AdaLoRACallback. Resume from another checkpoint.")
         self._pattern = stored.pop("pattern")
         for name, averages in stored.items():
             setattr(self._allocator, name, averages)
@@ -173,12 +175,12 @@ def adalora_of(model: Any) -> AdaLoraModel:
         method = (
             f"a PEFT model of type {base.__class__.__name__}" if hasattr(model, "peft_config") else "no PEFT model"
         )
-        raise ValueError(
+        raise RefusedError(
             f"AdaLoRACallback found {method} in {type(model).__name__}. Wrap the model with "
             "get_peft_model(model, AdaLoraConfig(...)), or drop the callback."
         )
     if not hasattr(base, "rankallocator"):
-        raise ValueError(
+        raise RefusedError(
             "The AdaLoRA adapter is frozen (inference_mode). Load it with is_trainable=True, or drop the callback."
         )
     return base
@@ -190,7 +192,7 @@ def check_plan(adapter: AdaLoraModel, max_steps: int, set_total_step: bool) -> N
     allocator = adapter.rankallocator
     present = sum(p.size(0) for n, p in adapter.model.named_parameters() if f"lora_A.{allocator.adapter_name}" in n)
     if present != allocator.init_bgt:
-        raise ValueError(
+        raise RefusedError(
             f"The adapter holds {present} ranks and its config starts from {allocator.init_bgt}: it has been reduced "
             "already. Start from a new AdaLoraConfig, or train it further without AdaLoRACallback."
         )
@@ -219,7 +221,7 @@ def check_gradients(adapter: AdaLoraModel) -> None:
     for name, weight in adapter.model.named_parameters():
         if "lora_" in name and mark in name and (weight.grad is None or isinstance(weight.grad, DTensor)):
             state = "no gradient" if weight.grad is None else "a sharded gradient"
-            raise ValueError(
+            raise RefusedError(
                 f"{name} has {state} after the update, so AdaLoRA cannot score it. With DeepSpeed or FSDP use DDP "
                 "instead; otherwise leave modules that the forward pass does not use out of target_modules."
             )

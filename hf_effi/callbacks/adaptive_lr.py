@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
+from ..errors import RefusedError
 from ..functional.kept_arguments import keeps_arguments
-from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number
 from ..functional.schedules.adaptive import AccuracyGradient, GradientSNR, Hypergradient
 from ._engines import sharding_engine
@@ -68,7 +68,7 @@ class HypergradientCallback(SideFileCallback, _RuleCallback):
         kappa, limit, step_limit: See [`Hypergradient`].
 
     Raises:
-        ScheduleError: parameters are sharded (FSDP, DeepSpeed), where a rank sees only a part of the update.
+        ValueError: parameters are sharded (FSDP, DeepSpeed), where a rank sees only a part of the update.
     """
 
     factor = "hypergradient"
@@ -136,7 +136,8 @@ class AccuracyGradientCallback(_RuleCallback):
         kwargs: See [`AccuracyGradient`].
 
     Raises:
-        ScheduleError: no evaluation is set up, or an evaluation has no such metric.
+        RefusedError: no evaluation is set up.
+        ValueError: an evaluation has no such metric.
     """
 
     factor = "accuracy_gradient"
@@ -145,9 +146,7 @@ class AccuracyGradientCallback(_RuleCallback):
     def __init__(self, metric: str = "eval_accuracy", min_lr: float = 1e-6, **kwargs: Any) -> None:
         check_number("min_lr", min_lr, 0.0, math.inf)
         if not isinstance(metric, str):
-            raise ScheduleError(
-                f"metric={metric!r} is not a name. Pass that of an evaluation's output: 'eval_accuracy'."
-            )
+            raise ValueError(f"metric={metric!r} is not a name. Pass that of an evaluation's output: 'eval_accuracy'.")
         super().__init__(AccuracyGradient(**kwargs))
         self.metric, self.min_lr = metric, min_lr
 
@@ -159,7 +158,7 @@ class AccuracyGradientCallback(_RuleCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
-            raise ScheduleError("AccuracyGradientCallback acts on evaluations. Set eval_strategy='steps' or 'epoch'.")
+            raise RefusedError("AccuracyGradientCallback acts on evaluations. Set eval_strategy='steps' or 'epoch'.")
         super().on_train_begin(args, state, control, **kwargs)
 
     @outside_probes
@@ -167,7 +166,7 @@ class AccuracyGradientCallback(_RuleCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         if self.metric not in metrics:
-            raise ScheduleError(f"The evaluation has no {self.metric!r}. It has: {', '.join(sorted(metrics))}.")
+            raise ValueError(f"The evaluation has no {self.metric!r}. It has: {', '.join(sorted(metrics))}.")
         self.rule.push(float(metrics[self.metric]))
         state.stateful_callbacks[self.key] = self.rule.state_dict()
 
@@ -183,7 +182,7 @@ class GradientSNRCallback(_RuleCallback):
         memory, lowest: See [`GradientSNR`].
 
     Raises:
-        ScheduleError: `gradient_accumulation_steps` below 3; sharded gradients (FSDP, DeepSpeed).
+        RefusedError: `gradient_accumulation_steps` below 3; sharded gradients (FSDP, DeepSpeed).
     """
 
     factor = "gradient_snr"
@@ -199,7 +198,7 @@ class GradientSNRCallback(_RuleCallback):
     ) -> None:
         refuse_sharded(args, "GradientSNRCallback")
         if args.gradient_accumulation_steps < 3:
-            raise ScheduleError(
+            raise RefusedError(
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} gives no two halves of a batch. "
                 "GradientSNRCallback needs at least 3 micro-batches."
             )
@@ -242,7 +241,7 @@ def refuse_sharded(args: TrainingArguments, who: str) -> None:
     Refuse a run in which a rank holds only a part of the parameters.
 
     Raises:
-        ScheduleError: FSDP, DeepSpeed or tensor parallelism is on.
+        RefusedError: FSDP, DeepSpeed or tensor parallelism is on.
     """
     if engine := sharding_engine(args):
-        raise ScheduleError(f"{who} needs whole parameters on each rank, not the shards of {engine}. Use DDP.")
+        raise RefusedError(f"{who} needs whole parameters on each rank, not the shards of {engine}. Use DDP.")

@@ -14,10 +14,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._compat import require
 from .._files import load_state
 from ..checkpoint.snapshot import copy_weights, restore_snapshot, take_snapshot
+from ..errors import BrokenFileError, MismatchError, RefusedError
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.options import refuse_idle
 from ..functional.probes import is_probed
-from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number, check_steps
 from ._lr_factors import LRFactorCallback
 from ._lr_search import (
@@ -67,10 +67,12 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
         validation (`bool`, *optional*, defaults to `True`): `False` judges probes by the training loss to the end.
 
     Raises:
-        ImportError: scikit-learn or scipy is not installed (`pip install 'hf_effi[adaptive]'`).
-        ScheduleError: sharded parameters, no validation loss, a schedule in the training arguments, a run too short
-            for one search, every probe of a search broke, a resume inside a search on another number of processes, a
-            bad value.
+        MissingPackageError: scikit-learn or scipy is not installed (`pip install 'hf_effi[adaptive]'`).
+        ValueError: a bad value, or a run too short for one search.
+        RefusedError: sharded parameters, no validation loss, a schedule in the training arguments, or every probe of a
+            search broke.
+        MismatchError: a checkpoint without a search, or a resume inside of one on another number of processes.
+        BrokenFileError: the weights before a search are missing.
     """
 
     role = LEARNING_RATE
@@ -97,14 +99,12 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
         check_number("kappa", kappa, 0.0, math.inf)
         check_steps("seed", seed, 0)
         if evaluate is not None and not callable(evaluate):
-            raise ScheduleError(
-                f"evaluate={evaluate!r} is not a function. Pass one from a model to its loss, or None."
-            )
+            raise ValueError(f"evaluate={evaluate!r} is not a function. Pass one from a model to its loss, or None.")
         if evaluate is not None and not validation:
-            raise ScheduleError("evaluate= would never be called with validation=False. Drop one of the two.")
+            raise ValueError("evaluate= would never be called with validation=False. Drop one of the two.")
         needs = "with two or more probes"
-        refuse_idle("kappa", kappa, 2.0, probes > 1, needs, ScheduleError)
-        refuse_idle("evaluate", evaluate, None, probes > 1, needs, ScheduleError)
+        refuse_idle("kappa", kappa, 2.0, probes > 1, needs)
+        refuse_idle("evaluate", evaluate, None, probes > 1, needs)
         for package in ("sklearn.gaussian_process", "scipy.interpolate"):
             require(package, "AutoLRS")
         self.low, self.high, self.probes, self.kappa, self.seed = low, high, probes, kappa, seed
@@ -149,16 +149,17 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
         it.
 
         Raises:
-            ScheduleError: the Trainer has no eval dataset or a dictionary of several, or `evaluate` was given as well.
+            RefusedError: the Trainer has no eval dataset or a dictionary of several.
+            ValueError: it would be ignored, as where `evaluate` was given.
         """
         if self._source is not None or not self._validates:
-            raise ScheduleError(
+            raise ValueError(
                 "use_eval_dataset would be ignored beside evaluate=, validation=False or probes=1. Drop one of the "
                 "two."
             )
         dataset = getattr(trainer, "eval_dataset", None)
         if dataset is None or isinstance(dataset, dict):
-            raise ScheduleError(
+            raise RefusedError(
                 f"AutoLRSCallback needs one eval_dataset, the Trainer has {'a dictionary' if dataset else 'none'}. "
                 "Pass eval_dataset= to the Trainer, or evaluate= to AutoLRSCallback."
             )
@@ -177,19 +178,19 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
         super().on_train_begin(args, state, control, **kwargs)
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         if kind != "constant" or args.warmup_steps:
-            raise ScheduleError(
+            raise RefusedError(
                 f"AutoLRSCallback sets the LR, but lr_scheduler_type={kind!r} and warmup_steps={args.warmup_steps}. "
                 "Use lr_scheduler_type='constant' and warmup_steps=0."
             )
         refuse_schedule(state, kwargs["lr_scheduler"])
         if self._validates and self._source is None:
-            raise ScheduleError(
+            raise RefusedError(
                 "AutoLRSCallback judges probes by the validation loss once stages have max_stage_steps="
                 f"{self.max_stage_steps} updates, and has none. Pass evaluate=function, call "
                 "use_eval_dataset(trainer), or stay with the training loss: validation=False."
             )
         if not args.logging_nan_inf_filter and self.probes > 1:
-            raise ScheduleError(
+            raise RefusedError(
                 "logging_nan_inf_filter=False: a probe may break, and the Trainer would log NaN for every later "
                 "update, since it resets its sum of losses by subtraction. Leave it at True."
             )
@@ -224,14 +225,14 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if STATE_KEY not in state.stateful_callbacks:
-            raise ScheduleError(
+            raise MismatchError(
                 f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback; its search cannot "
                 "go on. Start from its weights in a new run."
             )
         self.progress = state.stateful_callbacks[STATE_KEY]
         until = self.progress.get("step", state.global_step)
         if until != state.global_step:
-            raise ScheduleError(
+            raise MismatchError(
                 f"The checkpoint at step {state.global_step} was trained without AutoLRSCallback since update "
                 f"{until}; its search cannot go on. Start from its weights in a new run."
             )
@@ -239,13 +240,13 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
             # In the middle of a search the weights to go back to are not those of the checkpoint.
             trained, file = self.progress["world_size"], self.side_path(args, state)
             if trained != args.world_size:
-                raise ScheduleError(
+                raise MismatchError(
                     f"The checkpoint at step {state.global_step} lies inside a search on {trained} processes, each "
                     f"with its own random numbers to go back to; this run has {args.world_size}. Resume on {trained}, "
                     "or from a checkpoint between two searches."
                 )
             if not file.is_file():
-                raise ScheduleError(
+                raise BrokenFileError(
                     f"The checkpoint at step {state.global_step} lies inside a search, and {file} with the weights "
                     "before it is missing. Resume with the output_dir that the checkpoint was written to."
                 )
@@ -272,7 +273,7 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
     ) -> None:
         super().on_step_end(args, state, control, **kwargs)
         if not self._micro:
-            raise ScheduleError("The model returns no loss, which AutoLRS needs. Pass labels in the batch.")
+            raise RefusedError("The model returns no loss, which AutoLRS needs. Pass labels in the batch.")
         progress = self.progress
         progress["done"] += 1
         if progress["phase"] == "probe":
@@ -338,7 +339,7 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
         stage, first = progress["stage_steps"], progress["lr"] is None
         search, run_steps, keeps = share_stage(state.max_steps - state.global_step, stage, self.probes, first)
         if first and run_steps <= 0:
-            raise ScheduleError(
+            raise ValueError(
                 f"max_steps={state.max_steps} is not enough for one search of {search} updates and a stage after it. "
                 f"Train longer, or lower stage_steps={stage}, of which a search takes as much."
             )
@@ -366,7 +367,7 @@ class AutoLRSCallback(LRFactorCallback, SideFileCallback):
             return
         lr, loss = min(progress["tried"], key=lambda pair: pair[1])
         if loss >= BROKEN:
-            raise ScheduleError(
+            raise RefusedError(
                 f"Every probe from {self.low} to {self.high} ended with a loss that is not finite. Lower `low` and "
                 "`high`, or look for NaN in the data or the weights."
             )
@@ -394,11 +395,11 @@ def refuse_schedule(state: TrainerState, scheduler: LambdaLR) -> None:
     Refuse a scheduler of the user that moves the LR beside the search.
 
     Raises:
-        ScheduleError: its multiplier is not 1 at one of about a hundred updates, up to the end of the run.
+        RefusedError: its multiplier is not 1 at one of about a hundred updates, up to the end of the run.
     """
     steps = range(state.global_step, state.max_steps, max(1, (state.max_steps - state.global_step) // 100))
     if not all(multiplier(step) == 1 for multiplier in scheduler.lr_lambdas for step in steps):
-        raise ScheduleError(
+        raise RefusedError(
             "AutoLRSCallback searches the LR of each stage, and the scheduler in `optimizers` moves it as well, in "
             "probes too. Pass (optimizer, None), or drop AutoLRSCallback."
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
 from ..functional.doctor import TRAIN_RULES, diagnose
 from ..functional.doctor_grpo import GRPO_RULES
 from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimits
@@ -203,7 +204,7 @@ class GRPODoctor(TrainDoctor):
         say (`Callable[[str], None]`, *optional*): As in [`TrainDoctor`].
 
     Raises:
-        ValueError: the trainer is not one of GRPO.
+        RefusedError: the trainer is not one of GRPO.
 
     Example:
     ```python
@@ -217,7 +218,7 @@ class GRPODoctor(TrainDoctor):
 
     def check(self, args: Any) -> None:
         if not hasattr(args, "max_completion_length") or not hasattr(args, "beta"):
-            raise ValueError(
+            raise RefusedError(
                 f"GRPODoctor found a {type(args).__name__}, which is no GRPO config. Use TrainDoctor() with this "
                 "trainer."
             )

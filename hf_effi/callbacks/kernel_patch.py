@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
 from ..functional.kept_arguments import keeps_arguments
-from ..kernels import KernelPatchHandle, PatchError, patch
+from ..kernels import KernelPatchHandle, patch
 from .patch import PatchCallback
 
 
@@ -18,7 +19,7 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
     Raise where the Trainer would use `nn.DataParallel`, whose replicas would call the functions of the first one.
     """
     if args.n_gpu > 1:
-        raise PatchError(
+        raise RefusedError(
             f"{args.n_gpu} devices in one process: nn.DataParallel copies a patched module with the original's "
             "weights. Start one process per device (torchrun, accelerate launch), or make one device visible."
         )
@@ -39,7 +40,7 @@ class KernelPatchCallback(PatchCallback):
         handle ([`~hf_effi.kernels.KernelPatchHandle`]): The last patch, to be printed; also when it is reverted.
 
     Raises:
-        PatchError: as [`~hf_effi.patch`], when the Trainer is built; or several devices in one process.
+        RefusedError: as [`~hf_effi.patch`], when the Trainer is built; or several devices in one process.
 
     Example:
     ```python

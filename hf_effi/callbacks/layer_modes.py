@@ -10,9 +10,10 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..errors import RefusedError
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.layer_plan import plan_layer_modes
-from ..memory.layer_modes import LayerModeError, LayerModes, decoder_layers
+from ..memory.layer_modes import LayerModes, decoder_layers
 from ..memory.layer_profile import LayerProbe, measure_copy_bandwidth
 from ..patching import sharded_by_zero3
 from .owners import OwningCallback, Role
@@ -28,7 +29,6 @@ class _LayerModesCallback(OwningCallback):
         "Two callbacks want to decide what the layers keep",
         "Use one callback for the modes of all layers: MemoryBudgetCallback mixes keeping, selecting, checkpointing "
         "and offloading.",
-        LayerModeError,
     )
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class _LayerModesCallback(OwningCallback):
 
 def _refuse_other_offload(args: TrainingArguments) -> None:
     if getattr(args, "activation_offloading", False):
-        raise LayerModeError(
+        raise RefusedError(
             "activation_offloading=True (TRL) takes every saved tensor to the host itself. Set it to False, or drop "
             "this callback."
         )
@@ -77,8 +77,8 @@ class ActivationOffloadCallback(_LayerModesCallback):
             pass needs them at once.
 
     Raises:
-        LayerModeError: gradient checkpointing is off or reentrant, `keep_last` is not below the number of layers, or
-            something else offloads already.
+        RefusedError: gradient checkpointing is off or reentrant, or something else offloads already.
+        ValueError: `keep_last` is not below the number of layers.
 
     Example:
     ```python
@@ -97,7 +97,7 @@ class ActivationOffloadCallback(_LayerModesCallback):
     def _make(self, model: torch.nn.Module) -> LayerModes:
         count = len(decoder_layers(model))
         if self.keep_last >= count:
-            raise LayerModeError(
+            raise ValueError(
                 f"keep_last={self.keep_last} leaves none of the {count} layers to offload. Allowed: 0 to {count - 1}."
             )
         return LayerModes(model, ["offload"] * (count - self.keep_last) + ["checkpoint"] * self.keep_last)
@@ -123,7 +123,7 @@ class SelectiveCheckpointCallback(_LayerModesCallback):
             `torch.ops.aten.mm.default`.
 
     Raises:
-        LayerModeError: gradient checkpointing is off or reentrant, or sets a `context_fn` of its own.
+        RefusedError: gradient checkpointing is off or reentrant, or sets a `context_fn` of its own.
 
     Example:
     ```python
@@ -158,7 +158,7 @@ class MemoryBudgetCallback(_LayerModesCallback):
             bandwidth first.
 
     Raises:
-        LayerModeError: gradient checkpointing is off or reentrant; parameters are sharded (FSDP, ZeRO-3), so that a
+        RefusedError: gradient checkpointing is off or reentrant; parameters are sharded (FSDP, ZeRO-3), so that a
             layer cannot be run on its own.
         ValueError: no plan fits; the message says how much the smallest one needs.
 
@@ -187,7 +187,7 @@ class MemoryBudgetCallback(_LayerModesCallback):
     ) -> None:
         weights = list(kwargs["model"].parameters())
         if any(isinstance(p, DTensor) for p in weights) or sharded_by_zero3(weights):
-            raise LayerModeError(
+            raise RefusedError(
                 "MemoryBudgetCallback runs single layers to measure them, which sharded parameters (FSDP, ZeRO-3, "
                 "tensor parallelism) do not allow. Use ActivationOffloadCallback or SelectiveCheckpointCallback."
             )

@@ -11,14 +11,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import MismatchError, RefusedError
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.options import refuse_idle
 from ..functional.schedules import (
     Followed,
     Schedule,
-    ScheduleError,
     ScheduleLR,
-    ScheduleMismatchError,
     apply_momentum,
     apply_multiplier,
     check_storable,
@@ -36,7 +35,6 @@ LEARNING_RATE = Role(
     "learning rate",
     "Two schedules want to set the LR",
     "Keep one; join() and scale() make one schedule of several.",
-    ScheduleError,
 )
 #: schedulers that something else owns, by class name: the classes live in optional packages
 _DEEPSPEED = ("DeepSpeedSchedulerWrapper", "DummyScheduler")
@@ -74,10 +72,11 @@ class LRScheduleCallback(OwningCallback):
         followed ([`Followed`]): What the last training followed; `None` before the first.
 
     Raises:
-        ScheduleError: the scheduler belongs to DeepSpeed, is driven by a metric or by layer, the run has another
-            length than the schedule, the arguments or another callback ask for a second schedule, or a schedule of
-            your own that a checkpoint cannot hold.
-        ScheduleMismatchError: see `on_mismatch`.
+        RefusedError: the scheduler belongs to DeepSpeed, is driven by a metric or by layer, or the arguments or
+            another callback ask for a second schedule.
+        ValueError: the run has another length than the schedule, or a schedule of your own that a checkpoint cannot
+            hold.
+        MismatchError: see `on_mismatch`.
 
     Example:
     ```python
@@ -106,15 +105,15 @@ class LRScheduleCallback(OwningCallback):
         counter: Callable[[], float] | None = None,
     ) -> None:
         if not isinstance(schedule, Schedule):
-            raise ScheduleError(
+            raise ValueError(
                 f"schedule={schedule!r} is not a Schedule. Pass one of hf_effi.functional.schedules, e.g. wsd()."
             )
         check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
         needs = "with on_mismatch='new'"
-        refuse_idle("allow_lr_jump", allow_lr_jump, False, on_mismatch == "new", needs, ScheduleError)
+        refuse_idle("allow_lr_jump", allow_lr_jump, False, on_mismatch == "new", needs)
         needs = "with a schedule whose decay can be started, such as wsd or infinite"
         can_start = hasattr(schedule, "start_decay")
-        refuse_idle("stop_when_decayed", stop_when_decayed, True, can_start, needs, ScheduleError)
+        refuse_idle("stop_when_decayed", stop_when_decayed, True, can_start, needs)
         _check_counter(schedule, counter)
         self.built = schedule
         self.on_mismatch = on_mismatch
@@ -145,14 +144,12 @@ class LRScheduleCallback(OwningCallback):
             kwargs: `shape` and `power`, see `wsd.start_decay`.
 
         Raises:
-            ScheduleError: training is not running, the schedule has no decay to start, or the decay has begun.
+            ValueError: training is not running, the schedule has no decay to start, or the decay has begun.
         """
         if self._scheduler is None or self.current is None:
-            raise ScheduleError(
-                "start_decay was called while no training runs. Call it from a callback, or use wsd's."
-            )
+            raise ValueError("start_decay was called while no training runs. Call it from a callback, or use wsd's.")
         if not hasattr(self.current, "start_decay"):
-            raise ScheduleError(f"{type(self.current).__name__} has no decay to start. Use wsd, wsdc or infinite.")
+            raise ValueError(f"{type(self.current).__name__} has no decay to start. Use wsd, wsdc or infinite.")
         at = self._scheduler.last_epoch
         decaying = self.current.start_decay(at, decay_steps, **kwargs)
         self.followed = dataclasses.replace(self.followed, current=decaying, decay_asked_at=at)
@@ -171,7 +168,7 @@ class LRScheduleCallback(OwningCallback):
     ) -> None:
         scheduler = taken_over(kwargs.get("lr_scheduler"), self.name or type(self).__name__)
         if isinstance(scheduler, ScheduleLR):
-            raise ScheduleError(f"{LEARNING_RATE.problem}: the Trainer's ScheduleLR and this one. {LEARNING_RATE.fix}")
+            raise RefusedError(f"{LEARNING_RATE.problem}: the Trainer's ScheduleLR and this one. {LEARNING_RATE.fix}")
         super().on_train_begin(args, state, control, **kwargs)
         check_arguments(args, self.name or type(self).__name__)
         optimizer = _innermost(scheduler.optimizer)
@@ -230,7 +227,7 @@ class LRScheduleCallback(OwningCallback):
         if entry is None or until != state.global_step:
             if self.on_mismatch != "new":
                 since = "" if entry is None else f" since update {until}"
-                raise ScheduleMismatchError(
+                raise MismatchError(
                     f"The checkpoint at step {state.global_step} was trained without LRScheduleCallback or lr_schedule"
                     f"{since}, so its LR followed another schedule. Pass {self.option}='new' to switch to this one "
                     "from here on."
@@ -261,14 +258,14 @@ class LRScheduleCallback(OwningCallback):
 def _check_counter(schedule: Schedule, counter: Any) -> None:
     name = type(schedule).__name__
     if schedule.needs_counter and counter is None:
-        raise ScheduleError(
+        raise ValueError(
             f"{name} is indexed by tokens and needs counter=..., a function that returns the progress in equivalent "
             "steps. Without dropped tokens use the plain schedule."
         )
     if counter is not None and not schedule.needs_counter:
-        raise ScheduleError(f"counter= only acts with a token_indexed schedule, not with {name}.")
+        raise ValueError(f"counter= only acts with a token_indexed schedule, not with {name}.")
     if counter is not None and not callable(counter):
-        raise ScheduleError(
+        raise ValueError(
             f"counter={counter!r} is not a function. Pass one that returns the progress in equivalent steps, e.g. a "
             "TokenCounter."
         )
@@ -339,7 +336,7 @@ def taken_over(scheduler: Any, name: str = "LRScheduleCallback") -> LambdaLR:
     Return the scheduler to take over: the Trainer's, or the Trainer's inside DeepSpeed's wrapper.
 
     Raises:
-        ScheduleError: see [`check_scheduler`].
+        ValueError: see [`check_scheduler`].
     """
     inner = getattr(scheduler, "scheduler", None)
     if type(scheduler).__name__ in _DEEPSPEED and isinstance(inner, LambdaLR):
@@ -356,28 +353,28 @@ def check_scheduler(scheduler: Any, asker: str = "LRScheduleCallback") -> None:
         asker (`str`): What wants to set the LR, as the user wrote it: a callback, or a field of the config.
 
     Raises:
-        ScheduleError: DeepSpeed owns it, a metric drives it, each layer has its own, or it is not a `LambdaLR`.
+        RefusedError: DeepSpeed owns it, a metric drives it, each layer has its own, or it is not a `LambdaLR`.
     """
     names = [cls.__name__ for cls in type(scheduler).__mro__]
     name = names[0]
     owned = any(known in names for known in _DEEPSPEED) or type(scheduler).__module__.startswith("deepspeed")
     if owned:
-        raise ScheduleError(
+        raise RefusedError(
             f"DeepSpeed owns the LR scheduler ({name}), so {asker} cannot set the LR. Remove the 'scheduler' section "
             "from the DeepSpeed config."
         )
     if any(known in names for known in _METRIC_DRIVEN):
-        raise ScheduleError(
+        raise RefusedError(
             f"The Trainer's scheduler {name} is driven by an evaluation metric and would overwrite the schedule. "
             "Leave lr_scheduler_type at its default."
         )
     if name == "LayerWiseDummyScheduler":
-        raise ScheduleError(
+        raise RefusedError(
             f"{name} only reports an LR: a layer-wise optimizer steps its own schedulers. Use an optimizer that is "
             "not layer-wise."
         )
     if not isinstance(scheduler, LambdaLR):
-        raise ScheduleError(
+        raise RefusedError(
             f"The Trainer's scheduler is {name}, which computes its own LRs. Leave lr_scheduler_type at its default "
             f"and do not pass a scheduler in `optimizers`, or drop {asker}."
         )
@@ -391,21 +388,21 @@ def check_arguments(args: TrainingArguments, asker: str = "LRScheduleCallback") 
         asker (`str`): What sets the LR, as the user wrote it: a callback, or a field of the config.
 
     Raises:
-        ScheduleError: `lr_scheduler_type`, `lr_scheduler_kwargs` or `warmup_steps` is set.
+        RefusedError: `lr_scheduler_type`, `lr_scheduler_kwargs` or `warmup_steps` is set.
     """
     kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if kind not in ("linear", "constant"):
-        raise ScheduleError(
+        raise RefusedError(
             f"lr_scheduler_type={kind!r} and {asker} both set the LR. Leave lr_scheduler_type at its "
             "default ('linear') or say 'constant'."
         )
     if args.warmup_steps:
-        raise ScheduleError(
+        raise RefusedError(
             f"warmup_steps={args.warmup_steps!r} in the training arguments would be ignored. Give the warm-up to the "
             "schedule: wsd(warmup_steps=...) or warmup_fraction=...."
         )
     if args.lr_scheduler_kwargs:
-        raise ScheduleError(
+        raise RefusedError(
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} would be ignored. Give them to the schedule."
         )
 
@@ -415,10 +412,10 @@ def check_reference(schedule: Schedule, scheduler: LambdaLR) -> None:
     Check that the optimizer's LR is the one an absolute schedule was written for.
 
     Raises:
-        ScheduleError: `learning_rate` differs from the schedule's `reference_lr`.
+        ValueError: `learning_rate` differs from the schedule's `reference_lr`.
     """
     if schedule.absolute and abs(scheduler.base_lrs[0] / schedule.reference_lr - 1) > 1e-6:
-        raise ScheduleError(
+        raise ValueError(
             f"{type(schedule).__name__} states absolute learning rates for an optimizer LR of "
             f"{schedule.reference_lr}, but the optimizer has {scheduler.base_lrs[0]}. Set learning_rate="
             f"{schedule.reference_lr}, or pass reference_lr={scheduler.base_lrs[0]} to the schedule."

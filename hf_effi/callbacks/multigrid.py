@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..functional.data import CurriculumError, Multigrid, check_number
+from ..functional.data import Multigrid, check_number
 from ..functional.kept_arguments import keeps_arguments
 from ._lr_factors import LRFactorCallback
 from .lr_schedule import check_scheduler
@@ -15,7 +15,7 @@ from .owners import Role, owner_of
 from .probing import trained_steps, trained_total
 
 #: who cuts the rows of a run
-SEQUENCE_LENGTH = Role("sequence length", "Two objects want to set the sequence length", "Keep one.", CurriculumError)
+SEQUENCE_LENGTH = Role("sequence length", "Two objects want to set the sequence length", "Keep one.")
 
 
 class MultigridLRCallback(LRFactorCallback):
@@ -30,9 +30,9 @@ class MultigridLRCallback(LRFactorCallback):
         exponent (`float`, *optional*, defaults to 1.0): `p` in `[0, 1]`; 0.5 is the square-root rule.
 
     Raises:
-        CurriculumError: another kind of object, `exponent` out of range, or a Trainer whose `sequence_length` is
+        ValueError: another kind of object, `exponent` out of range, or a Trainer whose `sequence_length` is
             another.
-        ScheduleError: the scheduler is driven by a metric or owned by DeepSpeed.
+        RefusedError: the scheduler is driven by a metric or owned by DeepSpeed.
 
     Example:
     ```python
@@ -46,7 +46,7 @@ class MultigridLRCallback(LRFactorCallback):
     @keeps_arguments
     def __init__(self, shapes: Multigrid, exponent: float = 1.0) -> None:
         if not isinstance(shapes, Multigrid):
-            raise CurriculumError(f"shapes={shapes!r} must be the Multigrid that the Trainer has as sequence_length.")
+            raise ValueError(f"shapes={shapes!r} must be the Multigrid that the Trainer has as sequence_length.")
         self.shapes, self.exponent = shapes, check_number("exponent", exponent, 0, 1)
 
     def multiplier(self, state: TrainerState, scheduler: LambdaLR) -> float:
@@ -59,7 +59,7 @@ class MultigridLRCallback(LRFactorCallback):
         check_scheduler(kwargs.get("lr_scheduler"), type(self).__name__)
         cutter = owner_of(state, SEQUENCE_LENGTH)
         if cutter != self.shapes:
-            raise CurriculumError(
+            raise ValueError(
                 f"MultigridLRCallback has {self.shapes!r}, but the Trainer has sequence_length={cutter!r}: the LR "
                 "would follow shapes that the batches do not have. Use a Trainer with SequenceLengthMixin and pass "
                 "one Multigrid to both."

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
+
 
 @dataclass(frozen=True)
 class Role:
@@ -25,13 +27,11 @@ class Role:
         key (`Hashable`): What tells it from other roles.
         problem (`str`): What two of them would do, such as `"Two schedules want to set the LR"`.
         fix (`str`): What to do about it.
-        error (`type[ValueError]`, *optional*): What is raised.
     """
 
     key: Hashable
     problem: str
     fix: str
-    error: type[ValueError] = ValueError
 
 
 Moment = Literal["built", "train"]
@@ -52,14 +52,15 @@ def claim(state: TrainerState, role: Role, owner: Any, name: str | None = None, 
             before any work; `"train"` when training begins, which also sees what was added in between. Once each.
 
     Raises:
-        ValueError: (or `role.error`) the run has an owner of this role already, another one or the same one twice.
+        RefusedError: the run has an owner of this role already.
+        ValueError: it is the same one, twice in the list.
     """
     name, claims = name or type(owner).__name__, _claims(state)
     held, by = claims.get((at, role.key), (None, ""))
     if held is owner:
-        raise role.error(f"{name} is in the list of callbacks twice, and would act twice. Pass it once.")
+        raise ValueError(f"{name} is in the list of callbacks twice, and would act twice. Pass it once.")
     if held is not None:
-        raise role.error(f"{role.problem}: {by} and {name}. {role.fix}")
+        raise RefusedError(f"{role.problem}: {by} and {name}. {role.fix}")
     claims[at, role.key] = (owner, name)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
 from ..functional import metrics
-from ..functional.probes import PROBES_KEY, ProbeError, ProbePlan, stored_plan
+from ..functional.probes import PROBES_KEY, ProbePlan, stored_plan
 
 #: events of the update in progress, which `global_step` does not count yet; the others follow it
 _BEFORE_THE_COUNT = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
@@ -103,11 +104,12 @@ def announce_probes(
             who must look at them in the middle of a probe.
 
     Raises:
-        ProbeError: another callback makes probes in this run, or blocks overlap.
+        RefusedError: another callback makes probes in this run.
+        ValueError: blocks overlap.
     """
     search = getattr(state, _ATTRIBUTE, None)
     if search is not None and search.owner is not owner:
-        raise ProbeError(
+        raise RefusedError(
             f"{type(search.owner).__name__} and {type(owner).__name__} both try updates and undo them in one run, "
             "each in the middle of the other's. Keep one of them."
         )
@@ -164,14 +166,14 @@ def training_weights(state: TrainerState) -> Iterator[None]:
     A context in which the model holds the weights of training, also in the middle of a probe.
 
     Raises:
-        ProbeError: the callback that makes the probes does not lend them.
+        RefusedError: the callback that makes the probes does not lend them.
     """
     search = getattr(state, _ATTRIBUTE, None)
     if holds_training_weights(state):
         yield
         return
     if search is None or search.lend is None:
-        raise ProbeError(
+        raise RefusedError(
             f"The weights of training are asked for at update {state.global_step}, inside of a probe, and whoever "
             "made the probe is not here or cannot give them. Train on with the callback that made it."
         )

@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
 from ..functional import metrics
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.random_ltd import check_range, kept_tokens, layer_tokens, ramp_length
-from ..layers.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
+from ..layers.random_ltd import TokenDropping, drop_layer_tokens
 from ..patching.handle import PatchHandle
 from ._engines import data_rank
 from ._turns import WRITE, TurnCallback, in_turn
@@ -45,7 +46,7 @@ class RandomLTDCallback(TurnCallback):
 
     Raises:
         ValueError: a setting out of range.
-        RandomLTDError: an RL, preference or distillation trainer, whose log-probs are compared with other passes; a
+        RefusedError: an RL, preference or distillation trainer, whose log-probs are compared with other passes; a
             model, attention or setting that cannot drop tokens.
 
     Example:
@@ -55,7 +56,7 @@ class RandomLTDCallback(TurnCallback):
     ```
     """
 
-    role = Role("layer tokens", "Two callbacks want to drop tokens of the layers", "Keep one.", RandomLTDError)
+    role = Role("layer tokens", "Two callbacks want to drop tokens of the layers", "Keep one.")
 
     @keeps_arguments
     def __init__(self, min_tokens: int, max_tokens: int, *, ramp_fraction: float = 0.7, multiple: int = 16) -> None:
@@ -194,14 +195,14 @@ def refuse_trainer(args: TrainingArguments) -> None:
     """Raise for the trainers and settings under which tokens must not be dropped."""
     trl = [cls.__name__ for cls in type(args).__mro__ if cls.__module__.startswith("trl.")]
     if trl and trl[0] != "SFTConfig":
-        raise RandomLTDError(
+        raise RefusedError(
             f"random-LTD was given a {trl[0]}. RL, preference, reward and distillation trainers compare log-probs or "
             "scores between forward passes, and dropped tokens would differ between them. Use it for pre-training "
             "and SFT."
         )
     if args.torch_compile:
-        raise RandomLTDError(
+        raise RefusedError(
             "torch_compile=True would compile a layer anew for each number of kept tokens. Set it to False."
         )
     if getattr(args, "sequence_parallel_size", 1) > 1:
-        raise RandomLTDError("random-LTD needs whole sequences. Set sequence_parallel_size=1.")
+        raise RefusedError("random-LTD needs whole sequences. Set sequence_parallel_size=1.")

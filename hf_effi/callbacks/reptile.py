@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state
+from ..errors import BrokenFileError, MismatchError, RefusedError
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.reptile import reptile_step
 from ._engines import sharding_engine
@@ -35,8 +36,10 @@ class ReptileCallback(TurnCallback, SideFileCallback):
             interval.
 
     Raises:
-        ValueError: an argument out of range; DeepSpeed or FSDP, whose master weights a callback cannot reach; or a
-            checkpoint without its reference.
+        ValueError: an argument out of range.
+        RefusedError: DeepSpeed or FSDP, whose master weights a callback cannot reach.
+        BrokenFileError: a checkpoint without its reference.
+        MismatchError: a reference of other parameters.
 
     Example:
     ```python
@@ -59,7 +62,7 @@ class ReptileCallback(TurnCallback, SideFileCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if sharding_engine(args):
-            raise ValueError(
+            raise RefusedError(
                 "ReptileCallback writes the weights, but DeepSpeed and FSDP train from master weights of their own "
                 "that would overwrite them, and tensor parallelism has them in parts. Train with DDP or on one device."
             )
@@ -70,14 +73,14 @@ class ReptileCallback(TurnCallback, SideFileCallback):
             return  # the reference of this moment is the weights themselves
         path = self.side_path(args, state)
         if not path.exists():
-            raise ValueError(
+            raise BrokenFileError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without ReptileCallback. Resume from "
                 f"a folder in output_dir={args.output_dir!r}, or from an update of training that is a multiple of "
                 f"{self.every_steps}."
             )
         stored = load_state(path)
         if stored.keys() != weights.keys():
-            raise ValueError(f"{path} holds other parameters than the model trains. Train the same ones.")
+            raise MismatchError(f"{path} holds other parameters than the model trains. Train the same ones.")
         for name, value in stored.items():
             self._references[name].copy_(value)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
 from ..functional.kept_arguments import keeps_arguments
-from ..samplers import EffiSampler, SamplerError, TokenBudgetBatchSampler
+from ..samplers import EffiSampler, TokenBudgetBatchSampler
 from ..samplers.trainer_checks import (
     STATE_KEY,
     check_plan,
@@ -25,7 +26,6 @@ ROW_ORDER = Role(
     "row order",
     "Two samplers want to order the rows",
     "Keep one; one sampler can draw from several, such as MixtureSampler.",
-    SamplerError,
 )
 
 
@@ -41,9 +41,7 @@ class SamplerCallback(OwningCallback):
         sampler ([`EffiSampler`]): Orders the rows of `train_dataset`, by nothing that is learned in training.
 
     Raises:
-        SamplerError: a sampler that learns, another length, a streaming dataset, or a second sampling option, callback
             or `train_sampler`.
-        SamplerMismatchError: the checkpoint was made with another sampler, without one, or with another number of rows
             per update.
 
     Example:
@@ -57,14 +55,14 @@ class SamplerCallback(OwningCallback):
     @keeps_arguments
     def __init__(self, sampler: EffiSampler) -> None:
         if not isinstance(sampler, EffiSampler):
-            raise SamplerError(f"sampler={sampler!r} is not an EffiSampler. Use one of hf_effi.samplers.")
+            raise ValueError(f"sampler={sampler!r} is not an EffiSampler. Use one of hf_effi.samplers.")
         if sampler.learns:
-            raise SamplerError(
+            raise RefusedError(
                 f"{type(sampler).__name__} learns during training, and a callback cannot load "
                 "its state from a checkpoint. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
         if isinstance(sampler, TokenBudgetBatchSampler):
-            raise SamplerError(
+            raise RefusedError(
                 "TokenBudgetBatchSampler makes the batches themselves, and a callback comes when the dataloader has "
                 "made its own. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )
@@ -81,13 +79,13 @@ class SamplerCallback(OwningCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.sampler.check_not_started()
         if not hasattr(loader, "set_sampler") or getattr(loader, "batch_sampler", None) is None:
-            raise SamplerError(
+            raise RefusedError(
                 f"The dataloader is a {type(loader).__name__}, which takes no sampler. Use SamplerMixin instead."
             )
         stock = loader.get_sampler()
         self._sampler_in_loader = in_layout_of(stock, self.sampler)
         if len(self._sampler_in_loader) != len(stock):
-            raise SamplerError(
+            raise RefusedError(
                 f"An epoch of {name} has {len(self._sampler_in_loader)} samples and the Trainer has counted its steps "
                 f"with {len(stock)}. Use SamplerMixin: class MyTrainer(SamplerMixin, Trainer): pass."
             )

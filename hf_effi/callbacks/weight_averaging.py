@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state, save_aside, save_json
 from ..checkpoint.run_folder import run_folder
+from ..errors import BrokenFileError, MismatchError, RefusedError
 from ..functional.averaging import AverageKind, RunningAverage, averaging_weights, exchange
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.schedules import warn_decay_to_zero
@@ -47,9 +48,10 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
         folder (`str`, *optional*, defaults to `"averaged"`): Name below `output_dir`.
 
     Raises:
-        ValueError: an argument out of range; DeepSpeed, FSDP or a schedule-free optimizer; `swap_in` together with
-            `load_best_model_at_end`; a folder of that name that holds something else; or a checkpoint without the
-            average it needs.
+        ValueError: an argument out of range, or a folder of that name that holds something else.
+        RefusedError: DeepSpeed, FSDP or a schedule-free optimizer; `swap_in` together with `load_best_model_at_end`.
+        BrokenFileError: a checkpoint without the average it needs.
+        MismatchError: an average of other updates.
 
     Example:
     ```python
@@ -154,14 +156,14 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
 
     def _check(self, args: TrainingArguments, state: TrainerState) -> None:
         if sharding_engine(args):
-            raise ValueError(
+            raise RefusedError(
                 "WeightAveragingCallback reads whole weights, which DeepSpeed, FSDP and tensor parallelism keep in "
                 "shards. Train with DDP or on one device, or average what was saved: average_checkpoints."
             )
         if "schedule_free" in str(args.optim):
-            raise ValueError(f"optim={args.optim!r} averages its iterates itself. Drop WeightAveragingCallback.")
+            raise RefusedError(f"optim={args.optim!r} averages its iterates itself. Drop WeightAveragingCallback.")
         if self.swap_in and args.load_best_model_at_end:
-            raise ValueError(
+            raise RefusedError(
                 "swap_in=True and load_best_model_at_end=True both say what the model holds at the end. Set one to "
                 f"False; the average is in {self.folder!r} either way."
             )
@@ -178,13 +180,13 @@ class WeightAveragingCallback(TurnCallback, SideFileCallback):
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         path = self.side_path(args, state)
         if not path.exists():
-            raise ValueError(
+            raise BrokenFileError(
                 f"{path} is missing: the checkpoint lies elsewhere or was made without WeightAveragingCallback. "
                 f"Resume from a folder in output_dir={args.output_dir!r}, or from before update {min(self._plan)}."
             )
         stored = load_state(path)
         if stored["steps"] != self._done(state):
-            raise ValueError(
+            raise MismatchError(
                 f"{path} averages updates {stored['steps']}, but this run wants {self._done(state)}. Keep max_steps, "
                 f"last and every_steps, or resume from before update {min(self._plan)}."
             )

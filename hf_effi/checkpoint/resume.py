@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.utils import logging
 
-from .._files import StateFileError
+from ..errors import BrokenFileError
 from .folders import checkpoints_in, find_resumable, repair_run_dir
 from .manifest import Level, verify_checkpoint
 from .structure import OPTIMIZER_NAME, has_optimizer, step_of
@@ -66,14 +66,14 @@ def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:
             continued with a fresh optimizer (`args.save_only_model`).
 
     Raises:
-        StateFileError: names the file, what is wrong with it, and the newest whole checkpoint beside this one.
+        BrokenFileError: names the file, what is wrong with it, and the newest whole checkpoint beside this one.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return
     problem = verify_checkpoint(folder, "size").problem
     if problem is None and not fresh_optimizer and not has_optimizer(folder):
-        raise StateFileError(
+        raise BrokenFileError(
             f"{folder} holds weights and no {OPTIMIZER_NAME}: a stock Trainer would go on with a fresh optimizer, "
             "scheduler and random state. If that is meant, set save_only_model=True, or load the weights by "
             "from_pretrained and start a new run; if not, resume from another checkpoint."
@@ -86,7 +86,7 @@ def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:
         if whole is not None
         else f"No other checkpoint in {folder.parent} is whole: start the run again."
     )
-    raise StateFileError(
+    raise BrokenFileError(
         f"{folder} is no whole checkpoint, as where a process was killed inside of a save: {problem}. {advice}"
     )
 

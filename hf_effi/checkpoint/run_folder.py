@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
+
 #: attribute of a TrainerState: the folder in progress while a checkpoint is written aside. It is no field, so no
 #: checkpoint has it.
 _ASIDE = "_hf_effi_saving_into"
@@ -34,7 +36,7 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     only the Trainer knows, and no event hands over the Trainer: it is looked for among those who called.
 
     Raises:
-        ValueError: a trial of a search, and no Trainer of this state has called.
+        RefusedError: a trial of a search, and no Trainer of this state has called.
     """
     if (aside := getattr(state, _ASIDE, None)) is not None:
         return aside
@@ -42,7 +44,7 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
         return Path(str(args.output_dir))
     trainer = calling_trainer(state)
     if trainer is None:
-        raise ValueError(
+        raise RefusedError(
             "This run is a trial of a hyperparameter search, and the Trainer that runs it did not call the callback, "
             "so the "
             "folder of the trial is not known. Leave callbacks that keep files in checkpoints out of the search."

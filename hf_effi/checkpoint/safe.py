@@ -15,12 +15,13 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..errors import RefusedError
 from .capture import deferring, replaced, write_checkpoint
 from .commit import Commit, Phase
 from .folders import find_resumable
 from .manifest import Digest
 from .resume import AUTO, resolve_auto
-from .staging import Kind, NotCopyable, nbytes_of, stage
+from .staging import Kind, _NotCopyable, nbytes_of, stage
 from .writer import ProcessWriter, ThreadWriter, Writer
 
 logger = logging.get_logger(__name__)
@@ -67,7 +68,8 @@ class SafeCheckpointer:
             logged and the run goes on without this checkpoint.
 
     Raises:
-        ValueError: an argument out of range, or `"process"` on a system without anonymous shared memory.
+        ValueError: an argument out of range.
+        RefusedError: `"process"` on a system without anonymous shared memory.
 
     Example:
     ```python
@@ -82,7 +84,7 @@ class SafeCheckpointer:
             if value not in get_args(kind):
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(kind)))}.")
         if mode == "process" and not hasattr(os, "memfd_create"):
-            raise ValueError('mode="process" needs the anonymous shared memory of Linux. Use mode="thread".')
+            raise RefusedError('mode="process" needs the anonymous shared memory of Linux. Use mode="thread".')
         self.mode, self.digest, self.on_error = mode, digest, on_error
         #: seconds that each save held up the training
         self.stalls: list[float] = []
@@ -123,17 +125,18 @@ class SafeCheckpointer:
 
         Raises:
             TypeError: `trainer` is no Trainer.
-            ValueError: another SafeCheckpointer saves for it already, or this one for another Trainer.
+            ValueError: this one is attached already.
+            RefusedError: another one saves for it already; or FSDP or DeepSpeed, in another mode than `"sync"`.
         """
         if not isinstance(trainer, Trainer):
             raise TypeError(f"attach() takes a transformers.Trainer or a subclass, not {type(trainer).__name__}.")
         if self._trainer is not None:
             raise ValueError("This SafeCheckpointer is attached to a Trainer already. Make another one.")
         if getattr(trainer, _ATTACHED, None) is not None:
-            raise ValueError("Another SafeCheckpointer saves for this Trainer already. Keep one.")
+            raise RefusedError("Another SafeCheckpointer saves for this Trainer already. Keep one.")
         if self.mode != "sync" and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
             engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
-            raise ValueError(
+            raise RefusedError(
                 f"mode={self.mode!r} does not write in the background under {engine}, whose own code writes the "
                 'sharded state. Use mode="sync": its checkpoints are as whole.'
             )
@@ -257,7 +260,7 @@ class SafeCheckpointer:
                 if nbytes < _SMALL or not self._has_room(path.name, nbytes):
                     return False
                 commit.writes.append(stage(path, kind, content, metadata, buffers))
-            except NotCopyable:
+            except _NotCopyable:
                 return False
             return True
 

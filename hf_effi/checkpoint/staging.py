@@ -155,7 +155,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // SharedBuffers.ALIGNMENT) * SharedBuffers.ALIGNMENT
 
 
-class NotCopyable(Exception):
+class _NotCopyable(Exception):
     """Something in a state cannot be copied here, so that its file is written at once."""
 
 
@@ -164,7 +164,7 @@ def stage(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None,
     Copy a state, so that it can be written later, whatever the run does to it meanwhile.
 
     Raises:
-        NotCopyable: it holds tensors of a subclass, such as sharded ones, or objects that cannot be copied.
+        _NotCopyable: it holds tensors of a subclass, such as sharded ones, or objects that cannot be copied.
     """
     tensors: list[torch.Tensor] = []
     collect(content, tensors)
@@ -187,12 +187,12 @@ def collect(content: Any, found: list[torch.Tensor], seen: set[int] | None = Non
     Add each tensor of a state once to `found`.
 
     Raises:
-        NotCopyable: one is not a plain dense tensor.
+        _NotCopyable: one is not a plain dense tensor.
     """
     seen = set() if seen is None else seen
     if isinstance(content, torch.Tensor):
         if type(content) not in (torch.Tensor, torch.nn.Parameter) or content.layout != torch.strided:
-            raise NotCopyable(type(content).__name__)
+            raise _NotCopyable(type(content).__name__)
         if id(content) not in seen:
             seen.add(id(content))
             found.append(content)
@@ -209,7 +209,7 @@ def mapped(content: Any, of: Callable[[torch.Tensor, Hashable], Any], key: tuple
     Return a state with each tensor replaced by `of(tensor, its place in the state)` and everything else copied.
 
     Raises:
-        NotCopyable: something cannot be copied.
+        _NotCopyable: something cannot be copied.
     """
     if isinstance(content, torch.Tensor):
         return of(content, key)
@@ -226,7 +226,7 @@ def mapped(content: Any, of: Callable[[torch.Tensor, Hashable], Any], key: tuple
     try:
         return copy.deepcopy(content)
     except Exception as error:  # whatever a class raises
-        raise NotCopyable(f"{type(content).__name__}: {error}") from error
+        raise _NotCopyable(f"{type(content).__name__}: {error}") from error
 
 
 def nbytes_of(content: Any) -> int:

@@ -82,10 +82,6 @@ class ThreadWriter:
         self.seconds = time.monotonic() - began
 
 
-class WriterEnded(OSError):
-    """The process that writes checkpoints is gone."""
-
-
 @dataclasses.dataclass
 class _Child:
     process: subprocess.Popen[bytes]
@@ -177,7 +173,7 @@ class ProcessWriter:
         child.pipe.close()
         self._child = None
         commit.abandon()
-        raise WriterEnded(
+        raise OSError(
             f"the process that writes checkpoints ended with exit code {code}"
             + (", as one that the system ended for its memory does" if code == -9 else "")
         ) from error

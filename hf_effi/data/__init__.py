@@ -11,7 +11,6 @@ _PUBLIC = {
     "AttentionInfluence": "hf_effi.data.attention_influence",
     "BatchTransform": "hf_effi.data.batch_transform",
     "ColumnScore": "hf_effi.data.scores",
-    "CurriculumError": "hf_effi.functional.data",
     "Denoiser": "hf_effi.functional.data",
     "GreedyAnswers": "hf_effi.data.self_improvement",
     "MaskingRatioCurriculum": "hf_effi.data.masking",
@@ -22,7 +21,6 @@ _PUBLIC = {
     "RowCorrect": "hf_effi.data.row_measures",
     "RowLoss": "hf_effi.data.row_measures",
     "RowScorer": "hf_effi.data.scores",
-    "ScoreMismatchError": "hf_effi.data.scores",
     "SelfImprovement": "hf_effi.data.self_improvement",
     "SharedPrefixCollator": "hf_effi.data.shared_prefix",
     "UL2Denoising": "hf_effi.data.denoising",
@@ -39,7 +37,6 @@ _PUBLIC = {
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from ..functional.data import UL2_DENOISERS as UL2_DENOISERS
     from ..functional.data import UL2R_DENOISERS as UL2R_DENOISERS
-    from ..functional.data import CurriculumError as CurriculumError
     from ..functional.data import Denoiser as Denoiser
     from ..functional.data import Multigrid as Multigrid
     from .attention_influence import AttentionInfluence as AttentionInfluence
@@ -56,7 +53,6 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .scores import ColumnScore as ColumnScore
     from .scores import ModelScore as ModelScore
     from .scores import RowScorer as RowScorer
-    from .scores import ScoreMismatchError as ScoreMismatchError
     from .scores import add_score as add_score
     from .scores import model_fingerprint as model_fingerprint
     from .self_improvement import GreedyAnswers as GreedyAnswers

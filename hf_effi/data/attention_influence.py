@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.data import CurriculumError, check_count, copy_probe, copy_scores, relative_increase, top_heads
+from ..errors import RefusedError
+from ..functional.data import check_count, copy_probe, copy_scores, relative_increase, top_heads
 from .scores import Batch, ModelScore
 
 Head = tuple[int, int]
@@ -29,7 +30,7 @@ def _attention_layers(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]
         if isinstance(layer, int) and projection is not None and "Attention" in type(module).__name__:
             found[layer] = module, projection
     if not found:
-        raise CurriculumError(
+        raise RefusedError(
             f"{type(model).__name__} has no attention module with a layer_idx and one of {list(_OUTPUT_PROJECTIONS)}. "
             "Use a causal language model of transformers."
         )
@@ -57,7 +58,7 @@ def masked_heads(model: Any, heads: Iterable[Head]) -> Iterator[set[int]]:
         `set[int]`: The layers in which heads were masked so far.
 
     Raises:
-        CurriculumError: a layer or a head that the model does not have.
+        ValueError: a layer or a head that the model does not have.
 
     Example:
     ```python
@@ -69,7 +70,7 @@ def masked_heads(model: Any, heads: Iterable[Head]) -> Iterator[set[int]]:
     chosen: dict[int, list[int]] = defaultdict(list)
     for layer, head in heads:
         if layer not in layers or not 0 <= head < num_heads:
-            raise CurriculumError(
+            raise ValueError(
                 f"head ({layer}, {head}) does not exist: layers with attention are {sorted(layers)}, heads are in "
                 f"[0, {num_heads})."
             )
@@ -131,7 +132,8 @@ def copy_head_scores(
         `dict[tuple[int, int], float]`: Score in `[0, 1]` of each `(layer, head)`.
 
     Raises:
-        CurriculumError: a probe out of range, or a model whose attention modules do not return their weights.
+        ValueError: a probe out of range.
+        RefusedError: a model whose attention modules do not return their weights.
     """
     check_count("batch_size", batch_size)
     layers = _attention_layers(model)
@@ -143,7 +145,7 @@ def copy_head_scores(
         def read(module: nn.Module, _: Any, output: Any) -> None:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if not isinstance(weights, Tensor):
-                raise CurriculumError(
+                raise RefusedError(
                     f"{type(module).__name__} returned no attention weights under eager attention. Choose the heads "
                     "yourself: AttentionInfluence(model, heads=[(layer, head), ...])."
                 )
@@ -190,8 +192,8 @@ class AttentionInfluence(ModelScore):
         heads (`Sequence[tuple[int, int]]`): `(layer, head)` to mask, such as `retrieval_heads(model)`.
 
     Raises:
-        CurriculumError: no head, or one that the model does not have; when called, a head that a fused projection
-            computes without calling its module.
+        ValueError: no head, or one that the model does not have.
+        RefusedError: when called, a head that a fused projection computes without calling its module.
 
     Example:
     ```python
@@ -203,7 +205,7 @@ class AttentionInfluence(ModelScore):
         super().__init__(model, "loss")
         self.heads = sorted({(int(layer), int(head)) for layer, head in heads})
         if not self.heads:
-            raise CurriculumError("heads is empty, so that masking changes nothing. Pass retrieval_heads(model).")
+            raise ValueError("heads is empty, so that masking changes nothing. Pass retrieval_heads(model).")
         with masked_heads(model, self.heads):
             pass  # a head that does not exist raises here, not in the first batch
 
@@ -216,7 +218,7 @@ class AttentionInfluence(ModelScore):
             masked = super().__call__(batch)
         missed = {layer for layer, _ in self.heads} - reached
         if missed:
-            raise CurriculumError(
+            raise RefusedError(
                 f"The output projections of layers {sorted(missed)} were not called as modules, so their heads were "
                 "not masked. Score with the unpatched model."
             )

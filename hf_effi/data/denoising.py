@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..errors import RefusedError
 from ..functional.data import (
     UL2_DENOISERS,
-    CurriculumError,
     Denoiser,
     check_count,
     fitting_length,
@@ -47,7 +47,8 @@ class UL2Denoising(BatchTransform):
         row_length (`int`): Most tokens of a row that fit after every denoiser: pack the text to this length.
 
     Raises:
-        CurriculumError: an argument out of range, too few sentinels, or a mode without a token.
+        ValueError: an argument out of range, too few sentinels, or a mode without a token.
+        RefusedError: at the call, a batch with columns that would not fit the denoised rows.
     """
 
     @keeps_arguments
@@ -68,16 +69,12 @@ class UL2Denoising(BatchTransform):
         self.encodes = max_target_length is not None
         self.denoisers, self.sentinel_ids = tuple(denoisers), list(sentinel_ids)
         if wrong := [denoiser for denoiser in self.denoisers if not isinstance(denoiser, Denoiser)]:
-            raise CurriculumError(
-                f"denoisers holds {wrong[0]!r}, which is no Denoiser. Pass e.g. Denoiser('R', 0.15, 3)."
-            )
+            raise ValueError(f"denoisers holds {wrong[0]!r}, which is no Denoiser. Pass e.g. Denoiser('R', 0.15, 3).")
         if self.encodes and separator_id is not None:
-            raise CurriculumError(
-                "separator_id is for decoder-only models; with max_target_length labels stand alone."
-            )
+            raise ValueError("separator_id is for decoder-only models; with max_target_length labels stand alone.")
         missing = {denoiser.mode for denoiser in self.denoisers} - set(mode_ids or ())
         if mode_ids is not None and missing:
-            raise CurriculumError(f"mode_ids has no token for {sorted(missing)}. Add them, or pass no mode_ids.")
+            raise ValueError(f"mode_ids has no token for {sorted(missing)}. Add them, or pass no mode_ids.")
         self.eos = [] if eos_token_id is None else [eos_token_id]
         self.separator = [] if separator_id is None else [separator_id]
         self.mode_of = {mode: [token] for mode, token in (mode_ids or {}).items()}
@@ -108,13 +105,13 @@ class UL2Denoising(BatchTransform):
 
     def _check_marks(self) -> None:
         if self.marks.unique().numel() != self.marks.numel() or bool((self.marks < 0).any()):
-            raise CurriculumError(
+            raise ValueError(
                 f"sentinel_ids, separator_id and mode_ids are {self.marks.tolist()}: each must be a token id of its "
                 "own."
             )
         most = max(noise_counts(self.row_length, denoiser)[1] for denoiser in self.denoisers)
         if most > len(self.sentinel_ids):
-            raise CurriculumError(
+            raise ValueError(
                 f"Rows of {self.row_length} tokens are hidden in up to {most} spans, and there are "
                 f"{len(self.sentinel_ids)} "
                 "sentinel_ids. Add sentinel tokens to the tokenizer, lower max_length, or use longer spans."
@@ -124,7 +121,7 @@ class UL2Denoising(BatchTransform):
         known = {"input_ids", "attention_mask", "labels"}
         other = sorted(key for key, value in batch.items() if key not in known and isinstance(value, Tensor))
         if other:
-            raise CurriculumError(
+            raise RefusedError(
                 f"The batch carries {other}, which do not fit the denoised rows. Use a collator that gives input_ids "
                 "and attention_mask only."
             )
@@ -134,12 +131,12 @@ class UL2Denoising(BatchTransform):
         rows = [row[keep] for row, keep in zip(ids, mask, strict=True)]
         for row in rows:
             if not 2 <= len(row) <= self.row_length:
-                raise CurriculumError(
+                raise ValueError(
                     f"A row has {len(row)} tokens; 2 to row_length={self.row_length} fit. Cut the text into rows of "
                     "row_length tokens, or raise max_length."
                 )
         if bool(torch.isin(ids[mask], self.marks).any()):
-            raise CurriculumError("A row holds a sentinel, separator or mode token. Take tokens that no text has.")
+            raise ValueError("A row holds a sentinel, separator or mode token. Take tokens that no text has.")
         return rows
 
     def _denoised(self, row: Tensor, denoiser: Denoiser, generator: torch.Generator) -> tuple[list[int], list[int]]:

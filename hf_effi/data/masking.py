@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..functional import metrics
-from ..functional.data import CurriculumError, check_count, mask_tokens, masking_ratio, seeded
+from ..functional.data import check_count, mask_tokens, masking_ratio, seeded
 from ..functional.kept_arguments import keeps_arguments
 from .batch_transform import BatchTransform
 
@@ -31,7 +31,7 @@ class MaskingRatioCurriculum(BatchTransform):
         eval_ratio (`float`, *optional*): Ratio of evaluation, the same masks each time. Default: `end`.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
     """
 
     @keeps_arguments
@@ -61,7 +61,7 @@ class MaskingRatioCurriculum(BatchTransform):
             "keep_share": keep_share,
         }
         if continues is not None and len(continues) != vocab_size:
-            raise CurriculumError(f"continues has {len(continues)} entries for vocab_size={vocab_size}.")
+            raise ValueError(f"continues has {len(continues)} entries for vocab_size={vocab_size}.")
         masking_ratio(0.0, **self.curve)
         row = torch.zeros(1, 1, dtype=torch.long)  # a wrong share or ratio raises here, not in the first update
         mask_tokens(row, row == 0, self.eval_ratio, torch.Generator(), **self.masking)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import RefusedError
 from ..functional import metrics
-from ..functional.data import CurriculumError, check_count, check_number, cooldown_step, join_metadata
+from ..functional.data import check_count, check_number, cooldown_step, join_metadata
 from ..functional.kept_arguments import keeps_arguments
 from .batch_transform import BatchTransform
 
@@ -29,8 +30,8 @@ class MetadataCollator:
         max_length (`int`, *optional*): Longest row, at least 4, metadata included. Longer documents are cut.
 
     Raises:
-        CurriculumError: an argument out of range, a row without tokens, packed rows, or rows without the column
-            `metadata_ids`.
+        ValueError: an argument out of range, a row without tokens, or rows without the column `metadata_ids`.
+        RefusedError: packed rows.
 
     Example:
     ```python
@@ -56,18 +57,18 @@ class MetadataCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if not any("metadata_ids" in row for row in rows):
-            raise CurriculumError(
+            raise ValueError(
                 "No row has metadata_ids. Tokenize the metadata into that column ([] where there is none) and set "
                 "remove_unused_columns=False."
             )
         packed = {key for row in rows for key in ("position_ids", "seq_lengths") if key in row}
         if packed:
-            raise CurriculumError(
+            raise RefusedError(
                 f"Rows carry {sorted(packed)}: they are packed. Pass one document per row, packing off."
             )
         ids = [_tokens(row["input_ids"])[: self.max_length] for row in rows]
         if not all(ids):
-            raise CurriculumError("A document has no token. Filter empty documents out of the dataset.")
+            raise ValueError("A document has no token. Filter empty documents out of the dataset.")
         labels = [_tokens(row.get("labels")) or tokens for row, tokens in zip(rows, ids, strict=True)]
         labels = [row[: self.max_length] for row in labels]
         return {
@@ -100,7 +101,7 @@ class MetadataConditioning(BatchTransform):
         dropout (`float`, *optional*, defaults to 0.0): Share of documents that stay plain before that, in `[0, 1]`.
 
     Raises:
-        CurriculumError: an argument out of range, or a batch that did not come from the collator.
+        ValueError: an argument out of range, or a batch that did not come from the collator.
     """
 
     columns = ("metadata_ids",)
@@ -115,9 +116,9 @@ class MetadataConditioning(BatchTransform):
         dropout: float = 0.0,
     ) -> None:
         if not isinstance(collator, MetadataCollator):
-            raise CurriculumError(f"collator={collator!r} must be the MetadataCollator that the Trainer uses.")
+            raise ValueError(f"collator={collator!r} must be the MetadataCollator that the Trainer uses.")
         if where not in ("prepend", "append"):
-            raise CurriculumError(f"where={where!r} is not known. Use 'prepend' or 'append'.")
+            raise ValueError(f"where={where!r} is not known. Use 'prepend' or 'append'.")
         self.collator, self.where = collator, where
         self.cooldown_fraction = check_number("cooldown_fraction", cooldown_fraction, 0, 1)
         self.dropout = check_number("dropout", dropout, 0, 1)
@@ -151,9 +152,7 @@ class MetadataConditioning(BatchTransform):
     def at_evaluation(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the plain documents."""
         if "metadata_ids" not in batch:
-            raise CurriculumError(
-                "The batch has no metadata_ids. Give the Trainer data_collator=MetadataCollator(...)."
-            )
+            raise ValueError("The batch has no metadata_ids. Give the Trainer data_collator=MetadataCollator(...).")
         return {key: value for key, value in batch.items() if key != "metadata_ids"}
 
     def metrics(self, step: int, total_steps: int) -> dict[str, float]:

@@ -19,15 +19,12 @@ import torch
 from torch import Tensor
 
 from .._files import save_json
+from ..errors import BrokenFileError, MismatchError
 from ..functional.class_paths import class_path
-from ..functional.data import CurriculumError, check_count, perplexity, word_rarity
+from ..functional.data import check_count, perplexity, word_rarity
 from .row_measures import RowLoss
 
 Batch = dict[str, list[Any]]
-
-
-class ScoreMismatchError(CurriculumError):
-    """A column holds scores of other rows, of another scorer, or of unknown origin."""
 
 
 class RowScorer(ABC):
@@ -48,7 +45,7 @@ class RowScorer(ABC):
 
 def _require(missing: set[str], names: list[str]) -> None:
     if missing:
-        raise CurriculumError(f"The dataset has no column {sorted(missing)}. It has {names}.")
+        raise ValueError(f"The dataset has no column {sorted(missing)}. It has {names}.")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -78,12 +75,12 @@ class ModelScore(RowScorer):
         kind (`str`, *optional*, defaults to `"loss"`): `"loss"` or `"perplexity"`.
 
     Raises:
-        CurriculumError: another kind, or, when called, a row whose columns differ in length.
+        ValueError: another kind, or, when called, a row whose columns differ in length.
     """
 
     def __init__(self, model: Any, kind: str = "loss") -> None:
         if kind not in ("loss", "perplexity"):
-            raise CurriculumError(f"kind={kind!r} is not known. Use 'loss' or 'perplexity'.")
+            raise ValueError(f"kind={kind!r} is not known. Use 'loss' or 'perplexity'.")
         self.model, self.kind = model, kind
 
     def columns_in(self, names: list[str]) -> list[str]:
@@ -123,9 +120,7 @@ def _padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     for row in rows:
         sizes = {name: len(values) for name, values in row.items()}
         if len(set(sizes.values())) > 1:
-            raise CurriculumError(
-                f"A row has columns of different lengths: {sizes}. Give each token one entry in each."
-            )
+            raise ValueError(f"A row has columns of different lengths: {sizes}. Give each token one entry in each.")
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
         keep = torch.as_tensor(row.get("attention_mask", [1] * len(ids))).bool()
         cut.append((ids[keep], torch.as_tensor(row.get("labels", row["input_ids"]), dtype=torch.long)[keep]))
@@ -151,7 +146,7 @@ class ColumnScore(RowScorer):
         settings: Keyword arguments of the function, JSON-able.
 
     Raises:
-        CurriculumError: a lambda or a local function, a function whose value for a row depends on the others, or
+        ValueError: a lambda or a local function, a function whose value for a row depends on the others, or
             settings that are no JSON.
 
     Example:
@@ -167,14 +162,14 @@ class ColumnScore(RowScorer):
     ) -> None:
         name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<object>')}"
         if "<" in name:
-            raise CurriculumError(f"{name} cannot be named in a fingerprint. Define the function in a module.")
+            raise ValueError(f"{name} cannot be named in a fingerprint. Define the function in a module.")
         if function is word_rarity:
-            raise CurriculumError(
+            raise ValueError(
                 "word_rarity depends on all rows at once. Use ColumnScore(rarity_under, ['input_ids'], "
                 "counts=token_counts(dataset['input_ids']))."
             )
         if isinstance(columns, str) or not columns:
-            raise CurriculumError(f"columns={columns!r} must be a list of names, or a mapping to names, not empty.")
+            raise ValueError(f"columns={columns!r} must be a list of names, or a mapping to names, not empty.")
         self.function, self.columns, self.settings = function, columns, settings
         try:
             # Lists, not mappings: JSON would turn the token 1 into the string "1".
@@ -182,7 +177,7 @@ class ColumnScore(RowScorer):
             chosen = _plain(columns) if isinstance(columns, Mapping) else list(columns)
             self._fingerprint = json.dumps(["ColumnScore", name, chosen, shown])
         except TypeError as error:
-            raise CurriculumError(f"settings of {name} are no JSON: {error}. Use numbers, strings, lists.") from error
+            raise ValueError(f"settings of {name} are no JSON: {error}. Use numbers, strings, lists.") from error
 
     def columns_in(self, names: list[str]) -> list[str]:
         wanted = list(self.columns.values()) if isinstance(self.columns, Mapping) else list(self.columns)
@@ -207,9 +202,7 @@ def _as_json(value: Any) -> str:
         return value.hex()
     if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)):
         return repr(value)
-    raise CurriculumError(
-        f"A value of type {type(value).__name__} cannot be hashed. Name the columns to read: columns=."
-    )
+    raise ValueError(f"A value of type {type(value).__name__} cannot be hashed. Name the columns to read: columns=.")
 
 
 def _marks(batch: Batch, scorer: str) -> list[int]:
@@ -241,11 +234,11 @@ class _Shards:
         try:
             scores = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise CurriculumError(
+            raise BrokenFileError(
                 f"{path} is damaged ({error}). Delete it; its rows are then scored again."
             ) from error
         if not isinstance(scores, list) or len(scores) != len(marks):
-            raise CurriculumError(f"{path} does not hold {len(marks)} scores. Delete it; its rows are scored again.")
+            raise BrokenFileError(f"{path} does not hold {len(marks)} scores. Delete it; its rows are scored again.")
         return scores
 
     def write(self, marks: list[int], scores: list[float]) -> None:
@@ -256,31 +249,29 @@ def _identify(score_fn: Any, fingerprint: str | None, columns: Sequence[str] | N
     """Return what identifies the scorer, and the columns it reads."""
     if isinstance(score_fn, RowScorer):
         if fingerprint is not None or columns is not None:
-            raise CurriculumError(f"{type(score_fn).__name__} knows its fingerprint and columns; leave both out.")
+            raise ValueError(f"{type(score_fn).__name__} knows its fingerprint and columns; leave both out.")
         return score_fn.fingerprint(), score_fn.columns_in(names)
     if not callable(score_fn):
-        raise CurriculumError(f"score_fn={score_fn!r} must be a RowScorer or a function of a batch.")
+        raise ValueError(f"score_fn={score_fn!r} must be a RowScorer or a function of a batch.")
     if not fingerprint:
-        raise CurriculumError(
+        raise ValueError(
             "A plain score_fn needs fingerprint='...': a string that you change whenever its scores may change, such "
             "as 'judge-v2 prompt-3'."
         )
     chosen = names if columns is None else list(columns)
     _require(set(chosen) - set(names), names)
     if not chosen:
-        raise CurriculumError("columns=[] leaves nothing to score. Name at least one column.")
+        raise ValueError("columns=[] leaves nothing to score. Name at least one column.")
     return f"plain {fingerprint}", chosen
 
 
 def _score(score_fn: Callable[[Batch], Any], batch: Batch, first: int, size: int, nan: str) -> list[float]:
     scores = torch.as_tensor(score_fn(batch)).detach().to("cpu", torch.float64)
     if scores.shape != (size,):
-        raise CurriculumError(
-            f"score_fn returned shape {tuple(scores.shape)} for {size} rows. Return one number per row."
-        )
+        raise ValueError(f"score_fn returned shape {tuple(scores.shape)} for {size} rows. Return one number per row.")
     missing = scores.isnan().nonzero().flatten()
     if nan == "error" and missing.numel():
-        raise CurriculumError(
+        raise ValueError(
             f"The score of row {first + int(missing[0])} is NaN. Drop or repair the row, or pass nan='keep' and have "
             "the sampler treat it: QualityAscendingSampler(..., nan='median')."
         )
@@ -291,7 +282,7 @@ def _check_existing(dataset: Any, name: str, mark_name: str, marks_of: Callable[
     fix = "Choose another name, or pass overwrite=True."
     if name not in dataset.column_names or mark_name not in dataset.column_names:
         there = name if name in dataset.column_names else mark_name
-        raise ScoreMismatchError(
+        raise MismatchError(
             f"The column {there!r} exists without its partner ({name!r}, {mark_name!r}): its origin is unknown. {fix}"
         )
     plain = dataset.select_columns([mark_name]).with_format(None)
@@ -299,7 +290,7 @@ def _check_existing(dataset: Any, name: str, mark_name: str, marks_of: Callable[
         stored = plain[first : first + size][mark_name]
         for row, (old, new) in enumerate(zip(stored, marks_of(first), strict=True), first):
             if old != new:
-                raise ScoreMismatchError(
+                raise MismatchError(
                     f"The column {name!r} has another fingerprint in row {row}: it was scored by another scorer, with "
                     f"other settings, or the row was changed since. {fix}"
                 )
@@ -342,20 +333,18 @@ def add_score(
         progress (`bool`, *optional*, defaults to `True`): One bar over the rows.
 
     Raises:
-        ScoreMismatchError: the column exists and belongs to other rows or another scorer.
-        CurriculumError: a dataset without length or rows, a plain function without a fingerprint, a NaN, a wrong
+        MismatchError: the column exists and belongs to other rows or another scorer.
+        ValueError: a dataset without length or rows, a plain function without a fingerprint, a NaN, a wrong
             number of scores, a missing column, a damaged shard, or an argument out of range.
     """
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "add_column") and hasattr(dataset, "select_columns")):
-        raise CurriculumError(
-            f"dataset is a {type(dataset).__name__}. Pass a datasets.Dataset: one split, not streaming."
-        )
+        raise ValueError(f"dataset is a {type(dataset).__name__}. Pass a datasets.Dataset: one split, not streaming.")
     if len(dataset) == 0:
-        raise CurriculumError("The dataset has no row to score.")
+        raise ValueError("The dataset has no row to score.")
     if not isinstance(name, str) or not name:
-        raise CurriculumError(f"name={name!r} must be the name of a column, not empty.")
+        raise ValueError(f"name={name!r} must be the name of a column, not empty.")
     if nan not in ("error", "keep"):
-        raise CurriculumError(f"nan={nan!r} is not known. Use 'error' or 'keep'.")
+        raise ValueError(f"nan={nan!r} is not known. Use 'error' or 'keep'.")
     check_count("batch_size", batch_size)
     check_count("shard_size", shard_size)
     mark_name = f"{name}_fingerprint"

@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import distributed
 
-from .._files import StateFileError, load_json, save_aside, save_json
-from ..functional.data import CurriculumError, check_count, check_number, keep_by_length, majority_answers
+from .._files import load_json, save_aside, save_json
+from ..errors import BrokenFileError, MismatchError
+from ..functional.data import check_count, check_number, keep_by_length, majority_answers
 from ..functional.options import refuse_idle
 
 #: `answer(prompts)` returns one completion per prompt, `None` where there is none.
@@ -34,7 +35,7 @@ class GreedyAnswers:
         batch_size (`int`, *optional*, defaults to 64): Prompts answered at once.
 
     Raises:
-        CurriculumError: no pad token, no end-of-sequence token, or an argument out of range.
+        ValueError: no pad token, no end-of-sequence token, or an argument out of range.
 
     Example:
     ```python
@@ -49,7 +50,7 @@ class GreedyAnswers:
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         if tokenizer.pad_token_id is None or ends is None:
-            raise CurriculumError("The tokenizer needs a pad token and an end-of-sequence token. Set both.")
+            raise ValueError("The tokenizer needs a pad token and an end-of-sequence token. Set both.")
         self.ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
     def __call__(self, prompts: list[str]) -> list[str | None]:
@@ -118,8 +119,10 @@ class SelfImprovement:
             `accepted`.
 
     Raises:
-        CurriculumError: rows without the two columns, an argument out of range, or a folder of other rows, levels or
-            settings; `problem` and `keep` are functions and are not compared.
+        ValueError: rows without the two columns, or an argument out of range.
+        MismatchError: a folder of other rows, levels or settings; `problem` and `keep` are functions and are not
+            compared.
+        BrokenFileError: a file of the folder is damaged.
 
     Example:
     ```python
@@ -151,19 +154,17 @@ class SelfImprovement:
         self.folder = Path(folder)
         for place, row in enumerate(rows):
             if not all(isinstance(row.get(name), str) for name in ("prompt", "completion")):
-                raise CurriculumError(f"rows[{place}] has no strings 'prompt' and 'completion'. It has {sorted(row)}.")
+                raise ValueError(f"rows[{place}] has no strings 'prompt' and 'completion'. It has {sorted(row)}.")
         self.rows = [{"prompt": row["prompt"], "completion": row["completion"], "round": 0} for row in rows]
         self.levels = [tuple(level) if isinstance(level, (tuple, list)) else (level,) for level in levels]
         if not all(self.levels):
-            raise CurriculumError("A round has no level. Give each round a level, or a tuple of levels.")
+            raise ValueError("A round has no level. Give each round a level, or a tuple of levels.")
         self.problem, self.keep, self.exclude = problem, keep, frozenset(exclude)
         self.per_round = check_count("per_round", per_round)
         self.min_agreement = check_number("min_agreement", min_agreement, 0, 1, open_low=True)
         self.length_slack = None if length_slack is None else check_count("length_slack", length_slack, 0)
         self.length_quantile = check_number("length_quantile", length_quantile, 0, 1, open_low=True)
-        refuse_idle(
-            "length_quantile", length_quantile, 1.0, length_slack is not None, "with length_slack=", CurriculumError
-        )
+        refuse_idle("length_quantile", length_quantile, 1.0, length_slack is not None, "with length_slack=")
         self.seed = check_count("seed", seed, 0)
         self.finished = 0
         self.history: list[dict[str, Any]] = []
@@ -191,11 +192,11 @@ class SelfImprovement:
                 that vote.
 
         Raises:
-            CurriculumError: all rounds are done, no answerer, a wrong number of answers, or problems that are all
+            ValueError: all rounds are done, no answerer, a wrong number of answers, or problems that are all
                 excluded. All processes raise where one does.
         """
         if self.done:
-            raise CurriculumError(f"The {self.finished} rounds are done. Add levels for more.")
+            raise ValueError(f"The {self.finished} rounds are done. Add levels for more.")
         stored = _from_main(self._read(self.finished + 1) if _rank() == 0 else None)
         if stored is None:
             self._save()  # before any row is written, so that rows of other settings are never taken for ours
@@ -218,10 +219,10 @@ class SelfImprovement:
             model (*optional*): Saved as `model-<round>` in the folder: what a restart goes on with.
 
         Raises:
-            CurriculumError: `extend` was not called in this round.
+            ValueError: `extend` was not called in this round.
         """
         if len(self.history) != self.finished + 1:
-            raise CurriculumError("There is no round to finish. Call extend(...) and train on its rows first.")
+            raise ValueError("There is no round to finish. Call extend(...) and train on its rows first.")
         if model is not None and _rank() == 0:
             save_aside(self.folder / f"model-{self.finished + 1}", model.save_pretrained)
         self.finished += 1
@@ -234,7 +235,7 @@ class SelfImprovement:
         Return `(level, prompt)` of the problems of round `number`, counted from 1.
 
         Raises:
-            CurriculumError: 1000 draws in a row were excluded.
+            ValueError: 1000 draws in a row were excluded.
         """
         levels, found = self.levels[number - 1], []
         rng = random.Random(f"{self.seed} {number}")
@@ -243,17 +244,15 @@ class SelfImprovement:
             draws = (self.problem(level, rng) for _ in range(1000))
             prompt = next((draw for draw in draws if draw not in self.exclude), None)
             if prompt is None:
-                raise CurriculumError(
-                    f"1000 problems of level {level!r} in a row are excluded. Exclude fewer prompts."
-                )
+                raise ValueError(f"1000 problems of level {level!r} in a row are excluded. Exclude fewer prompts.")
             found.append((level, prompt))
         return found
 
     def _answer(self, answerers: Sequence[Answerer]) -> dict[str, Any]:
         if not answerers:
-            raise CurriculumError("extend() needs somebody who answers: extend(GreedyAnswers(model, tokenizer, ...)).")
+            raise ValueError("extend() needs somebody who answers: extend(GreedyAnswers(model, tokenizer, ...)).")
         needs = "where two or more answerers vote"
-        refuse_idle("min_agreement", self.min_agreement, 0.5, len(answerers) > 1, needs, CurriculumError)
+        refuse_idle("min_agreement", self.min_agreement, 0.5, len(answerers) > 1, needs)
         problems = self.prompts(self.finished + 1)
         texts = [prompt for _, prompt in problems]
         answers = [_answers_of(answerer, texts) for answerer in answerers]
@@ -317,13 +316,13 @@ class SelfImprovement:
             or not all(isinstance(entry, dict) and {"levels", "accepted"} <= set(entry) for entry in history)
             or finished not in range(len(history) + 1)
         ):
-            raise CurriculumError(f"{path} is damaged: it holds no rounds. Delete {self.folder} to begin again.")
+            raise BrokenFileError(f"{path} is damaged: it holds no rounds. Delete {self.folder} to begin again.")
         same_levels = all(
             entry["levels"] == [str(level) for level in levels]
             for entry, levels in zip(history, self.levels, strict=False)
         )
         if state.get("fingerprint") != self._fingerprint() or not same_levels or len(history) > len(self.levels):
-            raise CurriculumError(
+            raise MismatchError(
                 f"{self.folder} holds rounds of other rows, levels or settings. Build SelfImprovement as they were "
                 "built (levels may be added at the end), or use another folder."
             )
@@ -349,12 +348,12 @@ def _stored(path: Path) -> dict[str, Any]:
     """Return what the main process stored; a file that somebody else damaged gets one sentence."""
     try:
         value = load_json(path)
-    except StateFileError as error:
-        raise CurriculumError(
+    except BrokenFileError as error:
+        raise BrokenFileError(
             f"{path} is damaged ({error.__cause__}). Delete {path.parent} to begin again."
         ) from error
     if not isinstance(value, dict):
-        raise CurriculumError(
+        raise BrokenFileError(
             f"{path} is damaged: it holds {type(value).__name__}. Delete {path.parent} to begin again."
         )
     return value
@@ -396,7 +395,7 @@ def _answers_of(answerer: Answerer, prompts: list[str]) -> list[str | None]:
     # All leave together: a process that raised alone would leave the others waiting for it.
     errors = [message for _, message in parts if message]
     if errors:
-        raise CurriculumError(errors[0])
+        raise ValueError(errors[0])
     answers: list[str | None] = [None] * len(prompts)
     for rank, (part, _) in enumerate(parts):
         answers[rank::world] = part

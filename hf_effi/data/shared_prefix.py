@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 
 from ..attention.shared_prefix import check_config, check_shared_prefix
-from ..functional.shared_prefix import SharedPrefixError, plan_shared_prefix
+from ..errors import RefusedError
+from ..functional.shared_prefix import plan_shared_prefix
 
 PROMPT, COMPLETION = "prompt_ids", "completion_ids"
 
@@ -29,7 +30,8 @@ def group_by_prompt(rows: Dataset | Iterable[Mapping[str, Any]], max_completions
         `Dataset`: Columns `prompt_ids`, a list of token ids, and `completion_ids`, a list of such lists.
 
     Raises:
-        SharedPrefixError: a stream, no rows, a missing column, `max_completions` below 1.
+        RefusedError: a stream.
+        ValueError: no rows, a missing column, `max_completions` below 1.
 
     Example:
     ```python
@@ -40,24 +42,22 @@ def group_by_prompt(rows: Dataset | Iterable[Mapping[str, Any]], max_completions
     ```
     """
     if isinstance(rows, IterableDataset):
-        raise SharedPrefixError(
-            "A stream cannot be grouped: the same prompt may come at any time. Load it as a Dataset."
-        )
+        raise RefusedError("A stream cannot be grouped: the same prompt may come at any time. Load it as a Dataset.")
     if max_completions is not None and (type(max_completions) is not int or max_completions < 1):
-        raise SharedPrefixError(f"max_completions={max_completions!r} must be an integer of at least 1, or None.")
+        raise ValueError(f"max_completions={max_completions!r} must be an integer of at least 1, or None.")
     if isinstance(rows, Dataset):
         rows = rows.select_columns([name for name in (PROMPT, COMPLETION) if name in rows.column_names])
     groups: dict[tuple[int, ...], list[list[int]]] = {}
     for row in rows:
         prompt, completion = _columns(row)
         if not _is_ids(completion):
-            raise SharedPrefixError(
+            raise ValueError(
                 f"{COMPLETION} must be a list of token ids, got {completion!r:.60}. Lists of such lists are grouped "
                 "already; a dataset of tensors needs with_format(None)."
             )
         groups.setdefault(tuple(prompt), []).append(completion)
     if not groups:
-        raise SharedPrefixError("There are no rows to group.")
+        raise ValueError("There are no rows to group.")
     grouped = [
         (prompt, completions[start : start + (max_completions or len(completions))])
         for prompt, completions in groups.items()
@@ -79,8 +79,8 @@ class SharedPrefixCollator:
             is kept.
 
     Raises:
-        SharedPrefixError: a model for which prompts cannot be shared exactly; rows without these columns, or not
-            grouped.
+        RefusedError: a model for which prompts cannot be shared exactly.
+        ValueError: rows without these columns, or not grouped.
 
     Example:
     ```python
@@ -100,7 +100,7 @@ class SharedPrefixCollator:
         for row in rows:
             prompt, completions = _columns(row)
             if not isinstance(completions, list) or not completions or not all(map(_is_ids, completions)):
-                raise SharedPrefixError(
+                raise ValueError(
                     f"{COMPLETION} must be a list of completions, each a list of token ids; got {completions!r:.60}. "
                     "Use group_by_prompt(dataset)."
                 )
@@ -113,12 +113,12 @@ class SharedPrefixCollator:
 def _columns(row: Mapping[str, Any]) -> tuple[list[int], Any]:
     missing = [name for name in (PROMPT, COMPLETION) if name not in row]
     if missing:
-        raise SharedPrefixError(
+        raise ValueError(
             f"The rows have no {' and no '.join(missing)}, only {sorted(row)}. In a Trainer, set "
             "remove_unused_columns=False."
         )
     if not _is_ids(row[PROMPT]):
-        raise SharedPrefixError(
+        raise ValueError(
             f"{PROMPT} must be a list of token ids, got {row[PROMPT]!r:.60}. A dataset of tensors needs "
             "with_format(None)."
         )

@@ -11,7 +11,7 @@ import torch
 from .measure import rng_state, set_rng_state
 
 
-class Cancelled(BaseException):
+class _Cancelled(BaseException):
     """Raised inside a job whose siblings failed. Derives from `BaseException` so that no handler swallows it."""
 
 
@@ -38,7 +38,7 @@ class Job:
             # The number of threads is a property of each OpenMP thread, not of the process.
             torch.set_num_threads(1)
             self.result = self._function(self)
-        except Cancelled:
+        except _Cancelled:
             pass
         except BaseException as error:
             self.error = error
@@ -50,7 +50,7 @@ class Job:
         self._my_turn.wait()
         self._my_turn.clear()
         if self._cancelled:
-            raise Cancelled
+            raise _Cancelled
 
     def pause(self) -> None:
         """Called by the job: hand over, and return when it is this job's turn again."""

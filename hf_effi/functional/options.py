@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def refuse_idle(
-    name: str, value: Any, default: Any, acts: bool, needs: str, error: type[Exception] = ValueError
-) -> None:
+def refuse_idle(name: str, value: Any, default: Any, acts: bool, needs: str) -> None:
     """
-    Raise for an option that was set while nothing reads it.
+    Raise `ValueError` for an option that was set while nothing reads it.
 
     An option that was set to its default cannot be told from one that was left out, and passes.
 
@@ -18,7 +16,6 @@ def refuse_idle(
         value, default: What it is, and what it is where nobody sets it.
         acts (`bool`): Whether the other options let it act.
         needs (`str`): What lets it act, to be read after "only acts".
-        error (`type`, *optional*, defaults to `ValueError`): What to raise.
 
     Example:
     ```python
@@ -30,4 +27,4 @@ def refuse_idle(
     ```
     """
     if not acts and value != default:
-        raise error(f"{name}={value!r} only acts {needs}. Leave it at {default!r}.")
+        raise ValueError(f"{name}={value!r} only acts {needs}. Leave it at {default!r}.")

@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BrokenFileError
 from . import metrics
 
 if TYPE_CHECKING:  # the command line reads records without it
@@ -20,10 +21,6 @@ if TYPE_CHECKING:  # the command line reads records without it
 PROBES_KEY = "hf_effi.probes"
 
 _PROBED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-class ProbeError(ValueError):
-    """Two searches make probing updates at once, or a plan of probes does not fit the run."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class ProbePlan:
             search; ascending, not touching each other's updates.
 
     Raises:
-        ProbeError: blocks that overlap, are empty or begin before update 1.
+        ValueError: blocks that overlap, are empty or begin before update 1.
 
     Example:
     ```python
@@ -59,7 +56,7 @@ class ProbePlan:
         end = 0
         for first, last, length in self.blocks:
             if first <= end or last < first or length < 1:
-                raise ProbeError(
+                raise ValueError(
                     f"A block of probes from update {first} to {last}, {length} each, after update {end}: blocks must "
                     "ascend without overlap, and a probe has at least one update."
                 )
@@ -117,16 +114,14 @@ def stored_plan(stateful_callbacks: Mapping[str, Any]) -> ProbePlan:
     Return the probes so far from what a checkpoint stores; none where no search ran.
 
     Raises:
-        ProbeError: what is stored is no list of blocks.
+        BrokenFileError: what is stored is no list of blocks.
     """
     try:
         return ProbePlan(tuple(tuple(block) for block in stateful_callbacks.get(PROBES_KEY, {}).get("blocks", ())))
     except (TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ProbeError):
-            raise
-        raise ProbeError(
-            f"The checkpoint's {PROBES_KEY!r} is damaged: it holds no list of blocks of three numbers."
-        ) from None
+        raise BrokenFileError(
+            f"The checkpoint's {PROBES_KEY!r} is damaged: it holds no list of ascending blocks of three numbers."
+        ) from error
 
 
 def without_probes(log_history: Iterable[Mapping[str, Any]]) -> list[Any]:

@@ -35,7 +35,7 @@ _FUSED_ATTENTION_OF_CPUS = aten._scaled_dot_product_flash_attention_for_cpu.defa
 _GROUPED_PRODUCT = aten._grouped_mm.default
 
 
-class TooManyOperations(RuntimeError):
+class _TooManyOperations(RuntimeError):
     """A run was given up: its code loops over tokens, for example."""
 
 
@@ -48,7 +48,7 @@ class _Limit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.run.operations > self.last:
-            raise TooManyOperations(f"more than {self.operations} operators have run.")
+            raise _TooManyOperations(f"more than {self.operations} operators have run.")
         return func(*args, **(kwargs or {}))
 
 
@@ -100,7 +100,7 @@ class ShapeRun(TorchDispatchMode):
         self.fake_mode.__exit__(*error)
 
     def limited(self, operations: int) -> TorchFunctionMode:
-        """Return a context in which [`TooManyOperations`] is raised once so many operators have run."""
+        """Return a context in which [`_TooManyOperations`] is raised once so many operators have run."""
         return _Limit(self, operations)
 
     # ---- models ----

@@ -14,10 +14,6 @@ IGNORED = -100
 _KEYWORD = "shared_prefix_"
 
 
-class SharedPrefixError(ValueError):
-    """Rows, a model or a call for which prompts cannot be shared exactly; the message says why, and what to do."""
-
-
 class PrefixSegments(NamedTuple):
     """
     Which tokens of a flat row attend to which shared prefix.
@@ -52,7 +48,7 @@ class PrefixSegments(NamedTuple):
         if not found:
             return None
         if missing := [_KEYWORD + name for name in given if name not in found]:
-            raise SharedPrefixError(f"The call has some arguments of a shared prefix, but not {', '.join(missing)}.")
+            raise ValueError(f"The call has some arguments of a shared prefix, but not {', '.join(missing)}.")
         return cls(**found)
 
 
@@ -128,9 +124,7 @@ class SharedPrefixLayout:
             fill (`float`, *optional*, defaults to 0): What stands past the end of a completion.
         """
         if values.numel() != self.num_tokens:
-            raise SharedPrefixError(
-                f"values of shape {tuple(values.shape)} for {self.num_tokens} tokens: give one each."
-            )
+            raise ValueError(f"values of shape {tuple(values.shape)} for {self.num_tokens} tokens: give one each.")
         index = self.completion_index(width).to(values.device)
         return values.flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
 
@@ -151,7 +145,7 @@ def plan_shared_prefix(prompts: Sequence[Sequence[int]], completion_lengths: Seq
         completion_lengths (`Sequence[int]`): Tokens of each row's completion, 0 or more.
 
     Raises:
-        SharedPrefixError: no rows, an empty prompt, or not one length per row.
+        ValueError: no rows, an empty prompt, or not one length per row.
 
     Example:
     ```python
@@ -166,11 +160,11 @@ def plan_shared_prefix(prompts: Sequence[Sequence[int]], completion_lengths: Seq
     ```
     """
     if not prompts or len(prompts) != len(completion_lengths):
-        raise SharedPrefixError(
+        raise ValueError(
             f"{len(prompts)} prompts and {len(completion_lengths)} completions: give at least one, and as many."
         )
     if empty := [row for row, prompt in enumerate(prompts) if not len(prompt)]:
-        raise SharedPrefixError(f"The prompt of row {empty[0]} is empty: begin it with a token, such as BOS.")
+        raise ValueError(f"The prompt of row {empty[0]} is empty: begin it with a token, such as BOS.")
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(tuple(map(int, prompt)), []).append(row)

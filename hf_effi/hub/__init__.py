@@ -10,7 +10,6 @@ from .._faces import face
 _PUBLIC = {
     "HubCallback": "hf_effi.hub.callback",
     "Recipe": "hf_effi.hub.recipe",
-    "RecipeError": "hf_effi.hub.recipe",
     "from_card": "hf_effi.hub.recipe",
     "read_recipe": "hf_effi.hub.recipe",
 }
@@ -18,7 +17,6 @@ _PUBLIC = {
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .callback import HubCallback as HubCallback
     from .recipe import Recipe as Recipe
-    from .recipe import RecipeError as RecipeError
     from .recipe import from_card as from_card
     from .recipe import read_recipe as read_recipe
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..errors import RecipeError
 from ..functional.kept_arguments import LARGEST_LIST, MOST_VALUES
 
 #: deepest nesting of one object
@@ -25,7 +26,7 @@ _MODULES = re.compile(r"[A-Za-z0-9_.*|()^$\\?+\[\]-]{1,512}")
 KERNEL_SOURCES = frozenset({"liger", "hf_effi", "fp8", "int8"})
 
 
-class NotAdmittedError(ValueError):
+class _NotAdmittedError(RecipeError):
     """A card names something that it may not name, or that this version does not have."""
 
 
@@ -358,10 +359,10 @@ def find(path: Any, table: Mapping[str, Any]) -> Any:
     Cards of earlier versions name the module in which a class of ours was defined; only the name counts in them.
 
     Raises:
-        NotAdmittedError: it is not in the table, or the installed version does not have it.
+        _NotAdmittedError: it is not in the table, or the installed version does not have it.
     """
     if not isinstance(path, str) or not re.fullmatch(r"[A-Za-z0-9_.]{1,200}:[A-Za-z0-9_]{1,100}", path):
-        raise NotAdmittedError(
+        raise _NotAdmittedError(
             f"{_shown(path)} is no path of a class. It has the form 'hf_effi.samplers:ShuffledSampler'"
         )
     module, _, name = path.partition(":")
@@ -370,9 +371,9 @@ def find(path: Any, table: Mapping[str, Any]) -> Any:
         if name in names and public.partition(".")[0] == package:
             found = getattr(importlib.import_module(public), name, None)
             if found is None:
-                raise NotAdmittedError(f"{path!r} is not in the installed version")
+                raise _NotAdmittedError(f"{path!r} is not in the installed version")
             return found
-    raise NotAdmittedError(f"{path!r} is nothing that a card may name")
+    raise _NotAdmittedError(f"{path!r} is nothing that a card may name")
 
 
 def public_path(thing: Any, table: Mapping[str, Any]) -> str | None:
@@ -398,14 +399,14 @@ def check_value(name: str, value: Any, kind: str) -> None:
     Check a plain value against the kind of its argument.
 
     Raises:
-        NotAdmittedError: with the name, the value and what is allowed.
+        _NotAdmittedError: with the name, the value and what is allowed.
     """
     test, words = KINDS[kind]
     # Not set, or off, is no more than what a default says.
     if value is None or (isinstance(value, bool) and kind in ("word", "key", "modules")):
         return
     if not test(value):
-        raise NotAdmittedError(f"{name}={_shown(value)} is not {words}, and a card may hold nothing else there")
+        raise _NotAdmittedError(f"{name}={_shown(value)} is not {words}, and a card may hold nothing else there")
 
 
 def check_object(name: str, path: Any, kind: str) -> None:
@@ -413,14 +414,14 @@ def check_object(name: str, path: Any, kind: str) -> None:
     Check that an object in an argument is of the classes that its kind allows.
 
     Raises:
-        NotAdmittedError: it is not.
+        _NotAdmittedError: it is not.
     """
     if kind not in _GROUPS:
-        raise NotAdmittedError(f"{name} takes {KINDS[kind][1]}, and no object")
+        raise _NotAdmittedError(f"{name} takes {KINDS[kind][1]}, and no object")
     module, names = _GROUPS[kind]
     found = str(path).partition(":")[2]
     if found not in names:
-        raise NotAdmittedError(f"{name} takes {KINDS[kind][1]}, not {_shown(path)}")
+        raise _NotAdmittedError(f"{name} takes {KINDS[kind][1]}, not {_shown(path)}")
 
 
 def check_size(value: Any, depth: int = 0, count: list[int] | None = None) -> None:
@@ -428,12 +429,12 @@ def check_size(value: Any, depth: int = 0, count: list[int] | None = None) -> No
     Refuse data that is nested too deeply or holds too many values, before anything walks it.
 
     Raises:
-        NotAdmittedError: with the limit.
+        _NotAdmittedError: with the limit.
     """
     count = [0] if count is None else count
     count[0] += 1
     if depth > DEEPEST or count[0] > MOST_VALUES:
-        raise NotAdmittedError(f"it is nested more than {DEEPEST} deep or holds more than {MOST_VALUES} values")
+        raise _NotAdmittedError(f"it is nested more than {DEEPEST} deep or holds more than {MOST_VALUES} values")
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for part in parts:
         check_size(part, depth + 1, count)

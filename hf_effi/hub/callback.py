@@ -14,6 +14,7 @@ from ..callbacks.owners import OwningCallback, Role
 from ..callbacks.probing import holds_training_weights
 from ..checkpoint.run_folder import run_folder
 from ..checkpoint.safe import attached_to
+from ..errors import RefusedError
 from .publish import make_room_for_card, push_checkpoint, uploader_for, write_section
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ class HubCallback(OwningCallback):
             (24 minutes, unless it was changed) without it.
 
     Raises:
-        ValueError: `push_to_hub` is on, the run saves no checkpoints, or `seconds` is no less than `ddp_timeout` with
-            several processes.
+        RefusedError: `push_to_hub` is on, or the run saves no checkpoints.
+        ValueError: `seconds` is no less than `ddp_timeout` with several processes.
         HubRefusedError: at the beginning of training, where the Hub refuses the token or the name.
 
     Example:
@@ -52,9 +53,9 @@ class HubCallback(OwningCallback):
 
     def __init__(self, trainer: Trainer, repo_id: str, seconds: float | None = None) -> None:
         if trainer.args.push_to_hub:
-            raise ValueError("HubCallback and push_to_hub=True would both push. Set push_to_hub=False.")
+            raise RefusedError("HubCallback and push_to_hub=True would both push. Set push_to_hub=False.")
         if trainer.args.save_strategy == "no":
-            raise ValueError(
+            raise RefusedError(
                 "HubCallback pushes checkpoints, and save_strategy='no' writes none. Set 'steps' or 'epoch'."
             )
         self.trainer = trainer

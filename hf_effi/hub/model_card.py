@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .._compat import MissingPackageError
 from .._files import save_bytes, save_text
 from .._plots import draw_picture
 from .._run_record import REDACTED, redact
 from .._text_plot import text_plot
-from .._untrusted import UntrustedFileError, check_yaml, is_number, one_line, read_text
+from .._untrusted import check_yaml, is_number, one_line, read_text
+from ..errors import BrokenFileError, MissingPackageError
 from ..methods import METHODS, Method
 from .recipe import RECIPE_FILE, RECIPE_MARK, SECTION_BEGIN, SECTION_END
 
@@ -294,7 +294,7 @@ def _load_card(path: Path) -> ModelCard:
     Return the card that is there, or a new one. Its front matter may be a stranger's: upstream copies it whole.
 
     Raises:
-        UntrustedFileError: the card or its front matter is too large, nested too deeply, or no YAML.
+        BrokenFileError: the card or its front matter is too large, nested too deeply, or no YAML.
     """
     from huggingface_hub.repocard import REGEX_YAML_BLOCK, ModelCard
 
@@ -306,11 +306,9 @@ def _load_card(path: Path) -> ModelCard:
         check_yaml(found[2] if found else "", f"The front matter of {path}")
         return ModelCard(text)
     except (ValueError, yaml.YAMLError) as error:
-        if isinstance(error, UntrustedFileError):
+        if isinstance(error, BrokenFileError):
             raise
-        raise UntrustedFileError(
-            f"The front matter of {path} is not that of a card: {one_line(error, 200)}."
-        ) from None
+        raise BrokenFileError(f"The front matter of {path} is not that of a card: {one_line(error, 200)}.") from None
 
 
 def _with_section(text: str, section: str) -> str:

@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import RecipeError
 from ..functional.kept_arguments import NotKept, arguments_of
 from .admitted import (
     CLASSES,
     FUNCTIONS,
     LARGEST_LIST,
-    NotAdmittedError,
+    _NotAdmittedError,
     check_object,
     check_value,
     find,
@@ -27,7 +28,7 @@ _PEFT_NEEDED = ("total_step",)
 _PEFT_INTERNAL = ("peft_version", "auto_mapping", "runtime_config", "base_model_name_or_path", "inference_mode")
 
 
-class NotPlainError(ValueError):
+class _NotPlainError(RecipeError):
     """A value that cannot be written as data; the message says which and why."""
 
 
@@ -40,7 +41,7 @@ def to_plain(value: Any) -> Any:
     `{"function": "module:name"}`. Scores that were given as a tensor or an array are a list.
 
     Raises:
-        NotPlainError: the value, or a part of it, is something else or is too long.
+        _NotPlainError: the value, or a part of it, is something else or is too long.
     """
     if isinstance(value, enum.Enum):
         return to_plain(value.value)
@@ -50,21 +51,21 @@ def to_plain(value: Any) -> Any:
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise NotPlainError("a mapping with keys that are not text")
+            raise _NotPlainError("a mapping with keys that are not text")
         return {key: to_plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         if len(value) > LARGEST_LIST:
-            raise NotPlainError(f"a list of {len(value)} values")
+            raise _NotPlainError(f"a list of {len(value)} values")
         items = sorted(value) if isinstance(value, (set, frozenset)) else value
         return [to_plain(item) for item in items]
     if inspect.isfunction(value):
         path = public_path(value, FUNCTIONS)
         if path is None:
-            raise NotPlainError(f"your own code: {path_of(value)!r} is nothing that a card may name")
+            raise _NotPlainError(f"your own code: {path_of(value)!r} is nothing that a card may name")
         return {"function": path}
     path = public_path(type(value), CLASSES)
     if path is None:
-        raise NotPlainError(f"your own code: {path_of(type(value))!r} is nothing that a card may name")
+        raise _NotPlainError(f"your own code: {path_of(type(value))!r} is nothing that a card may name")
     return {"class": path, "arguments": _constructor_arguments(value, kinds_of(path))}
 
 
@@ -78,11 +79,11 @@ def from_plain(value: Any) -> Any:
     Return what [`to_plain`] described: an object, a function, or a list of them. See `hf_effi.hub.admitted`.
 
     Raises:
-        NotAdmittedError: it names something that a card may not name, or that this version does not have.
+        _NotAdmittedError: it names something that a card may not name, or that this version does not have.
     """
     if isinstance(value, list):
         if len(value) > LARGEST_LIST:
-            raise NotAdmittedError(f"a list of {len(value)} objects, where at most {LARGEST_LIST} are allowed")
+            raise _NotAdmittedError(f"a list of {len(value)} objects, where at most {LARGEST_LIST} are allowed")
         return [from_plain(item) for item in value]
     if isinstance(value, dict) and set(value) == {"function"}:
         return find(value["function"], FUNCTIONS)
@@ -93,13 +94,13 @@ def from_plain(value: Any) -> Any:
         try:
             return cls(**arguments)
         except Exception as error:  # whatever a constructor says of numbers and words that do not fit
-            raise NotAdmittedError(f"{value['class']}: {str(error)[:300]}") from None
-    raise NotAdmittedError("it is neither an object nor a function of a card")
+            raise _NotAdmittedError(f"{value['class']}: {str(error)[:300]}") from None
+    raise _NotAdmittedError("it is neither an object nor a function of a card")
 
 
 def _argument(name: str, value: Any, kinds: Mapping[str, str]) -> Any:
     if not isinstance(name, str) or name not in kinds:
-        raise NotAdmittedError(f"{str(name)[:80]!r} is no argument that a card may set there")
+        raise _NotAdmittedError(f"{str(name)[:80]!r} is no argument that a card may set there")
     if _is_object(value):
         check_object(name, value["class"], kinds[name])
         return from_plain(value)
@@ -127,8 +128,8 @@ def _constructor_arguments(thing: Any, kinds: Mapping[str, str]) -> dict[str, An
     for name, value in found.items():
         try:  # write nothing that reading would refuse
             _argument(name, value, kinds)
-        except NotAdmittedError as error:
-            raise NotPlainError(f"a value that a card may not hold: {error}") from None
+        except _NotAdmittedError as error:
+            raise _NotPlainError(f"a value that a card may not hold: {error}") from None
     return found
 
 
@@ -140,14 +141,14 @@ def _own_arguments(thing: Any) -> dict[str, Any]:
     else:
         given = arguments_of(thing)
     if given is None:
-        raise NotPlainError(f"{name_of_class}, which does not remember what it was made with")
+        raise _NotPlainError(f"{name_of_class}, which does not remember what it was made with")
     found = {}
     for name, value in given.items():
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
         if value is default:
             continue
         if isinstance(value, NotKept):
-            raise NotPlainError(
+            raise _NotPlainError(
                 f"{name}: {value.reason}. Make the {name_of_class} again from your data, and pass it to "
                 "Recipe.make_trainer"
             )
@@ -172,5 +173,5 @@ def _peft_arguments(config: Any) -> dict[str, Any]:
 def _plain_or_none(value: Any) -> Any:
     try:
         return to_plain(value)
-    except NotPlainError:
+    except _NotPlainError:
         return None

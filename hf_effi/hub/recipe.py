@@ -14,18 +14,10 @@ from transformers import TrainerCallback
 
 from .._run_record import REDACTED, redact
 from ..callbacks.run_record import describe_data, describe_model, methods_of, methods_of_parts, schedule_of
+from ..errors import RecipeError
 from ._worker import describe_failure
-from .admitted import (
-    ARGUMENTS,
-    CONFIGS,
-    TRAINERS,
-    NotAdmittedError,
-    check_size,
-    check_value,
-    find,
-    public_path,
-)
-from .objects import NotPlainError, from_plain, to_plain
+from .admitted import ARGUMENTS, CONFIGS, TRAINERS, _NotAdmittedError, check_size, check_value, find, public_path
+from .objects import _NotPlainError, from_plain, to_plain
 
 RECIPE_FILE = "effi_recipe.json"
 SCHEMA = 1
@@ -49,10 +41,6 @@ SECTION_BEGIN, SECTION_END = "<!-- hf_effi section -->", "<!-- end of hf_effi se
 _DERIVED = {"generation_batch_size": "steps_per_generation"}
 
 
-class RecipeError(ValueError):
-    """There is no recipe, or it cannot be read."""
-
-
 def recipe_of(trainer: Any) -> dict[str, Any]:
     """
     Return the recipe of a trainer as JSON data: classes, exact arguments, method objects, model, data, methods.
@@ -70,7 +58,7 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
     def carry(name: str, value: Any) -> None:
         try:
             objects[name] = _readable(value)
-        except NotPlainError as error:
+        except _NotPlainError as error:
             missing[name] = f"it holds {error}"
 
     for name, made_by in _OBJECTS.items():
@@ -85,7 +73,7 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
         name = f"callbacks: {type(callback).__name__}"
         try:
             objects.setdefault("callbacks", []).append(_readable(callback))
-        except NotPlainError as error:
+        except _NotPlainError as error:
             missing[name] = f"it holds {error}"
     model = trainer.accelerator.unwrap_model(trainer.model)
     schedule = schedule_of(trainer.args, trainer.state, trainer.lr_scheduler)
@@ -112,13 +100,13 @@ def _readable(value: Any) -> Any:
     Return a value as data that [`from_card`] takes back.
 
     Raises:
-        NotPlainError: it is no data, or larger or deeper than a recipe that is read may be.
+        _NotPlainError: it is no data, or larger or deeper than a recipe that is read may be.
     """
     plain = to_plain(value)
     try:
         check_size(plain, depth=3)  # recipe, objects, callbacks
-    except NotAdmittedError as error:
-        raise NotPlainError(f"too much: {error}") from None
+    except _NotAdmittedError as error:
+        raise _NotPlainError(f"too much: {error}") from None
     return plain
 
 
@@ -159,7 +147,7 @@ def _arguments_of(args: Any, missing: dict[str, str]) -> dict[str, Any]:
             value = dataclasses.asdict(value)
         try:
             found[field.name] = to_plain(value)
-        except NotPlainError as error:
+        except _NotPlainError as error:
             missing[f"arguments: {field.name}"] = f"it holds {error}"
     for name in ("output_dir", "logging_dir"):
         if found.get(name):
@@ -242,7 +230,7 @@ def from_card(
             try:
                 value = from_plain(item)
                 _check_role(name, value)
-            except NotAdmittedError as error:
+            except _NotAdmittedError as error:
                 missing[label] = str(error)
                 continue
             if several:
@@ -259,9 +247,9 @@ def _class_in(plain: Any) -> str:
 def _check_role(name: str, value: Any) -> None:
     """A callback in the place of a sampler would fail far from here."""
     if name == "callbacks" and not isinstance(value, TrainerCallback):
-        raise NotAdmittedError(f"{type(value).__name__} is no callback")
+        raise _NotAdmittedError(f"{type(value).__name__} is no callback")
     if name != "callbacks" and isinstance(value, TrainerCallback):
-        raise NotAdmittedError(f"{type(value).__name__} is a callback and no {name}")
+        raise _NotAdmittedError(f"{type(value).__name__} is a callback and no {name}")
 
 
 def _check_form(data: Mapping[str, Any], source: Any) -> None:
@@ -280,7 +268,7 @@ def _check_form(data: Mapping[str, Any], source: Any) -> None:
             raise RecipeError(f"The recipe of {source} is damaged: its {name!r} is {type(data.get(name)).__name__}.")
     try:
         check_size({name: data[name] for name in ("arguments", "objects", "not_carried")})
-    except NotAdmittedError as error:
+    except _NotAdmittedError as error:
         raise RecipeError(f"The recipe of {source} is not read: {error}.") from None
 
 
@@ -373,7 +361,7 @@ def _block_in(text: str) -> str | None:
 def _find(path: Any, table: Mapping[str, Any]) -> Any:
     try:
         return find(path, table)
-    except NotAdmittedError as error:
+    except _NotAdmittedError as error:
         raise RecipeError(f"{error}.") from None
 
 
@@ -401,7 +389,7 @@ def _make_arguments(data: Mapping[str, Any], overrides: Mapping[str, Any], missi
             continue
         try:
             check_value(name, value, ARGUMENTS[name])
-        except NotAdmittedError as error:
+        except _NotAdmittedError as error:
             missing[label] = str(error)
             continue
         kwargs[name] = float(value) if value in ("inf", "-inf", "nan") else value
@@ -438,5 +426,5 @@ def _new_folder(stored: Any) -> str:
 def _plain(value: Any) -> Any:
     try:
         return to_plain(value)
-    except NotPlainError:
+    except _NotPlainError:
         return value

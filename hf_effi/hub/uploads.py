@@ -21,14 +21,11 @@ from typing import Any
 from huggingface_hub import CommitInfo, get_token
 
 from .._run_record import redact
+from ..errors import HubRefusedError
 
 logger = logging.getLogger(__name__)
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 _LONGEST_PAUSE = 120.0
-
-
-class HubRefusedError(RuntimeError):
-    """The Hub does not take what would be pushed, and trying again would not help."""
 
 
 @dataclass(frozen=True)

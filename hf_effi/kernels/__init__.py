@@ -10,10 +10,8 @@ from .._faces import face
 _PUBLIC = {
     "FusedLMHead": "hf_effi.kernels.trl_head",
     "FusedLoRALinear": "hf_effi.kernels.fused_lora",
-    "KernelMismatchError": "hf_effi.kernels._errors",
     "KernelPatchHandle": "hf_effi.kernels._patch",
     "LowBitLoRALinear": "hf_effi.kernels.low_bit_lora",
-    "PatchError": "hf_effi.patching.handle",
     "PatchHandle": "hf_effi.patching.handle",
     "TiledMLP": "hf_effi.kernels.tiled_mlp",
     "patch": "hf_effi.kernels._patch",
@@ -22,10 +20,8 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
-    from ..patching.handle import PatchError as PatchError
     from ..patching.handle import PatchHandle as PatchHandle
     from ..patching.handle import unpatch as unpatch
-    from ._errors import KernelMismatchError as KernelMismatchError
     from ._patch import KernelPatchHandle as KernelPatchHandle
     from ._patch import patch as patch
     from .fused_lora import FusedLoRALinear as FusedLoRALinear

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from ._errors import PatchError
+from ..errors import RefusedError
 from ._targets import ROTARY_FUNCTION, Target, calling, decorated, holds
 
 #: Hugging Face's contract for a kernel layer: no state and no members of its own but these.
@@ -57,7 +57,7 @@ class LayerGroup(Protocol):
     """A value of `patch` that treats several modules at once, such as the linear layers that share an input."""
 
     def units(self, targets: Sequence[Target]) -> list[Unit]:
-        """Return the units for these targets; raise `PatchError` for one that cannot be treated."""
+        """Return the units for these targets; raise `RefusedError` for one that cannot be treated."""
         ...
 
 
@@ -66,27 +66,27 @@ def check_contract(layer: Any) -> type[nn.Module]:
     Return `layer` if it satisfies Hugging Face's contract for kernel layers.
 
     Raises:
-        PatchError: it is no `nn.Module` class, has a constructor, or has members besides `forward`, `has_backward` and
+        ValueError: it is no `nn.Module` class, has a constructor, or has members besides `forward`, `has_backward` and
             `can_torch_compile`.
     """
     if not isinstance(layer, type) or not issubclass(layer, nn.Module):
-        raise PatchError(
+        raise ValueError(
             f"{layer!r} is no kernel layer: give an nn.Module class without state, an object with `.load()` that "
             "returns one, 'liger', or 'organisation/repository:Layer'."
         )
     if layer.__init__ is not nn.Module.__init__:
-        raise PatchError(
+        raise ValueError(
             f"{layer.__name__} has a constructor. A kernel layer is stateless: its forward reads the weights and "
             "settings of the module that it replaces from `self`."
         )
     own = {name for base in layer.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
     if extra := sorted(name for name in own - _CONTRACT if not name.startswith("__")):
-        raise PatchError(
+        raise ValueError(
             f"{layer.__name__} has members that a kernel layer may not have: {', '.join(extra)}. Move them to module "
             "level: the replaced module has its own members under `self`."
         )
     if layer.forward is nn.Module.forward:
-        raise PatchError(f"{layer.__name__} has no forward.")
+        raise ValueError(f"{layer.__name__} has no forward.")
     return layer
 
 
@@ -145,7 +145,7 @@ def _with_rotary(target: Target, rotary: Callable[..., Any]) -> Callable[..., An
     """Return the attention's own forward with another rotary function, which is a global of the modeling file."""
     forward = _unbound(target.original, target.module)
     if calling(forward, ROTARY_FUNCTION) is None:
-        raise PatchError(
+        raise RefusedError(
             f"{target.name} ({type(target.module).__name__}): its forward does not call `{ROTARY_FUNCTION}` itself, "
             "or under a decorator that cannot be copied, so its rotary embedding cannot be replaced."
         )

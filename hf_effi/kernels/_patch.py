@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..errors import RefusedError
 from ..functional.options import refuse_idle
 from ..patching import set_mode, sharded_by_zero3
 from ..patching.handle import CLAIM, Claim, PatchHandle
-from ._errors import KernelMismatchError, PatchError
 from ._layers import LayerGroup, Unit, layer_unit
 from ._sources import candidates, liger_layers
 from ._targets import Key, Target, find_targets
-from ._verify import Arguments, compare, hidden_states, loss_arguments, placed, rotary_arguments
+from ._verify import Arguments, _KernelMismatchError, compare, hidden_states, loss_arguments, placed, rotary_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -85,15 +85,15 @@ class KernelPatchHandle(PatchHandle):
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise PatchError(f"patch() needs an nn.Module, not {type(model).__name__}.")
+        raise ValueError(f"patch() needs an nn.Module, not {type(model).__name__}.")
     for name, module in model.named_modules():
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise PatchError(
+            raise RefusedError(
                 f"{name or 'the model'} is compiled. Patch first, then compile: the compiled graph would be traced "
                 "again at an unforeseen moment."
             )
         if module.__dict__.get("_use_kernels", False):
-            raise PatchError(
+            raise RefusedError(
                 f"{name or 'the model'} was loaded with use_kernels=True: transformers then rebinds the forward of "
                 "its layers whenever train() or eval() is called, which would drop these patches. Load it without."
             )
@@ -103,7 +103,7 @@ def _free_targets(model: nn.Module, key: Key) -> list[Target]:
     targets = find_targets(model, key)
     for target in targets:
         if claim := target.module.__dict__.get(CLAIM):
-            raise PatchError(
+            raise RefusedError(
                 f"{target.name or 'the model'} is claimed by {_shown(key)!r} and already by {claim.key!r}. Revert the "
                 "other patch first (`unpatch(model)` where its handle is lost), or narrow one of the two keys."
             )
@@ -136,7 +136,7 @@ class _Checker:
         self.dtype = getattr(model, "dtype", None) or next(
             (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
         )
-        self.seen: dict[Any, str | KernelMismatchError] = {}
+        self.seen: dict[Any, str | _KernelMismatchError] = {}
 
     def check(self, key: Key, unit: Unit) -> str:
         """Return the note for the report, or raise."""
@@ -145,12 +145,12 @@ class _Checker:
             where = f"{unit.label} on {unit.targets[0].name or 'the model'}"
             try:
                 self.seen[kind] = self._compare(key, unit)
-            except KernelMismatchError as error:
-                self.seen[kind] = KernelMismatchError(f"{where}: {error}")
-            except PatchError as error:
-                raise PatchError(f"{where}: {error}") from error
+            except _KernelMismatchError as error:
+                self.seen[kind] = _KernelMismatchError(f"{where}: {error}")
+            except RefusedError as error:
+                raise RefusedError(f"{where}: {error}") from error
         found = self.seen[kind]
-        if isinstance(found, KernelMismatchError):
+        if isinstance(found, _KernelMismatchError):
             raise found
         return found
 
@@ -167,7 +167,7 @@ class _Checker:
             # DTensor: FSDP2. Empty: a shard of FSDP. Meta: offloaded by accelerate.
             sharded = hasattr(parameter, "device_mesh") or sharded_by_zero3([parameter])
             if sharded or parameter.device.type == "meta" or not parameter.numel():
-                raise PatchError(
+                raise RefusedError(
                     "its weights are sharded or offloaded, or in 8 bits by another patch, so the self-check cannot "
                     "run. Patch before the model is wrapped, put 8-bit bases last, or pass verify=False."
                 )
@@ -187,7 +187,7 @@ class _Checker:
         failed = [d for d in deviations if not d.ok]
         if failed:
             d = failed[0]
-            raise KernelMismatchError(
+            raise _KernelMismatchError(
                 f"{d.what} is off by {d.error:.2e} of its {d.measure}, the original by {d.own_error:.2e}, and "
                 f"{d.allowed:.2e} is allowed."
             )
@@ -236,11 +236,11 @@ def _try_alternatives(
     for unit in alternatives:
         try:
             return unit, checker.check(key, unit)
-        except KernelMismatchError as error:
+        except _KernelMismatchError as error:
             failures.append(str(error))
     reason = " ".join(failures)
     if on_mismatch == "error":
-        raise KernelMismatchError(
+        raise _KernelMismatchError(
             f"{reason} Remove {_shown(key)!r}, or pass on_mismatch='eager' to leave such modules as they are."
         )
     return None, reason
@@ -281,8 +281,9 @@ def patch(
         [`KernelPatchHandle`]: Also a context manager.
 
     Raises:
-        PatchError: nothing matches a key, two keys claim one module, or the model cannot be patched in its state.
-        KernelMismatchError: a replacement does not compute what it replaces. The model is as it was.
+        RefusedError: nothing matches a key, two keys claim one module, the model cannot be patched in its state, or a
+            replacement does not compute what it replaces. The model is as it was.
+        ValueError: `layers` or `inputs` name no layer, no source or no key, or an option would be ignored.
 
     Example:
     ```python
@@ -292,15 +293,13 @@ def patch(
     ```
     """
     if on_mismatch not in ("error", "eager"):
-        raise PatchError(f"on_mismatch={on_mismatch!r} must be 'error' or 'eager'.")
-    refuse_idle(
-        "on_mismatch", on_mismatch, "error", verify, "on what the self-check finds: with verify=True", PatchError
-    )
-    refuse_idle("inputs", inputs, None, verify, "in the self-check: with verify=True", PatchError)
+        raise ValueError(f"on_mismatch={on_mismatch!r} must be 'error' or 'eager'.")
+    refuse_idle("on_mismatch", on_mismatch, "error", verify, "on what the self-check finds: with verify=True")
+    refuse_idle("inputs", inputs, None, verify, "in the self-check: with verify=True")
     _check_model(model)
     layers = _as_mapping(model, layers)
     if unknown := [key for key in inputs or {} if key not in layers]:
-        raise PatchError(f"inputs has keys that `layers` has not: {unknown}.")
+        raise ValueError(f"inputs has keys that `layers` has not: {unknown}.")
     checker = _Checker(model, inputs or {}) if verify else None
     handle = KernelPatchHandle()
     try:
@@ -338,7 +337,7 @@ def _as_mapping(model: nn.Module, layers: Any) -> Mapping[Key, Any]:
     if layers == "liger":
         return liger_layers(model)
     if not isinstance(layers, Mapping) or not layers:
-        raise PatchError(f"layers={layers!r} must be a mapping with at least one key, or 'liger'.")
+        raise ValueError(f"layers={layers!r} must be a mapping with at least one key, or 'liger'.")
     return layers
 
 

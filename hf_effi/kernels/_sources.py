@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._compat import require
-from ._errors import PatchError
+from ..errors import RefusedError
 from ._layers import LayerGroup, check_contract
 from ._targets import GATED_NAMES, LM_HEAD_NAME, LORA_NAME, Key, kernel_name
 from .fused_lora import FusedLoRALinear
@@ -31,7 +31,7 @@ _OURS: dict[Key, Callable[[], LayerGroup]] = {
 def _from_liger(key: Key) -> list[Candidate]:
     layers = require("liger_kernel", "layer 'liger'") and importlib.import_module("hf_effi.kernels.liger").LAYERS
     if key not in layers:
-        raise PatchError(f"'liger' has no layer for {key!r}. It has: {', '.join(layers)}.")
+        raise RefusedError(f"'liger' has no layer for {key!r}. It has: {', '.join(layers)}.")
     return list(layers[key])
 
 
@@ -53,7 +53,7 @@ def _named(key: Key, name: str) -> list[Candidate]:
         return [LowBitLoRALinear(name)]
     if "/" in name and ":" in name:
         return [check_contract(_from_hub(name))]
-    raise PatchError(
+    raise ValueError(
         f"{name!r} is no source of layers for {key!r}. Give 'liger', 'hf_effi' (for {', '.join(_OURS)}), "
         "'fp8' or 'int8' (LoRA layers), 'organisation/repository:Layer', or a layer class."
     )
@@ -68,14 +68,15 @@ def candidates(key: Key, value: Any) -> list[Candidate]:
     Return what a value of `patch` offers, in the order in which it is tried.
 
     Raises:
-        PatchError: the value is no layer, no group and no source.
+        ValueError: the value is no layer, no group and no source.
+        RefusedError: Liger has no layer for the key.
         MissingPackageError: the package that the value needs is not installed.
     """
     if isinstance(value, str):
         return _named(key, value)
     if isinstance(value, Sequence):
         if not value:
-            raise PatchError(f"{key!r} has an empty list of layers.")
+            raise ValueError(f"{key!r} has an empty list of layers.")
         return [candidate for item in value for candidate in candidates(key, item)]
     if not isinstance(value, type) and isinstance(value, LayerGroup):
         return [value]
@@ -92,12 +93,12 @@ def liger_layers(model: nn.Module) -> dict[Key, str]:
 
     Raises:
         MissingPackageError: Liger is not installed.
-        PatchError: it has no layer for this model.
+        RefusedError: it has no layer for this model.
     """
     require("liger_kernel", "layer 'liger'")
     known = importlib.import_module("hf_effi.kernels.liger").LAYERS
     present = {kernel_name(module) for module in model.modules()}
     found = {key: "liger" for key in known if key in present}
     if not found:
-        raise PatchError(f"Liger has no layer for {type(model).__name__}. It has: {', '.join(known)}.")
+        raise RefusedError(f"Liger has no layer for {type(model).__name__}. It has: {', '.join(known)}.")
     return found

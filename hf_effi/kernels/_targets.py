@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ._errors import PatchError
+from ..errors import RefusedError
 
 Key = str | re.Pattern[str]
 Kind = Literal["module", "rotary", "loss"]
@@ -125,7 +125,7 @@ def _target(key: Key, name: str, module: nn.Module) -> Target:
     if key == LOSS_NAME:
         return Target(name, module, "_loss_function", module.loss_function, "loss")
     if isinstance(module, GradientCheckpointingLayer):
-        raise PatchError(
+        raise RefusedError(
             f"{key!r} matches {name} ({type(module).__name__}), whose class checkpoints around its own forward: a "
             "forward on the instance would switch checkpointing off. Patch the modules inside it, e.g. '*.mlp'."
         )
@@ -138,19 +138,20 @@ def find_targets(model: nn.Module, key: Key) -> list[Target]:
     Return the targets of one key, in the order of `model.named_modules()`.
 
     Raises:
-        PatchError: nothing matches, or a match cannot take an instance patch.
+        ValueError: another kind of key.
+        RefusedError: nothing matches, or a match cannot take an instance patch.
     """
     if not isinstance(key, (str, re.Pattern)):
-        raise PatchError(f"{key!r} is no key: give a kernel's name, a module's name, a glob or a compiled regex.")
+        raise ValueError(f"{key!r} is no key: give a kernel's name, a module's name, a glob or a compiled regex.")
     found = [_target(key, name, module) for name, module in model.named_modules() if _matches(key, name, module)]
     if not found and key == LM_HEAD_NAME:
-        raise PatchError(
+        raise RefusedError(
             f"{key!r}: {type(model).__name__} has no fused head of TRL that could be replaced. TRL's trainers add it "
             "when they are built and wrap it in train(): patch trainer.model between the two."
         )
     if not found:
         known = sorted({name for module in model.modules() if (name := kernel_name(module))})
-        raise PatchError(
+        raise RefusedError(
             f"{key!r} matches no module of {type(model).__name__}. Kernel names in it: {', '.join(known) or 'none'}; "
             "or use a pattern on the names of `model.named_modules()`, e.g. '*.mlp'."
         )

@@ -11,8 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import RefusedError
 from ..patching.state import Trace
-from ._errors import KernelMismatchError, PatchError
+
+
+class _KernelMismatchError(RefusedError):
+    """A replacement that does not compute what it replaces: `patch` then tries the next one, or leaves the module."""
+
+
+class _LayerRefusedError(RefusedError):
+    """
+    A kernel layer says itself what it cannot compute, or where. No failed self-check: the caller is told, also with
+    `on_mismatch="eager"`.
+    """
+
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -217,32 +229,32 @@ def compare(
             the Frobenius norm: single entries of an approximation scatter.
 
     Raises:
-        PatchError: the original does not run on these arguments.
-        KernelMismatchError: the replacement fails, or gives another number, shape or dtype of results, or a gradient
+        RefusedError: the original does not run on these arguments.
+        _KernelMismatchError: the replacement fails, or gives another number, shape or dtype of results, or a gradient
             where the original has none.
     """
     try:
         wide = _results(modules, original, arguments, wide=True, backward=backward)
         own = _results(modules, original, arguments, wide=False, backward=backward)
     except Exception as error:
-        raise PatchError(
+        raise RefusedError(
             f"the original does not run on the input of the self-check: {type(error).__name__}: {error}. Pass "
             "inputs={key: function}, where function(module, generator) returns its positional arguments as a tuple."
         ) from error
     try:
         new = _results(modules, replacement, arguments, wide=False, backward=backward)
-    except PatchError:
+    except _LayerRefusedError:
         raise
     except Exception as error:  # whatever a kernel raises where it does not work: no driver, an unknown shape or dtype
-        raise KernelMismatchError(f"it does not run: {type(error).__name__}: {error}") from error
+        raise _KernelMismatchError(f"it does not run: {type(error).__name__}: {error}") from error
     only = sorted(name for name in own.keys() ^ new.keys() if name in new or not name.endswith(_LEFT))
     if only:
-        raise KernelMismatchError(f"replacement and original do not return or change the same things: {only}")
+        raise _KernelMismatchError(f"replacement and original do not return or change the same things: {only}")
     deviations = []
     for what, expected in own.items():
         actual = new.get(what)
         if _signature(expected) != _signature(actual):
-            raise KernelMismatchError(f"{what} is {_signature(actual)} and the original's is {_signature(expected)}")
+            raise _KernelMismatchError(f"{what} is {_signature(actual)} and the original's is {_signature(expected)}")
         if expected is None or actual is None:
             continue
         truth = wide[what]
@@ -288,7 +300,7 @@ def hidden_states(name: str, module: nn.Module, generator: torch.Generator) -> A
     """Return `(2, 5, width)` activations for a norm, a linear layer or an MLP."""
     width = input_width(module)
     if width is None:
-        raise PatchError(
+        raise RefusedError(
             f"cannot tell what input {name} ({type(module).__name__}) takes. Pass inputs={{key: function}}, where "
             "function(module, generator) returns its positional arguments as a tuple."
         )

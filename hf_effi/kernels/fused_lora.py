@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ._errors import PatchError
 from ._layers import Unit
 from ._peft_layers import active_adapters, dense_weight, has_own_call, is_repacked
 from ._targets import Target
+from ._verify import _LayerRefusedError
 from .low_bit import LowBitWeight, QuantizedRows, quantize_rows
 
 #: names of projections that are given the same input by the modules of transformers
@@ -212,8 +212,8 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torc
 # --- PEFT layers ---------------------------------------------------------------------------------------------------
 
 
-def _reject(name: str, reason: str) -> PatchError:
-    return PatchError(f"LoRA kernels cannot compute {name}: {reason}")
+def _reject(name: str, reason: str) -> _LayerRefusedError:
+    return _LayerRefusedError(f"LoRA kernels cannot compute {name}: {reason}")
 
 
 def _check_layer(name: str, module: Any) -> None:
@@ -232,8 +232,8 @@ def _read(name: str, module: Any) -> LoRAWeights | None:
     Return the weights as they are at this moment, or `None` where PEFT would compute the base layer only.
 
     Raises:
-        PatchError: several active adapters, a variant such as DoRA, dropout while training, a bias in the adapter, or
-            hooks inside the layer.
+        RefusedError: several active adapters, a variant such as DoRA, dropout while training, a bias in the adapter,
+            or hooks inside the layer.
     """
     adapters = active_adapters(module, functools.partial(_reject, name))
     if not adapters:
@@ -313,8 +313,9 @@ class FusedLoRALinear:
             input. Default: `(q_proj, k_proj, v_proj)` and `(gate_proj, up_proj)`.
 
     Raises:
-        PatchError: when applied or when called: several active adapters, DoRA and other variants, `lora_dropout > 0`
+        RefusedError: when applied or when called: several active adapters, DoRA and other variants, `lora_dropout > 0`
             while training, `lora_bias`, other base layers, hooks inside the layer.
+        ValueError: `siblings` are no groups of names.
 
     Example:
     ```python
@@ -325,7 +326,7 @@ class FusedLoRALinear:
 
     def __init__(self, siblings: Sequence[Sequence[str]] = SIBLINGS) -> None:
         if isinstance(siblings, str) or any(isinstance(group, str) for group in siblings):
-            raise PatchError(f"siblings={siblings!r} must be groups of names, such as (('q_proj', 'k_proj'),).")
+            raise ValueError(f"siblings={siblings!r} must be groups of names, such as (('q_proj', 'k_proj'),).")
         self.siblings = tuple(tuple(group) for group in siblings)
 
     def units(self, targets: Sequence[Target]) -> list[Unit]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._compat import require
-from ._errors import PatchError
+from ..errors import RefusedError
 from ._targets import LOSS_NAME, ROTARY_NAME
 
 _ops = require("liger_kernel.ops", "the Liger layers")
@@ -127,8 +127,8 @@ def stateless(layer: type[nn.Module]) -> type[nn.Module]:
     Return the stateless twin of one of Liger's classes, which keep settings of their own.
 
     Raises:
-        PatchError: there is none.
+        RefusedError: there is none.
     """
     if layer.__name__ not in _OF_LIGER:
-        raise PatchError(f"{layer.__name__} of Liger has no stateless twin here. There are: {', '.join(_OF_LIGER)}.")
+        raise RefusedError(f"{layer.__name__} of Liger has no stateless twin here. There are: {', '.join(_OF_LIGER)}.")
     return _OF_LIGER[layer.__name__]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..patching.triton_or_torch import triton_ops
-from ._errors import PatchError
+from ._verify import _LayerRefusedError
 
 
 class LowBitFormat(NamedTuple):
@@ -108,21 +108,23 @@ def check_device(format: str, device: torch.device) -> None:
     Refuse a device without products of this format. A CPU has both, emulated.
 
     Raises:
-        PatchError: the card's compute capability has none; the message names the format that works.
+        RefusedError: the card's compute capability has none; the message names the format that works.
     """
     if device.type == "cpu":
         return
     if device.type != "cuda" or torch.version.hip is not None:
-        raise PatchError(f"format={format!r} runs on NVIDIA GPUs and, emulated, on a CPU; this is {device.type}.")
+        raise _LayerRefusedError(
+            f"format={format!r} runs on NVIDIA GPUs and, emulated, on a CPU; this is {device.type}."
+        )
     capability = torch.cuda.get_device_capability(device)
     card = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
     if capability < _INT8_CAPABILITY:
-        raise PatchError(
+        raise _LayerRefusedError(
             f"{card}, and products of 8 bits need 7.5. Keep the base in 16 bits, or load it in 4 bits; "
             "FusedLoRALinear takes both."
         )
     if format == "fp8" and capability[0] not in _FP8_MAJORS:
-        raise PatchError(
+        raise _LayerRefusedError(
             f"{card}, and row-wise FP8 products need 9.x or 10.x (Hopper, B200). Use format='int8', which works from "
             "7.5."
         )

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._errors import PatchError
 from ._layers import Unit
 from ._targets import Target
+from ._verify import _LayerRefusedError
 from .fused_lora import SIBLINGS, FusedLoRALinear, LoRAWeights, _check_layer, _read, _Siblings, _unit
 from .low_bit import FORMATS, LowBitWeight, check_device
 
@@ -31,8 +31,8 @@ _TAKEN_OVER = (
 )
 
 
-def _reject(name: str, reason: str) -> PatchError:
-    return PatchError(f"LowBitLoRALinear cannot compute {name}: {reason}")
+def _reject(name: str, reason: str) -> _LayerRefusedError:
+    return _LayerRefusedError(f"LowBitLoRALinear cannot compute {name}: {reason}")
 
 
 class _Base:
@@ -97,7 +97,7 @@ def _put_wide(base: _Base, layer: nn.Module, state: dict[str, Any], prefix: str,
 
 def _refuse_load(base: _Base, layer: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     if f"{prefix}weight" in state:
-        raise PatchError(
+        raise _LayerRefusedError(
             f"{prefix}weight cannot be loaded into a base of 8 bits. Revert the patch, load, and patch again."
         )
 
@@ -159,10 +159,11 @@ class LowBitLoRALinear(FusedLoRALinear):
         siblings (`Sequence[Sequence[str]]`, *optional*): As in [`~hf_effi.kernels.FusedLoRALinear`].
 
     Raises:
-        PatchError: when applied or when called: a base that is trained, merged, sharded or no `torch.nn.Linear`; sizes
-            that are no multiple of 16 (FP8) or 8 (INT8); a weight that 8 bits change too much; a GPU without the
+        RefusedError: when applied or when called: a base that is trained, merged, sharded or no `torch.nn.Linear`;
+            sizes that are no multiple of 16 (FP8) or 8 (INT8); a weight that 8 bits change too much; a GPU without the
             format; several active adapters, DoRA and other variants, `lora_dropout > 0` while training, `lora_bias`,
             hooks inside the layer. `merge_adapter` and loading of base weights while patched.
+        ValueError: an unknown `format`.
 
     Example:
     ```python
@@ -173,7 +174,7 @@ class LowBitLoRALinear(FusedLoRALinear):
 
     def __init__(self, format: str, siblings: Sequence[Sequence[str]] = SIBLINGS) -> None:
         if format not in FORMATS:
-            raise PatchError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}.")
+            raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}.")
         super().__init__(siblings)
         self.format = format
 
@@ -181,7 +182,7 @@ class LowBitLoRALinear(FusedLoRALinear):
         """Return one unit for each group of siblings among the targets, without the output head."""
         inner = [target for target in targets if target.name.rpartition(".")[2] != _HEAD]
         if not inner:
-            raise PatchError(
+            raise _LayerRefusedError(
                 f"LowBitLoRALinear leaves the output head as it is, and {targets[0].name} is all there is."
             )
         return super().units(inner)

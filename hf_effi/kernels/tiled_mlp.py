@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..errors import RefusedError
 from ..functional.sequence import tile_rows
 from ..patching import Results, compare, gradients, sharded_by_zero3
 from ..patching.handle import PatchHandle, check_free
-from ._errors import PatchError
 from ._gated_mlp import GatedMLP, Keep, Linear, TiledFunction
 from ._layers import Unit
 from ._peft_layers import active_adapters, has_own_call, is_repacked
@@ -45,7 +45,8 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no such MLP, an MLP with another formula or activation, a bad `num_shards`; at the call, a
+        ValueError: a bad `num_shards`.
+        RefusedError: no such MLP, an MLP with another formula or activation; at the call, a
             projection that is no plain, 4-bit or LoRA linear layer (DoRA, LoRA dropout, 8-bit), or whose weights only
             its own hooks bring together (ZeRO-3, FSDP around single linear layers).
 
@@ -64,7 +65,7 @@ def tile_mlp(model: nn.Module, num_shards: int | None = None) -> PatchHandle:
         and hasattr(module, "act_fn")
     }
     if not found:
-        raise ValueError(
+        raise RefusedError(
             f"{type(model).__name__} has no gated MLP: none of its modules has {', '.join(_PROJECTIONS)} and act_fn."
         )
     for name, module in found.items():
@@ -93,7 +94,7 @@ class TiledMLP:
 
     Raises:
         ValueError: a bad `num_shards`.
-        PatchError: when applied: a module that is no gated MLP.
+        RefusedError: when applied: a module that is no gated MLP.
 
     Example:
     ```python
@@ -112,7 +113,7 @@ class TiledMLP:
 
     def _unit(self, target: Target) -> Unit:
         if kernel_name(target.module) not in GATED_NAMES:
-            raise PatchError(
+            raise RefusedError(
                 f"TiledMLP cannot compute {target.name}: {type(target.module).__name__} is none of "
                 f"{', '.join(GATED_NAMES)}."
             )
@@ -170,7 +171,7 @@ def _read_projection(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
     if module.merged and module.disable_adapters:
         module.unmerge()  # as PEFT's own forward does
     base, tensors = _read_linear(module.base_layer, name)
-    adapters = active_adapters(module, lambda reason: ValueError(f"TiledMLP: {name}: {reason}")).values()
+    adapters = active_adapters(module, lambda reason: RefusedError(f"TiledMLP: {name}: {reason}")).values()
     pairs = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
     return replace(base, scales=tuple(adapter.scale for adapter in adapters)), tensors + pairs
 
@@ -181,14 +182,14 @@ def _read_linear(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
     if type(module) is nn.Linear:
         return Linear(bool(bias)), [module.weight, *bias]
     if type(module).__name__ != "Linear4bit":
-        raise ValueError(
+        raise RefusedError(
             f"TiledMLP: {name} is a {type(module).__name__}, not a torch.nn.Linear or bitsandbytes' Linear4bit. "
             "stream_layers can run it; or pass the part of the model whose MLPs are plain, such as "
             "model.model.language_model."
         )
     state, dtype = module.weight.quant_state, module.compute_dtype
     if is_repacked(state):
-        raise ValueError(
+        raise RefusedError(
             f"TiledMLP: {name} was repacked for inference on a CPU, which only bitsandbytes itself can read. "
             "model.state_dict() packs it as before."
         )
@@ -198,7 +199,7 @@ def _read_linear(module: Any, name: str) -> tuple[Linear, list[Tensor]]:
 def _check_bare(module: nn.Module, name: str) -> None:
     """The tiles read the weights and never call the projection: hooks on it would be lost."""
     if has_own_call(module):
-        raise ValueError(
+        raise RefusedError(
             f"TiledMLP: {name} has hooks of its own (ZeRO-3: use ZeRO-2; FSDP around a single layer, an accelerate "
             "hook or a patch), which the tiles would pass by. Shard whole decoder layers, or leave tile_mlp out."
         )
@@ -209,7 +210,7 @@ def _activation_of(name: str, module: Any) -> str:
     for key, activation in ACTIVATIONS.items():
         if torch.allclose(module.act_fn(grid), activation.forward(grid), rtol=0, atol=1e-5):
             return key
-    raise ValueError(
+    raise RefusedError(
         f"TiledMLP: the activation of {name} ({type(module.act_fn).__name__}) is none of {', '.join(ACTIVATIONS)}."
     )
 
@@ -274,7 +275,7 @@ def _check_formula(name: str, module: nn.Module, forward: Callable[..., Tensor])
         found = compare(module, own, tiled, level="low", training=training)
         if not found.equal:
             mode = "in training" if training else "in evaluation"
-            raise ValueError(
+            raise RefusedError(
                 f"TiledMLP: {name} ({type(module).__name__}) does not compute down(act(gate(x)) * up(x)) {mode}: "
                 f"{found}."
             )

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..patching import sharded_by_zero3
-from ._errors import PatchError
 from ._layers import Unit, with_globals
 from ._targets import TRL_HEAD_FUNCTION, Target
+from ._verify import _LayerRefusedError
 from .lm_head import LMHeadCounters, LMHeadOutput, check_filter, lm_head_log_probs
 
 
@@ -35,7 +35,7 @@ class FusedLMHead:
 
     Raises:
         ValueError: a setting is out of range.
-        PatchError: when applied or when called: the weight is sharded by ZeRO-3.
+        RefusedError: when applied or when called: the weight is sharded by ZeRO-3.
 
     Example:
     ```python
@@ -131,7 +131,7 @@ class _Function:
 def _check_whole(weight: Tensor) -> None:
     # In such a run TRL's own head gathers the weight, already in the self-check before the engine has the model.
     if sharded_by_zero3([weight]) or is_deepspeed_zero3_enabled():
-        raise PatchError(
+        raise _LayerRefusedError(
             "FusedLMHead reads the head's weight outside of the head's own call, where ZeRO-3 has a shard of it. Use "
             "ZeRO-2, FSDP2 or DDP, or remove 'LMHead'."
         )

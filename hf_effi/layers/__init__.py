@@ -8,13 +8,11 @@ from .._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
-    "RandomLTDError": "hf_effi.layers.random_ltd",
     "TokenDropping": "hf_effi.layers.random_ltd",
     "drop_layer_tokens": "hf_effi.layers.random_ltd",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
-    from .random_ltd import RandomLTDError as RandomLTDError
     from .random_ltd import TokenDropping as TokenDropping
     from .random_ltd import drop_layer_tokens as drop_layer_tokens
 

@@ -11,16 +11,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .._compat import CACHE_ARGUMENTS
+from ..errors import RefusedError
 from ..functional.probes import is_probed
 from ..functional.random_ltd import draw_kept, layer_tokens, uniform_scores
 from ..patching.handle import PatchHandle
 
 #: how the masks of these can be cut: a 4D mask, or none at all for plain causal attention
 _ATTENTION = ("sdpa", "eager")
-
-
-class RandomLTDError(ValueError):
-    """The tokens of this model, batch or trainer cannot be dropped layer by layer; the message says why."""
 
 
 class TokenDropping:
@@ -80,7 +77,7 @@ def drop_layer_tokens(model: nn.Module, dropping: TokenDropping) -> PatchHandle:
         [`~hf_effi.patching.handle.PatchHandle`]: Its `revert()` undoes the patch exactly.
 
     Raises:
-        RandomLTDError: the model has another number of stacks, too few layers, another attention or a router loss.
+        RefusedError: the model has another number of stacks, too few layers, another attention or a router loss.
 
     Example:
     ```python
@@ -108,11 +105,11 @@ def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if len(stacks) != 1:
         found = ", ".join(name for name, _ in stacks) or "none"
-        raise RandomLTDError(
+        raise RefusedError(
             f"random-LTD needs a model of transformers with one stack of layers; {type(model).__name__} has {found}."
         )
     if len(stacks[0][1]) < 3:
-        raise RandomLTDError(
+        raise RefusedError(
             f"random-LTD leaves the first and the last layer alone, and {type(model).__name__} has only "
             f"{len(stacks[0][1])}. At least 3 are needed."
         )
@@ -122,12 +119,12 @@ def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _check_config(model: nn.Module) -> None:
     config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
     if config._attn_implementation not in _ATTENTION:
-        raise RandomLTDError(
+        raise RefusedError(
             f"random-LTD cuts the mask of {' or '.join(_ATTENTION)} attention, and this model uses "
             f"{config._attn_implementation!r}, which reads boundaries from positions. Set attn_implementation='sdpa'."
         )
     if getattr(config, "output_router_logits", False):
-        raise RandomLTDError(
+        raise RefusedError(
             "output_router_logits=True: the router loss expects every token in every layer. Set it to False in the "
             "config."
         )
@@ -137,7 +134,7 @@ def _check_layers(layers: nn.ModuleList) -> None:
     for kind in dict.fromkeys(map(type, layers)):
         names = list(inspect.signature(cast(type[nn.Module], kind).forward).parameters)
         if "hidden_states" not in names:
-            raise RandomLTDError(
+            raise RefusedError(
                 f"{kind.__name__} takes {', '.join(names[1:])}, and random-LTD cuts the hidden_states of a layer."
             )
 
@@ -159,7 +156,7 @@ def _forward(layer: nn.Module, index: int, num_layers: int, dropping: TokenDropp
     rows = kept.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
     output = forward(layer, hidden_states.gather(1, rows), **{k: _cut(k, v, kept, length) for k, v in call.items()})
     if not isinstance(output, Tensor):
-        raise RandomLTDError(f"{type(layer).__name__} returns a {type(output).__name__}; random-LTD needs one tensor.")
+        raise RefusedError(f"{type(layer).__name__} returns a {type(output).__name__}; random-LTD needs one tensor.")
     return hidden_states.scatter(1, rows, output)
 
 
@@ -168,7 +165,7 @@ def _real_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
     if mask is None:
         return None
     if mask.ndim != 4:
-        raise RandomLTDError(f"an attention mask of {mask.ndim} dimensions; random-LTD cuts masks of 4.")
+        raise RefusedError(f"an attention mask of {mask.ndim} dimensions; random-LTD cuts masks of 4.")
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(batch, -1)
     return diagonal if mask.dtype == torch.bool else diagonal == 0
 
@@ -176,7 +173,7 @@ def _real_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
 def _cut(name: str, value: Any, kept: Tensor, length: int) -> Any:
     """Return one argument of the layer for the kept tokens only."""
     if name in CACHE_ARGUMENTS and value is not None:
-        raise RandomLTDError("random-LTD cannot fill a KV cache with missing tokens. Train with use_cache=False.")
+        raise RefusedError("random-LTD cannot fill a KV cache with missing tokens. Train with use_cache=False.")
     if name == "attention_mask" and value is not None:
         return _cut_mask(value, kept)
     if name == "position_embeddings" and isinstance(value, tuple):
@@ -184,7 +181,7 @@ def _cut(name: str, value: Any, kept: Tensor, length: int) -> Any:
     if name == "position_ids" and value is not None:
         return _cut_rows(value, kept)
     if isinstance(value, (tuple, list, dict)) or (isinstance(value, Tensor) and value.ndim > 0):
-        raise RandomLTDError(
+        raise RefusedError(
             f"a layer is given {name}, and random-LTD does not know which part of it belongs to which of {length} "
             "tokens. With packed rows, pass position_ids and leave sequence boundaries (cu_seq_lens) out."
         )

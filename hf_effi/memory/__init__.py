@@ -10,8 +10,6 @@ from .._faces import face
 _PUBLIC = {
     "ActivationOffloader": "hf_effi.memory.offload",
     "ChunkFlow": "hf_effi.memory.chunk_flow",
-    "ChunkFlowError": "hf_effi.memory.chunk_flow",
-    "LayerModeError": "hf_effi.memory.layer_modes",
     "LayerModes": "hf_effi.memory.layer_modes",
     "LayerProbe": "hf_effi.memory.layer_profile",
     "stream_layers": "hf_effi.memory.stream_layer",
@@ -21,8 +19,6 @@ _PUBLIC = {
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .chunk_flow import ChunkFlow as ChunkFlow
-    from .chunk_flow import ChunkFlowError as ChunkFlowError
-    from .layer_modes import LayerModeError as LayerModeError
     from .layer_modes import LayerModes as LayerModes
     from .layer_profile import LayerProbe as LayerProbe
     from .offload import ActivationOffloader as ActivationOffloader

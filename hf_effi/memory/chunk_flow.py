@@ -12,16 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .._compat import CACHE_ARGUMENT
+from ..errors import RefusedError
 from ..functional.sequence import plan_chunks
 
 IGNORED = -100
 #: what a batch may carry; the last ones say where segments begin, as `position_ids` do
 _KNOWN = {"input_ids", "labels", "attention_mask", "position_ids"}
 _SEGMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-
-
-class ChunkFlowError(ValueError):
-    """A batch or a Trainer that ChunkFlow cannot train exactly; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class ChunkFlow:
             once, at least 1. A sequence of `N` chunks is run forward `(N - K) / N` times more than once.
 
     Raises:
-        ChunkFlowError: a number out of range.
+        ValueError: a number out of range.
     """
 
     chunk_size: int
@@ -46,7 +43,7 @@ class ChunkFlow:
         for name in ("chunk_size", "max_live_chunks"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ChunkFlowError(f"{name}={value!r} must be an integer of at least 1.")
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
 
 
 class _CarryGradients(torch.autograd.Function):
@@ -107,7 +104,7 @@ class ChunkGroup:
         start, end = self.bounds[index]
         whole = [state for layer in cache.layers for state in (layer.keys, layer.values)]
         if not whole or any(state is None or state.shape[-2] != end for state in whole):
-            raise ChunkFlowError("The model did not put the keys and values of every layer and token into its cache.")
+            raise RefusedError("The model did not put the keys and values of every layer and token into its cache.")
         if not self._states or self._states[0].shape[-2] < end:
             self._states = [state.detach() for state in whole]
         if torch.is_grad_enabled():
@@ -160,13 +157,13 @@ def make_groups(batch: dict[str, Any], chunk_size: int, cache_name: str = CACHE_
         cache_name (`str`, *optional*): The model's argument for earlier keys and values; that of upstream's models.
 
     Raises:
-        ChunkFlowError: an input that is not known, positions that skip, or a label that padding would have to predict.
+        RefusedError: an input that is not known, positions that skip, or a label that padding would have to predict.
     """
     unknown = [name for name in batch if name not in _KNOWN | _SEGMENTS and isinstance(batch[name], Tensor)]
     if unknown or "labels" not in batch:
-        raise ChunkFlowError(f"ChunkFlow cuts {sorted(_KNOWN)}; the batch has {sorted(batch)}.")
+        raise RefusedError(f"ChunkFlow cuts {sorted(_KNOWN)}; the batch has {sorted(batch)}.")
     if _SEGMENTS & batch.keys() and batch.get("position_ids") is None:
-        raise ChunkFlowError("The batch is packed but has no position_ids, which tell where segments begin.")
+        raise RefusedError("The batch is packed but has no position_ids, which tell where segments begin.")
     sequences = [sequence for row in _rows(batch) for sequence in _segments(*row)]
     if not sequences:  # a backward is needed all the same, by the other ranks
         sequences = [(batch["input_ids"][0, :1], torch.full_like(batch["input_ids"][0, :1], IGNORED))]
@@ -185,7 +182,7 @@ def _rows(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     mask = batch.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if (shifted[~real] != IGNORED).any():
-        raise ChunkFlowError(
+        raise RefusedError(
             "A padding token would have to predict a label. Pad on the right and label padding -100, or give the "
             "first token of left-padded rows the label -100."
         )
@@ -203,7 +200,7 @@ def _segments(ids: Tensor, labels: Tensor, positions: Tensor | None) -> list[tup
         lengths = [len(ids)]
     else:
         if len(ids) and (positions[0] != 0 or ((positions[1:] != positions[:-1] + 1) & (positions[1:] != 0)).any()):
-            raise ChunkFlowError("position_ids must count from 0 in each segment of a row, without gaps.")
+            raise RefusedError("position_ids must count from 0 in each segment of a row, without gaps.")
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         lengths = [after - before for before, after in zip(starts, starts[1:], strict=False)]
     parts = zip(ids.split(lengths), labels.split(lengths), strict=True)

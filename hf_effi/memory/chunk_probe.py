@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .._compat import cache_argument
 from ..functional.sequence import chunk_schedule
-from ..patching import CannotLook, Finding, Results, call, compare, gradients, short_reach, tiny_tokens
+from ..patching import Finding, Results, call, compare, gradients, short_reach, tiny_tokens
+from ..patching._inputs import _CannotLook
 from .chunk_flow import IGNORED, make_groups
 
 #: How the rows of a batch are laid out.
@@ -97,5 +98,5 @@ def _in_chunks(model: nn.Module, layout: Layout) -> Results:
 def _loss(outputs: Any) -> Tensor:
     loss = getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor):
-        raise CannotLook("the model returns no loss")
+        raise _CannotLook("the model returns no loss")
     return loss

@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..errors import RefusedError
 from ..functional.layer_plan import MODES
 from ..functional.options import refuse_idle
 from ..patching import OtherStates
@@ -25,10 +26,6 @@ _ATTENTION_OPS = (
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "torch_attn::_varlen_attn",
 )
-
-
-class LayerModeError(ValueError):
-    """The model or its checkpointing set-up does not allow a mode for each layer; the message names the fix."""
 
 
 def is_attention_op(op: Any) -> bool:
@@ -53,7 +50,7 @@ def selective_contexts(save_ops: Iterable[Any] = ()) -> Callable[[], tuple[Any, 
         elif isinstance(op, torch._ops.OpOverloadPacket):
             saved |= {getattr(op, overload) for overload in op.overloads()}
         else:
-            raise LayerModeError(f"save_ops holds {op!r}: operators look like torch.ops.aten.mm.default.")
+            raise ValueError(f"save_ops holds {op!r}: operators look like torch.ops.aten.mm.default.")
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         keep = op in saved or is_attention_op(op)
@@ -67,17 +64,17 @@ def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     Return the layers that gradient checkpointing treats one by one, in order.
 
     Raises:
-        LayerModeError: the model has none, or checkpointing is off in one of them.
+        RefusedError: the model has none, or checkpointing is off in one of them.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise LayerModeError(
+        raise RefusedError(
             f"{type(model).__name__} has no GradientCheckpointingLayer (transformers' base of decoder layers), so its "
             "layers cannot be checkpointed one by one. Use a model of transformers."
         )
     off = sum(not layer.gradient_checkpointing for layer in layers)
     if off:
-        raise LayerModeError(
+        raise RefusedError(
             f"gradient checkpointing is off in {off} of the {len(layers)} layers of {type(model).__name__}. Set "
             "activation_checkpointing=True in the training arguments, without every_n_layers; without a Trainer, call "
             "model.activation_checkpointing_enable() first."
@@ -92,7 +89,7 @@ class _LayerMode(Claim):
 
     def __init__(self, path: str, mode: str, run: Callable[..., Any], layer: GradientCheckpointingLayer) -> None:
         if other := layer.__dict__.get(MODE_CLAIM):
-            raise LayerModeError(
+            raise RefusedError(
                 f"the layer already has the mode {other.mode!r} from other code. Use one callback for the modes of "
                 "all layers; after a run that failed, call `hf_effi.unpatch(model)`."
             )
@@ -149,7 +146,7 @@ class _SameDraws:
         except RuntimeError as error:
             if "not found in storage" not in str(error):
                 raise
-            raise LayerModeError(
+            raise RefusedError(
                 "mode 'selective': a layer runs other operations when it is computed again than the first time, as "
                 "one whose "
                 "first forward of a length grows a table of positions (dynamic RoPE). Use the mode 'checkpoint'."
@@ -165,17 +162,17 @@ def _check_upstream(found: Any, mode: str) -> None:
     if mode in ("keep", "checkpoint"):
         return
     if getattr(found, "func", None) is not checkpoint:
-        raise LayerModeError(
+        raise RefusedError(
             f"mode {mode!r} builds on torch.utils.checkpoint, but the layer checkpoints with {found!r}. Take "
             "`offload` out of the checkpointing kwargs, and do not combine it with another package's checkpointing."
         )
     if found.keywords.get("use_reentrant") is not False:
-        raise LayerModeError(
+        raise RefusedError(
             f"mode {mode!r} needs non-reentrant checkpointing, got use_reentrant="
             f"{found.keywords.get('use_reentrant')!r}. Set gradient_checkpointing_kwargs={{'use_reentrant': False}}."
         )
     if mode == "selective" and "context_fn" in found.keywords:
-        raise LayerModeError(
+        raise RefusedError(
             "mode 'selective' sets context_fn, but the checkpointing kwargs have one already (TRL's 'selective': True "
             "does that). Take it out, or leave the layers to it."
         )
@@ -213,7 +210,8 @@ class LayerModes:
         offloader ([`ActivationOffloader`], *optional*): What `offload` uses; by default one with pinned host memory.
 
     Raises:
-        LayerModeError: a mode is unknown, there is not one per layer, checkpointing is off or reentrant.
+        ValueError: a mode is unknown, or there is not one per layer.
+        RefusedError: checkpointing is off or reentrant.
 
     Example:
     ```python
@@ -234,16 +232,12 @@ class LayerModes:
         self.modes = (modes,) * len(self.layers) if isinstance(modes, str) else tuple(modes)
         unknown = sorted(set(map(str, self.modes)) - set(MODES))
         if unknown:
-            raise LayerModeError(f"unknown modes {unknown}. Known: {', '.join(MODES)}.")
+            raise ValueError(f"unknown modes {unknown}. Known: {', '.join(MODES)}.")
         if len(self.modes) != len(self.layers):
-            raise LayerModeError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one per layer.")
+            raise ValueError(f"{len(self.modes)} modes for {len(self.layers)} layers: give one per layer.")
         save_ops = tuple(save_ops)
-        refuse_idle(
-            "save_ops", save_ops, (), "selective" in self.modes, "in layers of mode 'selective'", LayerModeError
-        )
-        refuse_idle(
-            "offloader", offloader, None, "offload" in self.modes, "in layers of mode 'offload'", LayerModeError
-        )
+        refuse_idle("save_ops", save_ops, (), "selective" in self.modes, "in layers of mode 'selective'")
+        refuse_idle("offloader", offloader, None, "offload" in self.modes, "in layers of mode 'offload'")
         self.offloader = (offloader or ActivationOffloader()) if "offload" in self.modes else None
         self._context_fn = selective_contexts(save_ops)
         self._handle = PatchHandle("LayerModes")
@@ -253,7 +247,7 @@ class LayerModes:
         try:
             for index, (layer, mode) in enumerate(zip(self.layers, self.modes, strict=True)):
                 self._handle.hold(_LayerMode(f"layer {index}", mode, self._runner(index), layer))
-        except LayerModeError:
+        except RefusedError:
             self.undo()
             raise
         return self

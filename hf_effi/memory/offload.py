@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..errors import RefusedError
+
 Allocator = Callable[[int], torch.Tensor]
 
 
@@ -205,7 +207,7 @@ class ActivationOffloader:
         if not tensor.requires_grad or isinstance(tensor, torch.nn.Parameter) or _overlaps(tensor):
             return tensor
         if type(tensor) is not torch.Tensor:
-            raise TypeError(
+            raise RefusedError(
                 f"an activation of type {type(tensor).__name__} cannot be offloaded, a plain tensor can. Leave such "
                 "layers to mode 'checkpoint'."
             )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import CACHE_ARGUMENTS, cache_argument, given_cache, recorded_outputs
+from ..errors import RefusedError
 from ..functional.sequence import LAYOUT, chunk_bounds, chunk_segments
 from ..patching import (
     OtherStates,
@@ -124,7 +125,7 @@ class _Call:
         yield
         torchs, others = _random_states(device)
         if others != before[1] or not all(map(torch.equal, before[0], torchs)):
-            raise ValueError(
+            raise RefusedError(
                 f"StreamLayer: {type(self.layer).__name__} draws random numbers (dropout, noise), and chunks are "
                 "computed twice, with other ones. Set its rates to 0."
             )
@@ -135,7 +136,7 @@ class _Call:
         earlier = {self.cache_name: prefix}
         out = type(self.layer).forward(self.layer, x, attention_mask=mask, **earlier, **chunk.arguments)
         if not isinstance(out, Tensor) or prefix.new is None:
-            raise ValueError(
+            raise RefusedError(
                 f"StreamLayer: {type(self.layer).__name__} returns a {type(out).__name__} or keeps no keys and values "
                 "in its cache. It streams layers that return their hidden states and attend by keys and values."
             )
@@ -256,7 +257,8 @@ def stream_layers(model: nn.Module, num_chunks: int = 3, *, verify: bool = True)
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no such layer or a bad `num_chunks`; weights that ZeRO-3 shards; a model that draws random numbers
+        ValueError: a bad `num_chunks`.
+        RefusedError: no such layer; weights that ZeRO-3 shards; a model that draws random numbers
             in its layers (dropout) or whose loss or gradients would be others, a router's loss among them, with the
             measured difference; at the call, in
             training: a filled cache, sequence parallelism, attention weights or router logits asked for, or a
@@ -273,7 +275,7 @@ def stream_layers(model: nn.Module, num_chunks: int = 3, *, verify: bool = True)
     _check_whole(model)
     found = {name: module for name, module in model.named_modules() if _is_decoder_layer(module)}
     if not found:
-        raise ValueError(
+        raise RefusedError(
             f"{type(model).__name__} has no decoder layer that can be streamed: none of its modules has a causal "
             "`self_attn` with a config."
         )
@@ -311,19 +313,19 @@ def _check_equal(model: nn.Module, layers: dict[str, nn.Module], num_chunks: int
 
     implementations = {layer.self_attn.config._attn_implementation for layer in layers.values()}
     if "flex_attention" in implementations:
-        raise ValueError(
+        raise RefusedError(
             "stream_layers: flex_attention's block masks cannot be cut into chunks. Use sdpa or flash attention."
         )
     plain, streamed = (functools.partial(step, streamed=value) for value in (False, True))
     drawn = remembered(model, "draws in layers", lambda: draws_random_numbers(model, within=layers.values()))
     if drawn.looked and not drawn.equal:
-        raise ValueError(
+        raise RefusedError(
             f"stream_layers: the layers draw random numbers, and chunks are computed twice, with other ones: {drawn}. "
             f"Set dropout and noise to 0; settings of that name: {named_draws(model)}."
         )
     found = drawn.worst(remembered(model, ("stream_layers", chunks), lambda: compare(model, plain, streamed)))
     if not found.equal:
-        raise ValueError(
+        raise RefusedError(
             f"stream_layers would not give what {type(model).__name__} gives without it: {found}. Leave it out"
             f"{'' if found.looked else ', patch before the weights are sharded, or pass verify=False'}."
         )
@@ -350,7 +352,7 @@ def _streamed_forward(
 
 def _check_whole(module: nn.Module) -> None:
     if sharded_by_zero3(module.parameters()):
-        raise ValueError(
+        raise RefusedError(
             "StreamLayer: the gradients of a layer's weights are collected outside of the modules that own them, "
             "where ZeRO-3 has shards only. Use ZeRO-2, FSDP2 or DDP, or leave stream_layers out."
         )
@@ -359,19 +361,19 @@ def _check_whole(module: nn.Module) -> None:
 def _check_call(layer: Any, arguments: dict[str, Any]) -> None:
     name, cache = given_cache(arguments)
     if cache is not None and cache.get_seq_length(layer.self_attn.layer_idx):
-        raise ValueError(f"StreamLayer: the cache holds keys already. In training pass no {name}.")
+        raise RefusedError(f"StreamLayer: the cache holds keys already. In training pass no {name}.")
     _check_whole(layer)
     if arguments.get(LAYOUT) is not None:
-        raise ValueError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
+        raise RefusedError("StreamLayer: each rank has a part of the sequence already. Use one of the two.")
     if arguments.get("encoder_hidden_states") is not None:
-        raise ValueError(
+        raise RefusedError(
             f"StreamLayer: {type(layer).__name__} attends to an encoder's states as well, which chunks are not made "
             "for."
         )
     if arguments.get("output_attentions"):
-        raise ValueError("StreamLayer: output_attentions=True is not possible in training: weights come in chunks.")
+        raise RefusedError("StreamLayer: output_attentions=True is not possible in training: weights come in chunks.")
     if recorded := recorded_outputs() - {"hidden_states"}:
-        raise ValueError(
+        raise RefusedError(
             f"StreamLayer: {', '.join(sorted(recorded))} are recorded inside of the layers, which run in chunks and "
             "without a "
             "graph there. Do not ask for them in training; for a router's loss, set output_router_logits=False."
@@ -392,7 +394,7 @@ def _with_boundaries(arguments: dict[str, Any], batch: int) -> dict[str, Any]:
     if not len(jumps):
         return arguments
     if batch > 1:
-        raise ValueError(
+        raise RefusedError(
             "StreamLayer: packed segments in more than one row. Pack into one row, or use sdpa attention."
         )
     cuts = [0, *(jumps[:, 1] + 1).tolist(), positions.shape[-1]]
@@ -410,7 +412,7 @@ def _cut(arguments: dict[str, Any], start: int, end: int) -> _Chunk:
         if name in _PER_TOKEN and value is not None:
             mine[name] = value[:, start:end] if isinstance(value, Tensor) else tuple(t[:, start:end] for t in value)
         elif isinstance(value, Tensor) and value.dim():
-            raise ValueError(f"StreamLayer: {name} {tuple(value.shape)} is not an argument it can cut into chunks.")
+            raise RefusedError(f"StreamLayer: {name} {tuple(value.shape)} is not an argument it can cut into chunks.")
         else:
             mine[name] = value
     return _Chunk(start, end, first_key, mine)
@@ -437,7 +439,7 @@ def _cut_mask(mask: Any, chunk: _Chunk, implementation: str, device: torch.devic
         # torch's `is_causal` would align the first query with the first key.
         size = chunk.end - chunk.start
         return torch.ones(1, 1, size, before + size, dtype=torch.bool, device=device).tril(before)
-    raise ValueError(
+    raise RefusedError(
         f"StreamLayer: attn_implementation={implementation!r} with a mask of type {type(mask).__name__} cannot be cut "
         "into chunks. Use sdpa, flash attention, or eager with its 4-D mask."
     )

@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .._compat import chunked_linear_cross_entropy
+from ..errors import RefusedError
 from ..functional.sequence import logit_rows
-from ..patching import CannotLook, Results, call, compare, gradients, remembered, sharded_by_zero3, tiny_tokens
+from ..patching import Results, call, compare, gradients, remembered, sharded_by_zero3, tiny_tokens
+from ..patching._inputs import _CannotLook
 from ..patching.handle import PatchHandle, check_free
 
 IGNORED = -100
@@ -93,7 +95,8 @@ def tiled_cross_entropy(
         `torch.Tensor`: A scalar. It has its gradients inside; a second derivative is not possible.
 
     Raises:
-        ValueError: shapes that do not belong together, a bad `num_shards`, or a head that is sharded at this moment.
+        ValueError: shapes that do not belong together, or a bad `num_shards`.
+        RefusedError: a head that is sharded at this moment.
 
     Example:
     ```python
@@ -109,7 +112,7 @@ def tiled_cross_entropy(
             f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}: one label a position is needed."
         )
     if any(isinstance(p, DTensor) for p in head.parameters()) or sharded_by_zero3(head.parameters()):
-        raise ValueError(
+        raise RefusedError(
             "The head's weights are sharded outside of its forward (ZeRO-3, or FSDP around the head alone). Use "
             "ZeRO-2, DDP, or FSDP2 around decoder layers; or leave tile_loss out."
         )
@@ -261,8 +264,9 @@ def tile_loss(model: nn.Module, num_shards: int | None = None, *, verify: bool =
         [`PatchHandle`]: `handle.revert()`, or the end of a `with` block, undoes it.
 
     Raises:
-        ValueError: no causal language model, TRL's fused head, another loss than transformers' for causal models, a
-            forward that uses its logits or computes its loss in a way of its own, or a bad `num_shards`.
+        ValueError: a bad `num_shards`.
+        RefusedError: no causal language model, TRL's fused head, another loss than transformers' for causal models, or
+            a forward that uses its logits or computes its loss in a way of its own.
 
     Example:
     ```python
@@ -275,11 +279,11 @@ def tile_loss(model: nn.Module, num_shards: int | None = None, *, verify: bool =
     check_free(f"{prefix}_loss_function", causal)
     original = causal.loss_function
     if original is not ForCausalLMLoss:  # a loss of the user may have the same name
-        raise ValueError(
+        raise RefusedError(
             f"tile_loss replaces transformers' ForCausalLMLoss; {type(causal).__name__} has {original!r}."
         )
     if "fused_lm_head" in getattr(getattr(causal.__dict__.get("forward"), "__code__", None), "co_varnames", ()):
-        raise ValueError("TRL has fused this model's head already, which does the same. Leave tile_loss out.")
+        raise RefusedError("TRL has fused this model's head already, which does the same. Leave tile_loss out.")
     head_name = prefix + next(path for path, module in causal.named_modules() if module is head)
 
     def patched() -> PatchHandle:
@@ -308,16 +312,16 @@ def _check_equal(model: nn.Module, causal: nn.Module, patched: Callable[[], Patc
             try:
                 loss = call(model, tokens, mask, labels=labels).loss
             except _LogitsAsked as error:
-                raise CannotLook(f"its forward uses the logits in a way of its own ({error.name!r})") from error
+                raise _CannotLook(f"its forward uses the logits in a way of its own ({error.name!r})") from error
         if loss is None:
-            raise CannotLook("it returns no loss for labels")
+            raise _CannotLook("it returns no loss for labels")
         return {"the loss": loss, **gradients(model, loss)}
 
     plain, ours = (functools.partial(step, tiled=value) for value in (False, True))
     found = remembered(model, "tile_loss", lambda: compare(model, plain, ours))
     if not found.equal:
         fix = "" if found.looked else ", patch before the weights are sharded, or pass verify=False"
-        raise ValueError(
+        raise RefusedError(
             f"tile_loss would not give the loss that {kind} gives without it: {found}. Leave it out{fix}."
         )
 
@@ -326,7 +330,9 @@ def _find_head(model: nn.Module) -> tuple[str, Any, nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and (head := module.get_output_embeddings()) is not None:
             return name, module, head
-    raise ValueError(f"{type(model).__name__} is no causal language model: none of its modules has output embeddings.")
+    raise RefusedError(
+        f"{type(model).__name__} is no causal language model: none of its modules has output embeddings."
+    )
 
 
 def _defer(head: nn.Module, hidden: Tensor) -> Any:
@@ -352,7 +358,7 @@ def _causal_loss(
     if not isinstance(logits, _DeferredLogits):
         return original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if ignore_index != IGNORED:
-        raise ValueError(f"ignore_index={ignore_index}: tile_loss knows {IGNORED} only.")
+        raise RefusedError(f"ignore_index={ignore_index}: tile_loss knows {IGNORED} only.")
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     if torch.is_tensor(num_items_in_batch):

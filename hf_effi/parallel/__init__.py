@@ -10,7 +10,6 @@ from .._faces import face
 _PUBLIC = {
     "SequenceGroup": "hf_effi.parallel.groups",
     "SequenceLayout": "hf_effi.parallel.layout",
-    "SequenceParallelError": "hf_effi.parallel.groups",
     "attention_scope": "hf_effi.parallel.attention",
     "check_deepspeed": "hf_effi.parallel.checks",
     "check_model": "hf_effi.parallel.checks",
@@ -31,7 +30,6 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .checks import check_model as check_model
     from .checks import implementation_of as implementation_of
     from .groups import SequenceGroup as SequenceGroup
-    from .groups import SequenceParallelError as SequenceParallelError
     from .groups import make_sequence_group as make_sequence_group
     from .groups import valid_sizes as valid_sizes
     from .layout import SequenceLayout as SequenceLayout

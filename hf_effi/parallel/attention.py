@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import RefusedError
 from ..functional.sequence import LAYOUT
 from .exchange import heads_from_sequence, sequence_from_heads
-from .groups import SequenceGroup, SequenceParallelError
+from .groups import SequenceGroup
 from .layout import SequenceLayout
 
 _PROBE_LENGTH = 16
@@ -125,10 +126,10 @@ def _window(module: Any, options: dict[str, Any]) -> int | None:
 
 def _check_call(module: nn.Module, options: dict[str, Any]) -> None:
     if not (options["is_causal"] if options.get("is_causal") is not None else getattr(module, "is_causal", True)):
-        raise SequenceParallelError(f"{type(module).__name__} attends in both directions; only causal layers can run.")
+        raise RefusedError(f"{type(module).__name__} attends in both directions; only causal layers can run.")
     for name, value in options.items():
         if isinstance(value, Tensor):
-            raise SequenceParallelError(
+            raise RefusedError(
                 f"{type(module).__name__} gives its attention the tensor {name!r} (such as sinks or a bias), which is "
                 "laid out for all heads and this rank's tokens. Sequence parallelism does not support this model."
             )
@@ -151,7 +152,7 @@ def prove_isolation(
     Runs once for each backend, device, dtype and head layout. What a backend claims about packing is not trusted.
 
     Raises:
-        SequenceParallelError: something leaks, or the changed document does not change either.
+        RefusedError: something leaks, or the changed document does not change either.
     """
     window = _window(module, options)
     kind = (name, core, query.device.type, query.dtype, query.shape[1::2], key.size(1), value.size(-1), window is None)
@@ -182,7 +183,7 @@ def prove_isolation(
             expected = [token <= i < min(token + reach, token // half * half + half) for i in range(_PROBE_LENGTH)]
             moved = changes(token)
             if moved != expected:
-                raise SequenceParallelError(
+                raise RefusedError(
                     f"attn_implementation={name!r} does not keep documents apart: changing token {token} of two "
                     f"packed documents of {half} tokens moves the outputs {[i for i, m in enumerate(moved) if m]} "
                     f"instead of {[i for i, m in enumerate(expected) if m]}. Use 'sdpa', 'flash_attention_2' or "

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import RefusedError
 from ..functional.sequence import LAYOUT, shard_sequence
 from .checks import attention_layers
 from .exchange import GatherGradient
-from .groups import SequenceGroup, SequenceParallelError
+from .groups import SequenceGroup
 from .layout import SequenceLayout, split_batch
 from .positions import PositionRule, position_rule
 
@@ -54,7 +55,7 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
         point: position_rule(point) for _, point in points
     }  # before the hooks, which these forwards must not meet
     if gradient == "slice" and torch.is_grad_enabled() and any(point is not model for model, point in points):
-        raise SequenceParallelError(
+        raise RefusedError(
             "A sequence classifier cannot be trained in rounds: its head runs on whole hidden states, so that every "
             "rank would add the whole gradient of the head in every round. Use sequence_parallel_mode='replicated'."
         )
@@ -64,7 +65,7 @@ def gathered_forward(models: Iterable[nn.Module], group: SequenceGroup, gradient
         inputs = _named(module, args, kwargs)
         fused = bool(inputs.get("fused_lm_head"))
         if inputs.get("labels") is not None and not fused:
-            raise SequenceParallelError(
+            raise RefusedError(
                 "The model was called with labels and returns their mean loss, which cannot be joined from shards. "
                 "Use sequence_parallel_mode='token' for such a trainer."
             )
@@ -115,7 +116,7 @@ def _model_inputs(layout: SequenceLayout, shard: dict[str, Any], rule: PositionR
 def _check_entered(module: nn.Module, layout: SequenceLayout) -> None:
     missed = [name for name, layer in attention_layers(module).items() if id(layer) not in layout.entered]
     if missed:
-        raise SequenceParallelError(
+        raise RefusedError(
             f"Sequence parallelism is not active in {', '.join(missed[:3])} ({len(missed)} layers): their attention "
             "did not go through transformers' attention interface, so each rank would attend to its own part only."
         )

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .groups import SequenceParallelError, check_heads
+from ..errors import RefusedError
+from .groups import check_heads
 
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 #: RoPE variants whose frequencies depend on the longest position in the forward, which differs between shards.
@@ -38,11 +39,11 @@ def check_model(model: nn.Module, size: int) -> None:
         size (`int`): Ranks a sequence is split over.
 
     Raises:
-        SequenceParallelError: the reason and, where there is one, the fix.
+        RefusedError: the reason and, where there is one, the fix.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise SequenceParallelError(f"{type(model).__name__} is not a transformers model; it has no config.")
+        raise RefusedError(f"{type(model).__name__} is not a transformers model; it has no config.")
     text = config.get_text_config()
     _check_kind(model, config, text)
     _check_layers(model, text)
@@ -52,17 +53,17 @@ def check_model(model: nn.Module, size: int) -> None:
 
 def _check_kind(model: nn.Module, config: Any, text: Any) -> None:
     if text is not config or getattr(config, "is_encoder_decoder", False):
-        raise SequenceParallelError(
+        raise RefusedError(
             f"{type(model).__name__} is multimodal or an encoder-decoder; only decoder-only text models can run."
         )
     if any(
         getattr(peft, "is_prompt_learning", False) for peft in (getattr(model, "peft_config", None) or {}).values()
     ):
-        raise SequenceParallelError(
+        raise RefusedError(
             "PEFT prompt learning adds virtual tokens behind the split. Use LoRA or another adapter of weights."
         )
     if getattr(text, "output_router_logits", False):
-        raise SequenceParallelError(
+        raise RefusedError(
             "output_router_logits=True: the router's balancing loss needs the tokens of all ranks. Set "
             "model.config.output_router_logits=False."
         )
@@ -71,7 +72,7 @@ def _check_kind(model: nn.Module, config: Any, text: Any) -> None:
         part.get("rope_type") for part in rope.values() if isinstance(part, dict)
     }
     if found := kinds & _LENGTH_DEPENDENT_ROPE:
-        raise SequenceParallelError(
+        raise RefusedError(
             f"rope_type={sorted(found)[0]!r} depends on the longest position in a forward, and each rank sees only "
             "its own. Use 'linear', 'yarn' or 'llama3'."
         )
@@ -80,24 +81,24 @@ def _check_kind(model: nn.Module, config: Any, text: Any) -> None:
 def _check_layers(model: nn.Module, text: Any) -> None:
     kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
     if other := sorted(kinds - _SUPPORTED_LAYERS):
-        raise SequenceParallelError(
+        raise RefusedError(
             f"The model has layers of type {', '.join(other)}: recurrent, linear and chunked attention carries state "
             "along the sequence, which sequence parallelism does not pass between ranks."
         )
     layers = attention_layers(model)
     if len(layers) != text.num_hidden_layers:
-        raise SequenceParallelError(
+        raise RefusedError(
             f"{type(model).__name__} has {text.num_hidden_layers} layers, of which {len(layers)} are attention that "
             "transformers can redirect; the others (recurrent, or attention of their own) would see one shard only."
         )
     implementation = implementation_of(model)
     if implementation not in ALL_ATTENTION_FUNCTIONS:
-        raise SequenceParallelError(
+        raise RefusedError(
             f"attn_implementation={implementation!r} does not go through transformers' attention interface. Load the "
             "model with attn_implementation='sdpa', 'flash_attention_2' or 'flex_attention'."
         )
     if not getattr(model, "_supports_attention_backend", True):
-        raise SequenceParallelError(
+        raise RefusedError(
             f"{type(model).__name__} implements its attention itself instead of through transformers' interface."
         )
 
@@ -115,13 +116,13 @@ def check_deepspeed(parallelism: Any, deepspeed_plugin: Any, packed: bool) -> st
         `str`, *optional*: A warning, for what trains on but not as configured.
 
     Raises:
-        SequenceParallelError: for what stops at the first batch.
+        RefusedError: for what stops at the first batch.
     """
     if parallelism is None or deepspeed_plugin is None or not parallelism.sp_enabled:
         return None
     size, stage = parallelism.sp_size, deepspeed_plugin.zero_stage
     if packed:
-        raise SequenceParallelError(
+        raise RefusedError(
             f"DeepSpeed's sequence parallelism (sp_size={size}) cannot take packed or padding-free batches: its "
             "UlyssesSPDataLoaderAdapter reads dimension 1 of every tensor, and cu_seq_lens_q has one dimension "
             "(IndexError at the first batch). Set packing=False and padding_free=False, or use "

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-
-class SequenceParallelError(ValueError):
-    """Sequence parallelism cannot act here; the message names the reason and the fix."""
+from ..errors import RefusedError
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,17 @@ def make_sequence_group(size: int, device_type: str = "cpu") -> SequenceGroup:
         device_type (`str`, *optional*, defaults to `"cpu"`): Where the tensors are, e.g. `"cuda"`.
 
     Raises:
-        SequenceParallelError: no process group, or `size` does not divide the number of ranks.
+        ValueError: no process group, or `size` does not divide the number of ranks.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise SequenceParallelError(
+        raise ValueError(
             f"sequence_parallel_size={size} needs at least {size} processes, and this is a single one. Start with "
             f"`torchrun --nproc_per_node {size} script.py`, or leave sequence_parallel_size=1."
         )
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % size:
         sizes = ", ".join(str(value) for value in range(1, world + 1) if world % value == 0)
-        raise SequenceParallelError(
+        raise ValueError(
             f"sequence_parallel_size={size} does not divide the {world} processes. Choose one of {sizes}."
         )
     mesh = init_device_mesh(device_type, (world // size, size), mesh_dim_names=("dp_shard", "cp"))
@@ -94,11 +92,11 @@ def check_heads(size: int, num_heads: int, num_kv_heads: int) -> None:
     Refuse a size at which ranks would get unequal heads.
 
     Raises:
-        SequenceParallelError: with the valid sizes and the alternative that has no such limit.
+        RefusedError: with the valid sizes and the alternative that has no such limit.
     """
     sizes = valid_sizes(num_heads, num_kv_heads, num_heads)
     if size not in sizes:
-        raise SequenceParallelError(
+        raise RefusedError(
             f"sequence_parallel_size={size} cannot split {num_heads} query heads and {num_kv_heads} key/value heads "
             f"evenly. Valid sizes for this model: {', '.join(map(str, sizes))}. For another size use torch's ring "
             f"attention, which has no head limit: accelerate's ParallelismConfig(cp_size={size}) with FSDP2."

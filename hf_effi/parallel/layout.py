@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .._compat import CACHE_ARGUMENTS
+from ..errors import RefusedError
 from ..functional.sequence import (
     causal_document_mask,
     document_boundaries,
@@ -21,7 +22,7 @@ from ..functional.sequence import (
     shift_labels,
 )
 from .exchange import GatherGradient, gather_sequence
-from .groups import SequenceGroup, SequenceParallelError
+from .groups import SequenceGroup
 
 #: Largest mask of the `sdpa` backend, in elements (bytes): 256 MiB.
 MASK_LIMIT = 2**28
@@ -76,7 +77,7 @@ class SequenceLayout:
         Return the `(B, 1, S, S)` mask for backends that take one; `None` where plain causal attention is exact.
 
         Raises:
-            SequenceParallelError: it would have more than `MASK_LIMIT` elements.
+            RefusedError: it would have more than `MASK_LIMIT` elements.
         """
         if window is not None and window >= self.documents.size(1):
             window = None
@@ -85,7 +86,7 @@ class SequenceLayout:
         if window not in self._masks:
             rows, length = self.documents.shape
             if rows * length**2 > MASK_LIMIT:
-                raise SequenceParallelError(
+                raise RefusedError(
                     f"attn_implementation='sdpa' would need a mask of {rows} x {length} x {length} = "
                     f"{rows * length**2:,} elements for packed, left-padded or sliding-window attention; the limit is "
                     f"{MASK_LIMIT:,}. Use a backend that takes document boundaries, such as 'flash_attention_2' or a "
@@ -132,12 +133,12 @@ def tokens_of(inputs: Mapping[str, Any]) -> Tensor:
     Return the input whose dimension 1 is the sequence.
 
     Raises:
-        SequenceParallelError: there is none.
+        RefusedError: there is none.
     """
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
             return inputs[name]
-    raise SequenceParallelError(
+    raise RefusedError(
         f"Sequence parallelism needs input_ids or inputs_embeds; the batch has {', '.join(inputs) or 'nothing'}."
     )
 
@@ -158,7 +159,7 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
         `tuple[SequenceLayout, dict[str, Any]]`: The layout, and the inputs of this rank.
 
     Raises:
-        SequenceParallelError: an input that cannot be split, by name.
+        RefusedError: an input that cannot be split, by name.
     """
     tokens = tokens_of(inputs)
     rows, length = tokens.shape[:2]
@@ -202,7 +203,7 @@ def split_batch(inputs: Mapping[str, Any], group: SequenceGroup) -> tuple[Sequen
 def _check_labels(shifted: Tensor, mask: Tensor | None) -> None:
     """What padding attends to is the backend's own affair, so what it predicts is the same nowhere."""
     if mask is not None and bool((shifted[:, : mask.shape[1]][mask == 0] != -100).any()):
-        raise SequenceParallelError(
+        raise RefusedError(
             "A padding token would have to predict a label, from keys that differ between backends. Pad on the right "
             "and label padding -100, or give the first token of left-padded rows the label -100."
         )
@@ -211,9 +212,9 @@ def _check_labels(shifted: Tensor, mask: Tensor | None) -> None:
 def _check_inputs(inputs: Mapping[str, Any], rows: int, length: int) -> None:
     for name, value in inputs.items():
         if name in CACHE_ARGUMENTS and value is not None:
-            raise SequenceParallelError(f"{name}: a forward with a cache cannot be split along the sequence.")
+            raise RefusedError(f"{name}: a forward with a cache cannot be split along the sequence.")
         if name == "logits_to_keep" and not isinstance(value, Tensor) and value:
-            raise SequenceParallelError(f"logits_to_keep={value}: it counts from the end of the whole sequence.")
+            raise RefusedError(f"logits_to_keep={value}: it counts from the end of the whole sequence.")
         if name in _DESCRIPTIONS or not isinstance(value, Tensor) or value.ndim == 0:
             continue
         if name == "position_ids" and value.shape in ((rows, length), (1, length)):
@@ -221,7 +222,7 @@ def _check_inputs(inputs: Mapping[str, Any], rows: int, length: int) -> None:
         if (name in _SHARDED or name == "shift_labels") and value.shape[:2] == (rows, length):
             if name != "attention_mask" or value.ndim == 2:
                 continue
-        raise SequenceParallelError(
+        raise RefusedError(
             f"Sequence parallelism cannot split the input {name!r} of shape {tuple(value.shape)} in a batch of "
             f"{rows} x {length} tokens. It splits {', '.join((*_SHARDED, 'shift_labels', 'position_ids'))} of shape "
             f"({rows}, {length}); image inputs and 3-d or 4-d masks and positions are not supported."

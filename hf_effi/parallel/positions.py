@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..errors import RefusedError
 from ..patching import ALLOWED, dtypes_to_try, looking, out_of_reach, output_of, tiny_tokens
-from .groups import SequenceParallelError
 
 PositionRule = Callable[[Tensor], Tensor]
 
@@ -60,7 +60,7 @@ def position_rule(model: nn.Module) -> PositionRule:
         model (`nn.Module`): What is called with `input_ids` and `attention_mask`, whole (every rank calls it alike).
 
     Raises:
-        SequenceParallelError: neither rule gives the model's own outputs, with the measured differences.
+        RefusedError: neither rule gives the model's own outputs, with the measured differences.
     """
     if model not in _known:
         _known[model] = _measure(model)
@@ -78,7 +78,7 @@ def _measure(model: nn.Module) -> PositionRule:
             differences.append(difference(own, _output(model, ids, mask, rule(mask)), mask))
             if differences[-1] <= allowed:
                 return rule
-    raise SequenceParallelError(
+    raise RefusedError(
         f"{type(model).__name__} numbers its tokens in a way of its own, which a rank with a part of the sequence "
         f"cannot do: on a left-padded row its outputs differ by {differences[0]:.1e} (relative) from those with "
         f"positions counted by column, and by {differences[1]:.1e} from those counted by token."

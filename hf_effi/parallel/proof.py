@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import RefusedError
 from ..patching import length_dependent_positions, output_of, tiny_tokens
 from .attention import attention_scope
 from .boundary import gathered_forward, sharded_forward, split_point
 from .checks import implementation_of
-from .groups import SequenceGroup, SequenceParallelError
+from .groups import SequenceGroup
 from .layout import split_batch
 from .positions import as_it_is_or_wide, difference
 
@@ -33,7 +34,7 @@ def prove_split(models: Sequence[nn.Module], group: SequenceGroup, with_loss: bo
         with_loss (`bool`): Whether the trainer sums the model's own loss over the ranks (mode `"token"`).
 
     Raises:
-        SequenceParallelError: a difference, on whatever rank it showed; all ranks raise.
+        RefusedError: a difference, on whatever rank it showed; all ranks raise.
     """
     for model in models:
         _check_rotation(model)
@@ -48,7 +49,7 @@ def prove_split(models: Sequence[nn.Module], group: SequenceGroup, with_loss: bo
         worst = torch.tensor([found[what]], device=ids.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group.process_group)
         if float(worst) > allowed:
-            raise SequenceParallelError(
+            raise RefusedError(
                 f"{type(model).__name__} split over {group.size} ranks is not the whole model: on a few left-padded "
                 f"tokens its {what} differ by {float(worst):.1e} (relative). Something in it passes along the "
                 "sequence outside of its attention (a convolution, a recurrence, positions of its own)."
@@ -59,7 +60,7 @@ def _check_rotation(model: nn.Module) -> None:
     """A few tokens are too short to show it, so the modules that embed positions are asked themselves."""
     found = length_dependent_positions(model)
     if found.looked and not found.equal:
-        raise SequenceParallelError(
+        raise RefusedError(
             f"{type(model).__name__}: {found} between a short and a long call, and each rank sees only its own part. "
             "Use a rope_type with fixed frequencies, such as 'linear', 'yarn' or 'llama3'."
         )

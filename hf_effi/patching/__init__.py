@@ -2,7 +2,7 @@
 
 from ._finding import ALLOWED, Finding, Results, agreed
 from ._generators import OtherStates
-from ._inputs import CannotLook, device_of, output_of, tiny_tokens
+from ._inputs import device_of, output_of, tiny_tokens
 from ._reach import dtypes_to_try, is_packed, is_sharded, out_of_reach, sharded_by_zero3
 from .probe import compare, gradients, looking, probing, remembered
 from .questions import (
@@ -21,7 +21,6 @@ from .state import set_mode, untouched
 
 __all__ = [
     "ALLOWED",
-    "CannotLook",
     "Finding",
     "OtherStates",
     "Results",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class CannotLook(Exception):
+class _CannotLook(Exception):
     """Raised by a run that finds out that its question cannot be asked of this model; the message says why."""
 
 
@@ -24,7 +24,7 @@ def tiny_tokens(model: nn.Module, rows: int, length: int, seed: int = 0) -> Tens
         seed (`int`, *optional*, defaults to 0): Other tokens for another seed.
 
     Raises:
-        CannotLook: the model has no vocabulary.
+        _CannotLook: the model has no vocabulary.
     """
     size = vocabulary_of(model)
     special = _special_ids(model)
@@ -47,7 +47,7 @@ def vocabulary_of(model: nn.Module) -> int:
     sizes.append(getattr(text, "vocab_size", None))  # the table may have more rows than there are tokens
     sizes = [size for size in sizes if isinstance(size, int) and size > 0]
     if not sizes:
-        raise CannotLook(f"{type(model).__name__} has no vocabulary to make tokens from")
+        raise _CannotLook(f"{type(model).__name__} has no vocabulary to make tokens from")
     return min(sizes)
 
 
@@ -88,4 +88,4 @@ def output_of(outputs: Any) -> Tensor:
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    raise CannotLook(f"the forward returns a {type(outputs).__name__} without logits or hidden states")
+    raise _CannotLook(f"the forward returns a {type(outputs).__name__} without logits or hidden states")

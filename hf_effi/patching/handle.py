@@ -13,14 +13,12 @@ from typing import Any, NoReturn, Self
 
 from torch import nn
 
+from ..errors import RefusedError
+
 #: entries of a patched module's `__dict__` that say who patched it, gone with the patch. A module takes one patch of
 #: what it computes, and one of what it keeps for its backward.
 CLAIM, MODE_CLAIM = "_hf_effi_patch", "_hf_effi_layer_mode"
 _SLOTS = (CLAIM, MODE_CLAIM)
-
-
-class PatchError(ValueError):
-    """A patch that cannot be applied or undone as asked; the message names the module and the fix."""
 
 
 class Claim:
@@ -109,7 +107,7 @@ class Claim:
         return twin
 
     def __reduce__(self) -> NoReturn:
-        raise ValueError(
+        raise RefusedError(
             f"{self.path} is patched by {self.key!r}, and a patched model cannot be pickled. Revert the patch first, "
             "or save the weights: save_pretrained() and state_dict() are the same with and without it."
         )
@@ -120,11 +118,11 @@ def check_free(path: str, module: nn.Module, slot: str = CLAIM) -> None:
     Raise where a patch has this module already.
 
     Raises:
-        PatchError: with the path and the earlier patch.
+        RefusedError: with the path and the earlier patch.
     """
     claim = module.__dict__.get(slot)
     if claim is not None:
-        raise PatchError(
+        raise RefusedError(
             f"{path or 'the model'} of {type(module).__name__} was replaced before, by {claim.key!r}. Revert that "
             "patch first (`unpatch(model)` where its handle is lost)."
         )
@@ -135,7 +133,7 @@ def restore_all(claims: Iterable[Claim]) -> None:
     Take claims away, the last one first: all that can be, before anything is raised.
 
     Raises:
-        PatchError: something else replaced what was patched since, or several could not be undone. All others are
+        RefusedError: something else replaced what was patched since, or several could not be undone. All others are
             restored. The error of a single `undo` is raised as it is.
     """
     problems, failure = [], None
@@ -149,7 +147,7 @@ def restore_all(claims: Iterable[Claim]) -> None:
     if failure is not None and len(problems) == 1:
         raise failure  # as it is: whoever frees memory and tries again looks for its kind
     if problems:
-        raise PatchError(
+        raise RefusedError(
             "could not restore: "
             + "; ".join(problems)
             + ". Undo what was done later before this patch, and revert again."
@@ -196,18 +194,18 @@ class PatchHandle:
         Set `module.<attribute>` on the instance, beside the class's own.
 
         Raises:
-            PatchError: another patch has the module, or the instance such an attribute, as from an accelerate hook.
+            RefusedError: another patch has the module, or the instance such an attribute, as from an accelerate hook.
                 What this handle replaced before is put back.
         """
         path = f"{name}.{attribute}" if name else attribute
         try:
             check_free(path, module)
             if attribute in module.__dict__:
-                raise PatchError(
+                raise RefusedError(
                     f"{path} of {type(module).__name__} was replaced before, by an accelerate hook or other code. "
                     "Undo that first, or patch the model before it is given to a Trainer."
                 )
-        except PatchError:
+        except RefusedError:
             self.revert()
             raise
         self.hold(Claim(path, module, attribute, value, self.key))
@@ -221,7 +219,7 @@ class PatchHandle:
         Put the model back as it was; a second call does nothing.
 
         Raises:
-            PatchError: see [`restore_all`]. What could not be restored stays in the handle, for another try.
+            RefusedError: see [`restore_all`]. What could not be restored stays in the handle, for another try.
         """
         try:
             restore_all(self._claims)
@@ -250,7 +248,7 @@ def unpatch(model: nn.Module) -> None:
     Without patches: nothing.
 
     Raises:
-        PatchError: something else replaced what was patched since. All other modules are restored.
+        RefusedError: something else replaced what was patched since. All other modules are restored.
 
     Example:
     ```python

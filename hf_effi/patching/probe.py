@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ._draws import PinnedDraws
 from ._finding import Finding, Results, gap_of, named_results, show_nothing
 from ._generators import HeldGenerators, Level
-from ._inputs import CannotLook
+from ._inputs import _CannotLook
 from ._reach import dtypes_to_try, out_of_reach, precision_of
 from ._wide import Wide
 from .state import set_mode, untouched
@@ -212,7 +212,7 @@ def compare(
     Args:
         model (`nn.Module`): The loaded model.
         one, other (`Callable`): Called with `model`; each returns a tensor or tensors by name. Gradients are results,
-            from [`gradients`]. [`CannotLook`] ends the question with a reason.
+            from [`gradients`]. [`_CannotLook`] ends the question with a reason.
         level (`str`, *optional*, defaults to `"middle"`): What random operations give: `"low"` shows dropout of which
             one of the two knows nothing.
         training (`bool`, *optional*, defaults to `True`): The mode.
@@ -255,7 +255,7 @@ def compare(
             if not found.equal and unsteady is not None:
                 return unsteady  # the two were the same by chance
             return _unless_drawn(found, [*ran_out, *also_out])
-        except CannotLook as error:
+        except _CannotLook as error:
             return Finding(None, reason=str(error))
         except Exception as error:  # whatever a model raises on input that it was not made for
             running = "" if failed else "the model does not run on a few tokens: "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ._finding import ALLOWED, Finding, Results
 from ._generators import Level
-from ._inputs import CannotLook, output_of, tiny_tokens
+from ._inputs import _CannotLook, output_of, tiny_tokens
 from ._reach import out_of_reach
 from .probe import ONLY_ZEROS, Look, compare, contract, gradients, looking, said
 
@@ -98,7 +98,7 @@ def loss_by_item_count(model: nn.Module) -> Finding:
         named = isinstance(outputs, Mapping)
         found = outputs.get("loss") if named else outputs[0] if isinstance(outputs, tuple) else None
         if found is None:
-            raise CannotLook(f"{type(model).__name__} returns no loss for labels")
+            raise _CannotLook(f"{type(model).__name__} returns no loss for labels")
         return found
 
     return compare(model, lambda m: {"the loss": loss(m, 7)}, lambda m: {"the loss": 2 * loss(m, 14)})
@@ -178,7 +178,7 @@ def tiny_tokens_or_none(model: nn.Module, rows: int, length: int) -> Tensor | Fi
     """Return token ids, or why there are none."""
     try:
         return tiny_tokens(model, rows, length)
-    except CannotLook as error:
+    except _CannotLook as error:
         return Finding(None, reason=str(error))
 
 
@@ -236,7 +236,7 @@ def length_dependent_positions(model: nn.Module, longest: int | None = None) -> 
             args, kwargs = _on_cpu((args, kwargs))
             with torch.no_grad():
                 worst = worst.worst(_length_gap(name, copy.deepcopy(module).to("cpu"), args, kwargs, longest))
-    except CannotLook as error:
+    except _CannotLook as error:
         return Finding(None, reason=str(error))
     except Exception as error:  # whatever a model raises on input that it was not made for
         return Finding(None, reason=f"the model does not run on a few tokens: {said(error)}")
@@ -380,7 +380,7 @@ def draws_random_numbers(
                 inside = None if within is None else _pin_within(look, within, level)
                 results.append(forward(model).double())
                 drawn |= dict.fromkeys([*look.draws.drawn, *look.others.moved()]) if inside is None else inside
-    except CannotLook as error:
+    except _CannotLook as error:
         return Finding(None, reason=str(error))
     except Exception as error:  # whatever a model raises on input that it was not made for
         return Finding(None, reason=f"the model does not run on a few tokens: {said(error)}")

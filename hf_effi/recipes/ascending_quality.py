@@ -37,7 +37,7 @@ def cma(
         `dict`: `{"callbacks": [...]}`.
 
     Raises:
-        CurriculumError, ScheduleError, ValueError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python
@@ -76,7 +76,7 @@ def cdma(
         `dict`: `{"callbacks": [...]}`.
 
     Raises:
-        CurriculumError, ScheduleError, ValueError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..callbacks.lr_schedule import LRScheduleCallback
-from ..functional.data import CurriculumError, check_count, check_number, keep_top
+from ..functional.data import check_count, check_number, keep_top
 from ..functional.schedules import Schedule, cosine
 from ..samplers import MixtureSampler
 
@@ -61,7 +61,7 @@ def stability_gap(
         `dict`: `{"train_sampler": ..., "callbacks": [...]}`.
 
     Raises:
-        CurriculumError: no new or no old row, an unknown source, NaN scores of new rows, or an argument out of range.
+        ValueError: no new or no old row, an unknown source, NaN scores of new rows, or an argument out of range.
 
     Example:
     ```python
@@ -76,9 +76,7 @@ def stability_gap(
     old = Counter(label for label in labels if label not in (_KEPT, _LEFT_OUT))
     weights = dict(old) if old_weights is None else dict(old_weights)
     if not old or not set(weights) <= set(old) or sum(weights.values()) <= 0:
-        raise CurriculumError(
-            f"old_weights={weights!r} must weigh old sources; the dataset has {sorted(map(str, old))}."
-        )
+        raise ValueError(f"old_weights={weights!r} must weigh old sources; the dataset has {sorted(map(str, old))}.")
     total = sum(weights.values())
     shares = {name: (1 - new_share) * weight / total for name, weight in weights.items()}
     sampler = MixtureSampler(
@@ -95,10 +93,10 @@ def stability_gap(
 def _labels(scores: Tensor | Sequence[float], sources: list[Hashable], new: Hashable, keep: float) -> list[Hashable]:
     """Return the sources with the new rows split into those that are trained on and those that are not."""
     if len(scores) != len(sources):
-        raise CurriculumError(f"There are {len(scores)} scores and {len(sources)} sources. Give one of each per row.")
+        raise ValueError(f"There are {len(scores)} scores and {len(sources)} sources. Give one of each per row.")
     rows = [row for row, source in enumerate(sources) if source == new]
     if not rows:
-        raise CurriculumError(f"new={new!r} is no source of the dataset: {sorted(set(map(str, sources)))}.")
+        raise ValueError(f"new={new!r} is no source of the dataset: {sorted(set(map(str, sources)))}.")
     best = keep_top(torch.as_tensor(scores)[rows], max(1, round(keep * len(rows))))
     labels = list(sources)
     for row, kept in zip(rows, best.tolist(), strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..errors import RefusedError
 from ..functional.rope import extended_rope_base
 from ..functional.segment_attention import AttentionPattern
 
@@ -54,14 +55,14 @@ def _full_attention_rope(config: PreTrainedConfig) -> dict[str, Any]:
     name = type(config).__name__
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
-        raise ValueError(f"{name} has no rope_parameters: the model has no rotary positions to extend.")
+        raise RefusedError(f"{name} has no rope_parameters: the model has no rotary positions to extend.")
     parameters = parameters.get("full_attention", parameters)
     if "rope_theta" not in parameters:
-        raise ValueError(
+        raise RefusedError(
             f"{name}: none of {sorted(parameters)} in rope_parameters is `full_attention` or `rope_theta`."
         )
     if parameters.get("rope_type", "default") != "default":
-        raise ValueError(
+        raise RefusedError(
             f"{name} scales its positions by rope_type={parameters['rope_type']!r} already. A new base is for "
             "rope_type='default'; set the base and the type in config.rope_parameters yourself."
         )

@@ -24,6 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..errors import RefusedError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Attention that runs here as it does in training. Others are traced as fused attention without masks, as
 #: FlashAttention.
@@ -56,7 +58,7 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
     where the config is of one), image and text to text, encoder-decoder. Classes without an LM head do not count.
 
     Raises:
-        ValueError: there is none.
+        RefusedError: there is none.
     """
     autos = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM]
     if getattr(config, "is_encoder_decoder", False):
@@ -67,7 +69,9 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
         listed = (one for auto in autos for whole in auto._model_mapping for one in _classes(auto, whole))
         classes = [one for one in listed if getattr(one, "config_class", None) is type(config)]
     if not classes:
-        raise ValueError(f"{type(config).__name__} is no config of a causal language model or of an encoder-decoder.")
+        raise RefusedError(
+            f"{type(config).__name__} is no config of a causal language model or of an encoder-decoder."
+        )
     named = set(getattr(config, "architectures", None) or ())
     chosen = next((one for one in classes if one.__name__ in named), classes[0])
     text = config.get_text_config()
@@ -90,7 +94,8 @@ def build_on_meta(config: PreTrainedConfig, dtype: str, attention: str | None) -
         attention (`str`, *optional*): By default the one of the config, or the one that transformers takes.
 
     Raises:
-        ValueError: an unknown dtype, or a model that cannot be built.
+        ValueError: an unknown dtype.
+        RefusedError: a model that cannot be built.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known. Known: {', '.join(DTYPES)}.")
@@ -100,7 +105,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: str, attention: str | None) -
         with torch.device("meta"):
             return _kept_in_fp32(model_class._from_config(config, dtype=DTYPES[dtype], **wanted), DTYPES[dtype])
     except Exception as error:  # of upstream's code for this class, which may raise anything
-        raise ValueError(f"the model of {type(config).__name__} cannot be built: {_first_line(error)}") from error
+        raise RefusedError(f"the model of {type(config).__name__} cannot be built: {_first_line(error)}") from error
 
 
 def _kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -92,7 +92,7 @@ def environment() -> Any:
     Return the template environment of the pages.
 
     Raises:
-        ImportError: jinja2 is missing; the message names the extra.
+        MissingPackageError: jinja2 is missing; the message names the extra.
     """
     jinja2 = require("jinja2", "writing the report page")
     folder = resources.files("hf_effi.report").joinpath("templates")
@@ -107,7 +107,7 @@ def render_page(result: Mapping[str, Any]) -> str:
     Return the page for a demo result: the schema of `hf_effi.report.result_record`, rows as the demo writes them.
 
     Raises:
-        ImportError: matplotlib or jinja2 is missing; the message names the extra.
+        MissingPackageError: matplotlib or jinja2 is missing; the message names the extra.
     """
     template = environment().get_template(TEMPLATE)
     rows = result["rows"]

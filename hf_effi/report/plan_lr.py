@@ -14,8 +14,9 @@ from typing import Any
 
 from .._plots import as_label
 from .._record_check import check_history
-from .._untrusted import UntrustedFileError, load_json, one_line
-from ..functional.schedules import Schedule, ScheduleError, make_schedule
+from .._untrusted import load_json, one_line
+from ..errors import BrokenFileError
+from ..functional.schedules import Schedule, make_schedule
 from ..functional.schedules.planner_bound import best_cooldown_fraction, omega, plan_extension
 from ..functional.schedules.planner_loss import LossCurve, curve_from_trainer_state, fit_annealing_law
 from .schedule_plot import plot_schedules, text_curve
@@ -24,10 +25,6 @@ from .schedule_plot import plot_schedules, text_curve
 Result = tuple[dict[str, Any], list[str]]
 #: a curve has a value for each update
 _LONGEST_RUN = 10_000_000
-
-
-class UnreadableRunError(Exception):
-    """A file given to `--run` is not there or is no state of a trainer."""
 
 
 _EXIT_CODES = "exit codes: 0 done, 1 a file cannot be read or written, 2 it was called wrongly"
@@ -107,7 +104,7 @@ def parse_schedule(text: str, steps: int) -> Schedule:
     Read `NAME` or `NAME {JSON}`.
 
     Raises:
-        ScheduleError: the rest is not a JSON object.
+        ValueError: the rest is not a JSON object.
 
     Example:
     ```python
@@ -119,9 +116,9 @@ def parse_schedule(text: str, steps: int) -> Schedule:
     try:
         kwargs = json.loads(rest) if rest.strip() else {}
     except json.JSONDecodeError as error:
-        raise ScheduleError(f"{rest!r} is not JSON ({error}). Write e.g. 'wsd {{\"decay_steps\": 10}}'.") from error
+        raise ValueError(f"{rest!r} is not JSON ({error}). Write e.g. 'wsd {{\"decay_steps\": 10}}'.") from error
     if not isinstance(kwargs, dict):
-        raise ScheduleError(f"{rest!r} is not a JSON object. Write e.g. 'wsd {{\"decay_steps\": 10}}'.")
+        raise ValueError(f"{rest!r} is not a JSON object. Write e.g. 'wsd {{\"decay_steps\": 10}}'.")
     return make_schedule(name, **kwargs).bind(steps)
 
 
@@ -202,18 +199,12 @@ def _read_curve(path: str, metric: str | None) -> LossCurve:
         state = check_history(load_json(file), file)
         steps = [entry.get("step", 0) for entry in state["log_history"]]
         if not all(isinstance(step, int) and 0 <= step <= _LONGEST_RUN for step in steps):
-            raise UnreadableRunError(
-                f"{path} is damaged: a step in its log is no whole number up to {_LONGEST_RUN:,}."
-            )
+            raise BrokenFileError(f"{path} is damaged: a step in its log is no whole number up to {_LONGEST_RUN:,}.")
         return curve_from_trainer_state(path, metric)
-    except ScheduleError:
-        raise
     except OSError as error:
-        raise UnreadableRunError(f"cannot read {error.filename}: {error.strerror}.") from error
-    except UntrustedFileError as error:
-        raise UnreadableRunError(f"{path} is no trainer_state.json: {error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UnreadableRunError(f"{path} is no trainer_state.json: {one_line(repr(error), 200)}.") from error
+        raise BrokenFileError(f"cannot read {error.filename}: {error.strerror}.") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise BrokenFileError(f"{path} is no trainer_state.json: {one_line(repr(error), 200)}.") from error
 
 
 def plot_predictions(predictions: dict[str, Any], path: str) -> None:
@@ -247,12 +238,12 @@ def run(args: argparse.Namespace) -> int:
     """Run the sub-command; return the exit status: 1 for a file that cannot be read or written, 2 for a bad value."""
     try:
         data, lines = _COMMANDS[args.plan_lr](args)
-    except ScheduleError as error:
-        print(f"hf-effi plan lr: {error}", file=sys.stderr)
-        return 2
-    except UnreadableRunError as error:
+    except BrokenFileError as error:
         print(f"hf-effi plan lr: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:
+        print(f"hf-effi plan lr: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"hf-effi plan lr: cannot write {args.plot}: {error.strerror}.", file=sys.stderr)
         return 1

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .._untrusted import one_line, shorten
-from ..functional.data import CurriculumError
 from ..samplers import (
     CompetenceSampler,
     CyclicalSampler,
@@ -70,7 +69,7 @@ def preview(
         with `samples`, `mean`, `low`, `high` and `shares` of the groups) and `first_batches` of row numbers.
 
     Raises:
-        CurriculumError: another number of values or groups than rows, or a count below 1.
+        ValueError: another number of values or groups than rows, or a count below 1.
 
     Example:
     ```python
@@ -82,10 +81,10 @@ def preview(
     """
     for name, given in (("values", values), ("groups", groups)):
         if given is not None and len(given) != sampler.num_rows:
-            raise CurriculumError(f"{name} has {len(given)} entries for {sampler.num_rows} rows. Give one per row.")
+            raise ValueError(f"{name} has {len(given)} entries for {sampler.num_rows} rows. Give one per row.")
     for name, count in (("batch_size", batch_size), ("parts", parts), ("batches", batches)):
         if count < 1:
-            raise CurriculumError(f"{name}={count} must be at least 1.")
+            raise ValueError(f"{name}={count} must be at least 1.")
     order = list(sampler)
     parts = min(parts, len(order))
     bounds = [round(part * len(order) / parts) for part in range(parts + 1)]
@@ -141,10 +140,10 @@ def read_column(path: Path, column: str) -> list[Any]:
     Return one column of a `.jsonl`, `.json` (list of objects) or `.csv` file.
 
     Raises:
-        CurriculumError: another kind of file, no row, a row that is no object, or one without the column.
+        ValueError: another kind of file, no row, a row that is no object, or one without the column.
     """
     if path.suffix not in (".jsonl", ".json", ".csv"):
-        raise CurriculumError(f"{path.name}: {path.suffix or 'no suffix'} is not known. Use .jsonl, .json or .csv.")
+        raise ValueError(f"{path.name}: {path.suffix or 'no suffix'} is not known. Use .jsonl, .json or .csv.")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
@@ -154,29 +153,29 @@ def read_column(path: Path, column: str) -> list[Any]:
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except OSError as error:
-        raise CurriculumError(f"{path}: {error.strerror}.") from error
+        raise ValueError(f"{path}: {error.strerror}.") from error
     except (ValueError, RecursionError, csv.Error) as error:
-        raise CurriculumError(f"{path.name} cannot be read as {path.suffix}: {one_line(error, 200)}.") from error
+        raise ValueError(f"{path.name} cannot be read as {path.suffix}: {one_line(error, 200)}.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise CurriculumError(f'{path.name} must hold one object per row, such as {{"{column}": 0.5}}.')
+        raise ValueError(f'{path.name} must hold one object per row, such as {{"{column}": 0.5}}.')
     if not rows:
-        raise CurriculumError(f"{path.name} has no rows.")
+        raise ValueError(f"{path.name} has no rows.")
     for number, row in enumerate(rows):
         if column not in row:
-            raise CurriculumError(
+            raise ValueError(
                 f"{path.name}, row {number}: no column {column!r}. It has {shorten(sorted(map(str, row)))}."
             )
     return [row[column] for row in rows]
 
 
 def read_numbers(path: Path, column: str) -> list[float]:
-    """Return [`read_column`] as numbers; a value that is none raises `CurriculumError` with its row."""
+    """Return [`read_column`] as numbers; a value that is none raises `ValueError` with its row."""
     numbers = []
     for row, value in enumerate(read_column(path, column)):
         try:
             numbers.append(float(value))
         except (TypeError, ValueError, OverflowError):
-            raise CurriculumError(f"{path.name}, row {row}: {column}={shorten(value)} is not a number.") from None
+            raise ValueError(f"{path.name}, row {row}: {column}={shorten(value)} is not a number.") from None
     return numbers
 
 
@@ -210,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
         groups = [str(group) for group in read_column(args.file, args.group)] if args.group else None
         by = groups if "group" in _ACTS[args.order] else None
         shown = preview(_ORDERS[args.order](values, by, args), values, groups, batch_size=args.batch_size)
-    except CurriculumError as error:
+    except ValueError as error:
         print(f"hf-effi preview-order: {error}", file=sys.stderr)
         return 1
     print(json.dumps(shown, indent=1) if args.json else render(shown))

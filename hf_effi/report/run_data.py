@@ -10,7 +10,8 @@ from typing import Any
 
 from .._record_check import check_state
 from .._run_record import FOLDER, SUMMARY, has_record, read_run
-from .._untrusted import UntrustedFileError, is_number, load_json
+from .._untrusted import is_number, load_json
+from ..errors import BrokenFileError
 from ..functional import metrics
 from ..functional.probes import without_probes
 
@@ -21,24 +22,18 @@ _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 Point = tuple[float, float, float]
 
 
-class NoRunError(ValueError):
-    """There is nothing to report on in a folder."""
-
-
 def load_run(folder: str | Path) -> dict[str, Any]:
     """
     Return the run in a folder: its record, or the log history of a stock `trainer_state.json` (newest checkpoint).
 
     Raises:
-        NoRunError: neither is there, or it is damaged.
+        BrokenFileError: neither is there, or it is damaged.
     """
     folder = Path(folder)
     try:
         return {"title": folder.name, **_load(folder)}
-    except UntrustedFileError as error:
-        raise NoRunError(f"The run in {folder} cannot be read: {error}") from error
     except OSError as error:
-        raise NoRunError(f"The run in {folder} cannot be read: {error.strerror}.") from error
+        raise BrokenFileError(f"The run in {folder} cannot be read: {error.strerror}.") from error
 
 
 def _load(folder: Path) -> dict[str, Any]:
@@ -47,7 +42,7 @@ def _load(folder: Path) -> dict[str, Any]:
     states = [folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")]
     states = [path for path in states if path.is_file()]
     if not states:
-        raise NoRunError(
+        raise BrokenFileError(
             f"{folder} has no {FOLDER}/{SUMMARY} and no {STATE}. Give the output_dir of a run; RunRecordCallback() "
             "records one."
         )
@@ -67,14 +62,14 @@ def load_group(folder: str | Path) -> list[dict[str, Any]]:
     Return the run in a folder, or those in its sub-folders: the seeds of one setting.
 
     Raises:
-        NoRunError: no run there.
+        BrokenFileError: no run there.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NoRunError(f"{folder} is not a folder. Give the output_dir of a run.")
+        raise BrokenFileError(f"{folder} is not a folder. Give the output_dir of a run.")
     try:
         return [load_run(folder)]
-    except NoRunError as error:
+    except BrokenFileError as error:
         inner = sorted(path for path in folder.iterdir() if path.is_dir())
         runs = [load_run(path) for path in inner if has_record(path) or _has_state(path)]
         if not runs:

@@ -13,11 +13,11 @@ from typing import Any
 from .._files import save_text
 from .._plots import MAX_SERIES, draw_lines, draw_stacked_areas, draw_stacked_bars
 from ..callbacks.run_summary import time_parts
+from ..errors import BrokenFileError
 from ..functional import metrics
 from ..functional.findings import Finding
 from .page import environment
 from .run_data import (
-    NoRunError,
     Point,
     dropped_series,
     load_group,
@@ -220,7 +220,7 @@ def render_run_page(groups: Groups) -> str:
     Return the page: one file, without a script, that asks the network for nothing.
 
     Raises:
-        ImportError: matplotlib or jinja2 is missing; the message names the extra.
+        MissingPackageError: matplotlib or jinja2 is missing; the message names the extra.
     """
     tables = {title: facts(runs) for title, runs in groups.items()}
     names = dict.fromkeys(name for table in tables.values() for name in table)
@@ -271,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         groups = dict(zip(_titles(folders), map(load_group, folders), strict=True))
-    except NoRunError as error:
+    except BrokenFileError as error:
         print(f"hf-effi report: {error}", file=sys.stderr)
         return 1
     path = Path(args.output or Path(folders[0]) / "report.html")

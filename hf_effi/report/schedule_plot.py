@@ -10,7 +10,7 @@ from typing import Any
 from .._compat import require
 from .._plots import as_label
 from .._text_plot import text_plot
-from ..functional.schedules import Schedule, ScheduleError
+from ..functional.schedules import Schedule
 from ..functional.schedules._checks import check_steps
 
 
@@ -61,14 +61,14 @@ def plot_schedules(
         `matplotlib.figure.Figure`: The figure.
 
     Raises:
-        ImportError: matplotlib is not installed (`pip install 'hf_effi[report]'`).
+        MissingPackageError: matplotlib is not installed (`pip install 'hf_effi[report]'`).
         ValueError: nothing to draw, or no length.
     """
     require("matplotlib", "plot_schedules")
     import matplotlib.figure as figure_module
 
     if isinstance(schedules, Schedule) or not isinstance(schedules, (Sequence, Mapping)):
-        raise ScheduleError(f"schedules={schedules!r} is not a list or a dict of schedules. Pass e.g. [wsd(100)].")
+        raise ValueError(f"schedules={schedules!r} is not a list or a dict of schedules. Pass e.g. [wsd(100)].")
     named = (
         dict(schedules)
         if isinstance(schedules, Mapping)
@@ -76,9 +76,7 @@ def plot_schedules(
     )
     for name, schedule in named.items():
         if not isinstance(schedule, Schedule):
-            raise ScheduleError(
-                f"{name!r} is {schedule!r}, not a Schedule. Pass a list such as [wsd(100)], or a dict."
-            )
+            raise ValueError(f"{name!r} is {schedule!r}, not a Schedule. Pass a list such as [wsd(100)], or a dict.")
     if steps is not None:
         check_steps("steps", steps, 1)
     if not named:

@@ -14,9 +14,10 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .._compat import CACHE_ARGUMENTS
+from ..errors import RefusedError
 from ..functional.memory import ForwardTrace, Parameter, StepFlops, extrapolated_trace, through_three_points
 from ..functional.saved_bytes import SavedBytes
-from ..functional.shape_run import ShapeRun, TooManyOperations, storage_of, weights_of
+from ..functional.shape_run import ShapeRun, _TooManyOperations, storage_of, weights_of
 from .layer_trace import TraceProbe
 from .model_shapes import (
     base_model,
@@ -81,7 +82,8 @@ class TracedModel:
         stand_in (`str` or `None`): The attention that fused attention without masks stands for.
 
     Raises:
-        ValueError: an unknown dtype; 4-bit weights without LoRA; a model that cannot be built.
+        ValueError: an unknown dtype; 4-bit weights without LoRA.
+        RefusedError: a model that cannot be built or traced.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class TracedModel:
         """
         try:
             return self._trace(batch, seq_len, padded)
-        except TooManyOperations:
+        except _TooManyOperations:
             return self._continued(lambda row: self._trace(batch, row, padded), extrapolated_trace, seq_len)
 
     def _continued(self, measure: Callable[[int], Any], through: Callable[..., Any], tokens: int) -> Any:
@@ -158,14 +160,14 @@ class TracedModel:
         name, (*first, last) = type(self.model).__name__, SHORT_ROWS
         try:
             found = [measure(row) for row in SHORT_ROWS]
-        except TooManyOperations as error:
-            raise ValueError(
+        except _TooManyOperations as error:
+            raise RefusedError(
                 f"{name} loops over tokens: rows of {last} tokens take more than {MAX_OPERATIONS} operators already, "
                 f"so that {tokens} tokens cannot be planned."
             ) from error
         for value, expected in zip(_numbers(found[-1]), _numbers(through(found[:-1], first, last)), strict=True):
             if abs(value - expected) > 0.01 * abs(value):
-                raise ValueError(
+                raise RefusedError(
                     f"{name} loops over tokens, so that {tokens} tokens are too long to be traced, and {last} tokens "
                     f"take {value:,} bytes where rows of {', '.join(map(str, first))} tokens foretell {expected:,}: "
                     "longer rows cannot be planned."
@@ -232,7 +234,7 @@ class TracedModel:
             except (TypeError, ValueError) as error:
                 if not any(name in str(error) for name in _EXTRA_INPUTS) or extra.keys() >= {_EXTRA_INPUTS[-1]}:
                     raise
-        raise ValueError("the model asks for more than token ids and labels.")
+        raise RefusedError("the model asks for more than token ids and labels.")
 
     def _run_step(self, inputs: dict[str, Any], probe: bool) -> _Step:
         step, first = _Step(), len(self.run.casts)
@@ -320,7 +322,7 @@ class TracedModel:
             with self._traceable():
                 try:
                     return self._cache_bytes(sequences, tokens)
-                except TooManyOperations:
+                except _TooManyOperations:
 
                     def through(found: Any, rows: Any, at: int) -> int:
                         return through_three_points(rows, found, at)
@@ -427,11 +429,11 @@ class TracedModel:
         try:
             with maskless_attention(), torch.random.fork_rng(devices=[]):
                 yield
-        except TooManyOperations:
+        except _TooManyOperations:
             raise
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{type(self.model).__name__} cannot be traced without data: {line}") from error
+            raise RefusedError(f"{type(self.model).__name__} cannot be traced without data: {line}") from error
 
 
 def _numbers(measured: ForwardTrace | int) -> tuple[int, ...]:

@@ -19,8 +19,6 @@ _PUBLIC = {
     "MultistageSampler": "hf_effi.samplers.multistage",
     "QualityAscendingSampler": "hf_effi.samplers.curricula",
     "ReplaySampler": "hf_effi.samplers.mixture",
-    "SamplerError": "hf_effi.samplers.base",
-    "SamplerMismatchError": "hf_effi.samplers.base",
     "SelfPacedSampler": "hf_effi.samplers.learned",
     "ShuffledSampler": "hf_effi.samplers.base",
     "TokenBudgetBatchSampler": "hf_effi.samplers.token_budget",
@@ -29,8 +27,6 @@ _PUBLIC = {
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .base import EffiSampler as EffiSampler
-    from .base import SamplerError as SamplerError
-    from .base import SamplerMismatchError as SamplerMismatchError
     from .base import ShuffledSampler as ShuffledSampler
     from .curricula import CompetenceSampler as CompetenceSampler
     from .curricula import CyclicalSampler as CyclicalSampler

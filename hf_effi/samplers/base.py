@@ -17,20 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ..errors import MismatchError
 from ..functional.class_paths import class_path, same_class_path
-from ..functional.data import CurriculumError, check_count
+from ..functional.data import check_count
 from ..functional.kept_arguments import keeps_arguments
 
 #: Indices turned into Python integers at once: bounds memory, and keeps the loop at C speed.
 _CHUNK = 65536
-
-
-class SamplerError(CurriculumError):
-    """A sampler cannot do what it was asked; the message says what to change."""
-
-
-class SamplerMismatchError(SamplerError):
-    """A checkpoint was made with another sampler, dataset, score or seed, so its order cannot be continued."""
 
 
 class EffiSampler(Sampler[int]):
@@ -52,7 +45,7 @@ class EffiSampler(Sampler[int]):
         seed (`int`, *optional*, defaults to 0): Seed of all draws, at least 0.
 
     Raises:
-        CurriculumError: `num_rows < 1` or a negative seed.
+        ValueError: `num_rows < 1` or a negative seed.
 
     Example:
     ```python
@@ -71,7 +64,7 @@ class EffiSampler(Sampler[int]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not isinstance(getattr(cls, "learns", None), bool):
-            raise SamplerError(
+            raise ValueError(
                 f"{cls.__name__}.learns must be False (the order is a pure function of settings, seed and epoch) or "
                 "True (it has a learned state beside them). Set the class attribute; earlier versions called it rule, "
                 "'A' for False and 'B' for True."
@@ -113,11 +106,11 @@ class EffiSampler(Sampler[int]):
         Choose the epoch of the next pass. Calling it again with the same number changes nothing.
 
         Raises:
-            SamplerError: a second epoch of a plan that has one.
+            ValueError: a second epoch of a plan that has one.
         """
         check_count("epoch", epoch, 0)
         if self.single_pass and epoch > 0:
-            raise SamplerError(
+            raise ValueError(
                 f"{type(self).__name__} is a plan for the whole run, given in one epoch of {len(self)} samples, and "
                 f"epoch {epoch} was asked for. Set num_train_epochs=1 (or a lower max_steps) and make the plan longer."
             )
@@ -143,10 +136,10 @@ class EffiSampler(Sampler[int]):
             sample (`int`): How many of its indices are done, in `[0, len(sampler)]`.
 
         Raises:
-            SamplerError: `sample` lies outside.
+            ValueError: `sample` lies outside.
         """
         if not isinstance(sample, int) or not 0 <= sample <= len(self):
-            raise SamplerError(f"sample={sample!r} is outside [0, {len(self)}], the length of an epoch.")
+            raise ValueError(f"sample={sample!r} is outside [0, {len(self)}], the length of an epoch.")
         self.set_epoch(epoch)
         self._start = (epoch, sample)
 
@@ -157,10 +150,10 @@ class EffiSampler(Sampler[int]):
     def check_not_started(self) -> None:
         """
         Raises:
-            SamplerError: `start_from` is pending, while a Trainer is about to skip the same samples.
+            ValueError: `start_from` is pending, while a Trainer is about to skip the same samples.
         """
         if self._start is not None:
-            raise SamplerError(
+            raise ValueError(
                 f"start_from{self._start} was called, and the Trainer skips the finished batches itself: they would "
                 "be skipped twice. Remove the call; trainer.train(resume_from_checkpoint=True) is all it takes."
             )
@@ -184,13 +177,13 @@ class EffiSampler(Sampler[int]):
         Take back what [`~EffiSampler.state_dict`] returned.
 
         Raises:
-            SamplerMismatchError: the state belongs to another sampler, seed, dataset or score.
+            MismatchError: the state belongs to another sampler, seed, dataset or score.
         """
         if "learns" not in state:  # earlier versions stored a letter
             state = {**state, "learns": state.get("rule") == "B"}
         for key, mine in (("sampler", type(self).__name__), ("learns", self.learns), ("length", len(self))):
             if state.get(key) != mine:
-                raise SamplerMismatchError(
+                raise MismatchError(
                     f"The checkpoint has a sampler with {key}={state.get(key)!r}, this run has {mine!r}. Build the "
                     "sampler as in the run that is resumed, or start a new run from the weights."
                 )
@@ -208,16 +201,16 @@ class EffiSampler(Sampler[int]):
         Check class and fingerprint of a state, or of an entry in a checkpoint, against this sampler.
 
         Raises:
-            SamplerMismatchError: another class, or other settings, seed, rows or scores.
+            MismatchError: another class, or other settings, seed, rows or scores.
         """
         # Earlier versions did not store the class.
         if not same_class_path(stored.get("class", self.identity()), self.identity()):
-            raise SamplerMismatchError(
+            raise MismatchError(
                 f"The checkpoint was made by {stored['class']}, this run has {self.identity()}. Build the sampler as "
                 "in the run that is resumed, or start a new run from the weights."
             )
         if stored["fingerprint"] != self.fingerprint():
-            raise SamplerMismatchError(
+            raise MismatchError(
                 f"The checkpoint was made by a {stored['sampler']} with other settings, seed or scores, so the order "
                 "cannot be continued. Build the sampler as in the run that is resumed (the scores must be the same "
                 "numbers), or start a new run from the weights."
@@ -246,7 +239,7 @@ class EffiSampler(Sampler[int]):
         if self._cached is None or self._cached[0] != key:
             order = self.order(self.epoch)
             if order.dtype != torch.int64 or order.ndim != 1 or order.numel() != len(self):
-                raise SamplerError(
+                raise ValueError(
                     f"{type(self).__name__}.order returned {order.dtype} of shape {tuple(order.shape)}, but len() "
                     f"says {len(self)}. Return int64 of shape ({len(self)},)."
                 )

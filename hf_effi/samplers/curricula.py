@@ -43,7 +43,7 @@ class QualityAscendingSampler(EffiSampler):
         nan (`str`, *optional*, defaults to `"error"`): `"error"` or `"median"`.
 
     Raises:
-        CurriculumError: NaN scores, or an argument out of range.
+        ValueError: NaN scores, or an argument out of range.
 
     Example:
     ```python
@@ -91,7 +91,7 @@ class InterleavedSampler(EffiSampler):
         seed (`int`, *optional*, defaults to 0): Order within a subject, and of the subjects.
 
     Raises:
-        CurriculumError: lengths differ, or a NaN level.
+        ValueError: lengths differ, or a NaN level.
 
     Example:
     ```python
@@ -130,7 +130,7 @@ class CompetenceSampler(EffiSampler):
         nan (`str`, *optional*, defaults to `"error"`): `"error"` or `"median"`.
 
     Raises:
-        CurriculumError: NaN scores, or an argument out of range.
+        ValueError: NaN scores, or an argument out of range.
 
     Example:
     ```python
@@ -190,7 +190,7 @@ class CyclicalSampler(EffiSampler):
         nan (`str`, *optional*, defaults to `"error"`): `"error"` or `"median"`.
 
     Raises:
-        CurriculumError: a negative loss, or an argument out of range.
+        ValueError: a negative loss, or an argument out of range.
 
     Example:
     ```python
@@ -216,11 +216,10 @@ class CyclicalSampler(EffiSampler):
         seed: int = 0,
         nan: str = "error",
     ) -> None:
-        from ..functional.data import CurriculumError
 
         values = clean_scores(losses, "losses", nan)
         if bool((values < 0).any()):
-            raise CurriculumError(
+            raise ValueError(
                 f"losses has a negative value ({float(values.min())}). Pass losses, or 1 / score where high is easy."
             )
         super().__init__(values.numel(), seed)

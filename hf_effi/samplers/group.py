@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..functional.data import check_count
 from ..functional.rollouts import GenerationLayout
-from .base import EffiSampler, SamplerError
+from .base import EffiSampler
 
 
 class GroupSampler(EffiSampler):
@@ -23,8 +23,7 @@ class GroupSampler(EffiSampler):
         repeat_count (`int`, *optional*, defaults to 1): `num_iterations * steps_per_generation`.
 
     Raises:
-        SamplerError: an epoch of `sampler` has fewer prompts than one generation needs.
-        CurriculumError: a count below 1.
+        ValueError: an epoch of `sampler` has fewer prompts than one generation needs, or a count below 1.
     """
 
     learns = True  # as far as anybody can tell: what the sampler inside has learned is its state
@@ -40,7 +39,7 @@ class GroupSampler(EffiSampler):
         # A chunk of `batch_size` prompts, given `repeat_count` times, is one generation of so many micro-steps.
         self.layout = GenerationLayout(mini_repeat_count * batch_size, mini_repeat_count, num_iterations=repeat_count)
         if len(sampler) < batch_size:
-            raise SamplerError(
+            raise ValueError(
                 f"{type(sampler).__name__} gives {len(sampler)} prompts per epoch, but one generation needs "
                 f"{batch_size}. Add prompts, or lower per_device_train_batch_size or steps_per_generation."
             )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..functional.data import (
-    CurriculumError,
     check_count,
     check_number,
     clean_scores,
@@ -52,7 +51,7 @@ class MeasuringSampler(EffiSampler):
     def __init__(self, num_rows: int, measure: Measure, num_samples: int | None = None, seed: int = 0) -> None:
         super().__init__(num_rows, seed)
         if not callable(measure):
-            raise CurriculumError(f"measure={measure!r} must be a function of (model, rows).")
+            raise ValueError(f"measure={measure!r} must be a function of (model, rows).")
         self.measure = measure
         self.num_samples = self.num_rows if num_samples is None else check_count("num_samples", num_samples)
         self.measured_epoch = -1
@@ -75,19 +74,19 @@ class MeasuringSampler(EffiSampler):
         Take the measured numbers, in the order of `rows_to_measure(epoch)`, and fix the rows of this epoch.
 
         Raises:
-            CurriculumError: another number of values than rows, or NaN.
+            ValueError: another number of values than rows, or NaN.
         """
         rows = self.rows_to_measure(epoch)
         found = clean_scores(values, "measured values") if rows else torch.empty(0, dtype=torch.float64)
         if found.numel() != len(rows):
-            raise CurriculumError(f"measure returned {found.numel()} values for {len(rows)} rows. Return one per row.")
+            raise ValueError(f"measure returned {found.numel()} values for {len(rows)} rows. Return one per row.")
         self.chosen = self.choose(epoch, rows, found).nonzero().flatten()
         self.measured_epoch = epoch
         self._observations += 1
 
     def order(self, epoch: int) -> Tensor:
         if self.chosen is None or self.measured_epoch != epoch:
-            raise CurriculumError(
+            raise ValueError(
                 f"{type(self).__name__} has not measured the model before epoch {epoch}. Give it to a Trainer with "
                 "SamplerMixin, or call observe(epoch, values) in your loop."
             )
@@ -122,7 +121,7 @@ class SelfPacedSampler(MeasuringSampler):
         num_samples, seed (`int`, *optional*): See [`MeasuringSampler`].
 
     Raises:
-        CurriculumError: both or neither of `share` and `threshold`, or an argument out of range.
+        ValueError: both or neither of `share` and `threshold`, or an argument out of range.
 
     Example:
     ```python
@@ -148,7 +147,7 @@ class SelfPacedSampler(MeasuringSampler):
     ) -> None:
         super().__init__(num_rows, measure, num_samples, seed)
         if (share is None) == (threshold is None):
-            raise CurriculumError(
+            raise ValueError(
                 f"share={share!r} and threshold={threshold!r}: give exactly one, a share of the rows or a bound on "
                 "the loss."
             )
@@ -156,13 +155,13 @@ class SelfPacedSampler(MeasuringSampler):
             check_number("share", share, 0, 1, open_low=True)
         if threshold is not None:
             check_number("threshold", threshold, 0, open_low=True)
-        refuse_idle("share_step", share_step, 0.25, share is not None, "with share=", CurriculumError)
-        refuse_idle("growth", growth, 1.3, threshold is not None, "with threshold=", CurriculumError)
+        refuse_idle("share_step", share_step, 0.25, share is not None, "with share=")
+        refuse_idle("growth", growth, 1.3, threshold is not None, "with threshold=")
         self.share, self.share_step = share, check_number("share_step", share_step, 0)
         self.threshold, self.growth = threshold, check_number("growth", growth, 1)
         self.min_rows = check_count("min_rows", min_rows)
         if min_rows > self.num_rows:
-            raise CurriculumError(f"min_rows={min_rows} exceeds the {self.num_rows} rows.")
+            raise ValueError(f"min_rows={min_rows} exceeds the {self.num_rows} rows.")
 
     def rows_to_measure(self, epoch: int) -> list[int]:
         return list(range(self.num_rows))
@@ -199,7 +198,7 @@ class AbilitySampler(MeasuringSampler):
         num_samples, seed (`int`, *optional*): See [`MeasuringSampler`].
 
     Raises:
-        CurriculumError: NaN difficulties, or an argument out of range.
+        ValueError: NaN difficulties, or an argument out of range.
 
     Example:
     ```python

@@ -32,7 +32,7 @@ class MixtureSampler(EffiSampler):
         seed (`int`, *optional*, defaults to 0): Seed of all shuffles.
 
     Raises:
-        CurriculumError: a domain with weight but without rows, or an argument out of range.
+        ValueError: a domain with weight but without rows, or an argument out of range.
 
     Example:
     ```python
@@ -97,7 +97,7 @@ class ReplaySampler(MixtureSampler):
         seed (`int`, *optional*, defaults to 0): Seed of the places inside a block.
 
     Raises:
-        CurriculumError: a rate outside `(0, 1)`, or no old or no new row.
+        ValueError: a rate outside `(0, 1)`, or no old or no new row.
 
     Example:
     ```python

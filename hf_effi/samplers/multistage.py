@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.data import BernoulliBayes, CurriculumError, check_count, check_number, seeded
+from ..functional.data import BernoulliBayes, check_count, check_number, seeded
 from .learned import Measure, MeasuringSampler
 
 #: Rows that the predictor guesses before it learns them: the batch of the released code.
@@ -50,7 +50,7 @@ class MultistageSampler(MeasuringSampler):
         history (`list[dict]`): Of each round: `stage`, `candidates`, `forwarded`, `hard`, `waiting`, `filled`.
 
     Raises:
-        CurriculumError: an argument out of range, a negative token, NaN losses.
+        ValueError: an argument out of range, a negative token, NaN losses.
 
     Example:
     ```python
@@ -77,11 +77,11 @@ class MultistageSampler(MeasuringSampler):
     ) -> None:
         super().__init__(len(tokens), measure, num_samples, seed)
         if any(len(row) and min(row) < 0 for row in tokens):
-            raise CurriculumError("tokens holds a negative number. Pass token ids, without the -100 of labels.")
+            raise ValueError("tokens holds a negative number. Pass token ids, without the -100 of labels.")
         self.bags = [torch.as_tensor(row, dtype=torch.long).unique() for row in tokens]
         self.window = check_count("window", window)
         if not num_samples <= window <= self.num_rows:
-            raise CurriculumError(
+            raise ValueError(
                 f"num_samples={num_samples}, window={window}: use num_samples <= window <= {self.num_rows}, the rows."
             )
         self.warmup_rounds = check_count("warmup_rounds", warmup_rounds, 0)

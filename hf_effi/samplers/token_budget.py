@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RefusedError
 from ..functional.data import (
-    CurriculumError,
     batch_costs,
     check_count,
     check_lengths,
@@ -33,13 +33,13 @@ def cost_of_model(model: Any) -> tuple[float, float]:
     function with the right number.
 
     Raises:
-        CurriculumError: the config does not say.
+        RefusedError: the config does not say.
     """
     config = model.config.get_text_config()
     names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
     missing = [name for name in names if getattr(config, name, None) is None]
     if missing:
-        raise CurriculumError(
+        raise RefusedError(
             f"{type(config).__name__} has no {', '.join(missing)}. Use flop_coefficients with the model's numbers."
         )
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -72,7 +72,7 @@ class TokenBudgetBatchSampler(EffiSampler):
         seed (`int`, *optional*, defaults to 0): Seed of all draws.
 
     Raises:
-        CurriculumError: an empty row, a row longer than the budget, or fewer rows than places.
+        ValueError: an empty row, a row longer than the budget, or fewer rows than places.
 
     Example:
     ```python
@@ -114,7 +114,7 @@ class TokenBudgetBatchSampler(EffiSampler):
         Deal the micro-batches to so many processes and accumulation steps. `SamplerMixin` does it by itself.
 
         Raises:
-            CurriculumError: a count below 1, or fewer rows than `ranks x accumulation` places.
+            ValueError: a count below 1, or fewer rows than `ranks x accumulation` places.
         """
         places = check_count("ranks", ranks) * check_count("accumulation", accumulation)
         batches = fill_to_multiple(self._packed, self._ordered, places, self.cost, not self.padding_free)
@@ -177,7 +177,7 @@ def _whole(lengths: Tensor | Sequence[int]) -> Tensor:
     """Return the lengths as int64; `row_lengths` gives floats."""
     values = torch.as_tensor(lengths)
     if values.ndim != 1 or not values.numel() or not bool((values == values.long()).all()):
-        raise CurriculumError(
+        raise ValueError(
             f"lengths has shape {tuple(values.shape)} and dtype {values.dtype}. Pass one whole number of tokens for "
             "each row of the dataset, at least one."
         )

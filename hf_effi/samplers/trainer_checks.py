@@ -8,8 +8,9 @@ from typing import Any
 from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import IterableDataset
 
+from ..errors import MismatchError, RefusedError
 from ..functional.schedules import warn_decay_to_zero
-from .base import EffiSampler, SamplerError, SamplerMismatchError
+from .base import EffiSampler
 from .group import GroupSampler
 
 logger = logging.getLogger(__name__)
@@ -20,28 +21,29 @@ def check_trainer(args: Any, dataset: Any, sampler: EffiSampler) -> None:
     Refuse what a sampler cannot order, or what would order the rows a second time.
 
     Raises:
-        SamplerError: see [`SamplerMixin`].
+        RefusedError: as in [`SamplerMixin`].
+        ValueError: as there.
     """
     name = type(sampler).__name__
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise SamplerError(
+        raise RefusedError(
             f"train_dataset is a stream ({type(dataset).__name__}), and a stream has no row numbers for {name} to "
             "order. Load it as a map-style dataset (load_dataset(..., streaming=False)), or order the rows when the "
             "stream is written."
         )
     if len(dataset) != sampler.num_rows:
-        raise SamplerError(
+        raise ValueError(
             f"{name} was made for {sampler.num_rows} rows, but train_dataset has {len(dataset)}. Score the rows that "
             "are trained on: after filtering, and with packing after packing."
         )
     strategy = getattr(args, "train_sampling_strategy", "random")
     if strategy != "random":
-        raise SamplerError(
+        raise RefusedError(
             f"train_sampling_strategy={strategy!r} and train_sampler both order the rows. Leave the strategy at its "
             "default 'random'."
         )
     if args.ignore_data_skip:
-        raise SamplerError(
+        raise RefusedError(
             "ignore_data_skip=True makes the Trainer begin the interrupted epoch anew, so rows would be trained "
             f"twice. Set it to False: with {name} the skipped rows are not read, and skipping costs next to nothing."
         )
@@ -78,14 +80,14 @@ def store_order(state: Any, in_loader: EffiSampler, loader: Any, args: Any) -> N
     Write into the state that gets saved which sampler orders the rows of the run, up to this update.
 
     Raises:
-        SamplerMismatchError: the checkpoint was trained with another number of rows per update, so that its place in
+        MismatchError: the checkpoint was trained with another number of rows per update, so that its place in
             the order would be missed.
     """
     rows = rows_per_update(loader, args)
     stored = state.stateful_callbacks.get(STATE_KEY) or {}
     trained = stored.get("rows_per_update", rows) if stored.get("step") == state.global_step > 0 else rows
     if trained != rows and not args.ignore_data_skip:
-        raise SamplerMismatchError(
+        raise MismatchError(
             f"The checkpoint at step {state.global_step} was trained with {trained} rows per update, this run has "
             f"{rows}: the Trainer counts finished updates, and would go on at another place in the order. Keep "
             "per_device_train_batch_size "
@@ -105,13 +107,13 @@ def check_stored_order(state: Any, in_loader: EffiSampler) -> None:
     Compare the sampler with the one that ordered the rows of a checkpoint.
 
     Raises:
-        SamplerMismatchError: there was none up to the end, or another one.
+        MismatchError: there was none up to the end, or another one.
     """
     stored = state.stateful_callbacks.get(STATE_KEY)
     # An entry that is not of the last update was carried along by a run in another order.
     if stored is None or stored.get("step", state.global_step) != state.global_step:
         since = "" if stored is None else f" since update {stored['step']}"
-        raise SamplerMismatchError(
+        raise MismatchError(
             f"The checkpoint at step {state.global_step} was trained without train_sampler or SamplerCallback{since}, "
             "in another order. Resume without a sampler, or start a new run from the weights."
         )
@@ -123,11 +125,11 @@ def check_plan(sampler: EffiSampler, max_steps: int, dataloader: Any, accumulati
     Refuse a run that is longer than a plan of one pass, before the first step.
 
     Raises:
-        SamplerError: `max_steps` exceeds the updates of one epoch.
+        ValueError: `max_steps` exceeds the updates of one epoch.
     """
     updates = -(-len(dataloader) // accumulation)
     if sampler.single_pass and max_steps > updates:
-        raise SamplerError(
+        raise ValueError(
             f"{type(sampler).__name__} is a plan of {updates} steps for the whole run, but the run has {max_steps}. "
             f"Set num_train_epochs=1 or max_steps={updates}, or make the plan longer."
         )
@@ -160,14 +162,14 @@ def resume_in_dispatcher(in_loader: EffiSampler, dataloader: Any, epoch: int, ba
     each finished step. The rest is passed over here, so that the two together discard what was trained on.
 
     Raises:
-        SamplerError: the last batch of the epoch has to be filled up with the first rows, which the resumed loader
+        RefusedError: the last batch of the epoch has to be filled up with the first rows, which the resumed loader
             lacks.
     """
     if not isinstance(dataloader, DataLoaderDispatcher) or batches_done == 0:
         return
     world = dataloader.state.num_processes
     if len(in_loader) % world and not dataloader._drop_last:
-        raise SamplerError(
+        raise RefusedError(
             f"With dispatch_batches the last of {len(in_loader)} samples would be filled up to {world} processes with "
             "other rows than in the run that is resumed. Set dataloader_drop_last=True, or dispatch_batches=False."
         )

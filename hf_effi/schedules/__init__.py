@@ -8,14 +8,10 @@ from .._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
-    "DecayToZeroWarning": "hf_effi.functional.schedules",
     "Followed": "hf_effi.functional.schedules",
-    "PastEndWarning": "hf_effi.functional.schedules",
     "RangeTest": "hf_effi.schedules.range_test",
     "Schedule": "hf_effi.functional.schedules",
-    "ScheduleError": "hf_effi.functional.schedules",
     "ScheduleLR": "hf_effi.functional.schedules",
-    "ScheduleMismatchError": "hf_effi.functional.schedules",
     "TokenCounter": "hf_effi.functional.schedules",
     "branch_cooldown": "hf_effi.schedules.branch",
     "constant": "hf_effi.functional.schedules",
@@ -55,13 +51,9 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
-    from ..functional.schedules import DecayToZeroWarning as DecayToZeroWarning
     from ..functional.schedules import Followed as Followed
-    from ..functional.schedules import PastEndWarning as PastEndWarning
     from ..functional.schedules import Schedule as Schedule
-    from ..functional.schedules import ScheduleError as ScheduleError
     from ..functional.schedules import ScheduleLR as ScheduleLR
-    from ..functional.schedules import ScheduleMismatchError as ScheduleMismatchError
     from ..functional.schedules import TokenCounter as TokenCounter
     from ..functional.schedules import constant as constant
     from ..functional.schedules import cosine as cosine

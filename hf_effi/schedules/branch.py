@@ -11,7 +11,8 @@ from .._files import save_aside, save_json
 from .._record_check import load_trainer_state
 from ..callbacks.lr_schedule import STATE_KEY, LRScheduleCallback
 from ..checkpoint.probes import written_in_probe
-from ..functional.schedules import Schedule, ScheduleError
+from ..errors import BrokenFileError, RefusedError
+from ..functional.schedules import Schedule
 from ..functional.schedules._checks import check_steps
 
 
@@ -60,8 +61,9 @@ def branch_cooldown(
         schedule (`Schedule`, *optional*): The trunk's schedule, for a checkpoint that has none stored.
 
     Raises:
-        ScheduleError: no stored schedule, one without a plateau, a decay that has begun, a checkpoint inside of a
-            probe, or a taken folder.
+        ValueError: no stored schedule, one without a plateau, a decay that has begun, or a taken folder.
+        BrokenFileError: the checkpoint has no `trainer_state.json`, or a damaged one.
+        RefusedError: a checkpoint inside of a probe.
 
     Example:
     ```python
@@ -74,31 +76,31 @@ def branch_cooldown(
     source, target = Path(checkpoint), Path(output_dir) / Path(checkpoint).name
     state_file = source / "trainer_state.json"
     if not state_file.is_file():
-        raise ScheduleError(f"{source} has no trainer_state.json. Pass the folder of a Trainer checkpoint.")
+        raise BrokenFileError(f"{source} has no trainer_state.json. Pass the folder of a Trainer checkpoint.")
     if written_in_probe(source):
-        raise ScheduleError(f"{source} holds the weights of a probe, which was undone later. Branch from another one.")
+        raise RefusedError(f"{source} holds the weights of a probe, which was undone later. Branch from another one.")
     state = load_trainer_state(source)
     stored = (state.get("stateful_callbacks") or {}).get(STATE_KEY)
     if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("current"), dict)):
-        raise ScheduleError(
+        raise BrokenFileError(
             f"{state_file} is damaged: its {STATE_KEY!r} holds no schedule. Pass schedule=..., the trunk's."
         )
     if stored is not None and stored.get("step", state["global_step"]) != state["global_step"]:
         stored = None  # carried along by a run that followed another schedule
     if schedule is None:
         if stored is None:
-            raise ScheduleError(
+            raise ValueError(
                 f"{source} was trained without LRScheduleCallback or lr_schedule. Pass schedule=..., the trunk's."
             )
         schedule = Schedule.from_spec(stored["current"])
     if not hasattr(schedule, "start_decay"):
-        raise ScheduleError(f"{type(schedule).__name__} has no plateau to branch from. Use wsd or infinite.")
+        raise ValueError(f"{type(schedule).__name__} has no plateau to branch from. Use wsd or infinite.")
     step = state["global_step"]
     total = step + decay_steps
     decaying = schedule.start_decay(step, decay_steps, **({} if shape is None else {"shape": shape}))
     decaying = decaying.replace(total_steps=total, **_frozen_lengths(schedule))
     if target.exists():
-        raise ScheduleError(f"{target} exists already. Choose another output_dir for this branch.")
+        raise ValueError(f"{target} exists already. Choose another output_dir for this branch.")
     learning_rate = stored["learning_rate"] if stored else _learning_rate(state, schedule)
     entry = {"built": decaying.spec(), "current": decaying.spec(), "decay_asked_at": None, "counter": None}
     state["stateful_callbacks"][STATE_KEY] = {
@@ -131,6 +133,6 @@ def _frozen_lengths(schedule: Any) -> dict[str, int | None]:
 def _learning_rate(state: dict, schedule: Schedule) -> float:
     rows = [row for row in state["log_history"] if row.get("learning_rate")]
     if not rows:
-        raise ScheduleError("The checkpoint has logged no learning rate, so the base LR is unknown. Log it once.")
+        raise ValueError("The checkpoint has logged no learning rate, so the base LR is unknown. Log it once.")
     # The LR logged at step s was the one of update s, for which s-1 updates were finished.
     return rows[-1]["learning_rate"] / schedule(rows[-1]["step"] - 1)

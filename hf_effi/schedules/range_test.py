@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.snapshot import restore_snapshot, take_snapshot
+from ..errors import RefusedError
 from ..functional.probes import probing_model
-from ..functional.schedules import ScheduleError
 from ..functional.schedules._checks import check_number, check_steps
 from ..functional.schedules.adaptive import suggest_from_range_test
 from ..patching import is_sharded, out_of_reach
@@ -68,24 +68,22 @@ def lr_range_test(
         stop_factor (`float`, *optional*, defaults to 4.0): Above 1.
 
     Raises:
-        ScheduleError: too few batches, a bad range, or a model and optimizer of DeepSpeed, FSDP or tensor parallelism.
+        ValueError: too few batches, a bad range, or a model and optimizer of DeepSpeed, FSDP or tensor parallelism.
     """
     if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
-        raise ScheduleError(
+        raise ValueError(
             f"lr_range_test needs a torch.nn.Module and a torch.optim.Optimizer, not {type(model).__name__} and "
             f"{type(optimizer).__name__}. Pass model, optimizer, batches in this order."
         )
     _check_whole(model, optimizer)
     if not isinstance(batches, Sequence):
-        raise ScheduleError(
-            f"batches is {type(batches).__name__}, not a list. Pass a list of batches: list(dataloader)."
-        )
+        raise ValueError(f"batches is {type(batches).__name__}, not a list. Pass a list of batches: list(dataloader).")
     check_number("high", high, 0.0, math.inf, low_open=True)
     check_number("low", low, 0.0, high, low_open=True, high_open=True)
     check_steps("repeats", repeats, 1)
     check_number("stop_factor", stop_factor, 1.0, math.inf, low_open=True)
     if len(batches) < 10:
-        raise ScheduleError(f"{len(batches)} batches are too few for a range test. Pass at least 10, better 100.")
+        raise ValueError(f"{len(batches)} batches are too few for a range test. Pass at least 10, better 100.")
     loss_fn = loss_fn or (lambda m, batch: m(**batch).loss)
     snapshot = take_snapshot(model, optimizer)
     # A private generator: the order of the repeats must not move the run's random numbers.
@@ -119,7 +117,7 @@ def _check_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
     kind = type(optimizer).__module__
     owned = kind.startswith("deepspeed") or kind == "accelerate.utils.deepspeed"
     if owned or is_sharded(model) or out_of_reach(model):
-        raise ScheduleError(
+        raise RefusedError(
             f"lr_range_test steps the optimizer itself and puts whole weights back, but {type(optimizer).__name__} or "
             "the model is DeepSpeed's, FSDP's or tensor-parallel. Run the test on the plain model, before it is "
             "given to the engine."

@@ -9,7 +9,7 @@ from transformers import Trainer
 from trl import GRPOTrainer, SFTTrainer
 
 from hf_effi import EffiGRPOTrainer, EffiSFTTrainer, EffiTrainer
-from hf_effi.parallel import SequenceParallelError
+from hf_effi.errors import RefusedError
 from hf_effi.trainers.mixins._signatures import only_passes_on, overridden, with_signatures_of
 from hf_effi.trainers.mixins.sequence_parallel import _mode_of
 
@@ -65,7 +65,7 @@ def test_who_looks_for_an_override_does_not_find_what_only_passes_on(ours, mode)
 
     assert "compute_loss" in vars(ours) and only_passes_on(vars(ours)["compute_loss"]) and _mode_of(ours) == mode
     assert not only_passes_on(vars(Theirs)["compute_loss"])
-    with pytest.raises(SequenceParallelError, match="Theirs has a compute_loss of its own"):
+    with pytest.raises(RefusedError, match="Theirs has a compute_loss of its own"):
         _mode_of(Theirs)
 
 

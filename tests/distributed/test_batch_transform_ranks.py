@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from hf_effi.errors import RefusedError
 from tests.helpers import run_distributed
 
 META = 3  # no row of the dataset has this token
@@ -75,7 +76,6 @@ def others(folder: str):
     from transformers import BertConfig, BertForMaskedLM, Trainer
 
     from hf_effi.data import MaskingRatioCurriculum, MetadataCollator, MetadataConditioning, UL2Denoising
-    from hf_effi.functional.data import CurriculumError
     from hf_effi.trainers.mixins import BatchTransformMixin
     from tests.helpers import lm_dataset, tiny_qwen3, weights_of
     from tests.helpers.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
@@ -112,7 +112,7 @@ def others(folder: str):
     )
     refused.seen = []
     with pytest.raises(
-        CurriculumError, match=r"dispatch_batches=True joins .*'metadata_ids': \[\(1,\), \(2,\), \(3,\)\]"
+        RefusedError, match=r"dispatch_batches=True joins .*'metadata_ids': \[\(1,\), \(2,\), \(3,\)\]"
     ):
         refused.train()
     assert not refused.seen

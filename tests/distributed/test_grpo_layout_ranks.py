@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_effi._files import StateFileError
+from hf_effi.errors import BrokenFileError
 from hf_effi.trainers.grpo import resume as _grpo_resume
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
@@ -71,7 +71,7 @@ def layouts(folder: str) -> dict[str, Any]:
     torch.distributed.barrier()
     try:
         train(f"{folder}/again", 4, str(lost))
-    except StateFileError as error:
+    except BrokenFileError as error:
         out["error"] = str(error)
     return out
 

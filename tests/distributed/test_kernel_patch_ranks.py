@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer
 
 from hf_effi import KernelPatchCallback
+from hf_effi.errors import RefusedError
 from hf_effi.kernels import FusedLoRALinear
 from tests.helpers import lm_dataset, record_run, run_distributed
 from tests.training.test_fused_lora import adapted
@@ -40,7 +41,6 @@ def sharded_gradients():
     from torch.distributed.fsdp import fully_shard
 
     from hf_effi import patch
-    from hf_effi.kernels import PatchError
     from tests.helpers.patches import IDS
 
     dist.init_process_group("gloo")
@@ -64,7 +64,7 @@ def sharded_gradients():
     late = ""
     try:
         patch(shard(adapted()), layers)
-    except PatchError as error:
+    except RefusedError as error:
         late = str(error)
     dist.destroy_process_group()
     return {name: (expected[name] - found[name]).abs().max().item() for name in expected}, late

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_effi.errors import RefusedError
 from hf_effi.recipes.launch import accelerate_config
 from tests.helpers import run_distributed
 
@@ -45,7 +46,7 @@ def _train_each(folder: str, kind: str, callbacks: tuple[str | None, ...]) -> li
 
 
 def _refused_by_the_budget(folder: str) -> None:
-    with pytest.raises(ValueError, match="sharded parameters"):
+    with pytest.raises(RefusedError, match="sharded parameters"):
         _train(folder, "budget")
 
 

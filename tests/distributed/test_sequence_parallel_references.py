@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, EffiTrainer, EffiTrainingArguments
-from hf_effi.parallel import SequenceParallelError
+from hf_effi.errors import RefusedError
 from hf_effi.trainers.mixins import SequenceParallelMixin
 from tests.helpers import (
     grpo_args,
@@ -225,14 +225,14 @@ def run_padded(model: Any) -> list[float]:
 def positions_on_two_ranks() -> tuple[list[list[float]], list[str]]:
     refused = []
     for model_class in (CountsByIds, LooksBack):
-        with pytest.raises(SequenceParallelError) as error:
+        with pytest.raises(RefusedError) as error:
             run_padded(model_class(tiny_opt().config))
         refused.append(str(error.value))
     for over, message in (
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
     ):
-        with pytest.raises(SequenceParallelError, match=message):
+        with pytest.raises(RefusedError, match=message):
             args = grpo_args(tempfile.mkdtemp(), EffiGRPOConfig, sequence_parallel_size=2, **over)
             run_grpo(EffiGRPOTrainer, args, model=tiny_qwen3(attn_implementation="sdpa"), train=False)
     # RoPE whose frequencies follow the length, under a name that no list has.
@@ -240,7 +240,7 @@ def positions_on_two_ranks() -> tuple[list[list[float]], list[str]]:
         attn_implementation="sdpa", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     )
     model.config.rope_parameters["rope_type"] = "default"
-    with pytest.raises(SequenceParallelError) as error:
+    with pytest.raises(RefusedError) as error:
         run_padded(model)
     refused.append(str(error.value))
     return [run_padded(tiny_opt()), run_padded(tiny_gpt2())], refused

@@ -25,7 +25,8 @@ from trl import (
 )
 
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, EffiSFTConfig, EffiSFTTrainer, EffiTrainer, EffiTrainingArguments
-from hf_effi.parallel import SequenceParallelError, attention_scope, gathered_forward, make_sequence_group
+from hf_effi.errors import RefusedError
+from hf_effi.parallel import attention_scope, gathered_forward, make_sequence_group
 from hf_effi.samplers import QualityAscendingSampler
 from hf_effi.trainers.mixins import SequenceParallelMixin
 from tests.helpers import (
@@ -337,9 +338,9 @@ class OwnBatches(EffiTrainer):
 
 def run_refused() -> list[str]:
     messages = []
-    for trainer_class, size in ((EffiTrainer, 8), (OwnBatches, 2)):
+    for trainer_class, size, kind in ((EffiTrainer, 8, ValueError), (OwnBatches, 2, RefusedError)):
         over = {"per_device_train_batch_size": 2, "eval_strategy": "no"}
-        with pytest.raises(SequenceParallelError) as error:
+        with pytest.raises(kind) as error:
             args = EffiTrainingArguments(**settings(4) | over | {"sequence_parallel_size": size})
             trainer_class(model_of(), args, train_dataset=rows_of_uneven_labels()).train()
         messages.append(str(error.value))

@@ -22,8 +22,6 @@ def budget():
 def train(folder: str):
     from transformers import Trainer
 
-    from hf_effi.samplers import SamplerError
-
     world = int(os.environ.get("WORLD_SIZE", "1"))
     over = {"gradient_accumulation_steps": 4 // world, "dataloader_num_workers": 1}
     whole = ragged_trainer(folder, LENGTHS, budget(), **over)
@@ -41,7 +39,7 @@ def train(folder: str):
     if world > 1:
         try:
             ragged_trainer(folder, LENGTHS, budget(), average_tokens_across_devices=False).train()
-        except SamplerError as error:
+        except ValueError as error:
             refused = str(error)
         gradient = None
     else:

@@ -34,7 +34,7 @@ def run_all(folder: str, resume_only: bool) -> dict[str, Outcome]:
     for name in ("data", "sequence"):
         checkpoint = str(Path(folder) / name / CHECKPOINT)
         found[name] = effi_trainer(Place("ddp", Path(folder) / f"{name}-{world}"), resume=checkpoint, **each)
-    with pytest.raises(hf_effi.samplers.SamplerMismatchError) as refusal:
+    with pytest.raises(hf_effi.errors.MismatchError) as refusal:
         effi_trainer(
             Place("ddp", Path(folder) / "other"),
             resume=str(Path(folder) / "data" / CHECKPOINT),

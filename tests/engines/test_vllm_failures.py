@@ -13,7 +13,8 @@ import torch
 from trl import GRPOTrainer
 from urllib3.util.retry import Retry
 
-from hf_effi.trainers.grpo.vllm_server import Failure, GuardedClient, VLLMServerError
+from hf_effi.errors import VLLMServerError
+from hf_effi.trainers.grpo.vllm_server import Failure, GuardedClient
 from tests.engines._vllm_runs import METHODS, logged, on_tiny_server, served, train, train_on
 from tests.helpers import assert_bitwise_equal, prompt_dataset
 from tests.helpers.vllm_server import Fault

@@ -13,7 +13,7 @@ import pytest
 from trl import GRPOTrainer
 
 from hf_effi import EffiGRPOTrainer
-from hf_effi.trainers.grpo.vllm_server import VLLMServerError
+from hf_effi.errors import VLLMServerError
 from tests.engines._vllm_runs import METHODS, logged, served, train_on
 from tests.helpers import assert_bitwise_equal, run_distributed, weights_of
 from tests.helpers.vllm_gloo import trl_client_on_cpu

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
-from hf_effi.trainers.grpo.vllm_server import VLLMServerError
+from hf_effi.errors import VLLMServerError
 from tests.engines._vllm_runs import METHODS, REAL_URL, logged, note, served, tiny_model, train, train_on
 from tests.helpers import (
     assert_bitwise_equal,

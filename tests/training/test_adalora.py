@@ -4,6 +4,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_effi.callbacks.adalora import STATE_FILE, AdaLoRACallback
+from hf_effi.errors import BrokenFileError
 from tests.helpers import assert_bitwise_equal, compare_runs, lm_dataset, run_distributed, tiny_qwen3, weights_of
 from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume
 
@@ -147,7 +148,7 @@ class WorseEachTime(TrainerCallback):
 def test_a_checkpoint_without_its_state_is_refused(tmp_path):
     run(tmp_path, AdaLoRACallback(), StopAt(5))
     (tmp_path / "checkpoint-5" / STATE_FILE).unlink()
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(BrokenFileError, match="is missing"):
         make(tmp_path, [AdaLoRACallback()]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 

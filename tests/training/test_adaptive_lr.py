@@ -8,7 +8,8 @@ from hf_effi.callbacks import MultigridLRCallback
 from hf_effi.callbacks.adaptive_lr import AccuracyGradientCallback, GradientSNRCallback, HypergradientCallback
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
 from hf_effi.data import Multigrid
-from hf_effi.functional.schedules import ScheduleError, wsd
+from hf_effi.errors import RefusedError
+from hf_effi.functional.schedules import wsd
 from hf_effi.trainers.mixins import SequenceLengthMixin
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
 
@@ -161,14 +162,14 @@ def test_the_rule_of_shapes_composes(tmp_path):
 
 
 def test_two_of_a_kind_are_refused(tmp_path):
-    with pytest.raises(ScheduleError, match="Two callbacks multiply the LR by one rule"):
+    with pytest.raises(RefusedError, match="Two callbacks multiply the LR by one rule"):
         run(tmp_path, [HypergradientCallback(), HypergradientCallback(kappa=0.3)])
 
 
 def test_what_cannot_work_is_refused(tmp_path):
-    with pytest.raises(ScheduleError, match="at least 3 micro-batches"):
+    with pytest.raises(RefusedError, match="at least 3 micro-batches"):
         run(tmp_path, [GradientSNRCallback()])
-    with pytest.raises(ScheduleError, match="eval_strategy"):
+    with pytest.raises(RefusedError, match="eval_strategy"):
         run(tmp_path, [AccuracyGradientCallback()])
 
 
@@ -179,5 +180,5 @@ def test_schedule_free_is_guarded(tmp_path):
         pass
 
     optimizer = AdamWScheduleFree(model.parameters(), lr=0.1)
-    with pytest.raises(ScheduleError, match="AdamWScheduleFree averages its iterates"):
+    with pytest.raises(RefusedError, match="AdamWScheduleFree averages its iterates"):
         run(tmp_path, [LRScheduleCallback(wsd())], model=model, optimizers=(optimizer, None))

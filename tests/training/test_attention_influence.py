@@ -8,14 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_effi.data import (
-    AttentionInfluence,
-    ScoreMismatchError,
-    add_score,
-    copy_head_scores,
-    masked_heads,
-    retrieval_heads,
-)
+from hf_effi.data import AttentionInfluence, add_score, copy_head_scores, masked_heads, retrieval_heads
+from hf_effi.errors import MismatchError
 from hf_effi.functional.data import copy_probe
 from hf_effi.samplers import QualityAscendingSampler
 from tests.helpers import compare_runs, tiny_llama
@@ -87,7 +81,7 @@ def test_scores_are_cached_by_model_and_heads(copier, tmp_path, monkeypatch):
     assert len(forwarded) == 3  # shards of 5, 5 and 2 rows
     assert scored(copier, [(1, 0)], tmp_path)["influence"][:] == data["influence"][:] and len(forwarded) == 3
     assert scored(copier, [(1, 1)], tmp_path)["influence"][:] != data["influence"][:] and len(forwarded) == 6
-    with pytest.raises(ScoreMismatchError, match="another fingerprint"):
+    with pytest.raises(MismatchError, match="another fingerprint"):
         add_score(data, "influence", AttentionInfluence(copier, [(1, 1)]), cache_dir=tmp_path)
     before = copier.model.layers[1].self_attn.o_proj.weight.data.clone()
     copier.model.layers[1].self_attn.o_proj.weight.data[0, 0] += 1e-3
@@ -96,7 +90,7 @@ def test_scores_are_cached_by_model_and_heads(copier, tmp_path, monkeypatch):
     assert len(forwarded) == 9
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.DecayToZeroWarning")
 def test_training_on_the_scores_serves_random_rows_first_and_resumes(copier, tmp_path):
     heads = retrieval_heads(copier, share=0.5, length=10, token_ids=TOKENS)
     data = scored(copier, heads, tmp_path / "scores")

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_effi.callbacks.auto_lrs import AutoLRSCallback
-from hf_effi.functional.schedules import ScheduleError
+from hf_effi.errors import BrokenFileError, MismatchError, RefusedError
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
 
 
@@ -131,7 +131,7 @@ def test_short_remains_keep_the_lr_and_a_short_first_stage_is_shortened(tmp_path
     callback = auto()
     run(tmp_path, [callback], max_steps=9)
     assert callback.progress["useful_steps"] == 3
-    with pytest.raises(ScheduleError, match="max_steps=6 is not enough for one search of 6 updates"):
+    with pytest.raises(ValueError, match="max_steps=6 is not enough for one search of 6 updates"):
         run(tmp_path, [auto()], max_steps=6)
 
 
@@ -174,32 +174,32 @@ def test_on_a_quadratic_the_lr_is_near_the_optimum_and_nan_probes_survive(tmp_pa
 
 
 def test_when_every_probe_breaks_the_range_is_named(tmp_path):
-    with pytest.raises(ScheduleError, match=r"Every probe from 0.001 to 1.0"):
+    with pytest.raises(RefusedError, match=r"Every probe from 0.001 to 1.0"):
         descend(tmp_path, Quadratic(broken=True), high=1.0)
 
 
 def test_what_cannot_work_is_refused(tmp_path):
-    with pytest.raises(ScheduleError, match="lr_scheduler_type='linear'.*Use lr_scheduler_type='constant'"):
+    with pytest.raises(RefusedError, match="lr_scheduler_type='linear'.*Use lr_scheduler_type='constant'"):
         run(tmp_path, [auto()], lr_scheduler_type="linear")
-    with pytest.raises(ScheduleError, match="evaluate=function, call use_eval_dataset"):
+    with pytest.raises(RefusedError, match="evaluate=function, call use_eval_dataset"):
         run(tmp_path, [auto(validation=True)])
-    with pytest.raises(ScheduleError, match="the Trainer has none"):
+    with pytest.raises(RefusedError, match="the Trainer has none"):
         auto(validation=True).use_eval_dataset(make_trainer(tmp_path, []))
-    with pytest.raises(ScheduleError, match="a dictionary"):
+    with pytest.raises(RefusedError, match="a dictionary"):
         auto(validation=True).use_eval_dataset(types.SimpleNamespace(eval_dataset={"a": rows(2)}))
-    with pytest.raises(ScheduleError, match="would be ignored"):
+    with pytest.raises(ValueError, match="would be ignored"):
         auto().use_eval_dataset(make_trainer(tmp_path, [], eval_dataset=rows(2)))
     run(tmp_path / "plain", [StopAt(3)], save_strategy="steps")
-    with pytest.raises(ScheduleError, match="checkpoint at step 3 was trained without AutoLRSCallback"):
+    with pytest.raises(MismatchError, match="checkpoint at step 3 was trained without AutoLRSCallback"):
         run(tmp_path / "plain", [auto()], resume=str(tmp_path / "plain" / "checkpoint-3"))
 
 
 def test_a_checkpoint_inside_a_search_needs_its_file_and_its_world_size(tmp_path):
     run(tmp_path / "cut", [auto(), StopAt(3)], max_steps=14, save_strategy="steps")
     checkpoint = tmp_path / "cut" / "checkpoint-3"
-    with pytest.raises(ScheduleError, match="is missing. Resume with the output_dir"):
+    with pytest.raises(BrokenFileError, match="is missing. Resume with the output_dir"):
         run(tmp_path / "elsewhere", [auto()], resume=str(checkpoint), max_steps=14)
     state = checkpoint / "trainer_state.json"
     state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
-    with pytest.raises(ScheduleError, match="inside a search on 2 processes.*this run has 1"):
+    with pytest.raises(MismatchError, match="inside a search on 2 processes.*this run has 1"):
         run(tmp_path / "cut", [auto()], resume=str(checkpoint), max_steps=14)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hf_effi.callbacks.lr_schedule import LRScheduleCallback
-from hf_effi.functional.schedules import ScheduleError, cosine, wsd
+from hf_effi.errors import BrokenFileError
+from hf_effi.functional.schedules import cosine, wsd
 from hf_effi.functional.schedules.extend import extend_to
 from hf_effi.schedules.branch import branch_cooldown
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, train
@@ -52,15 +53,15 @@ def test_what_cannot_be_branched_is_refused(tmp_path):
     stock.train()
     train(tmp_path / "cosine", cosine(), extra=[StopAt(3)], save_strategy="steps")
     train(tmp_path / "late", wsd(decay_steps=6), extra=[StopAt(9)], save_strategy="steps")
-    with pytest.raises(ScheduleError, match="without LRScheduleCallback"):
+    with pytest.raises(ValueError, match="without LRScheduleCallback"):
         branch_cooldown(tmp_path / "stock" / "checkpoint-3", 2, tmp_path / "b")
-    with pytest.raises(ScheduleError, match="no plateau"):
+    with pytest.raises(ValueError, match="no plateau"):
         branch_cooldown(tmp_path / "cosine" / "checkpoint-3", 2, tmp_path / "b")
-    with pytest.raises(ScheduleError, match="starts once"):
+    with pytest.raises(ValueError, match="starts once"):
         branch_cooldown(tmp_path / "late" / "checkpoint-9", 2, tmp_path / "b")
-    with pytest.raises(ScheduleError, match="no trainer_state.json"):
+    with pytest.raises(BrokenFileError, match="no trainer_state.json"):
         branch_cooldown(tmp_path, 2, tmp_path / "b")
-    with pytest.raises(ScheduleError, match="decay_steps=0"):
+    with pytest.raises(ValueError, match="decay_steps=0"):
         branch_cooldown(tmp_path / "cosine" / "checkpoint-3", 0, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -100,9 +101,9 @@ def test_a_decaying_schedule_holds_what_it_has():
     new = extend_to(mid, 200, at=80)
     assert new.trace(80) == mid.trace(80) and new(80) == pytest.approx(mid(80))
     for bad, message in (({"total_steps": 90}, "total_steps=90"), ({"total_steps": 150, "at": 100}, "decay is over")):
-        with pytest.raises(ScheduleError, match=message):
+        with pytest.raises(ValueError, match=message):
             extend_to(old, **bad)
-    with pytest.raises(ScheduleError, match="has no end"):
+    with pytest.raises(ValueError, match="has no end"):
         extend_to(wsd(10, open_ended=True), 20)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_effi.callbacks._lr_factors import METRIC
+from hf_effi.errors import RefusedError
 from hf_effi.functional.averaging import RunningAverage
 from hf_effi.functional.schedules import wsd
 from tests.helpers.callback_cases import (
@@ -56,7 +57,7 @@ def test_pair(tmp_path, pair):
     settings, model = settings_of(pair)
     if frozenset(pair) in REFUSED:
         for number, names in enumerate((pair, pair[::-1])):
-            with pytest.raises(ValueError, match=REFUSED[frozenset(pair)]):
+            with pytest.raises(RefusedError, match=REFUSED[frozenset(pair)]):
                 train(tmp_path / str(number), names, settings, model)
         return
     together = train(tmp_path / "one", pair, settings, model)

@@ -7,7 +7,8 @@ from transformers import Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from bench._counters import LiveBytes
 from hf_effi._compat import CACHE_ARGUMENT
-from hf_effi.memory.chunk_flow import ChunkFlow, ChunkFlowError
+from hf_effi.errors import RefusedError
+from hf_effi.memory.chunk_flow import ChunkFlow
 from hf_effi.trainers.mixins.chunk_flow import ChunkFlowMixin
 from tests.helpers import compare_runs, lm_dataset, record_run, sft_dataset, tiny_gemma, tiny_llama, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, gradients, in_double
@@ -239,12 +240,12 @@ def with_prompt(config):
 )
 def test_what_is_not_exact_is_named(tmp_path, over, message):
     model = over.pop("model", tiny_qwen3)()
-    with pytest.raises(ChunkFlowError, match=message):
+    with pytest.raises(ValueError, match=message):
         make(tmp_path, over.pop("chunk_flow", ChunkFlow(4)), model=model, **over)
 
 
 def test_means_over_chunks_are_refused(tmp_path):
     trainer = make(tmp_path, ChunkFlow(4))
     trainer.model_accepts_loss_kwargs = False
-    with pytest.raises(ChunkFlowError, match="no num_items_in_batch"):
+    with pytest.raises(RefusedError, match="no num_items_in_batch"):
         trainer.train()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_effi import cli
-from hf_effi.demo.alternation import Cancelled, alternate
+from hf_effi.demo.alternation import _Cancelled, alternate
 from hf_effi.demo.arms import ARMS, choose_arms
 from hf_effi.report.comparison import BASELINE, summarize
 from hf_effi.report.result_record import check_record
@@ -152,7 +152,7 @@ def test_a_failing_job_ends_its_siblings():
         try:
             while True:
                 job.pause()
-        except Cancelled:
+        except _Cancelled:
             ended.append(True)
             raise
 

@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 
 from hf_effi import EffiGRPOTrainer
 from hf_effi.callbacks.doctor import GRPODoctor
+from hf_effi.errors import RefusedError
 from tests.helpers import (
     TableReward,
     compare_runs,
@@ -140,5 +141,5 @@ def test_grpo_entropy_collapse(tmp_path):
 
 
 def test_grpo_doctor_on_another_trainer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Use TrainDoctor"):
+    with pytest.raises(RefusedError, match="Use TrainDoctor"):
         train(tmp_path, GRPODoctor())

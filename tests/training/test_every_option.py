@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from trl import GRPOConfig, SFTConfig
 
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, EffiSFTConfig, EffiSFTTrainer, EffiTrainer, EffiTrainingArguments
+from hf_effi.errors import RefusedError
 from hf_effi.functional.rollouts import AdvantagePruner, PassRateBand, ShuffledPrompts
-from hf_effi.kernels import PatchError
 from hf_effi.samplers import ShuffledSampler
 from tests.helpers import (
     binary_hash_reward,
@@ -69,7 +69,7 @@ def refused_without_ranks(cls: type, folder: Path, name: str, value: Any) -> Non
 
 
 def refused_without_such_a_layer(cls: type, folder: Path, name: str, value: Any) -> None:
-    with pytest.raises(PatchError, match="NoSuchLayer"):
+    with pytest.raises(RefusedError, match="NoSuchLayer"):
         KINDS[cls][2](KINDS[cls][1](folder, **{name: value})).train()
 
 

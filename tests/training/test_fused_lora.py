@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from hf_effi import EffiTrainer, EffiTrainingArguments, KernelPatchCallback
+from hf_effi.errors import RefusedError
 from hf_effi.kernels import FusedLoRALinear
 from tests.helpers import (
     assert_bitwise_equal,
@@ -90,7 +91,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
 
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_dropout": 0.1}])
 def test_what_is_refused_stops_before_training(tmp_path, config):
-    with pytest.raises(ValueError, match="LoRA kernels cannot compute"):
+    with pytest.raises(RefusedError, match="LoRA kernels cannot compute"):
         run(tmp_path, adapted(**config), fused())
 
 

@@ -15,8 +15,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from trl import GRPOTrainer, SFTTrainer
 
 from hf_effi import EffiSFTConfig, EffiSFTTrainer
+from hf_effi.errors import RefusedError, RewardError
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
-from hf_effi.trainers.grpo.rewards import RewardError
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     assert_bitwise_equal,
@@ -208,7 +208,7 @@ def test_a_completion_may_be_as_long_as_the_generation_settings_say(tmp_path: Pa
 def test_streaming_data_works_without_refills_and_is_named_with_them(tmp_path: Path) -> None:
     stream = IterableDataset.from_generator(lambda: iter(prompt_dataset(16).to_list()))
     assert train(tmp_path, data=stream, max_steps=2).state.global_step == 2
-    with pytest.raises(ValueError, match="streaming dataset cannot serve.*difficulty_max_rounds=1"):
+    with pytest.raises(RefusedError, match="streaming dataset cannot serve.*difficulty_max_rounds=1"):
         train(tmp_path, data=stream, difficulty_range=(0, 1))
     filtered = train(tmp_path, data=stream, difficulty_range=(0, 1), difficulty_max_rounds=1, max_steps=2)
     assert filtered.state.global_step == 2
@@ -218,7 +218,7 @@ def test_a_prompt_longer_than_the_model(tmp_path: Path) -> None:
     data = Dataset.from_dict({"prompt": ["1+" * 300, "1+1="] * 8})
     # Learned positions: the lookup would fail deep inside.
     with pytest.raises(
-        ValueError, match="prompt of 600 tokens and max_completion_length=8 do not fit into the model's 256"
+        RefusedError, match="prompt of 600 tokens and max_completion_length=8 do not fit into the model's 256"
     ):
         run_grpo(EffiGRPOTrainer, config(tmp_path), model=tiny_gpt2(), train_dataset=data)
     # They fit where completions end in time: stock trains, and so do we.
@@ -241,14 +241,14 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
 
 def test_rollout_func_passes_through_and_is_refused_with_selection(tmp_path: Path) -> None:
     assert train(tmp_path, rollout_func=rollout, max_steps=2).state.global_step == 2
-    with pytest.raises(ValueError, match="do not work with `rollout_func` yet"):
+    with pytest.raises(RefusedError, match="do not work with `rollout_func` yet"):
         train(tmp_path, rollout_func=rollout, difficulty_range=(0, 1))
 
 
 def test_image_tensors_are_refused_by_name() -> None:
     from hf_effi.trainers.grpo.pipeline import check_movable
 
-    with pytest.raises(ValueError, match="cannot pick rows of image_grid_thw, pixel_values yet"):
+    with pytest.raises(RefusedError, match="cannot pick rows of image_grid_thw, pixel_values yet"):
         check_movable({"pixel_values": torch.zeros(1), "image_grid_thw": torch.zeros(1)})
 
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_effi._files import StateFileError
 from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.errors import BrokenFileError, MismatchError, RewardError
 from hf_effi.functional.rollouts import ShuffledPrompts
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
 from hf_effi.trainers.grpo.resume import MARK, PROMPTS_FILE, STATE_FILE
-from hf_effi.trainers.grpo.rewards import RewardError
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
     LocalHub,
@@ -107,7 +106,7 @@ def test_a_state_that_no_resume_could_read_stops_the_first_save_and_leaves_no_ha
         def state_dict(self) -> dict[str, Any]:
             return {"chosen": numpy.zeros(9)}
 
-    with pytest.raises(StateFileError, match=r"prompt_selector \(Numpy\) cannot be stored in a checkpoint"):
+    with pytest.raises(ValueError, match=r"prompt_selector \(Numpy\) cannot be stored in a checkpoint"):
         train(tmp_path, prompt_selector=Numpy(9))
     assert not list(tmp_path.rglob("effi_state*")) and not list(tmp_path.rglob("effi_prompts*"))
     assert not (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
@@ -116,17 +115,17 @@ def test_a_state_that_no_resume_could_read_stops_the_first_save_and_leaves_no_ha
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_a_file_that_was_lost_is_missed_by_name(whole: tuple[Any, Path], tmp_path: Path, name: str) -> None:
     checkpoint = copied(whole[1] / "checkpoint-3", tmp_path, without=name)
-    with pytest.raises(StateFileError, match=f"checkpoint-3 has no {name}, which was written with it"):
+    with pytest.raises(BrokenFileError, match=f"checkpoint-3 has no {name}, which was written with it"):
         train(tmp_path / "resumed", checkpoint, prompt_selector=Counting(9))
 
 
 def test_another_selector_and_a_newer_file_are_refused(whole: tuple[Any, Path], tmp_path: Path) -> None:
     checkpoint = copied(whole[1] / "checkpoint-3", tmp_path)
-    with pytest.raises(StateFileError, match="trained with a prompt selector Counting, this run has ShuffledPrompts"):
+    with pytest.raises(MismatchError, match="trained with a prompt selector Counting, this run has ShuffledPrompts"):
         train(tmp_path / "resumed", checkpoint)
     state = json.loads((checkpoint / STATE_FILE).read_text())
     (checkpoint / STATE_FILE).write_text(json.dumps({**state, "schema": 2}))
-    with pytest.raises(StateFileError, match="has schema 2, and this hf_effi knows schemas up to 1"):
+    with pytest.raises(BrokenFileError, match="has schema 2, and this hf_effi knows schemas up to 1"):
         train(tmp_path / "resumed", checkpoint, prompt_selector=Counting(9))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+from hf_effi.errors import RefusedError
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
 from tests.helpers import (
@@ -128,14 +129,14 @@ def test_a_named_saving_that_is_not_exact_is_refused(tmp_path: Any, over: Any, n
     if "beta" in over:
         save_tiny(tiny_qwen3(), tiny_tokenizer(), tmp_path / "model")
         over = {**over, "model": str(tmp_path / "model")}
-    with pytest.raises(ValueError, match=f"'{name}' is not exact here: .*{why}"):
+    with pytest.raises(RefusedError, match=f"'{name}' is not exact here: .*{why}"):
         train(EffiGRPOTrainer, tmp_path, exact_savings=name, **over)
     auto = train(EffiGRPOTrainer, tmp_path, max_steps=1, **over)
     assert name not in auto.exact_savings and "trim" in auto.exact_savings
 
 
 def test_learned_absolute_positions_are_not_trimmed(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match="'trim' is not exact here: the model has learned absolute positions"):
+    with pytest.raises(RefusedError, match="'trim' is not exact here: the model has learned absolute positions"):
         train(EffiGRPOTrainer, tmp_path, exact_savings="trim", model=tiny_gpt2(end_tokens=10))
     trainer = train(EffiGRPOTrainer, tmp_path, max_steps=1, model=tiny_gpt2(end_tokens=10))
     assert trainer.exact_savings == ("sort", "skip")
@@ -229,7 +230,7 @@ def test_a_router_loss_leaves_all_savings_out(tmp_path: Any) -> None:
         return model
 
     over = {"max_steps": 2, "router_aux_loss_coef": 0.01}
-    with pytest.raises(ValueError, match="'trim' is not exact here: the router's load-balancing loss"):
+    with pytest.raises(RefusedError, match="'trim' is not exact here: the router's load-balancing loss"):
         train(EffiGRPOTrainer, tmp_path, exact_savings="trim", model=moe(), **over)
     ours = train(EffiGRPOTrainer, tmp_path, model=moe(), **over)
     assert ours.exact_savings == ()

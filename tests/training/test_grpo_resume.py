@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_effi._files import StateFileError
+from hf_effi.errors import MismatchError
 from hf_effi.trainers.grpo.config import EffiGRPOConfig
 from hf_effi.trainers.grpo.resume import ResumableGRPOTrainer
 from hf_effi.trainers.grpo.trainer import EffiGRPOTrainer
@@ -61,7 +61,7 @@ def test_a_trainer_without_rollouts_says_what_it_cannot_go_on_with(tmp_path: Pat
     state = json.loads((tmp_path / "filter" / "checkpoint-1" / "effi_state.json").read_text())
     if state["prompts"] is None:
         pytest.fail("the run made no refill, so that there is no stream to go on with")
-    with pytest.raises(StateFileError, match="Resume it with the trainer that wrote it"):
+    with pytest.raises(MismatchError, match="Resume it with the trainer that wrote it"):
         train(ResumableGRPOTrainer, tmp_path / "other", tmp_path / "filter" / "checkpoint-1")
 
 

@@ -16,9 +16,10 @@ from transformers import Trainer
 
 import hf_effi
 from hf_effi import LRScheduleCallback
-from hf_effi._files import CHECKPOINT_PREFIXES, StateFileError
+from hf_effi._files import CHECKPOINT_PREFIXES
 from hf_effi.callbacks._side_file import SideFileCallback
-from hf_effi.functional.schedules import ScheduleError, wsd
+from hf_effi.errors import BrokenFileError
+from hf_effi.functional.schedules import wsd
 from hf_effi.samplers import ShuffledSampler
 from hf_effi.trainers.mixins import SamplerMixin
 from tests.contract._sources import python_files, shown, tree_of
@@ -70,7 +71,7 @@ def check_each(checkpoint: Path, resume: Callable[[], Any], marker: Path) -> lis
         whole = path.read_bytes()
         for write in KINDS:
             write(path, Bomb(marker))
-            with pytest.raises(StateFileError, match=path.name):
+            with pytest.raises(BrokenFileError, match=path.name):
                 resume()
             assert not marker.exists(), f"{path.name} ran code ({write.__name__})"
         path.write_bytes(whole)
@@ -152,7 +153,7 @@ def test_of_schedules_whose_state_names_a_class(tmp_path: Path, kind: str) -> No
     for field in ("built", "current"):
         entry[field] = {"kind": kind, "params": {"command": f"mkdir {tmp_path / 'marker'}"}}
     path.write_text(json.dumps(state))
-    with pytest.raises(ScheduleError):
+    with pytest.raises(ValueError):
         run(str(path.parent))
     assert not (tmp_path / "marker").exists()
 

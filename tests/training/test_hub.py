@@ -32,9 +32,10 @@ from hf_effi import (
     read_run,
 )
 from hf_effi._run_record import REDACTED
+from hf_effi.errors import HubRefusedError, RefusedError
 from hf_effi.hub import publish
 from hf_effi.hub.model_card import PICTURE
-from hf_effi.hub.uploads import HubRefusedError, HubUploader
+from hf_effi.hub.uploads import HubUploader
 from hf_effi.schedules import wsd
 from tests.helpers import (
     Fault,
@@ -307,8 +308,8 @@ def test_a_card_on_a_full_disk_is_a_warning(tmp_path, monkeypatch, caplog):
 
 def test_callback_says_what_cannot_be(tmp_path):
     trainer = Trainer(tiny_qwen3(), push_args(tmp_path, save_strategy="no"), train_dataset=lm_dataset(8))
-    with pytest.raises(ValueError, match="save_strategy"):
+    with pytest.raises(RefusedError, match="save_strategy"):
         HubCallback(trainer, "tester/run")
     trainer.args.push_to_hub = True
-    with pytest.raises(ValueError, match="push_to_hub=False"):
+    with pytest.raises(RefusedError, match="push_to_hub=False"):
         HubCallback(trainer, "tester/run")

@@ -22,9 +22,9 @@ from hf_effi import (
     from_card,
     read_run,
 )
+from hf_effi.errors import RecipeError
 from hf_effi.hub.model_card import json_block
 from hf_effi.hub.objects import from_plain
-from hf_effi.hub.recipe import RecipeError
 from hf_effi.samplers import QualityAscendingSampler
 from tests.helpers import (
     Fault,
@@ -154,7 +154,7 @@ def test_a_card_cannot_name_other_code(tmp_path, part, value):
     ],
 )
 def test_objects_of_other_code_are_not_made(plain):
-    with pytest.raises(ValueError):
+    with pytest.raises(RecipeError):
         from_plain(plain)
 
 

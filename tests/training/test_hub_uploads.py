@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import CommitInfo
 
-from hf_effi.hub.uploads import HubRefusedError, HubUploader
+from hf_effi.errors import HubRefusedError
+from hf_effi.hub.uploads import HubUploader
 from tests.helpers import Fault, LocalHub
 
 TOKEN = "my-very-own-write-key"  # has no known form: only its place tells that it is a secret

@@ -18,6 +18,7 @@ import hf_effi
 from hf_effi import EffiTrainer, EffiTrainingArguments, WeightAveragingCallback
 from hf_effi.callbacks._side_file import SideFileCallback
 from hf_effi.checkpoint.run_folder import run_folder
+from hf_effi.errors import RefusedError
 from hf_effi.hub import callback as hub_callback
 from tests.helpers import callback_cases, lm_dataset, push_args, tiny_qwen3
 from tests.helpers.callback_cases import CASES, STEPS, PairsArguments, PairsTrainer, flat, rows, settings_of
@@ -112,7 +113,7 @@ def test_an_effi_trainer_and_names_of_trials(tmp_path: Path) -> None:
 
 def test_a_state_that_no_trainer_holds_is_named(tmp_path: Path) -> None:
     state = hf_effi.checkpoint.run_folder.TrainerState(is_hyper_param_search=True)
-    with pytest.raises(ValueError, match="the folder of the trial is not known"):
+    with pytest.raises(RefusedError, match="the folder of the trial is not known"):
         run_folder(TrainingArguments(str(tmp_path), use_cpu=True, bf16=False), state)
 
 

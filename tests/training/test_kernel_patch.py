@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_effi import EffiSFTConfig, EffiSFTTrainer, EffiTrainer, EffiTrainingArguments, KernelPatchCallback, patch
-from hf_effi.kernels import PatchError
+from hf_effi.errors import RefusedError
 from hf_effi.trainers.mixins import kernel_patch as _kernel_mixin
 from tests.helpers import assert_bitwise_equal, compare_runs, lm_dataset, sft_dataset, tiny_llama, weights_of
 from tests.helpers.patches import TorchRMSNorm, TorchSwiGLU, TwiceTheNorm, state_of
@@ -173,7 +173,7 @@ def test_checkpoints_are_the_same(tmp_path):
 def test_a_wrong_kernel_stops_before_training(tmp_path):
     model = tiny_llama()
     state = state_of(model)
-    with pytest.raises(PatchError, match="TwiceTheNorm on model.layers.0.input_layernorm"):
+    with pytest.raises(RefusedError, match="TwiceTheNorm on model.layers.0.input_layernorm"):
         trainer_of(tmp_path, model, KernelPatchCallback({"RMSNorm": TwiceTheNorm}))
     assert state_of(model) == state
 
@@ -229,12 +229,12 @@ def test_sft_trainer_has_the_field(tmp_path, torch_source, tokenizer):
 
 @pytest.mark.parametrize("value", ["ligr", "[1]", "{}", 3, {}])
 def test_bad_values_raise_before_training(tmp_path, value):
-    with pytest.raises(PatchError, match="kernel_patch=.* must be 'liger' or a mapping"):
+    with pytest.raises(ValueError, match="kernel_patch=.* must be 'liger' or a mapping"):
         trainer_of(tmp_path, cls=EffiTrainer, args_cls=EffiTrainingArguments, kernel_patch=value)
 
 
 def test_model_init_needs_the_callback(tmp_path):
-    with pytest.raises(PatchError, match="KernelPatchCallback"):
+    with pytest.raises(RefusedError, match="KernelPatchCallback"):
         EffiTrainer(
             args=arguments(tmp_path, EffiTrainingArguments, kernel_patch="liger"),
             model_init=lambda: tiny_llama(),
@@ -248,7 +248,7 @@ def test_several_devices_in_one_process_are_refused(tmp_path, monkeypatch):
         lambda: trainer_of(tmp_path, None, KernelPatchCallback(LAYERS)),
         lambda: trainer_of(tmp_path, cls=EffiTrainer, args_cls=EffiTrainingArguments, kernel_patch="liger"),
     ):
-        with pytest.raises(PatchError, match="2 devices in one process"):
+        with pytest.raises(RefusedError, match="2 devices in one process"):
             make()
 
 

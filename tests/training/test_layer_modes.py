@@ -13,7 +13,8 @@ from hf_effi.callbacks.layer_modes import (
     MemoryBudgetCallback,
     SelectiveCheckpointCallback,
 )
-from hf_effi.memory.layer_modes import LayerModeError, decoder_layers
+from hf_effi.errors import RefusedError
+from hf_effi.memory.layer_modes import decoder_layers
 from tests.helpers import compare_runs, grpo_args, lm_dataset, run_grpo, sft_dataset, tiny_qwen3, tiny_tokenizer
 
 LAYERS = 3
@@ -95,17 +96,17 @@ def test_train_again_after_a_failure(tmp_path):
 
 def test_off_is_an_error_by_name(tmp_path):
     for callback in make_callbacks():
-        with pytest.raises(LayerModeError, match="Set activation_checkpointing=True"):
+        with pytest.raises(RefusedError, match="Set activation_checkpointing=True"):
             plain(tmp_path, callback, checkpointing=False)
-    with pytest.raises(LayerModeError, match="use_reentrant=True"):
+    with pytest.raises(RefusedError, match="use_reentrant=True"):
         plain(tmp_path, ActivationOffloadCallback(), gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(LayerModeError, match="Take `offload`"):
+    with pytest.raises(RefusedError, match="Take `offload`"):
         plain(tmp_path, ActivationOffloadCallback(), activation_checkpointing_kwargs={"offload": True})
-    with pytest.raises(LayerModeError, match="keep_last=3 leaves none of the 3 layers"):
+    with pytest.raises(ValueError, match="keep_last=3 leaves none of the 3 layers"):
         plain(tmp_path, ActivationOffloadCallback(keep_last=3))
-    with pytest.raises(LayerModeError, match="every_n_layers"):
+    with pytest.raises(RefusedError, match="every_n_layers"):
         plain(tmp_path, ActivationOffloadCallback(), activation_checkpointing_kwargs={"every_n_layers": 2})
-    with pytest.raises(LayerModeError, match="one callback for the modes"):
+    with pytest.raises(RefusedError, match="one callback for the modes"):
         plain(tmp_path, ActivationOffloadCallback(), SelectiveCheckpointCallback())
 
 
@@ -161,7 +162,7 @@ def test_sft(tmp_path):
     compare_runs(stock, run(SelectiveCheckpointCallback()))
     args = SFTConfig(str(tmp_path), gradient_checkpointing=True, **QUIET)
     args.activation_offloading = True  # on a machine with an accelerator this is one argument of TRL's
-    with pytest.raises(LayerModeError, match="activation_offloading=True"):
+    with pytest.raises(RefusedError, match="activation_offloading=True"):
         offload.on_train_begin(args, None, None, model=None)
 
 

@@ -9,7 +9,8 @@ from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 import hf_effi.kernels.lm_head as lm_head
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, patch
-from hf_effi.kernels import FusedLMHead, PatchError, _lm_head_tiles
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import FusedLMHead, _lm_head_tiles
 from tests.helpers import grpo_args, run_grpo, sft_dataset, tiny_gemma, tiny_llama, tiny_tokenizer, weights_of
 from tests.helpers.patches import state_of
 
@@ -125,7 +126,7 @@ def test_the_field_of_an_effi_trainer(tmp_path):
 
 
 def test_a_model_without_the_head_is_refused():
-    with pytest.raises(PatchError, match="trainer.model"):
+    with pytest.raises(RefusedError, match="trainer.model"):
         patch(tiny_llama(), {"LMHead": FusedLMHead()})
 
 
@@ -139,6 +140,6 @@ def test_a_wrong_head_is_refused_at_apply(tmp_path, monkeypatch):
     trainer = sft(tmp_path)
     before = state_of(trainer.model)
     monkeypatch.setattr(_lm_head_tiles, "add_product", lambda total, left, right: None)
-    with pytest.raises(PatchError, match="gradient"):
+    with pytest.raises(RefusedError, match="gradient"):
         patch(trainer.model, {"LMHead": FusedLMHead()})
     assert state_of(trainer.model) == before

@@ -9,7 +9,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_effi import EffiTrainer, EffiTrainingArguments, KernelPatchCallback, patch
-from hf_effi.kernels import LowBitLoRALinear, PatchError
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import LowBitLoRALinear
 from hf_effi.kernels.low_bit import FORMATS, LowBitWeight
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, lm_dataset, run_grpo, weights_of
 from tests.training.test_fused_lora import adapted, adapted_policy, run
@@ -132,7 +133,7 @@ def test_bf16_autocast(tmp_path):
 
 
 def test_a_trained_base_stops_before_training(tmp_path):
-    with pytest.raises(PatchError, match="its base weight is trained"):
+    with pytest.raises(RefusedError, match="its base weight is trained"):
         run(tmp_path, adapted().requires_grad_(True), low_bit("fp8"))
 
 

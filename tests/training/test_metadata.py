@@ -4,7 +4,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_effi.data.metadata import MetadataCollator, MetadataConditioning
-from hf_effi.functional.data import CurriculumError
+from hf_effi.errors import RefusedError
 from hf_effi.trainers.mixins.batch_transform import BatchTransformMixin
 from tests.helpers import compare_runs, lm_dataset, record_run, tiny_qwen3
 from tests.helpers.sampling import StopAt
@@ -122,7 +122,7 @@ def test_resume_with_dropout_across_the_switch(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(CurriculumError, match="remove_unused_columns=False"):
+    with pytest.raises(RefusedError, match="remove_unused_columns=False"):
         trainer(tmp_path, keep=False, cooldown_fraction=0.5)
-    with pytest.raises(CurriculumError, match="must be a BatchTransform"):
+    with pytest.raises(ValueError, match="must be a BatchTransform"):
         Noting(tiny_qwen3(num_hidden_layers=1), batch_transform=len)

@@ -3,7 +3,7 @@ from transformers import Trainer
 
 from hf_effi.callbacks import MultigridLRCallback
 from hf_effi.data import Multigrid
-from hf_effi.functional.schedules import ScheduleError
+from hf_effi.errors import RefusedError
 from tests.helpers import compare_runs, record_run
 from tests.helpers.sampling import StopAt
 from tests.training.test_sequence_length import trainer
@@ -64,5 +64,5 @@ def test_resume_in_the_middle_of_a_cycle(tmp_path):
 def test_a_scheduler_that_forgets_its_formula_is_refused(tmp_path):
     ours = trainer(tmp_path, sequence_length=SHAPES, callbacks=[MultigridLRCallback(SHAPES)])
     ours.args.lr_scheduler_type = "reduce_lr_on_plateau"
-    with pytest.raises(ScheduleError):
+    with pytest.raises(RefusedError):
         ours.train()

@@ -19,6 +19,7 @@ from hf_effi import (
 )
 from hf_effi.callbacks import AdaLoRACallback, AutoLRSCallback, HypergradientCallback, RandomLTDCallback
 from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.errors import RefusedError
 from hf_effi.hub.recipe import read_recipe
 from hf_effi.samplers import ShuffledSampler
 from hf_effi.schedules import constant
@@ -62,14 +63,14 @@ LATE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.DecayToZeroWarning")
 @pytest.mark.parametrize("kind", LATE)
 def test_what_is_added_to_a_trainer_later_is_seen_before_the_first_update(tmp_path, kind):
     first, second, over = LATE[kind]
     over = {name: value() if name == "model" else value for name, value in over.items()}
     trainer = sampler_trainer(tmp_path, Trainer, callbacks=[first()], max_steps=6, **over)
     trainer.add_callback((second or first)())
-    with pytest.raises(ValueError, match=r"^Two .*: \w+ and \w+\. (Keep|Use) one"):
+    with pytest.raises(RefusedError, match=r"^Two .*: \w+ and \w+\. (Keep|Use) one"):
         trainer.train()
     assert trainer.state.global_step == 0 and trainer.seen == []
     trainer.pop_callback(trainer.callback_handler.callbacks[-1])
@@ -89,7 +90,7 @@ class Fails(TrainerCallback):
             raise RuntimeError("node lost")
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.DecayToZeroWarning")
 def test_the_same_objects_train_again_after_a_failure_and_in_another_trainer(tmp_path):
     def callbacks():
         return [

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_effi.errors import RefusedError
 from hf_effi.functional.memory import OPTIMIZERS, optimizer_bytes
 from hf_effi.functional.saved_bytes import SavedBytes
 from hf_effi.report import trace_memory
@@ -359,7 +360,7 @@ def test_architectures_and_parts_decide_the_class():
     assert name_of(vision) == "MllamaForConditionalGeneration"
     assert name_of(vision.text_config) == "MllamaForCausalLM"
     assert name_of(transformers.Qwen2_5_VLConfig()) == "Qwen2_5_VLForConditionalGeneration"
-    with pytest.raises(ValueError, match="ViTConfig is no config of a causal language model"):
+    with pytest.raises(RefusedError, match="ViTConfig is no config of a causal language model"):
         plan_memory(transformers.ViTConfig(), seq_len=8)
 
 
@@ -406,7 +407,7 @@ def test_a_row_that_loops_too_long_is_continued_and_named(monkeypatch):
     assert not any("loops" in sentence for sentence in whole.not_modelled)
     monkeypatch.setattr(trace_memory, "MAX_OPERATIONS", 4000)
     monkeypatch.setattr(trace_memory, "SHORT_ROWS", (16, 24, 32, 40))
-    with pytest.raises(trace_memory.TooManyOperations, match="more than 4000 operators"):
+    with pytest.raises(trace_memory._TooManyOperations, match="more than 4000 operators"):
         TracedModel(config)._trace(1, 96, padded=False)
     continued = plan_memory(config, seq_len=96)
     assert any("loops over tokens: figures of up to 40 tokens" in sentence for sentence in continued.not_modelled)
@@ -416,10 +417,10 @@ def test_a_row_that_loops_too_long_is_continued_and_named(monkeypatch):
     # what does not grow evenly is refused, and what takes too long even so
     monkeypatch.setattr(trace_memory, "MAX_OPERATIONS", 5000)
     uneven = config_of("RecurrentGemmaConfig", attention_window_size=32)
-    with pytest.raises(ValueError, match="40 tokens take .* bytes where rows of 16, 24, 32 tokens foretell"):
+    with pytest.raises(RefusedError, match="40 tokens take .* bytes where rows of 16, 24, 32 tokens foretell"):
         plan_memory(uneven, seq_len=96)
     monkeypatch.setattr(trace_memory, "MAX_OPERATIONS", 1000)
-    with pytest.raises(ValueError, match="rows of 40 tokens take more than 1000 operators already"):
+    with pytest.raises(RefusedError, match="rows of 40 tokens take more than 1000 operators already"):
         plan_memory(config, seq_len=96)
 
 
@@ -437,7 +438,7 @@ def test_what_cannot_be_traced_or_built_is_refused_by_name(monkeypatch):
     for method, word in (("forward", "traced without data"), ("__init__", "built")):
         with monkeypatch.context() as patched:
             patched.setattr(transformers.LlamaForCausalLM, method, fails)
-            with pytest.raises(ValueError, match=f"Llama.* cannot be {word}: no kernel for this$"):
+            with pytest.raises(RefusedError, match=f"Llama.* cannot be {word}: no kernel for this$"):
                 plan_memory(config_of("LlamaConfig"), seq_len=TOKENS)
 
 

@@ -25,7 +25,7 @@ from hf_effi.callbacks import AdaLoRACallback, AutoLRSCallback, HypergradientCal
 from hf_effi.callbacks.probing import trained_steps
 from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.checkpoint import average_checkpoints
-from hf_effi.functional.schedules import ScheduleError
+from hf_effi.errors import MismatchError, RefusedError
 from hf_effi.functional.schedules.planner_loss import curve_from_trainer_state
 from hf_effi.report.run_data import load_run
 from hf_effi.samplers import MeasuringSampler
@@ -355,7 +355,7 @@ def test_what_reads_checkpoints_leaves_those_inside_of_a_probe_out(tmp_path):
     for later in (24, 30):
         (tmp_path / f"checkpoint-{later}").rename(tmp_path / f"later-{later}")
     assert average_checkpoints(tmp_path, tmp_path / "made", 2) == [12, 18]
-    with pytest.raises(ScheduleError, match="holds the weights of a probe"):
+    with pytest.raises(RefusedError, match="holds the weights of a probe"):
         branch_cooldown(tmp_path / "checkpoint-19", 4, tmp_path / "branch", schedule=constant())
 
 
@@ -473,7 +473,7 @@ def test_a_schedule_beside_the_search_is_refused_by_name(tmp_path, case, order):
     else:
         over = {"optimizers": _scheduler(model)}
     words = "the scheduler in `optimizers` moves it" if case == "optimizers" else "Two schedules want to set the LR"
-    with pytest.raises(ScheduleError, match=words):
+    with pytest.raises(RefusedError, match=words):
         run(tmp_path, *callbacks[::order], model=model, **over)
 
 
@@ -488,10 +488,10 @@ def test_a_search_that_was_left_is_not_taken_up_again(tmp_path):
 
     run(tmp_path, Count(), StopAt(19), resume=str(tmp_path / "checkpoint-14"), save_strategy="steps")
     assert trained == {step: step - 8 for step in range(15, 20)}
-    with pytest.raises(ScheduleError, match="step 19 was trained without AutoLRSCallback since update 14"):
+    with pytest.raises(MismatchError, match="step 19 was trained without AutoLRSCallback since update 14"):
         run(tmp_path, search(), resume=str(tmp_path / "checkpoint-19"))
 
 
 def test_a_log_that_would_stay_nan_is_refused(tmp_path):
-    with pytest.raises(ScheduleError, match="logging_nan_inf_filter=False"):
+    with pytest.raises(RefusedError, match="logging_nan_inf_filter=False"):
         run(tmp_path, search(), logging_nan_inf_filter=False)

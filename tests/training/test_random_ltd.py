@@ -10,7 +10,7 @@ from trl import DPOConfig, GRPOConfig, SFTConfig, SFTTrainer
 from hf_effi import LRScheduleCallback
 from hf_effi.callbacks import RandomLTDCallback
 from hf_effi.callbacks.random_ltd import refuse_trainer
-from hf_effi.layers.random_ltd import RandomLTDError
+from hf_effi.errors import RefusedError
 from hf_effi.schedules import linear, token_indexed
 from hf_effi.trainers.sft import EffiSFTConfig
 from tests.helpers import assert_bitwise_equal, compare_runs, sft_dataset, tiny_qwen3, tiny_tokenizer, weights_of
@@ -115,7 +115,7 @@ def test_sft(tmp_path, packing):
 @pytest.mark.parametrize("config", [GRPOConfig, DPOConfig])
 def test_rl_and_preferences_are_refused(tmp_path, config):
     args = config(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    with pytest.raises(RandomLTDError, match=config.__name__):
+    with pytest.raises(RefusedError, match=config.__name__):
         refuse_trainer(args)
 
 
@@ -127,7 +127,7 @@ def test_a_stock_trainer_refuses_what_cannot_work(tmp_path):
     trainer = make(tmp_path)
     for name, value in (("torch_compile", True), ("sequence_parallel_size", 2)):
         setattr(trainer.args, name, value)
-        with pytest.raises(RandomLTDError, match=name):
+        with pytest.raises(RefusedError, match=name):
             ltd().on_init_end(trainer.args, trainer.state, trainer.control)
         setattr(trainer.args, name, False)
 

@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from hf_effi import LRScheduleCallback
 from hf_effi.callbacks.sampler import SamplerCallback
-from hf_effi.functional.schedules import DecayToZeroWarning
+from hf_effi.errors import DecayToZeroWarning
 from hf_effi.recipes import cdma, cma, stability_gap
 from hf_effi.samplers import QualityAscendingSampler, ShuffledSampler
 from hf_effi.schedules import wsd

@@ -3,6 +3,7 @@ import torch
 from transformers import Trainer
 
 from hf_effi.callbacks.reptile import REFERENCE_FILE, ReptileCallback
+from hf_effi.errors import BrokenFileError, RefusedError
 from hf_effi.samplers import ReplaySampler
 from tests.helpers import compare_runs, tiny_qwen3, weights_of
 from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume
@@ -50,7 +51,7 @@ def test_resume(tmp_path, step):
 def test_master_weights_out_of_reach_are_refused(tmp_path, name):
     trainer = sampler_trainer(tmp_path, Trainer)
     setattr(trainer.args, name, "on")
-    with pytest.raises(ValueError, match="master weights"):
+    with pytest.raises(RefusedError, match="master weights"):
         ReptileCallback(4, 0.3).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
@@ -71,5 +72,5 @@ def test_a_checkpoint_without_its_reference_is_refused(tmp_path):
     run(tmp_path, ReptileCallback(4, 0.3), StopAt(3))
     (tmp_path / "checkpoint-3" / REFERENCE_FILE).unlink()
     trainer = sampler_trainer(tmp_path, Trainer, callbacks=[ReptileCallback(4, 0.3)])
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(BrokenFileError, match="is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -25,9 +25,9 @@ from hf_effi import (
     EffiTrainingArguments,
     WeightAveragingCallback,
 )
-from hf_effi._files import StateFileError
 from hf_effi.checkpoint.resume import check_checkpoint
 from hf_effi.checkpoint.structure import first_broken
+from hf_effi.errors import BrokenFileError
 from hf_effi.samplers import ShuffledSampler
 from tests.helpers import (
     assert_bitwise_equal,
@@ -145,7 +145,7 @@ def test_a_file_that_ends_early_is_named_with_the_newest_whole_checkpoint(
     path.write_bytes(content[:keep])
     callback = WeightAveragingCallback(last=4, every_steps=1)
     for resume in (True, str(folder / "checkpoint-4")):
-        with pytest.raises(StateFileError) as caught:
+        with pytest.raises(BrokenFileError) as caught:
             effi(folder, callbacks=[callback]).train(resume_from_checkpoint=resume)
         text = str(caught.value)
         assert f"checkpoint-4 is no whole checkpoint, as where a process was killed inside of a save: {name} " in text
@@ -163,7 +163,7 @@ def test_what_is_read_is_looked_at_and_nothing_else(run: Path, tmp_path: Path) -
         (checkpoint / name).write_text("{")
     check_checkpoint(checkpoint)
     (checkpoint / "trainer_state.json").unlink()
-    with pytest.raises(StateFileError, match="trainer_state.json is missing. No other checkpoint in .* is whole"):
+    with pytest.raises(BrokenFileError, match="trainer_state.json is missing. No other checkpoint in .* is whole"):
         check_checkpoint(checkpoint)
     check_checkpoint(tmp_path / "none")  # stock says so
 
@@ -228,7 +228,7 @@ def test_killed_inside_of_a_save(tmp_path: Path, name: str) -> None:
         process.send_signal(signal.SIGKILL)
         errors = process.communicate()[1].decode()
     assert (tmp_path / "waits").exists(), errors[-2000:]
-    with pytest.raises(StateFileError, match=rf"inside of a save: {name} .*Resume from .*checkpoint-2'"):
+    with pytest.raises(BrokenFileError, match=rf"inside of a save: {name} .*Resume from .*checkpoint-2'"):
         effi(tmp_path).train(resume_from_checkpoint=True)
     resumed = effi(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -245,6 +245,6 @@ def test_grpo_names_its_own_files(tmp_path: Path) -> None:
         path = tmp_path / "checkpoint-3" / name
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
-        with pytest.raises(StateFileError, match=f"{name} ends early.*checkpoint-4"):
+        with pytest.raises(BrokenFileError, match=f"{name} ends early.*checkpoint-4"):
             grpo(tmp_path, num_iterations=2).train(resume_from_checkpoint=str(path.parent))
         path.write_bytes(content)

@@ -98,7 +98,7 @@ def test_a_writer_that_is_killed_is_told_and_the_next_one_works(tmp_path: Path, 
     problems = []
     monkeypatch.setattr(checkpointer, "_failed", lambda commit, problem: problems.append((commit.step, problem)))
     trainer.train()
-    assert problems == [(2, "WriterEnded: the process that writes checkpoints ended with exit code -9, as one that "
+    assert problems == [(2, "OSError: the process that writes checkpoints ended with exit code -9, as one that "
                          "the system ended for its memory does")]  # fmt: skip
     steps = [report.step for report in list_checkpoints(tmp_path, "content") if report.whole]
     assert steps and 2 not in steps and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

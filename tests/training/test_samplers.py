@@ -6,7 +6,8 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_effi.callbacks.sampler import SamplerCallback
-from hf_effi.samplers import EffiSampler, SamplerError, SamplerMismatchError, SelfPacedSampler, ShuffledSampler
+from hf_effi.errors import MismatchError, RefusedError
+from hf_effi.samplers import EffiSampler, SelfPacedSampler, ShuffledSampler
 from hf_effi.trainers.mixins.sampler import SAMPLER_FILE, SamplerMixin
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, run_grpo
 from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume
@@ -183,11 +184,11 @@ def test_callback_equals_mixin(tmp_path):
 
 
 def test_callback_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(SamplerError, match=r"learns during training.*SamplerMixin"):
+    with pytest.raises(RefusedError, match=r"learns during training.*SamplerMixin"):
         SamplerCallback(Learned(24))
-    with pytest.raises(SamplerError, match="not an EffiSampler"):
+    with pytest.raises(ValueError, match="not an EffiSampler"):
         SamplerCallback([1, 2])
-    with pytest.raises(SamplerError, match="12 samples and the Trainer has counted its steps with 24"):
+    with pytest.raises(RefusedError, match="12 samples and the Trainer has counted its steps with 24"):
         sampler_trainer(tmp_path, Trainer, callbacks=[SamplerCallback(Half(24))]).train()
 
 
@@ -201,7 +202,7 @@ def test_a_checkpoint_of_another_order_is_refused(tmp_path, way):
 
     checkpoint = str(tmp_path / "checkpoint-2")
     make(ShuffledSampler(24), [StopAt(2)]).train()
-    with pytest.raises(SamplerMismatchError, match="other settings, seed or scores"):
+    with pytest.raises(MismatchError, match="other settings, seed or scores"):
         make(ShuffledSampler(24, seed=1)).train(resume_from_checkpoint=checkpoint)
     make(None, [StopAt(2)]).train()
     if way == "mixin":
@@ -209,22 +210,22 @@ def test_a_checkpoint_of_another_order_is_refused(tmp_path, way):
     else:
         state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
         assert "hf_effi.sampler" not in state["stateful_callbacks"]
-    with pytest.raises(SamplerMismatchError, match="without"):
+    with pytest.raises(MismatchError, match="without"):
         make(ShuffledSampler(24)).train(resume_from_checkpoint=checkpoint)
 
 
 def test_refusals_name_the_fix(tmp_path):
-    with pytest.raises(SamplerError, match="made for 23 rows, but train_dataset has 24"):
+    with pytest.raises(ValueError, match="made for 23 rows, but train_dataset has 24"):
         sampler_trainer(tmp_path, train_sampler=ShuffledSampler(23))
-    with pytest.raises(SamplerError, match="train_sampling_strategy='sequential'"):
+    with pytest.raises(RefusedError, match="train_sampling_strategy='sequential'"):
         sampler_trainer(tmp_path, train_sampler=ShuffledSampler(24), train_sampling_strategy="sequential")
-    with pytest.raises(SamplerError, match="ignore_data_skip=True"):
+    with pytest.raises(RefusedError, match="ignore_data_skip=True"):
         sampler_trainer(tmp_path, train_sampler=ShuffledSampler(24), ignore_data_skip=True)
-    with pytest.raises(SamplerError, match=r"train_sampler=\[0\] is not an EffiSampler"):
+    with pytest.raises(ValueError, match=r"train_sampler=\[0\] is not an EffiSampler"):
         sampler_trainer(tmp_path, train_sampler=[0])
     sampler = ShuffledSampler(24)
     sampler.start_from(1, 3)
-    with pytest.raises(SamplerError, match="skipped twice"):
+    with pytest.raises(ValueError, match="skipped twice"):
         sampler_trainer(tmp_path, train_sampler=sampler).train()
 
 
@@ -234,17 +235,17 @@ def test_a_stream_is_refused(tmp_path):
             kwargs["train_dataset"] = kwargs["train_dataset"].to_iterable_dataset()
             super().__init__(**kwargs)
 
-    with pytest.raises(SamplerError, match="train_dataset is a stream"):
+    with pytest.raises(RefusedError, match="train_dataset is a stream"):
         sampler_trainer(tmp_path, StreamTrainer, train_sampler=ShuffledSampler(24), max_steps=3)
     stream = type("Loader", (), {"dataset": Dataset.from_dict({"a": [1]}).to_iterable_dataset()})()
     callback, args = SamplerCallback(ShuffledSampler(24)), sampler_trainer(tmp_path).args
-    with pytest.raises(SamplerError, match="train_dataset is a stream"):
+    with pytest.raises(RefusedError, match="train_dataset is a stream"):
         callback.on_train_begin(args, None, None, train_dataloader=stream)
 
 
 def test_a_run_longer_than_the_plan_is_refused_before_the_first_step(tmp_path):
     trainer = sampler_trainer(tmp_path, train_sampler=Plan(24))
-    with pytest.raises(SamplerError, match="plan of 6 steps for the whole run, but the run has 18"):
+    with pytest.raises(ValueError, match="plan of 6 steps for the whole run, but the run has 18"):
         trainer.train()
     assert trainer.seen == []
     trainer = sampler_trainer(tmp_path, train_sampler=Plan(24), num_train_epochs=1)

@@ -13,7 +13,8 @@ from transformers.trainer_pt_utils import LayerWiseDummyScheduler
 
 from hf_effi import EffiTrainer, EffiTrainingArguments, LRScheduleCallback
 from hf_effi.callbacks.lr_schedule import STATE_KEY, taken_over
-from hf_effi.functional.schedules import ScheduleError, ScheduleMismatchError, linear, make_schedule, wsd
+from hf_effi.errors import MismatchError, RefusedError
+from hf_effi.functional.schedules import linear, make_schedule, wsd
 from hf_effi.schedules import branch_cooldown
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
 from tests.unit.test_schedule_followed import applied_multiplier, judge
@@ -72,7 +73,7 @@ def go(door, out, until, resume=None, **options):
     trainer = build(door, out, extra=[StopAt(until)], **options)
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except ScheduleError as error:
+    except ValueError as error:
         return error
     assert [groups[0] for groups in trainer.recorder.applied] == trainer.recorder.logged
     return [groups[0] for groups in trainer.recorder.applied]
@@ -93,7 +94,7 @@ def chain_of(seed):
     return chain
 
 
-@pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.PastEndWarning")
+@pytest.mark.filterwarnings("ignore::hf_effi.errors.PastEndWarning")
 @pytest.mark.parametrize("seed", range(6))
 def test_any_chain_of_resumes_is_the_same_through_both_doors_and_through_both_in_turn(tmp_path, seed):
     applied, step = None, 0
@@ -107,7 +108,7 @@ def test_any_chain_of_resumes_is_the_same_through_both_doors_and_through_both_in
             found[door] = go(through, tmp_path / door, until, resume, **options)
         if now is None:
             assert len({str(error) for error in found.values()}) == 1, found
-            assert all(isinstance(error, ScheduleMismatchError) for error in found.values()), found
+            assert all(isinstance(error, MismatchError) for error in found.values()), found
             continue
         applied = now
         expected = [applied[2] * applied_multiplier(*applied[:2], t) for t in range(step, until)]
@@ -181,7 +182,7 @@ def test_an_optimizer_that_is_passed_says_its_lrs_itself(tmp_path, door):
         )[0]
 
     assert run(3, "error", 1e-2, 1e-3) == lrs(1e-2, 1e-3, steps=range(3))
-    with pytest.raises(ScheduleMismatchError, match=r"LRs \[0.01, 0.001\], this one has \[0.01, 0.002\]"):
+    with pytest.raises(MismatchError, match=r"LRs \[0.01, 0.001\], this one has \[0.01, 0.002\]"):
         run(5, "error", 1e-2, 2e-3)
     assert run(5, "stored", 1e-2, 2e-3) == lrs(1e-2, 1e-3, steps=range(3, 5))
     assert run(7, "new", 5e-3, 2e-3) == lrs(5e-3, 2e-3, steps=range(5, 7))
@@ -252,7 +253,7 @@ def test_a_checkpoint_that_another_schedule_has_trained(tmp_path, door):
     carried.train(resume_from_checkpoint=True)
     refusal = go(door, tmp_path / "part", 8, resume=True)
     assert "trained without LRScheduleCallback or lr_schedule since update 4" in str(refusal)
-    with pytest.raises(ScheduleError, match="without LRScheduleCallback or lr_schedule"):
+    with pytest.raises(ValueError, match="without LRScheduleCallback or lr_schedule"):
         branch_cooldown(tmp_path / "part" / "checkpoint-6", 2, tmp_path / "branch")
 
 
@@ -287,7 +288,7 @@ def test_start_decay_and_a_branch(tmp_path, door):
 @pytest.mark.parametrize("door", DOORS)
 def test_the_same_refusals(tmp_path, door):
     def refuse(words, **options):
-        with pytest.raises(ScheduleError, match=words):
+        with pytest.raises(ValueError, match=words):
             build(door, tmp_path, **options).train()
 
     refuse("lr_scheduler_type='cosine'", lr_scheduler_type="cosine")
@@ -337,7 +338,7 @@ def test_a_scheduler_that_deepspeed_only_steps_is_taken_over_and_its_own_is_not(
     inner = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     assert taken_over(DeepSpeedSchedulerWrapper(inner, optimizer)) is inner
     own = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    with pytest.raises(ScheduleError, match="DeepSpeed owns the LR scheduler"):
+    with pytest.raises(RefusedError, match="DeepSpeed owns the LR scheduler"):
         taken_over(DeepSpeedSchedulerWrapper(own, optimizer))
 
 
@@ -401,5 +402,5 @@ def test_under_deepspeed_the_trainers_scheduler_is_followed_inside_the_wrapper(t
     assert lrs == [1e-2 * m for m in expected]
     lrs, expected, _ = engine(saved, "new", 4e-3)
     assert lrs == pytest.approx([4e-3 * m for m in expected], rel=1e-12)
-    with pytest.raises(ScheduleMismatchError, match="learning_rate=0.01, this run has 0.004"):
+    with pytest.raises(MismatchError, match="learning_rate=0.01, this run has 0.004"):
         engine(saved, "error", 4e-3)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import HfArgumentParser, Trainer
 
-from hf_effi.functional.schedules import ScheduleError, ScheduleMismatchError, wsd
+from hf_effi.errors import MismatchError, RefusedError
+from hf_effi.functional.schedules import wsd
 from hf_effi.trainers.trainer import EffiTrainer, EffiTrainingArguments
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer
 
@@ -63,7 +64,7 @@ def test_resume_is_the_uninterrupted_run(tmp_path, cut):
     rest, _, resumed = run(tmp_path / "cut", resume=path, **config)
     assert first + rest == whole
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True))
-    with pytest.raises(ScheduleMismatchError, match="total_steps: 12 -> 20"):
+    with pytest.raises(MismatchError, match="total_steps: 12 -> 20"):
         run(tmp_path / "cut", resume=path, **{**config, "max_steps": 20})
 
 
@@ -98,7 +99,7 @@ def test_bad_configs_raise_before_training(tmp_path, changes, message):
 )
 def test_a_conflict_names_the_field_and_no_callback(tmp_path, change):
     """Whoever writes a YAML has not written a callback."""
-    with pytest.raises(ScheduleError) as error:
+    with pytest.raises(RefusedError) as error:
         arguments(tmp_path, lr_schedule="wsd", **change)
     assert "LRScheduleCallback" not in str(error.value)
 
@@ -107,7 +108,7 @@ def test_a_scheduler_that_appears_later_names_the_field_too(tmp_path):
     trainer = make_trainer(tmp_path, [], trainer_class=EffiTrainer, args=arguments(tmp_path, lr_schedule="wsd"))
     optimizer = trainer.create_optimizer()
     stock = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    with pytest.raises(ScheduleError, match="The Trainer's scheduler is StepLR.*or drop lr_schedule in the config"):
+    with pytest.raises(RefusedError, match="The Trainer's scheduler is StepLR.*or drop lr_schedule in the config"):
         trainer.lr_schedule.on_train_begin(trainer.args, trainer.state, trainer.control, lr_scheduler=stock)
 
 
@@ -116,7 +117,7 @@ def test_a_checkpoint_of_another_schedule_names_the_field(tmp_path):
 
     make_trainer(tmp_path, [StopAt(2)], trainer_class=EffiTrainer, args=arguments(tmp_path)).train()
     trainer = make_trainer(tmp_path, [], trainer_class=EffiTrainer, args=arguments(tmp_path, lr_schedule="wsd"))
-    with pytest.raises(ScheduleMismatchError, match="Pass lr_schedule_on_mismatch='new'"):
+    with pytest.raises(MismatchError, match="Pass lr_schedule_on_mismatch='new'"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -137,7 +138,7 @@ def test_scheduler_of_the_user_and_lr_schedule_conflict(tmp_path):
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    with pytest.raises(ScheduleError, match="brings a scheduler"):
+    with pytest.raises(RefusedError, match="brings a scheduler"):
         make_trainer(
             tmp_path,
             [],
@@ -189,5 +190,5 @@ def test_a_scheduler_in_the_deepspeed_config_is_refused_by_name(tmp_path):
 
     args = arguments(tmp_path, lr_schedule="wsd")
     args.hf_deepspeed_config = SimpleNamespace(config={"scheduler": {"type": "WarmupLR"}})
-    with pytest.raises(ScheduleError, match="DeepSpeed owns the LR scheduler.*WarmupLR"):
+    with pytest.raises(RefusedError, match="DeepSpeed owns the LR scheduler.*WarmupLR"):
         schedule_from_config(args)

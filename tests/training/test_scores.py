@@ -12,7 +12,7 @@ from tests.helpers import compare_runs, lm_dataset, tiny_qwen3
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
 
 #: these tests look at the order; what it is worth under a decay is the business of tests/training/test_recipes.py
-pytestmark = pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hf_effi.errors.DecayToZeroWarning")
 
 ROWS = 24
 INDICATORS = ("reward", "understandability", "naturalness", "coherence")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_effi.functional.data import CurriculumError, staged_length
+from hf_effi.functional.data import staged_length
 from hf_effi.trainers.mixins.sequence_length import SequenceLengthMixin
 from tests.helpers import compare_runs, lm_dataset, record_run, tiny_qwen3
 from tests.helpers.sampling import StopAt
@@ -86,7 +86,7 @@ def test_resume_across_a_switch(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(CurriculumError, match="sequence_length=4 must be a function"):
+    with pytest.raises(ValueError, match="sequence_length=4 must be a function"):
         trainer(tmp_path, sequence_length=4)
-    with pytest.raises(CurriculumError, match="sequence_length gave 1"):
+    with pytest.raises(ValueError, match="sequence_length gave 1"):
         trainer(tmp_path, sequence_length=lambda step, total: 1).train()

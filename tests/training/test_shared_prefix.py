@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_effi import EffiTrainer, EffiTrainingArguments
 from hf_effi.attention import register_varlen_attention
 from hf_effi.data import SharedPrefixCollator, group_by_prompt
-from hf_effi.functional.shared_prefix import SharedPrefixError
+from hf_effi.errors import RefusedError
 from tests.helpers import assert_bitwise_equal, compare_runs, record_run, tiny_llama, tiny_qwen3, tiny_tokenizer
 from tests.helpers.prompts import answers, pad_answers
 from tests.helpers.sampling import StopAt
@@ -139,15 +139,15 @@ def test_grouped_rows_of_a_flat_dataset_train_alike(tmp_path):
 
 def test_what_a_newcomer_forgets(tmp_path):
     model = tiny_qwen3()
-    with pytest.raises(SharedPrefixError, match="register_varlen_attention"):
+    with pytest.raises(RefusedError, match="register_varlen_attention"):
         SharedPrefixCollator(model)
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         run(tmp_path, True, remove_unused_columns=True)
     trainer = make(tmp_path, True)
     trainer.train_dataset = Dataset.from_list([{"prompt_ids": [1, 2], "completion_ids": [3]}] * 4)
-    with pytest.raises(SharedPrefixError, match="group_by_prompt"):
+    with pytest.raises(ValueError, match="group_by_prompt"):
         trainer.train()
     trainer = make(tmp_path, True)
     trainer.model.set_attn_implementation("sdpa")
-    with pytest.raises(SharedPrefixError, match="'sdpa' would not see the shared prompt"):
+    with pytest.raises(RefusedError, match="'sdpa' would not see the shared prompt"):
         trainer.train()

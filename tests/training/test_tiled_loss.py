@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_effi import PatchCallback
+from hf_effi.errors import RefusedError
 from hf_effi.memory.tiled_loss import tile_loss
 from tests.helpers import compare_runs, lm_dataset, tiny_gemma, tiny_qwen3
 from tests.helpers.sampling import sampler_trainer, stop_and_resume
@@ -82,5 +83,5 @@ def test_trl_has_one_already(tmp_path):
         processing_class=tiny_tokenizer(),
         callbacks=[PatchCallback(tile_loss)],
     )
-    with pytest.raises(ValueError, match="TRL has fused this model's head already"):
+    with pytest.raises(RefusedError, match="TRL has fused this model's head already"):
         trainer.train()

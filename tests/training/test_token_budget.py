@@ -3,7 +3,8 @@ import torch
 from transformers import Trainer
 
 from hf_effi.callbacks.sampler import SamplerCallback
-from hf_effi.samplers import SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
+from hf_effi.errors import MismatchError, RefusedError
+from hf_effi.samplers import TokenBudgetBatchSampler
 from tests.helpers import compare_runs, grpo_args, run_grpo, sft_dataset, tiny_llama, tiny_tokenizer, weights_of
 from tests.helpers.sampling import StopAt, pad_rows, ragged_rows, ragged_trainer, stop_and_resume
 
@@ -79,7 +80,7 @@ def test_unequal_micro_batches_give_the_gradient_of_one_big_batch(tmp_path):
 def test_a_checkpoint_of_other_lengths_is_refused(tmp_path):
     ragged_trainer(tmp_path, LENGTHS, budget(), [StopAt(2)]).train()
     other = ragged_trainer(tmp_path, LENGTHS, TokenBudgetBatchSampler(LENGTHS, 64, seed=2))
-    with pytest.raises(SamplerMismatchError, match="other settings"):
+    with pytest.raises(MismatchError, match="other settings"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -118,7 +119,7 @@ class Counting(Ignoring):
 def test_a_model_that_ignores_the_count_is_found_by_asking_it(tmp_path):
     over = {"gradient_accumulation_steps": 2, "max_steps": 1}
     with pytest.raises(
-        SamplerError, match="Ignoring takes num_items_in_batch and averages over each call all the same"
+        RefusedError, match="Ignoring takes num_items_in_batch and averages over each call all the same"
     ):
         ragged_trainer(tmp_path, LENGTHS, budget(), model=Ignoring(), **over).train()
     ragged_trainer(tmp_path, LENGTHS, budget(), model=Counting(), **over).train()
@@ -136,7 +137,7 @@ def test_a_model_that_ignores_the_count_is_found_by_asking_it(tmp_path):
     ],
 )
 def test_refusals_name_the_fix(tmp_path, over, message):
-    with pytest.raises(SamplerError, match=message):
+    with pytest.raises(RefusedError, match=message):
         ragged_trainer(tmp_path, LENGTHS, budget(), **over).train()
 
 
@@ -147,9 +148,9 @@ def test_one_micro_batch_an_update_needs_no_token_count(tmp_path):
 
 
 def test_other_ways_in_are_refused(tmp_path):
-    with pytest.raises(SamplerError, match=r"makes the batches themselves.*SamplerMixin"):
+    with pytest.raises(RefusedError, match=r"makes the batches themselves.*SamplerMixin"):
         SamplerCallback(budget())
-    with pytest.raises(SamplerError, match="made for 30 rows, but train_dataset has 3"):
+    with pytest.raises(ValueError, match="made for 30 rows, but train_dataset has 3"):
         ragged_trainer(tmp_path, LENGTHS[:3], budget())
 
 
@@ -162,7 +163,7 @@ def test_trl_trainers(tmp_path):
     class Grouped(SamplerMixin, GRPOTrainer):
         pass
 
-    with pytest.raises(SamplerError, match="completions of a prompt side by side"):
+    with pytest.raises(RefusedError, match="completions of a prompt side by side"):
         run_grpo(Grouped, grpo_args(tmp_path), train_sampler=TokenBudgetBatchSampler([4] * 16, 8))
 
     rows, tokenizer = sft_dataset(16), tiny_tokenizer()

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_effi import EffiTrainer, EffiTrainingArguments, PatchCallback, SelectiveCheckpointCallback
 from hf_effi.callbacks import RandomLTDCallback
+from hf_effi.errors import RefusedError
 from hf_effi.kernels import tile_mlp
-from hf_effi.layers.random_ltd import RandomLTDError
 from hf_effi.memory import stream_layers, tile_loss
 from tests.helpers import lm_dataset, push_args, tiny_qwen3, weights_of
 
@@ -69,5 +69,5 @@ def test_random_ltd_is_refused(tmp_path: Path) -> None:
         "callbacks": lambda: [RandomLTDCallback(4, 8, multiple=2)],
         "model": lambda: tiny_qwen3(num_hidden_layers=3),
     }
-    with pytest.raises(RandomLTDError, match="torch_compile=True would compile a layer anew"):
+    with pytest.raises(RefusedError, match="torch_compile=True would compile a layer anew"):
         train(tmp_path, True, case)

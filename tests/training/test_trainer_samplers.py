@@ -25,7 +25,7 @@ from tests.helpers import (
 )
 
 #: these tests look at the order; what it is worth under a decay is the business of tests/training/test_recipes.py
-pytestmark = pytest.mark.filterwarnings("ignore::hf_effi.functional.schedules.DecayToZeroWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hf_effi.errors.DecayToZeroWarning")
 
 QUALITY = [float((7 * row) % 16) for row in range(16)]
 RISING = sorted(range(16), key=QUALITY.__getitem__)

@@ -27,22 +27,15 @@ from hf_effi.callbacks.layer_modes import SelectiveCheckpointCallback
 from hf_effi.callbacks.random_ltd import RandomLTDCallback
 from hf_effi.callbacks.run_record import methods_of_parts
 from hf_effi.data import Multigrid
-from hf_effi.functional.data import CurriculumError
+from hf_effi.errors import BrokenFileError, MismatchError, RefusedError
 from hf_effi.functional.rollouts import AdvantagePruner, PassRateBand
 from hf_effi.functional.schedules import cosine
 from hf_effi.hub.recipe import from_card, recipe_of
-from hf_effi.kernels import PatchError, tile_mlp
+from hf_effi.kernels import tile_mlp
 from hf_effi.memory import tile_loss
 from hf_effi.memory.layer_modes import LayerModes
 from hf_effi.memory.stream_layer import stream_layers
-from hf_effi.samplers import (
-    EffiSampler,
-    QualityAscendingSampler,
-    SamplerError,
-    SamplerMismatchError,
-    SelfPacedSampler,
-    ShuffledSampler,
-)
+from hf_effi.samplers import EffiSampler, QualityAscendingSampler, SelfPacedSampler, ShuffledSampler
 from hf_effi.trainers.mixins import kernel_patch as _kernel_mixin
 from tests.helpers import assert_bitwise_equal, compare_runs, grpo_args, run_grpo
 from tests.helpers.patches import TwiceTheNorm
@@ -118,12 +111,12 @@ def test_samplers_have_the_same_refusals(tmp_path, door):
     def new(seed=1, **over):
         return make(tmp_path / "new", ShuffledSampler(over.pop("rows_of", 24), seed=seed), **over)
 
-    refused(SamplerError, "made for 23 rows, but train_dataset has 24", lambda: new(rows_of=23))
-    refused(SamplerError, "strategy='sequential'", lambda: new(train_sampling_strategy="sequential"))
-    refused(SamplerError, "ignore_data_skip=True", lambda: new(ignore_data_skip=True))
+    refused(ValueError, "made for 23 rows, but train_dataset has 24", lambda: new(rows_of=23))
+    refused(ValueError, "strategy='sequential'", lambda: new(train_sampling_strategy="sequential"))
+    refused(ValueError, "ignore_data_skip=True", lambda: new(ignore_data_skip=True))
     pending = ShuffledSampler(24, seed=1)
     pending.start_from(0, 4)
-    refused(SamplerError, r"start_from\(0, 4\) was called", lambda: make(tmp_path / "new", pending))
+    refused(ValueError, r"start_from\(0, 4\) was called", lambda: make(tmp_path / "new", pending))
     make(tmp_path / "run", ShuffledSampler(24, seed=1), [StopAt(4)]).train()
     sampler_trainer(tmp_path / "stock", Trainer, callbacks=[StopAt(4)]).train()
     carried = sampler_trainer(tmp_path / "run", Trainer, callbacks=[StopAt(6)])
@@ -131,7 +124,7 @@ def test_samplers_have_the_same_refusals(tmp_path, door):
     made, none, after = (
         tmp_path / a / b for a, b in (("run", "checkpoint-4"), ("stock", "checkpoint-4"), ("run", "checkpoint-6"))
     )
-    mismatch = partial(refused, SamplerMismatchError)
+    mismatch = partial(refused, MismatchError)
     mismatch("other settings, seed or scores", lambda: new(seed=2), resume_from_checkpoint=str(made))
     twin = lambda: make(tmp_path / "new", Twin(24, seed=1))  # noqa: E731
     mismatch("made by hf_effi.samplers.base:ShuffledSampler, this run has", twin, resume_from_checkpoint=str(made))
@@ -147,19 +140,19 @@ def test_what_was_learned_is_not_replaced_by_a_fingerprint(tmp_path):
 
     make(StopAt(4)).train()
     (tmp_path / "checkpoint-4" / "effi_sampler.pt").unlink()
-    with pytest.raises(SamplerMismatchError, match="holds what SelfPacedSampler has learned"):
+    with pytest.raises(BrokenFileError, match="holds what SelfPacedSampler has learned"):
         make().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_two_orders_of_rows(tmp_path):
     two = [SamplerCallback(ShuffledSampler(24, seed=seed)) for seed in (1, 2)]
-    with pytest.raises(SamplerError, match="Two samplers want to order the rows: SamplerCallback and SamplerCallback"):
+    with pytest.raises(RefusedError, match="Two samplers want to order the rows: SamplerCallback and SamplerCallback"):
         sampler_trainer(tmp_path, Trainer, callbacks=two)
-    with pytest.raises(SamplerError, match="SamplerCallback and train_sampler=. Keep one"):
+    with pytest.raises(RefusedError, match="SamplerCallback and train_sampler=. Keep one"):
         by_argument(tmp_path, ShuffledSampler(24), [SamplerCallback(ShuffledSampler(24))])
     late = by_argument(tmp_path, ShuffledSampler(24))
     late.add_callback(SamplerCallback(ShuffledSampler(24)))
-    with pytest.raises(SamplerError, match="train_sampler= and SamplerCallback. Keep one"):
+    with pytest.raises(RefusedError, match="train_sampler= and SamplerCallback. Keep one"):
         late.train()
     assert late.seen == []
 
@@ -191,12 +184,12 @@ def test_kernel_patches_refuse_the_same_and_each_other(tmp_path, monkeypatch):
         lambda: trainer_of(tmp_path, None, KernelPatchCallback({"RMSNorm": TwiceTheNorm})),
         lambda: trainer_of(tmp_path, None, **effi),
     ):
-        with pytest.raises(PatchError) as found:
+        with pytest.raises(RefusedError) as found:
             build().train()
         messages.append(str(found.value))
     assert messages[0] == messages[1]
     monkeypatch.setattr(_kernel_mixin, "patch", lambda model, layers: patch(model, LAYERS))
-    with pytest.raises(PatchError, match="model.layers.0.input_layernorm"):
+    with pytest.raises(RefusedError, match="model.layers.0.input_layernorm"):
         trainer_of(tmp_path, None, KernelPatchCallback(LAYERS), **effi).train()
 
 
@@ -213,7 +206,7 @@ def test_patches_by_callback_and_with_alone_and_together(tmp_path):
         runs[2].train()
     compare_runs(runs[0], runs[1])
     compare_runs(runs[0], runs[2])
-    with pytest.raises(ValueError, match="replaced before, by 'tile_mlp'"):
+    with pytest.raises(RefusedError, match="replaced before, by 'tile_mlp'"):
         trainer_of(tmp_path, None, PatchCallback(tile_mlp), PatchCallback(tile_mlp))
 
 
@@ -320,7 +313,7 @@ def test_a_record_does_not_tell_of_what_only_the_checkpoint_had(tmp_path):
 def test_multigrid_lr_needs_the_shapes_of_its_trainer(tmp_path):
     shapes = Multigrid(16, (2, 1), (1,))
     for other in ({}, {"sequence_length": Multigrid(16, (4, 1), (1,))}, {"sequence_length": lambda step, total: 16}):
-        with pytest.raises(CurriculumError, match="follow shapes that the batches do not have"):
+        with pytest.raises(ValueError, match="follow shapes that the batches do not have"):
             length_trainer(tmp_path, callbacks=[MultigridLRCallback(shapes)], **other).train()
 
 

@@ -10,9 +10,10 @@ from transformers import XGLMConfig, XGLMForCausalLM
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from hf_effi import EffiTrainer, EffiTrainingArguments
-from hf_effi.attention import VarlenAttentionError, varlen
+from hf_effi.attention import varlen
 from hf_effi.attention.varlen import VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
 from hf_effi.callbacks.layer_modes import SelectiveCheckpointCallback
+from hf_effi.errors import RefusedError
 from hf_effi.functional.segment_attention import AttentionPattern
 from hf_effi.patching import probing
 from tests.helpers import grpo_args, run_grpo, sft_dataset, tiny_qwen3, tiny_tokenizer, weights_of
@@ -118,6 +119,6 @@ def test_a_class_that_computes_its_attention_itself_is_refused_by_our_trainers(t
     config._attn_implementation_internal = VARLEN_ATTENTION  # as loading with the name leaves it
     args = EffiTrainingArguments(tmp_path, use_cpu=True, report_to=[])
     with pytest.raises(
-        VarlenAttentionError, match="XGLMForCausalLM was given hf_effi_varlen and computes its attention in its"
+        RefusedError, match="XGLMForCausalLM was given hf_effi_varlen and computes its attention in its"
     ):
         EffiTrainer(model, args, train_dataset=sft_dataset(4))

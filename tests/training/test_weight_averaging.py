@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_effi.callbacks.weight_averaging import AVERAGE_FILE, WeightAveragingCallback
+from hf_effi.errors import BrokenFileError, DecayToZeroWarning, MismatchError, RefusedError
 from hf_effi.functional.averaging import averaging_weights
-from hf_effi.functional.schedules import DecayToZeroWarning
 from tests.helpers import assert_bitwise_equal, compare_runs, weights_of
 from tests.helpers.resume import weights_in
 from tests.helpers.sampling import StopAt, sampler_trainer, stop_and_resume
@@ -94,10 +94,10 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path):
         trainer = sampler_trainer(tmp_path, Trainer, callbacks=[callback], lr_scheduler_type="constant")
         trainer.train(resume_from_checkpoint=checkpoint)
 
-    with pytest.raises(ValueError, match=r"averages updates \[14\], but this run wants \[12, 15\]"):
+    with pytest.raises(MismatchError, match=r"averages updates \[14\], but this run wants \[12, 15\]"):
         resume(last=3, every_steps=3)
     (tmp_path / "checkpoint-15" / AVERAGE_FILE).unlink()
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(BrokenFileError, match="is missing"):
         resume(last=3, every_steps=2)
 
 
@@ -166,7 +166,7 @@ def test_refusals(tmp_path, over, match):
     for name, value in over.items():
         setattr(trainer.args, name, value)
     callback = WeightAveragingCallback(swap_in=True)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(RefusedError, match=match):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 

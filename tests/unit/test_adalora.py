@@ -8,6 +8,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from hf_effi.callbacks.adalora import AdaLoRACallback, adalora_of, check_gradients, check_plan
+from hf_effi.errors import RefusedError
 
 
 class TwoLayers(nn.Module):
@@ -42,12 +43,12 @@ def test_budget_of_each_update():
     ],
 )
 def test_a_model_without_adalora_is_refused(model, found):
-    with pytest.raises(ValueError, match=f"{found}.*AdaLoraConfig"):
+    with pytest.raises(RefusedError, match=f"{found}.*AdaLoraConfig"):
         adalora_of(model())
 
 
 def test_a_frozen_adapter_is_refused():
-    with pytest.raises(ValueError, match="is_trainable=True"):
+    with pytest.raises(RefusedError, match="is_trainable=True"):
         adalora_of(adapter_of(inference_mode=True))
 
 
@@ -76,13 +77,13 @@ def test_set_total_step_writes_the_length_and_checks_the_phases_again():
 def test_an_adapter_that_was_reduced_already_is_refused():
     adapter = adalora_of(adapter_of())
     adapter.resize_modules_by_rank_pattern({"first.lora_E.default": [True, False, True]}, "default")
-    with pytest.raises(ValueError, match="holds 5 ranks and its config starts from 6"):
+    with pytest.raises(RefusedError, match="holds 5 ranks and its config starts from 6"):
         check_plan(adapter, 10, set_total_step=False)
 
 
 def test_a_missing_gradient_is_named():
     adapter = adalora_of(adapter_of())
-    with pytest.raises(ValueError, match="first.lora_A.default has no gradient"):
+    with pytest.raises(RefusedError, match="first.lora_A.default has no gradient"):
         check_gradients(adapter)
     adapter(torch.ones(1, 4)).sum().backward()
     check_gradients(adapter)
@@ -90,7 +91,7 @@ def test_a_missing_gradient_is_named():
 
 @pytest.mark.parametrize("engine", [{"deepspeed": "ds.json", "fsdp": []}, {"deepspeed": None, "fsdp": ["full_shard"]}])
 def test_sharded_engines_are_refused(engine):
-    with pytest.raises(ValueError, match="DeepSpeed, FSDP and tensor parallelism"):
+    with pytest.raises(RefusedError, match="DeepSpeed, FSDP and tensor parallelism"):
         AdaLoRACallback().on_train_begin(SimpleNamespace(**engine), None, None, model=adapter_of())
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_effi.data import AttentionInfluence, copy_head_scores, masked_heads, retrieval_heads
-from hf_effi.functional.data import CurriculumError, copy_probe, copy_scores, relative_increase, top_heads
+from hf_effi.errors import RefusedError
+from hf_effi.functional.data import copy_probe, copy_scores, relative_increase, top_heads
 from tests.helpers import assert_bitwise_equal, tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3, weights_of
 
 IDS = torch.arange(4, 16).view(2, 6)
@@ -31,7 +32,7 @@ def test_probe_repeats_distinct_tokens_of_the_list():
 
 @pytest.mark.parametrize("rows, length, tokens", [(0, 2, range(4)), (1, 1, range(4)), (1, 5, range(4)), (1, 2, [])])
 def test_probe_refuses(rows, length, tokens):
-    with pytest.raises(CurriculumError, match=r"num_rows=0|length=1 |length=5|length=2"):
+    with pytest.raises(ValueError, match=r"num_rows=0|length=1 |length=5|length=2"):
         copy_probe(rows, length, tokens)
 
 
@@ -46,7 +47,7 @@ def test_copy_scores_count_the_right_look_back():
 
 @pytest.mark.parametrize("shape", [(2, 2, 4), (1, 1, 4, 6), (1, 1, 5, 5), (1, 1, 2, 2)])
 def test_copy_scores_refuse_other_shapes(shape):
-    with pytest.raises(CurriculumError, match="probe|shape"):
+    with pytest.raises(ValueError, match="probe|shape"):
         copy_scores(torch.zeros(shape))
 
 
@@ -56,11 +57,11 @@ def test_top_heads():
     assert top_heads({(0, 0): 0.1}, share=0.01) == [(0, 0)]
     assert len(top_heads(scores, share=1.0)) == 100
     for bad in (0.0, 1.1, float("nan")):
-        with pytest.raises(CurriculumError, match="share"):
+        with pytest.raises(ValueError, match="share"):
             top_heads(scores, share=bad)
-    with pytest.raises(CurriculumError, match="empty"):
+    with pytest.raises(ValueError, match="empty"):
         top_heads({})
-    with pytest.raises(CurriculumError, match=r"\(0, 1\) is NaN"):
+    with pytest.raises(ValueError, match=r"\(0, 1\) is NaN"):
         top_heads({(0, 0): 0.0, (0, 1): math.nan})
 
 
@@ -69,9 +70,9 @@ def test_relative_increase():
     assert found[:2].tolist() == [0.5, -0.25] and found[4] == 0.0
     assert found[2:4].isnan().all()
     assert relative_increase([], []).shape == (0,)
-    with pytest.raises(CurriculumError, match="both losses"):
+    with pytest.raises(ValueError, match="both losses"):
         relative_increase([1.0], [1.0, 2.0])
-    with pytest.raises(CurriculumError, match="negative"):
+    with pytest.raises(ValueError, match="negative"):
         relative_increase([-1.0], [1.0])
 
 
@@ -187,14 +188,14 @@ def test_fingerprint_covers_the_adapter_in_use():
 
 @pytest.mark.parametrize("heads", [[(2, 0)], [(0, 4)], [(-1, 0)], [(0, -1)]])
 def test_unknown_heads_raise(heads):
-    with pytest.raises(CurriculumError, match="does not exist"):
+    with pytest.raises(ValueError, match="does not exist"):
         AttentionInfluence(tiny_llama(), heads)
 
 
 def test_nothing_to_mask_raises():
-    with pytest.raises(CurriculumError, match="heads is empty"):
+    with pytest.raises(ValueError, match="heads is empty"):
         AttentionInfluence(tiny_llama(), [])
-    with pytest.raises(CurriculumError, match="no attention module"):
+    with pytest.raises(RefusedError, match="no attention module"):
         AttentionInfluence(torch.nn.Linear(1, 1), [(0, 0)])
     model = tiny_llama()
     fused = model.model.layers[0].self_attn.o_proj
@@ -203,8 +204,8 @@ def test_nothing_to_mask_raises():
         torch.nn.functional.linear(hidden_states, fused.weight),
         None,
     )
-    with pytest.raises(CurriculumError, match="not called as modules"):
+    with pytest.raises(RefusedError, match="not called as modules"):
         scorer({"input_ids": IDS.tolist()})
-    with pytest.raises(CurriculumError, match="no attention weights"):
+    with pytest.raises(RefusedError, match="no attention weights"):
         copy_head_scores(model, num_rows=1, length=2)
     assert model.config._attn_implementation == "sdpa"

@@ -9,7 +9,7 @@ import torch
 
 from bench._schema import RESULTS
 from bench.gpu import _cases, run_all
-from hf_effi.kernels import PatchError
+from hf_effi.errors import RefusedError
 from hf_effi.report.result_record import check_record
 
 
@@ -69,7 +69,7 @@ def test_what_is_not_installed_is_left_out_with_the_reason(monkeypatch, capsys):
 def test_a_card_without_fp8_is_left_out_with_the_reason(monkeypatch, capsys):
     def refuse(format, device):
         if format == "fp8":
-            raise PatchError("compute capability 8.0")
+            raise RefusedError("compute capability 8.0")
 
     monkeypatch.setattr("hf_effi.kernels.low_bit_lora.check_device", refuse)
     figures = _cases.low_bit_lora(run_all.Bench(torch.device("cpu"), 0, 1))

@@ -34,4 +34,13 @@ def test_only_the_cells_and_counts_of_the_feature_change():
 
 def test_another_release_of_transformers_is_named():
     with pytest.raises(ValueError, match="other classes than the installed transformers"):
-        merged(ROWS, [{"kind": "causal", "class": "C", "cells": {}}], ["varlen"])
+        merged(ROWS, [{"kind": "causal", "class": "C", "model_type": "m", "cells": {}}], ["varlen"])
+
+
+def test_a_class_of_two_model_types_keeps_both_and_features_their_order():
+    rows = [{**ROWS[0], "model_type": name} for name in ("one", "two")]
+    again = [{"kind": ROWS[0]["kind"], "class": ROWS[0]["class"], "model_type": name, "cells": {"trim": mark}}
+             for name, mark in (("one", EQUAL), ("two", REFUSED))]  # fmt: skip
+    found = merged(rows, again, ["trim"])
+    assert [(row["model_type"], row["cells"]["trim"]) for row in found] == [("one", EQUAL), ("two", REFUSED)]
+    assert [list(row["cells"]) for row in found] == [list(ROWS[0]["cells"])] * 2

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from hf_effi import from_card
+from hf_effi.errors import RecipeError
 from hf_effi.hub import admitted
-from hf_effi.hub.admitted import ARGUMENTS, CLASSES, CONFIGS, FUNCTIONS, KINDS, TRAINERS, NotAdmittedError
+from hf_effi.hub.admitted import ARGUMENTS, CLASSES, CONFIGS, FUNCTIONS, KINDS, TRAINERS
 from hf_effi.hub.objects import from_plain
-from hf_effi.hub.recipe import RECIPE_MARK, SECTION_BEGIN, SECTION_END, RecipeError
+from hf_effi.hub.recipe import RECIPE_MARK, SECTION_BEGIN, SECTION_END
 from tests.helpers.audit import watched
 from tests.helpers.fuzz import mutated
 
@@ -145,7 +146,7 @@ OBJECTS = {
 
 @pytest.mark.parametrize("what", OBJECTS)
 def test_objects_that_do_more_than_compute_are_refused(tmp_path, what):
-    with pytest.raises(NotAdmittedError):
+    with pytest.raises(RecipeError):
         from_plain(OBJECTS[what])
     read(tmp_path, recipe())  # whatever is imported on first use
     with watched(str(tmp_path)):

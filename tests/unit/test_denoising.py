@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from hf_effi.data.denoising import UL2Denoising
+from hf_effi.errors import RefusedError
 from hf_effi.functional.data import (
     UL2_DENOISERS,
     UL2R_DENOISERS,
-    CurriculumError,
     Denoiser,
     denoised_lengths,
     fitting_length,
@@ -71,9 +71,9 @@ def test_fitting_length_is_the_longest():
         longest = fitting_length(UL2_DENOISERS, room)
         assert max(sum(denoised_lengths(longest, d)) for d in UL2_DENOISERS) <= room
         assert max(sum(denoised_lengths(longest + 1, d)) for d in UL2_DENOISERS) > room
-    with pytest.raises(CurriculumError, match="No row of 2 tokens fits into max_length=3"):
+    with pytest.raises(ValueError, match="No row of 2 tokens fits into max_length=3"):
         fitting_length([R], 3)
-    with pytest.raises(CurriculumError, match="denoisers is empty"):
+    with pytest.raises(ValueError, match="denoisers is empty"):
         fitting_length([], 30)
 
 
@@ -144,28 +144,28 @@ def test_padding_side_does_not_matter():
 
 
 def test_refusals_name_the_fix():
-    with pytest.raises(CurriculumError, match=r"density=1 is outside \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"density=1 is outside \(0, 1\)"):
         Denoiser("R", 1, 3)
-    with pytest.raises(CurriculumError, match="mean_span=0.5"):
+    with pytest.raises(ValueError, match="mean_span=0.5"):
         Denoiser("R", 0.1, 0.5)
-    with pytest.raises(CurriculumError, match="hidden in up to 8 spans, and there are 3 sentinel_ids"):
+    with pytest.raises(ValueError, match="hidden in up to 8 spans, and there are 3 sentinel_ids"):
         made(sentinel_ids=SENTINELS[:3])
-    with pytest.raises(CurriculumError, match="each must be a token id of its own"):
+    with pytest.raises(ValueError, match="each must be a token id of its own"):
         made(sentinel_ids=[900] * 100)
-    with pytest.raises(CurriculumError, match=r"mode_ids has no token for \['X'\]"):
+    with pytest.raises(ValueError, match=r"mode_ids has no token for \['X'\]"):
         made(mode_ids={"R": 1, "S": 3})
-    with pytest.raises(CurriculumError, match="separator_id is for decoder-only"):
+    with pytest.raises(ValueError, match="separator_id is for decoder-only"):
         made(max_target_length=40, separator_id=5)
-    with pytest.raises(CurriculumError, match=r"denoisers holds \('R', 0.15\), which is no Denoiser"):
+    with pytest.raises(ValueError, match=r"denoisers holds \('R', 0.15\), which is no Denoiser"):
         made(denoisers=[("R", 0.15)])
     transform = made()
-    with pytest.raises(CurriculumError, match=f"A row has 60 tokens; 2 to row_length={transform.row_length} fit"):
+    with pytest.raises(ValueError, match=f"A row has 60 tokens; 2 to row_length={transform.row_length} fit"):
         transform(batch_of([range(10, 70)], 60), 0, 1, seeded(0))
-    with pytest.raises(CurriculumError, match="A row has 1 tokens"):
+    with pytest.raises(ValueError, match="A row has 1 tokens"):
         transform(batch_of([[10]], 4), 0, 1, seeded(0))
-    with pytest.raises(CurriculumError, match="holds a sentinel"):
+    with pytest.raises(ValueError, match="holds a sentinel"):
         transform(batch_of([[10, 901, 12]], 4), 0, 1, seeded(0))
-    with pytest.raises(CurriculumError, match=r"carries \['position_ids'\]"):
+    with pytest.raises(RefusedError, match=r"carries \['position_ids'\]"):
         transform({**batch_of([[10, 11]], 2), "position_ids": torch.zeros(1, 2)}, 0, 1, seeded(0))
-    with pytest.raises(CurriculumError, match="3 spans are hidden, and there are 1"):
+    with pytest.raises(ValueError, match="3 spans are hidden, and there are 1"):
         split_spans(torch.arange(6), torch.tensor([0, 1, 0, 1, 0, 1]).bool(), [9])

@@ -12,6 +12,7 @@ import torch
 import hf_effi.functional
 
 EXTRA_MODULES = (
+    "hf_effi.errors",
     "hf_effi._run_record",
     "hf_effi.report.preview_order",
     "hf_effi.samplers.curricula",

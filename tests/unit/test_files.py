@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from hf_effi._files import (
-    StateFileError,
     load_json,
     load_state,
     missing_file,
@@ -24,6 +23,7 @@ from hf_effi._files import (
     save_text,
     state_bytes,
 )
+from hf_effi.errors import BrokenFileError
 
 
 def test_a_file_is_forced_to_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ class Own:
     "value", [numpy.arange(3), Own(), lambda: 1, numpy.float64(1.0)], ids=lambda v: type(v).__name__
 )
 def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_stored(value: Any) -> None:
-    with pytest.raises(StateFileError, match=r"state of prompt_selector \(Mine\) cannot be stored.*Return tensors"):
+    with pytest.raises(ValueError, match=r"state of prompt_selector \(Mine\) cannot be stored.*Return tensors"):
         state_bytes({"scores": value}, "prompt_selector (Mine)")
 
 
@@ -140,7 +140,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.save({"a": Hostile()}, "state.pt")
     Path("plain.pt").write_bytes(pickle.dumps(Hostile()))
     for name in ("state.pt", "plain.pt"):
-        with pytest.raises(StateFileError, match=f"{name} is damaged or not a state of hf_effi"):
+        with pytest.raises(BrokenFileError, match=f"{name} is damaged or not a state of hf_effi"):
             load_state(name)
     assert not Path("ran").exists()
 
@@ -150,12 +150,12 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     content = (tmp_path / "torn.pt").read_bytes()
     (tmp_path / "torn.pt").write_bytes(content[: len(content) // 2])
     (tmp_path / "torn.json").write_text('{"step": ')
-    with pytest.raises(StateFileError, match=r"torn\.pt is damaged"):
+    with pytest.raises(BrokenFileError, match=r"torn\.pt is damaged"):
         load_state(tmp_path / "torn.pt")
-    with pytest.raises(StateFileError, match=r"torn\.json is damaged.*Resume from another checkpoint"):
+    with pytest.raises(BrokenFileError, match=r"torn\.json is damaged.*Resume from another checkpoint"):
         load_json(tmp_path / "torn.json")
     for load in (load_state, load_json):
-        with pytest.raises(StateFileError, match="checkpoint-3 has no lost, which was written with it"):
+        with pytest.raises(BrokenFileError, match="checkpoint-3 has no lost, which was written with it"):
             load(tmp_path / "checkpoint-3" / "lost")
     assert "Copy the file too" in str(missing_file(tmp_path / "lost"))
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_effi import patch
-from hf_effi.kernels import FusedLoRALinear, KernelMismatchError, PatchError
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import FusedLoRALinear
 from hf_effi.kernels import fused_lora as module_under_test
 from hf_effi.kernels.fused_lora import LoRAWeights, fused_lora, fused_lora_reference
 from tests.helpers import assert_bitwise_equal, tiny_gpt2, tiny_llama, tiny_qwen3
@@ -249,25 +250,25 @@ def test_a_copy_has_its_own_siblings():
 def test_refused_when_applied(config, message):
     model = lora_model(**config).train()
     state = state_of(model)
-    with pytest.raises(PatchError, match=message):
+    with pytest.raises(RefusedError, match=message):
         patch(model, KEY)
     assert state_of(model) == state
 
 
 def test_a_bias_in_the_adapter_is_refused():
     model = lora_model(tiny_qwen3(attention_bias=True), target_modules=["q_proj"], lora_bias=True)
-    with pytest.raises(PatchError, match="adapter 'default' has a bias"):
+    with pytest.raises(RefusedError, match="adapter 'default' has a bias"):
         patch(model, KEY)
 
 
 def test_dropout_acts_in_training_only():
     model = lora_model(lora_dropout=0.1).eval()
     expected = model(input_ids=IDS).logits
-    with pytest.raises(PatchError, match="lora_dropout=0.1"):  # the self-check runs in training mode too
+    with pytest.raises(RefusedError, match="lora_dropout=0.1"):  # the self-check runs in training mode too
         patch(model, KEY)
     with patch(model, KEY, verify=False):
         torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
-        with pytest.raises(PatchError, match="lora_dropout=0.1"):
+        with pytest.raises(RefusedError, match="lora_dropout=0.1"):
             model.train()(input_ids=IDS)
 
 
@@ -276,31 +277,31 @@ def test_several_active_adapters_are_refused_when_applied_and_when_called():
     model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
     with patch(model, KEY):
         model.base_model.set_adapter(["default", "other"])
-        with pytest.raises(PatchError, match=r"q_proj: 2 adapters are active \(default, other\)"):
+        with pytest.raises(RefusedError, match=r"q_proj: 2 adapters are active \(default, other\)"):
             model(input_ids=IDS)
-    with pytest.raises(PatchError, match="2 adapters are active"):
+    with pytest.raises(RefusedError, match="2 adapters are active"):
         patch(model, KEY)
 
 
 def test_other_layers_are_refused():
-    with pytest.raises(PatchError, match="matches no module"):
+    with pytest.raises(RefusedError, match="matches no module"):
         patch(lora_model(tiny_gpt2(), target_modules=["c_attn"], fan_in_fan_out=True), KEY)
-    with pytest.raises(PatchError, match=r"LlamaMLP is not PEFT's lora.Linear"):
+    with pytest.raises(RefusedError, match=r"LlamaMLP is not PEFT's lora.Linear"):
         patch(lora_model(), {"*.mlp": FusedLoRALinear()})
     model = lora_model()
     attention_of(model).q_proj.base_layer.register_forward_hook(lambda *_: None)
-    with pytest.raises(PatchError, match="q_proj: its base layer has hooks"):
+    with pytest.raises(RefusedError, match="q_proj: its base layer has hooks"):
         patch(model, KEY)
     model = lora_model()
     with patch(model, KEY):
         attention_of(model).k_proj.lora_A["default"].register_forward_pre_hook(lambda *_: None)
-        with pytest.raises(PatchError, match="k_proj: adapter 'default' has hooks"):
+        with pytest.raises(RefusedError, match="k_proj: adapter 'default' has hooks"):
             model(input_ids=IDS)
 
 
 def test_siblings_argument():
     for wrong in ("q_proj", ["q_proj", "k_proj"]):
-        with pytest.raises(PatchError, match="siblings=.* must be groups of names"):
+        with pytest.raises(ValueError, match="siblings=.* must be groups of names"):
             FusedLoRALinear(wrong)
     with patch(lora_model(), {"LoRALinear": FusedLoRALinear([["k_proj", "v_proj"]])}) as handle:
         layers = {row.name.rsplit(".", 1)[1]: row.layer for row in handle}
@@ -313,7 +314,7 @@ def test_a_wrong_scale_is_seen_although_a_fresh_b_is_zero(monkeypatch):
 
     monkeypatch.setattr(module_under_test, "fused_lora", wrong)
     fresh = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
-    with pytest.raises(KernelMismatchError, match="FusedLoRALinear x1 on .*q_proj: output 0 is off"):
+    with pytest.raises(RefusedError, match="FusedLoRALinear x1 on .*q_proj: output 0 is off"):
         patch(fresh, KEY)
     assert not fresh.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.any()
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from hf_effi.kernels import KernelMismatchError, PatchError, patch, unpatch
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import patch, unpatch
 from tests.helpers import (
     assert_bitwise_equal,
     tiny_llama,
@@ -100,7 +101,7 @@ def test_an_exception_in_the_body_reverts():
 def test_an_exception_while_applying_reverts():
     model = tiny_llama()
     state = state_of(model)
-    with pytest.raises(KernelMismatchError):
+    with pytest.raises(RefusedError):
         patch(model, {"SwiGLUMLP": TorchSwiGLU, "RMSNorm": TwiceTheNorm})
     assert state_of(model) == state
     patch(model, {"SwiGLUMLP": TorchSwiGLU}).revert()  # nothing is claimed any more
@@ -119,7 +120,7 @@ def test_revert_twice_does_nothing():
 def test_two_keys_on_one_module_are_named():
     model = tiny_llama()
     state = state_of(model)
-    with pytest.raises(PatchError, match=r"layers.0.mlp is claimed by '\*.mlp' and already by 'SwiGLUMLP'"):
+    with pytest.raises(RefusedError, match=r"layers.0.mlp is claimed by '\*.mlp' and already by 'SwiGLUMLP'"):
         patch(model, {"SwiGLUMLP": TorchSwiGLU, "*.mlp": TorchSwiGLU})
     assert state_of(model) == state
 
@@ -127,7 +128,7 @@ def test_two_keys_on_one_module_are_named():
 def test_two_handles_on_one_module_are_named():
     model = tiny_llama()
     with patch(model, {"*.mlp": TorchSwiGLU}):
-        with pytest.raises(PatchError, match=r"claimed by 'SwiGLUMLP' and already by '\*.mlp'"):
+        with pytest.raises(RefusedError, match=r"claimed by 'SwiGLUMLP' and already by '\*.mlp'"):
             patch(model, {"SwiGLUMLP": TorchSwiGLU})
         assert "forward" in model.model.layers[0].mlp.__dict__
     patch(model, {"SwiGLUMLP": TorchSwiGLU}).revert()
@@ -160,7 +161,7 @@ def test_a_later_stranger_is_named_and_the_rest_restored():
     model = tiny_llama()
     handle = patch(model, {"RMSNorm": TorchRMSNorm})
     stranger = model.model.norm.forward = types.MethodType(lambda self, x: x, model.model.norm)
-    with pytest.raises(PatchError, match="model.norm.forward was replaced by something else"):
+    with pytest.raises(RefusedError, match="model.norm.forward was replaced by something else"):
         handle.revert()
     assert model.model.norm.forward is stranger
     assert "forward" not in model.model.layers[0].input_layernorm.__dict__

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from hf_effi.kernels import PatchError, patch, unpatch
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import patch, unpatch
 from tests.helpers import (
     assert_bitwise_equal,
     tiny_llama,
@@ -88,7 +89,7 @@ def test_a_checkpointing_layer_itself_is_refused():
         def forward(self, hidden_states):
             return hidden_states
 
-    with pytest.raises(PatchError, match=r"model.layers.0 \(LlamaDecoderLayer\).*switch checkpointing off"):
+    with pytest.raises(RefusedError, match=r"model.layers.0 \(LlamaDecoderLayer\).*switch checkpointing off"):
         patch(tiny_llama(), {re.compile(r"model\.layers\.\d+"): Layer})
 
 
@@ -98,10 +99,10 @@ def test_a_compiled_model_is_refused():
         torch.compile(model, backend="eager"),
         nn.Sequential(torch.compile(model.model, backend="eager")),
     ):
-        with pytest.raises(PatchError, match="is compiled. Patch first, then compile"):
+        with pytest.raises(RefusedError, match="is compiled. Patch first, then compile"):
             patch(compiled, {"RMSNorm": TorchRMSNorm})
     model.compile(backend="eager")
-    with pytest.raises(PatchError, match="is compiled"):
+    with pytest.raises(RefusedError, match="is compiled"):
         patch(model, {"RMSNorm": TorchRMSNorm})
 
 
@@ -167,5 +168,5 @@ def test_a_copy_of_a_patched_model_uses_its_own_weights():
 def test_use_kernels_is_refused():
     model = tiny_llama()
     model._use_kernels = True
-    with pytest.raises(PatchError, match="use_kernels=True"):
+    with pytest.raises(RefusedError, match="use_kernels=True"):
         patch(model, {"RMSNorm": TorchRMSNorm})

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_effi._compat import MissingPackageError
-from hf_effi.kernels import KernelMismatchError, PatchError, TiledMLP, patch
+from hf_effi.errors import MissingPackageError, RefusedError
+from hf_effi.kernels import TiledMLP, patch
 from hf_effi.kernels._targets import kernel_name
 from tests.helpers import (
     tiny_gemma,
@@ -72,14 +72,14 @@ def test_families_by_structure(name, keys):
 @pytest.mark.parametrize("name", ["cohere", "helium"])
 def test_a_rotary_embedding_of_another_layout_is_refused(name):
     """These rotate neighbouring entries, not halves; by name alone it would look the same."""
-    with pytest.raises(KernelMismatchError, match="TorchRotary on model.layers.0.self_attn: output 0 is off by"):
+    with pytest.raises(RefusedError, match="TorchRotary on model.layers.0.self_attn: output 0 is off by"):
         patch(family(name), {"rotary_pos_emb": TorchRotary})
 
 
 def test_a_rotary_embedding_of_a_part_needs_its_input():
     """Phi cuts the rotated part out before it calls the function."""
     model = family("phi")
-    with pytest.raises(PatchError, match="the original does not run on the input.*Pass inputs="):
+    with pytest.raises(RefusedError, match="the original does not run on the input.*Pass inputs="):
         patch(model, {"rotary_pos_emb": TorchRotary})
 
     def cut(module, generator):
@@ -139,7 +139,7 @@ def test_keys(key, count):
 def test_bad_keys_and_values(layers, message):
     model = tiny_llama()
     state = state_of(model)
-    with pytest.raises(PatchError, match=message):
+    with pytest.raises(ValueError, match=message):
         patch(model, layers)
     assert state_of(model) == state
 
@@ -152,14 +152,14 @@ def test_a_layer_with_members_is_refused():
         def helper(self, x):
             return x
 
-    with pytest.raises(PatchError, match="WithHelper has members that a kernel layer may not have: helper"):
+    with pytest.raises(ValueError, match="WithHelper has members that a kernel layer may not have: helper"):
         patch(tiny_llama(), {"RMSNorm": WithHelper})
 
 
 def test_bad_model_and_policy():
-    with pytest.raises(PatchError, match="needs an nn.Module, not str"):
+    with pytest.raises(ValueError, match="needs an nn.Module, not str"):
         patch("gpt2", {"RMSNorm": TorchRMSNorm})
-    with pytest.raises(PatchError, match="on_mismatch='warn' must be"):
+    with pytest.raises(ValueError, match="on_mismatch='warn' must be"):
         patch(tiny_llama(), {"RMSNorm": TorchRMSNorm}, on_mismatch="warn")
 
 
@@ -182,11 +182,11 @@ def test_tiled_mlp_on_four_bit_weights(tmp_path):
 
 
 def test_tiled_mlp_says_what_it_cannot_compute():
-    with pytest.raises(PatchError, match="TiledMLP cannot compute model.norm: LlamaRMSNorm is none of SwiGLUMLP"):
+    with pytest.raises(RefusedError, match="TiledMLP cannot compute model.norm: LlamaRMSNorm is none of SwiGLUMLP"):
         patch(tiny_llama(), {"model.norm": TiledMLP()})
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: None)
-    with pytest.raises(KernelMismatchError, match="TiledMLP on .*mlp: it does not run: ValueError: TiledMLP: up_proj"):
+    with pytest.raises(RefusedError, match="TiledMLP on .*mlp: it does not run: RefusedError: TiledMLP: up_proj"):
         patch(model, {"SwiGLUMLP": TiledMLP()})
     with pytest.raises(ValueError, match="num_shards=0"):
         TiledMLP(0)

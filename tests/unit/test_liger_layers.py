@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_effi.errors import RefusedError
 from tests.helpers import run_distributed
 
 ROWS = {
@@ -46,7 +47,6 @@ def in_interpreter():
 
     import tests.helpers
     from hf_effi import patch
-    from hf_effi.kernels import KernelMismatchError, PatchError
     from tests.helpers.patches import outputs_of, peft_llama, state_of
 
     def deviation(a, b):
@@ -76,11 +76,11 @@ def in_interpreter():
     for key, layer in (("RMSNorm", LigerLayerNorm), ("lm_head", "liger")):
         try:
             patch(model, {key: layer})
-        except PatchError as error:
+        except RefusedError as error:
             found[str(key)] = str(error)
     try:
         patch(model, {"SwiGLUMLP": importlib.import_module("hf_effi.kernels.liger").LigerGeGLUMLP})
-    except KernelMismatchError as error:
+    except RefusedError as error:
         found["wrong"] = str(error)
     half = tests.helpers.tiny_llama(intermediate_size=32).half()
     with patch(half, {"RMSNorm": "liger", "rotary_pos_emb": "liger", "ForCausalLMLoss": "liger"}) as handle:

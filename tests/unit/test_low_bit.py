@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from hf_effi.kernels import PatchError, low_bit
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import low_bit
 from hf_effi.kernels.fused_lora import LoRAWeights, fused_lora, fused_lora_reference
 from hf_effi.kernels.low_bit import FORMATS, LowBitWeight, QuantizedRows, check_device, quantize_rows
 
@@ -189,13 +190,13 @@ def test_cards(monkeypatch, format, capability, message):
     if message is None:
         check_device(format, torch.device("cuda"))
         return
-    with pytest.raises(PatchError, match=message):
+    with pytest.raises(RefusedError, match=message):
         check_device(format, torch.device("cuda"))
 
 
 def test_other_devices():
     check_device("fp8", torch.device("cpu"))
-    with pytest.raises(PatchError, match="this is mps"):
+    with pytest.raises(RefusedError, match="this is mps"):
         check_device("int8", torch.device("mps"))
 
 

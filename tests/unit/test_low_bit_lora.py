@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from hf_effi import patch
-from hf_effi.kernels import PatchError
+from hf_effi.errors import RefusedError
 from hf_effi.kernels.low_bit import FORMATS, LowBitWeight, quantize_rows
 from tests.helpers import assert_bitwise_equal, tiny_llama, tiny_qwen3
 from tests.helpers.lora import attention_of, lora_model, randomize, saved_bytes
@@ -139,7 +139,7 @@ def test_switching_adapters():
 
 def test_adapters_by_row_are_refused():
     model = lora_model().eval()
-    with patch(model, key("int8")), pytest.raises(PatchError, match="passes .*'adapter_names'"):
+    with patch(model, key("int8")), pytest.raises(RefusedError, match="passes .*'adapter_names'"):
         model(input_ids=IDS, adapter_names=["default", "__base__"])
 
 

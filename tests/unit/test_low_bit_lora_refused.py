@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hf_effi import patch
-from hf_effi.kernels import KernelMismatchError, LowBitLoRALinear, PatchError, low_bit
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import LowBitLoRALinear, low_bit
 from hf_effi.kernels.low_bit import FORMATS, quantize_rows
 from tests.helpers import assert_bitwise_equal, tiny_llama, tiny_qwen3
 from tests.helpers.lora import attention_of, lora_model
@@ -22,7 +23,7 @@ from tests.unit.test_low_bit import relative
 
 def refused(model, message, format="int8", pattern="LoRALinear"):
     state = state_of(model)
-    with pytest.raises(PatchError, match=message):
+    with pytest.raises(RefusedError, match=message):
         patch(model, {pattern: LowBitLoRALinear(format)})
     assert state_of(model) == state
 
@@ -44,7 +45,7 @@ def test_a_trained_base_is_refused_when_applied_and_when_called():
     weight = attention_of(model).q_proj.base_layer.weight
     with patch(model, key("int8")):
         weight.requires_grad_(True)
-        with pytest.raises(PatchError, match="q_proj: its base weight is trained"):
+        with pytest.raises(RefusedError, match="q_proj: its base weight is trained"):
             model(input_ids=IDS)
     refused(model, "q_proj: its base weight is trained, and 8 bits take no updates. Freeze it")
 
@@ -71,15 +72,15 @@ def test_a_gpu_without_the_format_is_refused(monkeypatch):
 
 
 def _no_fp8(format, device):
-    raise PatchError("compute capability 8.0")
+    raise RefusedError("compute capability 8.0")
 
 
 def test_other_layers_and_arguments_are_refused():
     refused(lora_model(), "LlamaMLP is not PEFT's lora.Linear", pattern="*.mlp")
     for wrong in ("fp4", None, 8, ""):
-        with pytest.raises(PatchError, match=f"format={wrong!r} must be one of 'fp8', 'int8'"):
+        with pytest.raises(ValueError, match=f"format={wrong!r} must be one of 'fp8', 'int8'"):
             LowBitLoRALinear(wrong)
-    with pytest.raises(PatchError, match="siblings=.* must be groups"):
+    with pytest.raises(ValueError, match="siblings=.* must be groups"):
         LowBitLoRALinear("int8", siblings="q_proj")
 
 
@@ -141,7 +142,7 @@ def test_beside_other_patches():
         assert len(handle) == 2 + 14
         assert_bitwise_equal(outputs_of(model), int8_outputs := outputs_of(model))
         assert relative(int8_outputs["loss"], expected["loss"]) < 0.01
-    with pytest.raises(PatchError, match="in 8 bits by another patch.* put 8-bit bases last"):
+    with pytest.raises(RefusedError, match="in 8 bits by another patch.* put 8-bit bases last"):
         patch(model, {"LoRALinear": LowBitLoRALinear("int8"), "SwiGLUMLP": SwiGLU})
     assert state_of(model) == state
 
@@ -184,7 +185,7 @@ def test_a_wrong_kernel_is_refused(monkeypatch, format, name, wrong, what):
     state = state_of(model)
     monkeypatch.setattr(low_bit, name, wrong)
     with pytest.raises(
-        KernelMismatchError, match=f"LowBitLoRALinear {format} x3 on .*q_proj: {what} is off by .* of its norm"
+        RefusedError, match=f"LowBitLoRALinear {format} x3 on .*q_proj: {what} is off by .* of its norm"
     ):
         patch(model, key(format))
     assert state_of(model) == state
@@ -201,7 +202,7 @@ def test_a_wrong_adapter_gradient_gets_no_budget(monkeypatch):
         return grad_x, *(g if i % 4 != 1 or g is None else 1.02 * g for i, g in enumerate(rest))
 
     monkeypatch.setattr(module, "_backward", wrong)
-    with pytest.raises(KernelMismatchError, match="gradient of .*lora_B.* is off by .* of its largest entry"):
+    with pytest.raises(RefusedError, match="gradient of .*lora_B.* is off by .* of its largest entry"):
         patch(lora_model(), key("fp8"))
 
 

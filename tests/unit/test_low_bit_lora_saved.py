@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_effi import patch, unpatch
-from hf_effi.kernels import PatchError
+from hf_effi.errors import RefusedError
 from tests.helpers import assert_bitwise_equal, tiny_llama
 from tests.helpers.lora import attention_of, lora_model
 from tests.helpers.patches import IDS, outputs_of, state_of
@@ -57,7 +57,7 @@ def test_loading_base_weights_is_refused():
     model = lora_model()
     with (
         patch(model, key("int8")),
-        pytest.raises(PatchError, match=r"base_layer\.weight cannot be loaded into a base of 8"),
+        pytest.raises(RefusedError, match=r"base_layer\.weight cannot be loaded into a base of 8"),
     ):
         model.load_state_dict(model.state_dict())
     model.load_state_dict(model.state_dict())
@@ -67,7 +67,9 @@ def test_merging_is_refused_and_works_again_after():
     model = lora_model()
     with patch(model, key("int8")):
         for merge in (model.merge_adapter, model.merge_and_unload):
-            with pytest.raises(PatchError, match="q_proj: an adapter cannot be merged into a base of 8 bits. Revert"):
+            with pytest.raises(
+                RefusedError, match="q_proj: an adapter cannot be merged into a base of 8 bits. Revert"
+            ):
                 merge()
     expected = model(input_ids=IDS).logits
     assert relative(model.merge_and_unload()(input_ids=IDS).logits, expected) < 1e-5
@@ -93,7 +95,7 @@ def test_unload_gives_the_wide_base_back():
 def test_a_merged_adapter_is_refused():
     model = lora_model()
     model.merge_adapter()
-    with pytest.raises(PatchError, match="merged into its base. Call unmerge_adapter"):
+    with pytest.raises(RefusedError, match="merged into its base. Call unmerge_adapter"):
         patch(model, key("int8"))
 
 

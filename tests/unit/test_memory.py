@@ -10,6 +10,7 @@ import pytest
 from transformers import GPT2Config, Qwen3Config, Qwen3MoeConfig, ViTConfig
 
 from hf_effi import cli
+from hf_effi.errors import RefusedError
 from hf_effi.functional.memory import (
     ForwardTrace,
     Parameter,
@@ -258,7 +259,9 @@ def test_bad_values_are_named(tmp_path, capsys, arguments, word):
 
 
 def test_models_without_a_language_head_are_refused_by_name():
-    with pytest.raises(ValueError, match="ViTConfig is no config of a causal language model or of an encoder-decoder"):
+    with pytest.raises(
+        RefusedError, match="ViTConfig is no config of a causal language model or of an encoder-decoder"
+    ):
         plan_memory(ViTConfig(), seq_len=8)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_effi.data.metadata import MetadataCollator, MetadataConditioning
-from hf_effi.functional.data import CurriculumError, cooldown_step, domain_of, join_metadata, seeded
+from hf_effi.functional.data import cooldown_step, domain_of, join_metadata, seeded
 
 BOS, EOS, PAD = 1, 2, 0
 
@@ -111,5 +111,5 @@ def test_refusals():
         (lambda: join_metadata(one, one, one[0], one, one[0], "in"), "where='in'"),
         (lambda: cooldown_step(-1, 0.1), "total_steps=-1"),
     ):
-        with pytest.raises(CurriculumError, match=message):
+        with pytest.raises(ValueError, match=message):
             call()

@@ -3,7 +3,7 @@ import torch
 
 from hf_effi.callbacks import MultigridLRCallback
 from hf_effi.data import Multigrid
-from hf_effi.functional.data import CurriculumError, rechunk
+from hf_effi.functional.data import rechunk
 
 
 def test_sequence_by_hand():
@@ -49,11 +49,11 @@ def test_refusals_name_the_fix():
         ({"short_steps": 0}, "short_steps=0"),
         ({"final_share": 0.0}, r"final_share=0.0 is outside \(0, 1\]"),
     ):
-        with pytest.raises(CurriculumError, match=message):
+        with pytest.raises(ValueError, match=message):
             Multigrid(**{"max_length": 64, **bad})
-    with pytest.raises(CurriculumError, match="step=-1"):
+    with pytest.raises(ValueError, match="step=-1"):
         Multigrid(64)(-1, 5)
-    with pytest.raises(CurriculumError, match=r"exponent=2 is outside \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"exponent=2 is outside \[0, 1\]"):
         MultigridLRCallback(Multigrid(64), 2)
-    with pytest.raises(CurriculumError, match="shapes=8 must be the Multigrid"):
+    with pytest.raises(ValueError, match="shapes=8 must be the Multigrid"):
         MultigridLRCallback(8)

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from hf_effi.functional.data import BernoulliBayes, CurriculumError
-from hf_effi.samplers import MultistageSampler, SamplerMismatchError
+from hf_effi.errors import MismatchError
+from hf_effi.functional.data import BernoulliBayes
+from hf_effi.samplers import MultistageSampler
 
 # Token 0 stands in easy rows, token 1 in hard ones, token 2 in all.
 TOKENS = [[0, 2, 2] if row % 2 else [1, 2] for row in range(40)]
@@ -66,16 +67,16 @@ def test_naive_bayes_learns_row_by_row_and_has_a_state():
 
 def test_naive_bayes_refuses():
     bayes = BernoulliBayes(3)
-    with pytest.raises(CurriculumError, match="1 labels for 2 rows"):
+    with pytest.raises(ValueError, match="1 labels for 2 rows"):
         bayes.update([[0], [1]], [True])
     for row in ([3], [-1]):
-        with pytest.raises(CurriculumError, match="outside"):
+        with pytest.raises(ValueError, match="outside"):
             bayes.update([row], [True])
-    with pytest.raises(CurriculumError, match="alpha"):
+    with pytest.raises(ValueError, match="alpha"):
         BernoulliBayes(3, alpha=0)
-    with pytest.raises(CurriculumError, match="num_tokens"):
+    with pytest.raises(ValueError, match="num_tokens"):
         BernoulliBayes(0)
-    with pytest.raises(CurriculumError, match="4 tokens"):
+    with pytest.raises(MismatchError, match="4 tokens"):
         bayes.load_state_dict(BernoulliBayes(4).state_dict())
 
 
@@ -170,12 +171,12 @@ def test_resume_gives_the_same_rounds():
     assert one[0] + two[0] == served and one[1] + two[1] == forwarded
     assert second.history == whole.history and second.threshold == whole.threshold
     for other in (build(seed=1), build(window=16), build(switch_loss=0.1)):
-        with pytest.raises(SamplerMismatchError):
+        with pytest.raises(MismatchError):
             other.load_state_dict(first.state_dict())
     changed = MultistageSampler(
         [[1], *TOKENS[1:]], lambda m, r: [], window=17, num_samples=6, threshold_rows=6, switch_rows=10
     )
-    with pytest.raises(SamplerMismatchError):
+    with pytest.raises(MismatchError):
         changed.load_state_dict(first.state_dict())
 
 
@@ -194,18 +195,18 @@ def test_resume_gives_the_same_rounds():
     ],
 )
 def test_bad_settings(over, message):
-    with pytest.raises(CurriculumError, match=message):
+    with pytest.raises(ValueError, match=message):
         build(**over)
 
 
 def test_bad_rows():
-    with pytest.raises(CurriculumError, match="num_rows"):
+    with pytest.raises(ValueError, match="num_rows"):
         MultistageSampler([], lambda m, r: [], window=1, num_samples=1)
-    with pytest.raises(CurriculumError, match="negative"):
+    with pytest.raises(ValueError, match="negative"):
         MultistageSampler([[-1]], lambda m, r: [], window=1, num_samples=1)
     MultistageSampler([[], []], lambda m, r: [], window=1, num_samples=1)
     sampler = build(warmup_rounds=0)
-    with pytest.raises(CurriculumError, match="NaN"):
+    with pytest.raises(ValueError, match="NaN"):
         sampler.observe(0, [math.nan] * 17)
-    with pytest.raises(CurriculumError, match="17 rows"):
+    with pytest.raises(ValueError, match="17 rows"):
         sampler.observe(0, [1.0])

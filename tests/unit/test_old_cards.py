@@ -11,9 +11,10 @@ import pytest
 
 import hf_effi
 from hf_effi.callbacks import GRPOLimits, TrainLimits
+from hf_effi.errors import RecipeError
 from hf_effi.functional.rollouts import AdvantagePruner, PassRateBand
 from hf_effi.hub import Recipe
-from hf_effi.hub.objects import NotPlainError, from_plain, to_plain
+from hf_effi.hub.objects import from_plain, to_plain
 from hf_effi.hub.recipe import _readable
 from hf_effi.schedules import cosine, join, scale, wsd
 
@@ -70,5 +71,5 @@ def test_what_a_card_could_not_give_back_is_not_written():
     schedule = cosine()
     for _ in range(8):
         schedule = scale(schedule=schedule, factor=0.9)
-    with pytest.raises(NotPlainError, match="too much: it is nested more than 16 deep"):
+    with pytest.raises(RecipeError, match="too much: it is nested more than 16 deep"):
         _readable(hf_effi.LRScheduleCallback(schedule))

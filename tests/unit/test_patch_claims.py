@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hf_effi import patch, unpatch
-from hf_effi.kernels import FusedLoRALinear, PatchError, PatchHandle, TiledMLP, tile_mlp
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import FusedLoRALinear, PatchHandle, TiledMLP, tile_mlp
 from hf_effi.layers.random_ltd import TokenDropping, drop_layer_tokens
 from hf_effi.memory import LayerModes, stream_layers, tile_loss
 from hf_effi.patching.handle import Claim, claims_of
@@ -50,7 +51,7 @@ def test_the_second_claim_names_the_module_and_the_first(place, first, second):
     untouched = state_of(model)
     handle = patches[first](model)
     patched = state_of(model)
-    with pytest.raises(ValueError, match=rf"({place}).* by '{re.escape(first)}'"):
+    with pytest.raises(RefusedError, match=rf"({place}).* by '{re.escape(first)}'"):
         patches[second](model)
     assert state_of(model) == patched, "the first patch is as it was"
     handle.revert()
@@ -65,7 +66,7 @@ def test_a_second_claim_puts_back_what_its_own_call_had_done():
     inner = tile_mlp(model.model.layers[2])
     state = state_of(model)
     for second in (lambda: tile_mlp(model), lambda: patch(model, {"RMSNorm": TorchRMSNorm, "SwiGLUMLP": TorchSwiGLU})):
-        with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp"):
+        with pytest.raises(RefusedError, match=r"model\.layers\.2\.mlp"):
             second()
         assert state_of(model) == state
     inner.revert()
@@ -103,7 +104,7 @@ def test_a_patched_model_is_not_pickled_without_its_patch(apply):
     """A pickle calls the class's forward again: the copy would be unpatched, and claimed."""
     model = model_of().eval()
     with apply(model):
-        with pytest.raises(ValueError, match="cannot be pickled. Revert the patch first"):
+        with pytest.raises(RefusedError, match="cannot be pickled. Revert the patch first"):
             pickle.dumps(model)
         twin = copy.deepcopy(model)
         assert torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
@@ -122,7 +123,7 @@ def test_a_claim_inside_a_tiled_mlp_is_named_at_the_first_call():
     with (
         tile_mlp(model),
         patch(model, {"LoRALinear": FusedLoRALinear()}),
-        pytest.raises(ValueError, match="gate_proj has hooks of its own .* or a patch"),
+        pytest.raises(RefusedError, match="gate_proj has hooks of its own .* or a patch"),
     ):
         model(input_ids=IDS)
 
@@ -155,7 +156,7 @@ def test_a_stranger_is_named_after_all_others_are_restored(apply):
     ours = middle.forward
     middle.forward = lambda hidden: hidden
     with pytest.raises(
-        PatchError, match=r"could not restore: model\.layers\.1\.mlp\.forward was replaced by something"
+        RefusedError, match=r"could not restore: model\.layers\.1\.mlp\.forward was replaced by something"
     ):
         handle.revert()
     assert all("forward" not in model.model.layers[i].mlp.__dict__ for i in (0, 2))
@@ -191,7 +192,7 @@ def test_layers_with_modes_are_not_pickled_and_copies_have_them():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with LayerModes(model, "selective"):
         with pytest.raises(
-            ValueError, match=r"layer 0 is patched by \"layer mode 'selective'\", and a patched model cannot"
+            RefusedError, match=r"layer 0 is patched by \"layer mode 'selective'\", and a patched model cannot"
         ):
             pickle.dumps(model.model.layers[0])
         twin = copy.deepcopy(model)

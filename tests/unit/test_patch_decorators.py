@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from hf_effi.kernels import PatchError, patch
+from hf_effi.errors import RefusedError
+from hf_effi.kernels import patch
 from hf_effi.kernels._layers import with_globals
 from hf_effi.kernels._targets import calling, decorated, kernel_name
 from tests.helpers import tiny_llama
@@ -98,7 +99,7 @@ def test_the_decorator_keeps_renaming_arguments_of_the_patched_forward():
 def test_a_decorator_that_cannot_be_copied_is_refused():
     model = decorated_llama(Counting)
     assert kernel_name(model.model.layers[0].self_attn) is None
-    with pytest.raises(PatchError, match="'rotary_pos_emb' matches no module"):
+    with pytest.raises(RefusedError, match="'rotary_pos_emb' matches no module"):
         patch(model, {"rotary_pos_emb": Shifted})
 
 

@@ -3,7 +3,6 @@ import json
 
 import pytest
 
-from hf_effi.functional.data import CurriculumError
 from hf_effi.report import preview_order
 from hf_effi.samplers import CompetenceSampler, QualityAscendingSampler, ShuffledSampler
 
@@ -35,9 +34,9 @@ def test_repeats_and_missing_rows_are_counted():
     shown = preview_order.preview(CompetenceSampler([0.0, 1.0], 6, start=0.5, full_at=1.0, root=1), [0.0, 1.0])
     assert shown["samples"] == 6 and shown["most_often"] >= 3
     assert len(shown["parts"]) == 6
-    with pytest.raises(CurriculumError, match="values has 1 entries for 2 rows"):
+    with pytest.raises(ValueError, match="values has 1 entries for 2 rows"):
         preview_order.preview(ShuffledSampler(2), [1.0])
-    with pytest.raises(CurriculumError, match="batch_size=0"):
+    with pytest.raises(ValueError, match="batch_size=0"):
         preview_order.preview(ShuffledSampler(1), [1.0], batch_size=0)
 
 
@@ -76,5 +75,5 @@ def test_files(tmp_path):
     assert preview_order.read_column(tmp_path / "a.json", "score") == [1]
     for name, text, message in (("a.txt", "", "is not known"), ("b.jsonl", "", "no rows")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(CurriculumError, match=message):
+        with pytest.raises(ValueError, match=message):
             preview_order.read_column(tmp_path / name, "score")

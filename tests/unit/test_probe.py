@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from hf_effi.patching import (
-    CannotLook,
     Finding,
     OtherStates,
     agreed,
@@ -28,6 +27,7 @@ from hf_effi.patching import (
     tiny_tokens,
 )
 from hf_effi.patching._generators import HeldGenerators, owned_generators
+from hf_effi.patching._inputs import _CannotLook
 from hf_effi.patching.probe import looking
 from tests.helpers import odd_models as odd
 from tests.helpers import tiny_llama
@@ -214,7 +214,7 @@ def test_a_way_that_fails_is_told_apart_from_a_model_that_does():
     assert not first.failed and "the model does not run on a few tokens: IndexError" in str(first)
 
     def will_not(model):
-        raise CannotLook("the model returns no loss")
+        raise _CannotLook("the model returns no loss")
 
     assert str(compare(odd.Plain(), will_not, _logits)) == "this could not be measured: the model returns no loss"
 
@@ -405,5 +405,5 @@ def test_tokens_of_a_probe_are_no_special_ones():
     assert tokens.shape == (4, 40) and tokens.unique().numel() > 20
     assert not {model.config.pad_token_id, model.config.eos_token_id} & set(tokens.flatten().tolist())
     assert not torch.equal(tokens, tiny_tokens(model, 4, 40, seed=1))
-    with pytest.raises(CannotLook, match="has no vocabulary"):
+    with pytest.raises(_CannotLook, match="has no vocabulary"):
         tiny_tokens(nn.Linear(2, 2), 1, 1)

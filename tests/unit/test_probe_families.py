@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_effi.attention import _varlen_probe, register_varlen_attention
 from hf_effi.attention.shared_prefix import check_shared_prefix
+from hf_effi.errors import RefusedError
 from hf_effi.kernels import tile_mlp
 from hf_effi.memory import stream_layers
 from hf_effi.memory.chunk_probe import chunks_are_exact
@@ -212,7 +213,7 @@ def test_shared_prefix(family, over, message):
     if message is None:
         assert check_shared_prefix(model) is None
         return
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RefusedError, match=message):
         check_shared_prefix(model)
 
 
@@ -237,6 +238,6 @@ def test_layers_and_mlps(change, family, message):
     if message is None:
         change(model).revert()
     else:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(RefusedError, match=message):
             change(model)
     assert picture(model) == before

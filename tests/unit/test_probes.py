@@ -15,8 +15,8 @@ from hf_effi.callbacks._lr_factors import LRFactorCallback, LRFactors
 from hf_effi.callbacks._lr_search import probe_blocks, share_stage
 from hf_effi.callbacks._turns import MEASURE, READ, WRITE, TurnCallback, in_turn
 from hf_effi.callbacks.owners import Role
-from hf_effi.functional.probes import ProbeError, ProbePlan, is_probed, probing_model, stored_plan, without_probes
-from hf_effi.functional.schedules import ScheduleError
+from hf_effi.errors import RefusedError
+from hf_effi.functional.probes import ProbePlan, is_probed, probing_model, stored_plan, without_probes
 from hf_effi.schedules.range_test import lr_range_test
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def test_plan_against_counting():
 
 @pytest.mark.parametrize("blocks", [((0, 2, 1),), ((3, 2, 1),), ((1, 2, 0),), ((1, 4, 2), (4, 5, 1))])
 def test_blocks_that_cannot_be_are_refused(blocks):
-    with pytest.raises(ProbeError, match="must ascend"):
+    with pytest.raises(ValueError, match="must ascend"):
         ProbePlan(blocks)
 
 
@@ -112,7 +112,7 @@ def test_two_states_do_not_meet_and_checkpoints_know_the_past_alone():
 def test_two_searches_in_one_run_are_refused():
     state = state_at(0)
     probing.announce_probes(state, SimpleNamespace(), [(1, 4, 2)])
-    with pytest.raises(ProbeError, match="SimpleNamespace and dict both try updates"):
+    with pytest.raises(RefusedError, match="SimpleNamespace and dict both try updates"):
         probing.announce_probes(state, {}, [(5, 6, 1)])
 
 
@@ -134,7 +134,7 @@ def test_training_weights_are_lent_or_refused():
         held.append("free")
     assert held == ["in", "look", "out", "free"]
     lonely = state_at(1, stateful_callbacks={"hf_effi.probes": {"blocks": [[1, 1, 2]]}})
-    with pytest.raises(ProbeError, match="Train on with the callback"), probing.training_weights(lonely):
+    with pytest.raises(RefusedError, match="Train on with the callback"), probing.training_weights(lonely):
         pass
 
 
@@ -324,7 +324,7 @@ def test_the_highest_floor_holds():
 def test_two_factors_of_one_name_are_refused():
     first, second, state = Factor("a", 0.5), Factor("a", 0.5), state_at(0)
     first.on_train_begin(None, state, None)
-    with pytest.raises(ScheduleError, match="Two callbacks multiply the LR by one rule"):
+    with pytest.raises(RefusedError, match="Two callbacks multiply the LR by one rule"):
         second.on_train_begin(None, state, None)
 
 

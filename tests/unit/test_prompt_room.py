@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_effi.errors import RefusedError
 from hf_effi.trainers.grpo import prompt_room
 from hf_effi.trainers.grpo.prompt_room import PromptRoom
 from tests.helpers import tiny_gpt2, tiny_qwen3
@@ -49,13 +50,15 @@ def test_what_does_not_fit_is_counted_and_warned_of_once(warnings: list[str]) ->
 def test_a_table_ends_where_not_even_one_token_fits(warnings: list[str]) -> None:
     room = PromptRoom(10, is_a_table=True)
     assert checked(room, [9]) == [1.0] and "stops where a completion goes past them" in warnings[0]
-    with pytest.raises(ValueError, match="a prompt of 10 tokens .* 10 positions. Drop prompts of more than 6 tokens"):
+    with pytest.raises(
+        RefusedError, match="a prompt of 10 tokens .* 10 positions. Drop prompts of more than 6 tokens"
+    ):
         checked(room, [10])
 
 
 def test_all_ranks_hear_of_the_prompt_of_one(warnings: list[str]) -> None:
     assert checked(PromptRoom(10, is_a_table=False), [2], others=[(8, 3)]) == [3.0] and warnings
-    with pytest.raises(ValueError, match="a prompt of 12 tokens"):
+    with pytest.raises(RefusedError, match="a prompt of 12 tokens"):
         checked(PromptRoom(10, is_a_table=True), [2], others=[(12, 1)])
 
 

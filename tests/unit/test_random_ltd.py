@@ -7,8 +7,9 @@ import torch
 from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM
 
 from hf_effi._compat import CACHE_ARGUMENT
+from hf_effi.errors import RefusedError
 from hf_effi.functional.random_ltd import draw_kept, kept_tokens, layer_tokens, ramp_length, uniform_scores
-from hf_effi.layers.random_ltd import RandomLTDError, TokenDropping, drop_layer_tokens
+from hf_effi.layers.random_ltd import TokenDropping, drop_layer_tokens
 from tests.helpers import assert_bitwise_equal, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3, weights_of
 
 
@@ -228,25 +229,25 @@ def test_each_layer_step_microbatch_and_rank_draws_its_own():
 def test_refusals_name_the_reason():
     model = model_of()
     with drop_layer_tokens(model, dropping_of(4)):
-        with pytest.raises(RandomLTDError, match="use_cache=False"):
+        with pytest.raises(RefusedError, match="use_cache=False"):
             model(IDS, **{CACHE_ARGUMENT: DynamicCache(config=model.config)})
-        with pytest.raises(RandomLTDError, match="cu_seq_lens_q"):
+        with pytest.raises(RefusedError, match="cu_seq_lens_q"):
             model(IDS, use_cache=False, cu_seq_lens_q=torch.tensor([0, 12, 24]))
-        with pytest.raises(ValueError, match="replaced before"):
+        with pytest.raises(RefusedError, match="replaced before"):
             drop_layer_tokens(model, dropping_of(4))
         model(IDS, use_cache=False)
-    with pytest.raises(RandomLTDError, match="only 2"):
+    with pytest.raises(RefusedError, match="only 2"):
         drop_layer_tokens(model_of(layers=2), dropping_of(4))
     rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=3, context_length=8))
-    with pytest.raises(RandomLTDError, match="RwkvBlock takes hidden, .*hidden_states of a layer"):
+    with pytest.raises(RefusedError, match="RwkvBlock takes hidden, .*hidden_states of a layer"):
         drop_layer_tokens(rwkv, TokenDropping(0))
-    with pytest.raises(RandomLTDError, match="one stack"):
+    with pytest.raises(RefusedError, match="one stack"):
         drop_layer_tokens(torch.nn.Linear(2, 2), dropping_of(4))
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(RandomLTDError, match="flash_attention_2"):
+    with pytest.raises(RefusedError, match="flash_attention_2"):
         drop_layer_tokens(model, dropping_of(4))
     model.config._attn_implementation, model.config.output_router_logits = "sdpa", True
-    with pytest.raises(RandomLTDError, match="output_router_logits"):
+    with pytest.raises(RefusedError, match="output_router_logits"):
         drop_layer_tokens(model, dropping_of(4))
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_effi.trainers.grpo.rewards import RewardCheck, RewardError
+from hf_effi.errors import RewardError
+from hf_effi.trainers.grpo.rewards import RewardCheck
 
 
 def host(*functions: Any) -> Any:

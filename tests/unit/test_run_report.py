@@ -15,7 +15,8 @@ import pytest
 from hf_effi import cli
 from hf_effi._run_record import RunStore
 from hf_effi.callbacks.run_summary import time_parts
-from hf_effi.report.run_data import NoRunError, load_group, load_run, mean_and_band, phases_of, series, token_series
+from hf_effi.errors import BrokenFileError
+from hf_effi.report.run_data import load_group, load_run, mean_and_band, phases_of, series, token_series
 from hf_effi.report.run_page import bars, curves, facts, render_run_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -191,7 +192,7 @@ def test_command(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NoRunError, match="RunRecordCallback"):
+    with pytest.raises(BrokenFileError, match="RunRecordCallback"):
         load_group(tmp_path / "empty")
 
 

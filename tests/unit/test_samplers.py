@@ -2,8 +2,9 @@ import pytest
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from hf_effi.functional.data import CurriculumError, clean_scores, repeat_layout, seeded
-from hf_effi.samplers import EffiSampler, GroupSampler, SamplerError, SamplerMismatchError, ShuffledSampler
+from hf_effi.errors import MismatchError
+from hf_effi.functional.data import clean_scores, repeat_layout, seeded
+from hf_effi.samplers import EffiSampler, GroupSampler, ShuffledSampler
 
 
 class Forward(EffiSampler):
@@ -62,7 +63,7 @@ def test_start_from_gives_the_rest_once():
     again.start_from(1, 3)
     again.set_epoch(2)
     assert len(list(again)) == 10
-    with pytest.raises(SamplerError, match=r"sample=11 is outside \[0, 10\]"):
+    with pytest.raises(ValueError, match=r"sample=11 is outside \[0, 10\]"):
         again.start_from(0, 11)
 
 
@@ -70,9 +71,9 @@ def test_start_from_under_a_trainer_is_refused():
     sampler = ShuffledSampler(10)
     sampler.check_not_started()
     sampler.start_from(0, 4)
-    with pytest.raises(SamplerError, match="skipped twice"):
+    with pytest.raises(ValueError, match="skipped twice"):
         sampler.check_not_started()
-    with pytest.raises(SamplerError, match="skipped twice"):
+    with pytest.raises(ValueError, match="skipped twice"):
         GroupSampler(sampler, 2, 2).check_not_started()
 
 
@@ -83,11 +84,11 @@ def test_state_round_trip_and_mismatches():
     fresh = ShuffledSampler(10, seed=1)
     fresh.load_state_dict(state)
     assert list(fresh) == list(sampler)
-    with pytest.raises(SamplerMismatchError, match="other settings, seed or scores"):
+    with pytest.raises(MismatchError, match="other settings, seed or scores"):
         ShuffledSampler(10, seed=2).load_state_dict(state)
-    with pytest.raises(SamplerMismatchError, match="length=10, this run has 11"):
+    with pytest.raises(MismatchError, match="length=10, this run has 11"):
         ShuffledSampler(11, seed=1).load_state_dict(state)
-    with pytest.raises(SamplerMismatchError, match="'ShuffledSampler', this run has 'Forward'"):
+    with pytest.raises(MismatchError, match="'ShuffledSampler', this run has 'Forward'"):
         Forward(10, seed=1).load_state_dict(state)
 
 
@@ -100,24 +101,24 @@ def test_a_state_of_an_earlier_version_says_by_a_letter_whether_it_learned():
     fresh = GroupSampler(ShuffledSampler(10, seed=1), 2, 2)
     fresh.load_state_dict(state)
     assert list(fresh) == list(sampler)
-    with pytest.raises(SamplerMismatchError, match="learns=False, this run has True"):
+    with pytest.raises(MismatchError, match="learns=False, this run has True"):
         fresh.load_state_dict({**state, "rule": "A"})
 
 
 def test_a_plan_has_one_pass():
     plan = Plan(4)
     assert list(plan) == [0, 1, 2, 3]
-    with pytest.raises(SamplerError, match="num_train_epochs=1"):
+    with pytest.raises(ValueError, match="num_train_epochs=1"):
         plan.set_epoch(1)
 
 
 def test_whether_it_learns_must_be_declared():
-    with pytest.raises(SamplerError, match=r"Silent.learns must be False"):
+    with pytest.raises(ValueError, match=r"Silent.learns must be False"):
 
         class Silent(EffiSampler):
             pass
 
-    with pytest.raises(SamplerError, match="earlier versions called it rule, 'A' for False and 'B' for True"):
+    with pytest.raises(ValueError, match="earlier versions called it rule, 'A' for False and 'B' for True"):
 
         class OldForm(EffiSampler):
             rule = "A"
@@ -132,9 +133,9 @@ def test_an_order_of_the_wrong_length_or_type_is_named():
         def order(self, epoch):
             return torch.arange(4).float()
 
-    with pytest.raises(SamplerError, match=r"shape \(3,\), but len\(\) says 4"):
+    with pytest.raises(ValueError, match=r"shape \(3,\), but len\(\) says 4"):
         list(Short(4))
-    with pytest.raises(SamplerError, match="float32"):
+    with pytest.raises(ValueError, match="float32"):
         list(Wrong(4))
     with pytest.raises(NotImplementedError, match="order"):
         type("Empty", (EffiSampler,), {"learns": False})(1).order(0)
@@ -142,7 +143,7 @@ def test_an_order_of_the_wrong_length_or_type_is_named():
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True])
 def test_bad_sizes(bad):
-    with pytest.raises(CurriculumError, match="num_rows"):
+    with pytest.raises(ValueError, match="num_rows"):
         ShuffledSampler(bad)
 
 
@@ -168,27 +169,27 @@ def test_group_sampler_follows_epochs_state_and_fingerprint():
     again = GroupSampler(ShuffledSampler(6), 2, 2, 1)
     again.load_state_dict(group.state_dict())
     assert list(again) == list(group)
-    with pytest.raises(SamplerMismatchError):
+    with pytest.raises(MismatchError):
         GroupSampler(ShuffledSampler(6, seed=1), 2, 2, 1).load_state_dict(group.state_dict())
-    with pytest.raises(SamplerError, match="3 prompts per epoch, but one generation needs 4"):
+    with pytest.raises(ValueError, match="3 prompts per epoch, but one generation needs 4"):
         GroupSampler(ShuffledSampler(3), 2, 4)
 
 
 def test_repeat_layout_edges():
     assert repeat_layout(torch.tensor([1, 2]), 2, 3).tolist() == []
-    with pytest.raises(CurriculumError, match="mini_repeat_count=0"):
+    with pytest.raises(ValueError, match="mini_repeat_count=0"):
         repeat_layout(torch.tensor([1]), 0)
 
 
 def test_clean_scores():
     assert clean_scores([1, 2]).dtype == torch.float64
-    with pytest.raises(CurriculumError, match="1 NaN of 2, the first in row 1"):
+    with pytest.raises(ValueError, match="1 NaN of 2, the first in row 1"):
         clean_scores([1.0, float("nan")])
-    with pytest.raises(CurriculumError, match="NaN in every row"):
+    with pytest.raises(ValueError, match="NaN in every row"):
         clean_scores([float("nan")], nan="median")
-    with pytest.raises(CurriculumError, match="shape"):
+    with pytest.raises(ValueError, match="shape"):
         clean_scores([])
-    with pytest.raises(CurriculumError, match="nan='drop'"):
+    with pytest.raises(ValueError, match="nan='drop'"):
         clean_scores([1.0], nan="drop")
     given = torch.tensor([1.0, float("nan")], dtype=torch.float64)
     clean_scores(given, nan="median")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from hf_effi.data import ColumnScore, ModelScore, ScoreMismatchError, add_score, model_fingerprint
+from hf_effi.data import ColumnScore, ModelScore, add_score, model_fingerprint
+from hf_effi.errors import MismatchError
 from hf_effi.functional.data import (
     INSTRUCT_MINING_V1,
-    CurriculumError,
     instruct_mining,
     keep_by_judge,
     keep_top,
@@ -36,7 +36,7 @@ def test_perplexity_is_the_exponential_of_the_loss():
     values = perplexity([0.0, math.log(7.0), NAN]).tolist()
     assert values[:2] == pytest.approx([1.0, 7.0]) and math.isnan(values[2])
     assert perplexity([]).numel() == 0
-    with pytest.raises(CurriculumError, match=r"loss=-0.5 is negative.*\[0, inf\)"):
+    with pytest.raises(ValueError, match=r"loss=-0.5 is negative.*\[0, inf\)"):
         perplexity([1.0, -0.5])
 
 
@@ -60,7 +60,7 @@ def test_rarity_equals_word_rarity_and_does_not_depend_on_neighbours():
 
 @pytest.mark.parametrize(("counts", "message"), [({1: 1}, "counts has no token 2"), ({1: 0, 2: 1}, "at least 1")])
 def test_rarity_refuses(counts, message):
-    with pytest.raises(CurriculumError, match=message):
+    with pytest.raises(ValueError, match=message):
         rarity_under([[1, 2]], counts=counts)
 
 
@@ -90,9 +90,9 @@ def test_instruct_mining_ranks_and_treats_equals_equally():
     ],
 )
 def test_instruct_mining_refuses(change, message):
-    with pytest.raises(CurriculumError, match=message):
+    with pytest.raises(ValueError, match=message):
         instruct_mining({**dict.fromkeys(INDICATORS, [1.0, 2.0]), **change})
-    with pytest.raises(CurriculumError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not fit"):
         instruct_mining({}, coefficients={"intercept": 1.0})
 
 
@@ -113,7 +113,7 @@ def test_judge_threshold_is_inclusive():
     ],
 )
 def test_judge_refuses(ratings, options, message):
-    with pytest.raises(CurriculumError, match=message):
+    with pytest.raises(ValueError, match=message):
         keep_by_judge(ratings, **options)
 
 
@@ -121,16 +121,16 @@ def test_top_k_breaks_ties_by_row():
     assert keep_top([1.0, 1.0, 1.0], 2).tolist() == [True, True, False]
     assert keep_top([1.0, 2.0], 0).tolist() == [False, False]
     assert keep_top([1.0, 2.0], 2).tolist() == [True, True]
-    with pytest.raises(CurriculumError, match=r"count=3 exceeds the 2 rows"):
+    with pytest.raises(ValueError, match=r"count=3 exceeds the 2 rows"):
         keep_top([1.0, 2.0], 3)
-    with pytest.raises(CurriculumError, match="NaN"):
+    with pytest.raises(ValueError, match="NaN"):
         keep_top([NAN], 1)
 
 
 def test_kept_shares():
     assert kept_shares([True, False, False, True], ["a", "b", "a", "a"]) == {"a": pytest.approx(2 / 3), "b": 0.0}
     assert kept_shares([], []) == {}
-    with pytest.raises(CurriculumError, match="1 rows and groups has 2"):
+    with pytest.raises(ValueError, match="1 rows and groups has 2"):
         kept_shares([True], ["a", "b"])
 
 
@@ -179,7 +179,7 @@ def test_interrupted_scoring_resumes_from_finished_shards(tmp_path):
 
 
 def test_a_failing_scorer_leaves_no_half_shard(tmp_path):
-    with pytest.raises(CurriculumError, match=r"shape \(1,\) for 2 rows"):
+    with pytest.raises(ValueError, match=r"shape \(1,\) for 2 rows"):
         score(numbers(), lambda batch: [1.0], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -216,10 +216,10 @@ def test_columns_that_are_not_read_do_not_matter(tmp_path):
 
 def test_another_fingerprint_is_refused(tmp_path):
     scored = score(numbers(), Counting(), tmp_path)
-    with pytest.raises(ScoreMismatchError, match="another fingerprint in row 0.*overwrite=True"):
+    with pytest.raises(MismatchError, match="another fingerprint in row 0.*overwrite=True"):
         score(scored, Counting(), tmp_path, fingerprint="thrice")
     changed = scored.map(lambda row: {"x": row["x"] + (row["x"] == 4)})
-    with pytest.raises(ScoreMismatchError, match="in row 4"):
+    with pytest.raises(MismatchError, match="in row 4"):
         score(changed, Counting(), tmp_path)
     replaced = score(changed, Counting(), tmp_path, overwrite=True)
     assert replaced["s"][4] == 10.0
@@ -229,7 +229,7 @@ def test_another_fingerprint_is_refused(tmp_path):
 @pytest.mark.parametrize("column", ["s", "s_fingerprint"])
 def test_a_column_of_unknown_origin_is_refused(tmp_path, column):
     dataset = numbers().add_column(column, [1.0] * 10)
-    with pytest.raises(ScoreMismatchError, match=f"'{column}' exists without its partner"):
+    with pytest.raises(MismatchError, match=f"'{column}' exists without its partner"):
         score(dataset, Counting(), tmp_path)
     assert score(dataset, Counting(), tmp_path, overwrite=True)["s"][9] == 18.0
 
@@ -238,11 +238,11 @@ def test_nan_is_named_or_kept(tmp_path):
     def fails(batch):
         return [NAN if x == 5 else float(x) for x in batch["x"]]
 
-    with pytest.raises(CurriculumError, match="score of row 5 is NaN"):
+    with pytest.raises(ValueError, match="score of row 5 is NaN"):
         score(numbers(), fails, tmp_path)
     kept = score(numbers(), fails, tmp_path, nan="keep")
     assert math.isnan(kept["s"][5]) and kept["s"][6] == 6.0
-    with pytest.raises(CurriculumError, match="score of row 5 is NaN"):
+    with pytest.raises(ValueError, match="score of row 5 is NaN"):
         score(numbers(), fails, tmp_path)  # not even from the cache
 
 
@@ -255,7 +255,7 @@ def test_a_damaged_shard_is_named(tmp_path, content, message):
     score(numbers(3), Counting(), tmp_path)
     (shard,) = tmp_path.iterdir()
     shard.write_text(content)
-    with pytest.raises(CurriculumError, match=f"{shard.name} {message}.*Delete it"):
+    with pytest.raises(ValueError, match=f"{shard.name} {message}.*Delete it"):
         score(numbers(3), Counting(), tmp_path)
 
 
@@ -271,7 +271,7 @@ def test_a_damaged_shard_is_named(tmp_path, content, message):
     ],
 )
 def test_arguments_are_checked(tmp_path, options, message):
-    with pytest.raises(CurriculumError, match=message):
+    with pytest.raises(ValueError, match=message):
         score(numbers(), Counting(), tmp_path, **options)
 
 
@@ -284,16 +284,16 @@ def test_arguments_are_checked(tmp_path, options, message):
     ],
 )
 def test_datasets_are_checked(tmp_path, dataset, message):
-    with pytest.raises(CurriculumError, match=message):
+    with pytest.raises(ValueError, match=message):
         score(dataset, Counting(), tmp_path)
 
 
 def test_name_and_function_are_checked(tmp_path):
-    with pytest.raises(CurriculumError, match="name=''"):
+    with pytest.raises(ValueError, match="name=''"):
         add_score(numbers(), "", Counting(), fingerprint="f", cache_dir=tmp_path)
-    with pytest.raises(CurriculumError, match="score_fn=3"):
+    with pytest.raises(ValueError, match="score_fn=3"):
         add_score(numbers(), "s", 3, fingerprint="f", cache_dir=tmp_path)
-    with pytest.raises(CurriculumError, match="knows its fingerprint"):
+    with pytest.raises(ValueError, match="knows its fingerprint"):
         add_score(numbers(), "s", ColumnScore(row_lengths, ["other"]), fingerprint="f", cache_dir=tmp_path)
 
 
@@ -344,13 +344,13 @@ def test_model_loss_without_labels_ignores_padding_of_the_dataset(tmp_path):
 @pytest.mark.parametrize("row", [[], [5]])
 def test_a_row_without_a_labelled_token_has_no_loss(tmp_path, row):
     dataset = Dataset.from_dict({"input_ids": [[5, 6], row]})
-    with pytest.raises(CurriculumError, match="row 1 is NaN"):
+    with pytest.raises(ValueError, match="row 1 is NaN"):
         add_score(dataset, "loss", ModelScore(tiny_qwen3()), cache_dir=tmp_path, progress=False)
 
 
 def test_a_row_whose_labels_do_not_fit_is_refused(tmp_path):
     dataset = Dataset.from_dict({"input_ids": [[5, 6]], "labels": [[5]]})
-    with pytest.raises(CurriculumError, match="'input_ids': 2, 'labels': 1.*one entry in each"):
+    with pytest.raises(ValueError, match="'input_ids': 2, 'labels': 1.*one entry in each"):
         add_score(dataset, "loss", ModelScore(tiny_qwen3()), cache_dir=tmp_path, progress=False)
 
 
@@ -368,7 +368,7 @@ def test_another_model_has_another_fingerprint(tmp_path):
     dataset = lm_dataset(4)
     scored = add_score(dataset, "loss", ModelScore(tiny_qwen3(0)), cache_dir=tmp_path, progress=False)
     assert add_score(scored, "loss", ModelScore(tiny_qwen3(0)), cache_dir=tmp_path) is scored
-    with pytest.raises(ScoreMismatchError):
+    with pytest.raises(MismatchError):
         add_score(scored, "loss", ModelScore(tiny_qwen3(1)), cache_dir=tmp_path)
 
 
@@ -407,7 +407,7 @@ def test_column_score_of_named_indicators(tmp_path):
     ],
 )
 def test_scorers_refuse(make, message):
-    with pytest.raises(CurriculumError, match=message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

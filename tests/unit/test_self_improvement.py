@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_effi.data import GreedyAnswers, SelfImprovement
-from hf_effi.functional.data import CurriculumError, keep_by_length, majority_answers
+from hf_effi.errors import MismatchError
+from hf_effi.functional.data import keep_by_length, majority_answers
 from tests.helpers import tiny_qwen3, tiny_tokenizer
 
 BASE = [{"prompt": "ab>", "completion": "ab", "note": 1}, {"prompt": "c>", "completion": "c", "note": 2}]
@@ -40,10 +41,10 @@ def test_majority_by_hand():
 
 def test_majority_refuses():
     for voters in ([], [["a"], ["a", "b"]]):
-        with pytest.raises(CurriculumError, match="Voters gave"):
+        with pytest.raises(ValueError, match="Voters gave"):
             majority_answers(voters)
     for share in (0, 1.5, float("nan")):
-        with pytest.raises(CurriculumError, match="min_agreement"):
+        with pytest.raises(ValueError, match="min_agreement"):
             majority_answers([["a"]], share)
 
 
@@ -56,9 +57,9 @@ def test_lengths_by_hand():
     assert keep_by_length([9, 5, 5, 4], 0, quantile=0.75).tolist() == [True, True, True, False]
     assert keep_by_length([9, 5, 5, 4], 0, quantile=0.01).all()
     for bad in (0, 1.1):
-        with pytest.raises(CurriculumError, match="quantile"):
+        with pytest.raises(ValueError, match="quantile"):
             keep_by_length([1], 0, bad)
-    with pytest.raises(CurriculumError, match="slack"):
+    with pytest.raises(ValueError, match="slack"):
         keep_by_length([1], -1)
 
 
@@ -80,7 +81,7 @@ def test_rounds_mix_with_all_earlier_rows(tmp_path):
         assert row["completion"] == row["prompt"][:-1]
         assert row["round"] == 0 or len(row["completion"]) == 2 + row["round"]
     assert [entry["accepted"] for entry in improve.history] == [6, 6, 6]
-    with pytest.raises(CurriculumError, match="3 rounds are done"):
+    with pytest.raises(ValueError, match="3 rounds are done"):
         improve.extend(copy)
 
 
@@ -162,9 +163,9 @@ def test_a_failed_answerer_leaves_the_round_open(tmp_path):
     improve = build(tmp_path)
     with pytest.raises(RuntimeError, match="out of memory"):
         improve.extend(failing)
-    with pytest.raises(CurriculumError, match="no round to finish"):
+    with pytest.raises(ValueError, match="no round to finish"):
         improve.finish()
-    with pytest.raises(CurriculumError, match="other rows, levels or settings"):
+    with pytest.raises(MismatchError, match="other rows, levels or settings"):
         build(tmp_path, seed=3)
     assert len(build(tmp_path).extend(copy)) == 8
 
@@ -175,7 +176,7 @@ def test_levels_may_be_added_but_not_changed(tmp_path):
     improve.finish()
     assert improve.done and not build(tmp_path, levels=(3, 4)).done
     for over in ({"levels": (4, 5)}, {"per_round": 7}, {"length_slack": 1}, {"exclude": ["a"]}, {"levels": ()}):
-        with pytest.raises(CurriculumError, match="other rows, levels or settings"):
+        with pytest.raises(MismatchError, match="other rows, levels or settings"):
             build(tmp_path, **{"levels": (3,), **over})
 
 
@@ -191,7 +192,7 @@ def test_excluded_prompts_are_never_drawn(tmp_path):
     improve = build(tmp_path, levels=(2,), exclude=tests)
     rows = improve.extend(copy)[2:]
     assert {row["prompt"] for row in rows} <= {"ab>", "cc>"}
-    with pytest.raises(CurriculumError, match="in a row are excluded"):
+    with pytest.raises(ValueError, match="in a row are excluded"):
         build(tmp_path / "none", levels=(1,), exclude=["a>", "b>", "c>"]).extend(copy)
 
 
@@ -216,17 +217,17 @@ def test_problems_depend_on_seed_and_round_alone(tmp_path):
     ],
 )
 def test_bad_settings(tmp_path, over, message):
-    with pytest.raises(CurriculumError, match=message):
+    with pytest.raises(ValueError, match=message):
         build(tmp_path, **over)
 
 
 def test_bad_rows_and_answerers(tmp_path):
     for row in ({"prompt": "a"}, {"prompt": "a", "completion": 3}):
-        with pytest.raises(CurriculumError, match=r"rows\[1\]"):
+        with pytest.raises(ValueError, match=r"rows\[1\]"):
             SelfImprovement(tmp_path, [BASE[0], row], problem, (3,), per_round=1)
-    with pytest.raises(CurriculumError, match="somebody who answers"):
+    with pytest.raises(ValueError, match="somebody who answers"):
         build(tmp_path).extend()
-    with pytest.raises(CurriculumError, match="5 answers to 6 prompts"):
+    with pytest.raises(ValueError, match="5 answers to 6 prompts"):
         build(tmp_path).extend(lambda prompts: copy(prompts)[1:])
 
 
@@ -252,8 +253,8 @@ def test_greedy_answers_do_not_depend_on_the_batch():
 
 def test_greedy_answers_refuse():
     model, tokenizer = tiny_qwen3(), tiny_tokenizer(fresh=True)
-    with pytest.raises(CurriculumError, match="max_new_tokens"):
+    with pytest.raises(ValueError, match="max_new_tokens"):
         GreedyAnswers(model, tokenizer, max_new_tokens=0)
     tokenizer.pad_token = None
-    with pytest.raises(CurriculumError, match="pad token"):
+    with pytest.raises(ValueError, match="pad token"):
         GreedyAnswers(model, tokenizer, max_new_tokens=4)

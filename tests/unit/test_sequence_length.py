@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hf_effi.functional.data import CurriculumError, rechunk, root_length, staged_length
+from hf_effi.errors import RefusedError
+from hf_effi.functional.data import rechunk, root_length, staged_length
 from hf_effi.trainers.mixins.sequence_length import cut_batch
 
 
@@ -13,7 +14,7 @@ def test_stages_ascend_and_the_last_holds():
     assert staged_length(-3.0, (8, 16)) == 8 and staged_length(9.0, (8, 16)) == 16
     assert staged_length(0.0, (8, 16), last_share=1.0) == 16
     for bad in ((), (8, 8), (16, 8), (0, 8)):
-        with pytest.raises(CurriculumError):
+        with pytest.raises(ValueError):
             staged_length(0.5, bad)
 
 
@@ -29,7 +30,7 @@ def test_root_length_edges():
     assert root_length(0, 0, 100) == 100
     assert root_length(5, 10, 64, min_length=64) == 64
     assert root_length(25, 100, 1064, min_length=64, root=2) == 560  # half of the way, 564, down to a multiple
-    with pytest.raises(CurriculumError, match="min_length=64 exceeds max_length=32"):
+    with pytest.raises(ValueError, match="min_length=64 exceeds max_length=32"):
         root_length(0, 10, 32)
 
 
@@ -64,7 +65,7 @@ def test_cut_batch_masks_what_it_adds():
     assert cut["labels"].tolist() == [[1, 2], [3, 4], [5, -100]]
     assert "attention_mask" not in cut_batch({key: value[:, :4] for key, value in batch.items()}, 2)
     assert cut_batch(batch, 5) is batch
-    with pytest.raises(CurriculumError, match="position_ids"):
+    with pytest.raises(RefusedError, match="position_ids"):
         cut_batch({**batch, "position_ids": torch.arange(5)[None]}, 2)
-    with pytest.raises(CurriculumError, match="padded"):
+    with pytest.raises(RefusedError, match="padded"):
         cut_batch({**batch, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, 2)

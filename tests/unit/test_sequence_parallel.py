@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_effi.errors import RefusedError
 from hf_effi.functional.sequence import (
     causal_document_mask,
     document_boundaries,
@@ -20,7 +21,6 @@ from hf_effi.functional.sequence import (
 from hf_effi.parallel import (
     SequenceGroup,
     SequenceLayout,
-    SequenceParallelError,
     attention_scope,
     check_deepspeed,
     check_model,
@@ -130,7 +130,7 @@ def test_split_batch_takes_boundaries_and_given_labels():
     ],
 )
 def test_inputs_that_cannot_be_split_are_named(extra, message):
-    with pytest.raises(SequenceParallelError, match=message):
+    with pytest.raises(RefusedError, match=message):
         split_batch({"input_ids": torch.zeros(1, 4, dtype=torch.long), **extra}, group_of(2))
 
 
@@ -145,12 +145,12 @@ def test_valid_sizes():
 
 
 def test_uneven_heads_name_the_valid_sizes_and_the_ring():
-    with pytest.raises(SequenceParallelError, match="Valid sizes for this model: 1, 2, 4, 28.*cp_size=8"):
+    with pytest.raises(RefusedError, match="Valid sizes for this model: 1, 2, 4, 28.*cp_size=8"):
         check_heads(8, 28, 4)
 
 
 def test_a_single_process_says_how_to_start_several():
-    with pytest.raises(SequenceParallelError, match="torchrun --nproc_per_node 2"):
+    with pytest.raises(ValueError, match="torchrun --nproc_per_node 2"):
         make_sequence_group(2)
 
 
@@ -184,14 +184,14 @@ def test_models_that_would_not_be_exact_are_refused(change, message):
     model = sdpa(tiny_llama())
     for name, value in change.items():
         object.__setattr__(model.config, name, value)
-    with pytest.raises(SequenceParallelError, match=message):
+    with pytest.raises(RefusedError, match=message):
         check_model(model, 2)
 
 
 def test_padding_that_would_predict_a_label_is_refused():
     ids, mask = torch.arange(3, 11)[None], torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
     labels = ids.masked_fill(mask == 0, -100)
-    with pytest.raises(SequenceParallelError, match="A padding token would have to predict a label"):
+    with pytest.raises(RefusedError, match="A padding token would have to predict a label"):
         split_batch({"input_ids": ids, "attention_mask": mask, "labels": labels}, group_of(2))
     labels[0, 2] = -100
     _, shard = split_batch({"input_ids": ids, "attention_mask": mask, "labels": labels}, group_of(2))
@@ -212,7 +212,7 @@ def test_the_rule_of_positions_is_the_models_own():
 
 
 def test_what_is_no_transformers_model_is_refused():
-    with pytest.raises(SequenceParallelError, match="Linear is not a transformers model"):
+    with pytest.raises(RefusedError, match="Linear is not a transformers model"):
         check_model(nn.Linear(2, 2), 2)
 
 
@@ -220,7 +220,7 @@ def test_prompt_learning_is_refused():
     from peft import PromptTuningConfig, get_peft_model
 
     model = get_peft_model(sdpa(tiny_llama()), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(SequenceParallelError, match="virtual tokens"):
+    with pytest.raises(RefusedError, match="virtual tokens"):
         check_model(model, 2)
 
 
@@ -303,12 +303,12 @@ def test_transformers_flash_path_follows_the_documents(window, monkeypatch):
 
 @pytest.mark.parametrize(("core", "tokens"), [(leaking, "instead of"), (peeking, "instead of")])
 def test_a_backend_that_leaks_is_refused_before_it_is_used(core, tokens):
-    with pytest.raises(SequenceParallelError, match=f"'fast' does not keep documents apart.*{tokens}"):
+    with pytest.raises(RefusedError, match=f"'fast' does not keep documents apart.*{tokens}"):
         prove_isolation("fast", core, SimpleNamespace(), *qkv(), options={}, group=group_of(2))
 
 
 def test_a_backend_that_does_nothing_is_refused():
-    with pytest.raises(SequenceParallelError, match=r"moves the outputs \[\]"):
+    with pytest.raises(RefusedError, match=r"moves the outputs \[\]"):
         prove_isolation(
             "zero",
             lambda m, q, *a, **k: (torch.zeros_like(q).transpose(1, 2), None),
@@ -334,7 +334,7 @@ def test_honest_backends_are_proven_once(window, monkeypatch):
 
 
 def test_a_window_that_a_backend_ignores_is_found():
-    with pytest.raises(SequenceParallelError, match="does not keep documents apart"):
+    with pytest.raises(RefusedError, match="does not keep documents apart"):
         prove_isolation(
             "no window", segments, SimpleNamespace(), *qkv(), options={"sliding_window": 3}, group=group_of(2)
         )
@@ -359,7 +359,7 @@ def test_a_mask_above_the_limit_names_the_varlen_backend():
     length = int(MASK_LIMIT**0.5) + 2
     documents = torch.zeros(1, length, dtype=torch.long)
     documents[:, -1] = 1
-    with pytest.raises(SequenceParallelError, match="the limit is 268,435,456.*varlen"):
+    with pytest.raises(RefusedError, match="the limit is 268,435,456.*varlen"):
         SequenceLayout(group_of(2), documents, length).mask(None)
     assert SequenceLayout(group_of(2), torch.zeros_like(documents), length).mask(None) is None
 
@@ -402,14 +402,14 @@ def test_an_override_of_someone_else_comes_back():
 
 def test_a_forward_outside_the_scope_is_not_taken_for_parallel():
     model = sdpa(tiny_llama())
-    with gathered_forward([model], group_of(2), "sum"), pytest.raises(SequenceParallelError, match="is not active in"):
+    with gathered_forward([model], group_of(2), "sum"), pytest.raises(RefusedError, match="is not active in"):
         model(torch.arange(3, 9)[None])
 
 
 def test_labels_without_a_fused_head_are_refused():
     model = sdpa(tiny_llama())
     ids = torch.arange(3, 9)[None]
-    with gathered_forward([model], group_of(2), "sum"), pytest.raises(SequenceParallelError, match="mean loss"):
+    with gathered_forward([model], group_of(2), "sum"), pytest.raises(RefusedError, match="mean loss"):
         model(ids, labels=ids)
 
 
@@ -418,7 +418,7 @@ def test_a_classifier_is_not_trained_in_rounds():
 
     model = LlamaForSequenceClassification(tiny_llama().config)
     with (
-        pytest.raises(SequenceParallelError, match="cannot be trained in rounds"),
+        pytest.raises(RefusedError, match="cannot be trained in rounds"),
         gathered_forward([model], group_of(2), "slice"),
     ):
         pass
@@ -429,9 +429,9 @@ def test_a_classifier_is_not_trained_in_rounds():
 def test_attention_with_sinks_is_refused():
     dispatcher = attention_module._Dispatcher("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"])
     layout = SequenceLayout(group_of(2), torch.zeros(1, 8, dtype=torch.long), 8)
-    with pytest.raises(SequenceParallelError, match="the tensor 's_aux'"):
+    with pytest.raises(RefusedError, match="the tensor 's_aux'"):
         dispatcher(nn.Linear(1, 1), *qkv(), None, sequence_layout=layout, s_aux=torch.zeros(2))
-    with pytest.raises(SequenceParallelError, match="both directions"):
+    with pytest.raises(RefusedError, match="both directions"):
         dispatcher(nn.Linear(1, 1), *qkv(), None, sequence_layout=layout, is_causal=False)
 
 
@@ -463,5 +463,5 @@ def test_zero_3_is_fine_and_so_is_no_sequence_parallelism():
 
 
 def test_packing_under_deepspeed_is_named_before_its_index_error():
-    with pytest.raises(SequenceParallelError, match="UlyssesSPDataLoaderAdapter.*sequence_parallel_size=2"):
+    with pytest.raises(RefusedError, match="UlyssesSPDataLoaderAdapter.*sequence_parallel_size=2"):
         check_deepspeed(*deepspeed(2, 3), packed=True)

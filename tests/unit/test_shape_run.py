@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_effi.functional.saved_bytes import SavedBytes
-from hf_effi.functional.shape_run import ShapeRun, TooManyOperations, storage_of, weights_of
+from hf_effi.functional.shape_run import ShapeRun, _TooManyOperations, storage_of, weights_of
 from hf_effi.report.reachable import backward, bytes_of_cache, leaves_of_graph
 
 
@@ -130,7 +130,7 @@ def test_grouped_products_have_the_layout_of_real_ones(dtype, rows, weight, ends
 def test_a_long_loop_is_given_up_also_between_writes_in_place():
     run = ShapeRun()
     weight = run.without_data(nn.Parameter(torch.ones(4)))
-    with pytest.raises(TooManyOperations, match="more than 50 operators"), run, run.limited(50):
+    with pytest.raises(_TooManyOperations, match="more than 50 operators"), run, run.limited(50):
         states = weight.new_zeros(1000, 4)
         for step in range(1000):
             states[step] = weight * step

@@ -13,12 +13,12 @@ from hf_effi.attention import varlen
 from hf_effi.attention.shared_prefix import check_shared_prefix
 from hf_effi.attention.varlen import VARLEN_ATTENTION, register_varlen_attention, set_attention_patterns
 from hf_effi.data.shared_prefix import SharedPrefixCollator, group_by_prompt
+from hf_effi.errors import RefusedError
 from hf_effi.functional.segment_attention import AttentionPattern
-from hf_effi.functional.shared_prefix import SharedPrefixError, plan_shared_prefix
-from hf_effi.memory.chunk_flow import ChunkFlowError, make_groups
+from hf_effi.functional.shared_prefix import plan_shared_prefix
+from hf_effi.memory.chunk_flow import make_groups
 from hf_effi.memory.layer_modes import LayerModes
 from hf_effi.memory.stream_layer import stream_layers
-from hf_effi.parallel.groups import SequenceParallelError
 from hf_effi.parallel.layout import split_batch
 from tests.helpers import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
 from tests.helpers.long_sequence import assert_equal_gradients, in_double
@@ -150,30 +150,30 @@ def model():
 
 def test_models_that_cannot_share_are_refused(model):
     collate = SharedPrefixCollator(model)
-    with pytest.raises(SharedPrefixError, match="Linear is not a transformers model"):
+    with pytest.raises(RefusedError, match="Linear is not a transformers model"):
         SharedPrefixCollator(torch.nn.Linear(2, 2))
-    with pytest.raises(SharedPrefixError, match="attn_implementation='sdpa' would not see.*register_varlen_attention"):
+    with pytest.raises(RefusedError, match="attn_implementation='sdpa' would not see.*register_varlen_attention"):
         check_shared_prefix(tiny_qwen3(attn_implementation="sdpa"))
     model.config.output_router_logits = True
-    with pytest.raises(SharedPrefixError, match="router's loss"):
+    with pytest.raises(RefusedError, match="router's loss"):
         check_shared_prefix(model)
     model.config.output_router_logits = False
     set_attention_patterns(model, [None, None])
     check_shared_prefix(model)
     set_attention_patterns(model, [None, AttentionPattern(window=4, sink=1)])
-    with pytest.raises(SharedPrefixError, match="sparse attention patterns"):
+    with pytest.raises(RefusedError, match="sparse attention patterns"):
         check_shared_prefix(model)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(SharedPrefixError, match="would not see the shared prompt"):
+    with pytest.raises(RefusedError, match="would not see the shared prompt"):
         collate(answers())
 
 
 def test_calls_that_cannot_share_are_refused(model):
     batch = SharedPrefixCollator(model)(answers())
     cache = model(input_ids=torch.tensor([[1, 2]]), use_cache=True)[CACHE_ARGUMENT]
-    with pytest.raises(SharedPrefixError, match="without a cache"):
+    with pytest.raises(ValueError, match="without a cache"):
         model(**batch, **{CACHE_ARGUMENT: cache})
-    with pytest.raises(SharedPrefixError, match="a batch of 2"):
+    with pytest.raises(ValueError, match="a batch of 2"):
         model(
             **{
                 name: torch.cat([t, t]) if name.endswith("_ids") else t
@@ -181,30 +181,30 @@ def test_calls_that_cannot_share_are_refused(model):
                 if name != "labels"
             }
         )
-    with pytest.raises(SharedPrefixError, match="laid out, and the row has 20. Was it cut"):
+    with pytest.raises(ValueError, match="laid out, and the row has 20. Was it cut"):
         model(
             input_ids=batch["input_ids"][:, :20],
             **{k: v for k, v in batch.items() if not k.endswith(("ids", "labels"))},
         )
-    with pytest.raises(SharedPrefixError, match="no padding, got an attention mask"):
+    with pytest.raises(ValueError, match="no padding, got an attention mask"):
         model(**batch, attention_mask=torch.arange(batch["input_ids"].numel())[None].clamp(max=1))
-    with pytest.raises(SharedPrefixError, match="without cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="without cu_seq_lens_q"):
         model(**{name: value for name, value in batch.items() if name not in ("cu_seq_lens_q", "cu_seq_lens_k")})
     set_attention_patterns(model, [None, AttentionPattern(window=4, sink=1)])
-    with pytest.raises(SharedPrefixError, match="sparse pattern"):
+    with pytest.raises(RefusedError, match="sparse pattern"):
         model(**batch)
     both_ways = SharedPrefixCollator(tiny := tiny_llama(attn_implementation=VARLEN_ATTENTION))(answers())
     for layer in tiny.model.layers:
         layer.self_attn.is_causal = False
     # The model is asked before a layer is: it makes a causal mask that such a layer would not follow.
-    with pytest.raises(ValueError, match="sees what is behind a token"):
+    with pytest.raises(RefusedError, match="sees what is behind a token"):
         tiny(**both_ways)
 
 
 def test_a_loop_that_never_checked_its_model_is_refused(model, monkeypatch):
     """The attention comes with the check: the backend alone does not import its kernel."""
     monkeypatch.setattr(varlen, "_prefix_attention", varlen._unknown_prefix)
-    with pytest.raises(SharedPrefixError, match=r"check_shared_prefix\(model\) first"):
+    with pytest.raises(RefusedError, match=r"check_shared_prefix\(model\) first"):
         model(**SharedPrefixCollator(model)(answers()))
 
 
@@ -218,17 +218,17 @@ def test_a_window_shorter_than_a_row_is_refused():
         if window == longest:
             model(**batch)
         else:
-            with pytest.raises(SharedPrefixError, match=f"window of {window} tokens.*has {longest}"):
+            with pytest.raises(RefusedError, match=f"window of {window} tokens.*has {longest}"):
                 model(**batch)
 
 
 def test_other_methods_refuse_the_batch_by_name(model):
     batch = SharedPrefixCollator(model)(answers())
-    with pytest.raises(SequenceParallelError, match="'shared_prefix_cu_seq_lens_q'"):
+    with pytest.raises(RefusedError, match="'shared_prefix_cu_seq_lens_q'"):
         split_batch(batch, None)
-    with pytest.raises(ChunkFlowError, match="shared_prefix_cu_seq_lens_q"):
+    with pytest.raises(RefusedError, match="shared_prefix_cu_seq_lens_q"):
         make_groups(batch, 8)
-    with stream_layers(model.train(), num_chunks=2), pytest.raises(ValueError, match="shared_prefix_cu_seq_lens_q"):
+    with stream_layers(model.train(), num_chunks=2), pytest.raises(RefusedError, match="shared_prefix_cu_seq_lens_q"):
         model(**batch, use_cache=False).loss.backward()
 
 
@@ -236,28 +236,28 @@ def test_other_methods_refuse_the_batch_by_name(model):
 
 
 def test_bad_datasets_are_named(model):
-    with pytest.raises(SharedPrefixError, match="stream"):
+    with pytest.raises(RefusedError, match="stream"):
         group_by_prompt(IterableDataset.from_generator(lambda: iter(ROWS)))
-    with pytest.raises(SharedPrefixError, match="no rows to group"):
+    with pytest.raises(ValueError, match="no rows to group"):
         group_by_prompt([])
-    with pytest.raises(SharedPrefixError, match="no completion_ids"):
+    with pytest.raises(ValueError, match="no completion_ids"):
         group_by_prompt(Dataset.from_list([{"prompt_ids": [1], "text": "a"}]))
     for bad in (0, 1.5, True):
-        with pytest.raises(SharedPrefixError, match=f"max_completions={bad}"):
+        with pytest.raises(ValueError, match=f"max_completions={bad}"):
             group_by_prompt(ROWS, max_completions=bad)
     for bad in (group_by_prompt(ROWS), [{**ROWS[0], "completion_ids": "text"}], [{**ROWS[0], "completion_ids": None}]):
-        with pytest.raises(SharedPrefixError, match="list of token ids, got.*grouped already"):
+        with pytest.raises(ValueError, match="list of token ids, got.*grouped already"):
             group_by_prompt(bad)
     for bad in ("text", [[1]], torch.tensor([1])):
-        with pytest.raises(SharedPrefixError, match=r"prompt_ids must be.*with_format\(None\)"):
+        with pytest.raises(ValueError, match=r"prompt_ids must be.*with_format\(None\)"):
             group_by_prompt([{**ROWS[0], "prompt_ids": bad}])
     collate = SharedPrefixCollator(model)
     for row in (ROWS[0], *({"prompt_ids": [1], "completion_ids": bad} for bad in ([], None, "ab", [[1], None]))):
-        with pytest.raises(SharedPrefixError, match=r"list of completions.*group_by_prompt"):
+        with pytest.raises(ValueError, match=r"list of completions.*group_by_prompt"):
             collate([row])
-    with pytest.raises(SharedPrefixError, match=r"no prompt_ids.*\['input_ids'\].*remove_unused_columns=False"):
+    with pytest.raises(ValueError, match=r"no prompt_ids.*\['input_ids'\].*remove_unused_columns=False"):
         collate([{"input_ids": [1]}])
-    with pytest.raises(SharedPrefixError, match="prompt of row 0 is empty"):
+    with pytest.raises(ValueError, match="prompt of row 0 is empty"):
         collate([{"prompt_ids": [], "completion_ids": [[1]]}])
 
 
@@ -283,7 +283,7 @@ def test_models_whose_results_differ_are_refused_with_the_difference(name, over,
     config = getattr(transformers, f"{name}Config")(**_TINY, **over)
     torch.manual_seed(0)
     found = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_ATTENTION)
-    with pytest.raises(SharedPrefixError, match=message):
+    with pytest.raises(RefusedError, match=message):
         check_shared_prefix(found)
 
 

@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_effi.attention import shared_prefix
 from hf_effi.attention.shared_prefix import shared_prefix_attention
+from hf_effi.errors import RefusedError
 from hf_effi.functional import partial_attention as partial
 from hf_effi.functional.partial_attention import partial_attention, partial_attention_backward
-from hf_effi.functional.shared_prefix import SharedPrefixError, plan_shared_prefix
+from hf_effi.functional.shared_prefix import plan_shared_prefix
 from tests.helpers.prompts import EQUAL
 
 
@@ -215,7 +216,7 @@ def test_torchs_operators_take_the_arguments(monkeypatch):
 def test_a_torch_without_the_operators_is_refused(monkeypatch):
     shared_prefix.varlen_operators.cache_clear()
     monkeypatch.setattr(shared_prefix, "_argument_names", lambda operator: {"query", "scale"})
-    with pytest.raises(SharedPrefixError, match="grouped queries.*Update torch"):
+    with pytest.raises(RefusedError, match="grouped queries.*Update torch"):
         shared_prefix.varlen_operators()
 
 

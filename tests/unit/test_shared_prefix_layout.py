@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from hf_effi.data.shared_prefix import group_by_prompt
-from hf_effi.functional.shared_prefix import PrefixSegments, SharedPrefixError, plan_shared_prefix
+from hf_effi.functional.shared_prefix import PrefixSegments, plan_shared_prefix
 from tests.helpers.prompts import EQUAL, ROWS
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -73,15 +73,15 @@ def test_layout_edges(prompts, completions, ids, shared):
 
 
 def test_bad_rows_are_named():
-    with pytest.raises(SharedPrefixError, match="prompt of row 1 is empty.*BOS"):
+    with pytest.raises(ValueError, match="prompt of row 1 is empty.*BOS"):
         plan_shared_prefix([[1], []], [1, 1])
-    with pytest.raises(SharedPrefixError, match="2 prompts and 1 completions"):
+    with pytest.raises(ValueError, match="2 prompts and 1 completions"):
         plan_shared_prefix([[1], [2]], [1])
-    with pytest.raises(SharedPrefixError, match="0 prompts"):
+    with pytest.raises(ValueError, match="0 prompts"):
         plan_shared_prefix([], [])
-    with pytest.raises(SharedPrefixError, match=r"values of shape \(3,\) for 2 tokens"):
+    with pytest.raises(ValueError, match=r"values of shape \(3,\) for 2 tokens"):
         plan_shared_prefix([[1]], [1]).to_completions(torch.zeros(3))
-    with pytest.raises(SharedPrefixError, match="not shared_prefix_cu_seq_lens_k, .*longest_context"):
+    with pytest.raises(ValueError, match="not shared_prefix_cu_seq_lens_k, .*longest_context"):
         PrefixSegments.from_kwargs({"shared_prefix_cu_seq_lens_q": torch.zeros(2)})
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from bench._counters import GemmCounter, LiveBytes
 from hf_effi._compat import CACHE_ARGUMENT
 from hf_effi.attention.varlen import register_varlen_attention
+from hf_effi.errors import RefusedError
 from hf_effi.functional.sequence import chunk_bounds, chunk_segments
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from hf_effi.memory.stream_layer import stream_layers
@@ -128,7 +129,7 @@ def test_padded_rows_of_a_varlen_kernel(varlen, side):
 
 
 def test_packed_rows_in_a_batch_of_several_are_refused(varlen):
-    with stream_layers(varlen), pytest.raises(ValueError, match="packed segments in more than one row"):
+    with stream_layers(varlen), pytest.raises(RefusedError, match="packed segments in more than one row"):
         step(varlen, position_ids=PACKED.expand(2, -1), use_cache=False)
 
 
@@ -247,7 +248,7 @@ def flex():
 )
 def test_what_cannot_be_streamed_is_named(make, inputs, message):
     model = make().train()
-    with stream_layers(model), pytest.raises(ValueError, match=message):
+    with stream_layers(model), pytest.raises(RefusedError, match=message):
         step(model, **inputs)
 
 
@@ -264,7 +265,7 @@ def test_what_cannot_be_streamed_is_named(make, inputs, message):
 )
 def test_what_cannot_be_streamed_is_named_when_it_is_applied(make, message):
     model = make()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RefusedError, match=message):
         stream_layers(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -273,7 +274,7 @@ def test_dropout_that_is_switched_on_later_is_refused_at_the_call():
     model = tiny_qwen3().train()
     with stream_layers(model):
         model.model.layers[1].self_attn.attention_dropout = 0.1
-        with pytest.raises(ValueError, match=r"Qwen3DecoderLayer draws random numbers \(dropout, noise\)"):
+        with pytest.raises(RefusedError, match=r"Qwen3DecoderLayer draws random numbers \(dropout, noise\)"):
             step(model)
 
 
@@ -282,7 +283,7 @@ def test_a_filled_cache_is_refused():
 
     model, cache = tiny_qwen3().train(), DynamicCache()
     model(IDS[:, :3], **{CACHE_ARGUMENT: cache}, use_cache=True)
-    with stream_layers(model), pytest.raises(ValueError, match="the cache holds keys already"):
+    with stream_layers(model), pytest.raises(RefusedError, match="the cache holds keys already"):
         model(IDS[:, 3:], **{CACHE_ARGUMENT: cache})
 
 
@@ -324,7 +325,7 @@ def test_layers_that_attend_to_an_encoder_are_refused_by_name():
     model.config.add_cross_attention = True
     with (
         stream_layers(model),
-        pytest.raises(ValueError, match="BartDecoderLayer attends to an encoder's states as well"),
+        pytest.raises(RefusedError, match="BartDecoderLayer attends to an encoder's states as well"),
     ):
         model(input_ids=IDS % 60, encoder_hidden_states=torch.zeros(2, 3, 16))
 
@@ -334,11 +335,11 @@ def test_dropout_of_bart_is_named_with_its_settings():
 
     sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
     with pytest.raises(
-        ValueError, match=r"random operations: bernoulli_.*Set dropout and noise to 0.*'config.dropout': 0.1"
+        RefusedError, match=r"random operations: bernoulli_.*Set dropout and noise to 0.*'config.dropout': 0.1"
     ):
         stream_layers(BartForCausalLM(BartConfig(vocab_size=64, **sizes)))
 
 
 def test_models_without_such_layers():
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no decoder layer that can be streamed"):
+    with pytest.raises(RefusedError, match="GPT2LMHeadModel has no decoder layer that can be streamed"):
         stream_layers(tiny_gpt2())

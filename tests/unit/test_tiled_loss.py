@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from bench._counters import GemmCounter, LiveBytes
+from hf_effi.errors import RefusedError
 from hf_effi.functional.sequence import logit_rows
 from hf_effi.memory.tiled_loss import tile_loss, tiled_cross_entropy
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3
@@ -304,11 +305,11 @@ def test_other_losses_and_fused_heads_are_refused():
     for own in (lambda **kwargs: 0, ForCausalLMLoss):
         model = tiny_qwen3()
         model.loss_function = own
-        with pytest.raises(ValueError, match="replaces transformers' ForCausalLMLoss"):
+        with pytest.raises(RefusedError, match="replaces transformers' ForCausalLMLoss"):
             tile_loss(model)
     model = tiny_qwen3()
     add_fused_lm_head(model)
-    with pytest.raises(ValueError, match="TRL has fused this model's head already"):
+    with pytest.raises(RefusedError, match="TRL has fused this model's head already"):
         tile_loss(model)
 
 
@@ -366,7 +367,7 @@ def test_a_forward_that_needs_its_logits_is_refused_when_the_patch_is_put_on():
     model = BartForCausalLM(BartConfig(vocab_size=40, max_position_embeddings=32, is_decoder=True, **sizes))
     before = dict(model.lm_head.__dict__)
     with pytest.raises(
-        ValueError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'view'"
+        RefusedError, match=r"loss that BartForCausalLM gives without it: .*its forward uses the logits .*'view'"
     ):
         tile_loss(model)
     assert model.lm_head.__dict__ == before, "and nothing is left of it"
@@ -407,5 +408,5 @@ def test_a_loss_that_is_another_is_refused_with_the_difference():
 
     model = tiny_qwen3()
     model.__class__ = Doubled
-    with pytest.raises(ValueError, match=r"Doubled gives without it: the .*: a relative difference of 5\.0e-01"):
+    with pytest.raises(RefusedError, match=r"Doubled gives without it: the .*: a relative difference of 5\.0e-01"):
         tile_loss(model)

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bench._counters import GemmCounter, LiveBytes
+from hf_effi.errors import RefusedError
 from hf_effi.functional.sequence import tile_rows
-from hf_effi.kernels import PatchError
 from hf_effi.kernels._products import add_product
 from hf_effi.kernels.tiled_mlp import tile_mlp
 from tests.helpers import tiny_gemma, tiny_llama, tiny_qwen3
@@ -188,7 +188,7 @@ def test_lora_switched_off_merged_and_doubled():
 @pytest.mark.parametrize("over", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}])
 def test_adapters_with_another_formula_are_refused(over):
     wrapped = lora(MLP(bias=True), **over).train()
-    with pytest.raises(ValueError, match="lora_dropout=0.1|DoraLinearVariant|lora_bias=False"):
+    with pytest.raises(RefusedError, match="lora_dropout=0.1|DoraLinearVariant|lora_bias=False"):
         tile_mlp(wrapped)
 
 
@@ -296,7 +296,7 @@ def test_two_patches_of_one_module_are_refused_and_nothing_is_left():
     model = tiny_qwen3()
     tile_mlp(model.model.layers[1])
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.forward of Qwen3MLP was replaced before"):
+    with pytest.raises(RefusedError, match=r"model\.layers\.1\.mlp\.forward of Qwen3MLP was replaced before"):
         tile_mlp(model)
     assert snapshot(model) == before
 
@@ -306,7 +306,7 @@ def test_a_patch_on_top_has_to_go_first():
     handle = tile_mlp(model)
     ours = model.model.layers[1].mlp.forward
     model.model.layers[1].mlp.forward = lambda x: x
-    with pytest.raises(PatchError, match="replaced by something else after this patch. Undo what was done later"):
+    with pytest.raises(RefusedError, match="replaced by something else after this patch. Undo what was done later"):
         handle.revert()
     model.model.layers[1].mlp.forward = ours
     handle.revert()
@@ -337,7 +337,7 @@ def test_hooks_on_a_projection_are_not_passed_by():
     mlp = MLP()
     tile_mlp(mlp)
     mlp.up_proj.register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match="up_proj has hooks of its own"):
+    with pytest.raises(RefusedError, match="up_proj has hooks of its own"):
         mlp(torch.randn(2, HIDDEN))
 
 
@@ -345,7 +345,7 @@ def test_hooks_inside_an_adapter_are_not_passed_by():
     wrapped = lora(MLP())
     tile_mlp(wrapped)
     wrapped.base_model.model.up_proj.lora_A["default"].register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match="up_proj: adapter 'default' has hooks"):
+    with pytest.raises(RefusedError, match="up_proj: adapter 'default' has hooks"):
         wrapped(torch.randn(2, HIDDEN))
 
 
@@ -355,7 +355,7 @@ def test_a_quantized_projection_is_named():
 
     mlp = MLP()
     mlp.down_proj = Linear8bitLt(INNER, HIDDEN)
-    with pytest.raises(ValueError, match="down_proj is a Linear8bitLt"):
+    with pytest.raises(RefusedError, match="down_proj is a Linear8bitLt"):
         tile_mlp(mlp)
 
 
@@ -410,5 +410,5 @@ def test_repacked_weights_are_named():
     mlp = four_bit(lora_rank=0)
     tile_mlp(mlp)
     mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="up_proj was repacked for inference on a CPU"):
+    with pytest.raises(RefusedError, match="up_proj was repacked for inference on a CPU"):
         mlp(torch.randn(2, 64))

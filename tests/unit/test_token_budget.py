@@ -3,8 +3,8 @@ from itertools import pairwise
 
 import pytest
 
+from hf_effi.errors import MismatchError
 from hf_effi.functional.data import (
-    CurriculumError,
     batch_costs,
     deal_snake,
     fill_to_multiple,
@@ -13,7 +13,7 @@ from hf_effi.functional.data import (
     pack_padded,
     row_lengths,
 )
-from hf_effi.samplers import SamplerMismatchError, TokenBudgetBatchSampler, cost_of_model
+from hf_effi.samplers import TokenBudgetBatchSampler, cost_of_model
 from tests.helpers import tiny_qwen3
 
 
@@ -54,9 +54,9 @@ def test_costs_by_hand():
     assert batch_costs([[4, 2, 1]], (2.0, 0.0), padded=False).tolist() == [14.0]
     assert batch_costs([[4, 2, 1]], (1.0, 1.0)).tolist() == [60.0]
     assert batch_costs([[4, 2, 1]], (1.0, 1.0), padded=False).tolist() == [28.0]
-    with pytest.raises(CurriculumError, match=r"cost\[1\]=-1"):
+    with pytest.raises(ValueError, match=r"cost\[1\]=-1"):
         batch_costs([[1]], (1.0, -1))
-    with pytest.raises(CurriculumError, match="cost=\\(0, 0\\)"):
+    with pytest.raises(ValueError, match="cost=\\(0, 0\\)"):
         batch_costs([[1]], (0, 0))
 
 
@@ -68,7 +68,7 @@ def test_cost_of_a_model():
     assert cost_of_model(untied) == (6.0 * (total - table), 3 * 2 * (2 * 2 * 4 * 8))
     assert cost_of_model(tied) == cost_of_model(untied)
     assert flop_coefficients(1, 1, 1, 1) == (6.0, 12.0)
-    with pytest.raises(CurriculumError, match="num_layers=0"):
+    with pytest.raises(ValueError, match="num_layers=0"):
         flop_coefficients(1, 0, 1, 1)
 
 
@@ -78,7 +78,7 @@ def test_filling_halves_the_dearest():
     # 14 -> 8 and 6; then 9 -> 8 and 1
     assert filled == [[0, 2], [1, 3], [4], [5]]
     assert fill_to_multiple([[0], [1]], lengths, 2) == [[0], [1]]
-    with pytest.raises(CurriculumError, match="3 rows make 3 micro-batches, and 4 are needed"):
+    with pytest.raises(ValueError, match="3 rows make 3 micro-batches, and 4 are needed"):
         fill_to_multiple([[0], [1], [2]], lengths, 2)
 
 
@@ -88,7 +88,7 @@ def test_snake():
     assert sorted(dealt.flatten().tolist()) == list(range(24))
     of_rank = dealt.sum(dim=1)  # a cost is its own number here
     assert bool((of_rank == of_rank[:, :1]).all())
-    with pytest.raises(CurriculumError, match="5 batches cannot be dealt to 2 places"):
+    with pytest.raises(ValueError, match="5 batches cannot be dealt to 2 places"):
         deal_snake(range(5), 2)
 
 
@@ -133,7 +133,7 @@ def test_updates_hold_the_same_rows_at_any_split_into_ranks_and_steps():
         return [sorted(flat(flat(part[i : i + accumulation] for part in parts))) for i in size], sampler.state_dict()
 
     assert updates(1, 4) == updates(2, 2) == updates(4, 1)
-    with pytest.raises(SamplerMismatchError, match="other settings"):
+    with pytest.raises(MismatchError, match="other settings"):
         other = TokenBudgetBatchSampler(log_normal(200), 4096, seed=4)
         other.deal(2, 4)
         other.load_state_dict(updates(1, 4)[1])
@@ -157,20 +157,20 @@ def test_start_from_the_middle():
 
 
 def test_refusals_name_row_and_fix():
-    with pytest.raises(CurriculumError, match=r"Row 1 has 9 tokens, .* max_tokens=8\. Raise max_tokens to at least 9"):
+    with pytest.raises(ValueError, match=r"Row 1 has 9 tokens, .* max_tokens=8\. Raise max_tokens to at least 9"):
         TokenBudgetBatchSampler([3, 9, 2], 8)
-    with pytest.raises(CurriculumError, match="Row 2 has 0 tokens"):
+    with pytest.raises(ValueError, match="Row 2 has 0 tokens"):
         TokenBudgetBatchSampler([3, 1, 0], 8)
     for bad in ([], [[1, 2]], [1.5], [float("nan")]):
-        with pytest.raises(CurriculumError, match="lengths has shape"):
+        with pytest.raises(ValueError, match="lengths has shape"):
             TokenBudgetBatchSampler(bad, 8)
     for bad in (5.0, (1, 2, 3), "ab"):
-        with pytest.raises(CurriculumError, match="must be a pair|outside"):
+        with pytest.raises(ValueError, match="must be a pair|outside"):
             TokenBudgetBatchSampler([3], 8, cost=bad)
-    with pytest.raises(CurriculumError, match="max_tokens=8.0"):
+    with pytest.raises(ValueError, match="max_tokens=8.0"):
         TokenBudgetBatchSampler([3], 8.0)
-    with pytest.raises(CurriculumError, match="max_tokens=0"):
+    with pytest.raises(ValueError, match="max_tokens=0"):
         TokenBudgetBatchSampler([1], 0)
-    with pytest.raises(CurriculumError, match="3 rows make 3 micro-batches, and 4 are needed"):
+    with pytest.raises(ValueError, match="3 rows make 3 micro-batches, and 4 are needed"):
         TokenBudgetBatchSampler([5, 5, 5], 8).deal(2, 2)
     assert TokenBudgetBatchSampler(row_lengths([[1, 2], [3]]), 8).lengths.tolist() == [2, 1]

@@ -12,11 +12,11 @@ from hf_effi.attention import check_varlen_attention, varlen
 from hf_effi.attention.varlen import (
     PATTERNS_FIELD,
     VARLEN_ATTENTION,
-    VarlenAttentionError,
     _kernel_arguments,
     register_varlen_attention,
     set_attention_patterns,
 )
+from hf_effi.errors import RefusedError
 from hf_effi.functional.segment_attention import AttentionPattern
 from hf_effi.patching import probing
 from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_qwen3
@@ -162,7 +162,7 @@ def test_patterns_are_of_each_layer_and_survive_saving(tmp_path):
     assert torch.equal(again(input_ids=IDS).logits, ours(input_ids=IDS).logits)
     set_attention_patterns(again, [None, None])
     assert_close(again(input_ids=IDS).logits, both(tiny_qwen3)[0](input_ids=IDS).logits)
-    with pytest.raises(VarlenAttentionError, match="1 patterns for 2 layers"):
+    with pytest.raises(ValueError, match="1 patterns for 2 layers"):
         set_attention_patterns(ours, [None])
 
 
@@ -177,15 +177,15 @@ def test_decoding_with_patterns_equals_one_forward():
 
 def test_what_it_does_not_do_is_refused_by_name():
     _, ours = both(tiny_qwen3)
-    with pytest.raises(VarlenAttentionError, match=r"mask of shape \(3, 1, 12, 12\).*sdpa"):
+    with pytest.raises(RefusedError, match=r"mask of shape \(3, 1, 12, 12\).*sdpa"):
         ours(input_ids=IDS, attention_mask=torch.zeros(3, 1, 12, 12))
-    with pytest.raises(VarlenAttentionError, match="ends at 9, but the batch has 36 tokens"):
+    with pytest.raises(ValueError, match="ends at 9, but the batch has 36 tokens"):
         ours(input_ids=IDS, cu_seq_lens_q=torch.tensor([0, 9], dtype=torch.int32), use_cache=False)
     _, dropping = both(tiny_qwen3, attention_dropout=0.5)
-    with pytest.raises(VarlenAttentionError, match="no dropout, got 0.5"):
+    with pytest.raises(RefusedError, match="no dropout, got 0.5"):
         dropping.train()(input_ids=IDS)
     _, capped = both(tiny_gemma)
-    with pytest.raises(VarlenAttentionError, match="soft-capped"):
+    with pytest.raises(RefusedError, match="soft-capped"):
         capped(input_ids=IDS)
 
 
@@ -195,7 +195,7 @@ def test_kernel_arguments_follow_the_signature():
     assert _kernel_arguments(new, (3, 0), 2) == {"window_size": (3, 0), "enable_gqa": True}
     assert _kernel_arguments(("is_causal",), (-1, 0), 2) == {"is_causal": True}
     assert _kernel_arguments(("is_causal",), (-1, -1), 2) == {"is_causal": False}
-    with pytest.raises(VarlenAttentionError, match="no sliding window"):
+    with pytest.raises(RefusedError, match="no sliding window"):
         _kernel_arguments(("is_causal",), (3, 0), 1)
 
 
@@ -216,10 +216,10 @@ def test_kernel_is_called_with_flat_tensors(monkeypatch):
     segments = varlen._Segments(torch.tensor([0, 4, 9]), torch.tensor([0, 4, 9]), 5, 5)
     assert varlen._kernel(q, k, k, segments, scaling=0.5, window=(2, 0)).shape == q.shape
     assert seen["bounds"].dtype == torch.int32 and (seen["longest"], seen["window"], seen["gqa"]) == (5, (2, 0), True)
-    with pytest.raises(VarlenAttentionError, match="bf16=True"):
+    with pytest.raises(RefusedError, match="bf16=True"):
         varlen._kernel(q.float(), k.float(), k.float(), segments, scaling=0.5, window=(-1, 0))
     wide = torch.zeros(9, 1, 512, dtype=torch.bfloat16)
-    with pytest.raises(VarlenAttentionError, match="up to 256, got 512"):
+    with pytest.raises(RefusedError, match="up to 256, got 512"):
         varlen._kernel(wide, wide, wide, segments, scaling=0.5, window=(-1, 0))
 
 
@@ -254,7 +254,7 @@ def test_documents_that_the_attention_is_not_told_of_are_refused():
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)  # one document
         model(input_ids=ids, position_ids=torch.arange(12)[None], use_cache=False)
-        with pytest.raises(VarlenAttentionError, match="documents that share a row"):
+        with pytest.raises(RefusedError, match="documents that share a row"):
             model(input_ids=ids, position_ids=torch.tensor([[*range(5), *range(7)]]), use_cache=False)
 
 
@@ -276,10 +276,10 @@ def test_classes_that_compute_attention_themselves_are_refused(name):
     told = kind(config)
     told.set_attn_implementation(register_varlen_attention())
     with pytest.raises(
-        VarlenAttentionError, match=f"{name}ForCausalLM computes its attention by eager, not by hf_effi_varlen"
+        RefusedError, match=f"{name}ForCausalLM computes its attention by eager, not by hf_effi_varlen"
     ):
         check_varlen_attention(told)
-    with pytest.raises(VarlenAttentionError):
+    with pytest.raises(RefusedError):
         loaded = kind._from_config(config, attn_implementation="hf_effi_varlen")
         check_varlen_attention(loaded)
 
@@ -289,7 +289,7 @@ def test_a_model_that_would_run_without_its_mask_is_refused_when_it_makes_one():
     register_varlen_attention()
     config, kind = config_of("Bloom")
     model = kind._from_config(config, attn_implementation="hf_effi_varlen")
-    with pytest.raises(VarlenAttentionError, match="does not give what its own attention gives for rows"):
+    with pytest.raises(RefusedError, match="does not give what its own attention gives for rows"):
         model(input_ids=torch.tensor([[3, 4, 5, 6]]))
 
 

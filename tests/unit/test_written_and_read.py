@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from hf_effi import callbacks, data, samplers, schedules
+from hf_effi.errors import RecipeError
 from hf_effi.functional import rollouts
 from hf_effi.functional.kept_arguments import LARGEST_LIST, NotKept, arguments_of, keeps_arguments
 from hf_effi.hub.admitted import CLASSES
-from hf_effi.hub.objects import NotPlainError, from_plain, to_plain
+from hf_effi.hub.objects import from_plain, to_plain
 from hf_effi.samplers import CompetenceSampler, EffiSampler, QualityAscendingSampler, ShuffledSampler
 
 WARM: dict[str, Any] = {"total_steps": 20, "warmup_steps": 2, "warmup_start": 0.1, "warmup_offset": 0}
@@ -236,7 +237,7 @@ def test_copies_and_pickles_have_them_and_a_bare_object_has_none():
     made = CompetenceSampler(SCORES, 12, seed=3)
     for other in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert to_plain(other) == to_plain(made) and list(other) == list(made)
-    with pytest.raises(NotPlainError, match="CompetenceSampler, which does not remember what it was made with"):
+    with pytest.raises(RecipeError, match="CompetenceSampler, which does not remember what it was made with"):
         to_plain(CompetenceSampler.__new__(CompetenceSampler))
 
 
@@ -277,7 +278,7 @@ def test_nothing_large_stays_alive():
     ],
 )
 def test_scores_that_are_too_many_are_named_with_the_limit_and_what_to_do(scores: Any, words: str):
-    with pytest.raises(NotPlainError, match=f"{words}. Make the QualityAscendingSampler again from your data, and"):
+    with pytest.raises(RecipeError, match=f"{words}. Make the QualityAscendingSampler again from your data, and"):
         to_plain(QualityAscendingSampler(scores))
     assert to_plain(QualityAscendingSampler(scores[:256]))["arguments"]["scores"] == [1.0] * 256
 
@@ -305,7 +306,7 @@ def test_scores_without_a_number_come_back():
 def test_options_that_are_passed_through_are_written_or_refused_and_never_lost():
     made = callbacks.AccuracyGradientCallback(window=3)
     assert to_plain(made)["arguments"] == {"window": 3}
-    with pytest.raises(NotPlainError, match="'verify' is no argument that a card may set there"):
+    with pytest.raises(RecipeError, match="'verify' is no argument that a card may set there"):
         to_plain(callbacks.KernelPatchCallback("liger", verify=False))
-    with pytest.raises(NotPlainError, match="your own code"):
+    with pytest.raises(RecipeError, match="your own code"):
         to_plain(callbacks.AutoLRSCallback(1e-4, 1e-2, evaluate=lambda model: 0.0))

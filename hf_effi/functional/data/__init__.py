@@ -4,7 +4,7 @@ What comes next, and why: orders, pacing, sampling and difficulty as pure functi
 
 from __future__ import annotations
 
-from ._checks import CurriculumError, as_labels, check_count, check_number, clean_scores, seeded
+from ._checks import as_labels, check_count, check_number, clean_scores, seeded
 from .agreement import keep_by_length, majority_answers
 from .apportion import apportion
 from .attention_influence import copy_probe, copy_scores, relative_increase, top_heads
@@ -65,7 +65,6 @@ __all__ = [
     "UL2R_DENOISERS",
     "UL2_DENOISERS",
     "BernoulliBayes",
-    "CurriculumError",
     "Denoiser",
     "Dip",
     "Multigrid",

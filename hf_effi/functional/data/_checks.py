@@ -10,10 +10,6 @@ import torch
 from torch import Tensor
 
 
-class CurriculumError(ValueError):
-    """A curriculum was given something it cannot act on."""
-
-
 def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: str = "error") -> Tensor:
     """
     Return scores as a 1-D float64 CPU tensor.
@@ -25,7 +21,7 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
             the others.
 
     Raises:
-        CurriculumError: no row, another number of dimensions, a NaN under `nan="error"`, or nothing but NaN.
+        ValueError: no row, another number of dimensions, a NaN under `nan="error"`, or nothing but NaN.
 
     Example:
     ```python
@@ -34,10 +30,10 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
     ```
     """
     if nan not in ("error", "median"):
-        raise CurriculumError(f"nan={nan!r} is not known. Use 'error' or 'median'.")
+        raise ValueError(f"nan={nan!r} is not known. Use 'error' or 'median'.")
     values = _as_numbers(scores, name)
     if values.ndim != 1 or values.numel() == 0:
-        raise CurriculumError(
+        raise ValueError(
             f"{name} has shape {tuple(values.shape)}. Pass one number for each row of the dataset, at least one."
         )
     missing = torch.isnan(values)
@@ -45,12 +41,12 @@ def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: st
     if count == 0:
         return values
     if nan == "error":
-        raise CurriculumError(
+        raise ValueError(
             f"{name} has {count} NaN of {values.numel()}, the first in row {int(missing.nonzero()[0])}. Score these "
             "rows, drop them, or pass nan='median'."
         )
     if count == values.numel():
-        raise CurriculumError(f"{name} is NaN in every row, so there is no median to use.")
+        raise ValueError(f"{name} is NaN in every row, so there is no median to use.")
     values[missing] = values[~missing].median()
     return values
 
@@ -62,7 +58,7 @@ def _as_numbers(scores: Any, name: str) -> Tensor:
         return torch.as_tensor(scores, dtype=kind).detach().to("cpu", torch.float64).clone()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         # What torch says of words tells neither which, nor what to do.
-        raise CurriculumError(f"{name} must hold one number per row, and {_why_no_numbers(scores)}") from error
+        raise ValueError(f"{name} must hold one number per row, and {_why_no_numbers(scores)}") from error
 
 
 def as_labels(values: Any) -> Any:
@@ -92,7 +88,7 @@ def check_number(
     Return `value` if it lies between `low` and `high`.
 
     Raises:
-        CurriculumError: it does not, or it is not a finite number.
+        ValueError: it does not, or it is not a finite number.
 
     Example:
     ```python
@@ -101,14 +97,14 @@ def check_number(
     >>> check_number("alpha", 1.0, 0, 1, open_high=True)
     Traceback (most recent call last):
     ...
-    hf_effi.functional.data._checks.CurriculumError: alpha=1.0 is outside [0, 1).
+    ValueError: alpha=1.0 is outside [0, 1).
     ```
     """
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     good = good and (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
     if not good:
         left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
-        raise CurriculumError(f"{name}={value!r} is outside {left}{low}, {high}{right}.")
+        raise ValueError(f"{name}={value!r} is outside {left}{low}, {high}{right}.")
     return value
 
 
@@ -117,7 +113,7 @@ def check_count(name: str, value: Any, low: int = 1) -> int:
     Return `value` if it is an integer of at least `low`.
 
     Raises:
-        CurriculumError: it is not.
+        ValueError: it is not.
 
     Example:
     ```python
@@ -126,7 +122,7 @@ def check_count(name: str, value: Any, low: int = 1) -> int:
     ```
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise CurriculumError(f"{name}={value!r} must be an integer of at least {low}.")
+        raise ValueError(f"{name}={value!r} must be an integer of at least {low}.")
     return value
 
 
@@ -135,7 +131,7 @@ def seeded(seed: int, *stream: int) -> torch.Generator:
     Return a CPU generator for `(seed, *stream)`; streams of one seed are independent of one another.
 
     Raises:
-        CurriculumError: a negative number, or none.
+        ValueError: a negative number, or none.
 
     Example:
     ```python

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number
+from ._checks import check_count, check_number
 
 
 def majority_answers(
@@ -26,7 +26,7 @@ def majority_answers(
         min_agreement (`float`, *optional*, defaults to 0.5): In `(0, 1]`. The paper: 0.5 to 0.7 of 5 voters.
 
     Raises:
-        CurriculumError: no voter, voters with different numbers of answers, or a share out of range.
+        ValueError: no voter, voters with different numbers of answers, or a share out of range.
 
     Example:
     ```python
@@ -37,9 +37,7 @@ def majority_answers(
     check_number("min_agreement", min_agreement, 0, 1, open_low=True)
     sizes = {len(voter) for voter in answers}
     if len(sizes) != 1:
-        raise CurriculumError(
-            f"Voters gave {sorted(sizes)} answers. Ask at least one voter, and each the same problems."
-        )
+        raise ValueError(f"Voters gave {sorted(sizes)} answers. Ask at least one voter, and each the same problems.")
     winners: list[Hashable | None] = []
     for votes in zip(*answers, strict=True):
         first, *rest = Counter(vote for vote in votes if vote is not None).most_common(2) or [(None, 0)]
@@ -61,7 +59,7 @@ def keep_by_length(lengths: Tensor | Sequence[int], slack: int = 1, quantile: fl
         quantile (`float`, *optional*, defaults to 1.0): Quantile of the lengths that counts as `longest`, in `(0, 1]`.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python

@@ -6,8 +6,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 
-from ._checks import CurriculumError
-
 #: A place in the flow below: (domain, block), or (`_BLOCK`, block) for the block itself.
 Node = tuple[int, int]
 _BLOCK = -1
@@ -32,7 +30,7 @@ def apportion(sizes: Sequence[int], shares: Sequence[Sequence[int]]) -> list[lis
             same positive sum.
 
     Raises:
-        CurriculumError: a negative size or share, or sums that differ.
+        ValueError: a negative size or share, or sums that differ.
 
     Example:
     ```python
@@ -43,12 +41,10 @@ def apportion(sizes: Sequence[int], shares: Sequence[Sequence[int]]) -> list[lis
     ```
     """
     if any(size < 0 for size in sizes) or any(share < 0 for row in shares for share in row):
-        raise CurriculumError(
-            "apportion() was given a negative size or share. All must be whole numbers of at least 0."
-        )
+        raise ValueError("apportion() was given a negative size or share. All must be whole numbers of at least 0.")
     sums = {sum(row) for row in shares}
     if len(sizes) != len(shares) or len(sums) > 1 or 0 in sums:
-        raise CurriculumError(
+        raise ValueError(
             f"apportion() was given {len(sizes)} sizes and {len(shares)} rows of shares with the sums "
             f"{sorted(sums)[:3]}. Give one row per block, all with the same positive sum."
         )

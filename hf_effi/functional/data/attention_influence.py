@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number, seeded
+from ._checks import check_count, check_number, seeded
 
 
 def copy_probe(num_rows: int, length: int, token_ids: Sequence[int], seed: int = 0) -> Tensor:
@@ -27,7 +27,7 @@ def copy_probe(num_rows: int, length: int, token_ids: Sequence[int], seed: int =
         `torch.Tensor`: Shape `(num_rows, 2 * length)`, int64.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python
@@ -40,9 +40,7 @@ def copy_probe(num_rows: int, length: int, token_ids: Sequence[int], seed: int =
     check_count("length", length, 2)
     tokens = torch.tensor(list(token_ids), dtype=torch.long)
     if length > tokens.numel():
-        raise CurriculumError(
-            f"length={length} exceeds the {tokens.numel()} token_ids. Lower it, or give more tokens."
-        )
+        raise ValueError(f"length={length} exceeds the {tokens.numel()} token_ids. Lower it, or give more tokens.")
     generator = seeded(seed)
     half = torch.stack([tokens[torch.randperm(tokens.numel(), generator=generator)[:length]] for _ in range(num_rows)])
     return torch.cat([half, half], dim=1)
@@ -62,7 +60,7 @@ def copy_scores(attention: Tensor) -> Tensor:
         `torch.Tensor`: Mean over rows, shape `(heads,)`, float64, in `[0, 1]`.
 
     Raises:
-        CurriculumError: another shape.
+        ValueError: another shape.
 
     Example:
     ```python
@@ -73,13 +71,13 @@ def copy_scores(attention: Tensor) -> Tensor:
     ```
     """
     if attention.ndim != 4 or attention.shape[2] != attention.shape[3] or attention.shape[2] % 2:
-        raise CurriculumError(
+        raise ValueError(
             f"attention has shape {tuple(attention.shape)}. Pass (rows, heads, 2 * length, 2 * length), the weights "
             "on a copy_probe."
         )
     length = attention.shape[2] // 2
     if length < 2:
-        raise CurriculumError("A probe of 1 token has nothing to copy. Use length=2 or more.")
+        raise ValueError("A probe of 1 token has nothing to copy. Use length=2 or more.")
     looked_at = attention[:, :, length:-1].argmax(-1)
     wanted = torch.arange(1, length, device=attention.device)
     return (looked_at == wanted).double().mean((0, 2)).cpu()
@@ -96,7 +94,7 @@ def top_heads(scores: Mapping[tuple[int, int], float], share: float = 0.05) -> l
         share (`float`, *optional*, defaults to 0.05): Share of the heads, in `(0, 1]`. The paper: 5 %.
 
     Raises:
-        CurriculumError: no head, a NaN, or a share out of range.
+        ValueError: no head, a NaN, or a share out of range.
 
     Example:
     ```python
@@ -106,12 +104,10 @@ def top_heads(scores: Mapping[tuple[int, int], float], share: float = 0.05) -> l
     """
     check_number("share", share, 0, 1, open_low=True)
     if not scores:
-        raise CurriculumError("scores is empty: there is no attention head to choose.")
+        raise ValueError("scores is empty: there is no attention head to choose.")
     for head, score in scores.items():
         if math.isnan(score):
-            raise CurriculumError(
-                f"The score of head {head} is NaN. Use a model in a precision that does not overflow."
-            )
+            raise ValueError(f"The score of head {head} is NaN. Use a model in a precision that does not overflow.")
     count = max(1, math.floor(share * len(scores) + 1e-9))
     return sorted(sorted(scores, key=lambda head: (-scores[head], head))[:count])
 
@@ -127,7 +123,7 @@ def relative_increase(base: Tensor | Sequence[float], changed: Tensor | Sequence
         changed (`torch.Tensor` or `Sequence[float]`): Loss under the model without its retrieval heads.
 
     Raises:
-        CurriculumError: different lengths, or a negative loss.
+        ValueError: different lengths, or a negative loss.
 
     Example:
     ```python
@@ -137,10 +133,10 @@ def relative_increase(base: Tensor | Sequence[float], changed: Tensor | Sequence
     """
     before, after = torch.as_tensor(base).double(), torch.as_tensor(changed).double()
     if before.shape != after.shape or before.ndim != 1:
-        raise CurriculumError(
+        raise ValueError(
             f"base has shape {tuple(before.shape)} and changed {tuple(after.shape)}. Give both losses of the same "
             "rows."
         )
     if bool((before < 0).any()):
-        raise CurriculumError(f"base={float(before.min())} is negative. Pass mean token losses in nats, in [0, inf).")
+        raise ValueError(f"base={float(before.min())} is negative. Pass mean token losses in nats, in [0, inf).")
     return torch.where(before == 0, torch.nan, (after - before) / before)

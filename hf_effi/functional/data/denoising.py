@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number
+from ._checks import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Denoiser:
         weight (`float`, *optional*, defaults to 1.0): Share in a mixture, before normalising. Positive.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
     """
 
     mode: str
@@ -65,7 +65,7 @@ def noise_counts(length: int, denoiser: Denoiser) -> tuple[int, int]:
         denoiser (`Denoiser`): What hides them.
 
     Raises:
-        CurriculumError: a shorter row.
+        ValueError: a shorter row.
 
     Example:
     ```python
@@ -95,7 +95,7 @@ def span_mask(length: int, denoiser: Denoiser, generator: torch.Generator) -> Te
         `torch.Tensor`: Boolean, shape `(length,)`.
 
     Raises:
-        CurriculumError: a shorter row.
+        ValueError: a shorter row.
 
     Example:
     ```python
@@ -130,7 +130,7 @@ def split_spans(ids: Tensor, hidden: Tensor, sentinel_ids: Sequence[int]) -> tup
         `tuple[torch.Tensor, torch.Tensor]`: inputs and targets.
 
     Raises:
-        CurriculumError: fewer sentinels than spans.
+        ValueError: fewer sentinels than spans.
 
     Example:
     ```python
@@ -142,7 +142,7 @@ def split_spans(ids: Tensor, hidden: Tensor, sentinel_ids: Sequence[int]) -> tup
     begins = hidden & ~torch.cat([torch.tensor([False]), hidden[:-1]])
     spans = int(begins.sum())
     if spans > len(sentinel_ids):
-        raise CurriculumError(f"{spans} spans are hidden, and there are {len(sentinel_ids)} sentinel_ids. Pass more.")
+        raise ValueError(f"{spans} spans are hidden, and there are {len(sentinel_ids)} sentinel_ids. Pass more.")
     sentinel = torch.tensor([*sentinel_ids[:spans], 0], dtype=ids.dtype)[begins.long().cumsum(0) - 1]
     inputs = torch.where(begins, sentinel, ids)[begins | ~hidden]
     both = torch.stack([sentinel, ids], dim=1)
@@ -154,7 +154,7 @@ def denoised_lengths(length: int, denoiser: Denoiser) -> tuple[int, int]:
     Return the tokens of inputs and targets that a row turns into, sentinels included: the same for every draw.
 
     Raises:
-        CurriculumError: a row of fewer than 2 tokens.
+        ValueError: a row of fewer than 2 tokens.
 
     Example:
     ```python
@@ -176,7 +176,7 @@ def fitting_length(denoisers: Sequence[Denoiser], max_length: int, max_target_le
         max_target_length (`int`, *optional*): Room for the targets.
 
     Raises:
-        CurriculumError: no denoiser, or no row of 2 tokens fits.
+        ValueError: no denoiser, or no row of 2 tokens fits.
 
     Example:
     ```python
@@ -185,7 +185,7 @@ def fitting_length(denoisers: Sequence[Denoiser], max_length: int, max_target_le
     ```
     """
     if not denoisers:
-        raise CurriculumError("denoisers is empty. Pass at least one, such as UL2_DENOISERS.")
+        raise ValueError("denoisers is empty. Pass at least one, such as UL2_DENOISERS.")
 
     def fits(length: int) -> bool:
         for denoiser in denoisers:
@@ -199,7 +199,7 @@ def fitting_length(denoisers: Sequence[Denoiser], max_length: int, max_target_le
     longest = max_length + (max_target_length or 0)
     found = next((length for length in range(longest, 1, -1) if fits(length)), None)
     if found is None:
-        raise CurriculumError(
+        raise ValueError(
             f"No row of 2 tokens fits into max_length={max_length}, max_target_length={max_target_length}. Raise them."
         )
     return found

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_number
+from ._checks import check_number
 
 
 def pass_rate_difficulty(
@@ -32,7 +32,7 @@ def pass_rate_difficulty(
         `torch.Tensor`: In `[0, 1]`, shape `(num_rows,)`, float64.
 
     Raises:
-        CurriculumError: counts that are negative or contradict each other, or no answer and no prior.
+        ValueError: counts that are negative or contradict each other, or no answer and no prior.
 
     Example:
     ```python
@@ -46,13 +46,13 @@ def pass_rate_difficulty(
     total = torch.as_tensor(tried).double()
     wrong = (right < 0) | (right > total) | right.isnan() | total.isnan()
     if right.shape != total.shape or right.ndim != 1 or bool(wrong.any()):
-        raise CurriculumError(
+        raise ValueError(
             f"passed {tuple(right.shape)} and tried {tuple(total.shape)} must be of one shape (num_rows,) with "
             "0 <= passed <= tried."
         )
     weight = total + prior_passed + prior_failed
     if bool((weight == 0).any()):
-        raise CurriculumError("A row was never tried and the prior is empty. Use prior_passed, prior_failed > 0.")
+        raise ValueError("A row was never tried and the prior is empty. Use prior_passed, prior_failed > 0.")
     return 1 - (right + prior_passed) / weight
 
 
@@ -61,7 +61,7 @@ def learnability(pass_rates: Tensor | Sequence[float]) -> Tensor:
     Return `p (1 - p)`: largest where a row is solved half of the time, 0 where it always or never is.
 
     Raises:
-        CurriculumError: a rate outside `[0, 1]`, or NaN.
+        ValueError: a rate outside `[0, 1]`, or NaN.
 
     Example:
     ```python
@@ -71,7 +71,7 @@ def learnability(pass_rates: Tensor | Sequence[float]) -> Tensor:
     """
     rates = torch.as_tensor(pass_rates).double()
     if not bool(((rates >= 0) & (rates <= 1)).all()):
-        raise CurriculumError("pass_rates must lie in [0, 1] and have no NaN.")
+        raise ValueError("pass_rates must lie in [0, 1] and have no NaN.")
     return rates * (1 - rates)
 
 

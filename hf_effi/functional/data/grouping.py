@@ -25,7 +25,7 @@ def repeat_layout(order: Tensor, mini_repeat_count: int, batch_size: int = 1, re
         `torch.Tensor`: Shape `(num_prompts // batch_size * batch_size * mini_repeat_count * repeat_count,)`.
 
     Raises:
-        CurriculumError: a count below 1.
+        ValueError: a count below 1.
 
     Example:
     ```python

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number
+from ._checks import check_count, check_number
 
 
 def _responses(values: Tensor, ndim: int, name: str) -> Tensor:
     values = torch.as_tensor(values).detach().cpu().double()
     answered = values[~values.isnan()]
     if values.ndim != ndim or answered.numel() == 0 or not bool(((answered == 0) | (answered == 1)).all()):
-        raise CurriculumError(
+        raise ValueError(
             f"{name} has shape {tuple(values.shape)}; it needs {ndim} dimension(s), entries 0, 1 or NaN (not "
             "answered), and at least one answer."
         )
@@ -35,7 +35,7 @@ def rasch_ability(
         max_steps (`int`, *optional*, defaults to 100): Newton steps at most.
 
     Raises:
-        CurriculumError: shapes differ, entries other than 0, 1, NaN, or no finite maximum.
+        ValueError: shapes differ, entries other than 0, 1, NaN, or no finite maximum.
 
     Example:
     ```python
@@ -47,7 +47,7 @@ def rasch_ability(
     answers = _responses(responses, 1, "responses")
     items = torch.as_tensor(difficulty).detach().cpu().double()
     if items.shape != answers.shape or not bool(torch.isfinite(items).all()):
-        raise CurriculumError(
+        raise ValueError(
             f"difficulty {tuple(items.shape)} must be finite and have the shape of responses {tuple(answers.shape)}."
         )
     seen = ~answers.isnan()
@@ -56,7 +56,7 @@ def rasch_ability(
     if prior_std is not None:
         precision = check_number("prior_std", prior_std, 0, open_low=True) ** -2
     elif bool((answers == answers[0]).all()):
-        raise CurriculumError(
+        raise ValueError(
             "All answers agree, so the likelihood has no maximum. Use prior_std=1.0 or more varied items."
         )
     theta = 0.0
@@ -90,7 +90,7 @@ def fit_rasch(
         `tuple[torch.Tensor, torch.Tensor]`: Difficulty `(num_items,)` and ability `(num_examinees,)`, float64.
 
     Raises:
-        CurriculumError: entries other than 0, 1, NaN, or an argument out of range.
+        ValueError: entries other than 0, 1, NaN, or an argument out of range.
 
     Example:
     ```python
@@ -133,13 +133,13 @@ def within_ability(
     ```
 
     Raises:
-        CurriculumError: `lower > upper`, or `min_rows` out of range.
+        ValueError: `lower > upper`, or `min_rows` out of range.
     """
     if not lower <= upper:
-        raise CurriculumError(f"lower={lower} exceeds upper={upper}. The band is [ability + lower, ability + upper].")
+        raise ValueError(f"lower={lower} exceeds upper={upper}. The band is [ability + lower, ability + upper].")
     items = torch.as_tensor(difficulty).double()
     if check_count("min_rows", min_rows) > items.numel():
-        raise CurriculumError(f"min_rows={min_rows} exceeds the {items.numel()} items.")
+        raise ValueError(f"min_rows={min_rows} exceeds the {items.numel()} items.")
     mask = (items >= ability + lower) & (items <= ability + upper)
     if int(mask.sum()) < min_rows:
         mask = torch.zeros_like(mask)

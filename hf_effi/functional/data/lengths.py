@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options import refuse_idle
-from ._checks import CurriculumError, check_count, check_number
+from ._checks import check_count, check_number
 
 
 def staged_length(progress: float, lengths: Sequence[int], last_share: float = 0.5) -> int:
@@ -23,7 +23,7 @@ def staged_length(progress: float, lengths: Sequence[int], last_share: float = 0
         last_share (`float`, *optional*, defaults to 0.5): Share of the run at full length, in `(0, 1]`.
 
     Raises:
-        CurriculumError: no length, lengths that do not ascend, or `last_share` out of range.
+        ValueError: no length, lengths that do not ascend, or `last_share` out of range.
 
     Example:
     ```python
@@ -32,7 +32,7 @@ def staged_length(progress: float, lengths: Sequence[int], last_share: float = 0
     ```
     """
     if not lengths or any(b <= a for a, b in zip(lengths, lengths[1:], strict=False)):
-        raise CurriculumError(f"lengths={list(lengths)} must be a non-empty ascending list, such as (128, 256, 512).")
+        raise ValueError(f"lengths={list(lengths)} must be a non-empty ascending list, such as (128, 256, 512).")
     check_count("the first length", lengths[0])
     check_number("last_share", last_share, 0, 1, open_low=True)
     early = len(lengths) - 1
@@ -57,7 +57,7 @@ def root_length(
         multiple (`int`, *optional*, defaults to 8): What tensor cores like.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python
@@ -71,7 +71,7 @@ def root_length(
     check_count("min_length", min_length, multiple)
     check_number("root", root, 0, open_low=True)
     if check_count("max_length", max_length) < min_length:
-        raise CurriculumError(f"min_length={min_length} exceeds max_length={max_length}.")
+        raise ValueError(f"min_length={min_length} exceeds max_length={max_length}.")
     if step >= total_steps:
         return max_length
     length = int((step / total_steps) ** (1 / root) * (max_length - min_length) + min_length)
@@ -95,7 +95,7 @@ class Multigrid:
         final_share (`float`, *optional*, defaults to 0.2): Share of the run at full length, at its end, in `(0, 1]`.
 
     Raises:
-        CurriculumError: an argument out of range, or a length that is no whole number of at least 2.
+        ValueError: an argument out of range, or a length that is no whole number of at least 2.
 
     Example:
     ```python
@@ -117,15 +117,15 @@ class Multigrid:
         check_number("final_share", self.final_share, 0, 1, open_low=True)
         for name, cycle in (("long_cycle", self.long_cycle), ("short_cycle", self.short_cycle)):
             if not cycle:
-                raise CurriculumError(f"{name} is empty. Use (1,) for none.")
+                raise ValueError(f"{name} is empty. Use (1,) for none.")
             object.__setattr__(self, name, tuple(cycle))  # a list would not be equal, nor have a hash
             for divisor in cycle:
                 check_count(f"a divisor of {name}", divisor)
         needs = "with a short_cycle of two or more divisors"
-        refuse_idle("short_steps", self.short_steps, 1, len(self.short_cycle) > 1, needs, CurriculumError)
+        refuse_idle("short_steps", self.short_steps, 1, len(self.short_cycle) > 1, needs)
         for divisor in (a * b for a in self.long_cycle for b in self.short_cycle):
             if self.max_length % divisor or self.max_length // divisor < 2:
-                raise CurriculumError(
+                raise ValueError(
                     f"max_length={self.max_length} divided by {divisor} (a long and a short divisor) is no whole "
                     "number of at "
                     "least 2, so tokens would be padded. Use divisors whose products divide it, such as powers of 2."
@@ -160,7 +160,7 @@ def rechunk(batch: Tensor, length: int, fill: float) -> Tensor:
         `torch.Tensor`: Shape `(rows * ceil(tokens / length), length, ...)`; the batch itself if `length >= tokens`.
 
     Raises:
-        CurriculumError: `length` below 1.
+        ValueError: `length` below 1.
 
     Example:
     ```python

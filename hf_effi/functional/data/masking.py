@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options import refuse_idle
-from ._checks import CurriculumError, check_count, check_number
+from ._checks import check_count, check_number
 
 
 def masking_ratio(
@@ -34,7 +34,7 @@ def masking_ratio(
         warmup_from (`float`, *optional*, defaults to 0.15): In `(0, 1]`.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python
@@ -47,7 +47,7 @@ def masking_ratio(
     for name, value in (("start", start), ("end", end), ("warmup_from", warmup_from)):
         check_number(name, value, 0, 1, open_low=True)
     rise = check_number("warmup_fraction", warmup_fraction, 0, 1, open_high=True)
-    refuse_idle("warmup_from", warmup_from, 0.15, rise > 0, "with a warmup_fraction above 0", CurriculumError)
+    refuse_idle("warmup_from", warmup_from, 0.15, rise > 0, "with a warmup_fraction above 0")
     done = min(max(check_number("progress", progress, -math.inf), 0.0), 1.0)
     if done < rise:
         return warmup_from + (start - warmup_from) * done / rise
@@ -68,7 +68,7 @@ def continues_word(tokens: Sequence[str], style: Literal["##", "prefix"] = "##")
         `torch.Tensor`: Boolean, shape `(vocabulary,)`.
 
     Raises:
-        CurriculumError: another style, or no token is marked in this style.
+        ValueError: another style, or no token is marked in this style.
 
     Example:
     ```python
@@ -77,13 +77,11 @@ def continues_word(tokens: Sequence[str], style: Literal["##", "prefix"] = "##")
     ```
     """
     if style not in ("##", "prefix"):
-        raise CurriculumError(f"style={style!r} is not known. Use '##' or 'prefix'.")
+        raise ValueError(f"style={style!r} is not known. Use '##' or 'prefix'.")
     marks = ("##",) if style == "##" else ("\u0120", "\u2581")
     marked = torch.tensor([token.startswith(marks) for token in tokens], dtype=torch.bool)
     if not bool(marked.any()):
-        raise CurriculumError(
-            f"No token of the vocabulary is marked in style={style!r}. Try the other, or mask tokens."
-        )
+        raise ValueError(f"No token of the vocabulary is marked in style={style!r}. Try the other, or mask tokens.")
     return marked if style == "##" else ~marked
 
 
@@ -117,7 +115,7 @@ def mask_tokens(
         `tuple[torch.Tensor, torch.Tensor]`: the new `input_ids`, and `labels` with -100 where nothing was chosen.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number
+from ._checks import check_count, check_number
 
 
 def domain_of(url: str) -> str:
@@ -33,7 +33,7 @@ def cooldown_step(total_steps: int, cooldown_fraction: float) -> int:
         cooldown_fraction (`float`): `f` in `[0, 1]`. 0 never switches, 1 never conditions.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python
@@ -81,7 +81,7 @@ def join_metadata(
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, shape `(rows, longest joined row)`.
 
     Raises:
-        CurriculumError: another `where`, or `max_length` below 4.
+        ValueError: another `where`, or `max_length` below 4.
 
     Example:
     ```python
@@ -95,7 +95,7 @@ def join_metadata(
     ```
     """
     if where not in ("prepend", "append"):
-        raise CurriculumError(f"where={where!r} is not known. Use 'prepend' or 'append'.")
+        raise ValueError(f"where={where!r} is not known. Use 'prepend' or 'append'.")
     text, extra = text_lengths[:, None], metadata_lengths[:, None]
     if max_length is not None:
         extra = extra.clamp(max=check_count("max_length", max_length, 4) // 4)

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, as_labels, check_count, check_number, seeded
+from ._checks import as_labels, check_count, check_number, seeded
 from .apportion import apportion
 
 Waypoints = Sequence[tuple[float, Mapping[Hashable, float]]]
@@ -26,7 +26,7 @@ def mixture_at(progress: float, waypoints: Waypoints, smooth: bool = False) -> d
         smooth (`bool`, *optional*, defaults to `False`): Interpolate linearly instead of switching.
 
     Raises:
-        CurriculumError: no way-point at 0, order, negative or all-zero weights.
+        ValueError: no way-point at 0, order, negative or all-zero weights.
 
     Example:
     ```python
@@ -49,10 +49,10 @@ def mixture_at(progress: float, waypoints: Waypoints, smooth: bool = False) -> d
 
 def _check_waypoints(waypoints: Waypoints) -> tuple[list[float], list[dict[Hashable, float]]]:
     if not waypoints or waypoints[0][0] != 0:
-        raise CurriculumError(f"waypoints={waypoints!r} must be (progress, weights) pairs, the first at progress 0.")
+        raise ValueError(f"waypoints={waypoints!r} must be (progress, weights) pairs, the first at progress 0.")
     marks = [check_number("progress of a way-point", mark, 0, 1) for mark, _ in waypoints]
     if any(b <= a for a, b in zip(marks, marks[1:], strict=False)):
-        raise CurriculumError(f"the way-points' progress {marks} must ascend.")
+        raise ValueError(f"the way-points' progress {marks} must ascend.")
     names = list(dict.fromkeys(name for _, weights in waypoints for name in weights))
     table = []
     for mark, weights in waypoints:
@@ -60,7 +60,7 @@ def _check_waypoints(waypoints: Waypoints) -> tuple[list[float], list[dict[Hasha
             check_number(f"weight of {name!r} at {mark}", weight, 0)
         total = sum(weights.values())
         if total <= 0:
-            raise CurriculumError(f"all weights at progress {mark} are 0. Give at least one domain a weight.")
+            raise ValueError(f"all weights at progress {mark} are 0. Give at least one domain a weight.")
         table.append({name: weights.get(name, 0.0) / total for name in names})
     return marks, table
 
@@ -80,7 +80,7 @@ def mixture_counts(num_samples: int, block: int, waypoints: Waypoints, smooth: b
         waypoints, smooth: See [`mixture_at`].
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python
@@ -153,7 +153,7 @@ def mixture_order(
         `torch.Tensor`: Row numbers, shape `(num_samples,)`.
 
     Raises:
-        CurriculumError: a domain with weight but without rows, or an argument out of range.
+        ValueError: a domain with weight but without rows, or an argument out of range.
 
     Example:
     ```python
@@ -171,9 +171,7 @@ def mixture_order(
         need = sum(counts[name] for counts in blocks)
         rows = members.get(name, [])
         if need and not rows:
-            raise CurriculumError(
-                f"domain {name!r} has a weight but no row. Known domains: {sorted(map(str, members))}."
-            )
+            raise ValueError(f"domain {name!r} has a weight but no row. Known domains: {sorted(map(str, members))}.")
         generator = seeded(seed, place, 1)
         index = torch.tensor(rows, dtype=torch.int64)
         passes = -(-need // len(rows)) if rows else 0

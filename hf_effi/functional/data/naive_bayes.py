@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number
+from ...errors import MismatchError
+from ._checks import check_count, check_number
 
 
 class BernoulliBayes:
@@ -23,7 +24,7 @@ class BernoulliBayes:
         alpha (`float`, *optional*, defaults to 1.0): Smoothing, positive.
 
     Raises:
-        CurriculumError: an argument out of range, or a token that is.
+        ValueError: an argument out of range, or a token that is.
 
     Example:
     ```python
@@ -45,11 +46,11 @@ class BernoulliBayes:
         Count rows of tokens with their labels; a token that occurs twice in a row counts once.
 
         Raises:
-            CurriculumError: another number of labels than rows, or a token out of range.
+            ValueError: another number of labels than rows, or a token out of range.
         """
         classes = torch.as_tensor(labels).long()
         if classes.numel() != len(rows):
-            raise CurriculumError(f"{classes.numel()} labels for {len(rows)} rows. Give one label per row.")
+            raise ValueError(f"{classes.numel()} labels for {len(rows)} rows. Give one label per row.")
         place, token = self._occurrences(rows)
         self.rows += torch.bincount(classes, minlength=2)
         flat = classes[place] * self.num_tokens + token
@@ -74,10 +75,10 @@ class BernoulliBayes:
         Take back what [`~BernoulliBayes.state_dict`] returned.
 
         Raises:
-            CurriculumError: counts of another number of tokens.
+            MismatchError: counts of another number of tokens.
         """
         if state["tokens"].shape != self.tokens.shape:
-            raise CurriculumError(
+            raise MismatchError(
                 f"The counts are for {state['tokens'].shape[1]} tokens, this predictor has {self.num_tokens}."
             )
         self.rows, self.tokens = state["rows"].clone(), state["tokens"].clone()
@@ -88,7 +89,7 @@ class BernoulliBayes:
         sizes = torch.tensor([bag.numel() for bag in bags], dtype=torch.long)
         token = torch.cat(bags) if bags else torch.empty(0, dtype=torch.long)
         if token.numel() and not 0 <= int(token.min()) <= int(token.max()) < self.num_tokens:
-            raise CurriculumError(
+            raise ValueError(
                 f"Tokens reach from {int(token.min())} to {int(token.max())}, outside [0, {self.num_tokens})."
             )
         return torch.arange(len(bags)).repeat_interleave(sizes), token

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, as_labels, check_count, clean_scores, seeded
+from ._checks import as_labels, check_count, clean_scores, seeded
 
 
 def score_order(
@@ -41,7 +41,7 @@ def score_order(
         `torch.Tensor`: A permutation, shape `(num_rows,)`, int64.
 
     Raises:
-        CurriculumError: NaN scores, `buckets` or `folds` out of range, or another number of sources.
+        ValueError: NaN scores, `buckets` or `folds` out of range, or another number of sources.
 
     Example:
     ```python
@@ -57,7 +57,7 @@ def score_order(
     size = values.numel()
     for name, value in (("buckets", buckets), ("folds", folds)):
         if value is not None and check_count(name, value) > size:
-            raise CurriculumError(f"{name}={value} exceeds the {size} rows. Use at most {size}.")
+            raise ValueError(f"{name}={value} exceeds the {size} rows. Use at most {size}.")
     generator = seeded(seed)
     if sources is not None:
         values = percentile_within(values, sources)
@@ -75,7 +75,7 @@ def percentile_within(scores: Tensor, sources: Sequence[Hashable]) -> Tensor:
     Return `(rank + 1/2) / size` of each row within its source; equal scores share the mean of their ranks.
 
     Raises:
-        CurriculumError: another number of sources than scores.
+        ValueError: another number of sources than scores.
 
     Example:
     ```python
@@ -85,7 +85,7 @@ def percentile_within(scores: Tensor, sources: Sequence[Hashable]) -> Tensor:
     """
     sources = as_labels(sources)
     if len(sources) != scores.numel():
-        raise CurriculumError(f"sources has {len(sources)} entries for {scores.numel()} scores. Give one per row.")
+        raise ValueError(f"sources has {len(sources)} entries for {scores.numel()} scores. Give one per row.")
     members: dict[Hashable, list[int]] = {}
     for row, source in enumerate(sources):
         members.setdefault(source, []).append(row)
@@ -116,7 +116,7 @@ def interleave_levels(
         subjects have rows left.
 
     Raises:
-        CurriculumError: lengths differ, no row, or a NaN level.
+        ValueError: lengths differ, no row, or a NaN level.
 
     Example:
     ```python
@@ -130,7 +130,7 @@ def interleave_levels(
     """
     levels, subjects = as_labels(levels), as_labels(subjects)
     if len(levels) != len(subjects) or len(levels) == 0:
-        raise CurriculumError(
+        raise ValueError(
             f"levels has {len(levels)} and subjects {len(subjects)} entries. Give one of each per row, at least one."
         )
     queues: dict[tuple[float, ...], dict[Hashable, list[int]]] = {}
@@ -138,7 +138,7 @@ def interleave_levels(
         level = levels[row]
         key = tuple(level) if isinstance(level, (tuple, list)) else (level,)
         if any(part != part for part in key):
-            raise CurriculumError(f"levels[{row}] is NaN. Give every row a level.")
+            raise ValueError(f"levels[{row}] is NaN. Give every row a level.")
         queues.setdefault(key, {}).setdefault(subjects[row], []).append(row)
     order: list[int] = []
     last: Hashable = object()

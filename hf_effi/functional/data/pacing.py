@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number, clean_scores, seeded
+from ._checks import check_count, check_number, clean_scores, seeded
 
 
 def competence(progress: float, start: float = 0.01, root: float = 2.0, full_at: float = 1.0) -> float:
@@ -24,7 +24,7 @@ def competence(progress: float, start: float = 0.01, root: float = 2.0, full_at:
         full_at (`float`, *optional*, defaults to 1.0): `f`, the progress at which all data is in play, in `(0, 1]`.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python
@@ -67,7 +67,7 @@ def competence_order(
         `torch.Tensor`: Row numbers, shape `(num_samples,)`.
 
     Raises:
-        CurriculumError: an argument out of range, NaN scores.
+        ValueError: an argument out of range, NaN scores.
 
     Example:
     ```python
@@ -103,7 +103,7 @@ def cyclical_sizes(total: float, start: float = 0.25, end: float = 1.0, alpha: f
         alpha (`float`, *optional*, defaults to 0.5): In `(0, 1)`; 1 would never change the size.
 
     Raises:
-        CurriculumError: an argument out of range.
+        ValueError: an argument out of range.
 
     Example:
     ```python
@@ -136,7 +136,7 @@ def draw_without_replacement(weights: Tensor, count: int, seed: int = 0, stream:
         seed, stream (`int`, *optional*): Seed and independent stream of it, such as the epoch.
 
     Raises:
-        CurriculumError: a weight that is not positive and finite, or `count` out of range.
+        ValueError: a weight that is not positive and finite, or `count` out of range.
 
     Example:
     ```python
@@ -145,9 +145,9 @@ def draw_without_replacement(weights: Tensor, count: int, seed: int = 0, stream:
     ```
     """
     if not bool((torch.isfinite(weights) & (weights > 0)).all()):
-        raise CurriculumError("weights must be positive and finite, so that every row can be drawn.")
+        raise ValueError("weights must be positive and finite, so that every row can be drawn.")
     if check_count("count", count) > weights.numel():
-        raise CurriculumError(f"count={count} exceeds the {weights.numel()} rows that can be drawn once.")
+        raise ValueError(f"count={count} exceeds the {weights.numel()} rows that can be drawn once.")
     uniform = torch.rand(weights.numel(), generator=seeded(seed, stream), dtype=torch.float64)
     finish = -torch.log1p(-uniform) / weights.double()
     return torch.sort(finish, stable=True).indices[:count]
@@ -166,7 +166,7 @@ def self_paced_weights(losses: Tensor | Sequence[float], threshold: float, soft:
         soft (`bool`, *optional*, defaults to `False`): Linear weights.
 
     Raises:
-        CurriculumError: NaN losses or a threshold that is not positive.
+        ValueError: NaN losses or a threshold that is not positive.
 
     Example:
     ```python
@@ -190,7 +190,7 @@ def easiest_share(losses: Tensor | Sequence[float], share: float, min_rows: int 
     The form of self-paced learning whose pace is set by a share of the data, not by a threshold on the loss.
 
     Raises:
-        CurriculumError: `share` outside `[0, 1]`, NaN losses.
+        ValueError: `share` outside `[0, 1]`, NaN losses.
 
     Example:
     ```python
@@ -213,7 +213,7 @@ def refill(rows: Tensor, num_samples: int, seed: int = 0, stream: int = 0) -> Te
     So each row occurs `floor` or `ceil` of `num_samples / len(rows)` times.
 
     Raises:
-        CurriculumError: no row.
+        ValueError: no row.
 
     Example:
     ```python
@@ -222,7 +222,7 @@ def refill(rows: Tensor, num_samples: int, seed: int = 0, stream: int = 0) -> Te
     ```
     """
     if rows.numel() == 0:
-        raise CurriculumError("There is no row to fill an epoch with. Lower the threshold or raise min_rows.")
+        raise ValueError("There is no row to fill an epoch with. Lower the threshold or raise min_rows.")
     generator = seeded(seed, stream)
     rounds = -(-check_count("num_samples", num_samples) // rows.numel())
     passes = [rows[torch.randperm(rows.numel(), generator=generator)] for _ in range(rounds)]

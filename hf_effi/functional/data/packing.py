@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number
+from ._checks import check_count, check_number
 
 
 def flop_coefficients(num_params: int, num_layers: int, num_heads: int, head_dim: int) -> tuple[float, float]:
@@ -24,7 +24,7 @@ def flop_coefficients(num_params: int, num_layers: int, num_heads: int, head_dim
         num_layers, num_heads, head_dim (`int`): `L`, query heads `H` and `D`.
 
     Raises:
-        CurriculumError: a count below 1.
+        ValueError: a count below 1.
 
     Example:
     ```python
@@ -49,7 +49,7 @@ def batch_costs(batches: Sequence[Sequence[int]], cost: tuple[float, float], pad
         padded (`bool`, *optional*, defaults to `True`): Whether each row is padded to the longest of its micro-batch.
 
     Raises:
-        CurriculumError: no pair, a negative coefficient, or both 0.
+        ValueError: no pair, a negative coefficient, or both 0.
 
     Example:
     ```python
@@ -60,10 +60,10 @@ def batch_costs(batches: Sequence[Sequence[int]], cost: tuple[float, float], pad
     ```
     """
     if not isinstance(cost, (tuple, list)) or len(cost) != 2:
-        raise CurriculumError(f"cost={cost!r} must be a pair (a, b), such as (1, 0); see flop_coefficients.")
+        raise ValueError(f"cost={cost!r} must be a pair (a, b), such as (1, 0); see flop_coefficients.")
     a, b = (check_number(f"cost[{i}]", value, 0) for i, value in enumerate(cost))
     if a == b == 0:
-        raise CurriculumError("cost=(0, 0) makes all micro-batches equal. Pass (1, 0) to balance tokens.")
+        raise ValueError("cost=(0, 0) makes all micro-batches equal. Pass (1, 0) to balance tokens.")
     sizes = torch.tensor([len(batch) for batch in batches])
     owner = torch.arange(len(batches)).repeat_interleave(sizes)
     lengths = torch.tensor([length for batch in batches for length in batch], dtype=torch.float64)
@@ -85,7 +85,7 @@ def pack_best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         `list[list[int]]`: Row numbers of each batch; each row once.
 
     Raises:
-        CurriculumError: an empty row, or one that exceeds the budget.
+        ValueError: an empty row, or one that exceeds the budget.
 
     Example:
     ```python
@@ -129,7 +129,7 @@ def pack_padded(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         `list[list[int]]`: Row numbers of each batch; each row once.
 
     Raises:
-        CurriculumError: an empty row, or one that exceeds the budget.
+        ValueError: an empty row, or one that exceeds the budget.
 
     Example:
     ```python
@@ -164,7 +164,7 @@ def fill_to_multiple(
         cost, padded: See [`batch_costs`].
 
     Raises:
-        CurriculumError: fewer rows than batches are needed.
+        ValueError: fewer rows than batches are needed.
 
     Example:
     ```python
@@ -175,7 +175,7 @@ def fill_to_multiple(
     needed = -(-len(batches) // check_count("multiple", multiple)) * multiple
     rows = sum(map(len, batches))
     if rows < needed:
-        raise CurriculumError(
+        raise ValueError(
             f"{rows} rows make {len(batches)} micro-batches, and {needed} are needed to give each of {multiple} "
             "(processes times accumulation steps) as many. Use fewer processes or accumulation steps, or add or drop "
             "rows."
@@ -210,7 +210,7 @@ def deal_snake(costs: Tensor | Sequence[float], ranks: int, accumulation: int = 
         `torch.Tensor`: Batch numbers, shape `(updates, accumulation, ranks)`.
 
     Raises:
-        CurriculumError: a count below 1, or a number of batches that is no multiple.
+        ValueError: a count below 1, or a number of batches that is no multiple.
 
     Example:
     ```python
@@ -221,9 +221,7 @@ def deal_snake(costs: Tensor | Sequence[float], ranks: int, accumulation: int = 
     places = check_count("ranks", ranks) * check_count("accumulation", accumulation)
     costs = torch.as_tensor(costs, dtype=torch.float64)
     if costs.numel() % places:
-        raise CurriculumError(
-            f"{costs.numel()} batches cannot be dealt to {places} places. Use fill_to_multiple first."
-        )
+        raise ValueError(f"{costs.numel()} batches cannot be dealt to {places} places. Use fill_to_multiple first.")
     dealt = costs.argsort(descending=True, stable=True).view(-1, accumulation, ranks).clone()
     dealt[:, 1::2] = dealt[:, 1::2].flip(-1)
     dealt[1::2] = dealt[1::2].flip(1, 2)
@@ -235,16 +233,16 @@ def check_lengths(lengths: Sequence[int], max_tokens: int) -> None:
     Check that every row has a token and fits into the budget.
 
     Raises:
-        CurriculumError: no row, or one that does not; the message names it.
+        ValueError: no row, or one that does not; the message names it.
     """
     check_count("max_tokens", max_tokens)
     if not len(lengths):
-        raise CurriculumError("There are no rows to pack.")
+        raise ValueError("There are no rows to pack.")
     for row, length in enumerate(lengths):
         if length < 1:
-            raise CurriculumError(f"Row {row} has {length} tokens. Filter empty rows out of the dataset.")
+            raise ValueError(f"Row {row} has {length} tokens. Filter empty rows out of the dataset.")
         if length > max_tokens:
-            raise CurriculumError(
+            raise ValueError(
                 f"Row {row} has {length} tokens, the budget of a micro-batch is max_tokens={max_tokens}. Raise "
                 f"max_tokens to at least {max(lengths)}, truncate, or filter out longer rows."
             )

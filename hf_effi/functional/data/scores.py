@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ._checks import CurriculumError, check_count, check_number, clean_scores
+from ._checks import check_count, check_number, clean_scores
 
 #: Log expected loss from a reward model and three UniEval indicators: the later version of the rule.
 INSTRUCT_MINING: Mapping[str, float] = MappingProxyType(
@@ -27,7 +27,7 @@ def perplexity(losses: Tensor | Sequence[float]) -> Tensor:
     Return `exp(loss)` of mean losses in nats; a NaN stays one.
 
     Raises:
-        CurriculumError: a negative loss.
+        ValueError: a negative loss.
 
     Example:
     ```python
@@ -37,7 +37,7 @@ def perplexity(losses: Tensor | Sequence[float]) -> Tensor:
     """
     values = torch.as_tensor(losses).double()
     if bool((values < 0).any()):
-        raise CurriculumError(f"loss={float(values.min())} is negative. Pass mean token losses in nats, in [0, inf).")
+        raise ValueError(f"loss={float(values.min())} is negative. Pass mean token losses in nats, in [0, inf).")
     return values.exp()
 
 
@@ -81,7 +81,7 @@ def rarity_under(rows: Sequence[Sequence[int]], *, counts: Mapping[int, int]) ->
         counts (`Mapping[int, int]`): How often each token occurs, at least 1.
 
     Raises:
-        CurriculumError: a token without a count, or a count below 1.
+        ValueError: a token without a count, or a count below 1.
 
     Example:
     ```python
@@ -94,7 +94,7 @@ def rarity_under(rows: Sequence[Sequence[int]], *, counts: Mapping[int, int]) ->
     total = sum(counts.values())
     missing = sorted({token for row in rows for token in row} - counts.keys())
     if missing:
-        raise CurriculumError(
+        raise ValueError(
             f"counts has no token {missing[0]} ({len(missing)} such). Count over all rows: "
             "token_counts(dataset[column])."
         )
@@ -115,7 +115,7 @@ def instruct_mining(
         coefficients (`Mapping[str, float]`, *optional*): `"intercept"` (0 if absent) and one number an indicator.
 
     Raises:
-        CurriculumError: names or lengths that do not fit, or a NaN.
+        ValueError: names or lengths that do not fit, or a NaN.
 
     Example:
     ```python
@@ -127,13 +127,11 @@ def instruct_mining(
     """
     wanted = sorted(set(coefficients) - {"intercept"})
     if sorted(indicators) != wanted or not wanted:
-        raise CurriculumError(
-            f"indicators {sorted(indicators)} do not fit the coefficients of {wanted}. Give one each."
-        )
+        raise ValueError(f"indicators {sorted(indicators)} do not fit the coefficients of {wanted}. Give one each.")
     columns = {name: clean_scores(indicators[name], name) for name in wanted}
     if len({column.numel() for column in columns.values()}) > 1:
         sizes = {name: column.numel() for name, column in columns.items()}
-        raise CurriculumError(f"indicators have different lengths: {sizes}. Give each of them one number per row.")
+        raise ValueError(f"indicators have different lengths: {sizes}. Give each of them one number per row.")
     result = torch.full_like(columns[wanted[0]], coefficients.get("intercept", 0.0))
     for name in coefficients:  # in the order of the rule, so that equal inputs give equal bits
         if name != "intercept":
@@ -153,7 +151,7 @@ def keep_by_judge(
         lowest, highest (`float`, *optional*, defaults to 0 and 5): Scale of the judge.
 
     Raises:
-        CurriculumError: a NaN, or a rating or a threshold outside the scale.
+        ValueError: a NaN, or a rating or a threshold outside the scale.
 
     Example:
     ```python
@@ -166,7 +164,7 @@ def keep_by_judge(
     outside = ((values < lowest) | (values > highest)).nonzero().flatten()
     if outside.numel():
         row = int(outside[0])
-        raise CurriculumError(
+        raise ValueError(
             f"ratings[{row}]={float(values[row])} is outside [{lowest}, {highest}], as {outside.numel()} of "
             f"{values.numel()} are. Set lowest and highest to the judge's scale, or rate these rows again."
         )
@@ -178,7 +176,7 @@ def keep_top(scores: Tensor | Sequence[float], count: int) -> Tensor:
     Return the mask of the `count` highest scores; of equal scores the earlier rows are kept.
 
     Raises:
-        CurriculumError: a NaN, or a count outside `[0, num_rows]`.
+        ValueError: a NaN, or a count outside `[0, num_rows]`.
 
     Example:
     ```python
@@ -189,9 +187,7 @@ def keep_top(scores: Tensor | Sequence[float], count: int) -> Tensor:
     values = clean_scores(scores)
     check_count("count", count, 0)
     if count > values.numel():
-        raise CurriculumError(
-            f"count={count} exceeds the {values.numel()} rows. Use a count in [0, {values.numel()}]."
-        )
+        raise ValueError(f"count={count} exceeds the {values.numel()} rows. Use a count in [0, {values.numel()}].")
     mask = torch.zeros(values.numel(), dtype=torch.bool)
     mask[values.argsort(descending=True, stable=True)[:count]] = True
     return mask
@@ -202,7 +198,7 @@ def kept_shares(mask: Tensor | Sequence[bool], groups: Sequence[Hashable]) -> di
     Return the share of rows kept of each group, in the order in which groups first occur: what a filter costs a skill.
 
     Raises:
-        CurriculumError: another number of groups than rows.
+        ValueError: another number of groups than rows.
 
     Example:
     ```python
@@ -212,6 +208,6 @@ def kept_shares(mask: Tensor | Sequence[bool], groups: Sequence[Hashable]) -> di
     """
     kept = torch.as_tensor(mask).bool().tolist()
     if len(kept) != len(groups):
-        raise CurriculumError(f"mask has {len(kept)} rows and groups has {len(groups)}. Give one group per row.")
+        raise ValueError(f"mask has {len(kept)} rows and groups has {len(groups)}. Give one group per row.")
     totals, hits = Counter(groups), Counter(group for group, keep in zip(groups, kept, strict=True) if keep)
     return {group: hits[group] / total for group, total in totals.items()}

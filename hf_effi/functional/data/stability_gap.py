@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ._checks import CurriculumError
-
 
 @dataclass(frozen=True)
 class Dip:
@@ -34,7 +32,7 @@ def stability_dip(values: Sequence[float], higher_is_better: bool = True) -> Dip
         higher_is_better (`bool`, *optional*, defaults to `True`): `False` for a loss.
 
     Raises:
-        CurriculumError: no value, or one that is not finite.
+        ValueError: no value, or one that is not finite.
 
     Example:
     ```python
@@ -43,7 +41,7 @@ def stability_dip(values: Sequence[float], higher_is_better: bool = True) -> Dip
     ```
     """
     if not len(values) or not all(math.isfinite(value) for value in values):
-        raise CurriculumError(f"values={list(values)!r} must be finite numbers, the first from before the new data.")
+        raise ValueError(f"values={list(values)!r} must be finite numbers, the first from before the new data.")
     gains = [value - values[0] if higher_is_better else values[0] - value for value in values]
     lowest = gains.index(min(gains))
     recovered = next((place for place in range(lowest, len(gains)) if gains[place] >= 0), None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...errors import MismatchError
 from ..kept_arguments import keeps_arguments
 
 
@@ -129,10 +130,10 @@ class ShuffledPrompts:
         Go on where `state` stopped.
 
         Raises:
-            ValueError: the state belongs to a dataset of another size.
+            MismatchError: the state belongs to a dataset of another size.
         """
         if state["size"] != self.size:
-            raise ValueError(
+            raise MismatchError(
                 f"the checkpoint's prompt stream is over {state['size']} rows, this dataset has {self.size}. Resume "
                 "with the same dataset, or start a new run from the checkpoint's weights."
             )

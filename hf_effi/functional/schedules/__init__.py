@@ -1,6 +1,5 @@
 """Learning-rate schedules: pure functions from the number of finished updates to a multiplier of the base LR."""
 
-from ._checks import DecayToZeroWarning, PastEndWarning, ScheduleError, ScheduleMismatchError
 from .base import (
     Schedule,
     decay_position,
@@ -33,13 +32,9 @@ from .torch_lr import (
 
 __all__ = [
     "SHAPES",
-    "DecayToZeroWarning",
     "Followed",
-    "PastEndWarning",
     "Schedule",
-    "ScheduleError",
     "ScheduleLR",
-    "ScheduleMismatchError",
     "TokenCounter",
     "apply_momentum",
     "apply_multiplier",

@@ -1,4 +1,4 @@
-"""Named errors and range checks shared by the schedules."""
+"""Range checks shared by the schedules."""
 
 from __future__ import annotations
 
@@ -6,22 +6,6 @@ import math
 import numbers
 from collections.abc import Iterable
 from typing import SupportsFloat
-
-
-class ScheduleError(ValueError):
-    """A schedule was given a value it cannot use. The message names the value, the allowed range and the fix."""
-
-
-class ScheduleMismatchError(ScheduleError):
-    """The schedule in a checkpoint and the schedule of this run differ, and nobody said which one counts."""
-
-
-class PastEndWarning(UserWarning):
-    """A schedule was asked for a step after its last one; it keeps its terminal value."""
-
-
-class DecayToZeroWarning(UserWarning):
-    """The LR ends near zero, which works against something else in the same run."""
 
 
 def check_number(
@@ -34,37 +18,37 @@ def check_number(
     high_open: bool = False,
     fix: str = "",
 ) -> None:
-    """Raise [`ScheduleError`] unless `value` is a real number in the interval."""
+    """Raise `ValueError` unless `value` is a real number in the interval."""
     left, right = "(" if low_open or low == -math.inf else "[", ")" if high_open or high == math.inf else "]"
     allowed = f"a number in {left}{low:g}, {high:g}{right}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or math.isinf(value):
-        raise ScheduleError(f"{name}={value!r} is not allowed: it must be {allowed}. {fix}".rstrip())
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}. {fix}".rstrip())
     below = value <= low if low_open else value < low
     above = not (value < high if high_open else value <= high)
     if below or above:
-        raise ScheduleError(f"{name}={value!r} is not allowed: it must be {allowed}. {fix}".rstrip())
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}. {fix}".rstrip())
 
 
 def as_numbers(name: str, values: Iterable[SupportsFloat], fix: str = "") -> list[float]:
-    """Return `values` as floats, or raise [`ScheduleError`] where it is no sequence of numbers."""
+    """Return `values` as floats, or raise `ValueError` where it is no sequence of numbers."""
     try:
         return [float(value) for value in values]
     except (TypeError, ValueError):
-        raise ScheduleError(
+        raise ValueError(
             f"{name}={values!r} is not allowed: it must be a sequence of numbers. {fix}".rstrip()
         ) from None
 
 
 def check_steps(name: str, value: object, low: int = 0, fix: str = "") -> None:
-    """Raise [`ScheduleError`] unless `value` is a whole number of at least `low`."""
+    """Raise `ValueError` unless `value` is a whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
-        raise ScheduleError(f"{name}={value!r} is not allowed: it must be a whole number >= {low}. {fix}".rstrip())
+        raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number >= {low}. {fix}".rstrip())
 
 
 def check_choice(name: str, value: object, allowed: tuple) -> None:
-    """Raise [`ScheduleError`] unless `value` is one of `allowed`."""
+    """Raise `ValueError` unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ScheduleError(f"{name}={value!r} is not allowed: choose one of {', '.join(map(repr, allowed))}.")
+        raise ValueError(f"{name}={value!r} is not allowed: choose one of {', '.join(map(repr, allowed))}.")
 
 
 def check_one_of(
@@ -72,11 +56,11 @@ def check_one_of(
 ) -> None:
     """Raise unless at most one of a length in steps and a length as a fraction of the run is given."""
     if steps is not None and fraction is not None:
-        raise ScheduleError(
+        raise ValueError(
             f"{steps_name}={steps!r} and {fraction_name}={fraction!r} both say how long the same phase is. Pass one."
         )
     if required and steps is None and fraction is None:
-        raise ScheduleError(f"Neither {steps_name} nor {fraction_name} is given. Pass one of them.")
+        raise ValueError(f"Neither {steps_name} nor {fraction_name} is given. Pass one of them.")
     if steps is not None:
         check_steps(steps_name, steps, fix=f"For a share of the run use {fraction_name}.")
     if fraction is not None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..class_paths import class_path, same_class_path
-from ._checks import ScheduleError
 
 if TYPE_CHECKING:
     from .base import Schedule
@@ -64,7 +63,7 @@ def class_of(kind: object, base: type[Schedule], prefer: Sequence[type[Schedule]
         own (`bool`): Whether the spec may name a user's own class. It has to exist already; nothing is imported.
 
     Raises:
-        ScheduleError: nothing, or more than one class, has that name; or it is a user's own and `own` is `False`.
+        ValueError: nothing, or more than one class, has that name; or it is a user's own and `own` is `False`.
     """
     name = str(kind)
     if found := built_in(name):
@@ -74,7 +73,7 @@ def class_of(kind: object, base: type[Schedule], prefer: Sequence[type[Schedule]
         matching = {cls for cls in classes if name == cls.__name__ or same_class_path(name, class_path(cls))}
         if len(matching) > 1:
             paths = ", ".join(sorted(class_path(cls) for cls in matching))
-            raise ScheduleError(
+            raise ValueError(
                 f"kind={kind!r} is the name of {len(matching)} schedule classes of yours: {paths}. Give each a name "
                 "of its own, or train with the one that is meant."
             )
@@ -87,7 +86,7 @@ def class_of(kind: object, base: type[Schedule], prefer: Sequence[type[Schedule]
         if own
         else "A schedule of your own goes as an object into LRScheduleCallback: a config or card names only these."
     )
-    raise ScheduleError(f"kind={repr(kind)[:80]} is not a schedule. Known: {', '.join(sorted(BUILT_IN))}.{hint} {fix}")
+    raise ValueError(f"kind={repr(kind)[:80]} is not a schedule. Known: {', '.join(sorted(BUILT_IN))}.{hint} {fix}")
 
 
 def _subclasses(base: type[Schedule]) -> Iterator[type[Schedule]]:

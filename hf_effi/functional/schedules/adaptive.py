@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ._checks import ScheduleError, check_number, check_steps
+from ...errors import RefusedError
+from ._checks import check_number, check_steps
 
 
 class Hypergradient:
@@ -189,7 +190,7 @@ def fit_exponential(losses: Sequence[float], steps: Sequence[float] | None = Non
         `tuple[float, float, float]`: (a, b, c).
 
     Raises:
-        ScheduleError: fewer than two losses, one that is not finite, or another number of steps.
+        ValueError: fewer than two losses, one that is not finite, or another number of steps.
 
     Example:
     ```python
@@ -200,7 +201,7 @@ def fit_exponential(losses: Sequence[float], steps: Sequence[float] | None = Non
     """
     times: list[float] = list(range(len(losses))) if steps is None else list(steps)
     if len(losses) < 2 or len(times) != len(losses) or not all(math.isfinite(loss) for loss in losses):
-        raise ScheduleError(
+        raise ValueError(
             f"{len(losses)} losses at {len(times)} steps cannot be fitted. Pass at least two finite losses and one "
             "step for each."
         )
@@ -285,7 +286,7 @@ def suggest_from_range_test(lrs: Sequence[float], losses: Sequence[float]) -> di
     ```
     """
     if len(lrs) != len(losses):
-        raise ScheduleError(f"{len(lrs)} learning rates for {len(losses)} losses. Pass one loss for each.")
+        raise ValueError(f"{len(lrs)} learning rates for {len(losses)} losses. Pass one loss for each.")
     smooth, mean = [], 0.0
     for i, loss in enumerate(losses):
         mean = 0.9 * mean + 0.1 * loss
@@ -310,7 +311,7 @@ def check_schedule_free(optimizer_name: str, schedule_name: str | None, lr_sched
     Paper: Defazio et al., The Road Less Scheduled (2405.15682). Its average replaces the decay.
 
     Raises:
-        ScheduleError: a schedule-free optimizer together with a schedule.
+        RefusedError: a schedule-free optimizer together with a schedule.
 
     Example:
     ```python
@@ -321,12 +322,12 @@ def check_schedule_free(optimizer_name: str, schedule_name: str | None, lr_sched
     if "schedulefree" not in optimizer_name.lower().replace("_", ""):
         return
     if schedule_name not in (None, "constant"):
-        raise ScheduleError(
+        raise RefusedError(
             f"{optimizer_name} averages its iterates instead of decaying the LR, and {schedule_name} would decay it "
             "as well. Use constant(), or another optimizer."
         )
     if lr_scheduler_type != "constant":
-        raise ScheduleError(
+        raise RefusedError(
             f"{optimizer_name} needs lr_scheduler_type='constant', not {lr_scheduler_type!r}. Warm-up belongs to the "
             "optimizer (warmup_steps in optim_args)."
         )

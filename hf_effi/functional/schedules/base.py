@@ -10,16 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
+from ...errors import BrokenFileError, MismatchError, PastEndWarning
 from ..options import refuse_idle
-from ._checks import (
-    PastEndWarning,
-    ScheduleError,
-    ScheduleMismatchError,
-    check_choice,
-    check_number,
-    check_one_of,
-    check_steps,
-)
+from ._checks import check_choice, check_number, check_one_of, check_steps
 from ._kinds import class_of, kind_of
 
 OnMismatch = Literal["error", "stored", "new"]
@@ -61,7 +54,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, (Schedule, str, list, tuple, dict)):
             others = [f.name for f in dataclasses.fields(self) if f.name != "total_steps"]
-            raise ScheduleError(
+            raise ValueError(
                 f"total_steps={self.total_steps!r} is not allowed: the first argument of {type(self).__name__} is the "
                 f"number of updates, a whole number >= 1; leave it out to have it inferred. Pass by name: "
                 f"{', '.join(others)}."
@@ -88,7 +81,7 @@ class Schedule:
         except TypeError:
             bad = True
         if bad:
-            raise ScheduleError(f"step={step!r} is not allowed: it counts finished updates and is a number >= 0.")
+            raise ValueError(f"step={step!r} is not allowed: it counts finished updates and is a number >= 0.")
         end = self.last_step
         if end is not None and step > end:
             if not self._warned:
@@ -115,12 +108,12 @@ class Schedule:
         Return the schedule for a run of `total_steps` updates.
 
         Raises:
-            ScheduleError: the schedule was built for another number of updates.
+            ValueError: the schedule was built for another number of updates.
         """
         if self.total_steps is None:
             return self.replace(total_steps=total_steps)
         if self.total_steps != total_steps:
-            raise ScheduleError(
+            raise ValueError(
                 f"{type(self).__name__} was built for total_steps={self.total_steps}, but the run has {total_steps} "
                 "updates. Leave total_steps out of the schedule to have it inferred, or change max_steps / "
                 "num_train_epochs of the run."
@@ -151,7 +144,7 @@ class Schedule:
                 path that the spec names, as after a notebook cell that was run twice.
 
         Raises:
-            ScheduleError: unknown kind or parameter, or several classes of your own with this name.
+            ValueError: unknown kind or parameter, or several classes of your own with this name.
         """
         return _build(spec, prefer, own=True)
 
@@ -161,7 +154,7 @@ class Schedule:
 
     def _total(self) -> int:
         if self.total_steps is None:
-            raise ScheduleError(
+            raise ValueError(
                 f"{type(self).__name__} does not know the length of the run. Pass total_steps=..., call "
                 ".bind(total_steps), or give it to LRScheduleCallback, which reads it from the Trainer."
             )
@@ -182,10 +175,10 @@ def start_decay(schedule: Schedule, at: int, decay_steps: int | None = None, **k
     Return `schedule` with its decay started; see `wsd.start_decay`.
 
     Raises:
-        ScheduleError: it has no decay to start, or the decay has begun before `at`.
+        ValueError: it has no decay to start, or the decay has begun before `at`.
     """
     if not isinstance(schedule, StartsDecay):
-        raise ScheduleError(f"{type(schedule).__name__} has no decay to start. Use wsd, wsdc or infinite.")
+        raise ValueError(f"{type(schedule).__name__} has no decay to start. Use wsd, wsdc or infinite.")
     return schedule.start_decay(at, decay_steps, **kwargs)
 
 
@@ -200,22 +193,20 @@ def _to_json(value: Any) -> Any:
 def _build(spec: dict[str, Any], prefer: Sequence[type[Schedule]], own: bool) -> Schedule:
     kind, params = spec.get("kind"), spec.get("params", {})
     if not isinstance(kind, str) or not isinstance(params, dict):
-        raise ScheduleError(
+        raise BrokenFileError(
             f"A stored schedule has a name as its 'kind' and a mapping as its 'params', not {repr(kind)[:80]} and "
             f"{type(params).__name__}: the file that it is from is damaged."
         )
     cls = class_of(kind, Schedule, prefer, own)
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(params) - known):
-        raise ScheduleError(f"{kind} has no argument {', '.join(unknown)[:200]}. It has: {', '.join(sorted(known))}.")
+        raise ValueError(f"{kind} has no argument {', '.join(unknown)[:200]}. It has: {', '.join(sorted(known))}.")
     try:
         return cls(**{name: _from_json(value, prefer, own) for name, value in params.items()})
     except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, ScheduleError) and len(str(error)) < 1000:
+        if isinstance(error, ValueError) and len(str(error)) < 1000:  # a schedule's own sentence
             raise
-        raise ScheduleError(
-            f"{kind} does not take its stored arguments: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise ValueError(f"{kind} does not take its stored arguments: {' '.join(str(error).split())[:300]}") from error
 
 
 def _from_json(value: Any, prefer: Sequence[type[Schedule]], own: bool) -> Any:
@@ -235,7 +226,7 @@ def make_schedule(name: str, **kwargs: Any) -> Schedule:
         kwargs: Its arguments.
 
     Raises:
-        ScheduleError: unknown name, unknown argument or bad value.
+        ValueError: unknown name, unknown argument or bad value.
 
     Example:
     ```python
@@ -276,7 +267,7 @@ def reconcile(
             that is already decaying.
 
     Raises:
-        ScheduleMismatchError: they differ and `on_mismatch="error"`, or the new one would lift a decaying LR.
+        MismatchError: they differ and `on_mismatch="error"`, or the new one would lift a decaying LR.
 
     Example:
     ```python
@@ -292,14 +283,14 @@ def reconcile(
     if on_mismatch == "stored":
         return stored
     if on_mismatch == "error":
-        raise ScheduleMismatchError(
+        raise MismatchError(
             f"The checkpoint was trained with another schedule ({describe_difference(stored, new)}). "
             "Pass on_mismatch='stored' to go on with the checkpoint's, or on_mismatch='new' to switch."
         )
     if step > 0 and not allow_lr_jump:
         now, before, lifted = stored._multiplier(step), stored._multiplier(step - 1), new._multiplier(step)
         if now < before and lifted > before * (1 + 1e-9):
-            raise ScheduleMismatchError(
+            raise MismatchError(
                 f"The run is decaying (multiplier {now:g} at step {step}), and the new schedule would lift it to "
                 f"{lifted:g}. Resume from a checkpoint before the decay, use extend_to, or pass allow_lr_jump=True."
             )
@@ -344,8 +335,8 @@ class _Warm(Schedule):
     def _check_idle(self) -> None:
         """Refuse settings of a warm-up where none is asked for; one of 0 updates, which a sweep may have, is."""
         asked, needs = self._asks_for_warmup, "with a warm-up: pass warmup_steps or warmup_fraction"
-        refuse_idle("warmup_start", self.warmup_start, None, asked, needs, ScheduleError)
-        refuse_idle("warmup_offset", self.warmup_offset, 1, asked, needs, ScheduleError)
+        refuse_idle("warmup_start", self.warmup_start, None, asked, needs)
+        refuse_idle("warmup_offset", self.warmup_offset, 1, asked, needs)
 
     @property
     def _asks_for_warmup(self) -> bool:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..options import refuse_idle
-from ._checks import ScheduleError, check_number, check_steps
+from ._checks import check_number, check_steps
 from .base import _Warm
 
 
@@ -27,7 +27,7 @@ class constant(_Warm):
     def _check(self) -> None:
         super()._check()
         acts = self._asks_for_warmup and self.warmup_start is None
-        refuse_idle("floor", self.floor, 0.0, acts, "as the start of a warm-up without warmup_start", ScheduleError)
+        refuse_idle("floor", self.floor, 0.0, acts, "as the start of a warm-up without warmup_start")
 
     def _after_warmup(self, t: float) -> float:
         return 1.0
@@ -155,7 +155,7 @@ class uba(_Warm):
         total_steps, floor, warmup_*: as [`linear`].
 
     Raises:
-        ScheduleError: `phi` is not above 0 (the curve would be 0/0 at the end).
+        ValueError: `phi` is not above 0 (the curve would be 0/0 at the end).
 
     Example:
     ```python
@@ -191,7 +191,7 @@ class cosine_power(_Warm):
         total_steps, floor, warmup_*: as [`linear`].
 
     Raises:
-        ScheduleError: `base` below 1.
+        ValueError: `base` below 1.
 
     Example:
     ```python
@@ -258,7 +258,7 @@ class damped_cosine(_Warm):
         check_steps("cycles", self.cycles, 1)
         check_number("gamma", self.gamma, 0.0, 1.0)
         if self.floor > 0.5:
-            raise ScheduleError(f"floor={self.floor!r} is above 0.5, where the valley envelope would rise. Lower it.")
+            raise ValueError(f"floor={self.floor!r} is above 0.5, where the valley envelope would rise. Lower it.")
 
     def _curve(self, p: float) -> float:
         peak, valley = 1 - (1 - self.gamma) * p, (1 - p) / 2 + self.floor * p

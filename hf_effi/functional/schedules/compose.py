@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from ._checks import ScheduleError, check_number, check_steps
+from ...errors import MismatchError
+from ._checks import check_number, check_steps
 from .base import Schedule, start_decay
 
 
 def _need_schedule(name: str, value: object) -> Schedule:
     if not isinstance(value, Schedule):
-        raise ScheduleError(f"{name}={value!r} is not a Schedule. Pass one, e.g. linear(100).")
+        raise ValueError(f"{name}={value!r} is not a Schedule. Pass one, e.g. linear(100).")
     return value
 
 
@@ -45,12 +46,12 @@ class join(Schedule):
         for part in parts:
             _need_schedule("schedules", part)
         if len(cuts) != len(parts) - 1:
-            raise ScheduleError(f"{len(parts)} schedules need {max(0, len(parts) - 1)} boundaries, not {len(cuts)}.")
+            raise ValueError(f"{len(parts)} schedules need {max(0, len(parts) - 1)} boundaries, not {len(cuts)}.")
         for cut in cuts:
             check_steps("boundaries", cut, 1)
         edges = [0, *cuts] + ([self.total_steps] if self.total_steps is not None else [])
         if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-            raise ScheduleError(f"boundaries={cuts} must rise strictly and lie inside total_steps={self.total_steps}.")
+            raise ValueError(f"boundaries={cuts} must rise strictly and lie inside total_steps={self.total_steps}.")
         for i in range(len(edges) - 1):
             if parts[i].total_steps is None:
                 parts[i] = parts[i].bind(edges[i + 1] - edges[i])
@@ -206,10 +207,10 @@ class TokenCounter:
         Restore the counter.
 
         Raises:
-            ScheduleError: a full step has another size than in the checkpoint.
+            MismatchError: a full step has another size than in the checkpoint.
         """
         if state["full_step"] != self.full_step:
-            raise ScheduleError(
+            raise MismatchError(
                 f"The checkpoint counts full steps of {state['full_step']} tokens, this run of {self.full_step}. "
                 "Build the TokenCounter with the old size."
             )

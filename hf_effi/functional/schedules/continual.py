@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from ..options import refuse_idle
-from ._checks import ScheduleError, check_choice, check_number, check_one_of, check_steps
+from ._checks import check_choice, check_number, check_one_of, check_steps
 from .base import DecayOffset, _Warm, decay_position, round_share
 from .shapes import check_shape, decay
 
@@ -37,7 +37,7 @@ class infinite(_Warm):
         anneal_start (`int`, *optional*): Update at which the anneal starts; set by `start_decay`.
 
     Raises:
-        ScheduleError: `floor` is 0 or above `constant_ratio`, phases that do not fit, a bad value.
+        ValueError: `floor` is 0 or above `constant_ratio`, phases that do not fit, a bad value.
 
     Example:
     ```python
@@ -66,17 +66,17 @@ class infinite(_Warm):
         check_choice("cooldown", self.cooldown, ("cosine", "inverse-sqrt", "linear"))
         check_number("alpha", self.alpha, 0.0, math.inf, low_open=True)
         needs = "with cooldown='inverse-sqrt'"
-        refuse_idle("alpha", self.alpha, 10.0, self.cooldown == "inverse-sqrt", needs, ScheduleError)
+        refuse_idle("alpha", self.alpha, 10.0, self.cooldown == "inverse-sqrt", needs)
         check_number("constant_ratio", self.constant_ratio, 0.0, 1.0, low_open=True)
         check_number("floor", self.floor, 0.0, self.constant_ratio, low_open=True, fix="The anneal is exponential.")
         if self.anneal_start is not None:
             check_steps("anneal_start", self.anneal_start)
             if self.anneal_steps is None:
-                raise ScheduleError("anneal_start needs anneal_steps. Use start_decay(at=..., decay_steps=...).")
+                raise ValueError("anneal_start needs anneal_steps. Use start_decay(at=..., decay_steps=...).")
         elif self.total_steps is not None and not self.open_ended:
             used = self.constant_from + self.anneal_length
             if used > self.total_steps:
-                raise ScheduleError(
+                raise ValueError(
                     f"warm-up + cooldown ({self.constant_from}) + anneal ({self.anneal_length}) = {used} updates do "
                     f"not fit into total_steps={self.total_steps}. Shorten one of them."
                 )
@@ -119,14 +119,14 @@ class infinite(_Warm):
         `None`).
 
         Raises:
-            ScheduleError: an anneal began before `at`, or the constant phase is not reached yet.
+            ValueError: an anneal began before `at`, or the constant phase is not reached yet.
         """
         check_steps("at", at)
         begin = self.anneal_begin
         if begin is not None and at > begin:
-            raise ScheduleError(f"at={at} is after the anneal has begun at {begin}. An anneal starts once.")
+            raise ValueError(f"at={at} is after the anneal has begun at {begin}. An anneal starts once.")
         if at < self.constant_from:
-            raise ScheduleError(f"at={at} is before the constant phase, which begins at {self.constant_from}. Wait.")
+            raise ValueError(f"at={at} is before the constant phase, which begins at {self.constant_from}. Wait.")
         length = self.anneal_length if decay_steps is None else decay_steps
         return self.replace(anneal_start=at, anneal_steps=length, anneal_fraction=None)
 
@@ -186,23 +186,23 @@ class rewarm_redecay(_Warm):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if (self.data_fractions is None) == (self.data_steps is None):
-            raise ScheduleError(_STEPS_OR_SHARES)
+            raise ValueError(_STEPS_OR_SHARES)
         count = self._check_shares() if self.data_steps is None else self._check_steps(self.data_steps)
         super()._check()
         if self.peaks is not None:
             if len(self.peaks) != count:
-                raise ScheduleError(f"peaks has {len(self.peaks)} values for {count} data sets. Pass one for each.")
+                raise ValueError(f"peaks has {len(self.peaks)} values for {count} data sets. Pass one for each.")
             for peak in self.peaks:
                 check_number("peaks", peak, self.floor, 1.0)
 
     def _check_steps(self, data_steps: tuple[int, ...]) -> int:
         """Check the updates of each data set; return how many there are."""
         if not data_steps:
-            raise ScheduleError("data_steps=() names no data set. Pass the updates of each, such as (1000, 1000).")
+            raise ValueError("data_steps=() names no data set. Pass the updates of each, such as (1000, 1000).")
         for steps in data_steps:
             check_steps("data_steps", steps, 1)
         if self.total_steps is not None and sum(data_steps) != self.total_steps:
-            raise ScheduleError(
+            raise ValueError(
                 f"data_steps={data_steps} add up to {sum(data_steps)}, but total_steps is {self.total_steps}. "
                 "Correct one, or use data_fractions."
             )
@@ -214,17 +214,17 @@ class rewarm_redecay(_Warm):
         for share in shares:
             check_number("data_fractions", share, 0.0, 1.0, low_open=True)
         if abs(sum(shares) - 1) > 1e-9:
-            raise ScheduleError(f"data_fractions={shares} must add up to 1.")
+            raise ValueError(f"data_fractions={shares} must add up to 1.")
         return len(shares)
 
     def _shares(self) -> tuple[float, ...]:
         if self.data_fractions is None:
-            raise ScheduleError(_STEPS_OR_SHARES)
+            raise ValueError(_STEPS_OR_SHARES)
         return self.data_fractions
 
     def _check_idle(self) -> None:
         needs = "in other schedules: here every ramp starts from floor"
-        refuse_idle("warmup_start", self.warmup_start, None, False, needs, ScheduleError)
+        refuse_idle("warmup_start", self.warmup_start, None, False, needs)
 
     def _ends(self) -> list[int]:
         if self.data_steps is not None:
@@ -298,7 +298,7 @@ class power(_Warm):
         shape (`str`, *optional*, defaults to `"affine-exponential"`), decay_offset: Decay to zero.
 
     Raises:
-        ScheduleError: `tokens_per_step` is missing, phases that do not fit, a bad value.
+        ValueError: `tokens_per_step` is missing, phases that do not fit, a bad value.
 
     Example:
     ```python
@@ -332,7 +332,7 @@ class power(_Warm):
         check_shape(self.shape, 0.0)
         check_choice("decay_offset", self.decay_offset, ("start", "end", "inside"))
         if self.total_steps is not None and self.warmup + self.decay_length > self.total_steps:
-            raise ScheduleError(
+            raise ValueError(
                 f"warm-up ({self.warmup}) + decay ({self.decay_length}) do not fit into total_steps="
                 f"{self.total_steps}. Shorten one of them."
             )
@@ -346,7 +346,7 @@ class power(_Warm):
 
     def _tokens(self) -> int:
         if self.tokens_per_step is None:
-            raise ScheduleError("power needs tokens_per_step=..., the tokens in one update over all processes.")
+            raise ValueError("power needs tokens_per_step=..., the tokens in one update over all processes.")
         return self.tokens_per_step
 
     def _reference(self) -> float:

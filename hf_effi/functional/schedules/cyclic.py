@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ._checks import ScheduleError, check_number, check_steps
+from ._checks import check_number, check_steps
 from .base import Schedule, round_share
 
 
@@ -47,13 +47,13 @@ class one_cycle(Schedule):
         check_number("up_fraction", self.up_fraction, 0.0, 1.0)
         check_number("down_fraction", self.down_fraction, 0.0, 1.0)
         if self.up_fraction + self.down_fraction > 1 + 1e-12:
-            raise ScheduleError(
+            raise ValueError(
                 f"up_fraction={self.up_fraction} + down_fraction={self.down_fraction} is more than the run. Lower one."
             )
         check_number("div", self.div, 1.0, math.inf)
         check_number("final_div", self.final_div, 1.0, math.inf)
         if (self.momentum_low is None) != (self.momentum_high is None):
-            raise ScheduleError("Pass both momentum_low and momentum_high, or None for both.")
+            raise ValueError("Pass both momentum_low and momentum_high, or None for both.")
         if self.momentum_low is not None and self.momentum_high is not None:
             check_number("momentum_high", self.momentum_high, 0.0, 1.0, high_open=True)
             check_number("momentum_low", self.momentum_low, 0.0, self.momentum_high)
@@ -196,7 +196,7 @@ class table(Schedule):
     def _check(self) -> None:
         object.__setattr__(self, "values", tuple(float(v) for v in self.values))
         if not self.values:
-            raise ScheduleError("values is empty. Pass at least one multiplier.")
+            raise ValueError("values is empty. Pass at least one multiplier.")
         for value in self.values:
             check_number("values", value, 0.0, 1.0)
         check_number("end", self.end, 0.0, 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..options import refuse_idle
-from ._checks import ScheduleError, check_choice, check_steps
+from ._checks import check_choice, check_steps
 from .base import Schedule
 from .closed_forms import linear
 from .compose import join, scale
@@ -31,7 +31,7 @@ def extend_to(
         transition_steps (`int`, *optional*, defaults to 0): With `"plateau"`: updates over which it is lowered.
 
     Raises:
-        ScheduleError: the run is not made longer, `at` is out of range, or the LR at `at` is 0.
+        ValueError: the run is not made longer, `at` is out of range, or the LR at `at` is 0.
 
     Example:
     ```python
@@ -42,26 +42,26 @@ def extend_to(
     ```
     """
     if not isinstance(schedule, Schedule):
-        raise ScheduleError(f"schedule={schedule!r} is not a Schedule. Pass the one of the run, e.g. wsd(1000).")
+        raise ValueError(f"schedule={schedule!r} is not a Schedule. Pass the one of the run, e.g. wsd(1000).")
     old_total = schedule.last_step
     if old_total is None:
-        raise ScheduleError(f"{type(schedule).__name__} has no end to extend: bind it to the new length instead.")
+        raise ValueError(f"{type(schedule).__name__} has no end to extend: bind it to the new length instead.")
     check_choice("method", method, ("cooldown", "plateau", "naive"))
     check_steps("transition_steps", transition_steps)
-    refuse_idle("transition_steps", transition_steps, 0, method == "plateau", "with method='plateau'", ScheduleError)
+    refuse_idle("transition_steps", transition_steps, 0, method == "plateau", "with method='plateau'")
     check_steps("total_steps", total_steps, old_total + 1, f"The schedule already has {old_total} updates.")
     begin = schedule.decay_begin if type(schedule) is wsd else None
     if at is None:
         at = old_total - 1 if begin is None else begin
     check_steps("at", at)
     if at >= old_total:
-        raise ScheduleError(
+        raise ValueError(
             f"at={at} is the end of the old run, where the decay is over. Go on from a checkpoint before update "
             f"{old_total if begin is None else begin}."
         )
     if type(schedule) is wsd and begin is not None and at <= begin:
         return _extend_plateau(schedule, begin, total_steps, at=at, method=method, transition=transition_steps)
-    refuse_idle("method", method, "cooldown", False, "for a wsd that is still on its plateau", ScheduleError)
+    refuse_idle("method", method, "cooldown", False, "for a wsd that is still on its plateau")
     return _hold_then_fall(schedule, total_steps, at)
 
 
@@ -102,7 +102,7 @@ def _extend_plateau(schedule: wsd, begin: int, total: int, *, at: int, method: s
 def _hold_then_fall(schedule: Schedule, total: int, at: int) -> Schedule:
     level = schedule(at)
     if level <= 0:
-        raise ScheduleError(
+        raise ValueError(
             f"The LR at update {at} is 0, so there is nothing to hold. Go on from an earlier checkpoint, or re-warm "
             "with rewarm_redecay."
         )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._checks import ScheduleError, ScheduleMismatchError, check_choice
+from ...errors import BrokenFileError, MismatchError
+from ._checks import check_choice
 from .base import OnMismatch, Schedule, describe_difference, reconcile, same_schedule
 
 #: of the dict that `Followed.state_dict` returns; earlier versions had none
@@ -60,11 +61,12 @@ class Followed:
             missing: Fields for a state of an earlier version, which had fewer; ignored where the state has a schema.
 
         Raises:
-            ScheduleError: a later schema, or a schedule that is not defined here.
+            BrokenFileError: a later schema.
+            ValueError: a schedule that is not defined here.
         """
         schema = state.get("schema")
         if schema not in (None, SCHEMA):
-            raise ScheduleError(
+            raise BrokenFileError(
                 f"The checkpoint holds a learning-rate schedule of schema {schema}, this version reads {SCHEMA}. "
                 "Resume with the version of hf_effi that wrote it."
             )
@@ -108,7 +110,7 @@ def settle(
         allow_lr_jump (`bool`, *optional*, defaults to `False`): See [`reconcile`].
 
     Raises:
-        ScheduleMismatchError: `"error"` and a difference; `"stored"` and a run that goes on after the stored schedule
+        MismatchError: `"error"` and a difference; `"stored"` and a run that goes on after the stored schedule
             has ended at 0; `"new"` and a schedule that lifts a decaying LR; another number of parameter groups.
 
     Example:
@@ -122,7 +124,7 @@ def settle(
     """
     check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
     if len(stored.base_lrs) != len(asked.base_lrs):
-        raise ScheduleMismatchError(
+        raise MismatchError(
             f"The checkpoint has LRs of {len(stored.base_lrs)} parameter groups, the optimizer has "
             f"{len(asked.base_lrs)}. Build the same groups, or start a new run from the weights."
         )
@@ -131,7 +133,7 @@ def settle(
         known = {name: getattr(asked, name) for name in ("learning_rate", "optimizer_lrs", "run_steps")}
         return dataclasses.replace(stored, **{name: value for name, value in known.items() if value is not None})
     if on_mismatch == "error":
-        raise ScheduleMismatchError(
+        raise MismatchError(
             f"The checkpoint was trained with {', and with '.join(found)}. Pass on_mismatch='stored' to go on with "
             "the checkpoint's, or on_mismatch='new' to train with this run's from here on (lr_schedule_on_mismatch "
             "in a config)."
@@ -170,7 +172,7 @@ def _check_end(stored: Followed, run_steps: int | None, step: int) -> None:
         return
     if stored.current._multiplier(end) > 0:
         return  # it says what comes after its end
-    raise ScheduleMismatchError(
+    raise MismatchError(
         f"on_mismatch='stored' goes on with {type(stored.current).__name__}, which ends at update {end} with an LR of "
         f"0, and the run has {run_steps}: {run_steps - max(end, step)} updates would change nothing. Train to update "
         f"{end}, "
@@ -197,14 +199,14 @@ def check_storable(schedule: Schedule) -> None:
     Check that a checkpoint can hold the schedule and give it back, before the first update.
 
     Raises:
-        ScheduleError: a field is no JSON, or the class cannot be built again from its fields.
+        ValueError: a field is no JSON, or the class cannot be built again from its fields.
     """
     cls, spec = type(schedule), schedule.spec()
     for name, value in spec["params"].items():
         try:
             json.dumps(value)
         except (TypeError, ValueError):
-            raise ScheduleError(
+            raise ValueError(
                 f"{cls.__name__} cannot be stored in a checkpoint: {name}={value!r} is no JSON. Keep numbers, texts, "
                 "lists and schedules in its fields, and compute the rest from them."
             ) from None
@@ -215,12 +217,12 @@ def check_storable(schedule: Schedule) -> None:
         again = Schedule.from_spec(json.loads(json.dumps(spec)), classes_in(schedule))
         equal = [again._multiplier(t) for t in sampled] == values
     except Exception as error:
-        raise ScheduleError(
+        raise ValueError(
             f"{cls.__name__} cannot be stored in a checkpoint: building it again from its dataclass fields fails "
             f"({error}). Decorate the class with @dataclass(frozen=True) and give every argument a field."
         ) from error
     if not equal:
-        raise ScheduleError(
+        raise ValueError(
             f"{cls.__name__} cannot be stored in a checkpoint: built again from its dataclass fields it has other "
             "values. Decorate the class with @dataclass(frozen=True) and give every argument a field."
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..options import refuse_idle
-from ._checks import ScheduleError, check_number
+from ._checks import check_number
 
 _NO_DECAY = ("bias", "norm")
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -57,7 +57,7 @@ def layerwise_param_groups(
         `list[dict]`: Parameter groups for a torch optimizer, with `lr`, `weight_decay` and `name`.
 
     Raises:
-        ScheduleError: nothing is trainable, or a bad value.
+        ValueError: nothing is trainable, or a bad value.
 
     Example:
     ```python
@@ -69,21 +69,21 @@ def layerwise_param_groups(
     ```
     """
     if not isinstance(model, torch.nn.Module):
-        raise ScheduleError(f"model={model!r} is not a torch.nn.Module. Pass the model, then the base LR.")
+        raise ValueError(f"model={model!r} is not a torch.nn.Module. Pass the model, then the base LR.")
     for name, value in (("base_lr", base_lr), ("head_factor", head_factor), ("backbone_factor", backbone_factor)):
         check_number(name, value, 0.0, math.inf, low_open=True)
     check_number("decay", decay, 0.0, 1.0, low_open=True)
     check_number("weight_decay", weight_decay, 0.0, math.inf)
     named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     if not named:
-        raise ScheduleError("The model has no trainable parameter. Unfreeze some before building groups.")
+        raise ValueError("The model has no trainable parameter. Unfreeze some before building groups.")
     numbers = [int(m.group(1)) for n, _ in named if (m := _LAYER.search(n))]
     layers = max(numbers, default=-1)
     needs = "where weight_decay is above 0"
-    refuse_idle("no_decay", tuple(no_decay), _NO_DECAY, weight_decay > 0, needs, ScheduleError)
+    refuse_idle("no_decay", tuple(no_decay), _NO_DECAY, weight_decay > 0, needs)
     heads = {n for n, _ in named if any(part in n.lower() for part in head)}
     needs = f"on parameters of the head, and no trainable one has a part of head={tuple(head)} in its name"
-    refuse_idle("head_factor", head_factor, 1.0, bool(heads), needs, ScheduleError)
+    refuse_idle("head_factor", head_factor, 1.0, bool(heads), needs)
     embedded = {n for n, _ in named if any(part in n.lower() for part in embeddings)}
     depth: dict[int, int] = {}
     undecayed: dict[int, bool] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._checks import ScheduleError, as_numbers, check_number, check_steps
+from ._checks import as_numbers, check_number, check_steps
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def omega(etas: Sequence[float], gradient_norms: Sequence[float] | None = None, 
         distance (`float`, *optional*, defaults to 1.0): D.
 
     Raises:
-        ScheduleError: a negative or NaN LR, all zero, or lengths that differ.
+        ValueError: a negative or NaN LR, all zero, or lengths that differ.
 
     Example:
     ```python
@@ -68,7 +68,7 @@ def omega(etas: Sequence[float], gradient_norms: Sequence[float] | None = None, 
     fix = "For a schedule object pass its trace()."
     eta = torch.tensor(as_numbers("etas", etas, fix), dtype=torch.float64)
     if len(eta) == 0 or not bool(torch.isfinite(eta).all()) or bool((eta < 0).any()) or eta.sum() == 0:
-        raise ScheduleError("Learning rates must be finite, at least 0 and not all 0. Check the schedule's trace().")
+        raise ValueError("Learning rates must be finite, at least 0 and not all 0. Check the schedule's trace().")
     check_number("distance", distance, 0.0, math.inf, low_open=True)
     norms = (
         torch.ones_like(eta)
@@ -76,7 +76,7 @@ def omega(etas: Sequence[float], gradient_norms: Sequence[float] | None = None, 
         else torch.tensor(as_numbers("gradient_norms", gradient_norms), dtype=torch.float64)
     )
     if len(norms) != len(eta):
-        raise ScheduleError(f"{len(norms)} gradient norms for {len(eta)} learning rates. Pass one for each.")
+        raise ValueError(f"{len(norms)} gradient norms for {len(eta)} learning rates. Pass one for each.")
     last = int(eta.nonzero().max()) + 1
     eta, norms = eta[:last], norms[:last]
     tail = eta.flip(0).cumsum(0).flip(0)

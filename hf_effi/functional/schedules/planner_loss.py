@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ...errors import BrokenFileError
 from ..probes import stored_plan, without_probes
-from ._checks import ScheduleError, check_steps
+from ._checks import check_steps
 from .base import Schedule
 
 
@@ -36,11 +37,11 @@ class LossCurve:
 
     def __post_init__(self) -> None:
         if len(self.steps) != len(self.losses):
-            raise ScheduleError(f"{len(self.steps)} steps but {len(self.losses)} losses. Pass one loss for each step.")
+            raise ValueError(f"{len(self.steps)} steps but {len(self.losses)} losses. Pass one loss for each step.")
         for step in self.steps:
             check_steps("steps", step, 1)
             if step > len(self.etas):
-                raise ScheduleError(f"A loss at step {step} lies outside the {len(self.etas)} learning rates.")
+                raise ValueError(f"A loss at step {step} lies outside the {len(self.etas)} learning rates.")
 
 
 def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> LossCurve:
@@ -52,7 +53,8 @@ def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> Los
         metric (`str`, *optional*): `"eval_loss"` or `"loss"`; `None` takes `eval_loss` where there are at least 4.
 
     Raises:
-        ScheduleError: fewer than four losses, or no learning rate.
+        ValueError: fewer than four losses, or no learning rate.
+        BrokenFileError: a loss is no number.
     """
     path = Path(path)
     state = json.loads((path / "trainer_state.json" if path.is_dir() else path).read_text())
@@ -62,8 +64,11 @@ def curve_from_trainer_state(path: str | Path, metric: str | None = None) -> Los
     if metric is None:
         metric = "eval_loss" if sum("eval_loss" in row for row in history) >= 4 else "loss"
     points = {row["step"]: row[metric] for row in history if metric in row and row["step"] > 0}
+    for step, value in points.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BrokenFileError(f"{path} is damaged: its {metric} at step {step} is {repr(value)[:60]}, no number.")
     if len(points) < 4:
-        raise ScheduleError(f"{path} has {len(points)} values of {metric}; at least 4 are needed. Log more often.")
+        raise ValueError(f"{path} has {len(points)} values of {metric}; at least 4 are needed. Log more often.")
     total = max(points)
     stored = state.get("stateful_callbacks", {}).get("hf_effi.lr_schedule")
     logged = {row["step"]: row["learning_rate"] for row in history if "learning_rate" in row}
@@ -83,7 +88,7 @@ def _agree(etas: Sequence[float], logged: dict[int, float]) -> bool:
 
 def _interpolate(known: dict[int, float], total: int) -> tuple[float, ...]:
     if not known:
-        raise ScheduleError("The log has no learning_rate. Set logging_steps, or use LRScheduleCallback.")
+        raise ValueError("The log has no learning_rate. Set logging_steps, or use LRScheduleCallback.")
     steps, etas = sorted(known), []
     for t in range(1, total + 1):
         after = bisect_left(steps, t)  # the first logged step at or behind t
@@ -229,7 +234,7 @@ def fit_annealing_law(
         seed (`int`, *optional*, defaults to 0): Seed of the resampling.
 
     Raises:
-        ScheduleError: fewer than five usable losses, or no curve with a falling LR.
+        ValueError: fewer than five usable losses, or no curve with a falling LR.
 
     Example:
     ```python
@@ -249,9 +254,9 @@ def fit_annealing_law(
         rising = peak if curve.etas[peak] > curve.etas[0] else 0
         points += [(i, s, y) for s, y in _usable(curve, max(rising, int(skip_fraction * len(curve.etas))))]
     if len(points) < 5:
-        raise ScheduleError(f"{len(points)} usable losses are too few to fit. Log or evaluate more often.")
+        raise ValueError(f"{len(points)} usable losses are too few to fit. Log or evaluate more often.")
     if all(min(c.etas[max(range(len(c.etas)), key=lambda j: c.etas[j]) :]) == max(c.etas) for c in curves):
-        raise ScheduleError("No curve has a falling LR, so the gain of annealing cannot be told. Add a decayed run.")
+        raise ValueError("No curve has a falling LR, so the gain of annealing cannot be told. Add a decayed run.")
     longest = max(len(curve.etas) for curve in curves)
     if memories is None:
         memories = sorted({max(0.0, 1 - m / longest) for m in (1, 2, 5, 10, 20, 50, 100)} | {0.999})
@@ -374,5 +379,5 @@ def fit_multi_power_law(curves: Sequence[LossCurve], skip_fraction: float = 0.05
         if math.isfinite(value) and (best is None or value < best[0]):
             best = (value, logs.detach().clone())
     if best is None:
-        raise ScheduleError("The multi-power law could not be fitted. Use fit_annealing_law.")
+        raise ValueError("The multi-power law could not be fitted. Use fit_annealing_law.")
     return MultiPowerLaw(*best[1].exp().tolist())

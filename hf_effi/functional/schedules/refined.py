@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ._checks import ScheduleError, as_numbers, check_choice, check_number
+from ._checks import as_numbers, check_choice, check_number
 from .cyclic import table
 
 
@@ -52,7 +52,7 @@ def refined_by_gradient_norm(
         [`table`]: a schedule that stores its values.
 
     Raises:
-        ScheduleError: no norms, or one that is NaN, infinite or negative, or all zero.
+        ValueError: no norms, or one that is NaN, infinite or negative, or all zero.
 
     Example:
     ```python
@@ -65,7 +65,7 @@ def refined_by_gradient_norm(
     norms = as_numbers("norms", norms, "Pass one gradient norm for each update.")
     positive = [g for g in norms if g > 0]
     if not positive or not all(math.isfinite(g) and g >= 0 for g in norms):
-        raise ScheduleError("norms must be finite, at least 0, and not all zero. Drop the steps that overflowed.")
+        raise ValueError("norms must be finite, at least 0, and not all zero. Drop the steps that overflowed.")
     # A zero norm would weigh infinitely much.
     norms = [max(g, min(positive)) for g in norms]
     if smooth:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from ..options import refuse_idle
-from ._checks import ScheduleError, check_number
+from ._checks import check_number
 
 _E = math.e
 
@@ -64,14 +64,14 @@ def check_shape(shape: str, floor: float, power: float = 1.0) -> None:
     Refuse a shape that does not exist or cannot reach `floor`.
 
     Raises:
-        ScheduleError: unknown `shape`; `floor` outside [0, 1]; `floor` 0 for a shape that never reaches 0;
+        ValueError: unknown `shape`; `floor` outside [0, 1]; `floor` 0 for a shape that never reaches 0;
             `power` not above 0.
     """
     if not isinstance(shape, str) or shape not in SHAPES:
-        raise ScheduleError(f"shape={shape!r} is unknown. Allowed: {', '.join(sorted(SHAPES))}.")
+        raise ValueError(f"shape={shape!r} is unknown. Allowed: {', '.join(sorted(SHAPES))}.")
     check_number("floor", floor, 0.0, 1.0, fix="It is the final LR as a fraction of the peak.")
     if shape in _NEEDS_POSITIVE_FLOOR and floor <= 0:
-        raise ScheduleError(
+        raise ValueError(
             f"floor={floor!r} is not allowed with shape={shape!r}, which never reaches zero. "
             "Pass a positive floor such as floor=1e-3, or take shape='linear' or '1-sqrt'."
         )
@@ -99,7 +99,7 @@ def decay(shape: str, x: float, floor: float = 0.0, power: float = 1.0) -> float
         `float`: 1 at `x=0`, `floor` at `x=1`, never rising in between.
 
     Raises:
-        ScheduleError: see [`check_shape`]; `x` is NaN; a `power` for another shape.
+        ValueError: see [`check_shape`]; `x` is NaN; a `power` for another shape.
 
     Example:
     ```python
@@ -108,9 +108,9 @@ def decay(shape: str, x: float, floor: float = 0.0, power: float = 1.0) -> float
     ```
     """
     check_shape(shape, floor, power)
-    refuse_idle("power", power, 1.0, shape == "power", "with shape='power'", ScheduleError)
+    refuse_idle("power", power, 1.0, shape == "power", "with shape='power'")
     if math.isnan(x):
-        raise ScheduleError("x=nan is not allowed: a position inside the decay is a number in [0, 1].")
+        raise ValueError("x=nan is not allowed: a position inside the decay is a number in [0, 1].")
     if x <= 0:
         return 1.0
     if x >= 1:
@@ -129,7 +129,7 @@ def half_life(steps: float, half_life_steps: float) -> float:
         half_life_steps (`float`): Steps after which the LR has halved, above 0 (MiniCPM: 5000).
 
     Raises:
-        ScheduleError: an argument is out of range.
+        ValueError: an argument is out of range.
 
     Example:
     ```python

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ..options import refuse_idle
-from ._checks import ScheduleError, check_choice, check_number, check_one_of, check_steps
+from ._checks import check_choice, check_number, check_one_of, check_steps
 from .base import DecayOffset, _Warm, decay_position, round_share
 from .shapes import check_shape, decay, half_life
 
@@ -38,7 +38,7 @@ class wsd(_Warm):
             (default 0). The ramp starts from `floor` unless `warmup_start` says otherwise.
 
     Raises:
-        ScheduleError: `W + D > T`, unknown shape, a bad value.
+        ValueError: `W + D > T`, unknown shape, a bad value.
 
     Example:
     ```python
@@ -63,20 +63,20 @@ class wsd(_Warm):
 
     def _check(self) -> None:
         super()._check()
-        refuse_idle("power", self.power, 1.0, self.shape == "power", "with shape='power'", ScheduleError)
+        refuse_idle("power", self.power, 1.0, self.shape == "power", "with shape='power'")
         check_one_of("decay_steps", self.decay_steps, "decay_fraction", self.decay_fraction)
         check_choice("decay_offset", self.decay_offset, ("start", "end", "inside"))
         self._check_shape()
         if self.decay_start is not None:
             check_steps("decay_start", self.decay_start)
             if self.decay_steps is None:
-                raise ScheduleError(
+                raise ValueError(
                     f"decay_start={self.decay_start} needs decay_steps, the length of that decay. "
                     "Use start_decay(at=..., decay_steps=...)."
                 )
         elif self.total_steps is not None and not self.open_ended:
             if self.warmup + self.decay_length > self.total_steps:
-                raise ScheduleError(
+                raise ValueError(
                     f"warm-up ({self.warmup}) + decay ({self.decay_length}) = {self.warmup + self.decay_length} "
                     f"updates do not fit into total_steps={self.total_steps}. Shorten one of them."
                 )
@@ -84,11 +84,11 @@ class wsd(_Warm):
     def _check_shape(self) -> None:
         if self.shape == "half-life":
             if self.half_life_steps is None:
-                raise ScheduleError("shape='half-life' needs half_life_steps, for example 5000 as in MiniCPM.")
+                raise ValueError("shape='half-life' needs half_life_steps, for example 5000 as in MiniCPM.")
             half_life(0, self.half_life_steps)
             return
         if self.half_life_steps is not None:
-            raise ScheduleError(f"half_life_steps={self.half_life_steps!r} only acts with shape='half-life'.")
+            raise ValueError(f"half_life_steps={self.half_life_steps!r} only acts with shape='half-life'.")
         check_shape(self.shape, self.floor, self.power)
 
     @property
@@ -126,12 +126,12 @@ class wsd(_Warm):
             shape, power (*optional*): Another shape.
 
         Raises:
-            ScheduleError: a decay has already begun before `at`, or `at` is negative.
+            ValueError: a decay has already begun before `at`, or `at` is negative.
         """
         check_steps("at", at)
         begin = self.decay_begin
         if begin is not None and at > begin:
-            raise ScheduleError(f"at={at} is after the decay has begun at {begin}. A decay starts once.")
+            raise ValueError(f"at={at} is after the decay has begun at {begin}. A decay starts once.")
         if power is None:
             power = self.power if shape in (None, self.shape) else 1.0  # the exponent belongs to the shape
         return self.replace(
@@ -174,7 +174,7 @@ class wsdc(wsd):
         The others: see [`wsd`]; `decay_fraction` defaults to 0.1 here.
 
     Raises:
-        ScheduleError: `floor` is 0; the phases do not fit; a bad value.
+        ValueError: `floor` is 0; the phases do not fit; a bad value.
 
     Example:
     ```python
@@ -196,7 +196,7 @@ class wsdc(wsd):
         if self.total_steps is not None and self.decay_start is None and not self.open_ended:
             used = self.warmup + self.decay_length + self.constant_length
             if used > self.total_steps:
-                raise ScheduleError(
+                raise ValueError(
                     f"warm-up ({self.warmup}) + decay ({self.decay_length}) + constant ({self.constant_length}) = "
                     f"{used} updates do not fit into total_steps={self.total_steps}. Shorten one of them."
                 )
@@ -248,7 +248,7 @@ class wsd_s(_Warm):
         warmup_steps, warmup_fraction, warmup_start, warmup_offset: The first warm-up.
 
     Raises:
-        ScheduleError: budgets not rising or not ending at 1, phases that do not fit, a bad value.
+        ValueError: budgets not rising or not ending at 1, phases that do not fit, a bad value.
 
     Example:
     ```python
@@ -270,16 +270,16 @@ class wsd_s(_Warm):
         object.__setattr__(self, "budgets", tuple(self.budgets))
         super()._check()
         check_shape(self.shape, self.floor, self.power)
-        refuse_idle("power", self.power, 1.0, self.shape == "power", "with shape='power'", ScheduleError)
+        refuse_idle("power", self.power, 1.0, self.shape == "power", "with shape='power'")
         check_choice("decay_offset", self.decay_offset, ("start", "end", "inside"))
         check_number("decay_fraction", self.decay_fraction, 0.0, 1.0)
         check_steps("rewarm_steps", self.rewarm_steps)
-        refuse_idle("rewarm_steps", self.rewarm_steps, 0, len(self.budgets) > 1, "between two budgets", ScheduleError)
+        refuse_idle("rewarm_steps", self.rewarm_steps, 0, len(self.budgets) > 1, "between two budgets")
         for budget in self.budgets:
             check_number("budgets", budget, 0.0, 1.0, low_open=True, fix="Budgets are fractions of the run.")
         rising = all(a < b for a, b in zip(self.budgets, self.budgets[1:], strict=False))
         if not self.budgets or not rising or self.budgets[-1] != 1:
-            raise ScheduleError(f"budgets={self.budgets!r} must rise strictly and end at 1.0, e.g. (0.25, 0.5, 1.0).")
+            raise ValueError(f"budgets={self.budgets!r} must rise strictly and end at 1.0, e.g. (0.25, 0.5, 1.0).")
         if self.total_steps is not None:
             self._check_periods()
 
@@ -287,7 +287,7 @@ class wsd_s(_Warm):
         for start, end, length in self.periods:
             lead = self.warmup if start == 0 else self.rewarm_steps
             if end <= start or lead + length > end - start:
-                raise ScheduleError(
+                raise ValueError(
                     f"The period from {start} to {end} is too short for a warm-up of {lead} and a decay of {length} "
                     f"updates. Use fewer budgets, or a longer run than total_steps={self.total_steps}."
                 )

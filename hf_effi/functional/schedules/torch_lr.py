@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from ...errors import DecayToZeroWarning, MismatchError, RefusedError
 from ..options import refuse_idle
-from ._checks import DecayToZeroWarning, ScheduleError, check_choice
+from ._checks import check_choice
 from .base import OnMismatch, Schedule, start_decay
 from .followed import Followed, check_storable, classes_in, settle
 
@@ -27,7 +28,7 @@ class ScheduleLR(LambdaLR):
         allow_lr_jump (`bool`, *optional*, defaults to `False`): Whether `"new"` may lift the LR of a decaying run.
 
     Raises:
-        ScheduleError: not a schedule or optimizer, or a schedule of your own that a checkpoint cannot hold.
+        ValueError: not a schedule or optimizer, or a schedule of your own that a checkpoint cannot hold.
     """
 
     def __init__(
@@ -38,12 +39,12 @@ class ScheduleLR(LambdaLR):
         allow_lr_jump: bool = False,
     ) -> None:
         if not isinstance(schedule, Schedule):
-            raise ScheduleError(f"schedule={schedule!r} is not a Schedule. Pass one of this package, e.g. wsd(1000).")
+            raise ValueError(f"schedule={schedule!r} is not a Schedule. Pass one of this package, e.g. wsd(1000).")
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ScheduleError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer. Pass the run's optimizer.")
+            raise ValueError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer. Pass the run's optimizer.")
         check_choice("on_mismatch", on_mismatch, ("error", "stored", "new"))
         needs = "with on_mismatch='new'"
-        refuse_idle("allow_lr_jump", allow_lr_jump, False, on_mismatch == "new", needs, ScheduleError)
+        refuse_idle("allow_lr_jump", allow_lr_jump, False, on_mismatch == "new", needs)
         self.schedule = schedule
         self.on_mismatch = on_mismatch
         self.allow_lr_jump = allow_lr_jump
@@ -75,7 +76,7 @@ class ScheduleLR(LambdaLR):
         Start the decay of a WSD-like schedule with the next update; see `wsd.start_decay`.
 
         Raises:
-            ScheduleError: the schedule has no decay to start, or the decay has begun.
+            ValueError: the schedule has no decay to start, or the decay has begun.
         """
         self.follow(start_decay(self.schedule, self.last_epoch, decay_steps, **kwargs))
         self._followed = dataclasses.replace(self._followed, decay_asked_at=self.last_epoch)
@@ -94,11 +95,10 @@ class ScheduleLR(LambdaLR):
         Restore progress; decide what is followed by `on_mismatch`; write the LR into the optimizer.
 
         Raises:
-            ScheduleError: not a state of this class.
-            ScheduleMismatchError: see [`settle`].
+            MismatchError: not a state of this class, or see [`settle`].
         """
         if "built" not in state_dict:
-            raise ScheduleError(
+            raise MismatchError(
                 f"The state of the scheduler holds no schedule, only {', '.join(sorted(state_dict))}: it was written "
                 "by another scheduler. Start a new one at its last_epoch, or load it into the scheduler that wrote it."
             )
@@ -128,7 +128,7 @@ def apply_momentum(optimizer: torch.optim.Optimizer, schedule: Schedule, step: f
     Write the momentum of a schedule that cycles it ([`one_cycle`]) into every param group.
 
     Raises:
-        ScheduleError: a group has neither `momentum` nor `betas`.
+        RefusedError: a group has neither `momentum` nor `betas`.
     """
     momentum = schedule.momentum(step) if hasattr(schedule, "momentum") else None
     if momentum is None:
@@ -139,7 +139,7 @@ def apply_momentum(optimizer: torch.optim.Optimizer, schedule: Schedule, step: f
         elif "momentum" in group:
             group["momentum"] = momentum
         else:
-            raise ScheduleError(
+            raise RefusedError(
                 f"{type(optimizer).__name__} has neither momentum nor betas to cycle. Pass momentum_low=None and "
                 "momentum_high=None to the schedule."
             )

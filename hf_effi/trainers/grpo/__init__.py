@@ -10,12 +10,10 @@ from ..._faces import face
 _PUBLIC = {
     "EffiGRPOConfig": "hf_effi.trainers.grpo.config",
     "EffiGRPOTrainer": "hf_effi.trainers.grpo.trainer",
-    "RewardError": "hf_effi.trainers.grpo.rewards",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .config import EffiGRPOConfig as EffiGRPOConfig
-    from .rewards import RewardError as RewardError
     from .trainer import EffiGRPOTrainer as EffiGRPOTrainer
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -19,6 +19,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from ...errors import RefusedError
 from ...functional import metrics
 from ...functional.rollouts import (
     REASONS,
@@ -82,7 +83,8 @@ class RolloutPipeline:
         lengths (`list[int]`, *optional*): Tokens of this rank's completions in the last round. The trainer sets them.
 
     Raises:
-        ValueError: a method that cannot act with this trainer.
+        RefusedError: a method that cannot act with this trainer.
+        ValueError: `difficulty_reward` does not name the reward that the filter reads.
     """
 
     #: gathered, of the last round
@@ -142,11 +144,11 @@ class RolloutPipeline:
             ("rollout_func", self._host.rollout_func),
         ):
             if value:
-                raise ValueError(f"{on} do not work with `{name}` yet. Turn them off, or drop `{name}`.")
+                raise RefusedError(f"{on} do not work with `{name}` yet. Turn them off, or drop `{name}`.")
         refills = self.group_filter is not None and self._settings.difficulty_max_rounds > 1
         if refills or self.prompt_selector is not None:
             if not hasattr(self._host.train_dataset, "__len__"):
-                raise ValueError(
+                raise RefusedError(
                     "refilling and prompt selection pick rows by number, which a streaming dataset cannot serve. Use "
                     "a map-style dataset, or difficulty_max_rounds=1."
                 )
@@ -479,10 +481,10 @@ def check_movable(batch: dict[str, Any]) -> None:
     Say that a batch holds what cannot be picked by rows.
 
     Raises:
-        ValueError: image and multimodal inputs, by name.
+        RefusedError: image and multimodal inputs, by name.
     """
     if extra := sorted(set(batch) - ROW_KEYS):
-        raise ValueError(
+        raise RefusedError(
             f"difficulty filtering and completion pruning cannot pick rows of {', '.join(extra)} yet (image and "
             "multimodal inputs). Turn them off for this model."
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ...errors import RefusedError
 from ...functional import metrics
 from .forward_probe import position_table
 
@@ -55,7 +56,7 @@ class PromptRoom:
             log (`dict[str, list[float]]`): TRL's `_metrics` of training or evaluation.
 
         Raises:
-            ValueError: a prompt of any rank reaches the end of the table: the lookup would fail deep inside the model.
+            RefusedError: a prompt of any rank reaches the end of the table, where the lookup would fail.
         """
         room = self.positions - (max_completion_length or 1)
         local = torch.tensor([max(lengths), sum(n > room for n in lengths)], device=accelerator.device)
@@ -70,7 +71,7 @@ class PromptRoom:
             "dataset.filter, or lower max_completion_length."
         )
         if self.is_a_table and longest >= self.positions:
-            raise ValueError(message)
+            raise RefusedError(message)
         if not self.warned:
             then = (
                 "The run stops where a completion goes past them."

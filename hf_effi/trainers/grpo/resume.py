@@ -30,16 +30,8 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..._files import (
-    StateFileError,
-    load_json,
-    load_state,
-    missing_file,
-    save_bytes,
-    save_json,
-    save_state,
-    state_bytes,
-)
+from ..._files import load_json, load_state, missing_file, save_bytes, save_json, save_state, state_bytes
+from ...errors import BrokenFileError, MismatchError
 from ...functional.rollouts import GenerationLayout
 from ...protocols import PromptSelector
 
@@ -116,7 +108,7 @@ class NoRollouts:
     selects = False
 
     def make_prompts(self) -> PromptSelector:
-        raise StateFileError(
+        raise MismatchError(
             "the checkpoint holds the state of a prompt selector, which this trainer has no use for. Resume it with "
             "the trainer that wrote it, or start a new run from the weights."
         )
@@ -333,7 +325,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         state = load_json(path)
         version = state.get("schema", 0)
         if version > SCHEMA:
-            raise StateFileError(
+            raise BrokenFileError(
                 f"{path} has schema {version}, and this hf_effi knows schemas up to {SCHEMA}. Resume with the hf_effi "
                 "that wrote it, or a newer one."
             )
@@ -353,7 +345,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         prompts = self._rollouts.make_prompts()
         mine, theirs = _name(prompts), state.get("prompt_selector", _name(prompts))
         if mine != theirs:
-            raise StateFileError(
+            raise MismatchError(
                 f"{checkpoint} was trained with a prompt selector {theirs}, this run has {mine}. Build it as in the "
                 "run that is resumed, or start a new run from the weights."
             )

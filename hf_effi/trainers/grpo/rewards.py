@@ -15,15 +15,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.trainer.utils import is_async_callable
 
+from ...errors import RewardError
 from .host import Host
 
 logger = logging.getLogger(__name__)
 #: the largest reward: TRL stores rewards as float32
 LARGEST = torch.finfo(torch.float32).max
-
-
-class RewardError(ValueError):
-    """A reward function returned something that is not one number (or `None`) per completion."""
 
 
 def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers.utils import logging
 
+from ...errors import RefusedError
 from ...functional.rollouts import GenerationLayout
 from .config import EXACT_SAVINGS
 from .forward_probe import measured_reasons
@@ -22,7 +23,7 @@ def choose_savings(host: Host, settings: GRPOSettings) -> tuple[tuple[str, ...],
         settings ([`GRPOSettings`]): `exact_savings` names some, or leaves the choice.
 
     Raises:
-        ValueError: a saving that is named would change the gradient, with the reason.
+        RefusedError: a saving that is named would change the gradient, with the reason.
     """
     wanted = settings.wanted_savings
     reasons = inexact_reasons(host)
@@ -31,7 +32,7 @@ def choose_savings(host: Host, settings: GRPOSettings) -> tuple[tuple[str, ...],
     reasons |= measured_reasons(model, open_ones, _longest_row(host), pad)
     for name in wanted or ():
         if name in reasons:
-            raise ValueError(
+            raise RefusedError(
                 f"exact_savings={settings.exact_savings!r}: {name!r} is not exact here: {reasons[name]} Leave "
                 f"{name!r} out, or use exact_savings='auto'."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+from ...errors import RewardError
 from ...protocols import GroupFilter, PromptSelector, RolloutPruner
 from .._common import EffiMixin
 from ..mixins._signatures import with_signatures_of
@@ -19,7 +20,7 @@ from .forward import LogProbForward
 from .pipeline import LOSS_SCALE, RolloutPipeline
 from .prompt_room import PromptRoom
 from .resume import ResumableGRPOTrainer
-from .rewards import RewardCheck, RewardError, check_sums
+from .rewards import RewardCheck, check_sums
 from .savings import choose_savings
 from .settings import GRPOSettings
 from .start_checks import check_dataset, guard_vllm_server, route_checkpointing_options

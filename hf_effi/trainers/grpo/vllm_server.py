@@ -16,16 +16,14 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ReadTimeoutError
 from urllib3.util.retry import Retry
 
+from ...errors import VLLMServerError
+
 #: Requests that may not be sent twice: the second would meet the server in another state, and hide what it said first.
 ONCE = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
 #: Seconds until a host that does not even refuse a connection counts as gone.
 CONNECT_SECONDS = 60.0
 #: Connections that are kept open, as in TRL.
 CONNECTIONS = 64
-
-
-class VLLMServerError(RuntimeError):
-    """The vLLM server of a run is gone, hangs, refuses a request, or answers another question than it was asked."""
 
 
 class Failure:

@@ -18,7 +18,7 @@ class AttentionCheckMixin:
     One forward over four tokens. Weights that are sharded when the trainer is built (ZeRO-3) are not looked at.
 
     Raises:
-        VarlenAttentionError: the layers of the model compute their attention in their own code.
+        RefusedError: the layers of the model compute their attention in their own code.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

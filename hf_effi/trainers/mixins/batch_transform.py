@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset
 
 from ...callbacks.probing import trained_steps, trained_total
 from ...data.batch_transform import BatchTransform
-from ...functional.data import CurriculumError, seeded
+from ...errors import RefusedError
+from ...functional.data import seeded
 
 
 class BatchTransformMixin:
@@ -26,8 +27,9 @@ class BatchTransformMixin:
         batch_transform (`BatchTransform`, *optional*): Without it nothing changes.
 
     Raises:
-        CurriculumError: another kind of object, columns that `remove_unused_columns` would drop, or rows of several
-            widths with `dispatch_batches` and several processes.
+        ValueError: another kind of object.
+        RefusedError: columns that `remove_unused_columns` would drop, or rows of several widths with
+            `dispatch_batches` and several processes.
 
     Example:
     ```python
@@ -44,14 +46,14 @@ class BatchTransformMixin:
 
     def __init__(self, *args: Any, batch_transform: BatchTransform | None = None, **kwargs: Any) -> None:
         if batch_transform is not None and not isinstance(batch_transform, BatchTransform):
-            raise CurriculumError(
+            raise ValueError(
                 f"batch_transform={batch_transform!r} must be a BatchTransform, such as "
                 "MetadataConditioning(collator)."
             )
         self.batch_transform = batch_transform
         super().__init__(*args, **kwargs)
         if batch_transform is not None and batch_transform.columns and self.args.remove_unused_columns:
-            raise CurriculumError(
+            raise RefusedError(
                 f"{type(batch_transform).__name__} needs {list(batch_transform.columns)}, which the Trainer drops. "
                 "Set remove_unused_columns=False."
             )
@@ -91,7 +93,7 @@ def _check_dispatch(loader: Any, rows: int = 64) -> None:
     Refuse rows of several widths where a dispatcher will join the batches of all processes, before the first step.
 
     Raises:
-        CurriculumError: some of `rows` rows, spread over a dataset that is no stream, are collated to several widths.
+        RefusedError: some of `rows` rows, spread over a dataset that is no stream, are collated to several widths.
     """
     dispatched = isinstance(loader, DataLoaderDispatcher) and not loader.split_batches
     if not dispatched or isinstance(loader.dataset, IterableDataset):
@@ -104,7 +106,7 @@ def _check_dispatch(loader: Any, rows: int = 64) -> None:
                     widths.setdefault(key, set()).add(tuple(value.shape[1:]))
     ragged = {key: sorted(found)[:3] for key, found in widths.items() if len(found) > 1}
     if ragged:
-        raise CurriculumError(
+        raise RefusedError(
             f"dispatch_batches=True joins the batches of all processes, and rows are collated to several widths: "
             f"{ragged}. Set dispatch_batches=False (each process then reads its own), or pad all rows to one length."
         )

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import RefusedError
 from ...functional.sequence import chunk_schedule
-from ...memory.chunk_flow import ChunkFlow, ChunkFlowError, ChunkGroup, make_groups
+from ...memory.chunk_flow import ChunkFlow, ChunkGroup, make_groups
 from ...memory.chunk_probe import Layout, cache_name_of, chunks_are_exact, layout_of
 from ...patching import agreed, draws_random_numbers, longest_exact_call, named_draws
 
@@ -30,8 +31,9 @@ class ChunkFlowMixin:
         chunk_flow ([`ChunkFlow`], *optional*): Without it nothing changes.
 
     Raises:
-        ChunkFlowError: gradient checkpointing (chunks are their own), dropout, DataParallel, FSDP, DeepSpeed, a loss
+        RefusedError: gradient checkpointing (chunks are their own), dropout, DataParallel, FSDP, DeepSpeed, a loss
             outside of the model, layers without keys and values, or a batch that cannot be cut exactly.
+        ValueError: `chunk_flow` is no [`~hf_effi.memory.ChunkFlow`].
 
     Example:
     ```python
@@ -53,7 +55,7 @@ class ChunkFlowMixin:
 
     def __init__(self, *args: Any, chunk_flow: ChunkFlow | None = None, **kwargs: Any) -> None:
         if chunk_flow is not None and not isinstance(chunk_flow, ChunkFlow):
-            raise ChunkFlowError(f"chunk_flow={chunk_flow!r} must be a ChunkFlow(chunk_size=...).")
+            raise ValueError(f"chunk_flow={chunk_flow!r} must be a ChunkFlow(chunk_size=...).")
         self.chunk_flow = chunk_flow
         super().__init__(*args, **kwargs)
         if chunk_flow is not None:
@@ -82,14 +84,14 @@ class ChunkFlowMixin:
         }
         found = [reason for reason, true in reasons.items() if true]
         if found:
-            raise ChunkFlowError(f"chunk_flow is not possible here: {'; '.join(found)}.")
+            raise RefusedError(f"chunk_flow is not possible here: {'; '.join(found)}.")
         self._ask_model()
 
     def _ask_model(self) -> None:
         """Measure whether chunks give this model's loss and gradients, and up to which length of a row."""
         drawn = agreed(draws_random_numbers(self.model))
         if not drawn.equal:
-            raise ChunkFlowError(
+            raise RefusedError(
                 f"chunk_flow is not possible here: random numbers would be others when a chunk is run again: {drawn}. "
                 f"Set dropout and noise to 0; settings of that name: {named_draws(self.model)}."
             )
@@ -107,7 +109,7 @@ class ChunkFlowMixin:
         if not found.equal:
             config = self.model.config.get_text_config()
             router = " output_router_logits=True takes a mean over the tokens of a call."
-            raise ChunkFlowError(
+            raise RefusedError(
                 f"chunk_flow is not possible here: {type(self.model).__name__} does not give the same for rows that "
                 f"are {layout} and for their chunks: "
                 f"{found}.{router if getattr(config, 'output_router_logits', False) else ''}"
@@ -117,7 +119,7 @@ class ChunkFlowMixin:
         self._check_layout(layout_of(batch))
         longest = max(group.bounds[-1][1] for group in groups if len(group) > 1 or group is groups[0])
         if self._longest_exact is not None and longest > self._longest_exact:
-            raise ChunkFlowError(
+            raise RefusedError(
                 f"A row of {longest} tokens: this model's positions depend on the length of a call from "
                 f"{self._longest_exact + 1} tokens on (dynamic or long RoPE), and a chunk is shorter than its row. "
                 "Leave longer rows out, or train them without chunk_flow."
@@ -129,7 +131,7 @@ class ChunkFlowMixin:
         if self.chunk_flow is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if num_items_in_batch is None:
-            raise ChunkFlowError("The Trainer gave no num_items_in_batch, so that means over chunks would not add up.")
+            raise RefusedError("The Trainer gave no num_items_in_batch, so that means over chunks would not add up.")
         model.train()
         inputs = self._prepare_inputs(inputs)
         groups = make_groups(inputs, self.chunk_flow.chunk_size, cache_name_of(self.model))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...callbacks.kernel_patch import refuse_data_parallel
-from ...kernels import PatchError, patch
+from ...errors import RefusedError
+from ...kernels import patch
 
 
 @dataclass
@@ -31,7 +32,7 @@ def layers_from_config(args: Any) -> dict[str, Any] | str | None:
     Return what a config asks `patch` to do, or `None`.
 
     Raises:
-        PatchError: text that is neither `"liger"` nor a JSON object, or another type.
+        ValueError: text that is neither `"liger"` nor a JSON object, or another type.
     """
     value = getattr(args, "kernel_patch", None)  # a plain config of the stock trainer has no such field
     if value is None or value == "liger":
@@ -42,7 +43,7 @@ def layers_from_config(args: Any) -> dict[str, Any] | str | None:
         except json.JSONDecodeError:
             value = None
     if not isinstance(value, dict) or not value:
-        raise PatchError(
+        raise ValueError(
             f"kernel_patch={args.kernel_patch!r} must be 'liger' or a mapping such as {{'RMSNorm': 'liger'}}, as a "
             "dict or as JSON."
         )
@@ -62,7 +63,7 @@ class KernelPatchMixin:
             return
         refuse_data_parallel(self.args)
         if self.model_init is not None:
-            raise PatchError(
+            raise RefusedError(
                 "kernel_patch with model_init: train() makes a new model after the patch. Pass "
                 "callbacks=[KernelPatchCallback(...)] instead."
             )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from ...checkpoint.safe import Mode, SafeCheckpointer, attached_to
+from ...errors import RefusedError
 
 
 @dataclass
@@ -47,7 +48,7 @@ class SafeCheckpointMixin:
         if mode is None:
             return
         if attached_to(self) is not None:
-            raise ValueError(
+            raise RefusedError(
                 f"safe_checkpoints={mode!r} and SafeCheckpointCallback want to save the checkpoints. Keep one."
             )
         SafeCheckpointer(mode).attach(self)

@@ -13,7 +13,8 @@ from ..._files import load_state, save_bytes, state_bytes
 from ...callbacks.owners import claim
 from ...callbacks.probing import training_weights
 from ...callbacks.sampler import ROW_ORDER
-from ...samplers import EffiSampler, MeasuringSampler, SamplerError, SamplerMismatchError, TokenBudgetBatchSampler
+from ...errors import BrokenFileError, RefusedError
+from ...samplers import EffiSampler, MeasuringSampler, TokenBudgetBatchSampler
 from ...samplers.trainer_checks import (
     STATE_KEY,
     check_plan,
@@ -42,9 +43,11 @@ class SamplerMixin:
         train_sampler ([`EffiSampler`], *optional*): Orders the rows of `train_dataset`. Without it nothing changes.
 
     Raises:
-        SamplerError: the dataset is a stream, has another length than the sampler, another sampling option is set, or
-            the run is longer than the sampler's plan.
-        SamplerMismatchError: a checkpoint was made with another sampler, or with another number of rows per update.
+        RefusedError: the dataset is a stream, another sampling option is set, or a sampler that measures the model and
+            sharded parameters.
+        ValueError: the dataset has another length than the sampler, or the run is longer than the sampler's plan.
+        MismatchError: a checkpoint was made with another sampler, or with another number of rows per update.
+        BrokenFileError: a checkpoint has no file of what the sampler has learned.
 
     Example:
     ```python
@@ -62,7 +65,7 @@ class SamplerMixin:
 
     def __init__(self, *args: Any, train_sampler: EffiSampler | None = None, **kwargs: Any) -> None:
         if train_sampler is not None and not isinstance(train_sampler, EffiSampler):
-            raise SamplerError(
+            raise ValueError(
                 f"train_sampler={train_sampler!r} is not an EffiSampler. Use one of hf_effi.samplers, or subclass "
                 "EffiSampler and implement order(epoch)."
             )
@@ -121,7 +124,7 @@ class SamplerMixin:
         if not isinstance(sampler, MeasuringSampler) or sampler.measured_epoch == epoch:
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
-            raise SamplerError(
+            raise RefusedError(
                 f"{type(sampler).__name__} forwards the model outside of its wrapper, each process with rows of its "
                 "own, which FSDP, DeepSpeed and tensor parallelism do not allow. Measure before training and use a "
                 "sampler that does not learn, such as QualityAscendingSampler."
@@ -140,7 +143,7 @@ class SamplerMixin:
         values = [0.0] * len(rows)
         for part, found in enumerate(parts):
             if len(found) != len(rows[part::world]):
-                raise SamplerError(
+                raise ValueError(
                     f"measure returned {len(found)} values for {len(rows[part::world])} rows on process {part}. "
                     "Return one number per row."
                 )
@@ -164,7 +167,7 @@ class SamplerMixin:
         if not os.path.exists(path):
             check_stored_order(self.state, self._sampler_in_loader)  # of SamplerCallback, which writes no file
             if self.train_sampler.learns:
-                raise SamplerMismatchError(
+                raise BrokenFileError(
                     f"{checkpoint} has no {SAMPLER_FILE}, which holds what {type(self.train_sampler).__name__} has "
                     "learned: it was saved with save_only_model, or copied in part. Resume from a checkpoint that "
                     "has it, or start a new run from the weights."

@@ -10,7 +10,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...callbacks.lr_schedule import LRScheduleCallback, check_arguments, check_scheduler, note_optimizer
-from ...functional.schedules import Schedule, ScheduleError, make_schedule
+from ...errors import RefusedError
+from ...functional.schedules import Schedule, make_schedule
 from ...functional.schedules.base import check_choice
 
 
@@ -46,8 +47,8 @@ def schedule_from_config(args: Any) -> Schedule | None:
     Build the schedule that a config names.
 
     Raises:
-        ScheduleError: unknown name or argument, arguments without a name, text that is not JSON, or a second way to
-            set the LR in the same config.
+        ValueError: unknown name or argument, arguments without a name, or text that is not JSON.
+        RefusedError: a second way to set the LR in the same config.
     """
     if not hasattr(args, "lr_schedule"):
         return None  # a plain config of the stock trainer
@@ -55,9 +56,9 @@ def schedule_from_config(args: Any) -> Schedule | None:
     check_choice("lr_schedule_on_mismatch", args.lr_schedule_on_mismatch, ("error", "stored", "new"))
     if name is None:
         if kwargs:
-            raise ScheduleError(f"lr_schedule_kwargs={kwargs!r} needs lr_schedule, e.g. lr_schedule='wsd'.")
+            raise ValueError(f"lr_schedule_kwargs={kwargs!r} needs lr_schedule, e.g. lr_schedule='wsd'.")
         if args.lr_schedule_on_mismatch != "error":
-            raise ScheduleError(
+            raise ValueError(
                 f"lr_schedule_on_mismatch={args.lr_schedule_on_mismatch!r} needs lr_schedule, e.g. lr_schedule='wsd'."
             )
         return None
@@ -65,19 +66,19 @@ def schedule_from_config(args: Any) -> Schedule | None:
         try:
             kwargs = json.loads(kwargs)
         except json.JSONDecodeError as error:
-            raise ScheduleError(
+            raise ValueError(
                 f"lr_schedule_kwargs={kwargs!r} is not JSON ({error}). Write e.g. '{{\"warmup_steps\": 100}}'."
             ) from error
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise ScheduleError(f"lr_schedule_kwargs={kwargs!r} must be a dict or a JSON object.")
+        raise ValueError(f"lr_schedule_kwargs={kwargs!r} must be a dict or a JSON object.")
     schedule = make_schedule(name, **(kwargs or {}))
     if schedule.needs_counter:
-        raise ScheduleError(f"lr_schedule={name!r} needs a token counter. Use LRScheduleCallback(..., counter=...).")
+        raise ValueError(f"lr_schedule={name!r} needs a token counter. Use LRScheduleCallback(..., counter=...).")
     check_arguments(args, f"lr_schedule={name!r}")
     # With such a section DeepSpeed never asks the Trainer for a scheduler, and lr_schedule would be ignored.
     deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", None) or {}
     if section := deepspeed.get("scheduler"):
-        raise ScheduleError(
+        raise RefusedError(
             f"DeepSpeed owns the LR scheduler ({section.get('type')}). Remove the 'scheduler' section from the "
             f"DeepSpeed config to use lr_schedule={name!r}."
         )
@@ -134,7 +135,7 @@ class ScheduleMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self._sync_schedule() is not None and self.lr_scheduler is not None:
-            raise ScheduleError(
+            raise RefusedError(
                 "`optimizers` brings a scheduler and lr_schedule names another. Pass (optimizer, None)."
             )
         note_optimizer(self.optimizer)

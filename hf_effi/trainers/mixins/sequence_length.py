@@ -10,8 +10,9 @@ from torch import Tensor
 from ...callbacks.multigrid import SEQUENCE_LENGTH
 from ...callbacks.owners import claim
 from ...callbacks.probing import trained_steps, trained_total
+from ...errors import RefusedError
 from ...functional import metrics
-from ...functional.data import CurriculumError, rechunk
+from ...functional.data import rechunk
 
 #: what fills up the last piece of a row, by the name of the input
 _FILLS = {"input_ids": 0, "labels": -100, "attention_mask": 0, "token_type_ids": 0}
@@ -31,7 +32,7 @@ class SequenceLengthMixin:
             it nothing changes. Updates that a search tries and undoes (`AutoLRSCallback`) count in neither number.
 
     Raises:
-        CurriculumError: the rows are padded or carry `position_ids`, or the length is below 2.
+        ValueError: the rows are padded or carry `position_ids`, or the length is below 2.
 
     Example:
     ```python
@@ -52,7 +53,7 @@ class SequenceLengthMixin:
 
     def __init__(self, *args: Any, sequence_length: Callable[[int, int], int] | None = None, **kwargs: Any) -> None:
         if sequence_length is not None and not callable(sequence_length):
-            raise CurriculumError(
+            raise ValueError(
                 f"sequence_length={sequence_length!r} must be a function of (finished updates, max_steps)."
             )
         self.sequence_length = sequence_length
@@ -67,9 +68,7 @@ class SequenceLengthMixin:
         if self.sequence_length is not None:
             length = self.sequence_length(trained_steps(self.state), trained_total(self.state))
             if not isinstance(length, int) or length < 2:
-                raise CurriculumError(
-                    f"sequence_length gave {length!r}: a row needs at least 2 tokens to predict one."
-                )
+                raise ValueError(f"sequence_length gave {length!r}: a row needs at least 2 tokens to predict one.")
             # Lazily, over the same iterator: only the batches of this update are cut.
             epoch_iterator = (cut_batch(batch, length) for batch in epoch_iterator)
             self._length_now = length
@@ -86,20 +85,20 @@ def cut_batch(batch: dict[str, Any], length: int) -> dict[str, Any]:
     Return the batch with every input of shape `(rows, tokens, ...)` cut to `length`.
 
     Raises:
-        CurriculumError: padding, `position_ids`, or an input that is not known.
+        RefusedError: padding, `position_ids`, or an input that is not known.
     """
     rows, tokens = batch["input_ids"].shape
     if length >= tokens:
         return batch
     unknown = [key for key, value in batch.items() if key not in _FILLS and isinstance(value, Tensor) and value.ndim]
     if unknown:
-        raise CurriculumError(
+        raise RefusedError(
             f"The batch carries {unknown}, which cannot be cut into pieces. Use a collator that gives input_ids, "
             "labels and attention_mask only (with packing: without padding-free position_ids)."
         )
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
-        raise CurriculumError(
+        raise RefusedError(
             "Rows are padded, so some pieces would hold nothing but padding. Pack the text into rows of one length."
         )
     cut = dict(batch)

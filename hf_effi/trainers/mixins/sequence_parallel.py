@@ -14,10 +14,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ...errors import RefusedError
 from ...functional.sequence import shift_labels
 from ...parallel import (
     SequenceGroup,
-    SequenceParallelError,
     attention_scope,
     check_deepspeed,
     check_model,
@@ -81,7 +81,8 @@ class SequenceParallelMixin:
             changes nothing.
 
     Raises:
-        SequenceParallelError: a size, model or setting with which the gradient would not be that of one rank.
+        RefusedError: a model or setting with which the gradient would not be that of one rank.
+        ValueError: a size or mode that is out of range, or does not fit the number of processes.
 
     Example:
     ```python
@@ -121,7 +122,7 @@ class SequenceParallelMixin:
         """Refuse what is not exact, or not tested, before any training."""
         args, mode = self.args, self.sequence_parallel_mode
         if mode not in _MODES.values():
-            raise SequenceParallelError(f"sequence_parallel_mode={mode!r} must be 'token', 'replicated' or 'rounds'.")
+            raise ValueError(f"sequence_parallel_mode={mode!r} must be 'token', 'replicated' or 'rounds'.")
         parallelism = self.accelerator.parallelism_config
         refused = {
             "DeepSpeed": (self.is_deepspeed_enabled, "use DDP or FSDP2, or DeepSpeed's own sp_size"),
@@ -177,7 +178,7 @@ class SequenceParallelMixin:
             }
         for what, (found, fix) in refused.items():
             if found:
-                raise SequenceParallelError(f"sequence_parallel_size={size} does not work with {what}: {fix}.")
+                raise RefusedError(f"sequence_parallel_size={size} does not work with {what}: {fix}.")
 
     def _description(self) -> str:
         group, args = self._sequence_group, self.args
@@ -272,7 +273,7 @@ class SequenceParallelMixin:
             with gathered_forward(self._split_models(model), self._sequence_group, "sum"):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is None:
-            raise SequenceParallelError("The batch has no labels to count, and a mean over a shard cannot be joined.")
+            raise RefusedError("The batch has no labels to count, and a mean over a shard cannot be joined.")
         layout, shard = split_batch(inputs, self._sequence_group)
         with sharded_forward(self.accelerator.unwrap_model(model), layout):
             return super().compute_loss(model, shard, return_outputs, num_items_in_batch=num_items_in_batch)
@@ -403,7 +404,7 @@ class _Pool:
 
     def _reduce(self, tensor: Tensor, reduction: str = "mean", scale: float = 1.0) -> Tensor:
         if reduction != "sum":
-            raise SequenceParallelError(f"The loss reduces by {reduction!r}, which rounds cannot pool: use 'sum'.")
+            raise RefusedError(f"The loss reduces by {reduction!r}, which rounds cannot pool: use 'sum'.")
         return self._join(type(self.accelerator).reduce(self.accelerator, tensor, reduction, scale), torch.add)
 
     def _gather(self, tensor: Tensor) -> Tensor:
@@ -420,12 +421,12 @@ class _Pool:
 
 def resolve_size(argument: int | None, from_config: int | None) -> int:
     if argument is not None and from_config not in (None, 1, argument):
-        raise SequenceParallelError(
+        raise ValueError(
             f"sequence_parallel_size is {argument} in the constructor and {from_config} in args. Set it once."
         )
     size = argument if argument is not None else from_config if from_config is not None else 1
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise SequenceParallelError(f"sequence_parallel_size={size!r} must be a whole number of ranks, at least 1.")
+        raise ValueError(f"sequence_parallel_size={size!r} must be a whole number of ranks, at least 1.")
     return size
 
 
@@ -438,7 +439,7 @@ def _mode_of(trainer_class: type) -> str:
     )
     if owner.__name__ in _MODES and owner.__module__.startswith(("trl.trainer.", "transformers.")):
         return _MODES[owner.__name__]
-    raise SequenceParallelError(
+    raise RefusedError(
         f"{owner.__name__} has a compute_loss of its own, so that it must say how it may be split. Set the class "
         "attribute sequence_parallel_mode: 'token' (a sum over tokens over num_items_in_batch), 'replicated' (a mean "
         "over whole sequences) or 'rounds' (every rank keeps its own batch)."
@@ -455,7 +456,7 @@ def _check_same_batch(inputs: dict[str, Any], group: SequenceGroup) -> None:
     parts = [torch.empty_like(mine) for _ in range(group.size)]
     dist.all_gather(parts, mine, group=group.process_group)
     if any(not torch.equal(part, mine) for part in parts):
-        raise SequenceParallelError(
+        raise RefusedError(
             f"The ranks {list(group.ranks)} share their sequences and got different batches (rows, length, sum of all "
             f"ids: {[part.tolist() for part in parts]}). A sampler, collator or transform depends on the rank; make "
             "it depend on the group of ranks only."

@@ -9,8 +9,9 @@ from torch import nn
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.utils import logging
 
+from ...errors import RefusedError
 from ...patching import agreed, loss_by_item_count, remembered
-from ...samplers import SamplerError, TokenBudgetBatchSampler
+from ...samplers import TokenBudgetBatchSampler
 
 logger = logging.get_logger(__name__)
 
@@ -41,42 +42,42 @@ def rank_batches(trainer: Any, stock: Any, plan: TokenBudgetBatchSampler) -> Ran
     Deal the plan to the processes and accumulation steps of the trainer, and return the part of this process.
 
     Raises:
-        SamplerError: the trainer would cut the micro-batches anew, or weigh their tokens unequally.
+        RefusedError: the trainer would cut the micro-batches anew, or weigh their tokens unequally.
     """
     args, settings = trainer.args, trainer.args.accelerator_config
     name = type(plan).__name__
     for setting in ("dispatch_batches", "split_batches"):
         if getattr(settings, setting):
-            raise SamplerError(
+            raise RefusedError(
                 f"accelerator_config has {setting}=True, which cuts the micro-batches of {name} anew. Set it to "
                 "False: each process then reads its own."
             )
     if args.auto_find_batch_size:
-        raise SamplerError(
+        raise RefusedError(
             f"auto_find_batch_size=True lowers a batch size that {name} does not use. Set it to False and lower "
             "max_tokens."
         )
     if hasattr(stock, "mini_repeat_count"):
-        raise SamplerError(
+        raise RefusedError(
             f"{type(trainer).__name__} needs the completions of a prompt side by side, and {name} packs single rows. "
             "Use it for SFT and pre-training."
         )
     if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
-        raise SamplerError(
+        raise RefusedError(
             f"With tensor, context or sequence parallelism several processes need one micro-batch, and {name} gives "
             "each its own. Use it with data parallelism only."
         )
     places = args.world_size * args.gradient_accumulation_steps
     counts_tokens = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
     if places > 1 and not counts_tokens:
-        raise SamplerError(
+        raise RefusedError(
             f"{type(trainer.model).__name__} takes no num_items_in_batch, so the {places} micro-batches of an update "
             "would count alike, whatever they hold. Pass compute_loss_func, which gets num_items_in_batch."
         )
     if places > 1 and trainer.compute_loss_func is None:
         _check_loss(trainer.model, places)
     if args.world_size > 1 and not args.average_tokens_across_devices:
-        raise SamplerError(
+        raise RefusedError(
             "average_tokens_across_devices=False lets every process count alike, whatever it holds. Set it to True."
         )
     plan.deal(args.world_size, args.gradient_accumulation_steps)
@@ -87,7 +88,7 @@ def _check_loss(model: nn.Module, places: int) -> None:
     """Measure what the signature only promises: that a micro-batch counts by its tokens."""
     found = agreed(remembered(model, "loss by item count", lambda: loss_by_item_count(model)))
     if found.looked and not found.equal:
-        raise SamplerError(
+        raise RefusedError(
             f"{type(model).__name__} takes num_items_in_batch and averages over each call all the same ({found}, "
             "where twice "
             f"the number has to halve it), so the {places} micro-batches of an update would count alike, whatever "
