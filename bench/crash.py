@@ -16,6 +16,7 @@ alternated. And what 100 saves leave behind.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -33,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from bench._crash_runs import PHASES, SEED, UPDATES, Job, run, trainer_of
-from bench._schema import command_line, headline, write_result
+from bench._schema import RESULTS, command_line, headline, write_result
 from hf_effi.checkpoint import SafeCheckpointer, list_checkpoints
 from hf_effi.checkpoint.structure import first_broken
 
@@ -277,23 +278,28 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=KILLS, help="at random moments, for each of 8 cells")
-    parser.add_argument("--only", choices=["kills", "stall", "left"], help="one part, printed and not written")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=["kills", "stall", "left"],
+        help="run this part again, and put its rows into the file that is there",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     parts: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-        "kills": lambda base: crash_rows(args.kills, base), "stall": stall_rows, "left": left_rows,
-    }  # fmt: skip
-    rows: list[dict[str, Any]] = []
+        "kills": lambda base: crash_rows(args.kills, base),
+        "stall": stall_rows,
+        "left": left_rows,
+    }
+    wanted = args.only or list(parts)
+    path = RESULTS / "crash.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if args.only and path.exists() else []
+    rows = [row for row in before if row["part"] not in wanted]
     with tempfile.TemporaryDirectory() as folder:
-        for name, part in parts.items():
-            if args.only in (None, name):
-                rows += part(Path(folder))
-    for figure in figures(rows) if args.only is None else []:
+        for name in wanted:
+            rows += parts[name](Path(folder))
+    rows.sort(key=lambda row: list(parts).index(row["part"]))
+    for figure in figures(rows):
         print(figure)
-    if args.only is None:
-        print(
-            write_result("crash", command=command_line("bench.crash"), seeds=[SEED], headline=figures(rows), rows=rows)
-        )
+    print(write_result("crash", command=command_line("bench.crash"), seeds=[SEED], headline=figures(rows), rows=rows))
     return 0
 
 
