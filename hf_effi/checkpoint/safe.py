@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..errors import RefusedError
 from .capture import deferring, replaced, write_checkpoint
 from .commit import Commit, Phase
+from .elastic import check_place_in_data, layout_of, seed_new_process
 from .folders import find_resumable
 from .manifest import Digest
 from .resume import AUTO, resolve_auto
@@ -146,6 +147,8 @@ class SafeCheckpointer:
             "train": self._train_of(trainer.train),
             "_save_checkpoint": self._save_of(trainer._save_checkpoint),
             "_finalize_training": self._finalize_of(trainer._finalize_training),
+            "_prepare_for_training": self._prepare_of(trainer._prepare_for_training),
+            "_load_rng_state": self._load_rng_of(trainer._load_rng_state),
         }
         for name, value in seams.items():
             self._undo.enter_context(replaced(trainer, name, value))
@@ -211,6 +214,22 @@ class SafeCheckpointer:
             return finalize(*args, **kwargs)
 
         return safe_finalize_training
+
+    def _prepare_of(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def safe_prepare_for_training(max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+            model, loader = prepare(max_steps, train_dataloader, resume_from_checkpoint)
+            if resume_from_checkpoint is not None:
+                check_place_in_data(self.trainer, loader, resume_from_checkpoint)
+            return model, loader
+
+        return safe_prepare_for_training
+
+    def _load_rng_of(self, load: Callable[..., None]) -> Callable[..., None]:
+        def safe_load_rng_state(checkpoint: str | None) -> None:
+            if checkpoint is None or not seed_new_process(self.trainer, checkpoint):
+                load(checkpoint)
+
+        return safe_load_rng_state
 
     def _save_of(self, save: Callable[..., None]) -> Callable[..., None]:
         def safe_save_checkpoint(model: Any, trial: Any) -> None:
@@ -294,11 +313,7 @@ class SafeCheckpointer:
     def _commit(self, run_dir: Path) -> Commit:
         trainer = self.trainer
         args, state = trainer.args, trainer.state
-        facts = {
-            "world_size": args.world_size,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        }
+        facts = layout_of(trainer, trainer.callback_handler.train_dataloader)
         best = state.best_global_step
         return Commit(
             run_dir,

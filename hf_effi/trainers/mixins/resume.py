@@ -9,6 +9,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ...checkpoint.elastic import check_place_in_data, seed_new_process
 from ...checkpoint.resume import AUTO, check_checkpoint, resolve_auto
 
 logger = logging.get_logger(__name__)
@@ -16,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 class ResumeMixin:
     """
-    Overrides `train` and the passes of a Trainer. Put it before the Trainer class.
+    Overrides `train`, the passes of a Trainer and what it loads. Put it before the Trainer class.
 
     `resume_from_checkpoint="auto"` takes the newest whole checkpoint and starts fresh where there is none. A process
     that is killed inside of a save leaves a checkpoint that stock stops at with an error of whoever reads
@@ -44,7 +45,14 @@ class ResumeMixin:
                 f"The run had reached its end: update {self.state.global_step} of {max_steps}. Nothing is trained. "
                 "Raise max_steps or num_train_epochs to train further."
             )
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            check_place_in_data(self, loader, resume_from_checkpoint)
+        return model, loader
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not seed_new_process(self, checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self._at_its_end:

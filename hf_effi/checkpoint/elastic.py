@@ -1,0 +1,168 @@
+"""
+A resume on another number of processes: the same samples enter the same update, or it is refused by name.
+
+A Trainer counts finished updates and skips as many batches. So the place in the data is right as long as an update
+takes as many rows as before: processes x rows per process x accumulation steps. Otherwise samples are repeated or left
+out, and a stock Trainer says nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..errors import MismatchError
+from ..samplers import EffiSampler, TokenBudgetBatchSampler
+from ..samplers.trainer_checks import rows_per_update
+from .manifest import read_manifest
+from .structure import TRAINER_STATE_NAME
+
+logger = logging.get_logger(__name__)
+
+
+def layout_of(trainer: Trainer, loader: Any) -> dict[str, Any]:
+    """Return what a manifest keeps of how a run was spread: rows per update, and what they are the product of."""
+    args = trainer.args
+    batches = getattr(loader, "batch_sampler", None)
+    return {
+        "rows_per_update": None if batches is None else rows_per_update(loader, args),
+        "world_size": args.world_size,
+        "rows_per_process": trainer._train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+    }
+
+
+def check_place_in_data(trainer: Trainer, loader: Any, checkpoint: str | Path) -> None:
+    """
+    Refuse a resume that would go on at another place in the data than the checkpoint had reached.
+
+    A checkpoint with a manifest says how many rows its updates had. Of another one the number of updates per epoch is
+    known, from `epoch` and `global_step` in its state: it is compared where the two differ by more than rounding can.
+    Nothing is checked with `ignore_data_skip=True`.
+
+    Args:
+        trainer (`Trainer`): Of the run that is resumed.
+        loader: Its prepared training loader.
+        checkpoint (`str` or `Path`): The `checkpoint-N`.
+
+    Raises:
+        MismatchError: names the rows per update of both, and a setting with which they are equal.
+    """
+    args, folder = trainer.args, Path(checkpoint)
+    if args.ignore_data_skip:
+        return
+    now = layout_of(trainer, loader)
+    try:
+        manifest = read_manifest(folder) or {}
+    except ValueError:  # told by whoever checks the files
+        manifest = {}
+    before = {key: manifest.get(key) for key in now}
+    if before["world_size"] not in (None, now["world_size"]):
+        _check_order_of_lengths(args, before, now)
+        if now["rows_per_update"] is None or not hasattr(loader.dataset, "__len__"):
+            raise MismatchError(
+                f"{folder.name} was trained on {before['world_size']} processes and its data is a stream, which each "
+                f"number of processes divides otherwise. Resume on {before['world_size']} processes, or set "
+                "ignore_data_skip=True to begin the stream anew."
+            )
+    if before["rows_per_update"] is not None and now["rows_per_update"] is not None:
+        if before["rows_per_update"] != now["rows_per_update"]:
+            raise MismatchError(_of_rows(folder, before, now))
+    elif (
+        not manifest
+        and not _ordered_by_us(loader)
+        and (epochs := _updates_per_epoch(folder)) is not None
+        and hasattr(loader, "__len__")
+    ):
+        expected = len(loader) / args.gradient_accumulation_steps
+        # Both are rounded to whole batches of one process.
+        if abs(epochs - expected) > 1.01 and abs(epochs - expected) > 0.1 * expected:
+            raise MismatchError(
+                f"{folder.name} was trained with {epochs:.1f} updates per epoch, this run has {expected:.1f}: it has "
+                "another number of rows per update (processes x per_device_train_batch_size x "
+                "gradient_accumulation_steps), or another dataset. The Trainer counts finished updates and would go on at another place in the data. "
+                "Set what it was trained with, or ignore_data_skip=True to begin the epoch anew."
+            )
+
+
+def seed_new_process(trainer: Trainer, checkpoint: str | Path) -> bool:
+    """
+    Seed the random numbers of a process for which a checkpoint has no state, and return whether it did.
+
+    The seed is a function of `args.seed`, the update and the number of the process; a stock Trainer leaves the numbers
+    as they are, which differ from start to start.
+    """
+    args, folder = trainer.args, Path(checkpoint)
+    name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    if (folder / name).is_file() or not any(folder.glob("rng_state*.pth")):
+        return False
+    text = f"{args.seed}/{trainer.state.global_step}/{args.process_index}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    if args.process_index == 0:
+        logger.warning(
+            f"{folder.name} was trained on another number of processes. Samples and updates go on as they would have; "
+            "random numbers, of dropout for one, go on from new seeds."
+        )
+    return True
+
+
+def _ordered_by_us(loader: Any) -> bool:
+    """Return whether a sampler of ours is in a loader: it keeps its own place, and epochs may differ in length."""
+    batches = getattr(loader, "batch_sampler", None)
+    inner = getattr(batches, "batch_sampler", batches)  # of accelerate's, which deals batches to processes
+    samplers = (getattr(loader, "sampler", None), inner, getattr(inner, "sampler", None))
+    return any(isinstance(sampler, (EffiSampler, TokenBudgetBatchSampler)) for sampler in samplers)
+
+
+def _check_order_of_lengths(args: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if args.train_sampling_strategy == "random":
+        return
+    per_process = [layout["rows_per_process"] * layout["gradient_accumulation_steps"] for layout in (before, now)]
+    if per_process[0] != per_process[1]:
+        raise MismatchError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} orders the rows by what one process takes in "
+            f"an update: {per_process[0]} before, {per_process[1]} now. Resume on {before['world_size']} processes."
+        )
+
+
+def _of_rows(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
+    rows, world = before["rows_per_update"], now["world_size"]
+    steps = now["gradient_accumulation_steps"]
+    fits = [
+        f"{name}={value}"
+        for name, value in (
+            ("gradient_accumulation_steps", rows * steps / now["rows_per_update"]),
+            ("per_device_train_batch_size", rows * now["rows_per_process"] / now["rows_per_update"]),
+        )
+        if value == int(value) and value >= 1
+        for value in [int(value)]
+    ]
+    way = f"Set {' or '.join(fits)}" if fits else f"Resume on {before['world_size']} processes"
+    return (
+        f"{folder.name} was trained with {rows} rows per update ({before['world_size']} processes x "
+        f"{before['rows_per_process']} x {before['gradient_accumulation_steps']} accumulation steps), this run has "
+        f"{now['rows_per_update']} ({world} x {now['rows_per_process']} x {steps}): the Trainer counts finished "
+        f"updates, and other samples would enter them. {way}, or ignore_data_skip=True to begin the epoch anew."
+    )
+
+
+def _updates_per_epoch(folder: Path) -> float | None:
+    """Return global_step / epoch of a checkpoint; `None` where it does not say."""
+    path = folder / TRAINER_STATE_NAME
+    if not os.path.isfile(path):
+        return None
+    state = json.loads(path.read_text(encoding="utf-8"))
+    step, epoch = state.get("global_step"), state.get("epoch")
+    return step / epoch if step and epoch else None
