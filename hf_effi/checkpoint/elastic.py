@@ -21,7 +21,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..errors import MismatchError
-from ..samplers import EffiSampler, TokenBudgetBatchSampler
+from ..samplers import EffiSampler
 from ..samplers.trainer_checks import rows_per_update
 from .manifest import read_manifest
 from .structure import TRAINER_STATE_NAME
@@ -77,21 +77,8 @@ def check_place_in_data(trainer: Trainer, loader: Any, checkpoint: str | Path) -
     if before["rows_per_update"] is not None and now["rows_per_update"] is not None:
         if before["rows_per_update"] != now["rows_per_update"]:
             raise MismatchError(_of_rows(folder, before, now))
-    elif (
-        not manifest
-        and not _ordered_by_us(loader)
-        and (epochs := _updates_per_epoch(folder)) is not None
-        and hasattr(loader, "__len__")
-    ):
-        expected = len(loader) / args.gradient_accumulation_steps
-        # Both are rounded to whole batches of one process.
-        if abs(epochs - expected) > 1.01 and abs(epochs - expected) > 0.1 * expected:
-            raise MismatchError(
-                f"{folder.name} was trained with {epochs:.1f} updates per epoch, this run has {expected:.1f}: it has "
-                "another number of rows per update (processes x per_device_train_batch_size x "
-                "gradient_accumulation_steps), or another dataset. The Trainer counts finished updates and would go on at another place in the data. "
-                "Set what it was trained with, or ignore_data_skip=True to begin the epoch anew."
-            )
+    elif not manifest and not _ordered_by_us(loader):
+        _check_updates_per_epoch(folder, loader, args)
 
 
 def seed_new_process(trainer: Trainer, checkpoint: str | Path) -> bool:
@@ -123,7 +110,7 @@ def _ordered_by_us(loader: Any) -> bool:
     batches = getattr(loader, "batch_sampler", None)
     inner = getattr(batches, "batch_sampler", batches)  # of accelerate's, which deals batches to processes
     samplers = (getattr(loader, "sampler", None), inner, getattr(inner, "sampler", None))
-    return any(isinstance(sampler, (EffiSampler, TokenBudgetBatchSampler)) for sampler in samplers)
+    return any(isinstance(sampler, EffiSampler) for sampler in samplers)
 
 
 def _check_order_of_lengths(args: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -134,6 +121,21 @@ def _check_order_of_lengths(args: Any, before: dict[str, Any], now: dict[str, An
         raise MismatchError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} orders the rows by what one process takes in "
             f"an update: {per_process[0]} before, {per_process[1]} now. Resume on {before['world_size']} processes."
+        )
+
+
+def _check_updates_per_epoch(folder: Path, loader: Any, args: Any) -> None:
+    before = _updates_per_epoch(folder)
+    if before is None or not hasattr(loader, "__len__"):
+        return
+    now = len(loader) / args.gradient_accumulation_steps
+    # Both are rounded to whole batches of one process.
+    if abs(before - now) > 1.01 and abs(before - now) > 0.1 * now:
+        raise MismatchError(
+            f"{folder.name} was trained with {before:.1f} updates per epoch, this run has {now:.1f}: it has another "
+            "number of rows per update (processes x per_device_train_batch_size x gradient_accumulation_steps), or "
+            "another dataset. The Trainer counts finished updates and would go on at another place in the data. Set "
+            "what it was trained with, or ignore_data_skip=True to begin the epoch anew."
         )
 
 
