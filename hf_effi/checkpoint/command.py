@@ -1,4 +1,4 @@
-"""`hf-effi checkpoint list | verify | repair`: which checkpoints of a run are whole, which are not, and why."""
+"""`hf-effi checkpoint list | verify | repair | interval`: which checkpoints are whole, and how often to save."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._untrusted import one_line
+from ..functional.save_interval import lost_fraction, save_interval
 from .folders import list_checkpoints, repair_run_dir
 from .manifest import CheckpointReport, verify_checkpoint
 from .structure import step_of
@@ -23,16 +24,25 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands and their options."""
-    commands = parser.add_subparsers(dest="action", metavar="{list,verify,repair}", required=True)
+    commands = parser.add_subparsers(dest="action", metavar="{list,verify,repair,interval}", required=True)
     for name, text in _HELP.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         what = "output_dir of a run" + (", or a checkpoint-N in it" if name == "verify" else "")
         command.add_argument("folder", type=Path, help=what)
         command.add_argument("--json", action="store_true", help="print JSON")
+    text = "how often to save, from what a save costs and how often the job fails (Young, Daly)"
+    command = commands.add_parser("interval", help=text, description=f"H{text[1:]}.")
+    command.add_argument("stall", type=float, metavar="SECONDS", help="that one save holds up the training")
+    command.add_argument(
+        "hours", type=float, metavar="HOURS", help="between two failures of the whole job, on average"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one sub-command and return its exit code."""
+    if args.action == "interval":
+        return _interval(args)
     if not args.folder.is_dir():
         print(f"There is no folder {str(args.folder)!r}.", file=sys.stderr)
         return 1
@@ -49,6 +59,23 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(table(reports) if reports else f"No checkpoint in {args.folder}.")
     return int(args.action == "verify" and not all(report.whole for report in reports))
+
+
+def _interval(args: argparse.Namespace) -> int:
+    try:
+        best = save_interval(args.stall, args.hours * 3600)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    lost = {seconds: lost_fraction(seconds, args.stall, args.hours * 3600) for seconds in (best / 4, best, best * 4)}
+    if args.json:
+        print(json.dumps({"seconds": best, "lost_fraction": lost[best]}))
+        return 0
+    print(f"Save every {best:.0f} seconds: {100 * lost[best]:.2f} % of the time goes to saves and to work done twice.")
+    for seconds, share in lost.items():
+        if seconds != best:
+            print(f"Every {seconds:.0f} seconds it would be {100 * share:.2f} %.")
+    return 0
 
 
 def as_json(report: CheckpointReport) -> dict[str, Any]:
