@@ -104,6 +104,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{TRAINER}.compute_loss_context_manager": "self",
     f"{TRAINER}._prepare_inputs": "self inputs",
     f"{TRAINER}._save_checkpoint": "self model trial",
+    f"{TRAINER}._finalize_training": "self trial num_train_samples start_time",
     f"{TRAINER}._get_output_dir": "self trial",
     "transformers.trainer_utils:get_last_checkpoint": "folder",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
@@ -336,7 +337,9 @@ CALLS = {
     f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state",
     f"{TRAINER}._maybe_log_save_evaluate": "log _save_checkpoint",
     f"{TRAINER}._save_checkpoint": "_get_output_dir save_model _save_rng_state _push_from_checkpoint",
-    f"{TRAINER}._inner_training_loop": "get_train_dataloader _init_training_state _prepare_for_training _run_epoch",
+    f"{TRAINER}._inner_training_loop": "get_train_dataloader _init_training_state _prepare_for_training _run_epoch"
+    " _finalize_training",
+    f"{TRAINER}._finalize_training": "_load_best_model",
     f"{TRAINER}.prediction_step": "compute_loss",
     f"{TRAINER}._get_num_items_in_batch": "get_cp_size",
     f"{TRAINER}.get_total_train_batch_size": "get_cp_size",
@@ -347,6 +350,9 @@ CALLS = {
 HELPERS_CALLED = {
     f"{GRPO}._prepare_inputs": "shuffle_sequence_dict split_tensor_dict",
     f"{GRPO}._get_train_sampler": "RepeatSampler",
+    # What a crash-safe checkpoint copies, to write it later.
+    "transformers.modeling_utils:PreTrainedModel.save_pretrained": "safe_save_file",
+    "peft.peft_model:PeftModel.save_pretrained": "safe_save_file",
     f"{GRPO}.get_train_dataloader": "repeat_iterable_dataset",
     f"{GRPO}._generate_and_score_completions": "use_adapter disable_gradient_checkpointing gather_object",
 }
