@@ -193,10 +193,17 @@ def _predict(args: argparse.Namespace) -> Result:
     return {"law": dataclasses.asdict(law), "predictions": rows}, lines
 
 
+def _state_of(file: Path, path: str) -> Any:
+    try:
+        return check_history(load_json(file), file)
+    except BrokenFileError as error:
+        raise BrokenFileError(f"{path} is no trainer_state.json: {error}") from error
+
+
 def _read_curve(path: str, metric: str | None) -> LossCurve:
     file = Path(path) / "trainer_state.json" if Path(path).is_dir() else Path(path)
     try:
-        state = check_history(load_json(file), file)
+        state = _state_of(file, path)
         steps = [entry.get("step", 0) for entry in state["log_history"]]
         if not all(isinstance(step, int) and 0 <= step <= _LONGEST_RUN for step in steps):
             raise BrokenFileError(f"{path} is damaged: a step in its log is no whole number up to {_LONGEST_RUN:,}.")

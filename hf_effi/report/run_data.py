@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def load_run(folder: str | Path) -> dict[str, Any]:
 
 def _load(folder: Path) -> dict[str, Any]:
     if has_record(folder):
-        return read_run(folder)
+        return _readable(folder, lambda: read_run(folder))
     states = [folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")]
     states = [path for path in states if path.is_file()]
     if not states:
@@ -46,7 +46,7 @@ def _load(folder: Path) -> dict[str, Any]:
             f"{folder} has no {FOLDER}/{SUMMARY} and no {STATE}. Give the output_dir of a run; RunRecordCallback() "
             "records one."
         )
-    found = [check_state(load_json(path), path) for path in states]
+    found = _readable(folder, lambda: [check_state(load_json(path), path) for path in states])
     state = max(found, key=lambda one: one["global_step"])
     return {
         "log_history": without_probes(state["log_history"]),
@@ -55,6 +55,13 @@ def _load(folder: Path) -> dict[str, Any]:
         "progress": {"step": state["global_step"]},
         "max_steps": state["max_steps"],
     }
+
+
+def _readable(folder: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except BrokenFileError as error:
+        raise BrokenFileError(f"The run in {folder} cannot be read: {error}") from error
 
 
 def load_group(folder: str | Path) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_OPTIONS = (
+OPTIONS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    "disable-component-update disable-sync remote-debugging-port=0"
+    "disable-component-update disable-sync disable-extensions disable-breakpad"
 )
 #: Opens each page in a frame of that width, without its scripts, and sends what reaches beyond the right edge of a
 #: page. What lies in a box that scrolls by itself does not count.
@@ -77,7 +77,7 @@ def too_wide(site: Path, width: int, profile: Path, seconds: float = 300.0) -> d
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = [f"--{option}" for option in _OPTIONS.split()]
+    options = [f"--{option}" for option in (*OPTIONS.split(), "remote-debugging-port=0")]
     command = [BROWSER, *options, f"--user-data-dir={profile}", f"http://127.0.0.1:{server.server_port}/measure"]
     browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
+import tempfile
 
 import pytest
 
@@ -18,8 +18,8 @@ from hf_effi.callbacks.run_summary import time_parts
 from hf_effi.errors import BrokenFileError
 from hf_effi.report.run_data import load_group, load_run, mean_and_band, phases_of, series, token_series
 from hf_effi.report.run_page import bars, curves, facts, render_run_page
+from tests.helpers import browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CAPTIONS = [
     "Loss",
     "Learning rate and its phases",
@@ -216,13 +216,15 @@ onload = () => {{
 
 
 def in_chromium(*arguments):
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    options = [f"--{option}" for option in browser.OPTIONS.split()]
+    with tempfile.TemporaryDirectory() as profile:
+        command = [browser.BROWSER, *options, "--hide-scrollbars", f"--user-data-dir={profile}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    if CHROMIUM is None:
+    if browser.BROWSER is None:
         pytest.skip("chromium is not installed")
     folder = tmp_path_factory.mktemp("pages")
     one = load_group(write_run(folder / "a"))

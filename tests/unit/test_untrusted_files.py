@@ -245,7 +245,7 @@ def test_a_damaged_plan_of_probes_gets_one_sentence(tmp_path):
         "stateful_callbacks": {PROBES_KEY: {"blocks": [1, "x"]}},
     }
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="no list of blocks"):
+    with pytest.raises(ValueError, match="no list of ascending blocks"):
         written_in_probe(tmp_path)
 
 
