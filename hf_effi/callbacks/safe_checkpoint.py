@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.run_folder import calling_trainer
 from ..checkpoint.safe import Digest, Mode, OnError, SafeCheckpointer, attached_to
+from ..errors import RefusedError
 from .owners import OwningCallback, Role
 
 
@@ -23,6 +24,7 @@ class SafeCheckpointCallback(OwningCallback):
 
     Raises:
         ValueError: an argument out of range; or, when the Trainer is built, a second one for the same Trainer.
+        RefusedError: when training begins, where no Trainer does it.
 
     Example:
     ```python
@@ -41,20 +43,21 @@ class SafeCheckpointCallback(OwningCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_init_end(args, state, control, **kwargs)
-        self._attach(state)
+        if (trainer := calling_trainer(state)) is not None:
+            self._attach(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._attach(state)
-
-    def _attach(self, state: TrainerState) -> None:
         trainer = calling_trainer(state)
         if trainer is None:
-            raise ValueError(
+            raise RefusedError(
                 "SafeCheckpointCallback was called by no Trainer. Call SafeCheckpointer().attach(trainer) instead."
             )
+        self._attach(trainer)
+
+    def _attach(self, trainer: Trainer) -> None:
         if attached_to(trainer) is self.checkpointer:
             return
         if self.checkpointer.is_attached:  # to another Trainer, which keeps it

@@ -56,14 +56,15 @@ def resolve_auto(trainer: Trainer, level: Level = "content") -> str | None:
 
 def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:
     """
-    Raise where a resume from this checkpoint would stop at a file that is not whole, or go on without one in silence.
+    Raise where a resume from this checkpoint would stop at a file that is not whole, or go on without one of those that
+    were saved.
 
     Lengths and the structure of each file are looked at, in milliseconds.
 
     Args:
         folder (`str` or `Path`): A `checkpoint-N`. What is no folder is left to the Trainer.
         fresh_optimizer (`bool`, *optional*, defaults to `False`): Whether a checkpoint of weights alone is meant to be
-            continued with a fresh optimizer (`args.save_only_model`).
+            continued with a fresh optimizer (`args.save_only_model`); there is a warning otherwise.
 
     Raises:
         BrokenFileError: names the file, what is wrong with it, and the newest whole checkpoint beside this one.
@@ -72,11 +73,11 @@ def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:
     if not folder.is_dir():
         return
     problem = verify_checkpoint(folder, "size").problem
-    if problem is None and not fresh_optimizer and not has_optimizer(folder):
-        raise BrokenFileError(
-            f"{folder} holds weights and no {OPTIMIZER_NAME}: a stock Trainer would go on with a fresh optimizer, "
-            "scheduler and random state. If that is meant, set save_only_model=True, or load the weights by "
-            "from_pretrained and start a new run; if not, resume from another checkpoint."
+    if problem is None and not has_optimizer(folder) and not fresh_optimizer:
+        logger.warning(
+            f"{folder} holds weights and no {OPTIMIZER_NAME}, as save_only_model=True leaves it: optimizer, scheduler and "
+            "random state begin anew. Resume from another checkpoint if that is not meant; save_only_model=True says "
+            "that it is."
         )
     if problem is None:
         return

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig, SFTConfig
 
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, EffiSFTConfig, EffiSFTTrainer, EffiTrainer, EffiTrainingArguments
+from hf_effi.checkpoint.manifest import MANIFEST
 from hf_effi.errors import RefusedError
 from hf_effi.functional.rollouts import AdvantagePruner, PassRateBand, ShuffledPrompts
 from hf_effi.samplers import ShuffledSampler
@@ -95,6 +96,11 @@ def recorded(trainer: Any) -> bool:
     return (Path(trainer.args.output_dir) / "effi" / "effi_run.json").exists()
 
 
+def sealed(trainer: Any) -> bool:
+    trainer._save_checkpoint(trainer.model, None)
+    return any(Path(trainer.args.output_dir).glob(f"checkpoint-*/{MANIFEST}"))
+
+
 def seconds_of_an_upload(trainer: Any) -> float:
     """`trainer.push_to_hub()` is a method of every trainer, also without `push_to_hub=True`."""
     return trainer._make_uploader(None, None).seconds
@@ -109,6 +115,7 @@ SHARED: dict[str, tuple[Any, Callable[..., None]]] = {
     "kernel_patch": ({"NoSuchLayer": "liger"}, refused_without_such_a_layer),
     "run_record": (False, changes(recorded)),
     "hub_wait_seconds": (7.0, changes(seconds_of_an_upload)),
+    "safe_checkpoints": ("sync", changes(sealed)),
 }
 OF_GRPO: dict[str, tuple[Any, Callable[..., None]]] = {
     "exact_savings": ("off", changes(logged("effi/tokens_forward"))),

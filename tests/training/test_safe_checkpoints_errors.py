@@ -169,11 +169,15 @@ def test_a_missing_half_is_a_named_error_where_stock_restarts_it(tmp_path: Path,
         effi(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_weights_alone_are_continued_only_where_that_is_said(tmp_path: Path) -> None:
+def test_weights_alone_are_continued_with_a_warning(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    from hf_effi.checkpoint import resume
+
+    monkeypatch.setattr(resume.logger, "propagate", True)
     sft(tmp_path, save_only_model=True).train()
-    with pytest.raises(ValueError, match="holds weights and no optimizer.pt.*set save_only_model=True"):
-        sft(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    sft(tmp_path, save_only_model=True).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    sft(tmp_path, save_only_model=True, max_steps=5).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "begin anew" not in caplog.text
+    sft(tmp_path, max_steps=5).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "holds weights and no optimizer.pt" in caplog.text and "begin anew" in caplog.text
 
 
 # --- owners, and nothing left behind ---------------------------------------------------------------------------------
