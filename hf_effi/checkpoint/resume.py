@@ -56,8 +56,7 @@ def resolve_auto(trainer: Trainer, level: Level = "content") -> str | None:
 
 def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:
     """
-    Raise where a resume from this checkpoint would stop at a file that is not whole, or go on without one of those that
-    were saved.
+    Raise where a resume from this checkpoint would stop at a file that is not whole, or go on without one of them.
 
     Lengths and the structure of each file are looked at, in milliseconds.
 
@@ -75,8 +74,8 @@ def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:
     problem = verify_checkpoint(folder, "size").problem
     if problem is None and not has_optimizer(folder) and not fresh_optimizer:
         logger.warning(
-            f"{folder} holds weights and no {OPTIMIZER_NAME}, as save_only_model=True leaves it: optimizer, scheduler and "
-            "random state begin anew. Resume from another checkpoint if that is not meant; save_only_model=True says "
+            f"{folder} holds weights and no {OPTIMIZER_NAME}, as save_only_model=True leaves it: optimizer, scheduler "
+            "and random state begin anew. Resume from another checkpoint if that is not meant; save_only_model=True says "
             "that it is."
         )
     if problem is None:

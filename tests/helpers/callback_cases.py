@@ -232,7 +232,7 @@ CASES: dict[str, Case] = {
         look=lambda callback: dict(callback._references),
     ),
     "RunRecordCallback": Case(lambda trainer: hf_effi.RunRecordCallback()),
-    "SafeCheckpointCallback": Case(lambda trainer: hf_effi.callbacks.SafeCheckpointCallback("thread")),
+    "SafeCheckpointCallback": Case(lambda trainer: hf_effi.callbacks.SafeCheckpointCallback()),
     "SamplerCallback": Case(
         lambda trainer: hf_effi.SamplerCallback(samplers.ShuffledSampler(64, seed=5)), trains=True
     ),
