@@ -75,8 +75,8 @@ def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:
     if problem is None and not has_optimizer(folder) and not fresh_optimizer:
         logger.warning(
             f"{folder} holds weights and no {OPTIMIZER_NAME}, as save_only_model=True leaves it: optimizer, scheduler "
-            "and random state begin anew. Resume from another checkpoint if that is not meant; save_only_model=True says "
-            "that it is."
+            "and random state begin anew. Resume from another checkpoint if that is not meant; save_only_model=True "
+            "says that it is."
         )
     if problem is None:
         return
