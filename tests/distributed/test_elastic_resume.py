@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_effi.checkpoint import SafeCheckpointer
 from hf_effi.errors import MismatchError
 from hf_effi.samplers import ShuffledSampler
-from tests.helpers import lm_dataset, push_args, run_distributed, tiny_qwen3, weights_of
+from tests.helpers import lm_dataset, push_args, run_distributed, tiny_qwen3, tiny_tokenizer, weights_of
 from tests.training.test_resume_mixin import effi, stock
 
 ROWS, UPDATES = 8, 6
@@ -44,7 +45,10 @@ def part(folder: str, kind: str, rows: int, steps: int, last: int) -> Any:
         SafeCheckpointer().attach(trainer)
     elif kind == "SFT":
         args = push_args(folder, EffiSFTConfig, safe_checkpoints="sync", max_length=32, **over)
-        trainer = EffiSFTTrainer(model, args, train_dataset=data, callbacks=[Stop()])
+        rows = Dataset.from_dict({"text": [f"{i}+{i}={i + i}" for i in range(24)]})
+        trainer = EffiSFTTrainer(
+            model, args, train_dataset=rows, callbacks=[Stop()], processing_class=tiny_tokenizer()
+        )
     else:
         args = push_args(folder, EffiTrainingArguments, **over)
         sampler = ShuffledSampler(24, seed=3)
@@ -84,8 +88,8 @@ def test_other_rows_per_update_are_refused_with_a_setting_that_fits(tmp_path: Pa
         attached = stock(tmp_path, max_steps=4)
         SafeCheckpointer().attach(attached)
         attached.train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(MismatchError, match="this run has 12 .*Resume on 2 processes, or ignore"):
-        attached = stock(tmp_path, max_steps=4, per_device_train_batch_size=3, gradient_accumulation_steps=4)
+    with pytest.raises(MismatchError, match="this run has 9 .*Resume on 2 processes, or ignore"):
+        attached = stock(tmp_path, max_steps=4, per_device_train_batch_size=3, gradient_accumulation_steps=3)
         SafeCheckpointer().attach(attached)
         attached.train(resume_from_checkpoint=checkpoint)
     for over in ({"gradient_accumulation_steps": 2}, {"ignore_data_skip": True}):
