@@ -64,7 +64,9 @@ def test_the_weights_are_those_of_the_uninterrupted_run(tmp_path: Path, kind: st
     whole = run_distributed(part, 1, str(tmp_path / "whole"), kind, ROWS, 1, UPDATES)[0]
     for world, rows, steps, last in PARTS[parts]:
         found = run_distributed(part, world, str(tmp_path / "run"), kind, rows, steps, last)[0]
-    assert max(float((whole[name] - found[name]).abs().max()) for name in whole) <= 1e-9
+    # The loss is computed in fp32, and SFT's batches of other sizes are padded otherwise.
+    allowed = 1e-7 if kind == "SFT" else 1e-9
+    assert max(float((whole[name] - found[name]).abs().max()) for name in whole) <= allowed
     start = {name: value.double() for name, value in weights_of(tiny_qwen3()).items()}
     assert max(float((whole[name] - start[name]).abs().max()) for name in whole) > 1e-3
 
