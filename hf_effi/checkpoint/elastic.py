@@ -68,7 +68,7 @@ def check_place_in_data(trainer: Trainer, loader: Any, checkpoint: str | Path) -
     before = {key: manifest.get(key) for key in now}
     if before["world_size"] not in (None, now["world_size"]):
         _check_order_of_lengths(args, before, now)
-        if now["rows_per_update"] is None or not hasattr(loader.dataset, "__len__"):
+        if now["rows_per_update"] is None or _length(loader.dataset) is None:
             raise MismatchError(
                 f"{folder.name} was trained on {before['world_size']} processes and its data is a stream, which each "
                 f"number of processes divides otherwise. Resume on {before['world_size']} processes, or set "
@@ -125,10 +125,10 @@ def _check_order_of_lengths(args: Any, before: dict[str, Any], now: dict[str, An
 
 
 def _check_updates_per_epoch(folder: Path, loader: Any, args: Any) -> None:
-    before = _updates_per_epoch(folder)
-    if before is None or not hasattr(loader, "__len__"):
+    before, batches = _updates_per_epoch(folder), _length(loader)
+    if before is None or batches is None:
         return
-    now = len(loader) / args.gradient_accumulation_steps
+    now = batches / args.gradient_accumulation_steps
     # Both are rounded to whole batches of one process.
     if abs(before - now) > 1.01 and abs(before - now) > 0.1 * now:
         raise MismatchError(
@@ -158,6 +158,14 @@ def _of_rows(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
         f"{now['rows_per_update']} ({world} x {now['rows_per_process']} x {steps}): the Trainer counts finished "
         f"updates, and other samples would enter them. {way}, or ignore_data_skip=True to begin the epoch anew."
     )
+
+
+def _length(sized: Any) -> int | None:
+    """Return the length of a loader or a dataset; `None` for a stream, which has the method and raises in it."""
+    try:
+        return len(sized)
+    except TypeError:
+        return None
 
 
 def _updates_per_epoch(folder: Path) -> float | None:
