@@ -13,10 +13,10 @@ from .._compat import import_module_or_none
 fcntl = import_module_or_none("fcntl")
 
 
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
+def take(path: Path) -> int:
     """
-    Hold the lock of a file, which is made. Where the system has no such locks, as on Windows, nothing is held.
+    Lock a file, which is made, and return its descriptor. The lock is held until every copy of the descriptor is
+    closed, one that was sent to another process too. Where there are no such locks, as on Windows, nothing is held.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -25,6 +25,17 @@ def lock(path: Path) -> Iterator[None]:
     try:
         if fcntl is not None:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(number)
+        raise
+    return number
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """[`take`] the lock of a file for a while."""
+    number = take(path)
+    try:
         yield
     finally:
         os.close(number)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._files import sync
-from ._locks import lock
+from ._locks import take
 from .folders import ASIDE, LOCK, REPLACED, rotate
 from .manifest import Digest, files_in, write_manifest
 from .staging import StagedFile
@@ -42,6 +42,8 @@ class Commit:
         limit (`int`, *optional*): `save_total_limit`.
         best (`Path`, *optional*): The best checkpoint, which a rotation leaves.
         writes (`list[StagedFile]`): What is still in memory.
+        token (`str`): Tells this folder in progress from those of other starts of the run, whose writers may be alive.
+        held (`int`, *optional*): Descriptor of the lock of the folder in progress, from `begin` to the end.
         at (`Callable[[str], None]`): Is told each phase before it begins.
     """
 
@@ -53,12 +55,14 @@ class Commit:
     limit: int | None = None
     best: Path | None = None
     writes: list[StagedFile] = field(default_factory=list)
+    token: str = "0"
+    held: int | None = None
     at: Callable[[Phase], None] = lambda phase: None
 
     @property
     def aside(self) -> Path:
         """The folder in progress, which holds the checkpoint under its own name."""
-        return self.run_dir / f"{ASIDE}{self.step}"
+        return self.run_dir / f"{ASIDE}{self.step}-{self.token}"
 
     @property
     def made(self) -> Path:
@@ -71,9 +75,10 @@ class Commit:
         return self.run_dir / f"checkpoint-{self.step}"
 
     def begin(self) -> None:
-        """Make an empty folder in progress. The leader calls it before anybody writes."""
+        """Make an empty folder in progress and lock it. The leader calls it before anybody writes."""
         shutil.rmtree(self.aside, ignore_errors=True)
         self.made.mkdir(parents=True)
+        self.held = take(self.aside / LOCK)
 
     def finish(self) -> None:
         """
@@ -85,21 +90,28 @@ class Commit:
                 gone. What else writing a file raises is passed on, after the same.
         """
         try:
-            with lock(self.aside / LOCK):
-                self.at("write")
-                for file in self.writes:
-                    file.write()
-                self.sync_files()
-                self._seal()
-                self._clean()
+            self.at("write")
+            for file in self.writes:
+                file.write()
+            self.sync_files()
+            self._seal()
+            self._clean()
         except BaseException:
             self.abandon()
             raise
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back, or this process's part in it."""
+        held, self.held = self.held, None
+        if held is not None:
+            os.close(held)
 
     def abandon(self) -> None:
         """Delete the folder in progress."""
         if self.leader:
             shutil.rmtree(self.aside, ignore_errors=True)
+        self.release()
 
     def sync_files(self) -> None:
         """Force every file of the folder in progress to the disk, and the names in it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -176,7 +177,7 @@ class SafeCheckpointer:
         writer = self._writer if commit is not None else None
         if (problem := self._together(_nothing if writer is None else writer.wait)) is not None:
             self._when_written.clear()
-            return self._failed(commit or self._commit(self._run_dir), problem)
+            return self._failed(commit or self._commit(self._run_dir, ""), problem)
         if writer is not None:
             self.writes.append(writer.seconds)
         waiting, self._when_written = self._when_written, []
@@ -242,7 +243,8 @@ class SafeCheckpointer:
     def _save(self, save: Callable[[], None], run_dir: Path) -> None:
         self.wait()
         trainer, leader = self.trainer, self.trainer.args.should_save
-        commit = self._commit(run_dir)
+        token = uuid.uuid4().hex[:8]
+        commit = self._commit(run_dir, gather_object([token])[0] if trainer.args.world_size > 1 else token)
         pushes: list[str] = []
 
         def write() -> None:
@@ -310,7 +312,7 @@ class SafeCheckpointer:
             self._writer = None
         self._staged.clear()
 
-    def _commit(self, run_dir: Path) -> Commit:
+    def _commit(self, run_dir: Path, token: str) -> Commit:
         trainer = self.trainer
         args, state = trainer.args, trainer.state
         facts = layout_of(trainer, trainer.callback_handler.train_dataloader)
@@ -321,6 +323,7 @@ class SafeCheckpointer:
             leader=args.should_save,
             digest=self.digest,
             facts=facts,
+            token=token,
             limit=args.save_total_limit,
             best=run_dir / f"checkpoint-{best}" if best else None,
             at=self.at,

@@ -119,7 +119,7 @@ class ProcessWriter:
         """Begin to write."""
         child = self._child = self._child or self._started()
         assigned = {field.name: getattr(commit, field.name) for field in dataclasses.fields(commit)}
-        del assigned["at"]
+        del assigned["at"], assigned["held"]
         try:
             for file in commit.writes:
                 name = file.path.name
@@ -130,6 +130,11 @@ class ProcessWriter:
                     send_handle(child.pipe, descriptor, child.process.pid)
                     child.known[name] = inode
             child.pipe.send(("commit", assigned))
+            # The lock goes along: it is held while the process starts, and after this one is gone.
+            if commit.held is None:
+                raise ValueError("submit() takes a commit that has begun.")
+            send_handle(child.pipe, commit.held, child.process.pid)
+            commit.release()
         except OSError as error:
             self._gone(child, commit, error)
         self._running = commit
@@ -214,7 +219,7 @@ def serve(pipe: Connection[Any, Any], at: Any = None) -> None:
             os.close(number)
             continue
         began, error = time.monotonic(), None
-        commit = Commit(**content, **({} if at is None else {"at": at}))
+        commit = Commit(**content, held=recv_handle(pipe), **({} if at is None else {"at": at}))
         commit.writes = [
             StagedFile(file.path, file.kind, _tensors(file.content, memory[file.path.name]), file.metadata)
             for file in commit.writes

@@ -25,6 +25,7 @@ PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", 
 PLACES = {
     ("callbacks/adaptive_lr.py", "on_substep_end"): "at two micro-batches of an update, which the config fixes",
     ("checkpoint/resume.py", "_gather"): "once, then once for each step that every node has, until one is whole",
+    ("checkpoint/safe.py", "_save"): "once for each save",
     ("checkpoint/safe.py", "_together"): "three times for each save, and once where a written one is waited for",
     ("callbacks/layer_modes.py", "_largest_of_ranks"): "when training begins",
     ("callbacks/_lr_search.py", "mean_over_ranks"): "at updates that the plan of the search fixes",

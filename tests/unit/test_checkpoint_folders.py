@@ -175,6 +175,7 @@ def test_an_end_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, p
     monkeypatch.setattr(Commit, "abandon", lambda self: None)
     with pytest.raises(Ended):
         made.finish()
+    made.release()  # as the system does for a process that ends
     monkeypatch.undo()
     for path in checkpoints_in(tmp_path):
         assert verify_checkpoint(path).whole, phase
@@ -201,6 +202,7 @@ def test_between_the_two_renames_of_one_step(tmp_path):
         os.rename = rename
         made.finish()
     os.waitpid(child, 0)
+    made.release()
     assert checkpoints_in(tmp_path) == [] and (made.aside / "replaced" / "checkpoint-5").is_dir()
     assert repair_run_dir(tmp_path) == ["checkpoint-5 was complete and got its name."]
     assert names(tmp_path) == ["checkpoint-5"] and verify_checkpoint(tmp_path / "checkpoint-5").whole
@@ -293,6 +295,7 @@ def test_repair_removes_what_a_rotation_had_begun_to_delete(tmp_path):
 
 def test_repair_waits_for_a_writer_and_gives_up_by_name(tmp_path):
     made = commit(tmp_path, 1)
+    made.release()
     code = (
         "import fcntl, sys, time\nfile = open(sys.argv[1], 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
         "print(1, flush=True)\ntime.sleep(60)"
