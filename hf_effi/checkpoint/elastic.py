@@ -65,7 +65,8 @@ def check_place_in_data(trainer: Trainer, loader: Any, checkpoint: str | Path) -
         manifest = read_manifest(folder) or {}
     except ValueError:  # told by whoever checks the files
         manifest = {}
-    before = {key: manifest.get(key) for key in now}
+    # Of a manifest that may be a stranger's: what is no count is not known.
+    before = {key: value if type(value := manifest.get(key)) is int and value > 0 else None for key in now}
     if before["world_size"] not in (None, now["world_size"]):
         _check_order_of_lengths(args, before, now)
         if now["rows_per_update"] is None or _length(loader.dataset) is None:
@@ -175,4 +176,5 @@ def _updates_per_epoch(folder: Path) -> float | None:
         return None
     state = json.loads(path.read_text(encoding="utf-8"))
     step, epoch = state.get("global_step"), state.get("epoch")
-    return step / epoch if step and epoch else None
+    known = type(step) is int and type(epoch) in (int, float) and epoch > 0
+    return step / epoch if known and step else None

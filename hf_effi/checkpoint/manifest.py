@@ -8,18 +8,19 @@ written to its end, and whatever happened to it since can be found.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .._compat import CORE_PACKAGES, version_of
 from .._files import save_json
+from .._untrusted import load_json
 from .._version import __version__
+from ..errors import BrokenFileError
 from .structure import first_broken, step_of
 
 Digest = Literal["crc32", "sha256"]
@@ -111,15 +112,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"ends early or is damaged ({type(error).__name__})") from None
+        content = load_json(path)
+    except BrokenFileError as error:
+        raise ValueError(f"ends early or is damaged ({error})") from None
     files = content.get("files") if isinstance(content, dict) else None
     good = isinstance(files, dict) and all(
-        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in files.values()
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and _inside(name)
+        for name, entry in files.items()
     )
     if not good or not isinstance(content.get("step"), int):
-        raise ValueError("is damaged (it lists no files)")
+        raise ValueError("is damaged (it lists no files of this folder)")
     if content.get("schema") != SCHEMA:
         raise ValueError(
             f"is of version {content.get('schema')!r}, and this hf_effi reads version {SCHEMA}: update it"
@@ -171,6 +173,12 @@ def verify_checkpoint(path: str | Path, level: Level = "content") -> CheckpointR
     return CheckpointReport(folder, step, manifest is not None, problem or first_broken(folder), level, size)
 
 
+def _inside(name: str) -> bool:
+    """Return whether a name of a manifest, which may be a stranger's, stays in the folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+
+
 def _against(folder: Path, step: int, manifest: dict[str, Any], level: Level) -> str | None:
     if step >= 0 and manifest["step"] != step:
         return f"{MANIFEST} is of step {manifest['step']}"
@@ -178,6 +186,8 @@ def _against(folder: Path, step: int, manifest: dict[str, Any], level: Level) ->
         path = folder / name
         try:
             size = path.stat().st_size
+            if not path.is_file():  # a device of a stranger's making has no end
+                return f"{name} is no regular file"
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes where the manifest says {entry['bytes']}"
             if level == "content":

@@ -123,6 +123,22 @@ def test_a_manifest_of_a_newer_version_is_refused_by_name(tmp_path):
     assert "version 2, and this hf_effi reads version 1" in verify_checkpoint(folder).problem
 
 
+@pytest.mark.parametrize("name", ["../x", "/dev/zero", "a/../../x", "a\\b", "a\0b"])
+def test_a_manifest_of_a_stranger_does_not_lead_out_of_the_folder(tmp_path, name):
+    folder = save(tmp_path, 1)
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"][name] = {"bytes": 0, "crc32": "00000000"}
+    (folder / MANIFEST).write_text(json.dumps(content))
+    assert "lists no files of this folder" in verify_checkpoint(folder).problem
+
+
+def test_a_link_to_a_device_is_not_read(tmp_path):
+    folder = save(tmp_path, 1)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+    assert "config.json is no regular file" in verify_checkpoint(folder).problem
+
+
 def test_a_checkpoint_that_was_renamed_to_another_step_is_not_whole(tmp_path):
     save(tmp_path, 1).rename(tmp_path / "checkpoint-9")
     assert "step 1" in verify_checkpoint(tmp_path / "checkpoint-9").problem
