@@ -19,7 +19,7 @@ from typing import Any
 
 from ._files import append_text, drop_link, save_json
 from ._record_check import check_event, check_summary
-from ._secrets import REDACTED, hide_in_text, is_secret_name
+from ._secrets import REDACTED, hide_in_text, is_secret_name, secrets_of_environment
 from ._untrusted import load_json
 from .errors import BrokenFileError
 from .functional.probes import without_probes
@@ -62,6 +62,7 @@ class _Redactor:
 
     def __init__(self) -> None:
         self._left = _MOST_VALUES
+        self._secrets = secrets_of_environment()
         self._inside: set[int] = set()  # the containers around the value that is looked at
 
     def plain(self, value: Any, name: str, hidden: bool) -> Any:
@@ -85,7 +86,7 @@ class _Redactor:
         if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
             return self.plain(value.item(), name, hidden)
         text = str(value)
-        return REDACTED if text and hidden else hide_in_text(text)
+        return REDACTED if text and hidden else hide_in_text(text, self._secrets)
 
     def _container(self, value: Any, name: str, hidden: bool) -> Any:
         if id(value) in self._inside:

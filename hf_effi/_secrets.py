@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 REDACTED = "<redacted>"
 
@@ -117,13 +117,26 @@ _WEAK_ASSIGNMENT = re.compile(
     rf"(?<![\w-])([\w-]{{0,64}}?(?:{_WEAK}))(['\"]?\s*[:=]\s*['\"]?)((?=[^\s'\",;&}}\])]{{0,256}}?[0-9])(?=[^\s'\",;&}}\])]{{0,256}}?[A-Za-z])[^\s'\",;&}}\])]{{8,}})",
     re.I,
 )
+#: a part of every match of the patterns above: a text without one of these is searched once and not ten times
+_ANY = re.compile(
+    r"""
+    private[ ]key | hf_ | sk- | k_live_ | k_test_ | gh[pousr]_ | glpat- | akia | asia | xox | aiza | ya29 | npm_
+    | pypi- | sg\. | eyj | :// | sig= | code= | basic | key | pass | pwd | signature | auth
+    | """
+    + _WEAK,
+    re.X | re.I,
+)
 #: nothing that is searched may be longer: patterns look ahead
 _LONGEST = 2**20
 
 
-def hide_in_text(text: str) -> str:
+def hide_in_text(text: str, secrets: Sequence[str] | None = None) -> str:
     """
     Return a text without the parts of it that look like secrets, and without values of secret environment variables.
+
+    Args:
+        text (`str`): Any text.
+        secrets (`Sequence[str]`, *optional*): What [`secrets_of_environment`] returned, for many texts in a row.
 
     Example:
     ```python
@@ -133,10 +146,12 @@ def hide_in_text(text: str) -> str:
     'eos_token=<end>, num_tokens=128, Basic training, the next token: a'
     ```
     """
-    for secret in _secrets_of_environment():
+    for secret in secrets_of_environment() if secrets is None else secrets:
         text = text.replace(secret, REDACTED)
     if len(text) > _LONGEST:
-        return "".join(hide_in_text(text[at : at + _LONGEST]) for at in range(0, len(text), _LONGEST))
+        return "".join(hide_in_text(text[at : at + _LONGEST], ()) for at in range(0, len(text), _LONGEST))
+    if not _ANY.search(text):
+        return text
     text = _FORMS.sub(REDACTED, text)
     for pattern, group in _AROUND:
         text = pattern.sub(_without(group), text)
@@ -160,6 +175,7 @@ def _weak(match: re.Match[str]) -> str:
     return f"{match[1]}{match[2]}{REDACTED}"
 
 
-def _secrets_of_environment() -> list[str]:
+def secrets_of_environment() -> list[str]:
+    """Return the values of the environment variables whose names say that they are secret, the longest first."""
     found = (value for name, value in os.environ.items() if name not in _FOLDERS and is_secret_name(name))
     return sorted((value for value in found if len(value) >= 8), key=len, reverse=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from trl import GRPOConfig
 
 from .data import binary_hash_reward, prompt_dataset
@@ -73,14 +76,42 @@ def run_grpo(
         kwargs:
             Further arguments of the trainer.
     """
-    trainer = trainer_cls(
-        model=tiny_qwen3(end_tokens=10) if model is None else model,
-        reward_funcs=reward_funcs,
-        args=args,
-        train_dataset=prompt_dataset(16) if train_dataset is None else train_dataset,
-        processing_class=tiny_tokenizer() if processing_class is None else processing_class,
-        **kwargs,
-    )
+    with _measured_once() if model is None and "peft_config" not in kwargs else contextlib.nullcontext():
+        trainer = trainer_cls(
+            model=tiny_qwen3(end_tokens=10) if model is None else model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=prompt_dataset(16) if train_dataset is None else train_dataset,
+            processing_class=tiny_tokenizer() if processing_class is None else processing_class,
+            **kwargs,
+        )
     if train:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer
+
+
+_measured: dict[Any, dict[str, str]] = {}
+
+
+@contextlib.contextmanager
+def _measured_once() -> Iterator[None]:
+    """
+    Let the default model of this module be measured once in a process: its answers are the same each time.
+
+    Hundreds of trainers are made with it, and asking it takes longer than its training.
+    """
+    from hf_effi.trainers.grpo import savings
+
+    ask = savings.measured_reasons
+
+    def answer(model: nn.Module, names: Any, longest: int | None, pad_token_id: int) -> dict[str, str]:
+        key = (ask, names, longest, pad_token_id, repr(model), model.config.to_json_string())
+        if key not in _measured:
+            _measured[key] = ask(model, names, longest, pad_token_id)
+        return dict(_measured[key])
+
+    savings.measured_reasons = answer
+    try:
+        yield
+    finally:
+        savings.measured_reasons = ask

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 
+from hf_effi import _secrets
 from hf_effi._run_record import redact
 from hf_effi._secrets import REDACTED, hide_in_text, is_secret_name
 
@@ -96,6 +100,18 @@ def test_an_environment_variable_with_a_secret_is_hidden_and_the_working_folder_
 @pytest.mark.parametrize(
     "piece", ["token=", "-----BEGIN PRIVATE KEY-----", "://a", "Basic ", "'api_key': '", "?sig=", "a_"]
 )
-def test_text_of_a_megabyte_without_an_end_is_searched(piece):
+def test_a_long_text_without_an_end_is_searched(piece):
     """A pattern that looks ahead without a limit would be at work for hours."""
-    assert len(hide_in_text(piece * (2**20 // len(piece)))) > 0
+    assert len(hide_in_text(piece * (2**18 // len(piece)))) > 0
+
+
+def test_a_text_that_is_searched_once_has_no_secret_that_ten_patterns_would_find(monkeypatch):
+    """The quick look at a text must let through everything that a pattern could match."""
+    draw = random.Random(0)
+    pieces = [piece for text in [*SECRET_TEXTS.values(), *INNOCENT_TEXTS] for piece in re.split(r"(\W)", text)]
+    texts = ["".join(draw.choices([*pieces, KEY, "=", ": ", "\n"], k=draw.randint(1, 9))) for _ in range(6_000)]
+    texts += [text.upper() for text in texts[:1_000]]
+    quick = [hide_in_text(text) for text in texts]
+    monkeypatch.setattr(_secrets, "_ANY", re.compile(""))
+    assert quick == [hide_in_text(text) for text in texts]
+    assert 200 < sum(map(str.__ne__, quick, texts)) < 6_000
