@@ -142,7 +142,7 @@ def add_instruction_delta(
     report: list[InstructionDelta] = []
 
     def finish(made: Path) -> None:
-        whose, template = _tokenizer(made, tuned.path, has_new_rows=bool(rows))
+        whose, template = _tokenizer(made, tuned.path, bool(rows))
         save_json(made / "config.json", _config(tuned, new), indent=2)
         length = max(sums["base"], 1e-30)
         delta, drift = (math.sqrt(sums[name] / length) for name in ("delta", "drift"))
@@ -190,7 +190,7 @@ def _config(tuned: WeightFolder, new: WeightFolder) -> dict[str, Any]:
     return {**(new.config or {}), **{name: chosen[name] for name in _TOKEN_IDS if name in chosen}}
 
 
-def _tokenizer(made: Path, instruct: Path, *, has_new_rows: bool) -> tuple[str, str]:
+def _tokenizer(made: Path, instruct: Path, has_new_rows: bool) -> tuple[str, str]:
     """Put the tokenizer and the template of the instruction model into the folder, and return whose they are."""
     if (instruct / "generation_config.json").is_file():
         shutil.copy(instruct / "generation_config.json", made)
