@@ -71,7 +71,7 @@ class AveragePlan:
 
 def plan_average(
     run_dir: str | Path,
-    last: int = 6,
+    last: int | None = 6,
     *,
     kind: str = "ema",
     alpha: float = 0.2,
@@ -115,10 +115,12 @@ def plan_average(
     return AveragePlan(folders, steps, weights, values, skipped, final_lr_ratio(log, steps[-1]))
 
 
-def _check(last: int, kind: str, alpha: float, penalty: float | None, greater: bool | None) -> bool:
+def _check(last: int | None, kind: str, alpha: float, penalty: float | None, greater: bool | None) -> bool:
     """Check every argument, and return whether the weights come from a metric."""
     by_metric = kind not in _BY_PLACE
-    averaging_weights(last, "ema", alpha)
+    if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
+        raise ValueError(f"last={last!r} must be an integer of at least 1, or None for all.")
+    averaging_weights(1, "ema", alpha)
     refuse_idle("alpha", alpha, 0.2, acts=kind == "ema", needs="with kind='ema'")
     needs = "with kind='loss', 'step' or the name of a logged metric"
     refuse_idle("penalty", penalty, None, acts=by_metric, needs=needs)
@@ -149,7 +151,7 @@ def _values(
     return metric_at(log, steps, kind), bool(greater)
 
 
-def _whole(run_dir: Path, last: int) -> tuple[list[Path], list[str]]:
+def _whole(run_dir: Path, last: int | None) -> tuple[list[Path], list[str]]:
     """Return the last whole checkpoints that hold weights of the training, and what was left out."""
     found: list[Path] = []
     skipped: list[str] = []
@@ -169,7 +171,7 @@ def _whole(run_dir: Path, last: int) -> tuple[list[Path], list[str]]:
 def average_checkpoints(
     run_dir: str | Path,
     output_dir: str | Path,
-    last: int = 6,
+    last: int | None = 6,
     *,
     kind: str = "ema",
     alpha: float = 0.2,
@@ -190,7 +192,8 @@ def average_checkpoints(
     Args:
         run_dir (`str` or `Path`): Folder with `checkpoint-N` folders, each with `*.safetensors` files.
         output_dir (`str` or `Path`): Must not exist.
-        last (`int`, *optional*, defaults to 6): How many; fewer where the run has fewer (`save_total_limit`).
+        last (`int`, *optional*, defaults to 6): How many; fewer where the run has fewer (`save_total_limit`). `None`:
+            all of them.
         kind (`str`, *optional*, defaults to `"ema"`): `"ema"`, `"uniform"` or `"linear"`, see [`averaging_weights`];
             `"trend"`, see [`trend_weights`]; `"loss"`, the mean of the training losses logged since the checkpoint
             before; `"step"`; or the name of a metric that was logged at each checkpoint, such as `"eval_loss"`. The
@@ -226,6 +229,14 @@ def average_checkpoints(
         logger.warning("Left out of the average: %s.", reason)
     if plan.advice is not None:
         warnings.warn(plan.advice, DecayToZeroWarning, stacklevel=2)
+    carry_out(plan, target, kind, alpha, penalty, exact_delta)
+    return plan.steps
+
+
+def carry_out(
+    plan: AveragePlan, target: Path, kind: str, alpha: float, penalty: float | None, exact_delta: bool
+) -> None:
+    """Write what a plan says; the other arguments are those that the plan was made with."""
     folders = [WeightFolder(folder) for folder in plan.folders]
     check_alike(folders)
     made = {
@@ -239,7 +250,6 @@ def average_checkpoints(
         "skipped": plan.skipped,
     }
     write_average(target, folders, plan.weights, made, exact_delta=exact_delta)
-    return plan.steps
 
 
 def averaged_tensor(folders: Sequence[WeightFolder], weights: Sequence[float], name: str) -> Tensor:

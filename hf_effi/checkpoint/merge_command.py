@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import DecayToZeroWarning
-from .average import average_checkpoints, plan_average
+from .average import carry_out, plan_average
 from .merge_delta import add_instruction_delta
+from .merge_files import check_target
 from .merge_interpolate import write_interpolation
 from .merge_runs import average_runs
 
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="X", help="folder of the result; must not exist")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     one = parser.add_argument_group("the last checkpoints of a run")
-    one.add_argument("--last", type=int, metavar="K", help="how many; 6 without it")
+    one.add_argument("--last", type=int, metavar="K", help="how many; 6 without it; 0 for all")
     one.add_argument(
         "--weights",
         metavar="KIND",
@@ -123,11 +122,13 @@ def _done(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def _checkpoints(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     names = {"last": "last", "weights": "kind", "alpha": "alpha", "penalty": "penalty"}
     options = _given(args, **names, greater_is_better="greater_is_better")
+    if options.get("last") == 0:
+        options["last"] = None
+    target = None if args.dry_run else check_target(args.output)
     plan = plan_average(args.run_dir, **options)
-    if not args.dry_run:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DecayToZeroWarning)  # said below
-            average_checkpoints(args.run_dir, args.output, **options, **_given(args, exact_delta="exact_delta"))
+    if target is not None:
+        kind, alpha = options.get("kind", "ema"), options.get("alpha", 0.2)
+        carry_out(plan, target, kind, alpha, args.penalty, bool(args.exact_delta))
     said = {
         "output": None if args.dry_run else str(args.output),
         "steps": plan.steps,

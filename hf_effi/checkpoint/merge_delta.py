@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .._files import save_json
-from .._untrusted import shorten
+from .._untrusted import load_json, shorten
 from ..errors import MismatchError, RefusedError
 from ..functional.merging import add_delta
 from .merge_files import DESCRIPTION, WeightFolder, check_alike, check_target, write_weights
@@ -34,7 +33,6 @@ _SAME_CONFIG = (
 #: how a conversation ends is what the instruction model has learnt
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_OF_THE_MODEL = ("config.json", DESCRIPTION, "trainer_state.json")
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -216,5 +214,5 @@ def _tokenizer(made: Path, instruct: Path, has_new_rows: bool) -> tuple[str, str
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = load_json(path) if path.is_file() else {}
     return found if isinstance(found, dict) else {}

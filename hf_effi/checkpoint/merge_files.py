@@ -19,6 +19,9 @@ from ..errors import BrokenFileError, MismatchError, RefusedError
 DESCRIPTION = "average.json"
 _ADAPTER, _MODEL = "adapter_model.safetensors", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+#: what `from_pretrained` reads beside the weights
+_COPIED = (".json", ".txt", ".jinja", ".model", ".py")
+_MORE_TEMPLATES = "additional_chat_templates"
 #: what two adapters of one run have in common; sets are compared without their order
 _SAME_ADAPTER = (
     "peft_type",
@@ -58,7 +61,8 @@ class WeightFolder(Mapping[str, Tensor]):
         self.path = Path(folder)
         if not self.path.is_dir():
             raise NotADirectoryError(
-                f"There is no folder {str(self.path)!r}. Name one that holds a model or an adapter."
+                f"There is no folder {str(self.path)!r}. Name a local one that holds a model or an adapter; "
+                "`hf download` brings one from the Hub."
             )
         self.adapter = _config(self.path / "adapter_config.json")
         self.config = _config(self.path / "config.json")
@@ -203,8 +207,10 @@ def write_weights(
     def write(made: Path) -> None:
         made.mkdir()
         for path in layout.path.iterdir():
-            if path.suffix in (".json", ".txt", ".jinja", ".model") and path.is_file() and not _of_the_run(path.name):
+            if path.suffix in _COPIED and path.is_file() and not _of_the_run(path.name):
                 shutil.copy(path, made / path.name)
+            elif path.name == _MORE_TEMPLATES and path.is_dir():
+                shutil.copytree(path, made / path.name)
         for name in layout.files:
             state = {key: tensor(key).contiguous() for key in layout.in_file(name)}
             save_file(state, made / name, {"format": "pt"})

@@ -27,7 +27,7 @@ def search_coefficients(
     eval_fn: Evaluate,
     *,
     confirm_fn: Evaluate | None,
-    last: int = 10,
+    last: int = 8,
     budget: int = 64,
     seed: int = 0,
     output_dir: str | Path | None = None,
@@ -47,7 +47,7 @@ def search_coefficients(
             is better.
         confirm_fn (`Callable`, *optional*): The same on a second set, which shares no row with the first. It has to be
             named: `None` uses the best of the search set unconfirmed, with a warning.
-        last (`int`, *optional*, defaults to 10): How many of the run's checkpoints.
+        last (`int`, *optional*, defaults to 8): How many of the run's checkpoints.
         budget (`int`, *optional*, defaults to 64): Calls of `eval_fn`, above 6. With `k` checkpoints, from
             `k (k + 1) / 2` of them on a quadratic model joins in.
         seed (`int`, *optional*, defaults to 0): Equal seeds give equal results.
@@ -90,9 +90,9 @@ def search_coefficients(
         check_alike(folders)
         steps = plan.steps
     else:
-        if last != 10:
+        if last != 8:
             raise ValueError(
-                f"last={last!r} only acts with the output_dir of a run. Leave it at 10; pass fewer states."
+                f"last={last!r} only acts with the output_dir of a run. Leave it at 8; pass fewer states."
             )
         states = list(checkpoints)
     found = search_weights(

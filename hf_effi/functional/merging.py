@@ -77,7 +77,10 @@ def metric_weights(values: Sequence[float], penalty: float, *, greater_is_better
     if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not 0 <= penalty < math.inf:
         raise ValueError(f"penalty={penalty!r} must be a finite number of at least 0. 0 is the uniform mean.")
     if not values or not all(math.isfinite(value) and value > 0 for value in values):
-        raise ValueError(f"values={list(values)!r} must be finite and above 0: their ratios are the weights.")
+        raise ValueError(
+            f"values={list(values)!r} must be finite and above 0, as their ratios are the weights. Choose another "
+            "metric."
+        )
     if penalty == 0:
         return [1 / len(values)] * len(values)
     best = max(values) if greater_is_better else min(values)

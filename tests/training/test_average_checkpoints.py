@@ -72,6 +72,10 @@ def test_trend_and_metrics_are_the_formulas(run, tmp_path):
     by_step = plan_average(run, 3, kind="step")
     assert by_step.weights == metric_weights([6, 8, 10], 4.0, greater_is_better=True)
     assert by_step.lr_ratio == 1.0 and by_step.advice is None
+    assert plan_average(run, None, kind="uniform").steps == [2, 4, 6, 8, 10]
+    for last in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="last="):
+            plan_average(run, last)
     average_checkpoints(run, tmp_path / "none", 3, kind="loss", penalty=0)
     assert_bitwise_equal(weights_in(tmp_path / "none"), weights_in(run / "averaged"))  # uniform, to the bit
 
