@@ -5,7 +5,7 @@ Merging what a run has saved: LoRA on another kind of text, at a constant rate a
     python -m bench.merging --smoke --output FOLDER  # seconds, learns nothing
 
 A decoder is trained on the bytes of Python's standard library, then adapted by LoRA of rank 16 on all linear layers to
-the language reference in `pydoc_data/topics.py`, by the stock Trainer with a checkpoint every 20 updates. From the
+the language reference in `pydoc_data/topics.py`, by the stock Trainer with a checkpoint every 16 updates. From the
 folders of each run: the last checkpoint; uniform means of 3, 5, 10 and 20; weights by loss and by step; the trend; and
 searched coefficients, which see a search set and a second set. All losses are of a third set. Then interpolation
 with the base (loss on old and on new text), and the mean of the runs of all seeds. The learning rate of each schedule
@@ -47,8 +47,8 @@ class Size:
     """How much is trained and scored."""
 
     pretrain: int = PRETRAIN_UPDATES
-    updates: int = 400
-    every: int = 20
+    updates: int = 320
+    every: int = 16
     rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
     budget: int = 64
     rows: int = 384

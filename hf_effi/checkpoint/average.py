@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .._files import save_json
 from .._record_check import load_trainer_state
-from ..errors import DecayToZeroWarning, RefusedError
+from .._untrusted import is_number, shorten
+from ..errors import BrokenFileError, DecayToZeroWarning, RefusedError
 from ..functional.averaging import averaging_weights, weighted_average
 from ..functional.merging import combine_tensors, concatenate_lora, metric_weights, trend_weights
 from ..functional.options import refuse_idle
@@ -317,6 +318,14 @@ def _check_exact(folder: WeightFolder) -> None:
     if config is None:
         raise RefusedError(
             f"exact_delta=True is for LoRA adapters, and {folder.path} holds a whole model. Leave it out."
+        )
+    patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    numbers = [config.get("r"), config.get("lora_alpha")]
+    numbers += [value for pattern in patterns if isinstance(pattern, dict) for value in pattern.values()]
+    if not all(isinstance(pattern, dict) for pattern in patterns) or not all(map(is_number, numbers)):
+        raise BrokenFileError(
+            f"adapter_config.json in {folder.path} is damaged: r and lora_alpha must be numbers, rank_pattern and "
+            f"alpha_pattern mappings to numbers; they are {shorten([*numbers[:2], *patterns])}."
         )
     init = config.get("init_lora_weights", True)
     for reason, applies in (

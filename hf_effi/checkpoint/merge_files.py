@@ -66,6 +66,7 @@ class WeightFolder(Mapping[str, Tensor]):
             )
         self.adapter = _config(self.path / "adapter_config.json")
         self.config = _config(self.path / "config.json")
+        self._indexed: set[str] = set()
         self.files = self._weight_files()
         if self.adapter is None and (self.config or {}).get("quantization_config") is not None:
             raise RefusedError(
@@ -79,6 +80,8 @@ class WeightFolder(Mapping[str, Tensor]):
             for key in (opened := self._file(name)).keys():
                 self._where[key] = name
                 self._shapes[key] = tuple(opened.get_slice(key).get_shape())
+        if missing := sorted(self._indexed - set(self._where)):
+            raise BrokenFileError(f"{self.path} lacks tensors that {_INDEX} names: {shorten(missing)}.")
 
     def _weight_files(self) -> list[str]:
         if (self.path / _ADAPTER).is_file():
@@ -86,10 +89,13 @@ class WeightFolder(Mapping[str, Tensor]):
         if (self.path / _INDEX).is_file():
             index = load_json(self.path / _INDEX)
             shards = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(shards, dict) or not all(
-                isinstance(name, str) and Path(name).name == name for name in shards.values()
+            if (
+                not shards
+                or not isinstance(shards, dict)
+                or not all(isinstance(name, str) and Path(name).name == name for name in shards.values())
             ):
                 raise BrokenFileError(f"{self.path / _INDEX} is damaged: it names no files of this folder.")
+            self._indexed = set(shards)
             return sorted(set(shards.values()))
         if (self.path / _MODEL).is_file():
             return [_MODEL]
@@ -103,7 +109,9 @@ class WeightFolder(Mapping[str, Tensor]):
             try:
                 self._open[name] = safe_open(self.path / name, framework="pt").__enter__()
             except (SafetensorError, OSError) as error:
-                raise BrokenFileError(f"{self.path / name} cannot be read ({one_line(error, 120)}).") from None
+                raise BrokenFileError(
+                    f"{shorten(name)} in {self.path} cannot be read ({one_line(error, 120)})."
+                ) from None
         return self._open[name]
 
     def __getitem__(self, name: str) -> Tensor:

@@ -165,4 +165,7 @@ def test_refusals(tmp_path):
     (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../model.safetensors"}}')
     with pytest.raises(BrokenFileError, match="names no files of this folder"):
         WeightFolder(path)
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model.safetensors"}}')
+    with pytest.raises(BrokenFileError, match=r"lacks tensors .*\['w'\]"):
+        WeightFolder(path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
