@@ -162,6 +162,7 @@ def test_refusals(tmp_path):
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
     with pytest.raises(RefusedError, match="quantized"):
         average_checkpoints(tmp_path, tmp_path / "made")
+    (path / "config.json").write_text(json.dumps(config))
     (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../model.safetensors"}}')
     with pytest.raises(BrokenFileError, match="names no files of this folder"):
         WeightFolder(path)
