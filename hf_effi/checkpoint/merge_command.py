@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ways.add_argument(
         "--runs", nargs="+", type=Path, metavar="DIR", help="models of one base, trained with other seeds"
     )
-    ways.add_argument("--interpolate", nargs=2, type=Path, metavar=("BASE", "TUNED"), help="a model between two")
+    text = "a model between two; BASE is - for a LoRA adapter that holds no whole weights"
+    ways.add_argument("--interpolate", nargs=2, type=Path, metavar=("BASE", "TUNED"), help=text)
     text = "CPT + scale (INSTRUCT - BASE)"
     ways.add_argument("--delta", nargs=3, type=Path, metavar=("BASE", "INSTRUCT", "CPT"), help=text)
     other.add_argument("--base", type=Path, help="with --runs: the model that all were trained from")
@@ -103,7 +104,7 @@ def _done(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if args.interpolate is not None:
         base, tuned = args.interpolate
         alpha = 0.5 if args.alpha is None else args.alpha
-        write_interpolation(base, tuned, args.output, alpha)
+        write_interpolation(None if str(base) == "-" else base, tuned, args.output, alpha)
         said = {"output": str(args.output), "base": str(base), "tuned": str(tuned), "alpha": alpha}
         return said, [f"{1 - alpha:g} of {base} and {alpha:g} of {tuned} are in {args.output}."]
     if args.delta is not None:

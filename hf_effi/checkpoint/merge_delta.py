@@ -14,7 +14,7 @@ from torch import Tensor
 from .._files import save_json
 from .._untrusted import load_json, shorten
 from ..errors import MismatchError, RefusedError
-from ..functional.merging import add_delta
+from ..functional.merging import add_delta, products
 from .merge_files import DESCRIPTION, WeightFolder, check_alike, check_target, write_weights
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,9 @@ def add_instruction_delta(
         before, after, mine = old[name], tuned[name], new[name]
         if before.is_floating_point():
             same = mine[: before.shape[0]] if mine.dim() else mine
-            sums["base"] += before.double().square().sum().item()
-            sums["delta"] += (after.double() - before.double()).square().sum().item()
-            sums["drift"] += (same.double() - before.double()).square().sum().item()
+            sums["base"] += products([before])[0][0]
+            sums["delta"] += products([after], before)[0][0]
+            sums["drift"] += products([same], before)[0][0]
         return add_delta(mine, after, before, scale)
 
     report: list[InstructionDelta] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import MismatchError, RefusedError
-from ..functional.merging import cosine
+from ..functional.merging import cosine, products
 from .average import lora_pair, write_average
 from .folders import checkpoints_in, find_resumable
 from .merge_files import WeightFolder, check_alike, check_target
@@ -142,7 +142,6 @@ def _lowest_cosine(folders: list[WeightFolder], *, skip_pairs: bool) -> tuple[fl
     return lowest, where
 
 
-@torch.no_grad()
 def _task_cosine(folders: list[WeightFolder], base: WeightFolder) -> float:
     check_alike([base, folders[-1]])
     count = len(folders)
@@ -150,8 +149,7 @@ def _task_cosine(folders: list[WeightFolder], base: WeightFolder) -> float:
     for name in base:
         start = base[name]
         if start.is_floating_point():
-            moved = torch.stack([(folder[name].double() - start.double()).flatten() for folder in folders])
-            dots += moved @ moved.T
+            dots += torch.tensor(products([folder[name] for folder in folders], start), dtype=torch.float64)
     pairs = itertools.combinations(range(count), 2)
     lengths = dots.diagonal().sqrt().tolist()
     if min(lengths) == 0:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: a model as this module sees it: a name for each tensor. A mapping that loads a tensor when it is asked for will do.
 State = Mapping[str, Tensor]
+#: elements that are held in double precision at a time
+_BLOCK = 1 << 22
 
 
 def trend_weights(count: int) -> list[float]:
@@ -240,9 +242,38 @@ def cosine(one: Tensor, other: Tensor) -> float | None:
     0.7071067811865475
     ```
     """
-    a, b = one.detach().double().flatten(), other.detach().double().flatten()
-    length = a.norm().item() * b.norm().item()
-    return None if length == 0 else torch.dot(a, b).item() / length
+    (a, product), (_, b) = products([one, other])
+    length = math.sqrt(a) * math.sqrt(b)
+    return None if length == 0 else max(-1.0, min(1.0, product / length))
+
+
+@torch.no_grad()
+def products(tensors: Sequence[Tensor], origin: Tensor | None = None) -> list[list[float]]:
+    """
+    Return the inner products of tensors of one shape, in double precision, a block of elements at a time.
+
+    Args:
+        tensors (`Sequence[torch.Tensor]`): At least one.
+        origin (`torch.Tensor`, *optional*): Taken off each of them first.
+
+    Returns:
+        `list[list[float]]`: Entry `[i][j]` is `<t_i - origin, t_j - origin>`.
+
+    Example:
+    ```python
+    >>> products([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], torch.ones(2))
+    [[1.0, 3.0], [3.0, 13.0]]
+    ```
+    """
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    start = None if origin is None else origin.detach().reshape(-1)
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for begin in range(0, flat[0].numel(), _BLOCK):
+        part = torch.stack([tensor[begin : begin + _BLOCK].double() for tensor in flat])
+        if start is not None:
+            part -= start[begin : begin + _BLOCK].double()
+        total += part @ part.T
+    return total.tolist()
 
 
 def pareto_flags(points: Sequence[Sequence[float]]) -> list[bool]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
 
+from hf_effi import cli
 from hf_effi.callbacks.weight_averaging import WeightAveragingCallback
 from hf_effi.checkpoint import WeightFolder, average_checkpoints, plan_average
 from hf_effi.checkpoint.merge_metrics import final_lr_ratio, smoothed_losses
@@ -80,7 +81,7 @@ def test_trend_and_metrics_are_the_formulas(run, tmp_path):
     assert_bitwise_equal(weights_in(tmp_path / "none"), weights_in(run / "averaged"))  # uniform, to the bit
 
 
-def test_metrics_of_the_log_and_decayed_rates(tmp_path):
+def test_metrics_of_the_log_and_decayed_rates(tmp_path, capsys):
     log = [
         {
             "step": step,
@@ -99,6 +100,7 @@ def test_metrics_of_the_log_and_decayed_rates(tmp_path):
     assert by_f1.weights == pytest.approx([2 / 9, 3 / 9, 4 / 9])
     with pytest.warns(DecayToZeroWarning, match="0 of its peak.*worth nothing"):
         average_checkpoints(tmp_path, tmp_path / "made", 2)
+    assert cli.main(["average", str(tmp_path), "--dry-run"]) == 0 and "worth nothing" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"No 'eval_x' was logged at the updates \[3, 4\].*eval_f1, eval_loss"):
         plan_average(tmp_path, 2, kind="eval_x", greater_is_better=True)
     assert final_lr_ratio(log[:1], 4) is None and final_lr_ratio(log, 3) == pytest.approx(1 / 3)
@@ -108,7 +110,7 @@ def test_metrics_of_the_log_and_decayed_rates(tmp_path):
         smoothed_losses(log, [9], [4, 9])
 
 
-def test_only_whole_checkpoints_count(tmp_path, caplog):
+def test_only_whole_checkpoints_count(tmp_path, caplog, capsys):
     models = [tiny_qwen3(seed, num_hidden_layers=1) for seed in range(3)]
     paths = [save(model, tmp_path, step) for step, model in zip((1, 2, 3), models, strict=True)]
     whole = (paths[2] / "model.safetensors").read_bytes()
@@ -117,6 +119,8 @@ def test_only_whole_checkpoints_count(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hf_effi"):
         assert average_checkpoints(tmp_path, tmp_path / "made", 2, kind="uniform") == [1, 2]
     assert "checkpoint-3 is not whole: model.safetensors has" in caplog.text
+    assert cli.main(["average", str(tmp_path), "--dry-run"]) == 0
+    assert "Left out: checkpoint-3 is not whole" in capsys.readouterr().out
     for name, value in combine(states(tmp_path, 1, 2), [0.5, 0.5]).items():
         torch.testing.assert_close(weights_in(tmp_path / "made")[name], value)
 

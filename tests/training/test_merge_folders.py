@@ -342,6 +342,9 @@ def test_command(lora, base, tmp_path, capsys):
     assert code == 0 and "Nothing was written" in said and "checkpoint-6" in said
     code, said, _ = command(capsys, "--interpolate", base, base, "--alpha", 0.5, "--output", tmp_path / "half")
     assert code == 0 and "0.5 of" in said
+    lora_model(target_modules=["q_proj"]).save_pretrained(tmp_path / "plain")
+    assert command(capsys, "--interpolate", "-", tmp_path / "plain", "--output", tmp_path / "scaled")[0] == 0
+    assert (tmp_path / "scaled" / "adapter_model.safetensors").exists()
     code, said, _ = command(capsys, "--delta", base, base, base, "--output", tmp_path / "delta", "--json")
     assert code == 0 and json.loads(said)["delta"] == 0
     code, said, _ = command(capsys, "--runs", base, base, "--output", tmp_path / "runs")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hf_effi.functional import merging
 from hf_effi.functional.averaging import averaging_weights
 from hf_effi.functional.coefficient_search import plain_combinations, search_weights
 from hf_effi.functional.merging import (
@@ -15,6 +16,7 @@ from hf_effi.functional.merging import (
     interpolated,
     metric_weights,
     pareto_flags,
+    products,
     trend_weights,
 )
 
@@ -95,10 +97,12 @@ def test_delta_by_hand_and_rows_of_new_tokens():
             add_delta(odd, tuned, base)
 
 
-def test_cosines_and_pareto():
+def test_cosines_and_pareto(monkeypatch):
     assert cosine(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])) == 0
     assert cosine(torch.tensor([[3.0]]), torch.tensor([[-1.0]])) == -1
     assert cosine(torch.zeros(2), torch.ones(2)) is None
+    monkeypatch.setattr(merging, "_BLOCK", 2)  # the blocks add up
+    assert products([torch.arange(5.0), torch.ones(5).bfloat16()], torch.ones(5)) == [[15.0, 0.0], [0.0, 0.0]]
     assert pareto_flags([(1, 3), (2, 2), (2, 3), (3, 1)]) == [True, True, False, True]
     assert pareto_flags([(1, 1), (1, 1)]) == [True, True]  # equal ones do not beat each other
     assert pareto_flags([(math.nan, 1), (0, 1)]) == [False, True]
