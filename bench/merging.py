@@ -10,13 +10,19 @@ folders of each run: the last checkpoint; uniform means of 3, 5, 10 and 20; weig
 searched coefficients, which see a search set and a second set. All losses are of a third set. Then interpolation
 with the base (loss on old and on new text), and the mean of the runs of all seeds. The learning rate of each schedule
 is tuned for its last checkpoint, on a seed that is not counted.
+
+Last the delta: the base is trained on the reference ("tuned"), and on the modules of `encodings` ("trained on"), all
+weights, at a low and at a high rate. What the tuned model learnt is added to the base that was trained on, and stands
+beside the tuned model that was trained on itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
+import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -32,13 +38,15 @@ from transformers import Trainer, TrainingArguments
 from bench._progress import with_line
 from bench._schema import RESULTS, command_line, headline, write_result
 from bench.adalora import PRETRAIN_UPDATES, ReferenceData
-from bench.schedules import BATCH, LENGTH, Data, build, train
+from bench.schedules import BATCH, LENGTH, Data, build, make_optimizer, train
 from hf_effi.checkpoint import WeightFolder, average_runs, interpolate, plan_average, search_coefficients
 from hf_effi.functional import schedules as S
-from hf_effi.functional.merging import combine
+from hf_effi.functional.merging import add_delta, combine
 
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 SCHEDULES = ("constant", "linear")
+#: of full training on: the weights move little, and far
+FULL_RATES = (3e-4, 1e-3)
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -52,10 +60,11 @@ class Size:
     rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
     budget: int = 64
     rows: int = 384
+    full_updates: int = 200
     seeds: tuple[int, ...] = SEEDS
 
 
-SMOKE = Size(pretrain=2, updates=4, every=1, rates=(5e-3,), budget=8, rows=8, seeds=(0,))
+SMOKE = Size(pretrain=2, updates=4, every=1, rates=(5e-3,), budget=8, rows=8, full_updates=2, seeds=(0,))
 
 #: arm -> (how many checkpoints, kind, penalty)
 ARMS: dict[str, tuple[int, str, float | None]] = {
@@ -168,6 +177,59 @@ def mean_of_runs(runs: list[Path], weights: dict[str, Tensor], data: Splits, to:
         return PeftModel.from_pretrained(base, to)(data.held_out, labels=data.held_out).loss.item()
 
 
+class EncodingsData(ReferenceData):
+    """Crops of the character tables of Python's `encodings`."""
+
+    def __init__(self, rows: int) -> None:
+        root = Path(sysconfig.get_paths()["stdlib"]) / "encodings"
+        text = b"\n".join(path.read_bytes() for path in sorted(root.glob("*.py")))
+        data = torch.frombuffer(bytearray(b for b in text if b < 128), dtype=torch.uint8).long()
+        cut = int(len(data) * 0.9)
+        self.train, self.valid = data[:cut], data[cut:]
+        self.held_out = self._crops(self.valid, rows, torch.Generator().manual_seed(777))
+
+
+def trained_on(data: Data, weights: dict[str, Tensor], lr: float, seed: int, updates: int) -> dict[str, Tensor]:
+    """Train all weights on some text, to a rate of zero."""
+    model = build(0)
+    model.load_state_dict(weights)
+    optimizer = make_optimizer(model, lr)
+    scheduler = S.to_lambda_lr(S.linear(updates, warmup_fraction=0.05), optimizer)
+    for step in range(updates):
+        rows = data.batch(seed, step)
+        model(rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def delta_rows(weights: dict[str, Tensor], tuning: Data, other: Data, size: Size) -> list[dict[str, Any]]:
+    """Return the losses of the base, its two children, one with the delta of the other, and one after the other."""
+    rows, model = [], build(0)
+    for lr, seed in itertools.product(FULL_RATES, size.seeds):
+        tuned = trained_on(tuning, weights, lr, seed, size.full_updates)
+        further = trained_on(other, weights, lr, seed + 1000, size.full_updates)
+        models = {
+            "base": weights,
+            "tuned": tuned,
+            "trained on": further,
+            "tuned, then trained on": trained_on(other, tuned, lr, seed + 1000, size.full_updates),
+        }
+        for scale in (0.5, 1.0):
+            models[f"trained on + {scale:g} delta"] = {
+                name: add_delta(value, tuned[name], weights[name], scale) for name, value in further.items()
+            }
+        for name, state in models.items():
+            model.load_state_dict(state)
+            rows.append({
+                "part": "delta", "model": name, "seed": seed, "learning_rate": lr,
+                "tuned_loss": tuning.loss(model), "other_loss": other.loss(model),
+            })  # fmt: skip
+    return rows
+
+
 def study(size: Size, folder: Path) -> list[dict[str, Any]]:
     source, data = Data(), Splits(size.rows)
     old = source.held_out[: size.rows]
@@ -201,7 +263,7 @@ def study(size: Size, folder: Path) -> list[dict[str, Any]]:
             last_ones = [run / f"checkpoint-{size.updates}" for run in runs]
             loss = mean_of_runs(last_ones, weights, data, folder / f"{schedule}-mean")
             rows.append({"part": "runs", "schedule": schedule, "learning_rate": lr, "runs": len(runs), "loss": loss})
-    return rows
+    return rows + delta_rows(weights, data, EncodingsData(size.rows), size)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,9 +286,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         singles = [
             r["loss"] for r in rows if r["part"] == "merge" and r["schedule"] == schedule and r["arm"] == "last"
         ]
-        means = [row["loss"] for row in rows if row["part"] == "runs" and row["schedule"] == schedule]
-        if means:
-            gap = means[0] - statistics.fmean(singles)
+        of_runs = [row["loss"] for row in rows if row["part"] == "runs" and row["schedule"] == schedule]
+        if of_runs:
+            gap = of_runs[0] - statistics.fmean(singles)
             figures.append(headline(f"{schedule}_mean_of_runs_minus_one_run", round(gap, 4)))
         kept = [row for row in rows if row["part"] == "interpolation" and row["schedule"] == schedule]
         for alpha in (0.5, 1.0):
@@ -236,6 +298,15 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 figures.append(
                     headline(f"{schedule}_{score}_at_{alpha:g}_minus_base", round(statistics.fmean(change), 4))
                 )
+    for lr, score in itertools.product(FULL_RATES, ("tuned_loss", "other_loss")):
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            if row["part"] == "delta" and row["learning_rate"] == lr:
+                found.setdefault(row["model"], []).append(row[score])
+        for name in ("trained on", "tuned, then trained on") if found else ():
+            gap = statistics.fmean(found["trained on + 1 delta"]) - statistics.fmean(found[name])
+            label = name.replace(",", "").replace(" ", "_")
+            figures.append(headline(f"delta_{lr:g}_{score}_minus_{label}", round(gap, 4)))
     return figures
 
 

@@ -18,6 +18,8 @@ def test_smoke(tmp_path, capsys):
     ends = [row for row in result["rows"] if row["part"] == "interpolation" and row["alpha"] == 1]
     assert [row["new_loss"] for row in ends] == [pytest.approx(last[row["schedule"]], abs=1e-4) for row in ends]
     assert {row["lr_ratio"] for row in rows if row["schedule"] == "constant" and "lr_ratio" in row} == {1.0}
+    models = {row["model"]: row for row in result["rows"] if row["part"] == "delta"}
+    assert len(models) == 6 and models["trained on + 1 delta"]["tuned_loss"] != models["trained on"]["tuned_loss"]
     with pytest.raises(SystemExit):
         merging.main(["--smoke"])
     assert "no result" in capsys.readouterr().err
@@ -43,7 +45,14 @@ def test_figures_are_paired_means():
         for alpha in (0, 0.5, 1.0)
     ]
     rows += [{"part": "merge", "schedule": "linear", "arm": "last", "seed": 0, "loss": 1.0, "minus_last": 0.0}]
+    models = {"trained on": 3.0, "tuned, then trained on": 2.5, "trained on + 1 delta": 2.0}
+    rows += [
+        {"part": "delta", "model": name, "learning_rate": 1e-3, "tuned_loss": loss, "other_loss": -loss}
+        for name, loss in models.items()
+    ]
     found = {figure["name"]: figure["value"] for figure in merging.summary(rows)}
+    assert found["delta_0.001_tuned_loss_minus_trained_on"] == -1
+    assert found["delta_0.001_other_loss_minus_tuned_then_trained_on"] == 0.5
     assert found["constant_trend_10_minus_last"] == -0.2
     assert found["constant_trend_10_minus_last_standard_error"] == 0.1
     assert found["constant_mean_of_runs_minus_one_run"] == -0.5
