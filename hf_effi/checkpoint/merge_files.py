@@ -86,6 +86,8 @@ class WeightFolder(Mapping[str, Tensor]):
     def _weight_files(self) -> list[str]:
         if (self.path / _ADAPTER).is_file():
             return [_ADAPTER]
+        if (self.path / _MODEL).is_file():  # which `from_pretrained` takes first, too
+            return [_MODEL]
         if (self.path / _INDEX).is_file():
             index = load_json(self.path / _INDEX)
             shards = index.get("weight_map") if isinstance(index, dict) else None
@@ -97,8 +99,6 @@ class WeightFolder(Mapping[str, Tensor]):
                 raise BrokenFileError(f"{self.path / _INDEX} is damaged: it names no files of this folder.")
             self._indexed = set(shards)
             return sorted(set(shards.values()))
-        if (self.path / _MODEL).is_file():
-            return [_MODEL]
         raise RefusedError(
             f"{self.path} has no {_MODEL}, {_INDEX} or {_ADAPTER}. Save whole weights as safetensors in every "
             "checkpoint (FSDP: state_dict_type FULL_STATE_DICT; DeepSpeed: stage3_gather_16bit_weights_on_model_save)."

@@ -167,10 +167,11 @@ def test_refusals(tmp_path):
     with pytest.raises(RefusedError, match="quantized"):
         average_checkpoints(tmp_path, tmp_path / "made")
     (path / "config.json").write_text(json.dumps(config))
-    (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../model.safetensors"}}')
+    (path / "model.safetensors").rename(path / "part.safetensors")
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../part.safetensors"}}')
     with pytest.raises(BrokenFileError, match="names no files of this folder"):
         WeightFolder(path)
-    (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model.safetensors"}}')
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "part.safetensors"}}')
     with pytest.raises(BrokenFileError, match=r"lacks tensors .*\['w'\]"):
         WeightFolder(path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
