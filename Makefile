@@ -35,8 +35,8 @@ test-vllm: ## the vLLM tests on a real vLLM for CPUs, in a virtual environment o
 	PYTHON=$(PYTHON) tests/engines/install_vllm.sh $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m tests.engines.run_vllm
 
-fuzz: $(STAMP) ## files of strangers (records, states, cards, YAML, side files), changed at random: some minutes
-	HF_EFFI_FUZZ=30 $(BIN)/python -m pytest -q tests/unit/test_fuzz_files.py
+fuzz: $(STAMP) ## files of strangers (records, states, cards, YAML, side files, weights), changed at random: some minutes
+	HF_EFFI_FUZZ=30 $(BIN)/python -m pytest -q tests/unit/test_fuzz_files.py tests/unit/test_fuzz_weights.py
 
 quality: $(STAMP) ## lint, format and type check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -40,6 +40,11 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
 
 #: Commands of their own module, with the same two functions, help and example.
 MODULES: dict[str, tuple[str, str, str]] = {
+    "average": (
+        "hf_effi.checkpoint.merge_command",
+        "average the checkpoints of a finished run, or several runs; a model between two; an instruction delta",
+        "hf-effi average out/ --output averaged/ --weights uniform --last 5",
+    ),
     "checkpoint": (
         "hf_effi.checkpoint.command",
         "which checkpoints of a run are whole, which are not and why; put a folder in order; how often to save",

@@ -131,6 +131,19 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("average_checkpoints", "alpha"): lambda: hf_effi.checkpoint.average_checkpoints(
         "a", "b", kind="linear", alpha=0.5
     ),
+    ("average_checkpoints", "penalty"): lambda: hf_effi.checkpoint.average_checkpoints("a", "b", penalty=2.0),
+    ("average_checkpoints", "greater_is_better"): lambda: hf_effi.checkpoint.average_checkpoints(
+        "a", "b", kind="loss", greater_is_better=True
+    ),
+    ("plan_average", "alpha"): lambda: hf_effi.checkpoint.plan_average("a", kind="trend", alpha=0.5),
+    ("plan_average", "greater_is_better"): lambda: hf_effi.checkpoint.plan_average(
+        "a", kind="step", greater_is_better=True
+    ),
+    ("plan_average", "penalty"): lambda: hf_effi.checkpoint.plan_average("a", kind="trend", penalty=0.5),
+    ("search_coefficients", "last"): lambda: hf_effi.checkpoint.search_coefficients([], len, confirm_fn=None, last=3),
+    ("search_coefficients", "output_dir"): lambda: hf_effi.checkpoint.search_coefficients(
+        [], len, confirm_fn=None, output_dir="b"
+    ),
     ("constant", "floor"): lambda: hf_effi.schedules.constant(100, floor=0.1),
     ("extend_to", "method"): lambda: hf_effi.schedules.extend_to(linear(100, floor=0.1), 200, method="plateau"),
     ("extend_to", "transition_steps"): lambda: hf_effi.schedules.extend_to(WSD(100), 200, transition_steps=5),

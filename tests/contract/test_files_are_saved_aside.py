@@ -16,7 +16,7 @@ WRITERS = {"write_text", "write_bytes", "save_file", "save_pretrained", "copytre
 ALLOWED = {
     ("callbacks/weight_averaging.py", "_save"): "into a folder that save_aside renames",
     ("checkpoint/staging.py", "write_file"): "into the folder in progress of a checkpoint, which is renamed",
-    ("checkpoint/average.py", "_write"): "into a folder that save_aside renames",
+    ("checkpoint/merge_files.py", "write"): "into a folder that save_aside renames",
     ("schedules/branch.py", "copy"): "into a folder that save_aside renames",
     ("hub/_worker.py", "<module>"): "the answer of a process, to its standard output",
     ("demo/policy.py", "fine_tune"): "sealed by sft_settings.json, which is written last",
