@@ -12,6 +12,7 @@ _PUBLIC = {
     "ActivationOffloadCallback": "hf_effi.callbacks.layer_modes",
     "AdaLoRACallback": "hf_effi.callbacks.adalora",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
+    "EMACallback": "hf_effi.callbacks.ema",
     "Finding": "hf_effi.functional.findings",
     "GRPODoctor": "hf_effi.callbacks.doctor",
     "GRPOLimits": "hf_effi.functional.findings",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .auto_lrs import AutoLRSCallback as AutoLRSCallback
     from .doctor import GRPODoctor as GRPODoctor
     from .doctor import TrainDoctor as TrainDoctor
+    from .ema import EMACallback as EMACallback
     from .kernel_patch import KernelPatchCallback as KernelPatchCallback
     from .layer_modes import ActivationOffloadCallback as ActivationOffloadCallback
     from .layer_modes import MemoryBudgetCallback as MemoryBudgetCallback

@@ -191,6 +191,10 @@ CASES: dict[str, Case] = {
         trains=True,
         look=lambda callback: callback.progress,
     ),
+    "EMACallback": Case(
+        lambda trainer: hf_effi.callbacks.EMACallback(0.9, every_steps=2, start_step=1),
+        look=lambda callback: callback._average.state_dict(),
+    ),
     "GRPODoctor": Case(
         lambda trainer: hf_effi.GRPODoctor(say=_quiet), look=lambda callback: list(map(str, callback.findings))
     ),
@@ -242,12 +246,13 @@ CASES: dict[str, Case] = {
     ),
     "WeightAveragingCallback": Case(
         lambda trainer: hf_effi.WeightAveragingCallback(3, every_steps=2, kind="uniform"),
-        look=lambda callback: callback._average.state_dict(),
+        look=lambda callback: {"mean": callback._average.mean, **callback._average.state_dict()},
     ),
 }
 
 #: pairs that refuse each other, and words of the message
 REFUSED: dict[frozenset[str], str] = {
+    frozenset({"EMACallback", "WeightAveragingCallback"}): "Two averages of the weights",
     frozenset({"AutoLRSCallback", "LRScheduleCallback"}): "Two schedules want to set the LR",
     **{
         frozenset({one, other}): "Use one callback for the modes of all layers"
@@ -438,7 +443,7 @@ def train(
         flat(trainer.model),
         _plain_state(trainer.state.stateful_callbacks),
         [steady(entry) for entry in trainer.state.log_history],
-        _saved_average(folder) if "WeightAveragingCallback" in names else None,
+        _saved_average(folder) if {"EMACallback", "WeightAveragingCallback"} & set(names) else None,
         _events(folder) if "RunRecordCallback" in names else None,
     )
 
