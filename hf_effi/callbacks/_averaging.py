@@ -21,7 +21,7 @@ from ..errors import MismatchError, RefusedError
 from ..functional import metrics
 from ..functional.schedules import warn_decay_to_zero
 from ._engines import is_fsdp2, sharding_engine
-from ._live_weights import lent, overwrite, trained, whole_state
+from ._live_weights import lent, trained, whole_state
 from ._side_file import SideFileCallback
 from ._turns import READ, WRITE, TurnCallback, in_turn
 from .owners import Role
@@ -249,8 +249,7 @@ class AveragingCallback(TurnCallback, SideFileCallback):
                 return evaluate(*args, **kwargs)
             self._make_ready(trainer.args, trainer.state)
             if self.evaluate_on == "average":
-                with self._evaluation():
-                    return evaluate(*args, **kwargs)
+                return self._evaluate_average(trainer, lambda: evaluate(*args, **kwargs))
             asked.arguments["metric_key_prefix"] += f"_{AVERAGED}"
             return self._evaluate_both(
                 trainer, lambda: evaluate(*asked.args, **asked.kwargs), lambda: evaluate(*args, **kwargs)
@@ -266,6 +265,20 @@ class AveragingCallback(TurnCallback, SideFileCallback):
                 yield
         finally:
             self._evaluating = False
+
+    def _evaluate_average(self, trainer: Any, on_average: Callable[[], Any]) -> Any:
+        """Evaluate on the average; the event that tells of it finds the live weights."""
+        handler = trainer.callback_handler
+        tell = handler.on_evaluate
+        with ExitStack() as lending:
+
+            def with_live_weights(*event: Any) -> Any:
+                lending.close()
+                return tell(*event)
+
+            lending.enter_context(replaced(handler, "on_evaluate", with_live_weights))
+            lending.enter_context(self._evaluation())
+            return on_average()
 
     def _evaluate_both(self, trainer: Any, on_average: Callable[[], Any], on_live: Callable[[], Any]) -> Any:
         """Evaluate twice, with one event for both: whoever stops or chooses by a metric finds those of both."""

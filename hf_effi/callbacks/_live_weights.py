@@ -1,4 +1,4 @@
-"""The weights of a model that is trained, as a callback reads and lends them: shards of them where FSDP2 has shards."""
+"""The weights of a model that is trained, as a callback reads and lends them; shards where FSDP2 has shards."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ class WeightAveragingCallback(AveragingCallback):
             metric of the average the model always holds the average of the best checkpoint.
         save_with_checkpoints (`bool`, *optional*, defaults to `False`): Whether each `checkpoint-N` holds a model of
             the average too, in `checkpoint-N/folder`.
-        store (`str`, *optional*, defaults to `"memory"`): `"disk"` keeps the snapshots in files in `output_dir` without
-            a name, which are gone when the process is.
+        store (`str`, *optional*, defaults to `"memory"`): `"disk"` keeps the snapshots in files in `output_dir` that
+            have no name and are gone when the process is.
         folder (`str`, *optional*, defaults to `"averaged"`): Name below `output_dir`.
 
     Raises:

@@ -195,6 +195,10 @@ CASES: dict[str, Case] = {
         lambda trainer: hf_effi.callbacks.EMACallback(0.9, every_steps=2, start_step=1),
         look=lambda callback: callback._average.state_dict(),
     ),
+    "FastForwardCallback": Case(
+        lambda trainer: hf_effi.callbacks.FastForwardCallback(3, rows=4),
+        look=lambda callback: list(callback.walks),
+    ),
     "GRPODoctor": Case(
         lambda trainer: hf_effi.GRPODoctor(say=_quiet), look=lambda callback: list(map(str, callback.findings))
     ),

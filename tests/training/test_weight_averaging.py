@@ -94,7 +94,7 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path):
         trainer = sampler_trainer(tmp_path, Trainer, callbacks=[callback], lr_scheduler_type="constant")
         trainer.train(resume_from_checkpoint=checkpoint)
 
-    with pytest.raises(MismatchError, match=r"averages updates \[10, 12, 14\] \(window\), but this run wants \[9, 12, 15\]"):
+    with pytest.raises(MismatchError, match=r"updates \[10, 12, 14\] \(window\), but this run wants \[9, 12, 15\]"):
         resume(last=3, every_steps=3)
     (tmp_path / "checkpoint-15" / AVERAGE_FILE).unlink()
     with pytest.raises(BrokenFileError, match="is missing"):
