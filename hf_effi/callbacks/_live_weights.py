@@ -39,10 +39,19 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_state(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the whole weights of a model that FSDP2 shards, on the first process. Every process calls it."""
+    """
+    Return the whole weights of a model that FSDP2 shards, on the first process; tied ones are one tensor. Every
+    process calls it.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names: dict[int, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(weight), name)
+        if name in state and first in state:
+            state[name] = state[first]
+    return state
 
 
 @torch.no_grad()
