@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._files import load_state, save_aside, save_json
 from ..checkpoint.capture import replaced
-from ..checkpoint.run_folder import calling_trainer, run_folder
+from ..checkpoint.run_folder import calling_trainer, is_saved_aside, run_folder
 from ..checkpoint.snapshot import restore_rng, take_rng
 from ..errors import MismatchError, RefusedError
 from ..functional import metrics
@@ -187,10 +186,11 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         due = self.save_with_checkpoints and self._written_at != state.global_step and args.should_save
         if due and self._average.count:
             folder = self.side_path(args, state).parent / self.folder
-            if folder.exists():
-                shutil.rmtree(folder)
             with self._average_lent():
-                self._save(folder, self._average, self._steps)
+                if is_saved_aside(state):
+                    self._save(folder, self._average, self._steps)
+                else:
+                    save_aside(folder, lambda part: self._save(part, self._average, self._steps))
         super().write_side_file(args, state)
 
     @in_turn(READ)
@@ -272,9 +272,9 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         tell = handler.on_evaluate
         with ExitStack() as lending:
 
-            def with_live_weights(*event: Any) -> Any:
+            def with_live_weights(*event: Any, **more: Any) -> Any:
                 lending.close()
-                return tell(*event)
+                return tell(*event, **more)
 
             lending.enter_context(replaced(handler, "on_evaluate", with_live_weights))
             lending.enter_context(self._evaluation())
@@ -285,21 +285,21 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         handler, rng = trainer.callback_handler, take_rng()
         tell = handler.on_evaluate
 
-        def without_event(args: Any, state: Any, control: Any, found: Any) -> Any:
-            return handler.on_predict(args, state, control, found)  # ends the bar of this pass
+        def without_event(args: Any, state: Any, control: Any, found: Any, **more: Any) -> Any:
+            return handler.on_predict(args, state, control, found, **more)  # ends the bar of this pass
 
         with self._evaluation(), replaced(handler, "on_evaluate", without_event):
             of_average = on_average()
         restore_rng(rng)  # the second pass is the one that a run without an average makes
 
-        def together(args: Any, state: Any, control: Any, found: dict[str, float]) -> Any:
+        def together(args: Any, state: Any, control: Any, found: dict[str, float], **more: Any) -> Any:
             if both := sorted(found.keys() & of_average.keys() - {"epoch"}):
                 raise RefusedError(
                     f'evaluate_on="both": compute_metrics returns {both}, which are the names of the metrics of the '
                     "average. Rename them."
                 )
             found.update(of_average)
-            return tell(args, state, control, found)
+            return tell(args, state, control, found, **more)
 
         with replaced(handler, "on_evaluate", together):
             return on_live()
