@@ -22,8 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import hf_effi
 from hf_effi import samplers
-from hf_effi.callbacks import EMACallback, FastForwardCallback
-from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.callbacks import EMACallback, FastForwardCallback, ReptileCallback
 from hf_effi.functional.probes import stored_plan
 from hf_effi.functional.schedules import wsd
 from hf_effi.hub import callback as hub_callback
