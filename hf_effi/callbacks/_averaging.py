@@ -78,7 +78,7 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         self._steps: list[int] = []
         self._ready = False
         self._evaluating = self._lending = False
-        self._undo = ExitStack()
+        self._undo: ExitStack | None = None
         self._model: Any = None
         self._processing: Any = None
 
@@ -115,7 +115,7 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._undo.close()  # of a run that failed
+        self._leave_trainer()  # of a run that failed
         trainer = calling_trainer(state)
         self._check(args, state, trainer)
         self.side_file = SHARD_FILE.format(args.process_index) if is_fsdp2() else AVERAGE_FILE
@@ -123,9 +123,16 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         self._steps, self._ready, self._written_at = [], False, None
         self._average = self._fresh(args, state)
         if trainer is not None:
+            self._undo = ExitStack()
             self._undo.enter_context(replaced(trainer, "_run_epoch", self._run_epoch_of(trainer)))
             if self.evaluate_on != "live":
                 self._undo.enter_context(replaced(trainer, "evaluate", self._evaluate_of(trainer)))
+
+    def _leave_trainer(self) -> None:
+        """Give the Trainer its own methods back."""
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
 
     def _make_ready(self, args: TrainingArguments, state: TrainerState) -> None:
         """Begin, or take up what a checkpoint holds, once every callback has said which updates are probes."""
@@ -218,7 +225,7 @@ class AveragingCallback(TurnCallback, SideFileCallback):
                 logger.warning("The model now holds the average of its weights %s, not the last.", self._of_what())
 
     def _end(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._undo.close()
+        self._leave_trainer()
         self._average, self._steps, self._model, self._processing = self._fresh(args, state), [], None, None
 
     # ---- evaluation ----
@@ -334,7 +341,7 @@ class AveragingCallback(TurnCallback, SideFileCallback):
                 self._stopped(trainer.args, trainer.state)
                 raise
             except BaseException:
-                self._undo.close()
+                self._leave_trainer()
                 raise
 
         return run_epoch_until_stopped
