@@ -20,7 +20,7 @@ from ..errors import MismatchError, RefusedError
 from ..functional import metrics
 from ..functional.schedules import warn_decay_to_zero
 from ._engines import is_fsdp2, sharding_engine
-from ._live_weights import lent, trained, whole_state
+from ._live_weights import lent, overwrite, trained, whole_state
 from ._side_file import SideFileCallback
 from ._turns import READ, WRITE, TurnCallback, in_turn
 from .owners import Role
@@ -77,7 +77,9 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         #: updates of the snapshots that the average is of, where it holds each of them
         self._steps: list[int] = []
         self._ready = False
-        self._evaluating = self._lending = False
+        self._evaluating = False
+        #: while the average is in the model: its values, and those of the model
+        self._lent: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
         self._undo: ExitStack | None = None
         self._model: Any = None
         self._processing: Any = None
@@ -233,19 +235,25 @@ class AveragingCallback(TurnCallback, SideFileCallback):
     @contextmanager
     def _average_lent(self) -> Iterator[dict[str, torch.Tensor] | None]:
         """A context in which the model holds the average; its own weights where there is none yet."""
-        if self._lending or not self._average.count:
+        if self._lent is not None or not self._average.count:
             yield None
             return
-        self._lending = True
+        average = self._average.mean
         try:
-            with lent(self._model, self._average.mean) as held:
+            with lent(self._model, average) as held:
+                self._lent = average, held
                 yield held
         finally:
-            self._lending = False
+            self._lent = None
 
     def _evaluate_of(self, trainer: Any) -> Callable[..., Any]:
         evaluate = trainer.evaluate
         signature = inspect.signature(evaluate)
+        if missing := {"eval_dataset", "metric_key_prefix"} - signature.parameters.keys():
+            raise RefusedError(
+                f"evaluate_on={self.evaluate_on!r} calls {type(trainer).__name__}.evaluate, which does not name its "
+                f"parameters {sorted(missing)}. Give it those of Trainer.evaluate, or leave evaluate_on at 'live'."
+            )
 
         def evaluate_on_average(*args: Any, **kwargs: Any) -> Any:
             asked = signature.bind(*args, **kwargs)
@@ -277,14 +285,18 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         """Evaluate on the average; the event that tells of it finds the live weights."""
         handler = trainer.callback_handler
         tell = handler.on_evaluate
-        with ExitStack() as lending:
 
-            def with_live_weights(*event: Any, **more: Any) -> Any:
-                lending.close()
+        def with_live_weights(*event: Any, **more: Any) -> Any:
+            if self._lent is None:
                 return tell(*event, **more)
+            average, live = self._lent
+            overwrite(self._model, live)
+            try:
+                return tell(*event, **more)
+            finally:  # the Trainer may go on to another part of its evaluation
+                overwrite(self._model, average)
 
-            lending.enter_context(replaced(handler, "on_evaluate", with_live_weights))
-            lending.enter_context(self._evaluation())
+        with replaced(handler, "on_evaluate", with_live_weights), self._evaluation():
             return on_average()
 
     def _evaluate_both(self, trainer: Any, on_average: Callable[[], Any], on_live: Callable[[], Any]) -> Any:

@@ -149,6 +149,30 @@ def test_both_is_one_event_with_the_metrics_of_both(tmp_path, datasets):
     assert len(marked) == 3 * len(names) and all("averaged" in "".join(entry) for entry in marked)
 
 
+class TwoParts(Trainer):
+    """Evaluates in two parts, as some trainers of users do."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        first = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return {**super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_again"), **first}
+
+
+class Nameless(Trainer):
+    def evaluate(self, *args, **kwargs):
+        return super().evaluate(*args, **kwargs)
+
+
+def test_each_part_of_an_evaluation_is_on_the_average(tmp_path):
+    seen = Seen()
+    over = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 3}
+    trainer = run(tmp_path, seen, EMACallback(0.5, evaluate_on="average"), cls=TwoParts, **over)
+    assert losses(trainer) == losses(trainer, "eval_again_loss")
+    assert losses(trainer) != [trainer.evaluate()["eval_loss"]]
+    assert_bitwise_equal(weights_of(trainer.model), seen.after[3])
+    with pytest.raises(RefusedError, match=r"does not name its parameters \['eval_dataset', 'metric_key_prefix'\]"):
+        run(tmp_path, EMACallback(evaluate_on="both"), cls=Nameless)
+
+
 def test_the_other_door_gives_the_same(tmp_path):
     runs = [
         run(tmp_path / cls.__name__, EMACallback(0.5, evaluate_on="both", swap_in=True), cls=cls, **EVALUATED)
@@ -226,7 +250,7 @@ def test_each_checkpoint_holds_a_model_of_the_average(tmp_path, safe):
         assert_bitwise_equal(live, {name: seen.after[step][name] for name in live})
 
 
-@pytest.mark.parametrize("case", ["disk", "swa", "ema, none"])
+@pytest.mark.parametrize("case", ["disk", "ema, none"])
 def test_a_resumed_run_has_the_average_of_the_whole_one_to_the_bit(tmp_path, case):
     whole, broken, _ = stop_and_resume(
         tmp_path, lambda folder, callbacks: make(folder, CASES[case][0](), *callbacks), step=4
