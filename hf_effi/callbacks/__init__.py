@@ -12,6 +12,8 @@ _PUBLIC = {
     "ActivationOffloadCallback": "hf_effi.callbacks.layer_modes",
     "AdaLoRACallback": "hf_effi.callbacks.adalora",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
+    "EMACallback": "hf_effi.callbacks.ema",
+    "FastForwardCallback": "hf_effi.callbacks.fast_forward",
     "Finding": "hf_effi.functional.findings",
     "GRPODoctor": "hf_effi.callbacks.doctor",
     "GRPOLimits": "hf_effi.functional.findings",
@@ -48,6 +50,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .auto_lrs import AutoLRSCallback as AutoLRSCallback
     from .doctor import GRPODoctor as GRPODoctor
     from .doctor import TrainDoctor as TrainDoctor
+    from .ema import EMACallback as EMACallback
+    from .fast_forward import FastForwardCallback as FastForwardCallback
     from .kernel_patch import KernelPatchCallback as KernelPatchCallback
     from .layer_modes import ActivationOffloadCallback as ActivationOffloadCallback
     from .layer_modes import MemoryBudgetCallback as MemoryBudgetCallback

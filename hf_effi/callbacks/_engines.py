@@ -44,3 +44,12 @@ def data_rank(args: Any) -> int:
     """
     parallelism = AcceleratorState().parallelism_config if is_initialized() else None
     return args.process_index // (1 if parallelism is None else parallelism.non_data_parallel_size)
+
+
+def is_fsdp2() -> bool:
+    """Return whether FSDP2 shards the model of this run: its parameters are then tensors with local shards."""
+    if not is_initialized():
+        return False
+    state = AcceleratorState()
+    plugin = getattr(state, "fsdp_plugin", None)
+    return state.distributed_type == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 2

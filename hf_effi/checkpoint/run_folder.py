@@ -52,6 +52,11 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(trainer._get_output_dir(trainer._trial))
 
 
+def is_saved_aside(state: TrainerState) -> bool:
+    """Return whether a checkpoint is being written into a folder in progress, which will be renamed as a whole."""
+    return getattr(state, _ASIDE, None) is not None
+
+
 def calling_trainer(state: TrainerState) -> Any:
     """Return the Trainer of a state among those who called this function, or `None`."""
     frame: FrameType | None = sys._getframe(1)

@@ -51,6 +51,10 @@ PRUNE_GROUPS_WITH_ONE_SIGN = "effi/prune/groups_with_one_sign"
 
 #: marks the log entries of probes, so that curves and trackers can leave them out
 PROBE = "effi/probe"
+#: in the log entry of an evaluation on averaged weights: how many snapshots the average is of
+AVERAGE_SNAPSHOTS = "effi/average_snapshots"
+#: of the last walk along the displacement of an update: how many times it was repeated until the loss rose
+FAST_FORWARD_STEPS = "effi/fast_forward_steps"
 #: + a callback: what it multiplies the learning rate by
 LR_FACTOR = "effi/lr_factor/"
 #: rank of all adapters together

@@ -183,6 +183,12 @@ _CALLBACKS: dict[str, dict[str, str]] = {
     "ActivationOffloadCallback": _arguments(number="keep_last"),
     "AdaLoRACallback": _arguments(flag="set_total_step"),
     "AutoLRSCallback": _arguments(number="low high stage_steps probes max_stage_steps kappa seed", flag="validation"),
+    "EMACallback": _arguments(
+        number="decay half_life_steps every_steps start_step",
+        word="correction device evaluate_on folder",
+        flag="swap_in save_with_checkpoints",
+    ),
+    "FastForwardCallback": _arguments(number="every_steps rows longest limit patience"),
     "GRPODoctor": _arguments(limits="limits"),
     "GradientSNRCallback": _arguments(number="memory lowest"),
     "HypergradientCallback": _arguments(number="kappa limit step_limit"),
@@ -195,7 +201,11 @@ _CALLBACKS: dict[str, dict[str, str]] = {
     "SelectiveCheckpointCallback": {},
     "ReptileCallback": _arguments(number="every_steps beta", flag="last_partial"),
     "TrainDoctor": _arguments(limits="limits"),
-    "WeightAveragingCallback": _arguments(number="last every_steps alpha", word="kind folder", flag="swap_in"),
+    "WeightAveragingCallback": _arguments(
+        number="last every_steps alpha start_step",
+        word="kind folder evaluate_on store",
+        flag="swap_in save_with_checkpoints",
+    ),
 }
 _DOCTORS: dict[str, dict[str, str]] = {
     "GRPOLimits": _arguments(

@@ -125,7 +125,12 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
         linear(4), torch.optim.SGD(sgd().parameters(), 0.1), allow_lr_jump=True
     ),
     ("UL2Denoising", "separator_id"): lambda: denoised(max_target_length=32, separator_id=80),
+    ("EMACallback", "decay"): lambda: hf_effi.callbacks.EMACallback(0.5, half_life_steps=10),
+    ("FastForwardCallback", "rows"): lambda: hf_effi.callbacks.FastForwardCallback(rows=8, evaluate=lambda model: 0.0),
     ("WeightAveragingCallback", "alpha"): lambda: hf_effi.WeightAveragingCallback(kind="uniform", alpha=0.5),
+    ("WeightAveragingCallback", "last"): lambda: hf_effi.WeightAveragingCallback(3, kind="swa"),
+    ("WeightAveragingCallback", "start_step"): lambda: hf_effi.WeightAveragingCallback(start_step=3),
+    ("WeightAveragingCallback", "store"): lambda: hf_effi.WeightAveragingCallback(kind="swa", store="disk"),
     ("add_score", "columns"): lambda: scored(columns=["x"]),
     ("add_score", "fingerprint"): lambda: scored(fingerprint="v1"),
     ("average_checkpoints", "alpha"): lambda: hf_effi.checkpoint.average_checkpoints(

@@ -14,7 +14,8 @@ from tests.contract._sources import PACKAGE, python_files, tree_of
 WRITERS = {"write_text", "write_bytes", "save_file", "save_pretrained", "copytree", "savefig"}
 #: (file, function) that may: why
 ALLOWED = {
-    ("callbacks/weight_averaging.py", "_save"): "into a folder that save_aside renames",
+    ("callbacks/_averaging.py", "_save"): "into a folder that save_aside renames, or one in progress of a checkpoint",
+    ("callbacks/weight_averaging.py", "_in_a_nameless_file"): "in place of memory, and gone with the process",
     ("checkpoint/staging.py", "write_file"): "into the folder in progress of a checkpoint, which is renamed",
     ("checkpoint/merge_files.py", "write"): "into a folder that save_aside renames",
     ("schedules/branch.py", "copy"): "into a folder that save_aside renames",

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import hf_effi
 import hf_effi.callbacks
+from hf_effi.callbacks._averaging import AveragingCallback
 from hf_effi.callbacks._lr_factors import LRFactorCallback
 from hf_effi.callbacks._side_file import SideFileCallback
 from hf_effi.callbacks._turns import TurnCallback
@@ -39,6 +40,8 @@ MAKE = {
     "AdaLoRACallback": lambda cls: cls(),
     "AutoLRSCallback": lambda cls: cls(1e-5, 1e-2, validation=False),
     "ConfigSchedule": lambda cls: cls(linear()),
+    "EMACallback": lambda cls: cls(),
+    "FastForwardCallback": lambda cls: cls(evaluate=lambda model: 0.0),
     "GRPODoctor": lambda cls: cls(),
     "GradientSNRCallback": lambda cls: cls(),
     "HypergradientCallback": lambda cls: cls(),
@@ -60,6 +63,7 @@ MAKE = {
 COMPOSE = {"PatchCallback", "KernelPatchCallback", "HubCallback"}
 #: callbacks that decide one thing are of one role, whatever their class
 ONE_ROLE = [
+    ("EMACallback", "WeightAveragingCallback"),
     ("LRScheduleCallback", "AutoLRSCallback"),
     ("LRScheduleCallback", "ConfigSchedule"),
     ("ActivationOffloadCallback", "SelectiveCheckpointCallback"),
@@ -81,6 +85,7 @@ def callbacks() -> dict[str, type[TrainerCallback]]:
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, TrainerCallback) and value.__module__.startswith("hf_effi.")
         if not name.startswith("_") and value not in (OwningCallback, TurnCallback, LRFactorCallback, SideFileCallback)
+        if value is not AveragingCallback
     }
 
 

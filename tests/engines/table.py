@@ -81,7 +81,13 @@ METHODS = (
     Row("stock_grpo", "TRL's own `GRPOTrainer`, for comparison"),
     Row("exact_savings", "Exact savings of GRPO, with TRL's own `GRPOTrainer` as reference", card="exact_savings"),
     Row("named_grpo", "`EffiGRPOTrainer` with the name of a model, which ZeRO-3 shards as it loads"),
-    Row("weight_averaging", "`WeightAveragingCallback`", sharded("reads whole weights"), "weight_averaging", _SHARDS),
+    Row(
+        "weight_averaging",
+        "`WeightAveragingCallback`, `EMACallback`",
+        {"zero2": "reads whole weights", "zero3": "reads whole weights"},
+        "weight_averaging",
+        "DeepSpeed has master weights of its own, and shards. Train with DDP or FSDP2.",
+    ),
     Row("reptile", "`ReptileCallback`", sharded("master weights of their own"), "reptile", _SHARDS),
     Row(
         "adalora", "`AdaLoRACallback`", sharded("AdaLoRACallback reads gradients after the update"), "adalora", _SHARDS

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import hf_effi
 from hf_effi import samplers
-from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.callbacks import EMACallback, FastForwardCallback, ReptileCallback
 from hf_effi.functional.probes import stored_plan
 from hf_effi.functional.schedules import wsd
 from hf_effi.hub import callback as hub_callback
@@ -167,6 +167,10 @@ _EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
 _ACCURACY = {"window": 1, "quiet": 1, "threshold": 10.0, "greater_is_better": False}
 
 
+def _average_state(callback: Any) -> Any:
+    return {"mean": callback._average.mean, **callback._average.state_dict()}
+
+
 def _adalora_state(callback: Any) -> Any:
     allocator = callback._allocator
     return callback.ranks(), callback._pattern, dict(allocator.exp_avg_ipt), dict(allocator.exp_avg_unc)
@@ -191,6 +195,8 @@ CASES: dict[str, Case] = {
         trains=True,
         look=lambda callback: callback.progress,
     ),
+    "EMACallback": Case(lambda trainer: EMACallback(0.9, every_steps=2, start_step=1), look=_average_state),
+    "FastForwardCallback": Case(lambda trainer: FastForwardCallback(3, rows=4), look=lambda one: [*one.walks]),
     "GRPODoctor": Case(
         lambda trainer: hf_effi.GRPODoctor(say=_quiet), look=lambda callback: list(map(str, callback.findings))
     ),
@@ -242,12 +248,13 @@ CASES: dict[str, Case] = {
     ),
     "WeightAveragingCallback": Case(
         lambda trainer: hf_effi.WeightAveragingCallback(3, every_steps=2, kind="uniform"),
-        look=lambda callback: callback._average.state_dict(),
+        look=_average_state,
     ),
 }
 
 #: pairs that refuse each other, and words of the message
 REFUSED: dict[frozenset[str], str] = {
+    frozenset({"EMACallback", "WeightAveragingCallback"}): "Two averages of the weights",
     frozenset({"AutoLRSCallback", "LRScheduleCallback"}): "Two schedules want to set the LR",
     **{
         frozenset({one, other}): "Use one callback for the modes of all layers"
@@ -438,7 +445,7 @@ def train(
         flat(trainer.model),
         _plain_state(trainer.state.stateful_callbacks),
         [steady(entry) for entry in trainer.state.log_history],
-        _saved_average(folder) if "WeightAveragingCallback" in names else None,
+        _saved_average(folder) if {"EMACallback", "WeightAveragingCallback"} & set(names) else None,
         _events(folder) if "RunRecordCallback" in names else None,
     )
 

@@ -54,12 +54,13 @@ def sampler_trainer(
     """
     Return an untrained trainer of 24 rows in batches of 4 whose `seen` lists the rows of every batch, all ranks.
 
-    `train_sampler` and other constructor arguments that are no training arguments may be given in `over`.
+    `train_sampler`, `eval_dataset` and other constructor arguments that are no training arguments may be given in
+    `over`.
     """
     dataset = over.pop("train_dataset", None)
     if dataset is None:
         dataset = lm_dataset(rows, length=8).add_column("row", list(range(rows)))
-    extra = {key: over.pop(key) for key in ("train_sampler",) if key in over}
+    extra = {key: over.pop(key) for key in ("train_sampler", "eval_dataset", "compute_metrics") if key in over}
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "use_cpu": True,

@@ -94,16 +94,25 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path):
         trainer = sampler_trainer(tmp_path, Trainer, callbacks=[callback], lr_scheduler_type="constant")
         trainer.train(resume_from_checkpoint=checkpoint)
 
-    with pytest.raises(MismatchError, match=r"averages updates \[14\], but this run wants \[12, 15\]"):
+    with pytest.raises(MismatchError, match=r"updates \[10, 12, 14\] \(window\), but this run wants \[9, 12, 15\]"):
         resume(last=3, every_steps=3)
     (tmp_path / "checkpoint-15" / AVERAGE_FILE).unlink()
     with pytest.raises(BrokenFileError, match="is missing"):
         resume(last=3, every_steps=2)
 
 
-def test_a_run_that_ends_early_says_that_nothing_was_averaged(tmp_path, caplog):
-    run(tmp_path, WeightAveragingCallback(3, every_steps=2), StopAt(5))
-    assert "before the first snapshot at update 14" in caplog.text
+def test_a_run_that_is_stopped_early_has_its_average(tmp_path):
+    """Also where no snapshot of the window at the planned end was taken yet."""
+    seen = Snapshots()
+    run(tmp_path, seen, WeightAveragingCallback(2, every_steps=2, kind="uniform"), StopAt(5))
+    found, expected = weights_in(tmp_path / "averaged"), mean_of(seen.after, [2, 4], [0.5, 0.5])
+    for name in found:
+        torch.testing.assert_close(found[name].double(), expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_run_without_a_snapshot_says_that_nothing_was_averaged(tmp_path, caplog):
+    run(tmp_path, WeightAveragingCallback(3, every_steps=7), StopAt(3))
+    assert "before the first snapshot: nothing was averaged" in caplog.text
     assert not (tmp_path / "averaged").exists()
 
 

@@ -5,9 +5,13 @@ import torch
 
 from hf_effi.functional.averaging import (
     RunningAverage,
+    WindowAverage,
     averaging_weights,
+    ema_decay,
+    ema_rate,
     exchange,
     merge_weights,
+    trend_weights,
     weighted_average,
 )
 from hf_effi.functional.schedules import cosine, final_lr_ratio, linear, to_lambda_lr, wsd
@@ -133,6 +137,89 @@ def test_average_refuses_other_shapes_and_weights():
             average.push({"w": torch.zeros(2)}, weight)
     with pytest.raises(ValueError, match="at least one must be positive"):
         weighted_average([{"w": torch.zeros(1)}], [0])
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [1]), (2, [0, 1]), (3, [-1 / 6, 1 / 3, 5 / 6]), (5, [-0.2, 0, 0.2, 0.4, 0.6])]
+)
+def test_trend_golden(count, expected):
+    assert trend_weights(count) == pytest.approx(expected, abs=1e-12)
+    assert sum(trend_weights(count)) == pytest.approx(1)
+
+
+def test_a_trend_follows_a_line_without_lag():
+    line = [3.0 + 2.0 * place for place in range(7)]
+    assert sum(w * x for w, x in zip(trend_weights(7), line, strict=True)) == pytest.approx(line[-1])
+
+
+def test_decay_by_half_life():
+    assert ema_decay(1) == 0.5 and ema_decay(7) ** 7 == pytest.approx(0.5)
+    assert ema_decay(30, every_steps=10) ** 3 == pytest.approx(0.5)
+    for arguments in ((0,), (math.inf,), (True,), (3, 0)):
+        with pytest.raises(ValueError, match="half_life_steps=|every_steps="):
+            ema_decay(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("count", "correction", "expected"),
+    [
+        (0, "none", 1), (4, "none", 0.1), (0, "warmup", 1), (1, "warmup", 9 / 11), (8, "warmup", 0.5),
+        (1000, "warmup", 0.1), (1, "bias", 1), (2, "bias", 0.1 / 0.19),
+    ],
+)  # fmt: skip
+def test_ema_rate_golden(count, correction, expected):
+    assert ema_rate(count, 0.9, correction) == pytest.approx(expected)
+
+
+def test_the_corrected_average_is_the_one_from_zero_divided():
+    """e_t = d e_{t-1} + (1 - d) x_t from 0, over 1 - d^t."""
+    values, average, raw = [4.0, -1.0, 2.5, 3.0], RunningAverage(), 0.0
+    for count, value in enumerate(values, 1):
+        average.blend({"w": torch.tensor([value])}, ema_rate(count, 0.8, "bias"))
+        raw = 0.8 * raw + 0.2 * value
+        assert average.mean["w"].item() == pytest.approx(raw / (1 - 0.8**count))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [((1, 1.0), "decay=1.0"), ((1, True), "decay=True"), ((-1, 0.5), "count=-1"), ((1, 0.5, "adam"), "'adam'")],
+)
+def test_ema_rate_refuses(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        ema_rate(*arguments)
+    with pytest.raises(ValueError, match="rate=1.5"):
+        RunningAverage().blend({"w": torch.zeros(1)}, 1.5)
+
+
+@pytest.mark.parametrize("weights", [trend_weights, lambda n: averaging_weights(n, "linear")])
+def test_a_window_is_the_mean_of_exactly_its_states_at_any_moment(weights):
+    states = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    window, stored = WindowAverage(4, weights), WindowAverage(4, weights)
+    assert window.mean == {} and window.count == 0
+    for done, row in enumerate(states, 1):
+        live = {"w": row.clone(), "n": torch.tensor(done)}
+        window.push(live)
+        live["w"].zero_()  # nothing is shared
+        kept = states[max(0, done - 4) : done].double()
+        expected = (kept * torch.tensor(weights(len(kept))).double()[:, None]).sum(0)
+        torch.testing.assert_close(window.mean["w"].double(), expected, atol=1e-6, rtol=1e-6)
+        assert window.mean["w"].dtype is torch.float32 and window.mean["n"].item() == done
+    assert window.state_dict()["states"][0]["w"].dtype is torch.bfloat16
+    stored.load_state_dict(window.state_dict())
+    assert torch.equal(stored.mean["w"], window.mean["w"]) and stored.count == 4
+    with pytest.raises(ValueError, match="other tensors"):
+        window.push({"w": torch.zeros(2), "n": torch.tensor(1)})
+    with pytest.raises(ValueError, match="last=0"):
+        WindowAverage(0, weights)
+
+
+def test_a_window_of_one_state_is_that_state_to_the_bit():
+    row = torch.randn(5)
+    for weights in (trend_weights, averaging_weights):
+        window = WindowAverage(1, weights)
+        window.push({"w": torch.zeros(5)})
+        window.push({"w": row})
+        assert torch.equal(window.mean["w"], row)
 
 
 def test_exchange_twice_restores_to_the_bit():
