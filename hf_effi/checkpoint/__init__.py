@@ -12,6 +12,7 @@ _PUBLIC = {
     "Resumable": "hf_effi.checkpoint.folders",
     "SafeCheckpointer": "hf_effi.checkpoint.safe",
     "average_checkpoints": "hf_effi.checkpoint.average",
+    "convert_checkpoint": "hf_effi.checkpoint.convert",
     "find_resumable": "hf_effi.checkpoint.folders",
     "list_checkpoints": "hf_effi.checkpoint.folders",
     "repair_run_dir": "hf_effi.checkpoint.folders",
@@ -23,6 +24,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .average import average_checkpoints as average_checkpoints
+    from .convert import convert_checkpoint as convert_checkpoint
     from .folders import Resumable as Resumable
     from .folders import find_resumable as find_resumable
     from .folders import list_checkpoints as list_checkpoints

@@ -19,15 +19,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .._files import sync
 from ._locks import take
 from .folders import ASIDE, REPLACED, rotate
 from .manifest import Digest, files_in, write_manifest
 from .ranks import LOCK, join, report, reports_of
-from .sharded import StagedShards
 from .staging import StagedFile
+
+if TYPE_CHECKING:  # whoever saves no shards imports nothing of them
+    from .sharded import StagedShards
 
 Phase = Literal["write", "sync", "seal", "replace", "rename", "clean", "rotate"]
 
@@ -106,13 +108,11 @@ class Commit:
         """
         try:
             self.at("write")
-            parts = {
-                file.path.name: file.write() if isinstance(file, StagedShards) else _written(file)
-                for file in self.writes
-            }
+            told = {file.path.name: file.write() for file in self.writes}
+            parts = {name: part for name, part in told.items() if part is not None}
             self.sync_files()
             if not self.leader:
-                report(self.aside, self.rank, {name: part for name, part in parts.items() if part is not None})
+                report(self.aside, self.rank, parts)
                 return self.release()
             self._bring_together(parts)
             self._seal()
@@ -125,10 +125,8 @@ class Commit:
     def _bring_together(self, parts: dict[str, Any]) -> None:
         others = reports_of(self.aside, self.others, self.patience)
         for file in self.writes:
-            if isinstance(file, StagedShards):
-                name = file.path.name
-                file.finish([parts[name], *(told[name] for told in others)])
-                sync(file.path)
+            if (own := parts.get(file.path.name)) is not None:
+                file.finish([own, *(told[file.path.name] for told in others)])
 
     def release(self) -> None:
         """Give the lock back, or this process's part in it."""
@@ -190,7 +188,3 @@ class Commit:
         shutil.rmtree(self.aside, ignore_errors=True)
         self.at("rotate")
         rotate(self.run_dir, self.limit, (self.best, self.final))
-
-
-def _written(file: StagedFile) -> None:
-    file.write()

@@ -116,8 +116,8 @@ class Copies:
         changed = sum(source._version != version for _, source, version in queued)
         if changed:
             raise RefusedError(
-                f"{changed} of {len(queued)} tensors were changed between a save and the optimizer's next update, while "
-                "they were being copied. Copy them at once: lazy=False."
+                f"{changed} of {len(queued)} tensors were changed between a save and the optimizer's next update, "
+                "while they were being copied. Copy them at once: lazy=False."
             )
 
     def _run(self) -> None:

@@ -50,9 +50,7 @@ def groups_of_a_trainer(model: torch.nn.Module) -> list[list[str]]:
         if isinstance(module, torch.nn.LayerNorm)
         for name, _ in module.named_parameters()
     }
-    plain = {
-        name for name in names if name in layer_norms or any(re.search(part, name.lower()) for part in _NO_DECAY)
-    }
+    plain = {name for name in names if name in layer_norms or any(re.search(part, name.lower()) for part in _NO_DECAY)}
     return [[name for name in names if name not in plain], [name for name in names if name in plain]]
 
 
@@ -67,8 +65,8 @@ def find_names(
     Return the names of the parameters of each group of a stored optimizer.
 
     In this order: names that a safe checkpoint has stored; names that the optimizer itself has; the groups that a
-    Trainer makes for the model, with one group in the order of the model where there is one. The last are shown to fit:
-    the numbers of parameters in each group, and of each parameter a state of its shape.
+    Trainer makes for the model, or, where there is one group, the parameters in the order of the model. The last two
+    are shown to fit: the number of parameters in each group, and of each parameter a state of its shape.
 
     Args:
         state (`dict`): `state_dict()` of the optimizer.
@@ -102,8 +100,8 @@ def find_names(
     if wrong is not None:
         raise RefusedError(
             f"The state of the optimizer does not fit {source}: {wrong}. Frozen parameters, an optimizer with groups "
-            "of its own or a changed model do that. Resume once with a SafeCheckpointer, which stores the names, save, "
-            "and convert that checkpoint."
+            "of its own or a changed model do that. Resume once with a SafeCheckpointer, which stores the names, "
+            "save, and convert that checkpoint."
         )
     return found
 

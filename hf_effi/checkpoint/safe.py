@@ -147,8 +147,8 @@ class SafeCheckpointer:
         Raises:
             TypeError: `trainer` is no Trainer.
             ValueError: this one is attached already.
-            RefusedError: another one saves for it already; or, in another mode than `"sync"`, DeepSpeed, FSDP1, or FSDP
-                with `save_on_each_node=True`.
+            RefusedError: another one saves for it already; or, in another mode than `"sync"`, DeepSpeed, FSDP1, or
+                FSDP with `save_on_each_node=True`.
         """
         if not isinstance(trainer, Trainer):
             raise TypeError(f"attach() takes a transformers.Trainer or a subclass, not {type(trainer).__name__}.")
@@ -344,7 +344,8 @@ class SafeCheckpointer:
         trainer = self.trainer
         if not self.lazy or not trainer.is_in_train:
             return None
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's
+        optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's
+        assert trainer.model is not None
         return changed_by_the_optimizer_only(trainer.model, optimizer)
 
     def _submit(self, copies: Copies, commit: Commit | None) -> None:
@@ -416,7 +417,8 @@ class SafeCheckpointer:
         trainer = self.trainer
         args, state = trainer.args, trainer.state
         facts = layout_of(trainer, trainer.callback_handler.train_dataloader)
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and trainer.optimizer is not None:
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if not sharded and trainer.model is not None and trainer.optimizer is not None:
             facts |= {OPTIMIZER_NAMES: names_of_optimizer(trainer.model, trainer.optimizer)}
         best = state.best_global_step
         return Commit(

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
+from .._files import sync
 from .copies import Copies
 from .staging import Buffers, _NotCopyable, collect, copied
 
@@ -70,6 +71,7 @@ class StagedShards:
             raise ValueError("finish() is for the first process, which has the metadata.")
         results = [[_result(entry) for entry in part] for part in parts]
         FileSystemWriter(self.path).finish(dataclasses.replace(self.metadata), results)
+        sync(self.path)
 
 
 def _entry(result: WriteResult) -> dict[str, Any]:
@@ -170,7 +172,9 @@ class Plans:
 
     def _together(self, local: SavePlan, writer: FileSystemWriter, planner: SavePlanner) -> _Made:
         self.planned += 1
-        plans, answer, metadata = self._agree(local), None, None
+        plans = self._agree(local)
+        answer: tuple[list[SavePlan] | None, str | None] = (None, None)
+        metadata: Metadata | None = None
         if self._rank == 0:
             try:
                 whole, metadata = planner.create_global_plan(plans)
@@ -178,6 +182,6 @@ class Plans:
             except Exception as error:  # the others have to know
                 answer = (None, f"{type(error).__name__}: {error}")
         finals, problem = self._agree(answer)[0]
-        if problem is not None:
+        if finals is None:
             raise RuntimeError(f"{writer.path} could not be planned: {problem}")
         return _Made(local, planner.finish_plan(finals[self._rank]), metadata)

@@ -39,8 +39,11 @@ class StagedFile:
     metadata: dict[str, str] | None = None
 
     def write(self) -> None:
-        """Write the file."""
+        """Write the file. There is nothing to tell to another process."""
         write_file(self.path, self.kind, self.content, self.metadata)
+
+    def finish(self, parts: list[Any]) -> None:
+        """Nothing is left to do once others have written."""
 
 
 def write_file(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None) -> None:

@@ -6,6 +6,7 @@ directory at the end, JSON that ends. Milliseconds for any size.
 from __future__ import annotations
 
 import json
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def _broken(folder: Path) -> Iterator[str]:
             yield f"{path.name} {wrong}"
         elif path.name.endswith(".index.json"):
             yield from _missing_shards(path)
+    yield from _broken_shards(folder)
     state = folder / TRAINER_STATE_NAME  # written last
     if not state.is_file():
         yield f"{TRAINER_STATE_NAME} is missing"
@@ -86,6 +88,45 @@ def _missing_halves(folder: Path) -> Iterator[str]:
     }
     if any(found.values()):
         yield from (f"{name} is missing" for name, there in found.items() if not there)
+
+
+def sharded_states(folder: Path) -> list[Path]:
+    """Return the folders of a checkpoint in which FSDP keeps weights and optimizer, each process its shards."""
+    found = [*folder.glob("pytorch_model_fsdp_*"), *folder.glob("optimizer_*")]
+    return sorted(path for path in found if path.is_dir())
+
+
+def _broken_shards(folder: Path) -> Iterator[str]:
+    states = sharded_states(folder)
+    if states and not any(path.name.startswith("pytorch_model_fsdp_") for path in states):
+        yield "pytorch_model_fsdp_0 is missing"
+    for state in states:
+        metadata = state / ".metadata"
+        if not metadata.is_file():  # written last
+            yield f"{state.name}/.metadata is missing, as where not every process had written its shards"
+            continue
+        if (names := _shards_of(metadata)) is None:
+            yield f"{state.name}/.metadata ends early or is damaged"
+            continue
+        for name in names:
+            path = state / name
+            if not path.is_file():
+                yield f"{state.name}/{name} is missing, which its .metadata names"
+            elif path.stat().st_size and (wrong := _wrong_archive(path)) is not None:
+                yield f"{state.name}/{name} {wrong}"
+
+
+def _shards_of(metadata: Path) -> list[str] | None:
+    """Return the files that a `.metadata` names; `None` for one that is damaged. Nothing in it is run."""
+    names = set()
+    try:
+        with metadata.open("rb") as file:
+            for _, value, _ in pickletools.genops(file):
+                if isinstance(value, str) and value.endswith(".distcp") and Path(value).name == value:
+                    names.add(value)
+    except ValueError:
+        return None
+    return sorted(names)
 
 
 def _wrong_json(path: Path) -> str | None:

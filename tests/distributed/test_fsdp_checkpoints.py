@@ -1,0 +1,224 @@
+"""
+Safe checkpoints of FSDP2 on two gloo processes, each of which writes its shards in the background; and conversions.
+
+One launch trains in every mode, another one is killed inside a save; the tests look at what they left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_effi.checkpoint import convert_checkpoint, find_resumable, list_checkpoints, verify_checkpoint
+from hf_effi.checkpoint.dcp_files import read_sharded
+from hf_effi.checkpoint.manifest import read_manifest
+from tests.helpers import assert_bitwise_equal, run_distributed
+from tests.helpers.distributed import ChildFailure, Children, reference_to
+
+#: name -> mode, lazy, kind of state
+RUNS = {
+    "stock": (None, False, "SHARDED_STATE_DICT"),
+    "eager": ("process", False, "SHARDED_STATE_DICT"),
+    "lazy": ("thread", True, "SHARDED_STATE_DICT"),
+    "whole": ("thread", True, "FULL_STATE_DICT"),
+}
+STEPS = 6
+
+
+def trained(
+    folder: str,
+    mode: str | None = "thread",
+    lazy: bool = False,
+    kind: str | None = "SHARDED_STATE_DICT",
+    rows: int = 2,
+    resume: str | None = None,
+    phase: str | None = None,
+    **over: Any,
+) -> dict[str, Any]:
+    """Train in fp64 with a save at each second update; `kind=None` is a plain process."""
+    from accelerate.state import AcceleratorState
+    from torch.distributed.tensor import DTensor
+    from transformers import Trainer
+
+    from hf_effi.checkpoint import SafeCheckpointer, safe
+    from tests.helpers import lm_dataset, push_args, tiny_qwen3
+    from tests.helpers.cpu_engines import engine_arguments
+
+    AcceleratorState._reset_state()
+    safe._SMALL = 0
+    chosen: dict[str, Any] = {}
+    if kind is not None:
+        chosen = engine_arguments("fsdp2")
+        chosen["fsdp_config"]["state_dict_type"] = kind
+    settings = {"max_steps": STEPS, "save_steps": 2, "per_device_train_batch_size": rows, "weight_decay": 0.1}
+    args = push_args(Path(folder), **{**settings, **chosen, **over})
+    trainer = Trainer(tiny_qwen3(tie_word_embeddings=True).double(), args, train_dataset=lm_dataset(40))
+    checkpointer = None
+    if mode is not None:
+        checkpointer = SafeCheckpointer(mode, lazy=lazy)  # type: ignore[arg-type]
+
+        def at(now: str) -> None:
+            if now == phase and args.process_index == 1 and trainer.state.global_step >= 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpointer.at = at  # type: ignore[method-assign]
+        checkpointer.attach(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    state = trainer.model.state_dict()
+    whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()}
+    return {
+        "weights": {name: tensor.detach().clone() for name, tensor in whole.items()},
+        "planned": checkpointer and checkpointer._plans and checkpointer._plans.planned,
+    }
+
+
+def on_engine(calls: dict[str, dict[str, Any]], world: int | None = None) -> dict[str, Any]:
+    from tests.helpers.cpu_engines import run_on_cpu
+
+    if world == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in launcher.items()}
+    run_on_cpu("fsdp2")
+    return {name: trained(**call) for name, call in calls.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every run that the tests look at, by name: what it returned on each rank, and its folder as `path`."""
+    root = tmp_path_factory.mktemp("fsdp")
+    found: dict[str, Any] = {"path": root}
+    plain = {"kind": None, "rows": 4, "save_total_limit": 10}
+    found["single"] = trained(str(root / "single"), **plain)
+    convert_checkpoint(root / "single" / "checkpoint-2", root / "there" / "checkpoint-2", to="fsdp2")
+    calls = {
+        name: {"folder": str(root / name), "mode": mode, "lazy": lazy, "kind": kind}
+        for name, (mode, lazy, kind) in RUNS.items()
+    }
+    for name in ("lazy", "whole"):  # by a stock Trainer
+        resumed = {"resume": str(root / name / "checkpoint-4"), "mode": None, "lazy": False, "save_strategy": "no"}
+        calls[f"resumed {name}"] = {**calls[name], **resumed}
+    calls["there"] = {"folder": str(root / "there"), "resume": str(root / "there" / "checkpoint-2")}
+    found |= {name: [] for name in calls}
+    for rank in run_distributed(on_engine, 2, calls):
+        for name, outcome in rank.items():
+            found[name].append(outcome)
+    convert_checkpoint(root / "there" / "checkpoint-4", root / "back" / "checkpoint-4", to="single")
+    found["back"] = trained(str(root / "back"), None, resume=str(root / "back" / "checkpoint-4"), **plain)
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.distcp")}
+
+
+@pytest.mark.parametrize("name", ["eager", "lazy"])
+def test_shards_are_those_of_stock_to_the_byte(runs: dict[str, Any], name: str) -> None:
+    for step in (2, 4, 6):
+        ours, stock = (runs["path"] / run / f"checkpoint-{step}" for run in (name, "stock"))
+        assert files_of(ours) == files_of(stock) and len(files_of(ours)) == 4
+        report = verify_checkpoint(ours)
+        assert report.whole and report.sealed
+        for state in ("pytorch_model_fsdp_0", "optimizer_0"):
+            assert str(read_sharded(ours / state)) == str(read_sharded(stock / state))
+        assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= set(read_manifest(ours)["files"])
+    assert runs[name][0]["planned"] == 2, "once for the weights and once for the optimizer, not at each save"
+    assert [path.name for path in sorted((runs["path"] / name).iterdir()) if path.name.startswith(".")] == []
+    for rank in (0, 1):
+        assert_bitwise_equal(runs[name][rank]["weights"], runs["stock"][rank]["weights"])
+
+
+@pytest.mark.parametrize("name", ["lazy", "whole"])
+def test_a_stock_trainer_goes_on_from_it_to_the_bit(runs: dict[str, Any], name: str) -> None:
+    folder = runs["path"] / name / "checkpoint-4"
+    kind = {"lazy": "optimizer_0/.metadata", "whole": "optimizer.bin"}[name]
+    assert kind in read_manifest(folder)["files"] and verify_checkpoint(folder).whole
+    assert_bitwise_equal(runs[f"resumed {name}"][0]["weights"], runs["stock"][0]["weights"])
+
+
+def test_on_another_number_of_processes(runs: dict[str, Any], tmp_path: Path) -> None:
+    resume = str(runs["path"] / "lazy" / "checkpoint-4")
+    call = {"folder": str(tmp_path), "resume": resume, "mode": "thread", "rows": 4, "save_strategy": "no"}
+    (found,) = run_distributed(on_engine, 1, {"one": call}, 1)
+    for name, weight in runs["stock"][0]["weights"].items():
+        torch.testing.assert_close(found["one"]["weights"][name], weight, rtol=0, atol=1e-9)
+
+
+def test_one_process_to_two_of_fsdp2_and_back(runs: dict[str, Any]) -> None:
+    whole = runs["single"]["weights"]
+    for name, weight in runs["back"]["weights"].items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-9)
+    assert runs["back"]["weights"].keys() == whole.keys()
+    assert runs["there"][0]["planned"] == 2
+    for layout in ("there/checkpoint-2", "back/checkpoint-4"):
+        report = verify_checkpoint(runs["path"] / layout)
+        assert report.whole and report.sealed
+
+
+def test_what_is_converted_and_converted_back_is_what_it_was(runs: dict[str, Any], tmp_path: Path) -> None:
+    first = runs["path"] / "single" / "checkpoint-2"
+    back = convert_checkpoint(runs["path"] / "there" / "checkpoint-2", tmp_path / "checkpoint-2", to="single")
+    optimizers = [torch.load(folder / "optimizer.pt") for folder in (first, back)]
+    assert str(optimizers[0]["param_groups"]) == str(optimizers[1]["param_groups"])
+    assert list(optimizers[0]["state"]) == list(optimizers[1]["state"]) != []
+    for number, values in optimizers[0]["state"].items():
+        for key, value in values.items():
+            assert torch.equal(value, optimizers[1]["state"][number][key]), (number, key)
+    weights = load_file(back / "model.safetensors")
+    for name, weight in load_file(first / "model.safetensors").items():
+        assert torch.equal(weight, weights[name])
+    for name in ("scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"):
+        assert (back / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_a_killed_process_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    module, name, file = reference_to(on_engine)
+    call = {"folder": str(tmp_path), "mode": "thread", "phase": "write", "max_steps": 4}
+    job = {"module": module, "name": name, "file": file, "args": ({"run": call},), "kwargs": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        children = Children(job, 2, Path(directory))
+        try:
+            with pytest.raises(ChildFailure, match="exit codes"):
+                children.wait(240)
+        finally:
+            children.kill()
+    assert find_resumable(tmp_path).path == tmp_path / "checkpoint-2"
+    assert all(report.whole for report in list_checkpoints(tmp_path, "content"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("optimizer_0/.metadata", "optimizer_0/.metadata is missing, as where not every process"),
+        ("optimizer_0/__1_0.distcp", "optimizer_0/__1_0.distcp is missing, which its .metadata names"),
+        ("pytorch_model_fsdp_0", "pytorch_model_fsdp_0 is missing"),
+        ("cut optimizer_0/.metadata", "optimizer_0/.metadata ends early or is damaged"),
+        ("cut pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp ends early or is damaged"),
+    ],
+)
+def test_what_is_missing_of_a_checkpoint_without_a_manifest(
+    runs: dict[str, Any], tmp_path: Path, harm: str, message: str
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(runs["path"] / "stock" / "checkpoint-2", folder)
+    assert verify_checkpoint(folder).problem is None
+    path = folder / harm.removeprefix("cut ")
+    if harm.startswith("cut"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    assert message in (verify_checkpoint(folder, "size").problem or "")
+    assert find_resumable(tmp_path).path is None
