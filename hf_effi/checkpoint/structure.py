@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .._files import CHECKPOINT_PREFIXES
 
@@ -105,28 +106,49 @@ def _broken_shards(folder: Path) -> Iterator[str]:
         if not metadata.is_file():  # written last
             yield f"{state.name}/.metadata is missing, as where not every process had written its shards"
             continue
-        if (names := _shards_of(metadata)) is None:
+        if (ends := _ends_of_shards(metadata)) is None:
             yield f"{state.name}/.metadata ends early or is damaged"
             continue
-        for name in names:
+        for name, end in sorted(ends.items()):
             path = state / name
             if not path.is_file():
                 yield f"{state.name}/{name} is missing, which its .metadata names"
-            elif path.stat().st_size and (wrong := _wrong_archive(path)) is not None:
-                yield f"{state.name}/{name} {wrong}"
+            elif (size := path.stat().st_size) < end:
+                yield f"{state.name}/{name} ends early ({size} bytes where its .metadata says {end})"
 
 
-def _shards_of(metadata: Path) -> list[str] | None:
-    """Return the files that a `.metadata` names; `None` for one that is damaged. Nothing in it is run."""
-    names = set()
+def _ends_of_shards(metadata: Path) -> dict[str, int] | None:
+    """
+    Return the files that a `.metadata` names, and how long each has to be; `None` for one that is damaged.
+
+    It is a pickle, whose steps are only read: nothing in it is run. Each tensor has `relative_path`, `offset` and
+    `length`, one after the other.
+    """
+    ends: dict[str, int] = {}
+    memo: dict[int, Any] = {}
+    found: dict[str, Any] = {}
+    last: Any = None
+    wanted: str | None = None
     try:
         with metadata.open("rb") as file:
-            for _, value, _ in pickletools.genops(file):
-                if isinstance(value, str) and value.endswith(".distcp") and Path(value).name == value:
-                    names.add(value)
+            for step, value, _ in pickletools.genops(file):
+                if step.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+                    memo[len(memo) if value is None else value] = last
+                    continue
+                last = memo.get(int(value or 0)) if step.name in ("BINGET", "LONG_BINGET") else value
+                if last in ("relative_path", "offset", "length"):
+                    wanted = str(last)
+                elif wanted is not None:
+                    found[wanted] = last
+                    name, start, length = (found.get(key) for key in ("relative_path", "offset", "length"))
+                    if wanted == "length" and type(start) is int and type(length) is int and isinstance(name, str):
+                        if Path(name).name == name:
+                            ends[name] = max(ends.get(name, 0), start + length)
+                        found.clear()
+                    wanted = None
     except ValueError:
         return None
-    return sorted(names)
+    return ends
 
 
 def _wrong_json(path: Path) -> str | None:

@@ -18,8 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_effi.checkpoint import convert_checkpoint, find_resumable, list_checkpoints, verify_checkpoint
-from hf_effi.checkpoint.dcp_files import read_sharded
+from hf_effi.checkpoint import convert_checkpoint, dcp_files, find_resumable, list_checkpoints, verify_checkpoint
 from hf_effi.checkpoint.manifest import read_manifest
 from tests.helpers import assert_bitwise_equal, run_distributed
 from tests.helpers.distributed import ChildFailure, Children, reference_to
@@ -31,7 +30,7 @@ RUNS = {
     "lazy": ("thread", True, "SHARDED_STATE_DICT"),
     "whole": ("thread", True, "FULL_STATE_DICT"),
 }
-STEPS = 6
+STEPS = 4
 
 
 def trained(
@@ -50,6 +49,7 @@ def trained(
     from transformers import Trainer
 
     from hf_effi.checkpoint import SafeCheckpointer, safe
+    from hf_effi.checkpoint.copies import Copies
     from tests.helpers import lm_dataset, push_args, tiny_qwen3
     from tests.helpers.cpu_engines import engine_arguments
 
@@ -60,6 +60,7 @@ def trained(
         chosen = engine_arguments("fsdp2")
         chosen["fsdp_config"]["state_dict_type"] = kind
     settings = {"max_steps": STEPS, "save_steps": 2, "per_device_train_batch_size": rows, "weight_decay": 0.1}
+    settings["lr_scheduler_type"] = "constant"
     args = push_args(Path(folder), **{**settings, **chosen, **over})
     trainer = Trainer(tiny_qwen3(tie_word_embeddings=True).double(), args, train_dataset=lm_dataset(40))
     checkpointer = None
@@ -72,11 +73,18 @@ def trained(
 
         checkpointer.at = at  # type: ignore[method-assign]
         checkpointer.attach(trainer)
-    trainer.train(resume_from_checkpoint=resume)
+    waiting: list[int] = []
+    real = Copies.begin
+    Copies.begin = lambda copies: (waiting.append(copies.nbytes), real(copies))[1]  # type: ignore[assignment]
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        Copies.begin = real  # type: ignore[method-assign]
     state = trainer.model.state_dict()
     whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()}
     return {
         "weights": {name: tensor.detach().clone() for name, tensor in whole.items()},
+        "waiting": waiting,
         "planned": checkpointer and checkpointer._plans and checkpointer._plans.planned,
     }
 
@@ -99,7 +107,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every run that the tests look at, by name: what it returned on each rank, and its folder as `path`."""
     root = tmp_path_factory.mktemp("fsdp")
     found: dict[str, Any] = {"path": root}
-    plain = {"kind": None, "rows": 4, "save_total_limit": 10}
+    plain = {"kind": None, "rows": 4, "save_total_limit": 10, "max_steps": 6}
     found["single"] = trained(str(root / "single"), **plain)
     convert_checkpoint(root / "single" / "checkpoint-2", root / "there" / "checkpoint-2", to="fsdp2")
     calls = {
@@ -107,7 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for name, (mode, lazy, kind) in RUNS.items()
     }
     for name in ("lazy", "whole"):  # by a stock Trainer
-        resumed = {"resume": str(root / name / "checkpoint-4"), "mode": None, "lazy": False, "save_strategy": "no"}
+        resumed = {"resume": str(root / name / "checkpoint-2"), "mode": None, "lazy": False, "save_strategy": "no"}
         calls[f"resumed {name}"] = {**calls[name], **resumed}
     calls["there"] = {"folder": str(root / "there"), "resume": str(root / "there" / "checkpoint-2")}
     found |= {name: [] for name in calls}
@@ -125,30 +133,42 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["eager", "lazy"])
 def test_shards_are_those_of_stock_to_the_byte(runs: dict[str, Any], name: str) -> None:
-    for step in (2, 4, 6):
+    for step in (2, 4):
         ours, stock = (runs["path"] / run / f"checkpoint-{step}" for run in (name, "stock"))
         assert files_of(ours) == files_of(stock) and len(files_of(ours)) == 4
         report = verify_checkpoint(ours)
         assert report.whole and report.sealed
-        for state in ("pytorch_model_fsdp_0", "optimizer_0"):
-            assert str(read_sharded(ours / state)) == str(read_sharded(stock / state))
         assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= set(read_manifest(ours)["files"])
+    for state in ("pytorch_model_fsdp_0", "optimizer_0"):
+        metadata = [dcp_files._Reader(folder / state).read_metadata() for folder in (ours, stock)]
+        assert metadata[0].state_dict_metadata == metadata[1].state_dict_metadata != {}
+        assert metadata[0].storage_data == metadata[1].storage_data != {}
     assert runs[name][0]["planned"] == 2, "once for the weights and once for the optimizer, not at each save"
     assert [path.name for path in sorted((runs["path"] / name).iterdir()) if path.name.startswith(".")] == []
     for rank in (0, 1):
         assert_bitwise_equal(runs[name][rank]["weights"], runs["stock"][rank]["weights"])
 
 
+def test_shards_wait_for_the_thread_that_copies_and_gathered_states_do_not(runs: dict[str, Any]) -> None:
+    # Weights and two states of Adam in fp64, and `step` of each parameter; the tied weight once.
+    weights = {name: tensor for name, tensor in runs["stock"][0]["weights"].items() if name != "lm_head.weight"}
+    total = sum(3 * tensor.nbytes + 4 for tensor in weights.values())
+    for save in (0, 1):
+        # Both processes have the `step`s, and one of them writes each.
+        assert sum(rank["waiting"][save] for rank in runs["lazy"]) == total
+        assert [rank["waiting"][save] for rank in (*runs["eager"], *runs["whole"])] == [0] * 4
+
+
 @pytest.mark.parametrize("name", ["lazy", "whole"])
 def test_a_stock_trainer_goes_on_from_it_to_the_bit(runs: dict[str, Any], name: str) -> None:
-    folder = runs["path"] / name / "checkpoint-4"
+    folder = runs["path"] / name / "checkpoint-2"
     kind = {"lazy": "optimizer_0/.metadata", "whole": "optimizer.bin"}[name]
     assert kind in read_manifest(folder)["files"] and verify_checkpoint(folder).whole
     assert_bitwise_equal(runs[f"resumed {name}"][0]["weights"], runs["stock"][0]["weights"])
 
 
 def test_on_another_number_of_processes(runs: dict[str, Any], tmp_path: Path) -> None:
-    resume = str(runs["path"] / "lazy" / "checkpoint-4")
+    resume = str(runs["path"] / "lazy" / "checkpoint-2")
     call = {"folder": str(tmp_path), "resume": resume, "mode": "thread", "rows": 4, "save_strategy": "no"}
     (found,) = run_distributed(on_engine, 1, {"one": call}, 1)
     for name, weight in runs["stock"][0]["weights"].items():
@@ -204,7 +224,7 @@ def test_a_killed_process_leaves_the_checkpoint_before(tmp_path: Path) -> None:
         ("optimizer_0/__1_0.distcp", "optimizer_0/__1_0.distcp is missing, which its .metadata names"),
         ("pytorch_model_fsdp_0", "pytorch_model_fsdp_0 is missing"),
         ("cut optimizer_0/.metadata", "optimizer_0/.metadata ends early or is damaged"),
-        ("cut pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp ends early or is damaged"),
+        ("cut pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp ends early ("),
     ],
 )
 def test_what_is_missing_of_a_checkpoint_without_a_manifest(
