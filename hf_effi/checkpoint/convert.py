@@ -234,14 +234,13 @@ def _under_all_names(weights: dict[str, torch.Tensor], model: torch.nn.Module | 
     if model is None:
         return weights
     groups: dict[int, list[str]] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        groups.setdefault(id(tensor), []).append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
     found = dict(weights)
     for names in groups.values():
         there = [name for name in names if name in weights]
         found |= {name: weights[there[0]] for name in names if there and name not in weights}
-    return {name: found[name] for name in (*state, *found) if name in found}
+    return {name: found[name] for name in (*model.state_dict(), *found) if name in found}
 
 
 # ---- FSDP2 ----

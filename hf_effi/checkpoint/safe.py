@@ -345,8 +345,8 @@ class SafeCheckpointer:
         if not self.lazy or not trainer.is_in_train:
             return None
         optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's
-        assert trainer.model is not None
-        return changed_by_the_optimizer_only(trainer.model, optimizer)
+        model: Any = trainer.model
+        return changed_by_the_optimizer_only(model, optimizer)
 
     def _submit(self, copies: Copies, commit: Commit | None) -> None:
         copies.wait()

@@ -137,7 +137,7 @@ class Plans:
             [`StagedShards`], or `None` on all processes where one has no room or cannot copy what it has.
 
         Raises:
-            RuntimeError: on all processes, where the plan of one failed.
+            OSError: on all processes, where the plan of one failed.
         """
         writer, name = FileSystemWriter(folder), folder.name
         local, nbytes, problem, copyable = SavePlan([]), 0, None, True
@@ -157,7 +157,7 @@ class Plans:
         told = self._agree((problem, copyable, host, nbytes, made is not None and made.local == local))
         for rank, (text, *_) in enumerate(told):
             if text is not None:
-                raise RuntimeError(f"process {rank} could not plan {name}: {text}")
+                raise OSError(f"process {rank} could not plan {name}: {text}")
         here = sum(size for _, _, where, size, _ in told if where == host)
         has_room = fits(name, here)
         if not all(row[1] for row in told) or not all(self._agree(has_room)):
@@ -183,5 +183,5 @@ class Plans:
                 answer = (None, f"{type(error).__name__}: {error}")
         finals, problem = self._agree(answer)[0]
         if finals is None:
-            raise RuntimeError(f"{writer.path} could not be planned: {problem}")
+            raise OSError(f"{writer.path} could not be planned: {problem}")
         return _Made(local, planner.finish_plan(finals[self._rank]), metadata)

@@ -16,7 +16,6 @@ WRITERS = {"write_text", "write_bytes", "save_file", "save_pretrained", "copytre
 ALLOWED = {
     ("callbacks/weight_averaging.py", "_save"): "into a folder that save_aside renames",
     ("checkpoint/staging.py", "write_file"): "into the folder in progress of a checkpoint, which is renamed",
-    ("checkpoint/convert.py", "write"): "into a folder that save_aside renames",
     ("checkpoint/convert.py", "_write_single"): "into a folder that save_aside renames",
     ("checkpoint/average.py", "_write"): "into a folder that save_aside renames",
     ("schedules/branch.py", "copy"): "into a folder that save_aside renames",

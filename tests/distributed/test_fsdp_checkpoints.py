@@ -169,10 +169,12 @@ def test_a_stock_trainer_goes_on_from_it_to_the_bit(runs: dict[str, Any], name: 
 
 def test_on_another_number_of_processes(runs: dict[str, Any], tmp_path: Path) -> None:
     resume = str(runs["path"] / "lazy" / "checkpoint-2")
-    call = {"folder": str(tmp_path), "resume": resume, "mode": "thread", "rows": 4, "save_strategy": "no"}
+    call = {"folder": str(tmp_path), "resume": resume, "mode": "thread", "rows": 4}
     (found,) = run_distributed(on_engine, 1, {"one": call}, 1)
     for name, weight in runs["stock"][0]["weights"].items():
         torch.testing.assert_close(found["one"]["weights"][name], weight, rtol=0, atol=1e-9)
+    report = verify_checkpoint(tmp_path / "checkpoint-4")
+    assert report.whole and report.sealed and len(files_of(report.path)) == 2, "one process saves as one"
 
 
 def test_one_process_to_two_of_fsdp2_and_back(runs: dict[str, Any]) -> None:
