@@ -150,9 +150,10 @@ def test_shards_are_those_of_stock_to_the_byte(runs: dict[str, Any], name: str) 
 
 
 def test_shards_wait_for_the_thread_that_copies_and_gathered_states_do_not(runs: dict[str, Any]) -> None:
-    # Weights and two states of Adam in fp64, and `step` of each parameter; the tied weight once.
-    weights = {name: tensor for name, tensor in runs["stock"][0]["weights"].items() if name != "lm_head.weight"}
-    total = sum(3 * tensor.nbytes + 4 for tensor in weights.values())
+    # In fp64 the weights under every name, of the tied one under both; two states of Adam, and `step` in fp32, once.
+    weights = runs["stock"][0]["weights"]
+    states = [tensor for name, tensor in weights.items() if name != "lm_head.weight"]
+    total = sum(tensor.nbytes for tensor in weights.values()) + sum(2 * tensor.nbytes + 4 for tensor in states)
     for save in (0, 1):
         # Both processes have the `step`s, and one of them writes each.
         assert sum(rank["waiting"][save] for rank in runs["lazy"]) == total
