@@ -51,22 +51,31 @@ def side_stream(device: torch.device) -> Stream | None:
     return SideStream(device) if device.type == "cuda" else None
 
 
+class Rule(Protocol):
+    """What may be copied later."""
+
+    def may_wait(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor may be copied until the next update."""
+
+    def changes(self, tensor: torch.Tensor) -> int:
+        """Return a number that is another one once the tensor was changed."""
+
+
 class Copies:
     """
     The copies of one save. A tensor that stays as it is until the optimizer's next update may wait for a thread.
 
     Args:
-        may_wait (`Callable[[torch.Tensor], bool]`, *optional*): Whether a tensor may be copied later; without it all
-            are copied at once.
+        rule ([`ChangedByTheOptimizer`], *optional*): What may be copied later; without it all is copied at once.
         stream_of (`Callable[[torch.device], Stream]`, *optional*): Makes the stream of a device.
     """
 
     def __init__(
         self,
-        may_wait: Callable[[torch.Tensor], bool] | None = None,
+        rule: Rule | None = None,
         stream_of: Callable[[torch.device], Stream | None] = side_stream,
     ) -> None:
-        self._may_wait, self._stream_of = may_wait, stream_of
+        self._rule, self._stream_of = rule, stream_of
         #: destination, source, and the number of changes that the source had seen
         self._queued: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._busy: set[torch.device] = set()
@@ -79,8 +88,8 @@ class Copies:
     def add(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copy `source` to `destination`: now, or after [`begin`]."""
         source = source.detach()
-        if self._may_wait is not None and self._may_wait(source):
-            self._queued.append((destination, source, source._version))
+        if self._rule is not None and self._rule.may_wait(source):
+            self._queued.append((destination, source, self._rule.changes(source)))
             self.nbytes += source.nbytes
             return
         destination.copy_(source, non_blocking=source.is_cuda)
@@ -113,7 +122,8 @@ class Copies:
         error, self._error = self._error, None
         if error is not None:
             raise error
-        changed = sum(source._version != version for _, source, version in queued)
+        rule = self._rule
+        changed = 0 if rule is None else sum(rule.changes(source) != before for _, source, before in queued)
         if changed:
             raise RefusedError(
                 f"{changed} of {len(queued)} tensors were changed between a save and the optimizer's next update, "
@@ -134,40 +144,57 @@ class Copies:
             self._error = error
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what a process has of a tensor: its shard of a sharded one."""
-    to_local: Any = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def changed_by_the_optimizer_only(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> Callable[[torch.Tensor], bool]:
+class ChangedByTheOptimizer:
     """
-    Return whether a tensor stays as it is until the optimizer's next update.
+    What of a state stays as it is until the optimizer's next update.
 
     That is so for parameters and for the state of the optimizer. Buffers of the model, such as the running averages of
     batch normalization, change in a forward; everything else, random states for one, is nobody's that is known here.
     The memory of a tensor decides, so that views and detached tensors count as what they belong to.
+
+    Args:
+        model (`torch.nn.Module`): That is trained.
+        optimizer (`torch.optim.Optimizer`): Of it.
     """
-    parameters: list[torch.Tensor] = [local_part(parameter.detach()) for parameter in model.parameters()]
-    states: list[Any] = list(optimizer.state.values())
-    while states:
-        value = states.pop()
-        if isinstance(value, torch.Tensor):
-            parameters.append(local_part(value.detach()))
-        elif isinstance(value, dict):
-            states.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            states.extend(value)
-    still = {_memory(tensor) for tensor in parameters if tensor.layout == torch.strided}
-    still -= {_memory(local_part(buffer)) for buffer in model.buffers() if buffer.layout == torch.strided} | {0}
 
-    def may_wait(tensor: torch.Tensor) -> bool:
-        return tensor.device.type in _KINDS and not tensor.is_inference() and _memory(tensor) in still
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        #: memory -> the tensors that have it
+        self._owners: dict[int, list[torch.Tensor]] = {}
+        states: list[Any] = [*model.parameters(), *optimizer.state.values()]
+        while states:
+            value = states.pop()
+            if isinstance(value, torch.Tensor):
+                if value.layout == torch.strided:
+                    self._owners.setdefault(_memory(value), []).append(value)
+            elif isinstance(value, dict):
+                states.extend(value.values())
+            elif isinstance(value, (list, tuple)):
+                states.extend(value)
+        for buffer in model.buffers():
+            if buffer.layout == torch.strided:
+                self._owners.pop(_memory(buffer), None)
+        self._owners.pop(0, None)  # of what has no elements
 
-    return may_wait
+    def may_wait(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor may be copied until the next update."""
+        return tensor.device.type in _KINDS and not tensor.is_inference() and _memory(tensor) in self._owners
+
+    def changes(self, tensor: torch.Tensor) -> int:
+        """
+        Return how often the owners of a tensor's memory were changed. A sharded one counts changes of the whole and of
+        its shard separately, and neither is seen by what was detached from it.
+        """
+        return sum(owner._version + _local_part(owner)._version for owner in self._owners[_memory(tensor)])
+
+
+def _local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a process has of a tensor: its shard of a sharded one."""
+    to_local: Any = getattr(tensor, "to_local", None)
+    if to_local is None:
+        return tensor
+    with torch.no_grad():
+        return to_local()
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return _local_part(tensor).untyped_storage().data_ptr()

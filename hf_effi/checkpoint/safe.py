@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..errors import RefusedError
 from .capture import deferring, replaced, write_checkpoint
 from .commit import Commit, Phase
-from .copies import Copies, changed_by_the_optimizer_only
+from .copies import ChangedByTheOptimizer, Copies
 from .elastic import check_place_in_data, layout_of, seed_new_process
 from .folders import find_resumable
 from .manifest import Digest
@@ -302,7 +302,7 @@ class SafeCheckpointer:
         trainer, leader = self.trainer, self.trainer.args.should_save
         commit = self._commit(run_dir, self._gathered(uuid.uuid4().hex[:8])[0])
         writes = leader or self._all_write
-        copies = Copies(self._may_wait())
+        copies = Copies(self._rule())
         pushes: list[str] = []
 
         def write() -> None:
@@ -340,13 +340,13 @@ class SafeCheckpointer:
         """Whether each process writes a part in the background."""
         return self.mode != "sync" and self.trainer.is_fsdp_enabled and self.trainer.args.world_size > 1
 
-    def _may_wait(self) -> Callable[[Any], bool] | None:
+    def _rule(self) -> ChangedByTheOptimizer | None:
         trainer = self.trainer
         if not self.lazy or not trainer.is_in_train:
             return None
         optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's
         model: Any = trainer.model
-        return changed_by_the_optimizer_only(model, optimizer)
+        return ChangedByTheOptimizer(model, optimizer)
 
     def _submit(self, copies: Copies, commit: Commit | None) -> None:
         copies.wait()

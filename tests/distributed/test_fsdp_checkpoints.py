@@ -18,7 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_effi.checkpoint import convert_checkpoint, dcp_files, find_resumable, list_checkpoints, verify_checkpoint
+from hf_effi.checkpoint import (
+    convert_checkpoint,
+    dcp_files,
+    find_resumable,
+    list_checkpoints,
+    repair_run_dir,
+    verify_checkpoint,
+)
 from hf_effi.checkpoint.manifest import read_manifest
 from tests.helpers import assert_bitwise_equal, run_distributed
 from tests.helpers.distributed import ChildFailure, Children, reference_to
@@ -26,7 +33,7 @@ from tests.helpers.distributed import ChildFailure, Children, reference_to
 #: name -> mode, lazy, kind of state
 RUNS = {
     "stock": (None, False, "SHARDED_STATE_DICT"),
-    "eager": ("process", False, "SHARDED_STATE_DICT"),
+    "eager": ("thread", False, "SHARDED_STATE_DICT"),
     "lazy": ("thread", True, "SHARDED_STATE_DICT"),
     "whole": ("thread", True, "FULL_STATE_DICT"),
 }
@@ -41,12 +48,13 @@ def trained(
     rows: int = 2,
     resume: str | None = None,
     phase: str | None = None,
+    meddling: bool = False,
     **over: Any,
 ) -> dict[str, Any]:
     """Train in fp64 with a save at each second update; `kind=None` is a plain process."""
     from accelerate.state import AcceleratorState
     from torch.distributed.tensor import DTensor
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
     from hf_effi.checkpoint import SafeCheckpointer, safe
     from hf_effi.checkpoint.copies import Copies
@@ -63,14 +71,32 @@ def trained(
     settings["lr_scheduler_type"] = "constant"
     args = push_args(Path(folder), **{**settings, **chosen, **over})
     trainer = Trainer(tiny_qwen3(tie_word_embeddings=True).double(), args, train_dataset=lm_dataset(40))
+
+    class Meddling(TrainerCallback):
+        """Changes a weight of one process, after the save of update 2 and before the next update."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 2 and args.process_index == 1:
+                with torch.no_grad():
+                    next(model.parameters()).to_local().mul_(2)
+
+    if meddling:
+        trainer.add_callback(Meddling())
     checkpointer = None
     if mode is not None:
-        checkpointer = SafeCheckpointer(mode, lazy=lazy)  # type: ignore[arg-type]
+        on_error: Any = "warn" if meddling else "raise"
+        checkpointer = SafeCheckpointer(mode, lazy=lazy, on_error=on_error)  # type: ignore[arg-type]
 
         def at(now: str) -> None:
             if now == phase and args.process_index == 1 and trainer.state.global_step >= 4:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        def save(*args: Any) -> None:
+            real_save(*args)
+            if phase == "after":  # handed over, and hardly written
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        real_save, checkpointer._save = checkpointer._save, save  # type: ignore[method-assign]
         checkpointer.at = at  # type: ignore[method-assign]
         checkpointer.attach(trainer)
     waiting: list[int] = []
@@ -117,6 +143,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("lazy", "whole"):  # by a stock Trainer
         resumed = {"resume": str(root / name / "checkpoint-2"), "mode": None, "lazy": False, "save_strategy": "no"}
         calls[f"resumed {name}"] = {**calls[name], **resumed}
+    calls["meddled"] = {"folder": str(root / "meddled"), "lazy": True, "meddling": True}
     calls["there"] = {"folder": str(root / "there"), "resume": str(root / "there" / "checkpoint-2")}
     found |= {name: [] for name in calls}
     for rank in run_distributed(on_engine, 2, calls):
@@ -157,7 +184,8 @@ def test_shards_wait_for_the_thread_that_copies_and_gathered_states_do_not(runs:
     for save in (0, 1):
         # Both processes have the `step`s, and one of them writes each.
         assert sum(rank["waiting"][save] for rank in runs["lazy"]) == total
-        assert [rank["waiting"][save] for rank in (*runs["eager"], *runs["whole"])] == [0] * 4
+        gathered = [4 * len(states), 0]  # of a gathered state only `step` is the optimizer's own memory
+        assert [rank["waiting"][save] for rank in (*runs["eager"], *runs["whole"])] == [0, 0, *gathered]
 
 
 @pytest.mark.parametrize("name", ["lazy", "whole"])
@@ -205,10 +233,22 @@ def test_what_is_converted_and_converted_back_is_what_it_was(runs: dict[str, Any
         assert (back / name).read_bytes() == (first / name).read_bytes()
 
 
-def test_a_killed_process_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_copy_that_one_process_cannot_answer_for_fails_on_all(runs: dict[str, Any]) -> None:
+    reports = list_checkpoints(runs["path"] / "meddled", "content")
+    assert [(report.step, report.whole) for report in reports] == [(4, True)]
+    assert [path.name for path in (runs["path"] / "meddled").iterdir()] == ["checkpoint-4"]
+
+
+def killed(folder: Path, **over: Any) -> None:
+    """Train on two processes that are killed, both once one is."""
     module, name, file = reference_to(on_engine)
-    call = {"folder": str(tmp_path), "mode": "thread", "phase": "write", "max_steps": 4}
-    job = {"module": module, "name": name, "file": file, "args": ({"run": call},), "kwargs": {}}
+    job = {
+        "module": module,
+        "name": name,
+        "file": file,
+        "args": ({"run": {"folder": str(folder), **over}},),
+        "kwargs": {},
+    }
     with tempfile.TemporaryDirectory() as directory:
         children = Children(job, 2, Path(directory))
         try:
@@ -216,8 +256,19 @@ def test_a_killed_process_leaves_the_checkpoint_before(tmp_path: Path) -> None:
                 children.wait(240)
         finally:
             children.kill()
+
+
+def test_a_killed_process_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    killed(tmp_path, mode="thread", phase="write")
     assert find_resumable(tmp_path).path == tmp_path / "checkpoint-2"
     assert all(report.whole for report in list_checkpoints(tmp_path, "content"))
+
+
+def test_processes_that_write_outlive_trainers_that_are_killed(runs: dict[str, Any], tmp_path: Path) -> None:
+    killed(tmp_path, mode="process", phase="after")
+    repair_run_dir(tmp_path)  # waits for whoever still writes
+    assert find_resumable(tmp_path).path == tmp_path / "checkpoint-2"
+    assert files_of(tmp_path / "checkpoint-2") == files_of(runs["path"] / "stock" / "checkpoint-2") != {}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from hf_effi.checkpoint import ranks, repair_run_dir
 from hf_effi.checkpoint.commit import Commit
-from hf_effi.checkpoint.copies import Copies, changed_by_the_optimizer_only
+from hf_effi.checkpoint.copies import ChangedByTheOptimizer, Copies
 from hf_effi.errors import RefusedError
 from tests.unit.test_checkpoint_folders import fill
 
@@ -32,9 +32,19 @@ class SlowStream:
             destination.copy_(source)
 
 
+class Everything:
+    """May wait."""
+
+    def may_wait(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def changes(self, tensor: torch.Tensor) -> int:
+        return tensor._version
+
+
 def test_the_wait_is_for_the_stream_and_not_for_its_orders() -> None:
     stream, source, room = SlowStream(), torch.arange(4.0), torch.zeros(4)
-    copies = Copies(lambda tensor: True, lambda device: stream)
+    copies = Copies(Everything(), lambda device: stream)
     copies.add(room, source)
     assert copies.nbytes == 16 and not stream.queued, "nothing before begin()"
     copies.begin()
@@ -57,7 +67,7 @@ def test_without_a_rule_everything_is_copied_at_once() -> None:
 
 def test_a_tensor_that_was_changed_meanwhile_and_a_copy_that_fails() -> None:
     source = torch.nn.Parameter(torch.ones(2))
-    copies = Copies(lambda tensor: True)
+    copies = Copies(Everything())
     copies.add(torch.zeros(2), source)
     copies.begin()
     with torch.no_grad():
@@ -76,7 +86,7 @@ def test_what_only_the_optimizer_changes() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 2)).sum().backward()
     optimizer.step()
-    may_wait = changed_by_the_optimizer_only(model, optimizer)
+    may_wait = ChangedByTheOptimizer(model, optimizer).may_wait
     state = optimizer.state[model[0].weight]
     assert may_wait(model[0].weight) and may_wait(model.state_dict()["0.weight"]) and may_wait(state["exp_avg"])
     assert may_wait(model[0].weight.detach()[1:]), "a view of it"
@@ -84,6 +94,21 @@ def test_what_only_the_optimizer_changes() -> None:
     assert not may_wait(model[0].bias), "a buffer has the same memory"
     assert not may_wait(torch.ones(2)) and not may_wait(model[0].weight.detach().clone())
     assert not may_wait(torch.empty(0))
+
+
+def test_changes_of_what_was_detached_and_of_the_state() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    rule, seen = ChangedByTheOptimizer(model, optimizer), model.weight.detach()[1:]
+    moment = optimizer.state[model.weight]["exp_avg"]
+    before = rule.changes(seen), rule.changes(moment), rule.changes(model.bias)
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert rule.changes(seen) > before[0] and rule.changes(model.bias) == before[2]
+    optimizer.step()
+    assert rule.changes(moment) > before[1] and rule.changes(model.bias) > before[2]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
