@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .._files import save_aside
-from .._untrusted import load_json, one_line
+from .._untrusted import load_json, one_line, shorten
 from ..errors import BrokenFileError, RefusedError
 from .dcp_files import read_sharded, write_sharded
 from .manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
@@ -157,7 +157,10 @@ def _refuse_what_is_no_model(folder: Path) -> None:
 def _read_single(folder: Path, manifest: Mapping[str, Any]) -> State:
     files = [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        files = [folder / name for name in sorted(set(load_json(folder / INDEX)["weight_map"].values()))]
+        names = sorted({str(name) for name in load_json(folder / INDEX)["weight_map"].values()})
+        if outside := [name for name in names if Path(name).name != name]:
+            raise BrokenFileError(f"{folder / INDEX} names {shorten(outside[0])}, which is not in its folder.")
+        files = [folder / name for name in names]
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -170,6 +173,8 @@ def _read_single(folder: Path, manifest: Mapping[str, Any]) -> State:
         stored = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle of something else
         raise BrokenFileError(f"{folder / OPTIMIZER_NAME} cannot be read: {one_line(error)}.") from error
+    if not isinstance(stored, dict) or not isinstance(stored.get("state"), dict) or "param_groups" not in stored:
+        raise BrokenFileError(f"{folder / OPTIMIZER_NAME} is no state of an optimizer of PyTorch.")
     shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
     groups = find_names(stored, shapes, manifest.get(OPTIMIZER_NAMES), model, why)
     numbers = [number for group in stored["param_groups"] for number in group["params"]]

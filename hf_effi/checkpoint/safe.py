@@ -325,6 +325,8 @@ class SafeCheckpointer:
         began = time.monotonic()
         for step in (commit.begin, None), (write, write), (finish, finish if self._all_write else None):
             if (problem := self._together(step[0] if leader else step[1] or _nothing)) is not None:
+                with suppress(Exception):
+                    copies.wait()  # the next save has the same buffers
                 commit.abandon()
                 return self._failed(commit, problem)
         self._run_dir, self._saved_before = run_dir, True

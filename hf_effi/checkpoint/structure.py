@@ -146,7 +146,7 @@ def _ends_of_shards(metadata: Path) -> dict[str, int] | None:
                             ends[name] = max(ends.get(name, 0), start + length)
                         found.clear()
                     wanted = None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return ends
 

@@ -136,6 +136,17 @@ def factored(folder: Path) -> None:
     saved(folder, model, optimizer)
 
 
+def outside(folder: Path) -> None:
+    saved(folder, tiny_qwen3())
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def no_optimizer(folder: Path) -> None:
+    torch.save([1, 2], saved(folder, tiny_qwen3()) / "optimizer.pt")
+
+
 def cut(folder: Path) -> None:
     path = saved(folder, tiny_qwen3()) / "optimizer.pt"
     path.write_bytes(path.read_bytes()[:999])
@@ -150,6 +161,8 @@ def cut(folder: Path) -> None:
         (adapter, RefusedError, "holds an adapter of PEFT"),
         (of_deepspeed, RefusedError, "is of DeepSpeed"),
         (factored, RefusedError, r"has row of the shape \[7\].*FSDP2 cannot shard"),
+        (outside, BrokenFileError, r"names '../model.safetensors', which is not in its folder"),
+        (no_optimizer, BrokenFileError, "optimizer.pt is no state of an optimizer of PyTorch"),
         (cut, BrokenFileError, "is not whole: optimizer.pt ends early"),
     ],
 )
