@@ -45,7 +45,7 @@ class Commit:
         leader (`bool`): Whether this process seals and renames; the others only write files.
         rank (`int`): Of this process, where others write too.
         others (`tuple[int, ...]`): Of the processes that the leader waits for.
-        patience (`float`): How many seconds it waits for them at most.
+        patience (`float`): How many seconds it waits for them while nobody writes a byte.
         digest (`str`): Of the manifest.
         facts (`dict`): For the manifest.
         limit (`int`, *optional*): `save_total_limit`.
@@ -61,7 +61,7 @@ class Commit:
     leader: bool = True
     rank: int = 0
     others: tuple[int, ...] = ()
-    patience: float = 3600.0
+    patience: float = 240.0
     digest: Digest = "crc32"
     facts: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None

@@ -157,10 +157,10 @@ def _refuse_what_is_no_model(folder: Path) -> None:
 def _read_single(folder: Path, manifest: Mapping[str, Any]) -> State:
     files = [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        names = sorted({str(name) for name in load_json(folder / INDEX)["weight_map"].values()})
-        if outside := [name for name in names if Path(name).name != name]:
+        parts = sorted({str(name) for name in load_json(folder / INDEX)["weight_map"].values()})
+        if outside := [name for name in parts if Path(name).name != name]:
             raise BrokenFileError(f"{folder / INDEX} names {shorten(outside[0])}, which is not in its folder.")
-        files = [folder / name for name in names]
+        files = [folder / name for name in parts]
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:

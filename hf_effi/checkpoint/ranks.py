@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,24 @@ def reports_of(aside: Path, ranks: Iterable[int], patience: float) -> list[dict[
     Args:
         aside (`Path`): The folder in progress.
         ranks (`Iterable[int]`): Of the others.
-        patience (`float`): How many seconds to wait at most.
+        patience (`float`): How many seconds to wait while nobody writes a byte.
 
     Raises:
-        OSError: one has failed, has ended before its report, or takes too long.
+        OSError: one has failed, or has ended before its report, which on another machine only its silence shows.
     """
-    end, found = time.monotonic() + patience, []
+    end, size, found = time.monotonic() + patience, -1, []
     for rank in ranks:
         path, pause = aside / f"{_DONE}-{rank}.json", 0.005
         while not path.exists():
             # A process that ends leaves its lock; its report may have come in between.
             if _has_ended(aside / f"{LOCK}-{rank}") and not path.exists():
                 raise OSError(f"process {rank} ended before it had written its part")
-            if time.monotonic() > end:
-                raise TimeoutError(f"process {rank} had not written its part after {patience:.0f} seconds")
+            if (now := time.monotonic()) > end:
+                if (written := _bytes_in(aside)) == size:
+                    raise TimeoutError(
+                        f"process {rank} has not written its part, and nothing for {patience:.0f} seconds"
+                    )
+                end, size = now + patience, written
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
         told = load_json(path)
@@ -75,6 +80,14 @@ def reports_of(aside: Path, ranks: Iterable[int], patience: float) -> list[dict[
             raise OSError(f"process {rank}: {told['problem']}")
         found.append(told["parts"])
     return found
+
+
+def _bytes_in(folder: Path) -> int:
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # renamed since
+            size += path.stat().st_size
+    return size
 
 
 def _has_ended(path: Path) -> bool:

@@ -148,7 +148,7 @@ def test_a_process_that_has_ended_one_that_failed_and_one_that_hangs(tmp_path: P
     with pytest.raises(OSError, match="process 1: ZeroDivisionError: division by zero"):
         leader.finish()
     leader, other = begun(tmp_path, patience=0.05)
-    with pytest.raises(TimeoutError, match="process 1 had not written its part after 0 seconds"):
+    with pytest.raises(TimeoutError, match="process 1 has not written its part, and nothing for 0 seconds"):
         leader.finish()
     other.release()
 
@@ -159,6 +159,27 @@ def test_a_lock_of_another_machine_says_nothing(tmp_path: Path) -> None:
     (leader.aside / f"{ranks.LOCK}-1").write_text("elsewhere")
     with pytest.raises(TimeoutError):
         leader.finish()
+
+
+def test_a_process_that_is_slow_but_writes_is_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
+    class Clock:
+        """A second passes at each look, and between two looks a byte is written."""
+
+        now = 0
+
+        def monotonic(self) -> int:
+            self.now += 1
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            assert seconds <= 0.25
+            (tmp_path / "part").write_bytes(bytes(self.now))
+            if self.now > 20:
+                ranks.report(tmp_path, 1, {"optimizer_0": []})
+
+    monkeypatch.setattr(ranks, "time", Clock())
+    assert ranks.reports_of(tmp_path, [1], patience=2) == [{"optimizer_0": []}]
+    assert ranks.time.now > 20
 
 
 def test_repair_waits_for_every_process_that_writes(tmp_path: Path) -> None:
