@@ -196,6 +196,17 @@ def test_a_stock_trainer_goes_on_from_it_to_the_bit(runs: dict[str, Any], name: 
     assert_bitwise_equal(runs[f"resumed {name}"][0]["weights"], runs["stock"][0]["weights"])
 
 
+def test_lazy_under_ddp_where_one_process_writes(tmp_path: Path) -> None:
+    first, second = run_distributed(trained, 2, str(tmp_path), "thread", True, None)
+    assert min(first["waiting"]) > 0 and second["waiting"] == [0, 0]
+    reports = list_checkpoints(tmp_path, "content")
+    assert [(report.step, report.whole, report.sealed) for report in reports] == [(2, True, True), (4, True, True)]
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert_bitwise_equal(saved, {name: first["weights"][name] for name in saved})
+    names = read_manifest(tmp_path / "checkpoint-4")["optimizer_parameters"]
+    assert {name for group in names for name in group} == set(saved)
+
+
 def test_on_another_number_of_processes(runs: dict[str, Any], tmp_path: Path) -> None:
     resume = str(runs["path"] / "lazy" / "checkpoint-2")
     call = {"folder": str(tmp_path), "resume": resume, "mode": "thread", "rows": 4}
