@@ -47,7 +47,7 @@ MODULES: dict[str, tuple[str, str, str]] = {
     ),
     "checkpoint": (
         "hf_effi.checkpoint.command",
-        "which checkpoints of a run are whole, which are not and why; put a folder in order; how often to save",
+        "which checkpoints of a run are whole, which are not and why; repair a folder, convert one; how often to save",
         "hf-effi checkpoint list out/        hf-effi checkpoint verify out/checkpoint-40 --json",
     ),
     "preview-order": (

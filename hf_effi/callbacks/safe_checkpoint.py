@@ -20,7 +20,7 @@ class SafeCheckpointCallback(OwningCallback):
     `trainer.train(resume_from_checkpoint="auto")` work; added later, from the next training on.
 
     Args:
-        mode, digest, on_error: Of [`SafeCheckpointer`].
+        mode, digest, on_error, lazy: Of [`SafeCheckpointer`].
 
     Raises:
         ValueError: an argument out of range; or, when the Trainer is built, a second one for the same Trainer.
@@ -35,8 +35,10 @@ class SafeCheckpointCallback(OwningCallback):
 
     role = Role("checkpoints", "Two callbacks want to save the checkpoints", "Keep one.")
 
-    def __init__(self, mode: Mode = "sync", *, digest: Digest = "crc32", on_error: OnError = "raise") -> None:
-        self._arguments: dict[str, Any] = {"mode": mode, "digest": digest, "on_error": on_error}
+    def __init__(
+        self, mode: Mode = "sync", *, digest: Digest = "crc32", on_error: OnError = "raise", lazy: bool = False
+    ) -> None:
+        self._arguments: dict[str, Any] = {"mode": mode, "digest": digest, "on_error": on_error, "lazy": lazy}
         self.checkpointer = SafeCheckpointer(**self._arguments)
 
     def on_init_end(

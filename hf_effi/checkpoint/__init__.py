@@ -20,6 +20,7 @@ _PUBLIC = {
     "add_instruction_delta": "hf_effi.checkpoint.merge_delta",
     "average_checkpoints": "hf_effi.checkpoint.average",
     "average_runs": "hf_effi.checkpoint.merge_runs",
+    "convert_checkpoint": "hf_effi.checkpoint.convert",
     "find_resumable": "hf_effi.checkpoint.folders",
     "interpolate": "hf_effi.checkpoint.merge_interpolate",
     "list_checkpoints": "hf_effi.checkpoint.folders",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .average import AveragePlan as AveragePlan
     from .average import average_checkpoints as average_checkpoints
     from .average import plan_average as plan_average
+    from .convert import convert_checkpoint as convert_checkpoint
     from .folders import Resumable as Resumable
     from .folders import find_resumable as find_resumable
     from .folders import list_checkpoints as list_checkpoints

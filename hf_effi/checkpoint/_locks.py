@@ -13,6 +13,11 @@ from .._compat import import_module_or_none
 fcntl = import_module_or_none("fcntl")
 
 
+def are_there() -> bool:
+    """Return whether this system has such locks."""
+    return fcntl is not None
+
+
 def take(path: Path) -> int:
     """
     Lock a file, which is made, and return its descriptor. The lock is held until every copy of the descriptor is

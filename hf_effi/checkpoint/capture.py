@@ -12,6 +12,7 @@ from typing import Any
 import peft.peft_model
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers.modeling_utils
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -52,10 +53,15 @@ def led_aside(trainer: Trainer, aside: Path) -> Iterator[list[str]]:
 
 
 @contextmanager
-def deferring(folder: Path, take: Callable[[Path, Kind, Any, dict[str, str] | None], bool]) -> Iterator[None]:
+def deferring(
+    folder: Path,
+    take: Callable[[Path, Kind, Any, dict[str, str] | None], bool],
+    take_shards: Callable[[Path, dict[str, Any], Any], bool],
+) -> Iterator[None]:
     """
     Offer each state that this thread writes into `folder` to `take`, which returns whether it will write it.
 
+    A sharded one, which all processes write together by `torch.distributed.checkpoint`, is offered to `take_shards`.
     What other threads write, and what goes elsewhere, is written as always.
     """
     thread, folder = threading.get_ident(), folder.resolve()
@@ -75,8 +81,17 @@ def deferring(folder: Path, take: Callable[[Path, Kind, Any, dict[str, str] | No
         if not ours(filename) or not take(Path(filename), "safetensors", tensors, metadata):
             original_save_file(tensors, filename, metadata=metadata)
 
+    def save_shards(state_dict: Any, *, storage_writer: Any = None, planner: Any = None, **kwargs: Any) -> Any:
+        plain = type(storage_writer) is dcp.FileSystemWriter and type(planner) is dcp.DefaultSavePlanner
+        if kwargs or not plain or not ours(path := Path(storage_writer.checkpoint_id) / "file"):
+            return original_save(state_dict, storage_writer=storage_writer, planner=planner, **kwargs)
+        if not take_shards(path.parent, state_dict, planner):
+            return original_save(state_dict, storage_writer=storage_writer, planner=planner)
+
     original_torch_save, original_save_file = torch.save, safetensors.torch.save_file
-    names = [(torch, "save", torch_save), (safetensors.torch, "save_file", save_file)]
+    original_save = dcp.save
+    names: list[tuple[Any, str, Any]] = [(torch, "save", torch_save), (safetensors.torch, "save_file", save_file)]
+    names += [(dcp, "save", save_shards)]
     names += [(module, "safe_save_file", save_file) for module in (transformers.modeling_utils, peft.peft_model)]
     token = later.set(lambda path, state: take(path, "torch", state, None))
     try:

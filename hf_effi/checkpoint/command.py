@@ -1,4 +1,4 @@
-"""`hf-effi checkpoint list | verify | repair | interval`: which checkpoints are whole, and how often to save."""
+"""`hf-effi checkpoint list | verify | repair | convert | interval`: which checkpoints are whole; how often to save."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands and their options."""
-    commands = parser.add_subparsers(dest="action", metavar="{list,verify,repair,interval}", required=True)
+    commands = parser.add_subparsers(dest="action", metavar="{list,verify,repair,convert,interval}", required=True)
     for name, text in _HELP.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         what = "output_dir of a run" + (", or a checkpoint-N in it" if name == "verify" else "")
         command.add_argument("folder", type=Path, help=what)
         command.add_argument("--json", action="store_true", help="print JSON")
+    text = "convert a checkpoint of one process or DDP to one of FSDP2 or back, with the state of the optimizer"
+    command = commands.add_parser("convert", help=text, description=f"C{text[1:]}.")
+    command.add_argument("folder", type=Path, metavar="SRC", help="a checkpoint-N")
+    command.add_argument("target", type=Path, metavar="DST", help="the new checkpoint-N, which does not exist yet")
+    command.add_argument("--to", choices=("single", "fsdp2"), required=True, help="what goes on from it")
+    command.add_argument("--json", action="store_true", help="print JSON")
     text = "how often to save, from what a save costs and how often the job fails (Young, Daly)"
     command = commands.add_parser("interval", help=text, description=f"H{text[1:]}.")
     command.add_argument("stall", type=float, metavar="SECONDS", help="that one save holds up the training")
@@ -46,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
         print(f"There is no folder {str(args.folder)!r}.", file=sys.stderr)
         return 1
+    if args.action == "convert":
+        return _convert(args)
     if args.action == "repair":
         done = repair_run_dir(args.folder)
         print(json.dumps({"done": done}) if args.json else "\n".join(done) or "Nothing to repair.")
@@ -59,6 +67,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(table(reports) if reports else f"No checkpoint in {args.folder}.")
     return int(args.action == "verify" and not all(report.whole for report in reports))
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .convert import convert_checkpoint  # torch is for this one alone
+
+    try:
+        made = convert_checkpoint(args.folder, args.target, to=args.to)
+    except (ValueError, OSError) as error:
+        print(one_line(error, 2000), file=sys.stderr)
+        return 1
+    print(json.dumps({"path": str(made), "layout": args.to}) if args.json else f"{made} is for {args.to}.")
+    return 0
 
 
 def _interval(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ From a folder in progress to a checkpoint: write what is still in memory, force 
 Each moment at which a process can end leaves the older checkpoints as they were:
 
 1. `write`, `sync`: files of the folder in progress. Its name begins with a dot; nobody takes it for a checkpoint.
+   Where each process writes a part, the leader waits for the reports of the others, and writes `.metadata` then.
 2. `seal`: the manifest, written last into the folder in progress.
 3. `replace`: only where a checkpoint of this step exists already, it moves aside. [`repair_run_dir`] knows both.
 4. `rename`: one step of the file system. From here on the new checkpoint is the newest.
@@ -15,15 +16,20 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .._files import sync
 from ._locks import take
-from .folders import ASIDE, LOCK, REPLACED, rotate
+from .folders import ASIDE, REPLACED, rotate
 from .manifest import Digest, files_in, write_manifest
+from .ranks import LOCK, join, report, reports_of
 from .staging import StagedFile
+
+if TYPE_CHECKING:  # whoever saves no shards imports nothing of them
+    from .sharded import StagedShards
 
 Phase = Literal["write", "sync", "seal", "replace", "rename", "clean", "rotate"]
 
@@ -37,11 +43,14 @@ class Commit:
         run_dir (`Path`): Folder of the run.
         step (`int`): The update it holds.
         leader (`bool`): Whether this process seals and renames; the others only write files.
+        rank (`int`): Of this process, where others write too.
+        others (`tuple[int, ...]`): Of the processes that the leader waits for.
+        patience (`float`): How many seconds it waits for them while nobody writes a byte.
         digest (`str`): Of the manifest.
         facts (`dict`): For the manifest.
         limit (`int`, *optional*): `save_total_limit`.
         best (`Path`, *optional*): The best checkpoint, which a rotation leaves.
-        writes (`list[StagedFile]`): What is still in memory.
+        writes (`list`): What is still in memory.
         token (`str`): Tells this folder in progress from those of other starts of the run, whose writers may be alive.
         held (`int`, *optional*): Descriptor of the lock of the folder in progress, from `begin` to the end.
         at (`Callable[[str], None]`): Is told each phase before it begins.
@@ -50,11 +59,14 @@ class Commit:
     run_dir: Path
     step: int
     leader: bool = True
+    rank: int = 0
+    others: tuple[int, ...] = ()
+    patience: float = 240.0
     digest: Digest = "crc32"
     facts: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     best: Path | None = None
-    writes: list[StagedFile] = field(default_factory=list)
+    writes: list[StagedFile | StagedShards] = field(default_factory=list)
     token: str = "0"
     held: int | None = None
     at: Callable[[Phase], None] = lambda phase: None
@@ -80,26 +92,41 @@ class Commit:
         self.made.mkdir(parents=True)
         self.held = take(self.aside / LOCK)
 
+    def join(self) -> None:
+        """Take part in a folder in progress that the leader has begun. A process calls it before it writes."""
+        self.held = join(self.aside, self.rank)
+
     def finish(self) -> None:
         """
-        Write what is in memory, force everything to the disk, seal, rename and rotate. The leader calls it once all
-        other processes have written their files.
+        Write what is in memory and force it to the disk; the leader also seals, renames and rotates, once all other
+        processes have written their files.
 
         Raises:
-            OSError: the disk did not take it. The older checkpoints are as they were, and the folder in progress is
-                gone. What else writing a file raises is passed on, after the same.
+            OSError: the disk did not take it, or another process did not write its part. The older checkpoints are as
+                they were, and the folder in progress is gone. What else writing a file raises is passed on, after the
+                same.
         """
         try:
             self.at("write")
-            for file in self.writes:
-                file.write()
+            told = {file.path.name: file.write() for file in self.writes}
+            parts = {name: part for name, part in told.items() if part is not None}
             self.sync_files()
+            if not self.leader:
+                report(self.aside, self.rank, parts)
+                return self.release()
+            self._bring_together(parts)
             self._seal()
             self._clean()
-        except BaseException:
-            self.abandon()
+        except BaseException as error:
+            self.abandon(error)
             raise
         self.release()
+
+    def _bring_together(self, parts: dict[str, Any]) -> None:
+        others = reports_of(self.aside, self.others, self.patience)
+        for file in self.writes:
+            if (own := parts.get(file.path.name)) is not None:
+                file.finish([own, *(told[file.path.name] for told in others)])
 
     def release(self) -> None:
         """Give the lock back, or this process's part in it."""
@@ -107,10 +134,13 @@ class Commit:
         if held is not None:
             os.close(held)
 
-    def abandon(self) -> None:
-        """Delete the folder in progress."""
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Delete the folder in progress, or, where another process leads, tell it that it waits in vain."""
         if self.leader:
             shutil.rmtree(self.aside, ignore_errors=True)
+        elif error is not None and self.aside.is_dir():
+            with suppress(OSError):
+                report(self.aside, self.rank, {}, f"{type(error).__name__}: {error}")
         self.release()
 
     def sync_files(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ._locks import lock, locked_elsewhere
 from .manifest import CheckpointReport, Level, verify_checkpoint
+from .ranks import LOCK, locks_in
 from .structure import step_of
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 #: How the names of folders in progress begin. With a dot, no reader of `checkpoint-*` sees them, ours or another's.
 ASIDE = ".hf_effi-tmp-"
 TRASH = ".hf_effi-trash-"
-#: the lock of whoever is writing, in a folder in progress
-LOCK = "lock"
 #: where a checkpoint is kept while another one of the same step takes its name
 REPLACED = "replaced"
 
@@ -180,7 +179,7 @@ def repair_run_dir(run_dir: str | Path, wait_seconds: float = 600.0) -> list[str
 @contextmanager
 def _nobody_writes(aside: Path, wait_seconds: float) -> Iterator[None]:
     end, told = time.monotonic() + wait_seconds, False
-    while locked_elsewhere(aside / LOCK):
+    while any(locked_elsewhere(path) for path in locks_in(aside)):
         if time.monotonic() > end:
             raise TimeoutError(
                 f"Somebody has been writing to {aside} for {wait_seconds:.0f} seconds. If it is another run, give "

@@ -7,7 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,10 +19,13 @@ from transformers.utils import logging
 from ..errors import RefusedError
 from .capture import deferring, replaced, write_checkpoint
 from .commit import Commit, Phase
+from .copies import ChangedByTheOptimizer, Copies
 from .elastic import check_place_in_data, layout_of, seed_new_process
 from .folders import find_resumable
 from .manifest import Digest
+from .parameter_order import OPTIMIZER_NAMES, names_of_optimizer
 from .resume import AUTO, resolve_auto
+from .sharded import Plans
 from .staging import Kind, _NotCopyable, nbytes_of, stage
 from .writer import ProcessWriter, ThreadWriter, Writer
 
@@ -36,6 +39,8 @@ _ATTACHED = "_hf_effi_checkpointer"
 _SMALL = 1 << 20
 #: of the bytes that are to be copied; the rest is for whatever else needs memory meanwhile
 _ROOM = 1.2
+#: events between a save and the next update at which nothing of the model or the optimizer changes
+_STILL = {"on_save", "on_step_begin", "on_substep_end", "on_log", "on_prediction_step", "on_push_begin"}
 
 
 class SafeCheckpointer:
@@ -55,7 +60,8 @@ class SafeCheckpointer:
     - A disk that is full, or a folder that cannot be written, ends in an error that names the newest whole checkpoint.
 
     Works with every Trainer, those of TRL included, with PEFT, and with DDP, FSDP and DeepSpeed, whose own files are
-    part of the folder. With several nodes the folder is a shared one, or `save_on_each_node=True`.
+    part of the folder. Under FSDP2 each process copies and writes its own shards. With several nodes the folder is a
+    shared one, or `save_on_each_node=True`.
 
     Args:
         mode (`str`, *optional*, defaults to `"sync"`): `"sync"` returns once the checkpoint is in place. `"thread"`
@@ -68,6 +74,12 @@ class SafeCheckpointer:
             damage; `"sha256"` also what somebody changed on purpose, and takes longer.
         on_error (`str`, *optional*, defaults to `"raise"`): Whether a save that fails ends the run, or (`"warn"`) is
             logged and the run goes on without this checkpoint.
+        lazy (`bool`, *optional*, defaults to `False`): Let parameters and the optimizer's state be copied while the
+            next forward and backward run, by a thread, on a GPU in a stream of its own; the next update of the
+            optimizer waits for the copies. Buffers of the model, which a forward may change, and everything else are
+            copied at once. Where something else than the optimizer changes a tensor that is being copied, the save
+            fails with an error (what is written through `.data` is not seen). With `"thread"` or `"process"`; writing
+            begins with that update.
 
     Raises:
         ValueError: an argument out of range.
@@ -81,19 +93,26 @@ class SafeCheckpointer:
     ```
     """
 
-    def __init__(self, mode: Mode = "sync", *, digest: Digest = "crc32", on_error: OnError = "raise") -> None:
+    def __init__(
+        self, mode: Mode = "sync", *, digest: Digest = "crc32", on_error: OnError = "raise", lazy: bool = False
+    ) -> None:
         for name, value, kind in (("mode", mode, Mode), ("digest", digest, Digest), ("on_error", on_error, OnError)):
             if value not in get_args(kind):
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(kind)))}.")
         if mode == "process" and not hasattr(os, "memfd_create"):
             raise RefusedError('mode="process" needs the anonymous shared memory of Linux. Use mode="thread".')
-        self.mode, self.digest, self.on_error = mode, digest, on_error
+        if lazy and mode == "sync":
+            raise ValueError('lazy=True copies in the background, and mode="sync" writes at once. Use mode="thread".')
+        self.mode, self.digest, self.on_error, self.lazy = mode, digest, on_error, lazy
         #: seconds that each save held up the training
         self.stalls: list[float] = []
         #: seconds that each checkpoint took until it had its name
         self.writes: list[float] = []
         self._writer: Writer | None = None
         self._in_flight: Commit | None = None
+        #: what is still being copied; the same on every process whether there is something
+        self._copies: Copies | None = None
+        self._plans: Plans | None = None
         self._when_written: list[Callable[[], None]] = []
         self._trainer: Trainer | None = None
         self._undo = ExitStack()
@@ -128,7 +147,8 @@ class SafeCheckpointer:
         Raises:
             TypeError: `trainer` is no Trainer.
             ValueError: this one is attached already.
-            RefusedError: another one saves for it already; or FSDP or DeepSpeed, in another mode than `"sync"`.
+            RefusedError: another one saves for it already; or, in another mode than `"sync"`, DeepSpeed, FSDP1, or
+                FSDP with `save_on_each_node=True`.
         """
         if not isinstance(trainer, Trainer):
             raise TypeError(f"attach() takes a transformers.Trainer or a subclass, not {type(trainer).__name__}.")
@@ -136,12 +156,8 @@ class SafeCheckpointer:
             raise ValueError("This SafeCheckpointer is attached to a Trainer already. Make another one.")
         if getattr(trainer, _ATTACHED, None) is not None:
             raise RefusedError("Another SafeCheckpointer saves for this Trainer already. Keep one.")
-        if self.mode != "sync" and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-            engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
-            raise RefusedError(
-                f"mode={self.mode!r} does not write in the background under {engine}, whose own code writes the "
-                'sharded state. Use mode="sync": its checkpoints are as whole.'
-            )
+        if self.mode != "sync":
+            _check_engine(trainer, self.mode)
         self._trainer = trainer
         seams: dict[str, Any] = {
             _ATTACHED: self,
@@ -153,6 +169,9 @@ class SafeCheckpointer:
         }
         for name, value in seams.items():
             self._undo.enter_context(replaced(trainer, name, value))
+        if self.lazy:
+            events = trainer.callback_handler
+            self._undo.enter_context(replaced(events, "call_event", self._call_event_of(events.call_event)))
         return self
 
     def detach(self) -> None:
@@ -170,6 +189,7 @@ class SafeCheckpointer:
         Raises:
             OSError: it could not be saved.
         """
+        self.wait_copied()
         commit, self._in_flight = self._in_flight, None
         if self.mode == "sync" or not self._saved_before:
             return
@@ -177,6 +197,8 @@ class SafeCheckpointer:
         writer = self._writer if commit is not None else None
         if (problem := self._together(_nothing if writer is None else writer.wait)) is not None:
             self._when_written.clear()
+            if commit is not None:
+                commit.abandon()  # what others wrote after the leader had given up
             return self._failed(commit or self._commit(self._run_dir, ""), problem)
         if writer is not None:
             self.writes.append(writer.seconds)
@@ -188,6 +210,33 @@ class SafeCheckpointer:
                 run()
         finally:
             control.should_save = saving
+
+    def wait_copied(self) -> None:
+        """
+        Wait until everything that was saved is copied, and let it be written. Every process calls it, or none.
+
+        With `lazy=True` it is called before the optimizer's next update; whoever else changes weights or the
+        optimizer's state calls it first.
+
+        Raises:
+            OSError: a copy failed, or something was changed meanwhile.
+        """
+        copies, self._copies = self._copies, None
+        if copies is None:
+            return
+        commit = self._in_flight
+        if (problem := self._together(lambda: self._submit(copies, commit))) is not None:
+            self._in_flight, self._saved_before = None, False
+            self._when_written.clear()
+            commit = commit or self._commit(self._run_dir, "")
+            if self._cause is not None and not commit.leader:
+                commit.abandon(self._cause)  # the leader may be waiting for it already
+            if self._writer is not None:
+                with suppress(Exception):
+                    self._writer.wait()
+            self._gathered(None)  # from here on nobody writes
+            commit.abandon()
+            self._failed(commit, problem)
 
     def when_written(self, run: Callable[[], None]) -> None:
         """Call `run` once the newest checkpoint has its name: now, or when training next waits for the writer."""
@@ -232,6 +281,14 @@ class SafeCheckpointer:
 
         return safe_load_rng_state
 
+    def _call_event_of(self, call_event: Callable[..., Any]) -> Callable[..., Any]:
+        def safe_call_event(event: str, *args: Any, **kwargs: Any) -> Any:
+            if event not in _STILL:
+                self.wait_copied()
+            return call_event(event, *args, **kwargs)
+
+        return safe_call_event
+
     def _save_of(self, save: Callable[..., None]) -> Callable[..., None]:
         def safe_save_checkpoint(model: Any, trial: Any) -> None:
             began = time.monotonic()
@@ -243,36 +300,62 @@ class SafeCheckpointer:
     def _save(self, save: Callable[[], None], run_dir: Path) -> None:
         self.wait()
         trainer, leader = self.trainer, self.trainer.args.should_save
-        token = uuid.uuid4().hex[:8]
-        commit = self._commit(run_dir, gather_object([token])[0] if trainer.args.world_size > 1 else token)
+        commit = self._commit(run_dir, self._gathered(uuid.uuid4().hex[:8])[0])
+        writes = leader or self._all_write
+        copies = Copies(self._rule())
         pushes: list[str] = []
 
         def write() -> None:
-            with self._deferring(commit) if leader and self.mode != "sync" else nullcontext():
+            if not leader and self._all_write:
+                commit.join()
+            with self._deferring(commit, copies) if writes and self.mode != "sync" else nullcontext():
                 pushes.extend(write_checkpoint(trainer, save, commit.aside, commit.made, commit.final, leader))
-            if not leader:
+            copies.begin()
+            if not writes:
                 commit.sync_files()  # each machine forces what it wrote itself
 
         def finish() -> None:
             if self.mode == "sync":
                 commit.finish()
                 self.writes.append(time.monotonic() - began)
-            else:
-                self._writer_of_mode().submit(commit)
+            elif not later:
+                self._submit(copies, commit)
 
+        later = self.lazy and trainer.is_in_train
         began = time.monotonic()
-        for step in (commit.begin, None), (write, write), (finish, None):
+        for step in (commit.begin, None), (write, write), (finish, finish if self._all_write else None):
             if (problem := self._together(step[0] if leader else step[1] or _nothing)) is not None:
+                with suppress(Exception):
+                    copies.wait()  # the next save has the same buffers
                 commit.abandon()
                 return self._failed(commit, problem)
         self._run_dir, self._saved_before = run_dir, True
-        self._in_flight = commit if self.mode != "sync" else None
+        self._in_flight = commit if self.mode != "sync" and writes else None
+        self._copies = copies if later else None
         for _ in pushes:
             self.when_written(lambda: trainer._push_from_checkpoint(str(commit.final)))
         if not trainer.is_in_train:
             self.wait()
 
-    def _deferring(self, commit: Commit) -> AbstractContextManager[None]:
+    @property
+    def _all_write(self) -> bool:
+        """Whether each process writes a part in the background."""
+        return self.mode != "sync" and self.trainer.is_fsdp_enabled and self.trainer.args.world_size > 1
+
+    def _rule(self) -> ChangedByTheOptimizer | None:
+        trainer = self.trainer
+        if not self.lazy or not trainer.is_in_train:
+            return None
+        optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's
+        model: Any = trainer.model
+        return ChangedByTheOptimizer(model, optimizer)
+
+    def _submit(self, copies: Copies, commit: Commit | None) -> None:
+        copies.wait()
+        if commit is not None:
+            self._writer_of_mode().submit(commit)
+
+    def _deferring(self, commit: Commit, copies: Copies) -> AbstractContextManager[None]:
         buffers = self._writer_of_mode().buffers
 
         def take(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None) -> bool:
@@ -280,12 +363,24 @@ class SafeCheckpointer:
                 nbytes = nbytes_of(content)
                 if nbytes < _SMALL or not self._has_room(path.name, nbytes):
                     return False
-                commit.writes.append(stage(path, kind, content, metadata, buffers))
+                commit.writes.append(stage(path, kind, content, metadata, buffers, copies))
             except _NotCopyable:
                 return False
             return True
 
-        return deferring(commit.made, take)
+        def take_shards(folder: Path, state: dict[str, Any], planner: Any) -> bool:
+            if self._plans is None:
+                self._plans = Plans(self._gathered, self.trainer.args.process_index)
+            staged = self._plans.stage(state, folder, planner, self._has_room, buffers, copies)
+            if staged is not None:
+                commit.writes.append(staged)
+            return staged is not None
+
+        return deferring(commit.made, take, take_shards)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """Return a value of each process, by rank."""
+        return gather_object([value]) if self.trainer.args.world_size > 1 else [value]
 
     def _writer_of_mode(self) -> Writer:
         if self._writer is None:
@@ -307,6 +402,14 @@ class SafeCheckpointer:
 
     def _close(self) -> None:
         """Give threads, processes and memory back, once what they write is in place."""
+        copies, self._copies = self._copies, None
+        if copies is not None:  # training has ended in an error, which is the one to tell
+            try:
+                self._submit(copies, self._in_flight)
+            except Exception as error:
+                logger.error(f"The newest checkpoint could not be saved ({type(error).__name__}: {error}).")
+                if self._in_flight is not None:
+                    self._in_flight.abandon(error)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -316,11 +419,16 @@ class SafeCheckpointer:
         trainer = self.trainer
         args, state = trainer.args, trainer.state
         facts = layout_of(trainer, trainer.callback_handler.train_dataloader)
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if not sharded and trainer.model is not None and trainer.optimizer is not None:
+            facts |= {OPTIMIZER_NAMES: names_of_optimizer(trainer.model, trainer.optimizer)}
         best = state.best_global_step
         return Commit(
             run_dir,
             state.global_step,
             leader=args.should_save,
+            rank=args.process_index,
+            others=tuple(range(1, args.world_size)) if self._all_write else (),
             digest=self.digest,
             facts=facts,
             token=token,
@@ -342,7 +450,7 @@ class SafeCheckpointer:
             cause = error
             problem = f"{type(error).__name__}: {error}"
         if self.trainer.args.world_size > 1:
-            told = gather_object([problem])
+            told = self._gathered(problem)
             problem = next((f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None), None)
         self._cause = cause
         return problem
@@ -358,6 +466,24 @@ class SafeCheckpointer:
         if self.on_error == "raise":
             raise OSError(text) from self._cause
         logger.error(f"{text} The run goes on without it.")
+
+
+def _check_engine(trainer: Trainer, mode: str) -> None:
+    """Refuse the background where an engine writes the state by code of its own."""
+    if trainer.is_deepspeed_enabled:
+        engine = "DeepSpeed, whose own code writes the sharded state"
+    elif not trainer.is_fsdp_enabled:
+        return
+    elif trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        engine = 'FSDP1, whose states are not those of FSDP2 (fsdp_config={"version": 2})'
+    elif trainer.args.save_on_each_node:
+        engine = "FSDP with save_on_each_node=True, where no node has all shards (use a shared output_dir)"
+    else:
+        return
+    raise RefusedError(
+        f'mode={mode!r} does not write in the background under {engine}. Use mode="sync": its checkpoints are as '
+        "whole."
+    )
 
 
 def _nothing() -> None:

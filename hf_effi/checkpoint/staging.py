@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from .copies import Copies
+
 Kind = Literal["torch", "safetensors"]
 
 
@@ -37,8 +39,11 @@ class StagedFile:
     metadata: dict[str, str] | None = None
 
     def write(self) -> None:
-        """Write the file."""
+        """Write the file. There is nothing to tell to another process."""
         write_file(self.path, self.kind, self.content, self.metadata)
+
+    def finish(self, parts: list[Any]) -> None:
+        """Nothing is left to do once others have written."""
 
 
 def write_file(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None) -> None:
@@ -57,8 +62,8 @@ class Buffers(Protocol):
     def begin(self, name: str, nbytes: int) -> None:
         """Make room for all copies of one file."""
 
-    def copy_of(self, name: str, key: Hashable, tensor: torch.Tensor) -> Any:
-        """Copy a tensor, and return what stands for the copy in the content of the file."""
+    def room_for(self, name: str, key: Hashable, tensor: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return what stands for the copy of a tensor in the content of the file, and where it is to be copied to."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -73,13 +78,13 @@ class HostBuffers:
     def begin(self, name: str, nbytes: int) -> None:
         """Nothing to do: each tensor has a buffer of its own."""
 
-    def copy_of(self, name: str, key: Hashable, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the copy, in the buffer of the last save where that fits."""
+    def room_for(self, name: str, key: Hashable, tensor: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return the buffer of the last save where that fits."""
         buffer = self._held.get((name, key))
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._held[name, key] = buffer
-        return buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        return buffer, buffer
 
     def close(self) -> None:
         """Give the memory back."""
@@ -129,12 +134,11 @@ class SharedBuffers:
         os.ftruncate(number, max(nbytes, mmap.PAGESIZE))
         self._held[name] = (number, mmap.mmap(number, max(nbytes, mmap.PAGESIZE)))
 
-    def copy_of(self, name: str, key: Hashable, tensor: torch.Tensor) -> Place:
-        """Copy a tensor to the next free place, and return the place."""
+    def room_for(self, name: str, key: Hashable, tensor: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return the next free place."""
         place = Place(self._next[name], tuple(tensor.shape), tensor.dtype)
-        place.tensor(self._held[name][1]).copy_(tensor.detach())
         self._next[name] += aligned(tensor.nbytes)
-        return place
+        return place, place.tensor(self._held[name][1])
 
     def descriptor(self, name: str) -> int:
         """Return the file descriptor of a file's memory."""
@@ -159,27 +163,47 @@ class _NotCopyable(Exception):
     """Something in a state cannot be copied here, so that its file is written at once."""
 
 
-def stage(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None, buffers: Buffers) -> StagedFile:
+def stage(
+    path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None, buffers: Buffers, copies: Copies
+) -> StagedFile:
     """
     Copy a state, so that it can be written later, whatever the run does to it meanwhile.
 
     Raises:
         _NotCopyable: it holds tensors of a subclass, such as sharded ones, or objects that cannot be copied.
     """
+    return StagedFile(path, kind, copied(path.name, content, buffers, copies), metadata)
+
+
+def copied(name: str, content: Any, buffers: Buffers, copies: Copies) -> Any:
+    """
+    Return a state with every tensor replaced by its copy, which is whole once `copies` is.
+
+    Args:
+        name (`str`): Of the file.
+        content: Nested dicts, lists and tuples.
+        buffers (`Buffers`): Where the copies live.
+        copies (`Copies`): Makes them.
+
+    Raises:
+        _NotCopyable: as in [`stage`]. Nothing has been copied then.
+    """
     tensors: list[torch.Tensor] = []
     collect(content, tensors)
-    buffers.begin(path.name, sum(aligned(tensor.nbytes) for tensor in tensors))
-    copies: dict[int, Any] = {}
+    buffers.begin(name, sum(aligned(tensor.nbytes) for tensor in tensors))
+    found: dict[int, Any] = {}
+    rooms: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def of(tensor: torch.Tensor, key: Hashable) -> Any:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = buffers.copy_of(path.name, key, tensor)
-        return copies[id(tensor)]
+        if id(tensor) not in found:
+            found[id(tensor)], room = buffers.room_for(name, key, tensor)
+            rooms.append((room, tensor))
+        return found[id(tensor)]
 
-    staged = StagedFile(path, kind, mapped(content, of), metadata)
-    if any(tensor.is_cuda for tensor in tensors):
-        torch.cuda.current_stream().synchronize()
-    return staged
+    replaced = mapped(content, of)
+    for room, tensor in rooms:
+        copies.add(room, tensor)
+    return replaced
 
 
 def collect(content: Any, found: list[torch.Tensor], seen: set[int] | None = None) -> None:

@@ -6,10 +6,12 @@ directory at the end, JSON that ends. Milliseconds for any size.
 from __future__ import annotations
 
 import json
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .._files import CHECKPOINT_PREFIXES
 
@@ -50,6 +52,7 @@ def _broken(folder: Path) -> Iterator[str]:
             yield f"{path.name} {wrong}"
         elif path.name.endswith(".index.json"):
             yield from _missing_shards(path)
+    yield from _broken_shards(folder)
     state = folder / TRAINER_STATE_NAME  # written last
     if not state.is_file():
         yield f"{TRAINER_STATE_NAME} is missing"
@@ -86,6 +89,66 @@ def _missing_halves(folder: Path) -> Iterator[str]:
     }
     if any(found.values()):
         yield from (f"{name} is missing" for name, there in found.items() if not there)
+
+
+def sharded_states(folder: Path) -> list[Path]:
+    """Return the folders of a checkpoint in which FSDP keeps weights and optimizer, each process its shards."""
+    found = [*folder.glob("pytorch_model_fsdp_*"), *folder.glob("optimizer_*")]
+    return sorted(path for path in found if path.is_dir())
+
+
+def _broken_shards(folder: Path) -> Iterator[str]:
+    states = sharded_states(folder)
+    if states and not any(path.name.startswith("pytorch_model_fsdp_") for path in states):
+        yield "pytorch_model_fsdp_0 is missing"
+    for state in states:
+        metadata = state / ".metadata"
+        if not metadata.is_file():  # written last
+            yield f"{state.name}/.metadata is missing, as where not every process had written its shards"
+            continue
+        if (ends := _ends_of_shards(metadata)) is None:
+            yield f"{state.name}/.metadata ends early or is damaged"
+            continue
+        for name, end in sorted(ends.items()):
+            path = state / name
+            if not path.is_file():
+                yield f"{state.name}/{name} is missing, which its .metadata names"
+            elif (size := path.stat().st_size) < end:
+                yield f"{state.name}/{name} ends early ({size} bytes where its .metadata says {end})"
+
+
+def _ends_of_shards(metadata: Path) -> dict[str, int] | None:
+    """
+    Return the files that a `.metadata` names, and how long each has to be; `None` for one that is damaged.
+
+    It is a pickle, whose steps are only read: nothing in it is run. Each tensor has `relative_path`, `offset` and
+    `length`, one after the other.
+    """
+    ends: dict[str, int] = {}
+    memo: dict[int, Any] = {}
+    found: dict[str, Any] = {}
+    last: Any = None
+    wanted: str | None = None
+    try:
+        with metadata.open("rb") as file:
+            for step, value, _ in pickletools.genops(file):
+                if step.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+                    memo[len(memo) if value is None else value] = last
+                    continue
+                last = memo.get(int(value or 0)) if step.name in ("BINGET", "LONG_BINGET") else value
+                if last in ("relative_path", "offset", "length"):
+                    wanted = str(last)
+                elif wanted is not None:
+                    found[wanted] = last
+                    name, start, length = (found.get(key) for key in ("relative_path", "offset", "length"))
+                    if wanted == "length" and type(start) is int and type(length) is int and isinstance(name, str):
+                        if Path(name).name == name:
+                            ends[name] = max(ends.get(name, 0), start + length)
+                        found.clear()
+                    wanted = None
+    except (ValueError, OverflowError):
+        return None
+    return ends
 
 
 def _wrong_json(path: Path) -> str | None:

@@ -20,7 +20,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, NoReturn, Protocol
 
 from .commit import Commit
-from .staging import Buffers, HostBuffers, Place, SharedBuffers, StagedFile
+from .staging import Buffers, HostBuffers, Place, SharedBuffers
 
 
 class Writer(Protocol):
@@ -221,8 +221,7 @@ def serve(pipe: Connection[Any, Any], at: Any = None) -> None:
         began, error = time.monotonic(), None
         commit = Commit(**content, held=recv_handle(pipe), **({} if at is None else {"at": at}))
         commit.writes = [
-            StagedFile(file.path, file.kind, _tensors(file.content, memory[file.path.name]), file.metadata)
-            for file in commit.writes
+            dataclasses.replace(file, content=_tensors(file.content, memory[file.path.name])) for file in commit.writes
         ]
         try:
             commit.finish()

@@ -179,6 +179,18 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     "accelerate.utils:gather": "tensor",
     "accelerate.utils:send_to_device": "tensor device non_blocking skip_keys",
     "accelerate.utils:gather_object": "object",
+    # What `lazy=True` waits at, and the folders of FSDP2.
+    "transformers.trainer_callback:CallbackHandler.call_event": "self event args state control **kwargs",
+    "torch.distributed.checkpoint:save": "state_dict checkpoint_id storage_writer planner process_group no_dist"
+    " use_collectives",
+    "torch.distributed.checkpoint:SavePlanner.set_up_planner": "self state_dict storage_meta is_coordinator",
+    "torch.distributed.checkpoint:SavePlanner.create_global_plan": "self all_plans",
+    "torch.distributed.checkpoint:SavePlanner.finish_plan": "self new_plan",
+    "torch.distributed.checkpoint:SavePlanner.resolve_data": "self write_item",
+    "torch.distributed.checkpoint:FileSystemWriter.write_data": "self plan planner",
+    "torch.distributed.checkpoint:FileSystemWriter.finish": "self metadata results",
+    "torch.distributed.checkpoint:FileSystemWriter.prepare_local_plan": "self plan",
+    "torch.distributed.checkpoint:FileSystemWriter.prepare_global_plan": "self plans",
     "accelerate.utils:reduce": "tensor reduction scale",
     "accelerate.utils:broadcast_object_list": "object_list from_process",
     "accelerate.data_loader:skip_first_batches": "dataloader num_batches",
@@ -357,6 +369,8 @@ HELPERS_CALLED = {
     # What a crash-safe checkpoint copies, to write it later.
     "transformers.modeling_utils:PreTrainedModel.save_pretrained": "safe_save_file",
     "peft.peft_model:PeftModel.save_pretrained": "safe_save_file",
+    "accelerate.utils:save_fsdp_model": "DefaultSavePlanner",
+    "accelerate.utils:save_fsdp_optimizer": "DefaultSavePlanner",
     f"{GRPO}.get_train_dataloader": "repeat_iterable_dataset",
     f"{GRPO}._generate_and_score_completions": "use_adapter disable_gradient_checkpointing gather_object",
 }

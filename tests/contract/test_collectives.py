@@ -25,8 +25,8 @@ PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", 
 PLACES = {
     ("callbacks/adaptive_lr.py", "on_substep_end"): "at two micro-batches of an update, which the config fixes",
     ("checkpoint/resume.py", "_gather"): "once, then once for each step that every node has, until one is whole",
-    ("checkpoint/safe.py", "_save"): "once for each save",
-    ("checkpoint/safe.py", "_together"): "three times for each save, and once where a written one is waited for",
+    ("checkpoint/safe.py", "_gathered"): "at fixed places of each save, and once where a copied one and a written one "
+    "is waited for; on the training thread",
     ("callbacks/layer_modes.py", "_largest_of_ranks"): "when training begins",
     ("callbacks/_lr_search.py", "mean_over_ranks"): "at updates that the plan of the search fixes",
     ("callbacks/_lr_search.py", "same_on_ranks"): "at updates that the plan of the search fixes",

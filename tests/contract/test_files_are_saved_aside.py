@@ -18,6 +18,7 @@ ALLOWED = {
     ("callbacks/weight_averaging.py", "_in_a_nameless_file"): "in place of memory, and gone with the process",
     ("checkpoint/staging.py", "write_file"): "into the folder in progress of a checkpoint, which is renamed",
     ("checkpoint/merge_files.py", "write"): "into a folder that save_aside renames",
+    ("checkpoint/convert.py", "_write_single"): "into a folder that save_aside renames",
     ("schedules/branch.py", "copy"): "into a folder that save_aside renames",
     ("hub/_worker.py", "<module>"): "the answer of a process, to its standard output",
     ("demo/policy.py", "fine_tune"): "sealed by sft_settings.json, which is written last",

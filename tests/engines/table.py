@@ -203,6 +203,19 @@ SETTINGS = (
         "tests/engines/test_four_ranks.py::test_four_ranks_train_as_one",
     ),
     Setting(
+        '`SafeCheckpointer` with `"thread"`, `"process"` and `lazy=True` under FSDP2',
+        RUNS,
+        "Shards of stock to the byte, written by each process in the background; stock resumes from them to the bit, "
+        '1 process within 1e-9; what a killed process leaves is the checkpoint before. DeepSpeed: `"sync"`.',
+        "tests/distributed/test_fsdp_checkpoints.py::test_shards_are_those_of_stock_to_the_byte",
+    ),
+    Setting(
+        "`hf-effi checkpoint convert`: 1 process, then 2 of FSDP2, then 1",
+        RUNS,
+        "The weights of one process that was never interrupted, within 1e-9 in fp64.",
+        "tests/distributed/test_fsdp_checkpoints.py::test_one_process_to_two_of_fsdp2_and_back",
+    ),
+    Setting(
         "`use_transformers_continuous_batching=True` (GRPO)",
         RUNS,
         "Off is stock to the bit, exact savings have its weights, filter and pruning refill. On a CPU set "

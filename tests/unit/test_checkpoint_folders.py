@@ -188,7 +188,7 @@ def test_an_end_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, p
             raise Ended
 
     made = commit(tmp_path, step, value=0.5, at=at, limit=1)
-    monkeypatch.setattr(Commit, "abandon", lambda self: None)
+    monkeypatch.setattr(Commit, "abandon", lambda self, error=None: None)
     with pytest.raises(Ended):
         made.finish()
     made.release()  # as the system does for a process that ends
