@@ -69,9 +69,11 @@ def measured_reasons(
     if affected := open_ones("trim", "pack", "share"):
         text = "the model's positions depend on the length of a call, which trimming changes"
         ask(length_dependent_positions(model, longest), affected, text)
-    for name, text in (("pack", "rows that share a sequence meet"), ("share", "rows that share a prompt differ")):
-        if affected := open_ones(name):
-            ask(in_one_row(model, share=name == "share"), affected, text)
+    if affected := open_ones("share"):
+        ask(in_one_row(model, share=True), affected, "rows that share a prompt in one sequence differ")
+    # Rows that shared a prompt stood end to end as well.
+    if (affected := open_ones("pack")) and "share" not in open_ones("share"):
+        ask(in_one_row(model, share=False), affected, "rows that stand end to end in one sequence differ")
     return reasons
 
 
