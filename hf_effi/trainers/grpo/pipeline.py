@@ -342,7 +342,9 @@ class RolloutPipeline:
         accelerator = self._host.accelerator
         owners = [generation.owner(row, accelerator.num_processes) for row in rows]
         costs = everything.loss_tokens[rows].tolist()
-        mine = share_out(self._join(generation.mine), owners, costs, accelerator, self._join).trimmed()
+        mine, moved = share_out(self._join(generation.mine), owners, costs, accelerator, self._join)
+        self._accounting.counts[metrics.ROWS_MOVED] += moved
+        mine = mine.trimmed()
         mine.batch["num_items_in_batch"] = accelerator.gather(mine.loss_tokens.sum()).sum()
         return mine
 

@@ -193,7 +193,7 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
     # Made when it is first asked for: other code builds trainers without `__init__` and calls single methods.
     @functools.cached_property
     def _accounting(self) -> StepAccounting:
-        return StepAccounting()
+        return StepAccounting(getattr(getattr(self, "accelerator", None), "device", None))
 
     @functools.cached_property
     def _rollouts(self) -> RolloutPipeline:
