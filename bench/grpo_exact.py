@@ -1,21 +1,24 @@
 """What the exact savings are worth: training-phase time and forwarded tokens against stock `GRPOTrainer`.
 
-    python -m bench.grpo_exact [--seeds 3] [--repeats 5]
+    python -m bench.grpo_exact [--seeds 3] [--repeats 1]
 
-Rollouts are served with log-normal lengths (sigma 0.6) by a `rollout_func`, so generation costs nothing and both
-trainers see the same rows; 40 % of the groups have equal rewards. The arms alternate in one process, on one thread;
-the figure is the ratio of median CPU seconds of the training phase (everything of a step but generation and rewards).
-The gradient error compares one SGD step with stock for each of TRL's eight losses.
+Rollouts are served with log-normal lengths (sigma 0.6) by a `rollout_func`, so generation costs nothing and all arms
+see the same rows, with short prompts, prompts as long as completions, and four times as long, where none or 40 % of
+the groups have equal rewards. The arms alternate in one process, on one thread; the figure is the ratio of median CPU
+seconds of the training phase (everything of a step but generation and rewards). The gradient error compares one SGD
+step with stock for each of TRL's eight losses.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,27 +27,43 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
+from bench._counters import LiveBytes
 from bench._progress import with_line
 from bench._schema import headline, write_result
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
 from hf_effi.demo.task import build_tokenizer
 
-GROUP, ROWS, DEAD_SHARE = 8, 64, 0.4
+GROUP, ROWS = 8, 64
+#: tokens of a prompt, from and to; a completion has 57 in the mean
+PROMPTS = {"short": (8, 24), "as long as completions": (50, 64), "four times as long": (200, 256)}
+#: share of the groups whose rewards are equal
+DEAD = (0.0, 0.4)
+#: how many times stock's train phase the whole ladder has to be faster, by prompts and share of dead groups
+GOALS = {
+    ("as long as completions", 0.0): 3.5,
+    ("four times as long", 0.0): 4.5,
+    ("as long as completions", 0.4): 6.0,
+    ("four times as long", 0.4): 7.5,
+}
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 ARMS: dict[str, str | None] = {
     "stock": None,
     "trim": "trim",
     "trim + sort": "trim,sort",
     "trim + sort + skip": "trim,sort,skip",
+    "pack + sort + skip": "sort,skip,pack",
+    "all (auto)": "auto",
 }
 
 
 class ServedRollouts:
     """A `rollout_func` that serves completions of ragged length, a pure function of seed and call number."""
 
-    def __init__(self, seed: int, vocabulary: int, longest: int):
-        self.seed, self.vocabulary, self.longest, self.calls = seed, vocabulary, longest, 0
+    def __init__(self, seed: int, vocabulary: int, longest: int, prompts: tuple[int, int]):
+        self.seed, self.vocabulary, self.longest, self.prompts, self.calls = seed, vocabulary, longest, prompts, 0
         self.real_tokens: list[int] = []
+        #: the same with a prompt once for each group
+        self.shared_tokens: list[int] = []
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         rng = random.Random(self.seed * 1009 + self.calls)
@@ -52,26 +71,34 @@ class ServedRollouts:
         rows: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
         for index in range(len(prompts)):
             if index % GROUP == 0:
-                prompt = [rng.randrange(2, self.vocabulary) for _ in range(rng.randint(8, 24))]
+                prompt = [rng.randrange(2, self.vocabulary) for _ in range(rng.randint(*self.prompts))]
             length = min(self.longest, max(2, round(rng.lognormvariate(math.log(48), 0.6))))
             completion = [rng.randrange(2, self.vocabulary) for _ in range(length)]
             rows["prompt_ids"].append(prompt)
             rows["completion_ids"].append(completion)
             rows["logprobs"].append([0.0] * length)
-        self.real_tokens.append(sum(map(len, rows["prompt_ids"])) + sum(map(len, rows["completion_ids"])))
+        completions = sum(map(len, rows["completion_ids"]))
+        self.real_tokens.append(sum(map(len, rows["prompt_ids"])) + completions)
+        self.shared_tokens.append(sum(map(len, rows["prompt_ids"][::GROUP])) + completions)
         return rows
 
 
-def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """0 or 1 by content; every group whose first token says so is dead."""
-    values = [float(sum(ids) % 2) for ids in completion_ids]
-    for start in range(0, len(values), GROUP):
-        if random.Random(sum(completion_ids[start])).random() < DEAD_SHARE:
-            values[start : start + GROUP] = [1.0] * GROUP
-    return values
+def reward_of(dead: float) -> Callable[..., list[float]]:
+    """Return a reward of 0 or 1 by content, equal in this share of the groups and never in the others."""
+
+    def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        values = [float(sum(ids) % 2) for ids in completion_ids]
+        for start in range(0, len(values), GROUP):
+            if random.Random(sum(completion_ids[start])).random() < dead:
+                values[start : start + GROUP] = [1.0] * GROUP
+            elif len(set(values[start : start + GROUP])) == 1:
+                values[start] = 1.0 - values[start]
+        return values
+
+    return reward
 
 
-def build(savings: str | None, seed: int, **over: Any) -> GRPOTrainer:
+def build(savings: str | None, seed: int, prompts: str = "short", dead: float = 0.4, **over: Any) -> GRPOTrainer:
     """Return a trainer on the same weights and rollouts; `savings=None` is TRL's own class."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
@@ -92,18 +119,23 @@ def build(savings: str | None, seed: int, **over: Any) -> GRPOTrainer:
         settings["exact_savings"] = savings
     trainer = cls(
         model=Qwen3ForCausalLM(config),
-        reward_funcs=reward,
+        reward_funcs=reward_of(dead),
         args=args_cls(**settings),
         train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(512)]}),
         processing_class=tokenizer,
-        rollout_func=ServedRollouts(seed, len(tokenizer), settings["max_completion_length"]),
+        rollout_func=ServedRollouts(seed, len(tokenizer), settings["max_completion_length"], PROMPTS[prompts]),
     )
     return with_line(trainer, f"{savings or 'stock'}, seed {seed}")
 
 
-def train_phase(savings: str | None, seed: int) -> tuple[list[float], float]:
-    """Run three steps; return the CPU seconds of the training phase of each, and the forwarded tokens."""
-    trainer = build(savings, seed)
+def train_phase(savings: str | None, seed: int, prompts: str, dead: float) -> dict[str, Any]:
+    """
+    Run three steps, and return what their training phases took.
+
+    CPU seconds and most live bytes above what was alive before, of each step; tokens forwarded for each token of the
+    rows that the arm has to forward, a prompt of a group counted once.
+    """
+    trainer = build(savings, seed, prompts, dead)
     seconds: list[float] = []
     forwarded = [0]
     step, prepare = trainer.training_step, trainer._prepare_inputs
@@ -125,9 +157,11 @@ def train_phase(savings: str | None, seed: int) -> tuple[list[float], float]:
     embedding = trainer.model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, args, out: forwarded.__setitem__(0, forwarded[0] + args[0].numel()))
     trainer.train()
-    real = sum(trainer.rollout_func.real_tokens[:3])
+    real, shared = (
+        sum(tokens[:3]) for tokens in (trainer.rollout_func.real_tokens, trainer.rollout_func.shared_tokens)
+    )
     per_step = [a + b for a, b in zip(seconds[::2], seconds[1::2], strict=True)]
-    return per_step, forwarded[0] / real
+    return {"seconds": per_step, "forwarded": forwarded[0], "real": real, "shared": shared}
 
 
 def exact_zero_stock() -> type[GRPOTrainer]:
@@ -154,8 +188,10 @@ def gradient_error(loss_type: str, seed: int) -> float:
         "lr_scheduler_type": "constant", "per_device_train_batch_size": 32, "max_completion_length": 96,
     }  # fmt: skip
     updates = []
-    for savings in (None, "auto"):
-        trainer = build(savings, seed, **over)
+    for savings in (None, "sort,skip,share"):
+        if savings and loss_type == "bnpo":
+            savings = "skip,share"  # rows may not change places
+        trainer = build(savings, seed, "as long as completions", **over)
         if savings is None:
             trainer.__class__ = exact_zero_stock()
         before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -165,50 +201,86 @@ def gradient_error(loss_type: str, seed: int) -> float:
     return float((updates[0] - updates[1]).norm() / updates[0].norm())
 
 
+def peak_live_bytes(savings: str | None, prompts: str) -> int:
+    """Return the most bytes that were alive in one update of 32 rows without dead groups."""
+    trainer = build(savings, 0, prompts, 0.0, per_device_train_batch_size=16, max_steps=1)
+    with LiveBytes() as live:
+        trainer.train()
+    return live.peak
+
+
+def measure(seeds: int, repeats: int) -> list[dict[str, Any]]:
+    """Return one row for each kind of prompts, share of dead groups and arm."""
+    rows = []
+    for prompts, dead in itertools.product(PROMPTS, DEAD):
+        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+        for seed in range(seeds):
+            for _ in range(repeats):
+                for arm, savings in ARMS.items():
+                    runs[arm].append(train_phase(savings, seed, prompts, dead))
+        seconds = {arm: statistics.median(s for run in runs[arm] for s in run["seconds"]) for arm in ARMS}
+        forwarded = {arm: sum(run["forwarded"] for run in runs[arm]) for arm in ARMS}
+        shared = sum(run["shared"] for run in runs["stock"])
+        for arm, savings in ARMS.items():
+            speedup, allowed = seconds["stock"] / seconds[arm], forwarded["stock"] / forwarded[arm]
+            rows.append(
+                {
+                    "prompts": prompts,
+                    "dead_groups": dead,
+                    "arm": arm,
+                    "train_phase_cpu_seconds": round(seconds[arm], 4),
+                    "speedup": round(speedup, 2),
+                    "speedup_over_token_ratio": round(speedup / allowed, 3),
+                    "tokens_forwarded_per_token_prompts_once": round(forwarded[arm] / shared, 3),
+                    "peak_live_mib": round(peak_live_bytes(savings, prompts) / 2**20, 1) if dead == 0.0 else None,
+                }
+            )
+    return rows
+
+
+def headlines(rows: list[dict[str, Any]], errors: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the figures that have a goal."""
+    of = {(row["prompts"], row["dead_groups"], row["arm"]): row for row in rows}
+    everything = [row for row in rows if row["arm"] == "all (auto)"]
+    forwarded = max(r["tokens_forwarded_per_token_prompts_once"] for r in everything if r["dead_groups"] == 0.0)
+    worst = min(row["speedup_over_token_ratio"] for row in everything)
+    against_pack = min(
+        of[row["prompts"], row["dead_groups"], "pack + sort + skip"]["train_phase_cpu_seconds"]
+        / row["train_phase_cpu_seconds"]
+        for row in everything
+    )
+    found = []
+    for (prompts, dead), goal in GOALS.items():
+        speedup = of[prompts, dead, "all (auto)"]["speedup"]
+        name = f"train_phase_speedup_{prompts.replace(' ', '_')}_{int(100 * dead)}_percent_dead"
+        found.append(headline(name, speedup, f">= {goal:g}", speedup >= goal))
+    return [
+        headline("train_phase_speedup", (short := of["short", 0.4, "all (auto)"]["speedup"]), ">= 2", short >= 2),
+        headline("max_relative_gradient_error", max(errors.values()), "<= 1e-5", max(errors.values()) <= 1e-5),
+        headline("tokens_forwarded_per_real_token", forwarded, "<= 1.10", forwarded <= 1.10),
+        headline("least_speedup_over_token_ratio", worst, ">= 0.9", worst >= 0.9),
+        headline("least_speedup_over_packed_rows", round(against_pack, 2), ">= 0.95", against_pack >= 0.95),
+        *found,
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5, help="alternations of all arms, for each seed")
+    parser.add_argument("--repeats", type=int, default=1, help="alternations of all arms, for each seed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
     logging.set_verbosity_error()
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    tokens: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for seed in range(args.seeds):
-        for _ in range(args.repeats):
-            for arm, savings in ARMS.items():
-                seconds, ratio = train_phase(savings, seed)
-                times[arm] += seconds
-                tokens[arm].append(ratio)
+    rows = measure(args.seeds, args.repeats)
     errors = {loss: max(gradient_error(loss, seed) for seed in range(args.seeds)) for loss in LOSSES}
-    median = {arm: statistics.median(values) for arm, values in times.items()}
-    rows = [
-        {
-            "arm": arm,
-            "train_phase_cpu_seconds": round(median[arm], 4),
-            "speedup": round(median["stock"] / median[arm], 2),
-            "tokens_forwarded_per_real_token": round(statistics.mean(tokens[arm]), 3),
-        }
-        for arm in ARMS
-    ]
-    rows += [{"loss_type": loss, "max_relative_gradient_error": float(f"{e:.2e}")} for loss, e in errors.items()]
-    ours, trimmed = rows[len(ARMS) - 1], rows[2]
     write_result(
         "grpo_exact",
         command=f"python -m bench.grpo_exact --seeds {args.seeds} --repeats {args.repeats}",
         seeds=list(range(args.seeds)),
-        headline=[
-            headline("train_phase_speedup", ours["speedup"], ">= 2", ours["speedup"] >= 2),
-            headline("max_relative_gradient_error", max(errors.values()), "<= 1e-5", max(errors.values()) <= 1e-5),
-            headline(
-                "tokens_forwarded_per_real_token",
-                trimmed["tokens_forwarded_per_real_token"],
-                "<= 1.15",
-                trimmed["tokens_forwarded_per_real_token"] <= 1.15,
-            ),
-        ],
-        rows=rows,
+        headline=headlines(rows, errors),
+        rows=rows
+        + [{"loss_type": loss, "max_relative_gradient_error": float(f"{e:.2e}")} for loss, e in errors.items()],
     )
 
 

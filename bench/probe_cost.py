@@ -30,6 +30,7 @@ from hf_effi.kernels import tile_mlp
 from hf_effi.memory import stream_layers, tile_loss
 from hf_effi.memory.chunk_probe import chunks_are_exact
 from hf_effi.patching import Finding, draws_random_numbers, longest_exact_call
+from hf_effi.trainers.grpo.config import EXACT_SAVINGS
 from hf_effi.trainers.grpo.forward_probe import measured_reasons
 
 SIZES: dict[str, dict[str, int]] = {
@@ -55,7 +56,7 @@ def _must_be_equal(*findings: Finding) -> None:
 def ask_exact_savings(model: nn.Module) -> None:
     """Ask what `exact_savings` asks before the first update."""
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    if reasons := measured_reasons(model, ("trim", "sort", "skip"), None, 0):
+    if reasons := measured_reasons(model, EXACT_SAVINGS, None, 0):
         raise RuntimeError(f"A Llama is equal under every saving, and this one is not: {reasons}.")
 
 

@@ -7,10 +7,10 @@ from .row import Method
 ROWS: tuple[Method, ...] = (
     Method(
         key="exact_savings",
-        title="Exact savings (trim, sort, skip)",
+        title="Exact savings (trim, sort, skip, pack, share)",
         kind="exact saving",
         goals=("cheaper RL",),
-        summary="Forwards only real tokens and only rows that have a gradient; the gradient itself is unchanged.",
+        summary="Forwards real tokens, each prompt once, and only rows with a gradient; the gradient is unchanged.",
         entry_points=("hf_effi.functional.rollouts:plan_buckets",),
         doors=("hf_effi:EffiGRPOTrainer",),
         arguments=("exact_savings", "forward_buckets"),
@@ -18,7 +18,12 @@ ROWS: tuple[Method, ...] = (
         paper="none: bookkeeping that follows from the loss",
         paper_id="",
         status="stable",
-        tests=("tests/unit/test_rollout_batching.py", "tests/training/test_grpo_exact.py"),
+        tests=(
+            "tests/unit/test_rollout_batching.py",
+            "tests/unit/test_forward_costs.py",
+            "tests/training/test_grpo_exact.py",
+            "tests/training/test_grpo_packed.py",
+        ),
         bench="bench/grpo_exact.py",
         exact="tests/training/test_grpo_exact.py::test_gradient_equals_stock",
         zoo=(

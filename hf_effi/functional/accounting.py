@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # the command line reads records without it
     from torch import Tensor
@@ -64,9 +64,79 @@ class PhaseClock:
         self.seconds[name] += now - self._lap_began
         self._lap_began = now
 
+    def settle(self) -> None:
+        """Take in what has been timed by now: on the host's clock, everything."""
+
     def clear(self) -> None:
         """Forget the seconds; phases that are being timed go on."""
         self.seconds.clear()
+
+
+class DeviceEvent(Protocol):
+    """What is recorded in a stream of work, such as `torch.cuda.Event(enable_timing=True)`."""
+
+    def record(self) -> None:
+        """Mark this place in the stream."""
+
+    def query(self) -> bool:
+        """Return whether the device has come to it."""
+
+    def elapsed_time(self, end: Any, /) -> float:
+        """Return the milliseconds from this event to another."""
+
+
+#: phase, the one around it, and the events at its two ends
+_Timed = tuple[str, str | None, DeviceEvent, DeviceEvent]
+
+
+class DevicePhaseClock(PhaseClock):
+    """
+    Seconds by phase as the device spends them, from events in its stream of work.
+
+    The host only queues kernels: around them its own clock measures the queueing, and gives the work to whichever
+    phase waits first. An event is reached when all work before it is done, so that work belongs to the phase that
+    queued it, and what the host does alone (rewards) to the phase in which the device waits for it. Nothing is waited
+    for: [`~DevicePhaseClock.settle`] takes in the outermost phases that the device has finished, with all inside of
+    them, and leaves the others for the next time.
+
+    Args:
+        event (`Callable[[], DeviceEvent]`): Makes an event with timing.
+    """
+
+    def __init__(self, event: Callable[[], DeviceEvent]) -> None:
+        super().__init__()
+        self._event = event
+        #: what was timed inside of the outermost phase, and then of each such phase that the device may not have done
+        self._timed: list[_Timed] = []
+        self._waiting: deque[list[_Timed]] = deque()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        outer = self._inside[-1] if self._inside else None
+        self._inside.append(name)
+        start = self._recorded()
+        try:
+            yield
+        finally:
+            self._inside.pop()
+            self._timed.append((name, outer, start, self._recorded()))
+            if outer is None:
+                self._waiting.append(self._timed)
+                self._timed = []
+
+    def settle(self) -> None:
+        # In one stream events are reached in the order in which they were recorded: the outermost phase ends last.
+        while self._waiting and self._waiting[0][-1][3].query():
+            for name, outer, start, end in self._waiting.popleft():
+                spent = start.elapsed_time(end) / 1000
+                self.seconds[name] += spent
+                if outer is not None:
+                    self.seconds[outer] -= spent
+
+    def _recorded(self) -> DeviceEvent:
+        event = self._event()
+        event.record()
+        return event
 
 
 def count_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int, Tensor | int]:

@@ -23,6 +23,8 @@ PAD_RATIO = "effi/pad_ratio"
 ROWS_GENERATED = "effi/rows_generated"
 ROWS_TRAINED = "effi/rows_trained"
 EFFECTIVE_RATIO = "effi/effective_ratio"
+#: chosen completions that were sent to another rank
+ROWS_MOVED = "effi/rows_moved"
 
 # --- a generation of GRPO --------------------------------------------------------------------------------------------
 

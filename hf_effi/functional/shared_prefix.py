@@ -129,7 +129,9 @@ class SharedPrefixLayout:
         return values.flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
 
 
-def plan_shared_prefix(prompts: Sequence[Sequence[int]], completion_lengths: Sequence[int]) -> SharedPrefixLayout:
+def plan_shared_prefix(
+    prompts: Sequence[Sequence[int]], completion_lengths: Sequence[int], share: bool = True
+) -> SharedPrefixLayout:
     """
     Lay out rows so that each distinct prompt is computed once.
 
@@ -143,6 +145,7 @@ def plan_shared_prefix(prompts: Sequence[Sequence[int]], completion_lengths: Seq
     Args:
         prompts (`Sequence[Sequence[int]]`): Token ids of each row's prompt, at least one.
         completion_lengths (`Sequence[int]`): Tokens of each row's completion, 0 or more.
+        share (`bool`, *optional*, defaults to `True`): `False` lays out each row with a prompt of its own.
 
     Raises:
         ValueError: no rows, an empty prompt, or not one length per row.
@@ -166,7 +169,7 @@ def plan_shared_prefix(prompts: Sequence[Sequence[int]], completion_lengths: Seq
     if empty := [row for row, prompt in enumerate(prompts) if not len(prompt)]:
         raise ValueError(f"The prompt of row {empty[0]} is empty: begin it with a token, such as BOS.")
     groups: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts) if share else ():
         groups.setdefault(tuple(map(int, prompt)), []).append(row)
     lengths = [len(prompt) + length for prompt, length in zip(prompts, completion_lengths, strict=True)]
     # A prompt of one token has nothing in front of its branches.

@@ -16,6 +16,7 @@ from .questions import (
     named_draws,
     rows_see_each_other,
     short_reach,
+    tiny_tokens_or_none,
 )
 from .state import set_mode, untouched
 
@@ -49,5 +50,6 @@ __all__ = [
     "sharded_by_zero3",
     "short_reach",
     "tiny_tokens",
+    "tiny_tokens_or_none",
     "untouched",
 ]

@@ -58,43 +58,50 @@ def parity(losses: tuple[str, ...]) -> list[Any]:
     out = []
     for loss_type in losses:
         for extra in ({}, {"num_iterations": 2}):
-            stock, off, on = (
+            flat = "share" if loss_type == "bnpo" else "sort,share"
+            stock, off, on, shared = (
                 weights_of(one(cls, loss_type=loss_type, **extra, **more).model)
                 for cls, more in (
                     (GRPOTrainer, {}),
                     (EffiGRPOTrainer, {"exact_savings": "off"}),
                     (EffiGRPOTrainer, {"forward_buckets": 2}),
+                    (EffiGRPOTrainer, {"exact_savings": flat}),
                 )
             )
-            out.append((loss_type, stock, off, on))
+            out.append((loss_type, stock, off, on, shared))
     return out
 
 
 def test_off_is_stock_to_the_bit_and_on_has_its_gradients() -> None:
     ranks = run_distributed(parity, 2, ("dapo", "grpo", "bnpo"))
-    for (loss_type, stock, off, on), (_, other, _, other_on) in zip(*ranks, strict=True):
+    for (loss_type, stock, off, on, shared), (_, other, _, other_on, other_shared) in zip(*ranks, strict=True):
         assert_bitwise_equal(stock, off, what=f"{loss_type} off")
         assert_bitwise_equal(stock, other, what="ranks")
         assert_bitwise_equal(on, other_on, what="ranks with savings")
+        assert_bitwise_equal(shared, other_shared, what="ranks with shared prompts")
         for name in stock:
             assert torch.allclose(stock[name], on[name], atol=1e-6), (loss_type, name)
+            assert torch.allclose(stock[name], shared[name], atol=1e-6), (loss_type, name)
 
 
-def forwards() -> list[int]:
+def forwards(savings: str = "auto") -> list[int]:
     """Small micro-batches, old log-probs, dead groups that differ between the ranks: the forwards of each pass."""
     counts = []
 
     class Counting(EffiGRPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            plan = self._forward._plan
+            self.calls = 0
+            self.model.get_input_embeddings().register_forward_pre_hook(self.called)
 
-            def counted(*args: Any) -> Any:
-                buckets = plan(*args)
-                counts.append(len(buckets))
-                return buckets
+        def called(self, *args: Any) -> None:
+            self.calls += 1
 
-            self._forward._plan = counted
+        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+            before = self.calls
+            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            counts.append(self.calls - before)
+            return out
 
     # Dead, dead, mixed, mixed, dead: two groups with a gradient on the first rank, one on the second.
     rows = [TABLE[0], TABLE[0], TABLE[1], TABLE[1], TABLE[0]]
@@ -105,13 +112,16 @@ def forwards() -> list[int]:
         gradient_accumulation_steps=8,
         num_iterations=2,
         max_steps=2,
+        exact_savings=savings,
     )
     return counts
 
 
-def test_ranks_run_the_same_number_of_forwards() -> None:
-    first, second = run_distributed(forwards, 2)
-    assert first == second and max(first) == 8
+@pytest.mark.parametrize("savings", ["auto", "skip,share"])
+def test_ranks_run_the_same_number_of_forwards(savings: str) -> None:
+    first, second = run_distributed(forwards, 2, savings)
+    # 8 for the old log-probs of 16 rows, 2 at a time, and at the first flat row those that ask the model about it.
+    assert first == second and max(first) >= 8 and len(first) == 18
 
 
 METHODS = {

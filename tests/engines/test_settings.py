@@ -38,7 +38,7 @@ def assert_ours_is_stock(folder: Any, **setting: Any) -> None:
     on = train(folder / "on", EffiGRPOTrainer, **setting)
     assert max(entry.get("grad_norm", 0) for entry in stock.state.log_history) > 0, "there was a gradient"
     assert_bitwise_equal(weights_of(off.model), weights_of(stock.model))
-    assert on.exact_savings == ("trim", "sort", "skip")
+    assert on.exact_savings == ("trim", "sort", "skip", "pack", "share")
     expected = weights_of(stock.model)
     assert max(float((weight - expected[name]).abs().max()) for name, weight in weights_of(on.model).items()) <= 1e-6
 

@@ -148,6 +148,20 @@ def test_kept_rows_keep_their_own_log_probs_and_ratios(mode: str | None, cut: bo
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate"])
+def test_no_log_probs_of_dropped_rows_are_computed_under_the_correction(mode: str) -> None:
+    over = {**METHODS, "steps_per_generation": 1, "max_steps": 2, "exact_savings": "trim,skip"}
+    reward = TableReward([[1.0, 0.0, 0.5, 0.0], [0.0] * 4])
+    trainer = train(Records, noise=0.3, reward_funcs=reward, vllm_importance_sampling_mode=mode, **over)
+    kept = sum(
+        int(((batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)) * (batch["advantages"] != 0)).sum())
+        for batch in trainer.trained
+    )
+    # Once for the log-probs that the ratio is formed from, and once for the loss.
+    assert sum(logged(trainer, "effi/tokens_real")) == 2 * kept > 0
+    assert len(logged(trainer, "sampling/importance_sampling_ratio/mean")) == 2
+
+
 def expected_ratio(batch: dict[str, Any], mode: str) -> torch.Tensor:
     """TRL's formula on the rows that were kept, with its default clipping from above at 3."""
     difference = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]) * batch["completion_mask"]

@@ -184,7 +184,7 @@ def test_peft_and_reference_model(tmp_path: Any) -> None:
     peft = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])}
     stock = train(GRPOTrainer, tmp_path, GRPOConfig, **over, peft_config=peft["peft_config"])
     ours = train(EffiGRPOTrainer, tmp_path, **over, **peft)
-    assert ours.exact_savings == ("trim", "sort")
+    assert ours.exact_savings == ("trim", "sort", "pack", "share")
     for (name, a), b in zip(stock.model.named_parameters(), ours.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=2e-5), name
     logs = [entry["kl"] for entry in ours.state.log_history if "kl" in entry]
@@ -193,7 +193,7 @@ def test_peft_and_reference_model(tmp_path: Any) -> None:
 
 def test_plain_grpo_config_gets_the_defaults(tmp_path: Any) -> None:
     trainer = train(EffiGRPOTrainer, tmp_path, GRPOConfig, max_steps=1)
-    assert trainer.exact_savings == ("trim", "sort", "skip")
+    assert trainer.exact_savings == ("trim", "sort", "skip", "pack", "share")
     assert trainer.group_filter is None and trainer.rollout_pruner is None
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_effi.functional import metrics
-from hf_effi.functional.accounting import PhaseClock, count_tokens
-from hf_effi.trainers.grpo.accounting import StepAccounting
+from hf_effi.functional.accounting import DevicePhaseClock, PhaseClock, count_tokens
+from hf_effi.trainers.grpo.accounting import StepAccounting, phase_clock
 
 
 def clock(*times: float) -> PhaseClock:
@@ -87,6 +87,7 @@ def test_an_update_is_logged_and_forgotten() -> None:
         "effi/pad_ratio": 0.25,
         "effi/rows_generated": 16.0,
         "effi/rows_trained": 12.0,
+        "effi/rows_moved": 0.0,
         "effi/effective_ratio": 0.75,
     }
     assert not accounting.counts and not accounting.clock.seconds
@@ -96,3 +97,83 @@ def test_an_update_that_neither_generates_nor_forwards_has_no_ratios() -> None:
     names = set(flushed(StepAccounting()))
     assert not names & {metrics.PAD_RATIO, metrics.EFFECTIVE_RATIO, metrics.ROWS_GENERATED}
     assert metrics.TOKENS_FORWARD in names
+
+
+class Stream:
+    """A host and a device with one stream of work, each with a time of its own, in seconds."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def works(self, seconds: float) -> None:
+        """The host does something itself."""
+        self.host += seconds
+
+    def queues(self, seconds: float) -> None:
+        """The host queues a kernel, which takes no time of its own."""
+        self.device = max(self.device, self.host) + seconds
+
+    def waits(self) -> None:
+        """The host reads a result."""
+        self.host = max(self.host, self.device)
+
+    def event(self) -> Any:
+        stream = self
+
+        class Event:
+            def record(self) -> None:
+                self.time = max(stream.device, stream.host)
+                stream.device = self.time
+
+            def query(self) -> bool:
+                return stream.host >= self.time
+
+            def elapsed_time(self, end: Any) -> float:
+                return 1000 * (end.time - self.time)
+
+        return Event()
+
+
+def one_update(stream: Stream, clock: PhaseClock) -> None:
+    """A training step that generates for 5 s, lets a reward work for 2 s, and queues 3 s of training."""
+    with clock.phase("train"):
+        with clock.phase("gen"):
+            stream.queues(5.0)
+        with clock.phase("reward"):
+            stream.waits()  # for the completions
+            stream.works(2.0)
+        stream.queues(3.0)
+
+
+def test_work_belongs_to_the_phase_that_queued_it_and_not_to_the_one_that_waits() -> None:
+    stream = Stream()
+    host, device = PhaseClock(lambda: stream.host), DevicePhaseClock(stream.event)
+    one_update(stream, device)
+    device.settle()
+    # The device is still training: what it has not finished is not waited for.
+    assert stream.host == 7.0 and stream.device == 10.0 and not device.seconds
+    stream.waits()
+    device.settle()
+    assert dict(device.seconds) == {"gen": 5.0, "reward": 2.0, "train": 3.0}
+    stream.__init__()
+    one_update(stream, host)
+    assert dict(host.seconds) == {"gen": 0.0, "reward": 7.0, "train": 0.0}  # what the host's clock makes of it
+
+
+def test_a_phase_that_the_device_has_not_finished_counts_in_a_later_update() -> None:
+    stream = Stream()
+    clock = DevicePhaseClock(stream.event)
+    for _ in range(3):
+        one_update(stream, clock)
+        stream.works(0.5)
+    clock.settle()
+    assert stream.device > stream.host and clock.seconds["train"] < 9.0
+    assert dict(clock.seconds) == {"gen": 10.0, "reward": 4.0, "train": 6.0}
+    stream.waits()
+    clock.settle()
+    assert dict(clock.seconds) == {"gen": 15.0, "reward": 6.0, "train": 9.0}
+
+
+def test_the_clock_of_a_device() -> None:
+    assert type(phase_clock(None)) is type(phase_clock(torch.device("cpu"))) is PhaseClock
+    assert isinstance(phase_clock(torch.device("cuda")), DevicePhaseClock)

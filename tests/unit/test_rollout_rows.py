@@ -90,23 +90,44 @@ def test_padding_has_the_ratio_that_trl_clips_1_to(mode: str, low: Any, high: An
 
 
 class TestExchange:
-    def join(self, parts: Any) -> Rows:
-        return Rows.joined(parts, 0, 1.0)
-
-    def ranks(self, rank: int) -> Any:
-        return SimpleNamespace(num_processes=2, process_index=rank, device="cpu")
-
     def test_rows_stay_where_the_counts_are_equal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(exchange, "gather_object", None)  # nothing is sent
-        mine = exchange.share_out(rows(1.0, 2.0, 3.0), [(0, 2), (1, 1)], [3, 5], self.ranks(0), self.join)
-        assert mine.batch["advantages"].tolist() == [3.0]
+        monkeypatch.setattr(exchange, "dist", None)  # nothing is sent
+        ranks: Any = SimpleNamespace(num_processes=2, process_index=0, device="cpu")
+        mine, moved = exchange.share_out(rows(1.0, 2.0, 3.0), [(0, 2), (1, 1)], [3, 5], ranks, lambda parts: parts[0])
+        assert mine.batch["advantages"].tolist() == [3.0] and moved == 0
 
-    def test_rows_move_so_that_all_ranks_have_as_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        held = [rows(1.0, 2.0, 3.0), rows(4.0)]
-        owners, costs = [(0, 2), (0, 0), (0, 1), (1, 0)], [3.0, 1.0, 2.0, 4.0]
-        chosen = [held[0].take([2, 0, 1]).trimmed(), held[1].take([0]).trimmed()]
-        monkeypatch.setattr(exchange, "gather_object", lambda mine: chosen)
-        shares = [exchange.share_out(held[r], owners, costs, self.ranks(r), self.join) for r in range(2)]
-        found = [share.batch["advantages"].tolist() for share in shares]
-        assert sorted(sum(found, [])) == [1.0, 2.0, 3.0, 4.0] and [len(part) for part in found] == [2, 2]
-        assert {sum(part) for part in found} == {5.0}  # the tokens are dealt evenly too
+    def test_a_row_comes_back_from_its_bytes_without_its_padding(self) -> None:
+        batch = {
+            "prompt_ids": torch.tensor([[0, 0, 7], [1, 2, 3]]),
+            "prompt_mask": torch.tensor([[0, 0, 1], [1, 1, 1]]),
+            "completion_ids": torch.tensor([[4, 5, 0, 0], [6, 7, 8, 9]]),
+            "completion_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
+            "old_per_token_logps": torch.tensor([[-0.5, -0.25, 0.0, 0.0], [-1.0, -2.0, -3.0, -4.0]]),
+            "importance_sampling_ratio": torch.tensor([[0.5], [0.75]], dtype=torch.float64),
+            "tool_mask": torch.tensor([[True, False, True, True]] * 2),
+            "advantages": torch.tensor([0.1, -0.2], dtype=torch.bfloat16),
+            "num_items_in_batch": torch.tensor(6),
+            "ref_per_token_logps": None,
+        }
+        held = Rows(batch, ("old_per_token_logps",))
+        for index, length in ((0, 2), (1, 4)):
+            data = exchange.as_bytes(held.take([index]))
+            # 8 widths of 8 bytes; the ids and masks of a token are 8 each, a log-prob 4, a tool mask 1.
+            prompt = 2 * index + 1
+            assert len(data) == 8 * 8 + prompt * 16 + length * (16 + 4 + 1) + 8 + 2
+            back = exchange.from_bytes(torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:], held)
+            expected = held.take([index]).trimmed()
+            assert back.put_off == held.put_off and back.batch.keys() == expected.batch.keys()
+            for name, value in expected.batch.items():
+                found = back.batch[name]
+                assert value is None and found is None or (torch.equal(found, value) and found.dtype == value.dtype)
+
+    def test_entries_that_are_no_tensors_of_rows_are_named(self) -> None:
+        with pytest.raises(TypeError, match="images, pixels"):
+            exchange.as_bytes(
+                Rows({**rows(1.0).batch, "images": [None], "pixels": torch.zeros(1, 2, 3)}),
+            )
+
+    def test_ranks_take_the_hand_of_which_they_hold_most(self) -> None:
+        assert exchange.hands_of_ranks([[0, 1], [2, 3]], [1, 1, 0, 0]) == [[2, 3], [0, 1]]
+        assert exchange.hands_of_ranks([[0, 1], [2, 3], [4, 5]], [0, 0, 0, 0, 0, 0]) == [[0, 1], [2, 3], [4, 5]]

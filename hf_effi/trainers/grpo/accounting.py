@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...functional import metrics
-from ...functional.accounting import PhaseClock
+from ...functional.accounting import DevicePhaseClock, PhaseClock
 
 #: summed over the ranks, in this order
 COUNTERS = (
@@ -17,20 +17,34 @@ COUNTERS = (
     metrics.TOKENS_SAVED,
     metrics.ROWS_GENERATED,
     metrics.ROWS_TRAINED,
+    metrics.ROWS_MOVED,
 )
+
+
+def phase_clock(device: torch.device | None) -> PhaseClock:
+    """Return a clock of the phases on a device, from its events where it has a stream of work."""
+    if device is None or device.type in ("cpu", "mps", "meta"):  # MPS has no events that one can time and ask
+        return PhaseClock()
+    return DevicePhaseClock(lambda: torch.Event(device.type, enable_timing=True))
 
 
 class StepAccounting:
     """
     The seconds and counts of one update of this rank.
 
+    On an accelerator the seconds are those of the device ([`DevicePhaseClock`]): what it has not finished when an
+    update ends is counted with the next one.
+
+    Args:
+        device (`torch.device`, *optional*): Where the model is; the host's clock without it.
+
     Attributes:
         clock ([`PhaseClock`]): Of the phases of `functional/metrics.py`.
         counts (`Counter`): Name of a metric, of `COUNTERS` -> number so far.
     """
 
-    def __init__(self) -> None:
-        self.clock = PhaseClock()
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.clock = phase_clock(device)
         self.counts: Counter[str] = Counter()
 
     def count_forward(self, real: int, forwarded: int, saved: int) -> None:
@@ -54,6 +68,7 @@ class StepAccounting:
             log (`dict[str, list[float]]`): TRL's `_metrics["train"]`.
             accelerator (`Accelerator`): Adds up the counts of all ranks.
         """
+        self.clock.settle()
         for phase in metrics.PHASES:
             log[metrics.TIME + phase].append(self.clock.seconds[phase])
         counts = torch.tensor([self.counts[name] for name in COUNTERS], dtype=torch.float64, device=accelerator.device)
@@ -62,6 +77,8 @@ class StepAccounting:
         totals = dict(zip(COUNTERS, counts.tolist(), strict=True))
         for name in (metrics.TOKENS_FORWARD, metrics.TOKENS_REAL, metrics.TOKENS_SAVED):
             log[name].append(totals[name])
+        if accelerator.num_processes > 1:
+            log[metrics.ROWS_MOVED].append(totals[metrics.ROWS_MOVED])
         if real := totals[metrics.TOKENS_REAL]:
             log[metrics.PAD_RATIO].append(1 - real / max(totals[metrics.TOKENS_FORWARD], 1))
         if generated := totals[metrics.ROWS_GENERATED]:

@@ -12,7 +12,7 @@ from ...functional.rollouts.selection import check_difficulty_range, pruned_coun
 from .._common import EffiArguments
 
 #: The exact savings and what each does.
-EXACT_SAVINGS = ("trim", "sort", "skip")
+EXACT_SAVINGS = ("trim", "sort", "skip", "pack", "share")
 
 #: Options that act only where completions are pruned by `prune_rate`.
 _OF_PRUNING = ("prune_metric", "prune_scope", "prune_allocation", "prune_balance_signs")
@@ -29,8 +29,10 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         exact_savings (`str`, *optional*, defaults to `"auto"`):
             Which savings to use: `"auto"` (all that are exact for this configuration), `"off"` (bit-identical to
             `GRPOTrainer`), or a comma-separated list of `trim` (forward only real tokens), `sort` (group rows of
-            similar length into the same micro-batch of an optimizer step) and `skip` (do not forward rows whose
-            advantage is exactly zero). A named saving that is not exact for the configuration raises.
+            similar length, or of one prompt, into the same micro-batch of an optimizer step), `skip` (do not forward
+            rows whose advantage is exactly zero), `pack` (rows end to end without padding) and `share` (the same, with
+            a prompt once for all of its completions). Of `trim`, `pack` and `share` the one that costs least for the
+            lengths of a micro-batch is taken. A named saving that is not exact for the configuration raises.
         forward_buckets (`int`, *optional*, defaults to `0`):
             In how many length buckets `trim` splits a micro-batch; 0 chooses `rows // 8`, between 1 and 8. More
             buckets forward fewer padding tokens in smaller matrix products.
@@ -100,7 +102,7 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
 
     exact_savings: str = field(
         default="auto",
-        metadata={"help": "'auto', 'off', or a comma-separated list of trim, sort, skip. None changes the gradient."},
+        metadata={"help": "'auto', 'off', or a comma-separated list of trim, sort, skip, pack, share; all exact."},
     )
     forward_buckets: int = field(
         default=0, metadata={"help": "Length buckets of a micro-batch; 0 chooses rows // 8, between 1 and 8."}

@@ -24,6 +24,7 @@ from ...functional.rollouts import (
     take_rows,
 )
 from .host import Host
+from .packed import FlatRows, PackedForward, grouped_order
 from .rows import Ratios
 
 #: log-probs, entropies and the router's loss, as TRL's forward returns them
@@ -34,12 +35,13 @@ Forward = Callable[..., Scores]
 
 class LogProbForward:
     """
-    Stands around TRL's forward for log-probs: trim, sort and skip.
+    Stands around TRL's forward for log-probs: trim, sort, skip, pack and share.
 
     Args:
         host ([`Host`]): The trainer whose forward it is.
         exact_savings (`tuple[str, ...]`, *optional*): The savings that are on.
         buckets (`int`, *optional*, defaults to 0): In how many length buckets `trim` splits a micro-batch; 0 chooses.
+        packed ([`PackedForward`], *optional*): Runs flat rows, where `pack` or `share` is on.
         count (`Callable[[int, int, int], None]`, *optional*): Told of every forward: its real tokens, its tokens with
             padding, and those that were saved.
     """
@@ -49,9 +51,11 @@ class LogProbForward:
         host: Host,
         exact_savings: tuple[str, ...] = (),
         buckets: int = 0,
+        packed: PackedForward | None = None,
         count: Callable[[int, int, int], None] = lambda real, forwarded, saved: None,
     ) -> None:
         self._host, self.exact_savings, self._buckets, self._count = host, exact_savings, buckets, count
+        self._packed = packed
         #: which rows of the batch in hand have a gradient; `None` is not known, or of no interest
         self._active: Tensor | None = None
 
@@ -75,13 +79,37 @@ class LogProbForward:
         out = []
         for start in range(0, len(chunks), window):
             rows = concat_rows(chunks[start : start + window], pad, ratios.padding)
-            lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
-            # Rows without a gradient go first: whole micro-batches of them then cost one dummy row.
-            active = rows_with_gradient(rows, ratios.multiply)
-            order = torch.argsort(torch.where(active, lengths, lengths - lengths.max() - 1), stable=True)
+            order = self._order(rows, rows_with_gradient(rows, ratios.multiply), window)
             size = len(order) // window
             out += [take_rows(rows, order[i * size : (i + 1) * size]) for i in range(window)]
         return out
+
+    def _order(self, rows: dict[str, Any], active: Tensor, window: int) -> Tensor:
+        """
+        Return the order of the rows of one optimizer step, from which micro-batches are cut.
+
+        Rows without a gradient go first: whole micro-batches of them then cost one dummy row.
+        """
+        lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
+        by_length = torch.argsort(torch.where(active, lengths, lengths - lengths.max() - 1), stable=True)
+        if self._packed is None or "share" not in self.exact_savings:
+            return by_length
+        ids, mask = (
+            torch.cat([rows[f"{side}_{kind}"] for side in ("prompt", "completion")], dim=1) for kind in ("ids", "mask")
+        )
+        known = FlatRows.of(ids, mask, rows["prompt_ids"].size(1)).lengths()
+        counted = active.tolist() if "skip" in self.exact_savings else [True] * len(known)
+        by_group = grouped_order(known, counted)
+        size = len(known) // window
+
+        packed, buckets = self._packed, self._count_of(size)
+
+        def price(order: list[int]) -> float:
+            cuts = (order[i * size : (i + 1) * size] for i in range(window))
+            forwards = [[known[row] for row in cut if counted[row]] for cut in cuts]
+            return sum(packed.cost(packed.choose(rows, buckets), rows, buckets) for rows in forwards if rows)
+
+        return torch.tensor(by_group) if price(by_group) < price(by_length.tolist()) else by_length
 
     # --- skip: which rows have a gradient ---------------------------------------------------------------------------
 
@@ -94,6 +122,10 @@ class LogProbForward:
             yield
         finally:
             self._active = None
+
+    def holding_attention(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the attention of a flat forward until its backward has run, to the end of this block."""
+        return contextlib.nullcontext() if self._packed is None else self._packed.holding_attention()
 
     # --- trim (and skip): the forward itself ------------------------------------------------------------------------
 
@@ -119,7 +151,8 @@ class LogProbForward:
         rows = input_ids.size(0)
         active = self._active if self._active is not None and len(self._active) == rows else None
         plain = compute_aux_loss or any(value is not None for value in multimodal.values())
-        if plain or not self._host.model.training or ("trim" not in self.exact_savings and active is None):
+        layouts = {"trim", "pack", "share"} & set(self.exact_savings)
+        if plain or not self._host.model.training or (not layouts and active is None):
             self._count(int(attention_mask.sum()), input_ids.numel(), 0)
             return stock(
                 model,
@@ -132,6 +165,10 @@ class LogProbForward:
                 **multimodal,
             )
         columns = (input_ids.size(1) - logits_to_keep, logits_to_keep)
+        if self._packed is not None:
+            flat = self._flat(model, input_ids, attention_mask, columns, active, batch_size, compute_entropy)
+            if flat is not None:
+                return flat
         plan = self._plan(attention_mask, columns, active, batch_size)
         order = [row for bucket in plan for row in bucket.rows]
         forwarded = sum(bucket.tokens for bucket in plan)
@@ -151,28 +188,63 @@ class LogProbForward:
             logps.append(part[0])
             if part[1] is not None:
                 entropies.append(part[1])
-        full_logps = _unsort(torch.cat(logps), order, rows)
-        if not compute_entropy:
-            return full_logps, None, None
-        full = _unsort(torch.cat(entropies), order, rows)
-        if len(order) < rows:
-            # The entropy metric averages over all rows of the micro-batch: rows that were not forwarded take the mean
-            # of those that were, so that the logged value is the entropy of the forwarded tokens.
-            mask = attention_mask[:, -logits_to_keep:]
-            full[_missing(order, rows)] = (full.detach()[order] * mask[order]).sum() / mask[order].sum().clamp(min=1)
-        return full_logps, full, None
+        return _in_place(logps, entropies, order, attention_mask[:, -logits_to_keep:])
 
-    def _plan(
-        self, attention_mask: Tensor, columns: tuple[int, int], active: Tensor | None, max_rows: int | None
-    ) -> list[Bucket]:
-        """Return the forwards of a micro-batch; how many there are is the same on every rank."""
-        lengths = attention_mask.sum(1).tolist()
-        count = self._buckets or max(1, min(8, len(lengths) // 8))
+    def _flat(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        columns: tuple[int, int],
+        active: Tensor | None,
+        max_rows: int | None,
+        compute_entropy: bool,
+    ) -> Scores | None:
+        """Return the scores from flat rows, or `None` where padded rows are cheaper."""
+        packed = cast(PackedForward, self._packed)
+        known = FlatRows.of(input_ids, attention_mask, columns[0])
+        if not all(known.prompts):
+            return None  # nothing stands before the first token of a completion
+        lengths = known.lengths()
+        rows, count = self._rows_to_forward([row.tokens for row in lengths], active, max_rows)
+        layout = packed.choose([lengths[row] for row in rows], count)
+        if layout == "trim":
+            return None
+        order = grouped_order([lengths[row] for row in rows], [True] * len(rows))
+        rows = [rows[i] for i in order]
+        logps: list[Tensor] = []
+        entropies: list[Tensor] = []
+        forwarded = 0
+        for part in split_evenly([lengths[row].tokens for row in rows], self._flat_parts(count, max_rows)):
+            chosen = [rows[i] for i in part]
+            picked = FlatRows([known.prompts[r] for r in chosen], [known.completions[r] for r in chosen])
+            scores, entropy, tokens = packed(
+                model, picked, columns[1], share=layout == "share", compute_entropy=compute_entropy
+            )
+            forwarded += tokens
+            logps.append(scores)
+            if entropy is not None:
+                entropies.append(entropy)
+        self._count(forwarded, forwarded, input_ids.numel() - forwarded)
+        return _in_place(logps, entropies, rows, attention_mask[:, -columns[1] :])
+
+    def _flat_parts(self, count: int, max_rows: int | None) -> int:
+        """How many forwards flat rows take: as many on every rank, and alone one, but for a limit of rows."""
+        return count if self._host.accelerator.num_processes > 1 or max_rows is not None else 1
+
+    def _count_of(self, rows: int, max_rows: int | None = None) -> int:
+        """In how many buckets `trim` splits so many rows."""
+        count = self._buckets or max(1, min(8, rows // 8))
         if "trim" not in self.exact_savings:
             count = 1
-        if max_rows is not None:
-            # From all rows, not from the active ones, whose number differs between ranks.
-            count = max(count, -(-len(lengths) // max_rows))
+        # From all rows, not from the active ones, whose number differs between ranks.
+        return count if max_rows is None else max(count, -(-rows // max_rows))
+
+    def _rows_to_forward(
+        self, lengths: list[int], active: Tensor | None, max_rows: int | None
+    ) -> tuple[list[int], int]:
+        """Return the rows that are forwarded, and in how many forwards padded rows are."""
+        count = self._count_of(len(lengths), max_rows)
         rows = list(range(len(lengths))) if active is None else active.nonzero().flatten().tolist()
         # Every rank must run the same number of forwards (buffer broadcasts, parameter gathers), so with several ranks
         # a short list is topped up with the shortest rows that have no gradient; alone, one row keeps the graph whole.
@@ -180,6 +252,14 @@ class LogProbForward:
         if len(rows) < needed:
             idle = sorted(set(range(len(lengths))) - set(rows), key=lambda row: (lengths[row], row))
             rows += idle[: needed - len(rows)]
+        return rows, count
+
+    def _plan(
+        self, attention_mask: Tensor, columns: tuple[int, int], active: Tensor | None, max_rows: int | None
+    ) -> list[Bucket]:
+        """Return the forwards of a micro-batch; how many there are is the same on every rank."""
+        lengths = attention_mask.sum(1).tolist()
+        rows, count = self._rows_to_forward(lengths, active, max_rows)
         width = sum(columns)
         plan = plan_buckets([lengths[row] if "trim" in self.exact_savings else width for row in rows], count, max_rows)
         return [Bucket(tuple(rows[i] for i in bucket.rows), max(1, bucket.width)) for bucket in plan]
@@ -218,6 +298,44 @@ class LogProbForward:
         if entropies is not None:
             entropies = scatter_completion(entropies, offsets, completions, columns[1])
         return logps, entropies
+
+
+def _in_place(logps: list[Tensor], entropies: list[Tensor], order: list[int], mask: Tensor) -> Scores:
+    """Return the scores of all rows of a micro-batch, from those of the rows in `order`."""
+    rows = len(mask)
+    full_logps = _unsort(torch.cat(logps), order, rows)
+    if not entropies:
+        return full_logps, None, None
+    full = _unsort(torch.cat(entropies), order, rows)
+    if len(order) < rows:
+        # The entropy metric averages over all rows of the micro-batch: rows that were not forwarded take the mean of
+        # those that were, so that the logged value is the entropy of the forwarded tokens.
+        full[_missing(order, rows)] = (full.detach()[order] * mask[order]).sum() / mask[order].sum().clamp(min=1)
+    return full_logps, full, None
+
+
+def split_evenly(costs: list[int], parts: int) -> list[list[int]]:
+    """
+    Cut a list into so many pieces, none empty, with sums as even as cuts at the nearest place make them.
+
+    Example:
+    ```python
+    >>> split_evenly([4, 4, 4, 12], 2), split_evenly([5, 5], 4)
+    ([[0, 1, 2], [3]], [[0], [1]])
+    ```
+    """
+    parts = min(parts, len(costs))
+    total, pieces, begin, done = sum(costs), [], 0, 0
+    for piece in range(parts):
+        end, left = begin + 1, parts - piece - 1
+        done += costs[begin]
+        goal = total * (piece + 1) / parts
+        while end < len(costs) - left and (left == 0 or done + costs[end] / 2 <= goal):
+            done += costs[end]
+            end += 1
+        pieces.append(list(range(begin, end)))
+        begin = end
+    return pieces
 
 
 def _missing(order: list[int], rows: int) -> list[int]:

@@ -10,15 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...attention.switch import switched_attention
+from ...attention.varlen_masks import LEDGER
+from ...functional.shared_prefix import plan_shared_prefix
 from ...patching import (
     Finding,
+    Results,
     agreed,
+    compare,
     draws_random_numbers,
+    gradients,
     length_dependent_positions,
     moved_in_padding,
     rows_see_each_other,
     tiny_tokens,
+    tiny_tokens_or_none,
 )
+from .packed import FlatRows, flat_scores
 
 #: Layer types whose state runs over padding columns; they only name what was measured.
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv")
@@ -35,7 +43,7 @@ def measured_reasons(
 
     Args:
         model (`nn.Module`): The unwrapped policy.
-        names (`tuple[str, ...]`): The savings in question, of `trim`, `sort` and `skip`.
+        names (`tuple[str, ...]`): The savings in question, of `EXACT_SAVINGS`.
         longest (`int`, *optional*): The longest row of the run, where that is known.
         pad_token_id (`int`): The tokenizer's.
     """
@@ -49,19 +57,78 @@ def measured_reasons(
     def open_ones(*affected: str) -> tuple[str, ...]:
         return tuple(name for name in affected if name in names and name not in reasons)
 
-    if affected := open_ones("trim", "sort", "skip"):
+    if affected := open_ones("trim", "sort", "skip", "pack", "share"):
         text = "the model draws random numbers in training, other ones for other rows and widths"
         found = draws_random_numbers(model, _some_log_probs)
         ask(found, affected, f"{text} (set disable_dropout=True where it is dropout)")
-    if affected := open_ones("trim", "sort", "skip"):
+    if affected := open_ones("trim", "sort", "skip", "pack", "share"):
         ask(rows_see_each_other(model, log_probs_by_token), affected, "the result of a row depends on the other rows")
-    if affected := open_ones("trim"):
+    if affected := open_ones("trim", "pack", "share"):
         text = named_positions(model) or "the result of a row depends on its place in the padding"
         ask(moved_in_padding(model, log_probs_by_token, pad_token_id), affected, text)
-    if affected := open_ones("trim"):
+    if affected := open_ones("trim", "pack", "share"):
         text = "the model's positions depend on the length of a call, which trimming changes"
         ask(length_dependent_positions(model, longest), affected, text)
+    if affected := open_ones("share"):
+        ask(in_one_row(model, share=True), affected, "rows that share a prompt in one sequence differ")
+    # Rows that shared a prompt stood end to end as well.
+    if (affected := open_ones("pack")) and "share" not in open_ones("share"):
+        ask(in_one_row(model, share=False), affected, "rows that stand end to end in one sequence differ")
     return reasons
+
+
+#: prompt and completion of the rows that are looked at: two share a prompt, one is on its own
+_ROWS = (((0, 5), (5, 8)), ((0, 5), (8, 10)), ((10, 13), (13, 17)))
+
+
+def in_one_row(model: nn.Module, share: bool) -> Finding:
+    """
+    Compare rows one by one, under the attention that the model has, with one flat row under `hf_effi_varlen`.
+
+    Args:
+        model (`nn.Module`): With TRL's fused head.
+        share (`bool`): Whether a prompt of two of the rows comes once.
+    """
+    tokens = tiny_tokens_or_none(model, 1, 17)
+    if isinstance(tokens, Finding):
+        return tokens
+    ids = tokens[0].tolist()
+    rows = FlatRows([ids[slice(*prompt)] for prompt, _ in _ROWS], [ids[slice(*completion)] for _, completion in _ROWS])
+    layout = plan_shared_prefix(rows.prompts, [len(completion) for completion in rows.completions], share)
+
+    def alone(model: nn.Module) -> Results:
+        scores = []
+        for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
+            row = torch.tensor([prompt + completion], device=tokens.device)
+            scores.append(log_probs_by_token(model, row, torch.ones_like(row))[0, len(prompt) - 1 : -1])
+        return with_gradients(model, torch.cat(scores))
+
+    def flat(model: nn.Module) -> Results:
+        with switched_attention(model):
+            log_probs, _ = flat_scores(model, layout, rows, tokens.device)
+        index = layout.completion_index().to(log_probs.device)
+        return with_gradients(model, torch.cat([log_probs[where[where >= 0]] for where in index]))
+
+    return compare(model, alone, flat)
+
+
+def with_gradients(model: nn.Module, scores: Tensor) -> Results:
+    """Return scores, and what a loss of them gives to the weights."""
+    return {"the log-probs": scores, **gradients(model, scores)}
+
+
+def shortest_window(model: nn.Module) -> int | None:
+    """Return the shortest window among the masks of a forward over a few tokens; `None` where there is none."""
+    found: list[int | None] = []
+
+    def one_forward(model: nn.Module) -> Tensor:
+        with switched_attention(model):
+            scores = _some_log_probs(model)
+        found.append(LEDGER.reach())
+        return scores
+
+    compare(model, one_forward, one_forward, with_graph=False)
+    return min((reach for reach in found if reach is not None), default=None)
 
 
 def log_probs_by_token(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from ...functional.rollouts import (
 )
 from ...protocols import GroupFilter, PromptSelector, RolloutGroups, RolloutPruner
 from .accounting import StepAccounting
+from .correction import OLD, LateCorrection
 from .deferred import DeferredLogProbs
 from .exchange import share_out
 from .host import Host
@@ -109,6 +110,7 @@ class RolloutPipeline:
         self.rewards: Tensor | None = None
         self.lengths: list[int] | None = None
         self._deferred: DeferredLogProbs | None = None
+        self._correction = LateCorrection(host)
         #: which prompts a step has, where prompts are chosen by number
         self._step_prompts: StepPrompts | None = None
         #: the reward function that says right or wrong
@@ -222,12 +224,15 @@ class RolloutPipeline:
     def _round(self, stock: Generate, inputs: list[dict[str, Any]]) -> Rows:
         """One call of TRL's generation, with its log-prob forwards put off where dropped rows would pay for them."""
         deferred = self._deferred = DeferredLogProbs() if self._defers() else None
+        late = deferred is not None and self._correction.on
         self.lengths = None
         try:
-            batch = stock(inputs)
+            with self._correction.put_off() if late else contextlib.nullcontext():
+                batch = stock(inputs)
         finally:
             self._deferred = None
-        rows = Rows(batch, deferred.entries_of(batch) if deferred is not None else ())
+        names = deferred.entries_of(batch) if deferred is not None else ()
+        rows = Rows(batch, tuple(dict.fromkeys((*names, OLD))) if late else names)
         self._settle_advantages(batch)
         self._accounting.counts[metrics.ROWS_GENERATED] += len(rows)
         return rows
@@ -342,16 +347,17 @@ class RolloutPipeline:
         accelerator = self._host.accelerator
         owners = [generation.owner(row, accelerator.num_processes) for row in rows]
         costs = everything.loss_tokens[rows].tolist()
-        mine = share_out(self._join(generation.mine), owners, costs, accelerator, self._join).trimmed()
+        shared, moved = share_out(self._join(generation.mine), owners, costs, accelerator, self._join)
+        self._accounting.counts[metrics.ROWS_MOVED] += moved
+        mine = shared.trimmed()
         mine.batch["num_items_in_batch"] = accelerator.gather(mine.loss_tokens.sum()).sum()
         return mine
 
     # --- log-probs of the kept rows only ----------------------------------------------------------------------------
 
     def _defers(self) -> bool:
-        if self._host.use_vllm and self._host.vllm_importance_sampling_correction:
-            return False  # the ratio is formed inside TRL's generation from the log-probs themselves
-        return self.selects or "skip" in self._forward.exact_savings
+        # Who chooses rows has to know which ratios are 0.
+        return not self._correction.decides if self.selects else "skip" in self._forward.exact_savings
 
     def put_off(self, attention_mask: Tensor, columns: int) -> Tensor | None:
         """
@@ -369,8 +375,12 @@ class RolloutPipeline:
 
     def _finished(self, rows: Rows) -> dict[str, Any]:
         """Compute the log-probs that were put off, for the rows that stayed."""
+        forwarded = rows_with_gradient(rows.batch, Ratios.of(self._host).multiply)
         for name in rows.put_off:
             rows.batch[name] = self._log_probs_of(rows.batch, reference=name == REFERENCE)
+        if OLD in rows.put_off and self._correction.on:
+            skips = "skip" in self._forward.exact_savings
+            self._correction.make(rows.batch, forwarded if skips else torch.ones_like(forwarded), self._log)
         active = rows_with_gradient(rows.batch, Ratios.of(self._host).multiply)
         self._accounting.counts[metrics.ROWS_TRAINED] += int(active.sum())
         return rows.batch

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from transformers.utils import logging
 
 from ...errors import RefusedError
 from ...functional.rollouts import GenerationLayout
 from .config import EXACT_SAVINGS
-from .forward_probe import measured_reasons
+from .forward_probe import measured_reasons, shortest_window
 from .host import Host
+from .packed import LAYOUTS, PackedForward, costs_of
 from .settings import GRPOSettings
 
 logger = logging.get_logger(__name__)
@@ -30,6 +32,13 @@ def choose_savings(host: Host, settings: GRPOSettings) -> tuple[tuple[str, ...],
     open_ones = tuple(name for name in (EXACT_SAVINGS if wanted is None else wanted) if name not in reasons)
     model, pad = host.accelerator.unwrap_model(host.model), host._tokenizer.pad_token_id
     reasons |= measured_reasons(model, open_ones, _longest_row(host), pad)
+    if host.ref_model is not None:  # its forward is one of those that are saved
+        reference = host.accelerator.unwrap_model(host.ref_model)
+        flat = tuple(name for name in ("pack", "share") if name in open_ones and name not in reasons)
+        reasons |= {
+            name: f"of the reference model, {reason}"
+            for name, reason in measured_reasons(reference, flat, _longest_row(host), pad).items()
+        }
     for name in wanted or ():
         if name in reasons:
             raise RefusedError(
@@ -41,6 +50,21 @@ def choose_savings(host: Host, settings: GRPOSettings) -> tuple[tuple[str, ...],
         left_out = " ".join(f"{name}: {reason}" for name, reason in reasons.items())
         logger.info(f"exact_savings='auto' uses {', '.join(chosen) or 'nothing'}. Left out: {left_out}")
     return chosen, reasons
+
+
+def packed_forward(host: Host, savings: tuple[str, ...]) -> PackedForward | None:
+    """Return what runs flat rows, where `pack` or `share` is on."""
+    if not {"pack", "share"} & set(savings):
+        return None
+    models = [host.accelerator.unwrap_model(m) for m in (host.model, host.ref_model) if m is not None]
+    windows = [window for window in map(shortest_window, models) if window is not None] if "share" in savings else []
+    return PackedForward(
+        tuple(layout for layout in LAYOUTS if layout in savings),
+        costs_of(models[0], host.accelerator.device),
+        min(windows, default=None),
+        host.accelerator.autocast,
+        say=host.accelerator.is_main_process,
+    )
 
 
 def inexact_reasons(host: Host) -> dict[str, str]:
@@ -64,7 +88,23 @@ def inexact_reasons(host: Host) -> dict[str, str]:
             f"steps_per_generation={host.args.steps_per_generation} and gradient_accumulation_steps="
             f"{host.args.gradient_accumulation_steps} are not multiples, so optimizer steps straddle generations."
         )
+    if reason := _no_flat_rows(host):
+        reasons["pack"] = reasons["share"] = reason
     return reasons
+
+
+def _no_flat_rows(host: Host) -> str | None:
+    """Return why rows cannot stand end to end in this run, whatever the model."""
+    args = host.args
+    if getattr(args, "torch_compile", False):
+        return "torch_compile=True would compile anew for each length of a flat row."
+    if getattr(args, "sequence_parallel_size", 1) > 1:
+        return f"sequence_parallel_size={args.sequence_parallel_size} splits rows, not a flat row."
+    if host.accelerator.device.type == "cuda" and not (args.bf16 or args.fp16):
+        dtype = next((p.dtype for p in host.model.parameters() if p.is_floating_point()), torch.float32)
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"torch's variable-length attention takes bf16 and fp16 on a GPU, and the model is {dtype}."
+    return None
 
 
 def _longest_row(host: Host) -> int | None:

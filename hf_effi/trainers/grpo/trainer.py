@@ -21,7 +21,7 @@ from .pipeline import LOSS_SCALE, RolloutPipeline
 from .prompt_room import PromptRoom
 from .resume import ResumableGRPOTrainer
 from .rewards import RewardCheck, check_sums
-from .savings import choose_savings
+from .savings import choose_savings, packed_forward
 from .settings import GRPOSettings
 from .start_checks import check_dataset, guard_vllm_server, route_checkpointing_options
 
@@ -99,7 +99,8 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
             # The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss.
             reason = f"acts only with 'trim': {left_out.get('trim', 'it is off.')} Drop it"
             refuse_unused(self._settings, ("forward_buckets",), reason)
-        self._forward = LogProbForward(self, savings, self._settings.forward_buckets, self._count_forward)
+        packed = packed_forward(self, savings)
+        self._forward = LogProbForward(self, savings, self._settings.forward_buckets, packed, self._count_forward)
         self._rollouts = RolloutPipeline(
             self,
             self._settings,
@@ -117,7 +118,7 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            with self._accounting.clock.phase("train"):
+            with self._accounting.clock.phase("train"), self._forward.holding_attention():
                 loss = super().training_step(*args, **kwargs)
         except RewardError as error:
             if folder := self._save_last_update():
@@ -192,7 +193,7 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
     # Made when it is first asked for: other code builds trainers without `__init__` and calls single methods.
     @functools.cached_property
     def _accounting(self) -> StepAccounting:
-        return StepAccounting()
+        return StepAccounting(getattr(getattr(self, "accelerator", None), "device", None))
 
     @functools.cached_property
     def _rollouts(self) -> RolloutPipeline:
