@@ -19,10 +19,11 @@ from transformers.utils import logging
 from ..errors import RefusedError
 from .capture import deferring, replaced, write_checkpoint
 from .commit import Commit, Phase
-from .elastic import check_place_in_data, layout_of, seed_new_process
+from .elastic import check_place_in_data, continue_prompts, layout_of, place_in_stream, seed_new_process
 from .folders import find_resumable
+from .log_window import restore_log_window, store_log_window
 from .manifest import Digest
-from .resume import AUTO, resolve_auto
+from .resume import AUTO, check_given, resolve_auto
 from .staging import Kind, _NotCopyable, nbytes_of, stage
 from .writer import ProcessWriter, ThreadWriter, Writer
 
@@ -149,7 +150,9 @@ class SafeCheckpointer:
             "_save_checkpoint": self._save_of(trainer._save_checkpoint),
             "_finalize_training": self._finalize_of(trainer._finalize_training),
             "_prepare_for_training": self._prepare_of(trainer._prepare_for_training),
+            "_init_training_state": self._init_state_of(trainer._init_training_state),
             "_load_rng_state": self._load_rng_of(trainer._load_rng_state),
+            "_save_rng_state": self._save_rng_of(trainer._save_rng_state),
         }
         for name, value in seams.items():
             self._undo.enter_context(replaced(trainer, name, value))
@@ -202,6 +205,8 @@ class SafeCheckpointer:
         def safe_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
             if resume_from_checkpoint == AUTO:
                 resume_from_checkpoint = resolve_auto(self.trainer)
+            elif resume_from_checkpoint:
+                check_given(self.trainer, resume_from_checkpoint)
             try:
                 return train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -221,16 +226,41 @@ class SafeCheckpointer:
             model, loader = prepare(max_steps, train_dataloader, resume_from_checkpoint)
             if resume_from_checkpoint is not None:
                 check_place_in_data(self.trainer, loader, resume_from_checkpoint)
+                continue_prompts(self.trainer, loader)
             return model, loader
 
         return safe_prepare_for_training
+
+    def _init_state_of(self, init: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
+        def safe_init_training_state(
+            max_steps: int,
+            num_update_steps_per_epoch: int,
+            num_train_epochs: int,
+            resume_from_checkpoint: Any,
+            trial: Any,
+        ) -> tuple[int, int]:
+            place = init(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+            if resume_from_checkpoint is None:
+                return place
+            return place_in_stream(self.trainer, resume_from_checkpoint, place)
+
+        return safe_init_training_state
 
     def _load_rng_of(self, load: Callable[..., None]) -> Callable[..., None]:
         def safe_load_rng_state(checkpoint: str | None) -> None:
             if checkpoint is None or not seed_new_process(self.trainer, checkpoint):
                 load(checkpoint)
+            if checkpoint is not None:
+                restore_log_window(self.trainer)
 
         return safe_load_rng_state
+
+    def _save_rng_of(self, save: Callable[[str], None]) -> Callable[[str], None]:
+        def safe_save_rng_state(output_dir: str) -> None:
+            store_log_window(self.trainer)  # before `trainer_state.json` is written
+            save(output_dir)
+
+        return safe_save_rng_state
 
     def _save_of(self, save: Callable[..., None]) -> Callable[..., None]:
         def safe_save_checkpoint(model: Any, trial: Any) -> None:
