@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -185,10 +186,13 @@ def seed_new_process(trainer: Trainer, checkpoint: str | Path) -> bool:
     """
     args, folder = trainer.args, Path(checkpoint)
     name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-    if (folder / name).is_file() or not any(folder.glob("rng_state*.pth")):
-        return False
+    missing = not (folder / name).is_file() and any(folder.glob("rng_state*.pth"))
     if args.world_size > 1 and processes_of(trainer.state) == args.world_size:
-        raise missing_file(folder / name)
+        # Together: a process that raised alone would leave the others waiting.
+        if lost := [found for found in gather_object([name if missing else None]) if found is not None]:
+            raise missing_file(folder / lost[0])
+    if not missing:
+        return False
     text = f"{args.seed}/{trainer.state.global_step}/{args.process_index}"
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
     random.seed(seed)

@@ -90,7 +90,6 @@ def refusal(folder: str, **over: Any) -> str:
 PARTS = [(2, (1, 4, 4), 2), (1, (1, 8, 8), 3), (2, (1, 4, 4), 6)]
 CASES = {
     # 4 prompts of 2 completions per generation; 2 generations per pass: update 3 is in the second.
-    "effi": ("effi", PARTS, 1, {}),
     "stock": ("stock", PARTS, 1, {}),
     # Each generation twice: update 3 lies inside of it, and its rollouts are dealt to the other processes.
     "effi, inside of a generation": ("effi", PARTS, 2, {}),
@@ -120,13 +119,22 @@ def test_another_layout_is_refused_with_settings_that_fit(tmp_path: Path) -> Non
     for over, words in (
         ({"layout": (1, 4, 8)}, "rows per update: 8 before .* 4 now .*Set gradient_accumulation_steps=8, or ignore"),
         ({"layout": (1, 8, 4)}, "rows per generation: 8 before .* 4 now .*Set steps_per_generation=8, or ignore"),
-        ({"layout": (3, 2, 2)}, "Resume on 2 processes with per_device_train_batch_size=1"),
-        ({"num_generations": 4}, "num_generations: 2 before, 4 now. .*Set num_generations=2, or"),
-        ({"iterations": 1}, "num_iterations: 2 before, 1 now. .*Set num_iterations=2, or"),
     ):
-        if "layout" in over and over["layout"][0] == 3:
-            over["num_generations"] = 2
         assert re.search(words, refusal(folder, **{**one, **over})), words
+
+
+def test_each_quantity_is_refused_with_its_setting(tmp_path: Path) -> None:
+    before = GenerationLayout(1, 2, steps_per_generation=4, accumulation_steps=4, num_iterations=2, world_size=2)
+    for now, words in (
+        (dict(rows_per_step=3, steps_per_generation=2, accumulation_steps=2), "Resume on 2 processes with per_device"),
+        (dict(num_generations=4), "num_generations: 2 before, 4 now. .*Set num_generations=2, or"),
+        (dict(num_iterations=1), "num_iterations: 2 before, 1 now. .*Set num_iterations=2, or"),
+        (dict(oversample=2), "prune_oversample: 1 before, 2 now. .*Set prune_rate and prune_allocation as they were"),
+    ):
+        settings = {"steps_per_generation": 8, "accumulation_steps": 8, "num_iterations": 2, **now}
+        layout = GenerationLayout(**{"rows_per_step": 1, "num_generations": 2, **settings})
+        with pytest.raises(MismatchError, match=words):
+            check_same_updates(tmp_path / "checkpoint-1", before, layout, SimpleNamespace())
 
 
 def test_what_chooses_by_the_number_of_processes_is_refused(tmp_path: Path) -> None:
