@@ -39,14 +39,14 @@ class RewindCallback(TurnCallback):
     Goes back to a copy in host memory where an update would break the run, and on with the data after it.
 
     Every `every_steps` updates it copies trainable weights, optimizer, scheduler and random numbers into host memory
-    ([`MemorySnapshot`]). Before each optimizer step the loss of the update, averaged over the processes, and the norm of
-    its gradient are looked at. Where the rule says so, on all processes alike, the update is not made and the copy is
-    put back to the bit. The data of the updates since the copy is not trained on again, as in the training of PaLM
+    ([`MemorySnapshot`]). Before each optimizer step the loss of the update, averaged over the processes, and the norm
+    of its gradient are looked at. Where the rule says so, on all processes alike, the update is not made and the copy
+    is put back to the bit. The data of the updates since the copy is not trained on again, as in the training of PaLM
     (2204.02311, section 5.1), where a spike did not come back with other data.
 
     `global_step` counts on: it says how much data was passed, and a checkpoint resumes at the right place. The LR
-    scheduler goes back with the weights. The run is then the one that never saw these updates' data: same weights to the
-    bit, where nothing depends on `global_step` or on the data's place in the run.
+    scheduler goes back with the weights. The run is then the one that never saw these updates' data: same weights to
+    the bit, where nothing depends on `global_step` or on the data's place in the run.
 
     Formula of `"spike"`: `0.6745 (x - median) / max(MAD, 0.001 |median|) > threshold`, over the last `window` losses
     ([`~hf_effi.functional.spikes.is_spike`]).
@@ -258,8 +258,8 @@ class RewindCallback(TurnCallback):
         self._left_to_skip = self.skip_batches
         if args.process_index == 0:
             logger.warning(
-                "The loss of update %d is %g: back to the state after update %d. The data of %d updates is not trained "
-                "on (rewind %d of %d at most).",
+                "The loss of update %d is %g: back to the state after update %d. The data of %d updates is not "
+                "trained on (rewind %d of %d at most).",
                 update,
                 loss,
                 since,

@@ -31,12 +31,12 @@ class StragglerCallback(TurnCallback):
     Measures how long each process computes in an update, before it waits for the others, and names the slowest one.
 
     The time runs from the begin of the update to its last gradient: DDP waits for the other processes after that. It
-    is taken by one hook on the parameter whose gradient comes last, which the first update tells, with a monotonic clock
-    on the CPU and with events on a GPU. Nothing is synchronised in an update. At every `every_logs`-th log the
+    is taken by one hook on the parameter whose gradient comes last, which the first update tells, with a monotonic
+    clock on the CPU and with events on a GPU. Nothing is synchronised in an update. At every `every_logs`-th log the
     times are gathered, in one collective of at most 256 numbers for each process, and the log gets
-    `effi/straggler/ratio`, `rank`, `persistence` and `waiting_fraction`, so that trackers and the run record have them.
-    There is a warning where one process is slower than the mean by more than `ratio`, in at least `persistence` of the
-    updates.
+    `effi/straggler/ratio`, `rank`, `persistence` and `waiting_fraction`, so that trackers and the run record have
+    them. There is a warning where one process is slower than the mean by more than `ratio`, in at least `persistence`
+    of the updates.
 
     What a process waits for inside of the forward, such as the gathered rewards of GRPO, counts as its own time and
     hides a slow one.
@@ -158,9 +158,9 @@ class StragglerCallback(TurnCallback):
         state.log_history[-1].update(found)
         if args.process_index == 0 and report.is_straggling(self.ratio, self.persistence):
             self.say(
-                f"Process {report.rank} takes {report.ratio:.2f} times the mean of all {args.world_size} processes, and "
-                f"was the slowest in {report.persistence:.0%} of the last {report.updates} updates. The others wait "
-                f"for it {report.waiting_fraction:.0%} of the time of all. Look at its device (clock, temperature, "
+                f"Process {report.rank} takes {report.ratio:.2f} times the mean of all {args.world_size} processes, "
+                f"and was the slowest in {report.persistence:.0%} of the last {report.updates} updates. The others wait
+                " f"for it {report.waiting_fraction:.0%} of the time of all. Look at its device (clock, temperature, "
                 "other jobs), or at the lengths of the rows that it gets."
             )
 

@@ -26,15 +26,15 @@ _PUBLIC = {
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .average import average_checkpoints as average_checkpoints
+    from .folders import Resumable as Resumable
     from .folders import find_resumable as find_resumable
     from .folders import list_checkpoints as list_checkpoints
     from .folders import repair_run_dir as repair_run_dir
-    from .folders import Resumable as Resumable
     from .manifest import CheckpointReport as CheckpointReport
     from .manifest import verify_checkpoint as verify_checkpoint
-    from .memory_snapshot import measure_rewind as measure_rewind
     from .memory_snapshot import MemorySnapshot as MemorySnapshot
     from .memory_snapshot import RewindCost as RewindCost
+    from .memory_snapshot import measure_rewind as measure_rewind
     from .probes import written_in_probe as written_in_probe
     from .safe import SafeCheckpointer as SafeCheckpointer
     from .snapshot import restore_snapshot as restore_snapshot

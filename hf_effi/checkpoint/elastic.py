@@ -120,8 +120,8 @@ def place_in_stream(trainer: Trainer, checkpoint: str | Path, place: tuple[int, 
     Return the pass over a stream that a checkpoint was in, and the batches of it that were trained on.
 
     A Trainer does not know how long a stream is and takes it that the run is in its first pass: it skips as many
-    batches as were ever trained on, comes to the end of the stream, and goes on with the begin of the second pass. What
-    it stored of the epoch has both: `epoch = pass + batches / (max_steps x accumulation steps)`.
+    batches as were ever trained on, comes to the end of the stream, and goes on with the begin of the second pass.
+    What it stored of the epoch has both: `epoch = pass + batches / (max_steps x accumulation steps)`.
 
     Args:
         trainer (`Trainer`): Of the run that is resumed, with its state.
@@ -145,8 +145,8 @@ def continue_prompts(trainer: Trainer, loader: Any) -> None:
 
     TRL's `RepeatSampler` draws the order of the first pass in each process that it starts in, and its count of
     micro-steps begins at 0, so that generations begin at other steps. Order and count are brought to the place of the
-    checkpoint. Rollouts of a generation that is not finished are not part of a stock checkpoint: the rest of it is made
-    anew, which is said.
+    checkpoint. Rollouts of a generation that is not finished are not part of a stock checkpoint: the rest of it is
+    made anew, which is said.
 
     Args:
         trainer (`Trainer`): Of the run that is resumed, with its state.
@@ -154,7 +154,7 @@ def continue_prompts(trainer: Trainer, loader: Any) -> None:
     """
     batches = getattr(loader, "batch_sampler", None)
     inner = getattr(batches, "batch_sampler", batches)
-    sampler = getattr(inner, "sampler", None)
+    sampler: Any = getattr(inner, "sampler", None)
     # A sampler with `next_pass` keeps its pass itself, and its trainer the rollouts.
     if not (generates(trainer.args) and hasattr(sampler, "mini_repeat_count")) or hasattr(sampler, "next_pass"):
         return
@@ -166,7 +166,8 @@ def continue_prompts(trainer: Trainer, loader: Any) -> None:
         for _ in range(trainer.state.global_step // updates):
             torch.randperm(prompts, generator=sampler.generator)
     step = layout.steps_of(trainer.state.global_step, layout.steps_per_pass(prompts))
-    trainer._step = step
+    host: Any = trainer  # one that counts micro-steps
+    host._step = step
     if not layout.starts_generation(step) and trainer.is_world_process_zero():
         logger.warning(
             f"The checkpoint of update {trainer.state.global_step} lies inside of a generation, whose rollouts this "
@@ -210,7 +211,7 @@ def _layouts(before: dict[str, Any], now: dict[str, Any]) -> tuple[GenerationLay
     """Return the layouts of two runs that generate their rows; `None` where one does not say its own."""
 
     def layout(facts: dict[str, Any]) -> GenerationLayout | None:
-        fields = {field: facts.get(name) for name, field in _OF_GENERATIONS.items()}
+        fields: dict[str, Any] = {field: facts.get(name) for name, field in _OF_GENERATIONS.items()}
         fields |= {"accumulation_steps": facts["gradient_accumulation_steps"], "world_size": facts["world_size"]}
         if any(value is None for value in fields.values()):
             return None

@@ -15,8 +15,8 @@ def store_log_window(trainer: Trainer) -> None:
     """
     Write into the state that gets saved the loss since the last log, of each process. Every process calls it.
 
-    A stock Trainer begins a new sum when it resumes: where an update that is saved is not one that is logged, the first
-    loss after a resume lacks the updates before it.
+    A stock Trainer begins a new sum when it resumes: where an update that is saved is not one that is logged, the
+    first loss after a resume lacks the updates before it.
     """
     state: Any = trainer.state
     if (state.stateful_callbacks.get(KEY) or {}).get("step") == state.global_step:
@@ -53,7 +53,7 @@ def processes_of(state: Any) -> int | None:
 
 
 def _losses(state: Any) -> list[float] | None:
-    """Return the losses of a checkpoint of ours, by process. A state that a stock Trainer carried along is another's."""
+    """Return the losses of a checkpoint of ours, by process; a stock Trainer may have carried along another's."""
     entry = (state.stateful_callbacks or {}).get(KEY)
     if not isinstance(entry, dict) or entry.get("step") != state.global_step:
         return None

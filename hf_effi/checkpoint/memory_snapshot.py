@@ -24,11 +24,12 @@ ROOM = 1.2
 
 class MemorySnapshot:
     """
-    A copy of trainable weights, buffers, optimizer, scheduler and random numbers in host memory, taken again and again.
+    A copy of trainable weights, buffers, optimizer, scheduler and random numbers in host memory, taken again and
+    again.
 
     The memory is kept from one `take` to the next, and page-locked where the state is on a GPU. Weights that are not
-    trained are not copied: for LoRA it holds the adapter. It ends with the process. A checkpoint survives that; this is
-    for going back within a run.
+    trained are not copied: for LoRA it holds the adapter. It ends with the process. A checkpoint survives that; this
+    is for going back within a run.
 
     Args:
         model (`torch.nn.Module`): Unsharded, without a wrapper.
@@ -174,8 +175,8 @@ class RewindCost:
         """
         Return the seconds per update that snapshots in memory save beside checkpoints; negative where they cost more.
 
-        Formula: `[(t_disk - t_memory) + (S - E) u / 2] / F - c / E`. A rewind repeats half an interval on average, `S / 2`
-        updates of `u` seconds from checkpoints and `E / 2` from snapshots.
+        Formula: `[(t_disk - t_memory) + (S - E) u / 2] / F - c / E`. A rewind repeats half an interval on average, `S
+        / 2` updates of `u` seconds from checkpoints and `E / 2` from snapshots.
 
         Args:
             update_seconds (`float`): `u`, of one update.

@@ -14,8 +14,8 @@ class StragglerReport:
     Args:
         ratio (`float`): Mean seconds of the slowest process over the mean of all, at least 1.
         rank (`int`): The slowest process, by its mean.
-        persistence (`float`): Share of the updates in which it was the slowest, in `[0, 1]`. By chance it is 1 over the
-            number of processes.
+        persistence (`float`): Share of the updates in which it was the slowest, in `[0, 1]`. By chance it is 1 over
+            the number of processes.
         waiting_fraction (`float`): Share of all processes' time that is spent waiting, in `[0, 1)`.
         updates (`int`): How many updates were looked at.
     """

@@ -126,10 +126,10 @@ def test_another_layout_is_refused_with_settings_that_fit(tmp_path: Path) -> Non
 def test_each_quantity_is_refused_with_its_setting(tmp_path: Path) -> None:
     before = GenerationLayout(1, 2, steps_per_generation=4, accumulation_steps=4, num_iterations=2, world_size=2)
     for now, words in (
-        (dict(rows_per_step=3, steps_per_generation=2, accumulation_steps=2), "Resume on 2 processes with per_device"),
-        (dict(num_generations=4), "num_generations: 2 before, 4 now. .*Set num_generations=2, or"),
-        (dict(num_iterations=1), "num_iterations: 2 before, 1 now. .*Set num_iterations=2, or"),
-        (dict(oversample=2), "prune_oversample: 1 before, 2 now. .*Set prune_rate and prune_allocation as they were"),
+        ({"rows_per_step": 3, "steps_per_generation": 2, "accumulation_steps": 2}, "Resume on 2 processes with"),
+        ({"num_generations": 4}, "num_generations: 2 before, 4 now. .*Set num_generations=2, or"),
+        ({"num_iterations": 1}, "num_iterations: 2 before, 1 now. .*Set num_iterations=2, or"),
+        ({"oversample": 2}, "prune_oversample: 1 before, 2 now. .*Set prune_rate and prune_allocation as they were"),
     ):
         settings = {"steps_per_generation": 8, "accumulation_steps": 8, "num_iterations": 2, **now}
         layout = GenerationLayout(**{"rows_per_step": 1, "num_generations": 2, **settings})
@@ -150,7 +150,9 @@ def test_what_chooses_by_the_number_of_processes_is_refused(tmp_path: Path) -> N
     check(before, now, AdvantagePruner(0.5, scope="global"), PassRateBand(0, 1))
     with pytest.raises(MismatchError, match="pruned among the completions of each of 2 processes.*scope='global'"):
         check(before, now, AdvantagePruner(0.5))
-    with pytest.raises(MismatchError, match="to 8 micro-batches .* deals them to 4.*Keep per_device_train_batch_size=1"):
+    with pytest.raises(
+        MismatchError, match="to 8 micro-batches .* deals them to 4.*Keep per_device_train_batch_size=1"
+    ):
         check(before, wide, filters=PassRateBand(0, 1))
     with pytest.raises(MismatchError, match="by multiples of 3 prompts, .* would by 1. .*num_generations=2"):
         check(three, GenerationLayout(1, 2, steps_per_generation=12, accumulation_steps=12, world_size=2),

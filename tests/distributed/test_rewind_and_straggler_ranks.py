@@ -27,7 +27,8 @@ def trainer_of(folder: str, rows: Any, callbacks: list[Any], **over: Any) -> Any
 
     settings = {
         "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "remove_unused_columns": False,
-        "lr_scheduler_type": "constant", "save_strategy": "no", "ddp_find_unused_parameters": False, "logging_steps": 2,
+        "lr_scheduler_type": "constant", "save_strategy": "no",
+        "ddp_find_unused_parameters": False, "logging_steps": 2,
     }  # fmt: skip
     torch.manual_seed(0)
     args = push_args(folder, **{**settings, **over})

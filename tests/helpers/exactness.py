@@ -27,7 +27,6 @@ from hf_effi.trainers.mixins.sampler import SamplerMixin
 from .callback_cases import CASES, Case, differences
 from .data import binary_hash_reward, lm_dataset
 from .models import tiny_qwen3
-from .public import public_objects
 from .tokenizer import tiny_tokenizer
 
 ROWS, UPDATES, LOGGING = 12, 6, 2
@@ -125,7 +124,7 @@ def stateful_callbacks() -> set[str]:
 
 
 def stateful_samplers() -> set[str]:
-    found = {name for name, value in public_objects(samplers).items() if _is_sampler(value)}
+    found = {name for name in samplers.__all__ if _is_sampler(getattr(samplers, name))}
     return found - NOT_MADE_BY_USERS
 
 
@@ -207,8 +206,8 @@ def build(row: Row, folder: Path, callbacks: list[TrainerCallback], attach: bool
     names = PLUGS[row.plug]
     settings: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
-        "max_steps": UPDATES, "save_strategy": "steps", "save_steps": 100, "logging_steps": LOGGING, "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2 // row.ranks, "gradient_accumulation_steps": 2, "seed": 3,
+        "max_steps": UPDATES, "save_strategy": "steps", "save_steps": 100, "logging_steps": LOGGING,
+        "learning_rate": 1e-2, "per_device_train_batch_size": 2 // row.ranks, "gradient_accumulation_steps": 2, "seed": 3,
         "dataloader_pin_memory": False, "ddp_find_unused_parameters": False, "max_grad_norm": 1.0,
     }  # fmt: skip
     if "AccuracyGradientCallback" in names:
@@ -217,6 +216,8 @@ def build(row: Row, folder: Path, callbacks: list[TrainerCallback], attach: bool
     given: dict[str, Any] = {"callbacks": made}
     if sampler := [SAMPLERS[name]() for name in names if name in SAMPLERS]:
         given["train_sampler"] = sampler[0]
+        # A decay to zero is warned of where the best rows come last.
+        settings |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": UPDATES}
     torch.manual_seed(1)
     adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1) if row.tuning == "LoRA" else None
     layers = 3 if "RandomLTDCallback" in names else 1  # it leaves the first and the last alone

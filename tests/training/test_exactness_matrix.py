@@ -91,9 +91,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", MISSING)
 @pytest.mark.parametrize("which", ROWS)
 @pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "not sealed"])
-def test_a_missing_file_is_named(
-    saved: dict[str, Path], tmp_path: Path, name: str, which: str, sealed: bool
-) -> None:
+def test_a_missing_file_is_named(saved: dict[str, Path], tmp_path: Path, name: str, which: str, sealed: bool) -> None:
     checkpoint = tmp_path / "checkpoint-4"
     shutil.copytree(saved[which] / "checkpoint-4", checkpoint)
     if not (checkpoint / name).exists():

@@ -9,9 +9,7 @@ from hf_effi.functional.rollouts import GenerationLayout, deal_again, first_diff
 
 def layout(world: int, rows: int, chunks: int, steps: int, **over: int) -> GenerationLayout:
     over = {"num_generations": 2, **over}
-    return GenerationLayout(
-        rows, steps_per_generation=chunks, accumulation_steps=steps, world_size=world, **over
-    )
+    return GenerationLayout(rows, steps_per_generation=chunks, accumulation_steps=steps, world_size=world, **over)
 
 
 def test_each_update_keeps_its_rows() -> None:

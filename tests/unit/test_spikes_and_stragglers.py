@@ -35,7 +35,11 @@ def test_a_spike_needs_a_window_and_is_above() -> None:
     assert is_spike(9.0, window, least=5) and not is_spike(9.0, window, least=6)
     assert not is_spike(-9.0, window, least=5) and not is_spike(1.3, window, least=5)
     assert is_spike(math.nan, []) and is_spike(math.inf, window)
-    for over, words in (({"threshold": 0.0}, "threshold=0.0"), ({"least": 0}, "least=0"), ({"least": True}, "least=T")):
+    for over, words in (
+        ({"threshold": 0.0}, "threshold=0.0"),
+        ({"least": 0}, "least=0"),
+        ({"least": True}, "least=T"),
+    ):
         with pytest.raises(ValueError, match=words):
             is_spike(1.0, window, **over)
 

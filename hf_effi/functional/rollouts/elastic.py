@@ -1,4 +1,4 @@
-"""A run of GRPO that changes its number of ranks: when its updates stay the same, and how a generation is dealt anew."""
+"""GRPO that changes its number of ranks: when its updates stay the same, and how a generation is dealt anew."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def deal_again(
     Deal the rows of a generation to another number of ranks, such that each update trains on the rows that it would
     have had.
 
-    The rows of the micro-batches of one update, of all ranks, are dealt evenly to the micro-batches that the update has
-    now. Where updates are larger than a generation, all rows of it belong together.
+    The rows of the micro-batches of one update, of all ranks, are dealt evenly to the micro-batches that the update
+    has now. Where updates are larger than a generation, all rows of it belong together.
 
     Args:
         counts (`Sequence[Sequence[int]]`): Rows of each micro-batch of each rank, shape `(W, S)`. Filters and pruning
