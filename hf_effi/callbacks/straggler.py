@@ -159,9 +159,9 @@ class StragglerCallback(TurnCallback):
         if args.process_index == 0 and report.is_straggling(self.ratio, self.persistence):
             self.say(
                 f"Process {report.rank} takes {report.ratio:.2f} times the mean of all {args.world_size} processes, "
-                f"and was the slowest in {report.persistence:.0%} of the last {report.updates} updates. The others wait
-                " f"for it {report.waiting_fraction:.0%} of the time of all. Look at its device (clock, temperature, "
-                "other jobs), or at the lengths of the rows that it gets."
+                f"and was the slowest in {report.persistence:.0%} of the last {report.updates} updates. The others "
+                f"wait for it {report.waiting_fraction:.0%} of the time of all. Look at its device (clock, "
+                "temperature, other jobs), or at the lengths of the rows that it gets."
             )
 
     def on_train_end(
