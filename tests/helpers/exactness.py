@@ -207,7 +207,8 @@ def build(row: Row, folder: Path, callbacks: list[TrainerCallback], attach: bool
     settings: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
         "max_steps": UPDATES, "save_strategy": "steps", "save_steps": 100, "logging_steps": LOGGING,
-        "learning_rate": 1e-2, "per_device_train_batch_size": 2 // row.ranks, "gradient_accumulation_steps": 2, "seed": 3,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2 // row.ranks, "gradient_accumulation_steps": 2, "seed": 3,
         "dataloader_pin_memory": False, "ddp_find_unused_parameters": False, "max_grad_norm": 1.0,
     }  # fmt: skip
     if "AccuracyGradientCallback" in names:
