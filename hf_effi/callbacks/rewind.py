@@ -105,7 +105,7 @@ class RewindCallback(TurnCallback):
         is_spike(0.0, [0.0], threshold, least)  # checks the range
         self.rewind_on, self.every_steps, self.skip_batches = rewind_on, every_steps, skip_batches
         self.max_rewinds, self.window, self.threshold, self.least = max_rewinds, window, threshold, least
-        self._undo = ExitStack()
+        self._undo: ExitStack | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -117,7 +117,7 @@ class RewindCallback(TurnCallback):
         self._accepted = self._left_to_skip = self.rewinds = self.skipped = 0
         self._void = False
         self._spent = 0.0
-        self._began = time.perf_counter()
+        self._began = 0.0
         self._has_told = False
 
     # ---- events ----
@@ -139,13 +139,14 @@ class RewindCallback(TurnCallback):
         trainer = calling_trainer(state)
         if trainer is None:
             raise RefusedError("RewindCallback was called by no Trainer, whose losses it looks at.")
-        self._undo.close()
+        self._let_go()
         self._forget()
         stored = state.stateful_callbacks.get(KEY) if state.global_step > 0 else None
         if stored is not None:
             self.rewinds, self.skipped = int(stored["rewinds"]), int(stored["skipped"])
             self._left_to_skip = int(stored["left_to_skip"])
             self._losses = [float(loss) for loss in stored["losses"]]
+        self._undo = ExitStack()
         self._undo.enter_context(replaced(trainer, "training_step", self._watching(trainer.training_step)))
         self._trainer = trainer
 
@@ -221,10 +222,15 @@ class RewindCallback(TurnCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._undo.close()
+        self._let_go()
         self._snapshot = None
 
     # ---- helpers ----
+
+    def _let_go(self) -> None:
+        if self._undo is not None:
+            self._undo.close()
+        self._undo = None
 
     def _agreed(self, args: TrainingArguments, parameters: Sequence[torch.nn.Parameter]) -> tuple[float, float]:
         """Return the loss of the update and the norm of its gradient, the same on every process: one collective."""

@@ -12,7 +12,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RefusedError
 from ..functional import metrics
-from ..functional.kept_arguments import keeps_arguments
 from ..functional.schedules._checks import check_number
 from ..functional.stragglers import StragglerReport, find_straggler
 from ._engines import sharding_engine
@@ -65,7 +64,6 @@ class StragglerCallback(TurnCallback):
     role = Role("stragglers", "Two callbacks time the processes", "Keep one.")
     in_recipe = False
 
-    @keeps_arguments
     def __init__(
         self,
         every_logs: int = 1,

@@ -231,6 +231,9 @@ CASES: dict[str, Case] = {
         trains=True,
         look=lambda callback: dict(callback._references),
     ),
+    "RewindCallback": Case(
+        lambda trainer: hf_effi.callbacks.RewindCallback(), look=lambda callback: (callback.rewinds, callback._losses)
+    ),
     "RunRecordCallback": Case(lambda trainer: hf_effi.RunRecordCallback()),
     "SafeCheckpointCallback": Case(lambda trainer: hf_effi.callbacks.SafeCheckpointCallback()),
     "SamplerCallback": Case(
@@ -245,6 +248,9 @@ CASES: dict[str, Case] = {
         look=lambda callback: callback._average.state_dict(),
     ),
 }
+
+#: callbacks that one process alone is refused; they are tested in tests/distributed
+NEEDS_PROCESSES = {"StragglerCallback"}
 
 #: pairs that refuse each other, and words of the message
 REFUSED: dict[frozenset[str], str] = {
@@ -267,7 +273,7 @@ def public_callbacks() -> list[str]:
             for name, value in vars(module).items()
             if _is_callback(value) and value.__module__ == module.__name__ and not name.startswith("_")
         }
-    return sorted(found - {"OwningCallback"})  # a base, which decides nothing by itself
+    return sorted(found - NEEDS_PROCESSES - {"OwningCallback"})  # a base, which decides nothing by itself
 
 
 def _public_modules() -> Iterable[Any]:

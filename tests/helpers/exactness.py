@@ -90,6 +90,7 @@ CALLBACKS: dict[str, Callable[[], TrainerCallback]] = {
     "LRScheduleCallback": lambda: hf_effi.LRScheduleCallback(wsd(warmup_steps=2, decay_steps=3, floor=0.3)),
     "RandomLTDCallback": lambda: hf_effi.callbacks.RandomLTDCallback(4, 8, multiple=2),
     "ReptileCallback": lambda: ReptileCallback(3, 0.5, last_partial=True),
+    "RewindCallback": lambda: hf_effi.callbacks.RewindCallback("spike", every_steps=2),
     "SamplerCallback": lambda: hf_effi.SamplerCallback(samplers.ShuffledSampler(ROWS, seed=5)),
     "TrainDoctor": lambda: hf_effi.TrainDoctor(say=lambda sentence: None),
     "GRPODoctor": lambda: hf_effi.GRPODoctor(say=lambda sentence: None),
@@ -105,7 +106,7 @@ ON_ITS_OWN_MODEL = {
 #: what one run has: callbacks that go together, or one sampler
 PLUGS: dict[str, tuple[str, ...]] = {
     "nothing": (),
-    "observers": ("TrainDoctor", "WeightAveragingCallback", "LRScheduleCallback"),
+    "observers": ("TrainDoctor", "WeightAveragingCallback", "LRScheduleCallback", "RewindCallback"),
     "factors": ("GradientSNRCallback", "AccuracyGradientCallback"),
     "weights": ("HypergradientCallback", "ReptileCallback"),
     "doctor of GRPO": ("GRPODoctor",),
