@@ -69,7 +69,8 @@ class BadRows(Trainer):
     def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
         rows = inputs.pop("row")
         loss = super().compute_loss(model, inputs, **kwargs)
-        return loss * float("nan") if set(rows.tolist()) & self.bad else loss
+        broken = model.training and set(rows.tolist()) & self.bad
+        return loss * float("nan") if broken else loss
 
 
 def train(
