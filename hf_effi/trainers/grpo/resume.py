@@ -376,6 +376,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _load_buffer(self, checkpoint: Path, state: dict[str, Any], before: GenerationLayout | None) -> None:
         now, world, rank = self._layout, self.accelerator.num_processes, self.accelerator.process_index
         moves = state["world_size"] != world or before not in (None, now)
+        if moves and before is None:
+            return self._tell_of_new_rollouts(checkpoint, state, "it does not say how its rows were laid out")
         names = [_buffer_name(number) for number in range(state["world_size"])] if moves else [_buffer_name(rank)]
         # All processes take the same way, also where each sees only its own files.
         lost = [name for name in names if not (checkpoint / name).exists()]
@@ -388,12 +390,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
             raise missing_file(checkpoint / first[0])
         if not moves:
             buffers = load_state(checkpoint / names[0])
-        elif before is None:
-            return self._tell_of_new_rollouts(checkpoint, state, "it does not say how its rows were laid out")
         else:
             buffers = dealt_again(
                 [load_state(checkpoint / name) for name in names],
-                before,
+                cast(GenerationLayout, before),
                 now,
                 rank,
                 cast(int, self._tokenizer.pad_token_id),
