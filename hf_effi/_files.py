@@ -143,6 +143,8 @@ def load_state(path: str | Path, map_location: Any = "cpu") -> Any:
     """
     import torch
 
+    # A process of several that train on the CPU has the device cpu:0, which torch knows no way to load to.
+    map_location = "cpu" if getattr(map_location, "type", None) == "cpu" else map_location
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:

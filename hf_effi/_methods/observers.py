@@ -57,4 +57,25 @@ ROWS: tuple[Method, ...] = (
         tests=("tests/unit/test_run_record.py", "tests/training/test_run_record.py"),
         bench="bench/observers.py",
     ),
+    Method(
+        key="straggler_report",
+        title="Straggler report",
+        kind="callback",
+        goals=("insight",),
+        summary="Says which process the others wait for, how much slower it is, and how often it is the slowest one.",
+        entry_points=(
+            "hf_effi.callbacks:StragglerCallback",
+            "hf_effi.functional.stragglers:find_straggler",
+            "hf_effi.functional.stragglers:StragglerReport",
+        ),
+        paper="none: bookkeeping",
+        paper_id="",
+        status="experimental",
+        tests=(
+            "tests/unit/test_spikes_and_stragglers.py",
+            "tests/training/test_straggler.py",
+            "tests/distributed/test_rewind_and_straggler_ranks.py",
+        ),
+        bench="bench/observers.py",
+    ),
 )

@@ -26,10 +26,12 @@ _PUBLIC = {
     "PatchCallback": "hf_effi.callbacks.patch",
     "RandomLTDCallback": "hf_effi.callbacks.random_ltd",
     "ReptileCallback": "hf_effi.callbacks.reptile",
+    "RewindCallback": "hf_effi.callbacks.rewind",
     "RunRecordCallback": "hf_effi.callbacks.run_record",
     "SafeCheckpointCallback": "hf_effi.callbacks.safe_checkpoint",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
+    "StragglerCallback": "hf_effi.callbacks.straggler",
     "TrainDoctor": "hf_effi.callbacks.doctor",
     "TrainLimits": "hf_effi.functional.findings",
     "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
@@ -65,9 +67,11 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .probing import trained_total as trained_total
     from .random_ltd import RandomLTDCallback as RandomLTDCallback
     from .reptile import ReptileCallback as ReptileCallback
+    from .rewind import RewindCallback as RewindCallback
     from .run_record import RunRecordCallback as RunRecordCallback
     from .safe_checkpoint import SafeCheckpointCallback as SafeCheckpointCallback
     from .sampler import SamplerCallback as SamplerCallback
+    from .straggler import StragglerCallback as StragglerCallback
     from .weight_averaging import WeightAveragingCallback as WeightAveragingCallback
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -13,7 +13,9 @@ _PUBLIC = {
     "InstructionDelta": "hf_effi.checkpoint.merge_delta",
     "Interpolation": "hf_effi.checkpoint.merge_interpolate",
     "InterpolationRow": "hf_effi.checkpoint.merge_interpolate",
+    "MemorySnapshot": "hf_effi.checkpoint.memory_snapshot",
     "Resumable": "hf_effi.checkpoint.folders",
+    "RewindCost": "hf_effi.checkpoint.memory_snapshot",
     "RunAverage": "hf_effi.checkpoint.merge_runs",
     "SafeCheckpointer": "hf_effi.checkpoint.safe",
     "WeightFolder": "hf_effi.checkpoint.merge_files",
@@ -24,6 +26,7 @@ _PUBLIC = {
     "find_resumable": "hf_effi.checkpoint.folders",
     "interpolate": "hf_effi.checkpoint.merge_interpolate",
     "list_checkpoints": "hf_effi.checkpoint.folders",
+    "measure_rewind": "hf_effi.checkpoint.memory_snapshot",
     "plan_average": "hf_effi.checkpoint.average",
     "repair_run_dir": "hf_effi.checkpoint.folders",
     "restore_snapshot": "hf_effi.checkpoint.snapshot",
@@ -45,6 +48,9 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .folders import repair_run_dir as repair_run_dir
     from .manifest import CheckpointReport as CheckpointReport
     from .manifest import verify_checkpoint as verify_checkpoint
+    from .memory_snapshot import MemorySnapshot as MemorySnapshot
+    from .memory_snapshot import RewindCost as RewindCost
+    from .memory_snapshot import measure_rewind as measure_rewind
     from .merge_delta import InstructionDelta as InstructionDelta
     from .merge_delta import add_instruction_delta as add_instruction_delta
     from .merge_files import WeightFolder as WeightFolder

@@ -147,7 +147,12 @@ class Commit:
         """Force every file of the folder in progress to the disk, and the names in it."""
         self.at("sync")
         for path in files_in(self.made):
-            sync(path)
+            try:
+                sync(path)
+            except FileNotFoundError:
+                # Another process has given the file its name since; it forces to the disk what it writes.
+                if self.leader:
+                    raise
         for folder in (self.made, *(path for path in self.made.rglob("*") if path.is_dir())):
             sync(folder)
 

@@ -17,12 +17,16 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.utils import logging
 
+from .._files import missing_file
 from ..errors import MismatchError
+from ..functional.rollouts import GenerationLayout, first_difference
 from ..samplers import EffiSampler
 from ..samplers.trainer_checks import rows_per_update
+from .log_window import processes_of
 from .manifest import read_manifest
 from .structure import TRAINER_STATE_NAME
 
@@ -30,15 +34,37 @@ logger = logging.get_logger(__name__)
 
 
 def layout_of(trainer: Trainer, loader: Any) -> dict[str, Any]:
-    """Return what a manifest keeps of how a run was spread: rows per update, and what they are the product of."""
+    """
+    Return what a manifest keeps of how a run was spread: rows per update, and what they are the product of.
+
+    Of a run that generates its rows (GRPO, RLOO) also how many of them make a generation.
+    """
     args = trainer.args
     batches = getattr(loader, "batch_sampler", None)
-    return {
+    facts = {
         "rows_per_update": None if batches is None else rows_per_update(loader, args),
         "world_size": args.world_size,
         "rows_per_process": trainer._train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
     }
+    if generates(args):
+        facts |= {name: getattr(GenerationLayout.of(args), field) for name, field in _OF_GENERATIONS.items()}
+    return facts
+
+
+#: what a manifest of a run that generates its rows has besides -> the argument of its `GenerationLayout`
+_OF_GENERATIONS = {
+    "generation_rows_per_process": "rows_per_step",
+    "num_generations": "num_generations",
+    "steps_per_generation": "steps_per_generation",
+    "num_iterations": "num_iterations",
+    "prune_oversample": "oversample",
+}
+
+
+def generates(args: Any) -> bool:
+    """Return whether a run with these arguments generates its rows, so that its loader gives them several times."""
+    return all(hasattr(args, name) for name in ("num_generations", "steps_per_generation", "num_iterations"))
 
 
 def check_place_in_data(trainer: Trainer, loader: Any, checkpoint: str | Path) -> None:
@@ -75,11 +101,78 @@ def check_place_in_data(trainer: Trainer, loader: Any, checkpoint: str | Path) -
                 f"number of processes divides otherwise. Resume on {before['world_size']} processes, or set "
                 "ignore_data_skip=True to begin the stream anew."
             )
-    if before["rows_per_update"] is not None and now["rows_per_update"] is not None:
+    if (layouts := _layouts(before, now)) is not None:
+        if (difference := first_difference(*layouts)) is not None:
+            raise MismatchError(
+                f"{folder.name} was trained with another layout. {difference}. Other samples would enter the updates. "
+                "Set per_device_train_batch_size, gradient_accumulation_steps and steps_per_generation such that "
+                "these are equal, or ignore_data_skip=True to begin the pass anew."
+            )
+    elif before["rows_per_update"] is not None and now["rows_per_update"] is not None:
         if before["rows_per_update"] != now["rows_per_update"]:
             raise MismatchError(_of_rows(folder, before, now))
     elif not manifest and not _ordered_by_us(loader):
         _check_updates_per_epoch(folder, loader, args)
+
+
+def place_in_stream(trainer: Trainer, checkpoint: str | Path, place: tuple[int, int]) -> tuple[int, int]:
+    """
+    Return the pass over a stream that a checkpoint was in, and the batches of it that were trained on.
+
+    A Trainer does not know how long a stream is and takes it that the run is in its first pass: it skips as many
+    batches as were ever trained on, comes to the end of the stream, and goes on with the begin of the second pass.
+    What it stored of the epoch has both: `epoch = pass + batches / (max_steps x accumulation steps)`.
+
+    Args:
+        trainer (`Trainer`): Of the run that is resumed, with its state.
+        checkpoint (`str` or `Path`): The `checkpoint-N`.
+        place (`tuple[int, int]`): What the Trainer itself would do, which is kept for data with a length.
+    """
+    args, path = trainer.args, Path(checkpoint) / TRAINER_STATE_NAME
+    if _length(trainer.train_dataset) is not None or args.ignore_data_skip or not path.is_file():
+        return place
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    epoch, updates = stored.get("epoch"), stored.get("max_steps")
+    if type(epoch) not in (int, float) or type(updates) is not int or not (0 <= epoch < float("inf")) or updates < 1:
+        return place
+    passes = int(epoch + 1e-9)
+    return passes, round((epoch - passes) * updates * args.gradient_accumulation_steps)
+
+
+def continue_prompts(trainer: Trainer, loader: Any) -> None:
+    """
+    Let TRL's own trainer that generates its rows go on where a checkpoint had stopped. Nothing for any other Trainer.
+
+    TRL's `RepeatSampler` draws the order of the first pass in each process that it starts in, and its count of
+    micro-steps begins at 0, so that generations begin at other steps. Order and count are brought to the place of the
+    checkpoint. Rollouts of a generation that is not finished are not part of a stock checkpoint: the rest of it is
+    made anew, which is said.
+
+    Args:
+        trainer (`Trainer`): Of the run that is resumed, with its state.
+        loader: Its prepared training loader.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    inner = getattr(batches, "batch_sampler", batches)
+    sampler: Any = getattr(inner, "sampler", None)
+    # A sampler with `next_pass` keeps its pass itself, and its trainer the rollouts.
+    if not (generates(trainer.args) and hasattr(sampler, "mini_repeat_count")) or hasattr(sampler, "next_pass"):
+        return
+    if trainer.args.ignore_data_skip:
+        return
+    layout, prompts = GenerationLayout.of(trainer.args), sampler.num_samples
+    updates = layout.updates_per_pass(prompts)
+    if sampler.shuffle and sampler.seed is not None:
+        for _ in range(trainer.state.global_step // updates):
+            torch.randperm(prompts, generator=sampler.generator)
+    step = layout.steps_of(trainer.state.global_step, layout.steps_per_pass(prompts))
+    host: Any = trainer  # one that counts micro-steps
+    host._step = step
+    if not layout.starts_generation(step) and trainer.is_world_process_zero():
+        logger.warning(
+            f"The checkpoint of update {trainer.state.global_step} lies inside of a generation, whose rollouts this "
+            "trainer does not save: they are made anew, by the weights of now. hf_effi.EffiGRPOTrainer saves them."
+        )
 
 
 def seed_new_process(trainer: Trainer, checkpoint: str | Path) -> bool:
@@ -88,10 +181,18 @@ def seed_new_process(trainer: Trainer, checkpoint: str | Path) -> bool:
 
     The seed is a function of `args.seed`, the update and the number of the process; a stock Trainer leaves the numbers
     as they are, which differ from start to start.
+
+    Raises:
+        BrokenFileError: the checkpoint is of as many processes as there are now, and has lost the file of this one.
     """
     args, folder = trainer.args, Path(checkpoint)
     name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-    if (folder / name).is_file() or not any(folder.glob("rng_state*.pth")):
+    missing = not (folder / name).is_file() and any(folder.glob("rng_state*.pth"))
+    if args.world_size > 1 and processes_of(trainer.state) == args.world_size:
+        # Together: a process that raised alone would leave the others waiting.
+        if lost := [found for found in gather_object([name if missing else None]) if found is not None]:
+            raise missing_file(folder / lost[0])
+    if not missing:
         return False
     text = f"{args.seed}/{trainer.state.global_step}/{args.process_index}"
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
@@ -104,6 +205,23 @@ def seed_new_process(trainer: Trainer, checkpoint: str | Path) -> bool:
             "random numbers, of dropout for one, go on from new seeds."
         )
     return True
+
+
+def _layouts(before: dict[str, Any], now: dict[str, Any]) -> tuple[GenerationLayout, GenerationLayout] | None:
+    """Return the layouts of two runs that generate their rows; `None` where one does not say its own."""
+
+    def layout(facts: dict[str, Any]) -> GenerationLayout | None:
+        fields: dict[str, Any] = {field: facts.get(name) for name, field in _OF_GENERATIONS.items()}
+        fields |= {"accumulation_steps": facts["gradient_accumulation_steps"], "world_size": facts["world_size"]}
+        if any(value is None for value in fields.values()):
+            return None
+        try:
+            return GenerationLayout(**fields)
+        except ValueError:  # counts that no run had
+            return None
+
+    one, other = layout(before), layout(now)
+    return None if one is None or other is None else (one, other)
 
 
 def _ordered_by_us(loader: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..errors import BrokenFileError
@@ -52,6 +53,18 @@ def resolve_auto(trainer: Trainer, level: Level = "content") -> str | None:
     if trainer.is_world_process_zero():
         _tell(run_dir, chosen, repaired, skipped)
     return None if chosen is None else str(chosen)
+
+
+def check_given(trainer: Trainer, checkpoint: str | bool) -> None:
+    """
+    [`check_checkpoint`] of what `train(resume_from_checkpoint=...)` was given; `True` is the newest one.
+
+    Raises:
+        BrokenFileError: as in [`check_checkpoint`].
+    """
+    folder = get_last_checkpoint(str(trainer.args.output_dir)) if checkpoint is True else checkpoint
+    if folder:  # else stock says that there is none
+        check_checkpoint(folder, trainer.args.save_only_model)
 
 
 def check_checkpoint(folder: str | Path, fresh_optimizer: bool = False) -> None:

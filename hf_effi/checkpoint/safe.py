@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -20,11 +19,12 @@ from ..errors import RefusedError
 from .capture import deferring, replaced, write_checkpoint
 from .commit import Commit, Phase
 from .copies import ChangedByTheOptimizer, Copies
-from .elastic import check_place_in_data, layout_of, seed_new_process
-from .folders import find_resumable
+from .elastic import check_place_in_data, continue_prompts, layout_of, place_in_stream, seed_new_process
+from .engines import check_engine, failure_text
+from .log_window import restore_log_window, store_log_window
 from .manifest import Digest
 from .parameter_order import OPTIMIZER_NAMES, names_of_optimizer
-from .resume import AUTO, resolve_auto
+from .resume import AUTO, check_given, resolve_auto
 from .sharded import Plans
 from .staging import Kind, _NotCopyable, nbytes_of, stage
 from .writer import ProcessWriter, ThreadWriter, Writer
@@ -157,7 +157,7 @@ class SafeCheckpointer:
         if getattr(trainer, _ATTACHED, None) is not None:
             raise RefusedError("Another SafeCheckpointer saves for this Trainer already. Keep one.")
         if self.mode != "sync":
-            _check_engine(trainer, self.mode)
+            check_engine(trainer, self.mode)
         self._trainer = trainer
         seams: dict[str, Any] = {
             _ATTACHED: self,
@@ -165,7 +165,9 @@ class SafeCheckpointer:
             "_save_checkpoint": self._save_of(trainer._save_checkpoint),
             "_finalize_training": self._finalize_of(trainer._finalize_training),
             "_prepare_for_training": self._prepare_of(trainer._prepare_for_training),
+            "_init_training_state": self._init_state_of(trainer._init_training_state),
             "_load_rng_state": self._load_rng_of(trainer._load_rng_state),
+            "_save_rng_state": self._save_rng_of(trainer._save_rng_state),
         }
         for name, value in seams.items():
             self._undo.enter_context(replaced(trainer, name, value))
@@ -251,6 +253,8 @@ class SafeCheckpointer:
         def safe_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
             if resume_from_checkpoint == AUTO:
                 resume_from_checkpoint = resolve_auto(self.trainer)
+            elif resume_from_checkpoint:
+                check_given(self.trainer, resume_from_checkpoint)
             try:
                 return train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -270,14 +274,32 @@ class SafeCheckpointer:
             model, loader = prepare(max_steps, train_dataloader, resume_from_checkpoint)
             if resume_from_checkpoint is not None:
                 check_place_in_data(self.trainer, loader, resume_from_checkpoint)
+                continue_prompts(self.trainer, loader)
             return model, loader
 
         return safe_prepare_for_training
+
+    def _init_state_of(self, init: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
+        def safe_init_training_state(
+            max_steps: int,
+            num_update_steps_per_epoch: int,
+            num_train_epochs: int,
+            resume_from_checkpoint: Any,
+            trial: Any,
+        ) -> tuple[int, int]:
+            place = init(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+            if resume_from_checkpoint is None:
+                return place
+            return place_in_stream(self.trainer, resume_from_checkpoint, place)
+
+        return safe_init_training_state
 
     def _load_rng_of(self, load: Callable[..., None]) -> Callable[..., None]:
         def safe_load_rng_state(checkpoint: str | None) -> None:
             if checkpoint is None or not seed_new_process(self.trainer, checkpoint):
                 load(checkpoint)
+            if checkpoint is not None:
+                restore_log_window(self.trainer)
 
         return safe_load_rng_state
 
@@ -288,6 +310,13 @@ class SafeCheckpointer:
             return call_event(event, *args, **kwargs)
 
         return safe_call_event
+
+    def _save_rng_of(self, save: Callable[[str], None]) -> Callable[[str], None]:
+        def safe_save_rng_state(output_dir: str) -> None:
+            store_log_window(self.trainer)  # before `trainer_state.json` is written
+            save(output_dir)
+
+        return safe_save_rng_state
 
     def _save_of(self, save: Callable[..., None]) -> Callable[..., None]:
         def safe_save_checkpoint(model: Any, trial: Any) -> None:
@@ -456,34 +485,10 @@ class SafeCheckpointer:
         return problem
 
     def _failed(self, commit: Commit, problem: str) -> None:
-        rest = f"To go on from, {commit.run_dir} has {find_resumable(commit.run_dir, 'size')}."
-        free = shutil.disk_usage(commit.run_dir).free if commit.run_dir.exists() else 0
-        text = (
-            f"{commit.final.name} could not be saved ({problem}); what was there before is untouched. {rest} "
-            f"{commit.run_dir} has {free / 2**30:.2f} GiB free. Make room or give another output_dir, then "
-            'trainer.train(resume_from_checkpoint="auto").'
-        )
+        text = failure_text(commit, problem)
         if self.on_error == "raise":
             raise OSError(text) from self._cause
         logger.error(f"{text} The run goes on without it.")
-
-
-def _check_engine(trainer: Trainer, mode: str) -> None:
-    """Refuse the background where an engine writes the state by code of its own."""
-    if trainer.is_deepspeed_enabled:
-        engine = "DeepSpeed, whose own code writes the sharded state"
-    elif not trainer.is_fsdp_enabled:
-        return
-    elif trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
-        engine = 'FSDP1, whose states are not those of FSDP2 (fsdp_config={"version": 2})'
-    elif trainer.args.save_on_each_node:
-        engine = "FSDP with save_on_each_node=True, where no node has all shards (use a shared output_dir)"
-    else:
-        return
-    raise RefusedError(
-        f'mode={mode!r} does not write in the background under {engine}. Use mode="sync": its checkpoints are as '
-        "whole."
-    )
 
 
 def _nothing() -> None:

@@ -71,3 +71,12 @@ SEQUENCE_LENGTH = "effi/sequence_length"
 MASKING_RATIO = "effi/masking_ratio"
 #: 1 where rows are preceded by their metadata, else 0
 METADATA = "effi/metadata"
+#: rewinds of the run so far, and updates whose data was passed over for them
+REWINDS = "effi/rewinds"
+REWIND_SKIPPED = "effi/rewind_skipped_updates"
+#: of the updates since the last report: time of the slowest process over the mean, which it was, in which share of the
+#: updates it was the slowest one, and the share of all processes' time that is spent waiting for it
+STRAGGLER_RATIO = "effi/straggler/ratio"
+STRAGGLER_RANK = "effi/straggler/rank"
+STRAGGLER_PERSISTENCE = "effi/straggler/persistence"
+STRAGGLER_WAITING = "effi/straggler/waiting_fraction"

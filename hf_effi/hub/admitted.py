@@ -200,6 +200,9 @@ _CALLBACKS: dict[str, dict[str, str]] = {
     "SamplerCallback": _arguments(sampler="sampler"),
     "SelectiveCheckpointCallback": {},
     "ReptileCallback": _arguments(number="every_steps beta", flag="last_partial"),
+    "RewindCallback": _arguments(
+        number="every_steps skip_batches max_rewinds window threshold least", word="rewind_on"
+    ),
     "TrainDoctor": _arguments(limits="limits"),
     "WeightAveragingCallback": _arguments(
         number="last every_steps alpha start_step",

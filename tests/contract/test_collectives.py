@@ -23,6 +23,10 @@ PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", 
 
 #: (file, function) -> how often
 PLACES = {
+    ("callbacks/rewind.py", "_agreed"): "once for each update",
+    ("callbacks/straggler.py", "_gathered"): "at every so many logs with a loss, which all processes write",
+    ("checkpoint/elastic.py", "seed_new_process"): "once for a resume on as many processes as wrote the checkpoint",
+    ("checkpoint/log_window.py", "store_log_window"): "once for each save",
     ("callbacks/adaptive_lr.py", "on_substep_end"): "at two micro-batches of an update, which the config fixes",
     ("checkpoint/resume.py", "_gather"): "once, then once for each step that every node has, until one is whole",
     ("checkpoint/safe.py", "_gathered"): "at fixed places of each save, and once where a copied one and a written one "

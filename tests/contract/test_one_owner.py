@@ -52,10 +52,12 @@ MAKE = {
     "PatchCallback": lambda cls: cls(hf_effi.kernels.tile_mlp),
     "RandomLTDCallback": lambda cls: cls(16, 32),
     "ReptileCallback": lambda cls: cls(2, 0.5),
+    "RewindCallback": lambda cls: cls(),
     "RunRecordCallback": lambda cls: cls(),
     "SafeCheckpointCallback": lambda cls: cls(),
     "SamplerCallback": lambda cls: cls(ShuffledSampler(8)),
     "SelectiveCheckpointCallback": lambda cls: cls(),
+    "StragglerCallback": lambda cls: cls(),
     "TrainDoctor": lambda cls: cls(),
     "WeightAveragingCallback": lambda cls: cls(),
 }

@@ -13,11 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import hf_effi
@@ -30,82 +27,15 @@ from hf_effi.trainers.mixins.sequence_length import SequenceLengthMixin
 from tests.helpers.public import public_objects
 
 from .compare import VOLATILE_KEYS, VOLATILE_PARTS
+from .pairs_model import (
+    STEPS,
+    TOKENS,
+    SameBlock,
+    adalora_model,
+    plain_model,
+)
 
-STEPS, BASE_LR, WIDTH, TOKENS, LENGTH = 30, 1e-2, 8, 16, 8
-
-
-# --- a model of transformers with layers that can be checkpointed, patched, adapted and given fewer tokens -----------
-
-
-class PairsConfig(PreTrainedConfig):
-    model_type = "hf_effi_pairs"
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.mix(x))
-
-
-class SameBlock(nn.Module):
-    """A kernel that computes what `Block` does, to the bit."""
-
-    has_backward = can_torch_compile = True
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mix(x).tanh()
-
-
-class PairsLayer(GradientCheckpointingLayer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block()
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self.block(hidden_states)
-
-
-class PairsModel(PreTrainedModel):
-    config_class = PairsConfig
-    supports_gradient_checkpointing = _supports_sdpa = True
-
-    def __init__(self, config: PairsConfig) -> None:
-        super().__init__(config)
-        self.embed = nn.Embedding(TOKENS, WIDTH)
-        self.layers = nn.ModuleList([PairsLayer() for _ in range(3)])
-        self.head = nn.Linear(WIDTH, TOKENS, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0.0, 0.3)
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> CausalLMOutput:
-        hidden = self.embed(input_ids)
-        for layer in self.layers:
-            hidden = layer(hidden)
-        logits = self.head(hidden)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
-
-
-def plain_model() -> nn.Module:
-    torch.manual_seed(0)
-    return PairsModel(PairsConfig())
-
-
-def adalora_model() -> nn.Module:
-    model = plain_model()
-    config = AdaLoraConfig(target_modules=["mix"], init_r=3, target_r=1, tinit=2, tfinal=4, deltaT=2, total_step=STEPS)
-    return get_peft_model(model, config)
+BASE_LR, LENGTH = 1e-2, 8
 
 
 def rows(count: int = 64) -> list[dict[str, torch.Tensor]]:
@@ -237,6 +167,9 @@ CASES: dict[str, Case] = {
         trains=True,
         look=lambda callback: dict(callback._references),
     ),
+    "RewindCallback": Case(
+        lambda trainer: hf_effi.callbacks.RewindCallback(), look=lambda callback: (callback.rewinds, callback._losses)
+    ),
     "RunRecordCallback": Case(lambda trainer: hf_effi.RunRecordCallback()),
     "SafeCheckpointCallback": Case(lambda trainer: hf_effi.callbacks.SafeCheckpointCallback()),
     "SamplerCallback": Case(
@@ -251,6 +184,9 @@ CASES: dict[str, Case] = {
         look=_average_state,
     ),
 }
+
+#: callbacks that one process alone is refused; they are tested in tests/distributed
+NEEDS_PROCESSES = {"StragglerCallback"}
 
 #: pairs that refuse each other, and words of the message
 REFUSED: dict[frozenset[str], str] = {
@@ -274,7 +210,7 @@ def public_callbacks() -> list[str]:
             for name, value in vars(module).items()
             if _is_callback(value) and value.__module__ == module.__name__ and not name.startswith("_")
         }
-    return sorted(found - {"OwningCallback"})  # a base, which decides nothing by itself
+    return sorted(found - NEEDS_PROCESSES - {"OwningCallback"})  # a base, which decides nothing by itself
 
 
 def _public_modules() -> Iterable[Any]:

@@ -126,6 +126,7 @@ def test_the_buffer_of_another_world_size_is_made_anew(tmp_path: Path, monkeypat
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", checkpoint)
     state = json.loads((checkpoint / "effi_state.json").read_text())
     assert state["inside_block"] and (checkpoint / "effi_rollouts_0.pt").exists()
+    del state["layout"]  # as earlier versions wrote it; with one the rows are dealt anew: test_grpo_elastic.py
     (checkpoint / "effi_state.json").write_text(json.dumps({**state, "world_size": 2}))
     resumed = train(EffiGRPOTrainer, tmp_path / "resumed", checkpoint, **over)
     assert resumed.state.global_step == resumed.state.max_steps

@@ -60,6 +60,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "MultigridLRCallback": lambda: callbacks.MultigridLRCallback(data.Multigrid(64), 0.5),
     "RandomLTDCallback": lambda: callbacks.RandomLTDCallback(16, 64, ramp_fraction=0.5, multiple=8),
     "ReptileCallback": lambda: callbacks.ReptileCallback(5, 0.3, last_partial=True),
+    "RewindCallback": lambda: callbacks.RewindCallback("spike", 7, 2, 3, 50, 5.0, 9),
     "SamplerCallback": lambda: callbacks.SamplerCallback(ShuffledSampler(6, seed=3)),
     "SelectiveCheckpointCallback": lambda: callbacks.SelectiveCheckpointCallback(),
     "TrainDoctor": lambda: callbacks.TrainDoctor(limits(callbacks.TrainLimits)),

@@ -11,6 +11,7 @@ from .batching import (
     take_rows,
     trim_rows,
 )
+from .elastic import deal_again, first_difference, micro_step_in
 from .layout import GenerationLayout
 from .masks import loss_mask, policy_mask, row_advantages, rows_with_gradient
 from .policies import PRUNE_METRICS, PRUNE_SCOPES, AdvantagePruner, PassRateBand
@@ -42,16 +43,19 @@ __all__ = [
     "binary_pass_rates",
     "concat_rows",
     "contiguous_rows",
+    "deal_again",
     "deal_rows",
     "draw_fresh",
     "equal_reward_groups",
     "even_repeats",
     "fill_order",
+    "first_difference",
     "group_pass_rates",
     "keep_by_advantage",
     "keep_groups_by_pass_rate",
     "kept_share",
     "loss_mask",
+    "micro_step_in",
     "next_refill_size",
     "plan_buckets",
     "policy_mask",

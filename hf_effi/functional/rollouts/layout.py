@@ -85,6 +85,11 @@ class GenerationLayout:
         return self.rows_per_step * self.steps_per_generation * self.world_size
 
     @property
+    def rows_per_update(self) -> int:
+        """Rows of all ranks that one update trains on."""
+        return self.rows_per_step * self.accumulation_steps * self.world_size
+
+    @property
     def generated_rows(self) -> int:
         """Rows of all ranks that one generation makes: `R` times the trained ones."""
         return self.trained_rows * self.oversample

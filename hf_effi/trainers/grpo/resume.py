@@ -5,7 +5,8 @@ stock.
 2. `_step` restarts at 0, so generation happens at other steps than in the uninterrupted run.
 3. The buffered generation is lost, so a checkpoint inside a generation block regenerates it with newer weights.
 4. A run on a stream restarts at the second pass, whichever it was in.
-5. A second `train()` may go on with the weights that vLLM was sent in the first.
+5. On another number of processes the place in the data and the phase of the generations are wrong (`elastic.py`).
+6. A second `train()` may go on with the weights that vLLM was sent in the first.
 
 What this needs is stored before `trainer_state.json` is, hence before the checkpoint is pushed, and
 `trainer_state.json` names it: a checkpoint that has lost a file is refused, one of the stock trainer is continued as
@@ -32,8 +33,10 @@ from trl.trainer.utils import RepeatSampler
 
 from ..._files import load_json, load_state, missing_file, save_bytes, save_json, save_state, state_bytes
 from ...errors import BrokenFileError, MismatchError
-from ...functional.rollouts import GenerationLayout
+from ...functional.rollouts import GenerationLayout, first_difference, micro_step_in
 from ...protocols import PromptSelector
+from .elastic import LAYOUT, check_same_updates, dealt_again, layout_entry, stored_layout
+from .rows import Ratios
 
 logger = logging.get_logger(__name__)
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -257,6 +260,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "steps_in_pass": self._step - self._pass_began_at,
                 "inside_block": inside_block,
                 "world_size": world,
+                LAYOUT: layout_entry(self._layout),
                 "generations_done": self._rollouts.generations_done,
                 "prompts": None if prompts is None else PROMPTS_FILE,
                 "prompt_selector": None if prompts is None else _name(prompts),
@@ -304,15 +308,33 @@ class ResumableGRPOTrainer(GRPOTrainer):
         state = self._read_grpo_state(Path(checkpoint))
         if state is None:
             return place
-        self._step = self._step_after_update = state["step"]
+        before, now = stored_layout(Path(checkpoint) / STATE_FILE, state), self._layout
+        in_pass = state.get("steps_in_pass", 0)
         self._rollouts.generations_done = state["generations_done"]
         self._load_prompts(Path(checkpoint), state)
+        if before is None or before == now:
+            self._step = self._step_after_update = state["step"]
+        elif self.args.ignore_data_skip and first_difference(before, now) is not None:
+            return place  # another run from these weights: the pass and the generations begin anew
+        else:
+            check_same_updates(Path(checkpoint), before, now, self._rollouts)
+            self._step = self._step_after_update = micro_step_in(before, now, state["step"])
+            in_pass = micro_step_in(before, now, in_pass)
+            self._tell_of_updates_inside_a_generation(Path(checkpoint), before)
         if state["inside_block"]:
-            self._load_buffer(Path(checkpoint), state)
+            self._load_buffer(Path(checkpoint), state, before)
         if self._streams and "pass" in state and not self.args.ignore_data_skip:
             # The Trainer does not know how long a stream is, and takes it that the run is in the first pass.
-            return state["pass"], state["steps_in_pass"]
+            return state["pass"], in_pass
         return place
+
+    def _tell_of_updates_inside_a_generation(self, checkpoint: Path, before: GenerationLayout) -> None:
+        if self.accelerator.is_main_process and before.micro_batches_per_update != before.steps_per_generation:
+            logger.warning(
+                f"{checkpoint.name} was trained on {before.world_size} processes with several updates per generation. "
+                "Generations and their updates go on as they would have; which rows of a new generation enter which "
+                "of its updates is drawn by each process, and so is another draw."
+            )
 
     def _read_grpo_state(self, checkpoint: Path) -> dict[str, Any] | None:
         """Return what a checkpoint of ours stored, or `None` for one of the stock trainer."""
@@ -351,23 +373,46 @@ class ResumableGRPOTrainer(GRPOTrainer):
             )
         prompts.load_state_dict(stored)
 
-    def _load_buffer(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        path, world = checkpoint / _buffer_name(self.accelerator.process_index), self.accelerator.num_processes
+    def _load_buffer(self, checkpoint: Path, state: dict[str, Any], before: GenerationLayout | None) -> None:
+        now, world, rank = self._layout, self.accelerator.num_processes, self.accelerator.process_index
+        moves = state["world_size"] != world or before not in (None, now)
+        if moves and before is None:
+            return self._tell_of_new_rollouts(checkpoint, state, "it does not say how its rows were laid out")
+        names = [_buffer_name(number) for number in range(state["world_size"])] if moves else [_buffer_name(rank)]
         # All processes take the same way, also where each sees only its own files.
-        lost = [name for name in gather_object([None if path.exists() else path.name]) if name is not None]
-        if state["world_size"] != world or (lost and "schema" not in state):
-            logger.warning(
-                f"{checkpoint} was saved by {state['world_size']} processes in the middle of a generation; with "
-                f"{world} the rest of that generation is made anew."
+        lost = [name for name in names if not (checkpoint / name).exists()]
+        everybodys = gather_object([lost])
+        if any(everybodys) and "schema" not in state:
+            return self._tell_of_new_rollouts(checkpoint, state, "a file of rollouts is missing")
+        if moves and any(everybodys) and not set.intersection(*map(set, everybodys)):
+            return self._tell_of_new_rollouts(checkpoint, state, "not every process can read the files of all")
+        if first := [name for names_of_one in everybodys for name in names_of_one]:
+            raise missing_file(checkpoint / first[0])
+        if not moves:
+            buffers = load_state(checkpoint / names[0])
+        else:
+            buffers = dealt_again(
+                [load_state(checkpoint / name) for name in names],
+                cast(GenerationLayout, before),
+                now,
+                rank,
+                cast(int, self._tokenizer.pad_token_id),
+                Ratios.of(self).padding,
             )
-            return
-        if lost:
-            raise missing_file(checkpoint / lost[0])
+            if buffers is None:
+                return self._tell_of_new_rollouts(checkpoint, state, "its rows cannot be dealt to these evenly")
         device = self.accelerator.device
         self._buffered_inputs = [
             {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in chunk.items()}
-            for chunk in load_state(path)
+            for chunk in buffers
         ]
+
+    def _tell_of_new_rollouts(self, checkpoint: Path, state: dict[str, Any], why: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.warning(
+                f"{checkpoint} was saved by {state['world_size']} processes in the middle of a generation; with "
+                f"{self.accelerator.num_processes} the rest of that generation is made anew: {why}."
+            )
 
 
 def _buffer_name(rank: int) -> str:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ...checkpoint.elastic import check_place_in_data, seed_new_process
-from ...checkpoint.resume import AUTO, check_checkpoint, resolve_auto
+from ...checkpoint.elastic import check_place_in_data, place_in_stream, seed_new_process
+from ...checkpoint.log_window import restore_log_window, store_log_window
+from ...checkpoint.resume import AUTO, check_given, resolve_auto
 
 logger = logging.get_logger(__name__)
 
@@ -30,13 +30,24 @@ class ResumeMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint == AUTO:
             resume_from_checkpoint = resolve_auto(self)
-        if resume_from_checkpoint:
-            checkpoint = resume_from_checkpoint
-            if checkpoint is True:
-                checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is not None:  # else stock says that there is none
-                check_checkpoint(checkpoint, self.args.save_only_model)
+        elif resume_from_checkpoint:
+            check_given(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return place
+        return place_in_stream(self, resume_from_checkpoint, place)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._at_its_end = resume_from_checkpoint is not None and self.state.global_step >= max_steps
@@ -53,6 +64,12 @@ class ResumeMixin:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None or not seed_new_process(self, checkpoint):
             super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            restore_log_window(self)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        store_log_window(self)  # before `trainer_state.json` is written
+        super()._save_rng_state(output_dir)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self._at_its_end:
