@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -373,8 +372,6 @@ def train(
     trainer.add_callback(trace)
     if stop is not None:
         trainer.add_callback(StopAt(stop))
-    # What is alive already stays alive: without this each `train()` searches the whole process for garbage.
-    gc.freeze()
     trainer.train(resume_from_checkpoint=None if resume is None else str(folder / f"checkpoint-{resume}"))
     return Result(
         trace,
