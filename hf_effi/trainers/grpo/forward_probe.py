@@ -21,6 +21,7 @@ from ...patching import (
     draws_random_numbers,
     gradients,
     length_dependent_positions,
+    looking,
     moved_in_padding,
     rows_see_each_other,
     tiny_tokens,
@@ -119,16 +120,9 @@ def with_gradients(model: nn.Module, scores: Tensor) -> Results:
 
 def shortest_window(model: nn.Module) -> int | None:
     """Return the shortest window among the masks of a forward over a few tokens; `None` where there is none."""
-    found: list[int | None] = []
-
-    def one_forward(model: nn.Module) -> Tensor:
-        with switched_attention(model):
-            scores = _some_log_probs(model)
-        found.append(LEDGER.reach())
-        return scores
-
-    compare(model, one_forward, one_forward, with_graph=False)
-    return min((reach for reach in found if reach is not None), default=None)
+    with looking(model, None, training=False, with_graph=False), switched_attention(model):
+        _some_log_probs(model)
+        return LEDGER.reach()
 
 
 def log_probs_by_token(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
