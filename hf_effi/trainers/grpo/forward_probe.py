@@ -70,11 +70,25 @@ def measured_reasons(
     if affected := open_ones("trim", "pack", "share"):
         text = "the model's positions depend on the length of a call, which trimming changes"
         ask(length_dependent_positions(model, longest), affected, text)
-    if affected := open_ones("share"):
-        ask(in_one_row(model, share=True), affected, "rows that share a prompt in one sequence differ")
+    flat = flat_reasons(model, open_ones("pack", "share"))
+    return {**flat, **reasons}
+
+
+def flat_reasons(model: nn.Module, names: tuple[str, ...]) -> dict[str, str]:
+    """
+    Measure whether rows may stand end to end, and share a prompt there; return the reasons against it by name.
+
+    Args:
+        model (`nn.Module`): With TRL's fused head.
+        names (`tuple[str, ...]`): `pack`, `share`, both or none.
+    """
+    reasons: dict[str, str] = {}
+    if "share" in names and not (found := agreed(in_one_row(model, share=True))).equal:
+        reasons["share"] = f"rows that share a prompt in one sequence differ: {found}."
     # Rows that shared a prompt stood end to end as well.
-    if (affected := open_ones("pack")) and "share" not in open_ones("share"):
-        ask(in_one_row(model, share=False), affected, "rows that stand end to end in one sequence differ")
+    if "pack" in names and ("share" not in names or "share" in reasons):
+        if not (found := agreed(in_one_row(model, share=False))).equal:
+            reasons["pack"] = f"rows that stand end to end in one sequence differ: {found}."
     return reasons
 
 

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from ...errors import RefusedError
 from ...functional.rollouts import GenerationLayout
 from .config import EXACT_SAVINGS
-from .forward_probe import measured_reasons, shortest_window
+from .forward_probe import flat_reasons, measured_reasons, shortest_window
 from .host import Host
 from .packed import LAYOUTS, PackedForward, costs_of
 from .settings import GRPOSettings
@@ -36,8 +36,7 @@ def choose_savings(host: Host, settings: GRPOSettings) -> tuple[tuple[str, ...],
         reference = host.accelerator.unwrap_model(host.ref_model)
         flat = tuple(name for name in ("pack", "share") if name in open_ones and name not in reasons)
         reasons |= {
-            name: f"of the reference model, {reason}"
-            for name, reason in measured_reasons(reference, flat, _longest_row(host), pad).items()
+            name: f"of the reference model, {reason}" for name, reason in flat_reasons(reference, flat).items()
         }
     for name in wanted or ():
         if name in reasons:
