@@ -51,6 +51,7 @@ PLACES = {
     ("trainers/grpo/resume.py", "_load_buffer"): "once for a resume inside of a generation, which the file says",
     ("trainers/grpo/prompt_room.py", "check"): "once for each generation",
     ("trainers/grpo/rewards.py", "calculate"): "once for each generation",
+    ("trainers/grpo/correction.py", "_log"): "once for each generation under a correction that is put off",
     ("trainers/grpo/exchange.py", "share_out"): "twice for each generation whose rows move, which gathered values say",
     ("trainers/grpo/pipeline.py", "_gathered"): "once for each round, whose number follows from gathered values",
     ("trainers/grpo/pipeline.py", "_dealt"): "once for each generation",

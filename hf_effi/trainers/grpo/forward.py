@@ -41,9 +41,9 @@ class LogProbForward:
         host ([`Host`]): The trainer whose forward it is.
         exact_savings (`tuple[str, ...]`, *optional*): The savings that are on.
         buckets (`int`, *optional*, defaults to 0): In how many length buckets `trim` splits a micro-batch; 0 chooses.
-        packed ([`PackedForward`], *optional*): Runs flat rows, where `pack` or `share` is on.
         count (`Callable[[int, int, int], None]`, *optional*): Told of every forward: its real tokens, its tokens with
             padding, and those that were saved.
+        packed ([`PackedForward`], *optional*): Runs flat rows, where `pack` or `share` is on.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class LogProbForward:
         host: Host,
         exact_savings: tuple[str, ...] = (),
         buckets: int = 0,
-        packed: PackedForward | None = None,
         count: Callable[[int, int, int], None] = lambda real, forwarded, saved: None,
+        packed: PackedForward | None = None,
     ) -> None:
         self._host, self.exact_savings, self._buckets, self._count = host, exact_savings, buckets, count
         self._packed = packed

@@ -100,7 +100,7 @@ class EffiGRPOTrainer(EffiMixin, ResumableGRPOTrainer):
             reason = f"acts only with 'trim': {left_out.get('trim', 'it is off.')} Drop it"
             refuse_unused(self._settings, ("forward_buckets",), reason)
         packed = packed_forward(self, savings)
-        self._forward = LogProbForward(self, savings, self._settings.forward_buckets, packed, self._count_forward)
+        self._forward = LogProbForward(self, savings, self._settings.forward_buckets, self._count_forward, packed)
         self._rollouts = RolloutPipeline(
             self,
             self._settings,
