@@ -182,8 +182,16 @@ class Instrument:
     def _count_forwarded(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._not_counting:
             return
-        forwarded, real = count_tokens(kwargs["input_ids"], kwargs["attention_mask"])
+        forwarded, real = count_tokens(kwargs["input_ids"], kwargs.get("attention_mask"))
         self.counts["tokens_forwarded"] += forwarded
         self.counts["tokens_real"] += int(real)
         if torch.is_grad_enabled():
-            self.counts["rows_trained"] += len(kwargs["input_ids"])
+            self.counts["rows_trained"] += _rows_in(kwargs)
+
+
+def _rows_in(call: dict[str, Any]) -> int:
+    """Return the rows of a forward: of a flat one, the segments that are no shared prompt."""
+    if call.get("cu_seq_lens_q") is None:
+        return len(call["input_ids"])
+    prefixes = call.get("shared_prefix_cu_seq_lens_k")
+    return len(call["cu_seq_lens_q"]) - (1 if prefixes is None else len(prefixes))

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 import hf_effi
 from hf_effi import samplers
 from hf_effi.callbacks import EMACallback, FastForwardCallback, ReptileCallback
+from hf_effi.checkpoint.log_window import KEY as LOG_WINDOW
 from hf_effi.functional.probes import stored_plan
 from hf_effi.functional.schedules import wsd
 from hf_effi.hub import callback as hub_callback
@@ -397,6 +398,8 @@ def steady(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_state(stored: dict[str, Any]) -> dict[str, Any]:
+    """The states of callbacks; where the window of a log began is the business of who saves."""
+    stored = {key: value for key, value in stored.items() if key != LOG_WINDOW}
     return json.loads(json.dumps({key: value for key, value in stored.items() if key != "TrainerControl"}))
 
 

@@ -85,6 +85,7 @@ _ACCURACY = {"window": 1, "quiet": 1, "threshold": 10.0, "greater_is_better": Fa
 #: callback -> how it is made where another model is trained than in `callback_cases`
 CALLBACKS: dict[str, Callable[[], TrainerCallback]] = {
     "AccuracyGradientCallback": lambda: hf_effi.callbacks.AccuracyGradientCallback("eval_loss", **_ACCURACY),
+    "EMACallback": lambda: hf_effi.callbacks.EMACallback(0.5, every_steps=2, start_step=1),
     "GradientSNRCallback": lambda: hf_effi.callbacks.GradientSNRCallback(),
     "HypergradientCallback": lambda: hf_effi.callbacks.HypergradientCallback(kappa=0.2),
     "LRScheduleCallback": lambda: hf_effi.LRScheduleCallback(wsd(warmup_steps=2, decay_steps=3, floor=0.3)),
@@ -100,6 +101,7 @@ CALLBACKS: dict[str, Callable[[], TrainerCallback]] = {
 ON_ITS_OWN_MODEL = {
     "AdaLoRACallback": "the model has AdaLoRA layers",
     "AutoLRSCallback": "a search takes 20 updates",
+    "FastForwardCallback": "its walks ask for the loss of a batch, which GRPO has not",
     "HubCallback": "uploads are stood in for",
     "MultigridLRCallback": "the trainer cuts sequences",
 }
@@ -107,7 +109,7 @@ ON_ITS_OWN_MODEL = {
 PLUGS: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "observers": ("TrainDoctor", "WeightAveragingCallback", "LRScheduleCallback", "RewindCallback"),
-    "factors": ("GradientSNRCallback", "AccuracyGradientCallback"),
+    "factors": ("GradientSNRCallback", "AccuracyGradientCallback", "EMACallback"),
     "weights": ("HypergradientCallback", "ReptileCallback"),
     "doctor of GRPO": ("GRPODoctor",),
     "random-LTD": ("RandomLTDCallback",),

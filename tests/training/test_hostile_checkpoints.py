@@ -158,7 +158,7 @@ def test_of_schedules_whose_state_names_a_class(tmp_path: Path, kind: str) -> No
     assert not (tmp_path / "marker").exists()
 
 
-def test_one_place_reads_pickles_and_trusts_none() -> None:
+def test_few_places_read_pickles_and_none_trusts_them() -> None:
     readers = {"torch.load", "pickle.load", "pickle.loads", "numpy.load", "np.load", "joblib.load", "dill.load"}
     found = []
     for path in python_files("hf_effi"):
@@ -166,4 +166,10 @@ def test_one_place_reads_pickles_and_trusts_none() -> None:
             if ast.unparse(call.func) in readers:
                 trusted = {word.arg: ast.unparse(word.value) for word in call.keywords}.get("weights_only") != "True"
                 found.append((shown(path), trusted))
-    assert set(found) == {("hf_effi/_files.py", False)}
+    assert {path for path, trusted in found if not trusted} == {
+        "hf_effi/_files.py",
+        "hf_effi/callbacks/weight_averaging.py",  # a nameless file of this process
+        "hf_effi/checkpoint/convert.py",  # a checkpoint that is converted
+        "hf_effi/checkpoint/dcp_files.py",  # the same, of shards
+    }
+    assert not [path for path, trusted in found if trusted]

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyScheduler
 
 from hf_effi import EffiTrainer, EffiTrainingArguments, LRScheduleCallback
 from hf_effi.callbacks.lr_schedule import STATE_KEY, taken_over
+from hf_effi.checkpoint.log_window import KEY as LOG_WINDOW
 from hf_effi.errors import MismatchError, RefusedError
 from hf_effi.functional.schedules import linear, make_schedule, wsd
 from hf_effi.schedules import branch_cooldown
@@ -80,7 +81,8 @@ def go(door, out, until, resume=None, **options):
 
 
 def stored(out, step):
-    return json.loads((Path(out) / f"checkpoint-{step}" / "trainer_state.json").read_text())["stateful_callbacks"]
+    found = json.loads((Path(out) / f"checkpoint-{step}" / "trainer_state.json").read_text())["stateful_callbacks"]
+    return {key: value for key, value in found.items() if key != LOG_WINDOW}  # of who saves, not of a schedule
 
 
 def chain_of(seed):

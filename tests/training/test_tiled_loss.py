@@ -43,7 +43,7 @@ def series(trainer, key):
 def test_stock_trainer_has_the_same_losses(tmp_path, over):
     plain, tiled = run(tmp_path, **over), run(tmp_path, PatchCallback(TILES), **over)
     assert len(series(plain, "loss")) == 6 and series(plain, "loss").std() > 0.01
-    tolerance = 0.01 if "bf16" in over else 1e-5
+    tolerance = 0.03 if "bf16" in over else 1e-5
     torch.testing.assert_close(series(tiled, "loss"), series(plain, "loss"), rtol=0, atol=tolerance)
     torch.testing.assert_close(series(tiled, "grad_norm"), series(plain, "grad_norm"), rtol=5 * tolerance, atol=0)
 

@@ -30,7 +30,7 @@ def run(folder, *callbacks, **over):
 def test_stock_trainer_has_the_same_losses(tmp_path, over):
     plain, tiled = run(tmp_path, **over), run(tmp_path, PatchCallback(TILES), **over)
     assert len(losses(plain)) == 6 and losses(plain).std() > 0.01
-    torch.testing.assert_close(losses(tiled), losses(plain), rtol=0, atol=0.01 if "bf16" in over else 1e-5)
+    torch.testing.assert_close(losses(tiled), losses(plain), rtol=0, atol=0.03 if "bf16" in over else 1e-5)
 
 
 def test_the_patch_is_in_force_from_the_start_to_the_end_of_training(tmp_path):

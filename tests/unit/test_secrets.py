@@ -114,4 +114,4 @@ def test_a_text_that_is_searched_once_has_no_secret_that_ten_patterns_would_find
     quick = [hide_in_text(text) for text in texts]
     monkeypatch.setattr(_secrets, "_ANY", re.compile(""))
     assert quick == [hide_in_text(text) for text in texts]
-    assert 200 < sum(map(str.__ne__, quick, texts)) < 6_000
+    assert 100 < sum(map(str.__ne__, quick, texts)) < 6_000
