@@ -150,7 +150,7 @@ def test_the_launch_files_train_as_ddp(outcomes: Outcomes, tmp_path: Path, kind:
             (row,) = (row for row in table.ROWS if row.key == name)
             if engine in row.refused:
                 assert_refused(rank[name], row.refused[engine])
-            else:
+            elif rank is ranks[0]:  # the only one that has whole weights
                 assert_same_training(rank[name], outcomes("ddp")[0][name])
 
 
