@@ -9,7 +9,7 @@ from hf_effi.attention.switch import switched_attention
 from hf_effi.functional.forward_costs import ForwardCosts, RowLengths
 from hf_effi.functional.shared_prefix import plan_shared_prefix
 from hf_effi.trainers.grpo.forward import split_evenly
-from hf_effi.trainers.grpo.packed import FlatRows, PackedForward, costs_of, grouped_order
+from hf_effi.trainers.grpo.packed import _CALL_OPERATIONS, FlatRows, PackedForward, costs_of, grouped_order
 from tests.helpers import tiny_qwen3
 
 #: two rows share a prompt of 10 tokens, with completions of 2 and 5; one has a prompt of 4 and a completion of 6
@@ -56,7 +56,9 @@ def test_costs_of_a_model_are_read_from_its_weights():
     model = tiny_qwen3()
     layer = sum(p.numel() for p in model.model.layers[0].parameters()) + model.model.norm.weight.numel() / 2
     costs = costs_of(model, torch.device("cpu"))
-    assert costs.per_pair == pytest.approx(2 * 32 / layer) and costs.per_call == pytest.approx(3e6 / (6 * layer))
+    assert costs.per_pair == pytest.approx(2 * 32 / layer) and costs.per_call == pytest.approx(
+        _CALL_OPERATIONS / (6 * layer)
+    )
     assert costs_of(model, torch.device("cuda")).per_call == 0
 
 

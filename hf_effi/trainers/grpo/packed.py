@@ -19,7 +19,7 @@ from ...functional.shared_prefix import SharedPrefixLayout, plan_shared_prefix
 logger = logging.get_logger(__name__)
 
 #: what one call of attention costs beside its arithmetic on a CPU, forward and backward, in floating-point operations
-_CALL_OPERATIONS = 3e6
+_CALL_OPERATIONS = 1.5e7
 #: the layouts of a forward
 LAYOUTS = ("trim", "pack", "share")
 
