@@ -51,7 +51,6 @@ ROWS: tuple[Method, ...] = (
         entry_points=(
             "hf_effi.checkpoint:plan_average",
             "hf_effi.checkpoint:search_coefficients",
-            "hf_effi.functional.merging:trend_weights",
             "hf_effi.functional.merging:metric_weights",
             "hf_effi.functional.merging:concatenate_lora",
             "hf_effi.functional.coefficient_search:search_weights",

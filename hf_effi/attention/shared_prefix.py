@@ -119,7 +119,8 @@ def check_shared_prefix(model: Any) -> None:
 _ROWS = (((0, 5), (5, 8)), ((0, 5), (8, 10)), ((10, 13), (13, 17)))
 
 
-def _rows_of(model: Any) -> list[tuple[list[int], list[int]]]:
+def rows_to_compare(model: Any) -> list[tuple[list[int], list[int]]]:
+    """Return prompt and completion of three short rows, of which two share a prompt."""
     ids = tiny_tokens(model, 1, 17)[0].tolist()
     return [(ids[slice(*prompt)], ids[slice(*completion)]) for prompt, completion in _ROWS]
 
@@ -132,7 +133,7 @@ def _one_by_one(model: Any) -> Results:
             name = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
             vars(config)["_attn_implementation_internal"] = name
     device, logits = device_of(model), []
-    for prompt, completion in _rows_of(model):
+    for prompt, completion in rows_to_compare(model):
         out = output_of(call(model, torch.tensor([prompt + completion], device=device)))
         logits.append(out[0, len(prompt) - 1 : -1])
     scores = torch.cat(logits)
@@ -141,7 +142,7 @@ def _one_by_one(model: Any) -> Results:
 
 def _sharing(model: Any) -> Results:
     """The same from one flat row."""
-    rows, device = _rows_of(model), device_of(model)
+    rows, device = rows_to_compare(model), device_of(model)
     layout = plan_shared_prefix([prompt for prompt, _ in rows], [len(completion) for _, completion in rows])
     inputs = layout.model_inputs([prompt + completion for prompt, completion in rows])
     del inputs["labels"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..functional.probes import probing_model
 from ._lr_search import same_on_ranks, validation_loss
 from ._turns import MEASURE, WRITE, TurnCallback, in_turn
 from .adaptive_lr import refuse_sharded
+from .observer import describe
 from .owners import Role
 from .probing import outside_probes, trained_steps
 
@@ -50,6 +52,8 @@ class FastForwardCallback(TurnCallback):
 
     Attributes:
         walks (`list[tuple[int, int]]`): Update and `tau*` of each walk so far; also kept over a resume.
+
+    Where the loss of the rows cannot be had in a run, it says so once, and the run goes on without walks.
 
     Raises:
         ValueError: an argument out of range.
@@ -100,7 +104,11 @@ class FastForwardCallback(TurnCallback):
         super().on_train_begin(args, state, control, **kwargs)
         refuse_sharded(args, "FastForwardCallback")
         stored = state.stateful_callbacks.get(STATE_KEY, {}) if state.global_step else {}
-        self.walks = [(step, steps) for step, steps in stored.get("walks", [])]
+        try:
+            self.walks = [(int(step), int(steps)) for step, steps in stored.get("walks", [])]
+        except (AttributeError, TypeError, ValueError):
+            logger.warning("The checkpoint holds no walks of FastForwardCallback that can be read: it begins anew.")
+            self.walks = []
         self._before, self._is_new = {}, False
         self._said = self._is_low()
         self._loss = self._evaluate or _loss_on_rows(calling_trainer(state), self.rows)
@@ -109,7 +117,7 @@ class FastForwardCallback(TurnCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if (trained_steps(state) + 1) % self.every_steps == 0:
+        if self._loss is not None and (trained_steps(state) + 1) % self.every_steps == 0:
             self._before = {name: weight.clone() for name, weight in _trainable(kwargs["model"]).items()}
 
     @in_turn(MEASURE)
@@ -124,17 +132,26 @@ class FastForwardCallback(TurnCallback):
         live = _trainable(model)
         start = {name: weight.clone() for name, weight in live.items()}
         source: Any = self._loss
+        failed: Exception | None = None
 
         def loss_after(steps: int) -> float:
+            nonlocal failed
             place_on_ray(live, start, before, steps)
+            try:
+                loss = validation_loss(source, model, args.device)
+            except Exception as error:  # whatever the loss of somebody's model raises
+                loss, failed = math.nan, error
             # The same number on every process, so that all of them take the same steps.
-            return same_on_ranks(validation_loss(source, model, args.device), args.device)
+            return same_on_ranks(loss, args.device)
 
         try:
             with probing_model(model):
-                steps, _ = walk_while_falling(loss_after, self.longest)
+                steps, losses = walk_while_falling(loss_after, self.longest)
         finally:
             place_on_ray(live, start, before, 0)
+        if not math.isfinite(losses[0]):  # on every process, so that all of them stop
+            self.stop_observing(failed or ValueError(f"the loss of the rows is {losses[0]}"))
+            return
         self.walks.append((state.global_step + 1, steps))
         self._is_new = True
         state.stateful_callbacks[STATE_KEY] = {"walks": [list(walk) for walk in self.walks]}
@@ -152,6 +169,11 @@ class FastForwardCallback(TurnCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._loss, self._before = None, {}
+
+    def stop_observing(self, error: Exception) -> None:
+        """Say that there are no more walks: what only observes ends no run."""
+        self._loss = None
+        logger.warning(f"FastForwardCallback stopped its walks, and the run goes on: {describe(error)}")
 
     @property
     def typical_steps(self) -> float:

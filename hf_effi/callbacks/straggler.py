@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import RefusedError
 from ..functional import metrics
 from ..functional.schedules._checks import check_number
 from ..functional.stragglers import StragglerReport, find_straggler
 from ._engines import sharding_engine
 from ._turns import WRITE, TurnCallback, in_turn
+from .observer import describe, only_observes
 from .owners import Role
 from .probing import in_probe
 
@@ -50,9 +50,11 @@ class StragglerCallback(TurnCallback):
     Attributes:
         reports (`list[StragglerReport]`): Of this training, oldest first.
 
+    It only observes: with one process, and under FSDP, DeepSpeed and tensor parallelism, which wait in every layer, it
+    says that it measures nothing, and the run goes on.
+
     Raises:
         ValueError: an argument out of range.
-        RefusedError: one process; or FSDP, DeepSpeed or tensor parallelism, which wait in every layer.
 
     Example:
     ```python
@@ -86,7 +88,7 @@ class StragglerCallback(TurnCallback):
         self._from: Any = None
         self._to: Any = None
         self._spans: list[tuple[Any, Any]] = []
-        self._logs = 0
+        self._logs = self._updates = 0
 
     # ---- events ----
 
@@ -94,16 +96,16 @@ class StragglerCallback(TurnCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        if args.world_size < 2:
-            raise RefusedError("StragglerCallback compares processes, and there is one. Leave it out.")
-        if (engine := sharding_engine(args)) is not None:
-            raise RefusedError(
-                f"{engine} lets the processes wait for each other in every layer, so that the time before the wait is "
-                "not the own time of a process. StragglerCallback works with DDP."
-            )
         self._let_go()
         self._forget()
         self.reports = []
+        if args.world_size < 2:
+            return self._measure_nothing("it compares processes, and there is one")
+        if (engine := sharding_engine(args)) is not None:
+            return self._measure_nothing(
+                f"{engine} lets the processes wait for each other in every layer, so that the time before the wait is "
+                "not the own time of a process; it works with DDP"
+            )
         self._device = args.device
         self._parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
         self._hooks = [
@@ -117,25 +119,33 @@ class StragglerCallback(TurnCallback):
 
         return note_last_gradient
 
+    @only_observes
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_step_begin(args, state, control, **kwargs)
-        self._from, self._to = self._now(), None
+        if self._hooks:
+            self._from, self._to = self._now(), None
 
+    @only_observes
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not self._hooks:
+            return
         if len(self._hooks) > 1 and self._last is not None:
-            # From now on one hook is enough. Its update is left out: it ran all of them.
+            # From now on one hook is enough.
             self._let_go()
             last = self._parameters[self._last]
             self._hooks = [last.register_post_accumulate_grad_hook(self._noting(self._last))]
-        elif not in_probe(state, 1):
-            # An update without this gradient, as of an expert that no token went to, still counts on every process.
+        self._updates += 1
+        # The first update ran all hooks, and is left out. One without this gradient, as of an expert that no token
+        # went to, still counts: every process gathers as many.
+        if self._updates > 1 and not in_probe(state, 1):
             self._spans.append((self._from, self._to))
 
     @in_turn(WRITE)
+    @only_observes
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" not in logs:
@@ -162,12 +172,22 @@ class StragglerCallback(TurnCallback):
                 "temperature, other jobs), or at the lengths of the rows that it gets."
             )
 
+    @only_observes
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._let_go()
 
     # ---- helpers ----
+
+    def stop_observing(self, error: Exception) -> None:
+        """Let go of the model, and say why: what only observes ends no run."""
+        self._measure_nothing(describe(error))
+
+    def _measure_nothing(self, why: str) -> None:
+        self._let_go()
+        self._spans = []
+        logger.warning(f"StragglerCallback measures nothing, and the run goes on: {why}.")
 
     def _let_go(self) -> None:
         for hook in self._hooks:

@@ -16,8 +16,8 @@ from .._files import save_json
 from .._record_check import load_trainer_state
 from .._untrusted import is_number, shorten
 from ..errors import BrokenFileError, DecayToZeroWarning, RefusedError
-from ..functional.averaging import averaging_weights, weighted_average
-from ..functional.merging import combine_tensors, concatenate_lora, metric_weights, trend_weights
+from ..functional.averaging import averaging_weights, trend_weights, weighted_average
+from ..functional.merging import combine_tensors, concatenate_lora, metric_weights
 from ..functional.options import refuse_idle
 from .folders import checkpoints_in
 from .manifest import verify_checkpoint

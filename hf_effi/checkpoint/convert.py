@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .._files import save_aside
 from .._untrusted import load_json, one_line, shorten
@@ -157,7 +159,11 @@ def _refuse_what_is_no_model(folder: Path) -> None:
 def _read_single(folder: Path, manifest: Mapping[str, Any]) -> State:
     files = [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        parts = sorted({str(name) for name in load_json(folder / INDEX)["weight_map"].values()})
+        index = load_json(folder / INDEX)
+        parts = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(parts, dict):
+            raise BrokenFileError(f"{folder / INDEX} has no weight_map. Take another checkpoint.")
+        parts = sorted({str(name) for name in parts.values()})
         if outside := [name for name in parts if Path(name).name != name]:
             raise BrokenFileError(f"{folder / INDEX} names {shorten(outside[0])}, which is not in its folder.")
         files = [folder / name for name in parts]
@@ -165,7 +171,7 @@ def _read_single(folder: Path, manifest: Mapping[str, Any]) -> State:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             weights |= {name: opened.get_tensor(name) for name in opened.keys()}
-    model, why = _model_without_weights(folder)
+    model, why = _model_without_weights(folder, len(weights))
     weights = _under_all_names(weights, model)
     if not (folder / OPTIMIZER_NAME).is_file():
         return State(weights, None)
@@ -215,23 +221,50 @@ def _write_single(folder: Path, state: State) -> None:
     torch.save({"state": states, "param_groups": groups}, folder / OPTIMIZER_NAME)
 
 
-def _model_without_weights(folder: Path) -> tuple[torch.nn.Module | None, str]:
-    """Return the model of `config.json` on the meta device; else `None`, and why there is none."""
+def _model_without_weights(folder: Path, tensors: int) -> tuple[torch.nn.Module | None, str]:
+    """
+    Return the model of `config.json` on the meta device; else `None`, and why there is none.
+
+    Args:
+        folder (`Path`): A checkpoint.
+        tensors (`int`): How many it holds. A model that has several times as many is not built to its end.
+    """
     if not (folder / "config.json").is_file():
         return None, "there is no config.json to build the model from"
     import transformers
 
     config = load_json(folder / "config.json")
-    (name, *_) = config.get("architectures") or [None]
+    if not isinstance(config, dict):
+        return None, "its config.json is no mapping"
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if config.get("auto_map") or not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         return None, f"the model of its config.json ({name}) is none of transformers, and code of others is not run"
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(4 * tensors + 100):
             config_class: Any = cls.config_class
             return cls._from_config(config_class.from_dict(config)), ""
     except Exception as error:  # whatever a config makes a model raise
         return None, f"the model of its config.json ({name}) cannot be built: {one_line(error)}"
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Let no more parameters be made in this block: a config of a stranger may ask for a model without end."""
+    count = 0
+
+    def counted(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        nonlocal count
+        count += 1
+        if count > parameters:
+            raise ValueError(f"it has more than {parameters} parameters, several times those of the checkpoint")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _under_all_names(weights: dict[str, torch.Tensor], model: torch.nn.Module | None) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from .._untrusted import one_line
+from .._untrusted import one_line, shorten
 from ..errors import BrokenFileError
 
 #: what a `.metadata` is made of
@@ -82,6 +82,9 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     reader = _Reader(folder)
     try:
         metadata = reader.read_metadata()
+        for where in metadata.storage_data.values():
+            if Path(where.relative_path).name != where.relative_path or not (folder / where.relative_path).is_file():
+                raise ValueError(f"it names {shorten(where.relative_path, 80)}, which is no file in it")
         flat = {
             name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
             if isinstance(entry, TensorStorageMetadata)

@@ -19,7 +19,8 @@ def store_log_window(trainer: Trainer) -> None:
     first loss after a resume lacks the updates before it.
     """
     state: Any = trainer.state
-    if (state.stateful_callbacks.get(KEY) or {}).get("step") == state.global_step:
+    stored = state.stateful_callbacks.get(KEY)
+    if isinstance(stored, dict) and stored.get("step") == state.global_step:
         return  # stored already, by the other way of saving
     mine = float(trainer._tr_loss)
     losses = gather_object([mine]) if trainer.args.world_size > 1 else [mine]

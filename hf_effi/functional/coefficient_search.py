@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .averaging import averaging_weights
-from .merging import trend_weights
+from .averaging import averaging_weights, trend_weights
 
 Score = Callable[[list[float]], float]
 #: (1 + lambda): children of a generation

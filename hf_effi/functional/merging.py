@@ -14,39 +14,6 @@ State = Mapping[str, Tensor]
 _BLOCK = 1 << 22
 
 
-def trend_weights(count: int) -> list[float]:
-    """
-    Return the weights whose sum over the last `count` checkpoints is their linear trend, read off at the newest.
-
-    Formula: `w_j = 1 / n + t_j t_n / sum_i t_i^2` with `t_j = j - (n + 1) / 2` for `j = 1, ..., n`: the line that
-    least squares fits through the checkpoints, at its end. A uniform mean lies half a window behind the newest
-    weights; this one does not, so that a window that is too long costs less. The old ones get negative weights. Ours;
-    no paper.
-
-    Args:
-        count (`int`): Checkpoints, `n`, at least 1. 1 and 2 give the newest alone.
-
-    Returns:
-        `list[float]`: One weight per checkpoint, oldest first; they sum to 1.
-
-    Raises:
-        ValueError: a count below 1.
-
-    Example:
-    ```python
-    >>> [round(weight, 3) for weight in trend_weights(5)]
-    [-0.2, 0.0, 0.2, 0.4, 0.6]
-    ```
-    """
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"count={count!r} must be an integer of at least 1.")
-    if count <= 2:
-        return [0.0] * (count - 1) + [1.0]
-    times = [place - (count - 1) / 2 for place in range(count)]
-    squares = sum(time * time for time in times)
-    return [1 / count + time * times[-1] / squares for time in times]
-
-
 def metric_weights(values: Sequence[float], penalty: float, *, greater_is_better: bool = False) -> list[float]:
     """
     Return weights that prefer checkpoints with a better metric, by one penalty whatever their number.

@@ -13,8 +13,8 @@ from hf_effi.callbacks.weight_averaging import WeightAveragingCallback
 from hf_effi.checkpoint import WeightFolder, average_checkpoints, plan_average
 from hf_effi.checkpoint.merge_metrics import final_lr_ratio, smoothed_losses
 from hf_effi.errors import BrokenFileError, DecayToZeroWarning, MismatchError, RefusedError
-from hf_effi.functional.averaging import averaging_weights
-from hf_effi.functional.merging import combine, metric_weights, trend_weights
+from hf_effi.functional.averaging import averaging_weights, trend_weights
+from hf_effi.functional.merging import combine, metric_weights
 from tests.helpers import assert_bitwise_equal, tiny_qwen3, weights_of
 from tests.helpers.resume import weights_in
 from tests.helpers.sampling import sampler_trainer

@@ -1,6 +1,7 @@
 """Fast Forward through `trainer.train()`: it changes nothing, and tells a low learning rate from a good one."""
 
 import copy
+import json
 import logging
 
 import pytest
@@ -92,3 +93,26 @@ def test_it_needs_rows(tmp_path):
     trainer.args.fsdp = "on"
     with pytest.raises(RefusedError, match="FastForwardCallback needs whole parameters"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.parametrize("loss", [lambda model: 1 / 0, lambda model: float("nan")], ids=["raises", "is no number"])
+def test_a_loss_that_cannot_be_had_ends_the_walks_and_not_the_run(tmp_path, low, caplog, loss):
+    diagnosis = FastForwardCallback(2, longest=7, limit=3, patience=2, evaluate=loss)
+    trainer = run(tmp_path, diagnosis, learning_rate=1e-5)
+    assert caplog.text.count("FastForwardCallback stopped its walks, and the run goes on") == 1
+    assert diagnosis.walks == [] and trainer.state.global_step == STEPS
+    for one, other in zip(trainer.model.parameters(), low[0].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("stored", [[1], {"walks": 3}, {"walks": [["a", "b"]]}])
+def test_walks_that_cannot_be_read_end_no_run(tmp_path, caplog, stored):
+    trainer = run(tmp_path, make_one(), StopAt(2), save_strategy="steps", save_steps=2)
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"][STATE_KEY] = state["stateful_callbacks"]["hf_effi.log_window"] = stored
+    path.write_text(json.dumps(state))
+    diagnosis = make_one()
+    trainer = run(tmp_path, diagnosis, resume=str(path.parent), save_strategy="steps", save_steps=2)
+    assert "it begins anew" in caplog.text and trainer.state.global_step == STEPS
+    assert [step for step, _ in diagnosis.walks] == [4, 6, 8]

@@ -129,6 +129,14 @@ def test_another_selector_and_a_newer_file_are_refused(whole: tuple[Any, Path], 
         train(tmp_path / "resumed", checkpoint, prompt_selector=Counting(9))
 
 
+def test_a_number_of_processes_that_nobody_had_is_not_counted_to(whole: tuple[Any, Path], tmp_path: Path) -> None:
+    checkpoint = copied(whole[1] / "checkpoint-3", tmp_path)
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    (checkpoint / STATE_FILE).write_text(json.dumps({**state, "world_size": 10**12}))
+    with pytest.raises(BrokenFileError, match="names 1 and 1000000000000 processes"):
+        train(tmp_path / "resumed", checkpoint, prompt_selector=Counting(9))
+
+
 def test_a_checkpoint_of_before_the_mark_is_continued_exactly(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", difficulty_range=(0, 1))
     checkpoint = copied(tmp_path / "whole" / "checkpoint-3", tmp_path, without=None)

@@ -143,6 +143,22 @@ def outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def huge(folder: Path) -> None:
+    """A model that would take hours to build, without weights too."""
+    path = saved(folder, tiny_qwen3()) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 10**5, "layer_types": None}))
+
+
+def no_mapping(folder: Path) -> None:
+    (saved(folder, tiny_qwen3()) / "config.json").write_text("[1]")
+
+
+def no_map_of_weights(folder: Path) -> None:
+    saved(folder, tiny_qwen3())
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "model.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+
+
 def no_optimizer(folder: Path) -> None:
     torch.save([1, 2], saved(folder, tiny_qwen3()) / "optimizer.pt")
 
@@ -162,6 +178,9 @@ def cut(folder: Path) -> None:
         (of_deepspeed, RefusedError, "is of DeepSpeed"),
         (factored, RefusedError, r"has row of the shape \[7\].*FSDP2 cannot shard"),
         (outside, BrokenFileError, r"names '../model.safetensors', which is not in its folder"),
+        (huge, RefusedError, "cannot be built: .*it has more than 200 parameters"),
+        (no_mapping, RefusedError, "config.json is no mapping"),
+        (no_map_of_weights, BrokenFileError, "weight_map"),
         (no_optimizer, BrokenFileError, "optimizer.pt is no state of an optimizer of PyTorch"),
         (cut, BrokenFileError, "is not whole: optimizer.pt ends early"),
     ],
@@ -190,7 +209,19 @@ def test_what_is_in_a_sharded_state_is_not_run(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "harmed"),)
 
+    def named(name: str) -> Any:
+        write_sharded(tmp_path / name, {"x": torch.ones(2)})
+        path = tmp_path / name / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        for where in metadata.storage_data.values():
+            where.relative_path = "/dev/zero" if name == "device" else "../state/__0_0.distcp"
+        path.write_bytes(pickle.dumps(metadata))
+        return tmp_path / name
+
     write_sharded(tmp_path / "state", {"x": {"tensor": torch.ones(2), "number": 3}})
+    for folder, told in ((named("device"), "/dev/zero"), (named("outside"), "../state/__0_0.distcp")):
+        with pytest.raises(BrokenFileError, match=f"names '?{told}'?, which is no file in it"):
+            read_sharded(folder)
     assert str(read_sharded(tmp_path / "state")) == str({"x": {"tensor": torch.ones(2), "number": 3}})
     (tmp_path / "state" / ".metadata").write_bytes(pickle.dumps(Harm()))
     with pytest.raises(BrokenFileError, match="it asks for posix.mkdir"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_effi.functional import merging
-from hf_effi.functional.averaging import averaging_weights
+from hf_effi.functional.averaging import averaging_weights, trend_weights
 from hf_effi.functional.coefficient_search import plain_combinations, search_weights
 from hf_effi.functional.merging import (
     add_delta,
@@ -17,21 +17,7 @@ from hf_effi.functional.merging import (
     metric_weights,
     pareto_flags,
     products,
-    trend_weights,
 )
-
-
-def test_trend_is_the_end_of_the_least_squares_line():
-    assert trend_weights(1) == [1.0] and trend_weights(2) == [0.0, 1.0]
-    assert trend_weights(5) == pytest.approx([-0.2, 0.0, 0.2, 0.4, 0.6])
-    for count in (3, 6, 10):
-        weights = trend_weights(count)
-        assert math.fsum(weights) == pytest.approx(1)
-        line = [2.0 - 3.0 * step for step in range(count)]  # it is exact on a line, where the uniform mean lags
-        assert sum(w * y for w, y in zip(weights, line, strict=True)) == pytest.approx(line[-1])
-    for count in (0, -1, True, 2.0):
-        with pytest.raises(ValueError, match="count="):
-            trend_weights(count)
 
 
 def test_metric_weights_by_hand():

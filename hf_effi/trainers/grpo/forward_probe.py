@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...attention.shared_prefix import rows_to_compare
 from ...attention.switch import switched_attention
 from ...attention.varlen_masks import LEDGER
 from ...functional.shared_prefix import plan_shared_prefix
@@ -92,10 +93,6 @@ def flat_reasons(model: nn.Module, names: tuple[str, ...]) -> dict[str, str]:
     return reasons
 
 
-#: prompt and completion of the rows that are looked at: two share a prompt, one is on its own
-_ROWS = (((0, 5), (5, 8)), ((0, 5), (8, 10)), ((10, 13), (13, 17)))
-
-
 def in_one_row(model: nn.Module, share: bool) -> Finding:
     """
     Compare rows one by one, under the attention that the model has, with one flat row under `hf_effi_varlen`.
@@ -104,11 +101,9 @@ def in_one_row(model: nn.Module, share: bool) -> Finding:
         model (`nn.Module`): With TRL's fused head.
         share (`bool`): Whether a prompt of two of the rows comes once.
     """
-    tokens = tiny_tokens_or_none(model, 1, 17)
-    if isinstance(tokens, Finding):
-        return tokens
-    ids = tokens[0].tolist()
-    rows = FlatRows([ids[slice(*prompt)] for prompt, _ in _ROWS], [ids[slice(*completion)] for _, completion in _ROWS])
+    if isinstance(tokens := tiny_tokens_or_none(model, 1, 1), Finding):
+        return tokens  # no vocabulary
+    rows = FlatRows(*map(list, zip(*rows_to_compare(model), strict=True)))
     layout = plan_shared_prefix(rows.prompts, [len(completion) for completion in rows.completions], share)
 
     def alone(model: nn.Module) -> Results:

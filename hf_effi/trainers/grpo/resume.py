@@ -378,6 +378,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
         moves = state["world_size"] != world or before not in (None, now)
         if moves and before is None:
             return self._tell_of_new_rollouts(checkpoint, state, "it does not say how its rows were laid out")
+        if moves and before is not None and before.world_size != state["world_size"]:
+            raise BrokenFileError(
+                f"{checkpoint / STATE_FILE} names {before.world_size} and {state['world_size']!r} processes. Resume "
+                "from another checkpoint."
+            )
         names = [_buffer_name(number) for number in range(state["world_size"])] if moves else [_buffer_name(rank)]
         # All processes take the same way, also where each sees only its own files.
         lost = [name for name in names if not (checkpoint / name).exists()]
