@@ -22,18 +22,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from bench._counters import LiveBytes
 from bench._progress import with_line
 from bench._schema import headline, write_result
 from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
+from hf_effi.demo.command import quiet_libraries
 from hf_effi.demo.task import build_tokenizer
 
 GROUP, ROWS = 8, 64
+STEPS = 4
 #: tokens of a prompt, from and to; a completion has 57 in the mean
 PROMPTS = {"short": (8, 24), "as long as completions": (50, 64), "four times as long": (200, 256)}
 #: share of the groups whose rewards are equal
@@ -59,8 +60,9 @@ ARMS: dict[str, str | None] = {
 class ServedRollouts:
     """A `rollout_func` that serves completions of ragged length, a pure function of seed and call number."""
 
-    def __init__(self, seed: int, vocabulary: int, longest: int, prompts: tuple[int, int]):
+    def __init__(self, seed: int, vocabulary: int, longest: int, prompts: tuple[int, int], typical: int = 48):
         self.seed, self.vocabulary, self.longest, self.prompts, self.calls = seed, vocabulary, longest, prompts, 0
+        self.typical = typical
         self.real_tokens: list[int] = []
         #: the same with a prompt once for each group
         self.shared_tokens: list[int] = []
@@ -72,7 +74,7 @@ class ServedRollouts:
         for index in range(len(prompts)):
             if index % GROUP == 0:
                 prompt = [rng.randrange(2, self.vocabulary) for _ in range(rng.randint(*self.prompts))]
-            length = min(self.longest, max(2, round(rng.lognormvariate(math.log(48), 0.6))))
+            length = min(self.longest, max(2, round(rng.lognormvariate(math.log(self.typical), 0.6))))
             completion = [rng.randrange(2, self.vocabulary) for _ in range(length)]
             rows["prompt_ids"].append(prompt)
             rows["completion_ids"].append(completion)
@@ -111,7 +113,7 @@ def build(savings: str | None, seed: int, prompts: str = "short", dead: float = 
         "output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "seed": seed,
         "per_device_train_batch_size": ROWS, "num_generations": GROUP, "gradient_accumulation_steps": 2,
-        "max_completion_length": 256, "max_steps": 3, "learning_rate": 1e-5,
+        "max_completion_length": 256, "max_steps": STEPS, "learning_rate": 1e-5,
     }  # fmt: skip
     settings |= over
     cls, args_cls = (GRPOTrainer, GRPOConfig) if savings is None else (EffiGRPOTrainer, EffiGRPOConfig)
@@ -130,10 +132,10 @@ def build(savings: str | None, seed: int, prompts: str = "short", dead: float = 
 
 def train_phase(savings: str | None, seed: int, prompts: str, dead: float) -> dict[str, Any]:
     """
-    Run three steps, and return what their training phases took.
+    Run four steps, and return what the training phases of the last three took.
 
-    CPU seconds and most live bytes above what was alive before, of each step; tokens forwarded for each token of the
-    rows that the arm has to forward, a prompt of a group counted once.
+    CPU seconds of each step but the first, in which the model is asked about its attention, once in a run; tokens
+    forwarded in all of them, and those that there are, with a prompt of a group counted once.
     """
     trainer = build(savings, seed, prompts, dead)
     seconds: list[float] = []
@@ -158,10 +160,10 @@ def train_phase(savings: str | None, seed: int, prompts: str, dead: float) -> di
     embedding.register_forward_hook(lambda module, args, out: forwarded.__setitem__(0, forwarded[0] + args[0].numel()))
     trainer.train()
     real, shared = (
-        sum(tokens[:3]) for tokens in (trainer.rollout_func.real_tokens, trainer.rollout_func.shared_tokens)
+        sum(tokens[:STEPS]) for tokens in (trainer.rollout_func.real_tokens, trainer.rollout_func.shared_tokens)
     )
     per_step = [a + b for a, b in zip(seconds[::2], seconds[1::2], strict=True)]
-    return {"seconds": per_step, "forwarded": forwarded[0], "real": real, "shared": shared}
+    return {"seconds": per_step[1:], "forwarded": forwarded[0], "real": real, "shared": shared}
 
 
 def exact_zero_stock() -> type[GRPOTrainer]:
@@ -264,14 +266,13 @@ def headlines(rows: list[dict[str, Any]], errors: dict[str, float]) -> list[dict
     ]
 
 
+@quiet_libraries()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1, help="alternations of all arms, for each seed")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    disable_progress_bars()
-    logging.set_verbosity_error()
     rows = measure(args.seeds, args.repeats)
     errors = {loss: max(gradient_error(loss, seed) for seed in range(args.seeds)) for loss in LOSSES}
     write_result(

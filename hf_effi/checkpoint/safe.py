@@ -26,7 +26,7 @@ from .manifest import Digest
 from .parameter_order import OPTIMIZER_NAMES, names_of_optimizer
 from .resume import AUTO, check_given, resolve_auto
 from .sharded import Plans
-from .staging import Kind, _NotCopyable, nbytes_of, stage
+from .staging import Kind, _NotCopyable, memory_name, nbytes_of, stage
 from .writer import ProcessWriter, ThreadWriter, Writer
 
 logger = logging.get_logger(__name__)
@@ -390,9 +390,10 @@ class SafeCheckpointer:
         def take(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None) -> bool:
             try:
                 nbytes = nbytes_of(content)
-                if nbytes < _SMALL or not self._has_room(path.name, nbytes):
+                name = memory_name(path, commit.made)
+                if nbytes < _SMALL or not self._has_room(name, nbytes):
                     return False
-                commit.writes.append(stage(path, kind, content, metadata, buffers, copies))
+                commit.writes.append(stage(path, kind, content, metadata, buffers, copies, name))
             except _NotCopyable:
                 return False
             return True
@@ -401,8 +402,7 @@ class SafeCheckpointer:
             if self._plans is None:
                 self._plans = Plans(self._gathered, self.trainer.args.process_index)
             staged = self._plans.stage(state, folder, planner, self._has_room, buffers, copies)
-            if staged is not None:
-                commit.writes.append(staged)
+            commit.writes += [] if staged is None else [staged]
             return staged is not None
 
         return deferring(commit.made, take, take_shards)

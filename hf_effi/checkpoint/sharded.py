@@ -56,6 +56,11 @@ class StagedShards:
     content: list[Any]
     metadata: Metadata | None = None
 
+    @property
+    def memory(self) -> str:
+        """Name of the memory that the copies are in."""
+        return self.path.name
+
     def write(self) -> list[dict[str, Any]]:
         """Write the file of this process, and return what is where in it."""
         # With nothing to copy ahead, the writer makes no stream on a device.

@@ -31,12 +31,17 @@ class StagedFile:
         kind (`str`): By `torch.save`, or as safetensors.
         content: What a writer is given, with every tensor replaced by its copy.
         metadata (`dict`, *optional*): Of a safetensors file.
+        memory (`str`, *optional*): Name of the memory that the copies are in; that of the file by default.
     """
 
     path: Path
     kind: Kind
     content: Any
     metadata: dict[str, str] | None = None
+    memory: str = ""
+
+    def __post_init__(self) -> None:
+        self.memory = self.memory or self.path.name
 
     def write(self) -> None:
         """Write the file. There is nothing to tell to another process."""
@@ -44,6 +49,15 @@ class StagedFile:
 
     def finish(self, parts: list[Any]) -> None:
         """Nothing is left to do once others have written."""
+
+
+def memory_name(path: Path, checkpoint: Path) -> str:
+    """
+    Return the name of the memory for the copies of a file: the same for each save, and no other file's of the save.
+
+    An average or a second adapter lies in a folder of the checkpoint, under the name of the model's own file.
+    """
+    return path.resolve().relative_to(checkpoint.resolve()).as_posix().replace("/", ":")
 
 
 def write_file(path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None) -> None:
@@ -164,15 +178,26 @@ class _NotCopyable(Exception):
 
 
 def stage(
-    path: Path, kind: Kind, content: Any, metadata: dict[str, str] | None, buffers: Buffers, copies: Copies
+    path: Path,
+    kind: Kind,
+    content: Any,
+    metadata: dict[str, str] | None,
+    buffers: Buffers,
+    copies: Copies,
+    name: str | None = None,
 ) -> StagedFile:
     """
     Copy a state, so that it can be written later, whatever the run does to it meanwhile.
 
+    Args:
+        name (`str`, *optional*): Of the memory for the copies. Two files of one checkpoint must not share it, and two
+            folders of one can have files with one name; each save has the same. The name of the file by default.
+
     Raises:
         _NotCopyable: it holds tensors of a subclass, such as sharded ones, or objects that cannot be copied.
     """
-    return StagedFile(path, kind, copied(path.name, content, buffers, copies), metadata)
+    name = name or path.name
+    return StagedFile(path, kind, copied(name, content, buffers, copies), metadata, name)
 
 
 def copied(name: str, content: Any, buffers: Buffers, copies: Copies) -> Any:

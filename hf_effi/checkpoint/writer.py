@@ -122,7 +122,7 @@ class ProcessWriter:
         del assigned["at"], assigned["held"]
         try:
             for file in commit.writes:
-                name = file.path.name
+                name = file.memory
                 descriptor = self.buffers.descriptor(name)
                 inode = os.fstat(descriptor).st_ino
                 if child.known.get(name) != inode:
@@ -221,7 +221,7 @@ def serve(pipe: Connection[Any, Any], at: Any = None) -> None:
         began, error = time.monotonic(), None
         commit = Commit(**content, held=recv_handle(pipe), **({} if at is None else {"at": at}))
         commit.writes = [
-            dataclasses.replace(file, content=_tensors(file.content, memory[file.path.name])) for file in commit.writes
+            dataclasses.replace(file, content=_tensors(file.content, memory[file.memory])) for file in commit.writes
         ]
         try:
             commit.finish()

@@ -13,6 +13,7 @@ import socket
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ RUNS = {
 STEPS = 4
 
 
+@mock.patch("hf_effi.checkpoint.safe._SMALL", 1)  # every file is written later
 def trained(
     folder: str,
     mode: str | None = "thread",
@@ -56,13 +58,12 @@ def trained(
     from torch.distributed.tensor import DTensor
     from transformers import Trainer, TrainerCallback
 
-    from hf_effi.checkpoint import SafeCheckpointer, safe
+    from hf_effi.checkpoint import SafeCheckpointer
     from hf_effi.checkpoint.copies import Copies
     from tests.helpers import lm_dataset, push_args, tiny_qwen3
     from tests.helpers.cpu_engines import engine_arguments
 
     AcceleratorState._reset_state()
-    safe._SMALL = 0
     chosen: dict[str, Any] = {}
     if kind is not None:
         chosen = engine_arguments("fsdp2")

@@ -21,6 +21,7 @@ from hf_effi.callbacks._side_file import SideFileCallback
 from hf_effi.errors import BrokenFileError
 from hf_effi.functional.schedules import wsd
 from hf_effi.samplers import ShuffledSampler
+from hf_effi.selection import VIP, ShuffledPrompts
 from hf_effi.trainers.mixins import SamplerMixin
 from tests.contract._sources import python_files, shown, tree_of
 from tests.helpers import callback_cases, lm_dataset, prompt_dataset, push_args, run_grpo, tiny_qwen3
@@ -137,6 +138,40 @@ def test_of_grpo(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-3"
     found = check_each(checkpoint, lambda: run(checkpoint), tmp_path / "marker")
     assert found == ["effi_prompts.pt", "effi_rollouts_0.pt"]
+
+
+def test_of_grpo_whose_state_names_a_file_or_holds_no_states(tmp_path: Path) -> None:
+    """The names of our files are ours: one in the JSON of a stranger leads nowhere."""
+
+    def run(resume: Path | None = None) -> None:
+        over = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        args = grpo_args(tmp_path, hf_effi.EffiGRPOConfig, **over)
+        objects = {"prompt_selector": ShuffledPrompts(9), "rollout_allocator": VIP(warmup_passes=0)}
+        run_grpo(
+            hf_effi.EffiGRPOTrainer,
+            args,
+            train_dataset=prompt_dataset(9),
+            resume_from_checkpoint=resume and str(resume),
+            **objects,
+        )
+
+    run()
+    checkpoint = tmp_path / "checkpoint-1"
+    state = json.loads((checkpoint / "effi_state.json").read_text())
+    outside = tmp_path / "outside.pt"
+    torch.save({"size": 9, "seed": 0, "cursor": 10**9}, outside)
+    hostile = {"prompts": str(outside), "objects": "../outside.pt"}
+    (checkpoint / "effi_state.json").write_text(json.dumps({**state, **hostile}))
+    run(checkpoint)  # reads its own files
+    for world in (10**12, "many", None, True, 0):
+        (checkpoint / "effi_state.json").write_text(json.dumps({**state, "world_size": world}))
+        with pytest.raises(BrokenFileError, match="processes. Resume from another checkpoint"):
+            run(checkpoint)
+    (checkpoint / "effi_state.json").write_text(json.dumps(state))
+    for content in ([1, 2], {"rollout_allocator": 3}, {"rollout_allocator": {"state": {}}}):
+        torch.save(content, checkpoint / "effi_selection.pt")
+        with pytest.raises(ValueError):
+            run(checkpoint)
 
 
 @pytest.mark.parametrize("kind", ["os:system", "subprocess:Popen", "hf_effi.cli:main", "antigravity:x"])

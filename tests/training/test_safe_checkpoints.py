@@ -34,7 +34,7 @@ MODES = ["sync", "thread", "process"]
 
 @pytest.fixture(autouse=True)
 def small_states_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safe_module, "_SMALL", 0)
+    monkeypatch.setattr(safe_module, "_SMALL", 1)
 
 
 def safe(folder: Path, mode: str = "sync", **over: Any) -> Any:
