@@ -8,14 +8,22 @@ from .._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
+    "CyclicalReflection": "hf_effi.recipes.reflection",
     "LongContextStage": "hf_effi.recipes.long_context",
+    "PDRRollouts": "hf_effi.recipes.refine",
+    "RewardBenchResult": "hf_effi.recipes.reward_bench",
+    "VerifiedReward": "hf_effi.recipes.rl",
     "accelerate_config": "hf_effi.recipes.launch",
     "cdma": "hf_effi.recipes.ascending_quality",
     "cma": "hf_effi.recipes.ascending_quality",
+    "evaluate_reward_model": "hf_effi.recipes.reward_bench",
     "extend_rope": "hf_effi.recipes.long_context",
     "lambda_patterns": "hf_effi.recipes.long_context",
     "longgen_patterns": "hf_effi.recipes.long_context",
+    "ml_engineering": "hf_effi.recipes.rl",
+    "pdr_rollout_func": "hf_effi.recipes.refine",
     "prolong_stages": "hf_effi.recipes.long_context",
+    "rlvr": "hf_effi.recipes.rl",
     "stability_gap": "hf_effi.recipes.continued_pretraining",
 }
 
@@ -29,5 +37,13 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .long_context import lambda_patterns as lambda_patterns
     from .long_context import longgen_patterns as longgen_patterns
     from .long_context import prolong_stages as prolong_stages
+    from .refine import PDRRollouts as PDRRollouts
+    from .refine import pdr_rollout_func as pdr_rollout_func
+    from .reflection import CyclicalReflection as CyclicalReflection
+    from .reward_bench import RewardBenchResult as RewardBenchResult
+    from .reward_bench import evaluate_reward_model as evaluate_reward_model
+    from .rl import VerifiedReward as VerifiedReward
+    from .rl import ml_engineering as ml_engineering
+    from .rl import rlvr as rlvr
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -9,6 +9,9 @@ from .._faces import face
 #: public name -> module that defines it
 _PUBLIC = {
     "MemoryPlan": "hf_effi.report.plan_memory",
+    "RewardFinding": "hf_effi.report.reward_findings",
+    "RewardReport": "hf_effi.report.reward_findings",
+    "check_reward": "hf_effi.report.reward_check",
     "plot_schedules": "hf_effi.report.schedule_plot",
     "preview": "hf_effi.report.preview_order",
 }
@@ -16,6 +19,9 @@ _PUBLIC = {
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .plan_memory import MemoryPlan as MemoryPlan
     from .preview_order import preview as preview
+    from .reward_check import check_reward as check_reward
+    from .reward_findings import RewardFinding as RewardFinding
+    from .reward_findings import RewardReport as RewardReport
     from .schedule_plot import plot_schedules as plot_schedules
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

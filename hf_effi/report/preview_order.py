@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -11,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._untrusted import one_line, shorten
+from .._untrusted import shorten
+from ..data.row_files import read_rows
 from ..samplers import (
     CompetenceSampler,
     CyclicalSampler,
@@ -137,34 +137,12 @@ def render(shown: dict[str, Any]) -> str:
 
 def read_column(path: Path, column: str) -> list[Any]:
     """
-    Return one column of a `.jsonl`, `.json` (list of objects) or `.csv` file.
+    Return one column of a file or folder that [`~hf_effi.data.row_files.read_rows`] reads.
 
     Raises:
         ValueError: another kind of file, no row, a row that is no object, or one without the column.
     """
-    if path.suffix not in (".jsonl", ".json", ".csv"):
-        raise ValueError(f"{path.name}: {path.suffix or 'no suffix'} is not known. Use .jsonl, .json or .csv.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
-        elif path.suffix == ".json":
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}.") from error
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path.name} cannot be read as {path.suffix}: {one_line(error, 200)}.") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f'{path.name} must hold one object per row, such as {{"{column}": 0.5}}.')
-    if not rows:
-        raise ValueError(f"{path.name} has no rows.")
-    for number, row in enumerate(rows):
-        if column not in row:
-            raise ValueError(
-                f"{path.name}, row {number}: no column {column!r}. It has {shorten(sorted(map(str, row)))}."
-            )
+    rows = read_rows(path, (column,))
     return [row[column] for row in rows]
 
 
@@ -182,7 +160,7 @@ def read_numbers(path: Path, column: str) -> list[float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hf-effi preview-order`."""
     parser.add_argument("order", choices=sorted(_ORDERS), help="the curriculum")
-    parser.add_argument("file", type=Path, help="rows of the training set: .jsonl, .json or .csv")
+    parser.add_argument("file", type=Path, help="rows of the training set: .jsonl, .json, .csv, .parquet or a folder")
     parser.add_argument("--column", required=True, help="score, difficulty, loss or level of each row")
     parser.add_argument("--group", help="source or subject of each row")
     parser.add_argument("--buckets", type=int, help="quality-ascending: shuffle inside so many parts")
