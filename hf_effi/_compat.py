@@ -30,6 +30,7 @@ OPTIONAL_PACKAGES = {
     "scipy.interpolate": ("scipy", "adaptive"),
     "sklearn": ("scikit-learn", "adaptive"),
     "sklearn.gaussian_process": ("scikit-learn", "adaptive"),
+    "math_verify": ("math-verify", "rewards"),
 }
 
 #: What `hf-effi env` and the model card report, and what the contract tests ran against.

@@ -275,7 +275,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 def _read_events(path: Path) -> list[dict[str, Any]]:
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             events.append(json.loads(line))
         except (ValueError, RecursionError):

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the command failed, 2 it was called wrongly. Heavy imports
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -49,6 +50,11 @@ MODULES: dict[str, tuple[str, str, str]] = {
         "hf_effi.checkpoint.command",
         "which checkpoints of a run are whole, which are not and why; repair a folder, convert one; how often to save",
         "hf-effi checkpoint list out/        hf-effi checkpoint verify out/checkpoint-40 --json",
+    ),
+    "check-reward": (
+        "hf_effi.report.reward_check",
+        "call a reward function on right, wrong, empty and cut answers, and say what will go wrong in a run",
+        "hf-effi check-reward my_rewards.accuracy rows.jsonl --template 'The answer is {answer}.'",
     ),
     "preview-order": (
         "hf_effi.report.preview_order",
@@ -178,10 +184,11 @@ def _demo(args: argparse.Namespace) -> int:
     if args.steps is not None and (args.steps < 4 or args.steps % 4):
         # Arms are compared at an evaluation, which comes every 4 steps (DemoSettings.eval_every_steps).
         raise _UsageError(f"--steps must be a positive multiple of 4, got {args.steps}.")
+    _check_own_model(args)
     from ._compat import require
 
     # Asked for now, not after ten minutes of training.
-    for package in ("matplotlib", "jinja2"):
+    for package in ("matplotlib", "jinja2") if args.model is None else ():
         require(package, "the demo's report page")
     for name, value in _DEMO_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -201,6 +208,8 @@ def _demo(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"hf-effi demo: cannot write to {args.output_dir}: {error.strerror}.", file=sys.stderr)
         return 1
+    if args.model is not None:
+        return _demo_on_own_model(args, arms)
     return run(
         args.output_dir,
         seeds=range(args.seed, args.seed + args.seeds),
@@ -209,6 +218,42 @@ def _demo(args: argparse.Namespace) -> int:
         quick=args.quick,
         as_json=args.json,
     )
+
+
+#: options of the demo that act on a model of the user's only
+_OF_OWN_MODEL = {"data": "--data", "learning_rate": "--learning-rate", "max_completion": "--max-completion"}
+
+
+def _check_own_model(args: argparse.Namespace) -> None:
+    for name, option in _OF_OWN_MODEL.items():
+        if args.model is None and getattr(args, name) is not None:
+            raise _UsageError(f"{option} acts only with --model FOLDER, which is not given. Add it, or drop {option}.")
+    if args.model is not None and args.quick and args.steps is not None:
+        raise _UsageError("--quick with --model runs 4 steps. Drop --quick or --steps.")
+    if args.learning_rate is not None and not 0 < args.learning_rate < 1:
+        raise _UsageError(f"--learning-rate must lie between 0 and 1, got {args.learning_rate}.")
+    if args.max_completion is not None and args.max_completion < 1:
+        raise _UsageError(f"--max-completion must be at least 1, got {args.max_completion}.")
+
+
+def _demo_on_own_model(args: argparse.Namespace, arms: list[str] | None) -> int:
+    from pathlib import Path
+
+    from .demo.arms import choose_arms
+    from .demo.own_model import DEFAULT_ARMS, OwnSettings, main, prepare
+
+    chosen = choose_arms(DEFAULT_ARMS if arms is None else arms)
+    names = ("steps", "learning_rate", "max_completion")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    data = None if args.data is None else Path(args.data)
+    own = OwnSettings(Path(args.model), data, quick=args.quick, **given)
+    seeds = range(args.seed, args.seed + args.seeds)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what imports say
+            work, text = prepare(own, len(chosen))
+    except ValueError as error:  # before anything is trained
+        raise _UsageError(str(error)) from None
+    return main(own, work, text, args.output_dir, seeds=seeds, arms=chosen, as_json=args.json)
 
 
 def _accelerate_config(args: argparse.Namespace) -> int:
@@ -264,6 +309,15 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each arm")
     parser.add_argument("--arms", metavar="A,B", help="arms to run beside the baseline, comma-separated; default: all")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns nothing")
+    own = parser.add_argument_group("on a model of your own, for a few steps")
+    own.add_argument("--model", metavar="FOLDER", help="a local folder with a model and its tokenizer")
+    own.add_argument(
+        "--data",
+        metavar="PATH",
+        help="JSONL file or `save_to_disk` folder: columns prompt and answer; default: additions",
+    )
+    own.add_argument("--learning-rate", type=float, metavar="LR", help="of all arms; default: 1e-5")
+    own.add_argument("--max-completion", type=int, metavar="N", help="most tokens of a completion; default: 32")
     parser.set_defaults(run=_demo)
 
 

@@ -30,7 +30,6 @@ _REWARDS = {
 }
 #: import name -> what installs it, of packages that are no extra of ours
 _INSTALLS = {
-    "math_verify": "math-verify",
     "vllm": "'trl[vllm]'",
     "flash_attn": "flash-attn",
     "comet_ml": "comet-ml",
@@ -252,8 +251,10 @@ def _find_reward(name: str) -> str | None:
             "or in this folder."
         )
     names = _names_in(spec)
-    if names is None or attribute in names:
+    if names is None:
         return None
+    if attribute in names:
+        return _not_a_function(module, attribute, names)
     near = difflib.get_close_matches(attribute[:60], names, n=1, cutoff=0.6)
     return f"reward_funcs: the module {module} has no {attribute!r}." + (f" Did you mean {near[0]}?" if near else "")
 
@@ -273,7 +274,7 @@ def _spec_of(module: str) -> Any:
     return spec
 
 
-def _names_in(spec: Any) -> set[str] | None:
+def _names_in(spec: Any) -> set[str] | dict[str, str] | None:
     """Return the names that a module defines, read from its source; `None` where that does not tell them all."""
     if not spec.origin or not spec.origin.endswith(".py"):
         return None
@@ -289,8 +290,37 @@ def _names_in(spec: Any) -> set[str] | None:
             names.add(node.id)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    if offered := _offered(tree):  # the face of a room of hf_effi
+        return offered
     # A module may make names as it is asked for them, take them all from another, or write them into its globals.
     return None if names & {"*", "__getattr__"} or b"globals()" in Path(spec.origin).read_bytes() else names
+
+
+def _offered(tree: ast.Module) -> dict[str, str]:
+    """Return what a face of hf_effi offers by its table `_PUBLIC`, name -> module; empty for another file."""
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    made = {ast.unparse(node.value.func) for node in assigned if isinstance(node.value, ast.Call)}
+    for node in assigned if "face" in made else ():
+        if ast.unparse(node.targets[0]) == "_PUBLIC":
+            table: dict[str, str] = ast.literal_eval(node.value)
+            return table
+    return {}
+
+
+def _not_a_function(module: str, attribute: str, names: Any) -> str | None:
+    """Return what is wrong with a name of a face that is a class: it would be called with completions."""
+    if not isinstance(names, dict):
+        return None
+    home = _spec_of(names[attribute])
+    tree = ast.parse(Path(home.origin).read_bytes())
+    if not any(isinstance(node, ast.ClassDef) and node.name == attribute for node in tree.body):
+        return None
+    object_name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", attribute).lower()
+    ready = f" Did you mean {module}.{object_name}?" if object_name in names else ""
+    return (
+        f"reward_funcs: {module}.{attribute} is a class, which needs its arguments.{ready} Make an object of it in a "
+        "module of yours, and name that."
+    )
 
 
 # --- packages --------------------------------------------------------------------------------------------------------

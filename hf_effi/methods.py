@@ -6,7 +6,26 @@ Docs, `hf-effi list` and the contract tests read it. Nothing dispatches on it.
 
 from __future__ import annotations
 
-from ._methods import checkpoints, data, kernels, long_sequences, observers, rejected, rollouts, schedules
+from ._methods import (
+    checkpoints,
+    data,
+    kernels,
+    label_free,
+    long_sequences,
+    loops,
+    observers,
+    rejected,
+    rewards_code,
+    rewards_length,
+    rewards_structure,
+    rewards_text,
+    rollouts,
+    schedules,
+    selection_groups,
+    selection_model,
+    selection_prompts,
+    selection_signals,
+)
 from ._methods.row import GOALS, Goal, Kind, Method, Status
 
 __all__ = ["GOALS", "METHODS", "Goal", "Kind", "Method", "Status", "find_method", "methods_by_goal"]
@@ -16,6 +35,16 @@ NOT_SHIPPED = "Measured and not shipped"
 #: the table: one row per method
 METHODS: tuple[Method, ...] = (
     *rollouts.ROWS,
+    *selection_prompts.ROWS,
+    *selection_model.ROWS,
+    *selection_groups.ROWS,
+    *selection_signals.ROWS,
+    *rewards_text.ROWS,
+    *rewards_structure.ROWS,
+    *rewards_code.ROWS,
+    *rewards_length.ROWS,
+    *label_free.ROWS,
+    *loops.ROWS,
     *schedules.ROWS,
     *data.ROWS,
     *long_sequences.ROWS,
@@ -59,7 +88,7 @@ def methods_by_goal(first: bool = False) -> dict[str, list[Method]]:
     Example:
     ```python
     >>> [method.key for method in methods_by_goal()["I want RL to cost less"]][:3]
-    ['exact_savings', 'difficulty_filter', 'cppo']
+    ['exact_savings', 'grpo_token_budget', 'rollout_savings']
     ```
     """
     groups = {

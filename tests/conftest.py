@@ -18,8 +18,23 @@ import gc
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+#: the rooms of the tests, the dearest files first: what comes last decides how long one process waits for the other
+ROOMS = ("engines", "distributed", "zoo", "training", "unit", "contract")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by their room; the tests of a file, and the files of a room, keep their order."""
+    here = Path(__file__).parent
+
+    def room(item: pytest.Item) -> int:
+        folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        return ROOMS.index(folder) if folder in ROOMS else len(ROOMS)
+
+    items.sort(key=room)
 
 
 def pytest_unconfigure() -> None:
@@ -52,6 +67,33 @@ def _fixed_seeds() -> None:
     if torch is not None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_tokenizer() -> Iterator[None]:
+    """A test that changes what all tests share fails itself, and not one that comes after it."""
+    yield
+    helpers = sys.modules.get("tests.helpers.tokenizer")
+    changed = [] if helpers is None else helpers.restore_shared()
+    assert not changed, (
+        f"this test changed {', '.join(changed)} of the shared tokenizer: use tiny_tokenizer(fresh=True)"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _shared_progress_bars() -> Iterator[None]:
+    """A test that turns progress bars off for all that come after it fails itself."""
+    yield
+    off = []
+    hf_logging = sys.modules.get("transformers.utils.logging")
+    if hf_logging is not None and not hf_logging.is_progress_bar_enabled():
+        hf_logging.enable_progress_bar()
+        off.append("transformers")
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and datasets.are_progress_bars_disabled():
+        datasets.enable_progress_bars()
+        off.append("datasets")
+    assert not off, f"this test left the progress bars of {' and '.join(off)} turned off"
 
 
 @pytest.fixture(scope="session")

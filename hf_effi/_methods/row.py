@@ -13,6 +13,7 @@ Kind = Literal[
     "optimizer",
     "callback",
     "rollout",
+    "reward",
     "exact saving",
     "sampler",
     "recipe",
@@ -23,6 +24,7 @@ Kind = Literal[
 #: what a user wants, see `GOALS`
 Goal = Literal[
     "cheaper RL",
+    "rewards",
     "faster steps",
     "less memory",
     "longer sequences",
@@ -39,6 +41,7 @@ Goal = Literal[
 #: goal of a user -> how the docs say it, in the order of their menu
 GOALS: dict[Goal, str] = {
     "cheaper RL": "I want RL to cost less",
+    "rewards": "Write a reward that holds, or learn without labels",
     "faster steps": "Make every step cheaper",
     "less memory": "Train with less memory",
     "longer sequences": "Fit longer sequences",

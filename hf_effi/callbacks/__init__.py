@@ -12,17 +12,21 @@ _PUBLIC = {
     "ActivationOffloadCallback": "hf_effi.callbacks.layer_modes",
     "AdaLoRACallback": "hf_effi.callbacks.adalora",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
+    "BudgetPromptCallback": "hf_effi.callbacks.length_budget",
     "EMACallback": "hf_effi.callbacks.ema",
     "FastForwardCallback": "hf_effi.callbacks.fast_forward",
     "Finding": "hf_effi.functional.findings",
     "GRPODoctor": "hf_effi.callbacks.doctor",
     "GRPOLimits": "hf_effi.functional.findings",
+    "GRPOScheduleCallback": "hf_effi.callbacks.grpo_schedule",
+    "GenerationCapCallback": "hf_effi.callbacks.length_budget",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "MemoryBudgetCallback": "hf_effi.callbacks.layer_modes",
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
+    "PassRateHistoryCallback": "hf_effi.callbacks.pass_rate_history",
     "PatchCallback": "hf_effi.callbacks.patch",
     "RandomLTDCallback": "hf_effi.callbacks.random_ltd",
     "ReptileCallback": "hf_effi.callbacks.reptile",
@@ -37,6 +41,7 @@ _PUBLIC = {
     "WeightAveragingCallback": "hf_effi.callbacks.weight_averaging",
     "in_probe": "hf_effi.callbacks.probing",
     "outside_probes": "hf_effi.callbacks.probing",
+    "still3": "hf_effi.callbacks.grpo_schedule",
     "trained_steps": "hf_effi.callbacks.probing",
     "trained_total": "hf_effi.callbacks.probing",
 }
@@ -54,12 +59,17 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .doctor import TrainDoctor as TrainDoctor
     from .ema import EMACallback as EMACallback
     from .fast_forward import FastForwardCallback as FastForwardCallback
+    from .grpo_schedule import GRPOScheduleCallback as GRPOScheduleCallback
+    from .grpo_schedule import still3 as still3
     from .kernel_patch import KernelPatchCallback as KernelPatchCallback
     from .layer_modes import ActivationOffloadCallback as ActivationOffloadCallback
     from .layer_modes import MemoryBudgetCallback as MemoryBudgetCallback
     from .layer_modes import SelectiveCheckpointCallback as SelectiveCheckpointCallback
+    from .length_budget import BudgetPromptCallback as BudgetPromptCallback
+    from .length_budget import GenerationCapCallback as GenerationCapCallback
     from .lr_schedule import LRScheduleCallback as LRScheduleCallback
     from .multigrid import MultigridLRCallback as MultigridLRCallback
+    from .pass_rate_history import PassRateHistoryCallback as PassRateHistoryCallback
     from .patch import PatchCallback as PatchCallback
     from .probing import in_probe as in_probe
     from .probing import outside_probes as outside_probes

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RefusedError
+from ..functional.data import ContaminationReport
 from ..functional.doctor import TRAIN_RULES, diagnose
 from ..functional.doctor_grpo import GRPO_RULES
 from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimits
@@ -156,6 +157,7 @@ class TrainDoctor(OwningCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._last_look(args, state, **kwargs)
         self._forget_model()
         if state.is_world_process_zero:
             name, lines = type(self).__name__, [str(finding) for finding in self.findings]
@@ -174,6 +176,9 @@ class TrainDoctor(OwningCallback):
         packed = self._watch.take_packed() if self._watch is not None and self._measures_packing else None
         if packed is not None:
             self._facts = dataclasses.replace(self._facts, leak=document_leak(model, packed))
+
+    def _last_look(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        """What is looked at once more when training is over."""
 
     def _look(self, state: TrainerState) -> None:
         for finding in diagnose(self._trace, self._facts, self.limits, self.rules, tuple(self._said)):
@@ -202,9 +207,17 @@ class GRPODoctor(TrainDoctor):
     Args:
         limits ([`GRPOLimits`], *optional*): Thresholds.
         say (`Callable[[str], None]`, *optional*): As in [`TrainDoctor`].
+        probe (`Callable`, *optional*): Called with the model after training, on the first process; returns a
+            [`~hf_effi.functional.data.ContaminationReport`], as [`~hf_effi.data.ContaminationProbe`] does. It costs
+            two answers for each of its prompts. Not called under DeepSpeed or FSDP, whose model one process alone
+            cannot run: that is said once.
+
+    Attributes:
+        contamination ([`~hf_effi.functional.data.ContaminationReport`], *optional*): What the probe found.
 
     Raises:
         RefusedError: the trainer is not one of GRPO.
+        ValueError: `probe` cannot be called.
 
     Example:
     ```python
@@ -215,6 +228,30 @@ class GRPODoctor(TrainDoctor):
 
     rules = GRPO_RULES
     limits_class = GRPOLimits
+
+    @keeps_arguments
+    def __init__(
+        self,
+        limits: GRPOLimits | None = None,
+        say: Callable[[str], None] = logger.warning,
+        probe: Callable[[Any], ContaminationReport] | None = None,
+    ) -> None:
+        super().__init__(limits, say)
+        if probe is not None and not callable(probe):
+            raise ValueError(f"probe={probe!r} must be called with a model, as ContaminationProbe(...) can be.")
+        self.probe = probe
+        self.contamination: ContaminationReport | None = None
+
+    @only_observes
+    def _last_look(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        if self.probe is None or self._failed or not state.is_world_process_zero:
+            return
+        if (engine := sharding_engine(args)) is not None:
+            logger.warning(f"GRPODoctor: the probe is left out, as {engine} shards the model. Run it afterwards.")
+            return
+        self.contamination = self.probe(kwargs["model"])
+        self._facts = dataclasses.replace(self._facts, contamination=self.contamination)
+        self._look(state)
 
     def check(self, args: Any) -> None:
         if not hasattr(args, "max_completion_length") or not hasattr(args, "beta"):

@@ -6,12 +6,11 @@ import dataclasses
 import enum
 import hashlib
 import logging
-import math
 import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from .._run_record import FOLDER, RunStore, adopt_old_record
 from ..checkpoint.snapshot import restore_rng, take_rng
 from ..functional import metrics
 from ..functional.accounting import PhaseClock
+from ..functional.options import is_finite
 from ..functional.rollouts import GenerationLayout
 from ..methods import METHODS, find_method
 from ..samplers.trainer_checks import STATE_KEY as ORDER_KEY
@@ -220,13 +220,13 @@ class RunRecordCallback(OwningCallback):
         self._probes += plan_of(state).probes(state.global_step) - plan_of(state).probes(self._logged_step)
         self._logged_step = state.global_step
         # The trainer's own count also has the passes without a gradient, on all processes.
-        told = {word: logs[name] * updates for name, word in _TOKENS.items() if _is_finite(logs.get(name))}
+        told = {word: logs[name] * updates for name, word in _TOKENS.items() if _is_number(logs.get(name))}
         for word, seen in zip(("forwarded", "real"), self._watch.take(), strict=True):
             told[word] = told.get(word, 0) or seen
         for word, tokens in told.items():
             self._counts["tokens"][word] += tokens
         for name, value in logs.items():
-            if not _is_finite(value):
+            if not _is_number(value):
                 continue
             if name.startswith(metrics.DROPPED):
                 self._counts["drops"][name.removeprefix(metrics.DROPPED)] += value * sum(made)
@@ -312,11 +312,8 @@ def _named(value: Any) -> Any:
     return vars(value) if dataclasses.is_dataclass(value) else value
 
 
-def _is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and is_finite(value)
 
 
 def length_of(loader: Any) -> int | None:
@@ -417,7 +414,7 @@ def methods_of_parts(parts: Iterable[Any]) -> set[str]:
     Return the keys of methods that these callbacks, samplers and policies are; classes of users count as their base.
     """
     names = set()
-    for part in parts:
+    for part in _with_inner(parts):
         ours = next((base for base in type(part).__mro__ if base.__module__.startswith("hf_effi.")), None)
         if ours is None:
             continue
@@ -426,6 +423,15 @@ def methods_of_parts(parts: Iterable[Any]) -> set[str]:
             functions = [getattr(patch, "func", patch) for patch in part.patches]
             names.update(f.__name__ for f in functions if getattr(f, "__module__", "").startswith("hf_effi."))
     return set(methods_by_name(names))
+
+
+def _with_inner(parts: Iterable[Any]) -> Iterator[Any]:
+    """Yield the parts, and the selector that one of ours wraps."""
+    for part in parts:
+        yield part
+        inner = getattr(part, "selector", None)
+        if inner is not None and type(part).__module__.startswith("hf_effi."):
+            yield from _with_inner([inner])
 
 
 def methods_by_name(names: Collection[str | None]) -> list[str]:

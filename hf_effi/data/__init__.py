@@ -11,8 +11,10 @@ _PUBLIC = {
     "AttentionInfluence": "hf_effi.data.attention_influence",
     "BatchTransform": "hf_effi.data.batch_transform",
     "ColumnScore": "hf_effi.data.scores",
+    "ContaminationProbe": "hf_effi.data.contamination",
     "Denoiser": "hf_effi.functional.data",
     "GreedyAnswers": "hf_effi.data.self_improvement",
+    "MaskedSpanPrompts": "hf_effi.data.masked_spans",
     "MaskingRatioCurriculum": "hf_effi.data.masking",
     "MetadataCollator": "hf_effi.data.metadata",
     "MetadataConditioning": "hf_effi.data.metadata",
@@ -21,16 +23,21 @@ _PUBLIC = {
     "RowCorrect": "hf_effi.data.row_measures",
     "RowLoss": "hf_effi.data.row_measures",
     "RowScorer": "hf_effi.data.scores",
+    "SAMICollator": "hf_effi.data.sami",
+    "SELF_CRITIQUE": "hf_effi.data.contamination",
     "SelfImprovement": "hf_effi.data.self_improvement",
     "SharedPrefixCollator": "hf_effi.data.shared_prefix",
+    "StepLabelCollator": "hf_effi.data.step_labels",
     "UL2Denoising": "hf_effi.data.denoising",
     "UL2R_DENOISERS": "hf_effi.functional.data",
     "UL2_DENOISERS": "hf_effi.functional.data",
     "add_score": "hf_effi.data.scores",
+    "contamination_scores": "hf_effi.data.contamination",
     "copy_head_scores": "hf_effi.data.attention_influence",
     "group_by_prompt": "hf_effi.data.shared_prefix",
     "masked_heads": "hf_effi.data.attention_influence",
     "model_fingerprint": "hf_effi.data.scores",
+    "repeat_rows": "hf_effi.data.few_rows",
     "retrieval_heads": "hf_effi.data.attention_influence",
 }
 
@@ -44,12 +51,18 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .attention_influence import masked_heads as masked_heads
     from .attention_influence import retrieval_heads as retrieval_heads
     from .batch_transform import BatchTransform as BatchTransform
+    from .contamination import SELF_CRITIQUE as SELF_CRITIQUE
+    from .contamination import ContaminationProbe as ContaminationProbe
+    from .contamination import contamination_scores as contamination_scores
     from .denoising import UL2Denoising as UL2Denoising
+    from .few_rows import repeat_rows as repeat_rows
+    from .masked_spans import MaskedSpanPrompts as MaskedSpanPrompts
     from .masking import MaskingRatioCurriculum as MaskingRatioCurriculum
     from .metadata import MetadataCollator as MetadataCollator
     from .metadata import MetadataConditioning as MetadataConditioning
     from .row_measures import RowCorrect as RowCorrect
     from .row_measures import RowLoss as RowLoss
+    from .sami import SAMICollator as SAMICollator
     from .scores import ColumnScore as ColumnScore
     from .scores import ModelScore as ModelScore
     from .scores import RowScorer as RowScorer
@@ -59,5 +72,6 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .self_improvement import SelfImprovement as SelfImprovement
     from .shared_prefix import SharedPrefixCollator as SharedPrefixCollator
     from .shared_prefix import group_by_prompt as group_by_prompt
+    from .step_labels import StepLabelCollator as StepLabelCollator
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -96,7 +96,31 @@ class DemoSettings:
         )
 
 
-def grpo_arguments(settings: DemoSettings, seed: int, output_dir: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """
+    What all arms of a comparison train on.
+
+    Args:
+        load_policy (`Callable`): Returns a fresh copy of the starting policy.
+        build_tokenizer (`Callable`): Returns its tokenizer.
+        reward (`Callable`): Reward function.
+        prompts (`datasets.Dataset`): Training prompts, with the columns that `reward` asks for.
+        evaluate (`Callable`): `evaluate(policy, tokenizer, seed)` returns the [`Accuracy`] on held-out problems.
+        max_completion (`int`): Most tokens of a completion.
+    """
+
+    load_policy: Callable[[], Any]
+    build_tokenizer: Callable[[], Any]
+    reward: Any
+    prompts: Dataset
+    evaluate: Callable[[Any, Any, int], Accuracy]
+    max_completion: int = MAX_COMPLETION_TOKENS
+
+
+def grpo_arguments(
+    settings: DemoSettings, seed: int, output_dir: str, max_completion: int = MAX_COMPLETION_TOKENS
+) -> dict[str, Any]:
     """Return the keyword arguments that every arm gives to its configuration."""
     return {
         "output_dir": output_dir,
@@ -104,7 +128,7 @@ def grpo_arguments(settings: DemoSettings, seed: int, output_dir: str) -> dict[s
         "per_device_train_batch_size": settings.rows_per_step,
         "num_generations": settings.num_generations,
         "num_iterations": settings.num_iterations,
-        "max_completion_length": MAX_COMPLETION_TOKENS,
+        "max_completion_length": max_completion,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": settings.warmup_steps,
@@ -126,11 +150,9 @@ def grpo_arguments(settings: DemoSettings, seed: int, output_dir: str) -> dict[s
     }
 
 
-def build_trainer(
-    arm: Arm, settings: DemoSettings, checkpoint: Path, dataset: Dataset, *, seed: int, runs: Path
-) -> GRPOTrainer:
-    """Return the arm's trainer on a fresh copy of the checkpoint."""
-    arguments = grpo_arguments(settings, seed, str(runs / arm.key))
+def build_trainer(arm: Arm, settings: DemoSettings, work: Work, *, seed: int, runs: Path) -> GRPOTrainer:
+    """Return the arm's trainer on a fresh copy of the starting policy."""
+    arguments = grpo_arguments(settings, seed, str(runs / arm.key), work.max_completion)
     arguments["max_steps"] = settings.steps_of(arm.goes_on)
     if arm.options is None:
         trainer_class, config = GRPOTrainer, GRPOConfig(**arguments)
@@ -140,11 +162,11 @@ def build_trainer(
 
         trainer_class, config = EffiGRPOTrainer, EffiGRPOConfig(**arguments, **arm.options)
     trainer = trainer_class(
-        model=Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
-        reward_funcs=exact_answer_reward,
+        model=work.load_policy(),
+        reward_funcs=work.reward,
         args=config,
-        train_dataset=dataset,
-        processing_class=build_tokenizer(),
+        train_dataset=work.prompts,
+        processing_class=work.build_tokenizer(),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -215,34 +237,61 @@ def run_arms(
     output_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """
+    Train each arm on the demo's task, see [`run_work`].
+
+    Args:
+        output_dir (`Path`, *optional*): Defaults to the folder that holds `checkpoint`.
+    """
+    problems = itertools.islice(
+        training_problems(10_000 + seed, held_out, settings.min_terms, settings.max_terms), settings.train_prompts
+    )
+    work = Work(
+        load_policy=lambda: Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        build_tokenizer=build_tokenizer,
+        reward=exact_answer_reward,
+        prompts=Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]),
+        evaluate=lambda policy, tokenizer, step: evaluate_policy(
+            policy, tokenizer, held_out, settings.samples_per_prompt, seed=step
+        ),
+    )
+    folder = checkpoint.parent if output_dir is None else output_dir
+    return run_work(
+        arms, settings, work, start=start, seed=seed, keep_policy_of=keep_policy_of, on_step=on_step, folder=folder
+    )
+
+
+def run_work(
+    arms: Sequence[Arm],
+    settings: DemoSettings,
+    work: Work,
+    *,
+    start: Accuracy,
+    seed: int,
+    folder: Path,
+    keep_policy_of: str | None = None,
+    on_step: Callable[[str, int], None] = lambda arm, step: None,
+) -> list[dict[str, Any]]:
+    """
     Train each arm for `settings.steps` steps (the ones that go on: further), one step of each in turn.
 
     Machine noise (another job starts, the clock frequency falls) then hits all arms alike; the curves themselves do
     not depend on the alternation.
 
     Args:
-        keep_policy_of (`str`, *optional*): Arm whose trained policy is saved to `output_dir / "model"`.
+        start ([`Accuracy`]): That of the starting policy.
+        keep_policy_of (`str`, *optional*): Arm whose trained policy is saved to `folder / "model"`.
         on_step (`Callable`): Called with (arm key, its finished steps) after each turn.
-        output_dir (`Path`, *optional*): Defaults to the folder that holds `checkpoint`.
+        folder (`Path`): For the policy, and for what trainers write.
 
     Returns:
         `list[dict]`: One record an arm: curve, seconds by phase, rows, tokens. Plain JSON values.
     """
-    folder = checkpoint.parent if output_dir is None else output_dir
-    problems = itertools.islice(
-        training_problems(10_000 + seed, held_out, settings.min_terms, settings.max_terms), settings.train_prompts
-    )
-    dataset = Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
 
     def train(arm: Arm) -> Callable[[Job], dict[str, Any]]:
         def run(job: Job) -> dict[str, Any]:
-            trainer = build_trainer(arm, settings, checkpoint, dataset, seed=seed, runs=folder / "cache" / "runs")
+            trainer = build_trainer(arm, settings, work, seed=seed, runs=folder / "cache" / "runs")
             tokenizer, instrument = trainer.processing_class, Instrument(trainer)
-
-            def evaluate(step: int) -> Accuracy:
-                return evaluate_policy(trainer.model, tokenizer, held_out, settings.samples_per_prompt, seed=step)
-
-            recorder = _Recorder(instrument, evaluate, settings, job)
+            recorder = _Recorder(instrument, lambda step: work.evaluate(trainer.model, tokenizer, step), settings, job)
             trainer.add_callback(recorder)
             job.pause()
             trainer.train()

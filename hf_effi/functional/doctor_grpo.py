@@ -47,7 +47,8 @@ def reward_missing(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding
                 "reward_missing",
                 step_of(trace, facts),
                 f"{key} was None or NaN for every completion of the last {count} log entries",
-                "call the reward function on a completion: it must return a number, None only where it does not apply",
+                "`hf-effi check-reward` calls the function on right, wrong and empty answers; it must return a "
+                "number, and None only where it does not apply",
             )
     return None
 
@@ -62,7 +63,8 @@ def reward_never_varies(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Fi
         step_of(trace, facts),
         f"The reward was {means[-1]:g} for every completion of the last {len(means)} log entries, so nothing is "
         "learned",
-        "call the reward function on one right and one wrong answer: it may not find the answer in the completion",
+        "it may not find the answer in the completion; `hf-effi check-reward` calls it on right, wrong and empty "
+        "answers",
     )
 
 
@@ -153,6 +155,22 @@ def loss_zero_is_fine(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Find
     )
 
 
+def contaminated_evaluation(trace: Trace, facts: RunFacts, limits: GRPOLimits) -> Finding | None:
+    """The policy answers the prompts that it is evaluated on as it answers those that it was trained on."""
+    found = facts.contamination
+    if found is None or min(found.scored, found.reference) < limits.contamination_prompts:
+        return None
+    if not (found.auc >= limits.contamination_auc and found.low > 0.5):
+        return None
+    return Finding(
+        "contaminated_evaluation",
+        step_of(trace, facts),
+        f"The policy answers the prompts of the probe along one path, as if it had been trained on them: {found}",
+        "look for these prompts, also reworded, in train_dataset and in the data of the model before; the probe ranks "
+        "and proves nothing, so run it on the model before training too, and report a set that nobody trained on",
+    )
+
+
 GRPO_RULES: tuple[Rule, ...] = (
     *TRAIN_RULES,
     all_truncated,
@@ -163,4 +181,5 @@ GRPO_RULES: tuple[Rule, ...] = (
     entropy_collapse,
     length_without_reward,
     loss_zero_is_fine,
+    contaminated_evaluation,
 )

@@ -11,7 +11,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .data import ContaminationReport
 
 Trace = Sequence[Mapping[str, Any]]
 
@@ -103,6 +106,8 @@ class GRPOLimits(TrainLimits):
         reward_fall: Fall of the mean reward, as a share of its standard deviation within a step.
         zero_loss: Size of a loss that a progress bar shows as 0.0000.
         zero_loss_logs: Successive entries below it.
+        contamination_auc: AUC of the prompts of a probe against its reference, where its interval is above 0.5 too.
+        contamination_prompts: Fewest prompts with a score on each side of the probe.
     """
 
     truncated: float = 0.95
@@ -117,6 +122,8 @@ class GRPOLimits(TrainLimits):
     reward_fall: float = 0.25
     zero_loss: float = 5e-5
     zero_loss_logs: int = 3
+    contamination_auc: float = 0.6
+    contamination_prompts: int = 8
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class RunFacts:
         max_completion_length, beta, num_iterations: Of GRPO.
         mask_truncated: Whether GRPO takes completions that were cut off out of the loss.
         entropies: Up to three, logged first by the run that this one resumes.
+        contamination: What the probe of a doctor found after training; `None` without one.
     """
 
     max_steps: int
@@ -153,6 +161,7 @@ class RunFacts:
     num_iterations: int = 1
     mask_truncated: bool = False
     entropies: tuple[float, ...] = ()
+    contamination: ContaminationReport | None = None
 
 
 Rule = Callable[[Trace, RunFacts, Any], Finding | None]

@@ -23,8 +23,17 @@ PAD_RATIO = "effi/pad_ratio"
 ROWS_GENERATED = "effi/rows_generated"
 ROWS_TRAINED = "effi/rows_trained"
 EFFECTIVE_RATIO = "effi/effective_ratio"
-#: chosen completions that were sent to another rank
+#: completions that were sent to another rank
 ROWS_MOVED = "effi/rows_moved"
+#: with several ranks: tokens that the slowest rank forwards with a gradient over the mean of them, at least 1; where
+#: ranks wait for each other at the end of the update, and where they do in each of its micro-steps
+RANK_COST_SLOWEST_OVER_MEAN = "effi/rank_cost_slowest_over_mean"
+MICRO_STEP_COST_SLOWEST_OVER_MEAN = "effi/micro_step_cost_slowest_over_mean"
+#: of `generate`, with `rollout_savings` on: prompt tokens, with padding, that stock would have forwarded as well; rows
+#: that were forwarded for a token, and those that stock would have forwarded as well
+PREFILL_TOKENS_SAVED = "effi/prefill_tokens_saved"
+DECODE_ROWS = "effi/decode_rows"
+DECODE_ROWS_SAVED = "effi/decode_rows_saved"
 
 # --- a generation of GRPO --------------------------------------------------------------------------------------------
 
@@ -39,6 +48,11 @@ DROPPED = "effi/dropped/"
 #: rejected groups that were taken all the same, and whether the batch was not filled by accepted ones
 GROUPS_FILLED = "effi/groups_filled"
 UNDERFILLED = "effi/underfilled"
+#: share of the screened prompts that qualify
+SCREENED_QUALIFIED = "effi/screened_qualified"
+#: noise on the weights that generate: its standard deviation, and the root mean square of what their dtype left of it
+AQN_SIGMA = "effi/aqn_sigma"
+AQN_APPLIED = "effi/aqn_applied"
 #: means over all completions and over those that are trained on: of the weighted reward, and of the one that decides
 REWARD_GENERATED = "effi/reward_generated"
 REWARD_KEPT = "effi/reward_kept"
@@ -48,6 +62,42 @@ FILTER_REWARD_KEPT = "effi/filter_reward_kept"
 PRUNE_ABS_ADVANTAGE_KEPT = "effi/prune/abs_advantage_kept"
 PRUNE_POSITIVE_FRACTION = "effi/prune/positive_fraction"
 PRUNE_GROUPS_WITH_ONE_SIGN = "effi/prune/groups_with_one_sign"
+#: tokens that have a loss, as a share of those of the micro-batch on all ranks; only where tokens are chosen
+TOKEN_SHARE = "effi/prune/token_share"
+#: + a name of a prompt selector's or allocator's own: what its `metrics()` says after each generation
+SELECT = "effi/select/"
+#: + what a vote in the place of a label was like: `majority_ratio`, `abstained`, `distinct_answers`, `accuracy`
+LABEL = "effi/label/"
+#: of rollouts that are reused: share of all completion tokens that came from drafts, of completions that are a whole
+#: draft, and of completions that had one; accepted tokens of a draft, in the mean, and as a share of its tokens
+REUSED_TOKENS = "effi/reuse/tokens"
+REUSED_WHOLE = "effi/reuse/whole_completions"
+REUSE_DRAFTED = "effi/reuse/drafted"
+REUSE_ACCEPTED_LENGTH = "effi/reuse/accepted_length"
+REUSE_ACCEPTED_SHARE = "effi/reuse/accepted_share"
+#: different completions of their prompts, as a share of all completions of a generation
+UNIQUE_COMPLETIONS = "effi/reuse/unique_completions"
+
+#: of a gate between completions and demonstrations: share of the groups of a generation that learn from a
+#: demonstration, and of those that learn from nothing; of an update, tokens of demonstrations and their mean -log pi
+HYBRID_SFT_FRACTION = "effi/hybrid/sft_fraction"
+HYBRID_DROPPED_FRACTION = "effi/hybrid/dropped_fraction"
+HYBRID_SFT_TOKENS = "effi/hybrid/sft_tokens"
+HYBRID_SFT_LOSS = "effi/hybrid/sft_loss"
+
+#: of a reward for programs: + what came of them: their share among the completions of a generation
+CODE_SHARE = "effi/code/"
+#: of a length budget: the budget in tokens, the mean tokens of a completion, the share of them over twice the budget,
+#: and the most tokens that are generated where that follows the budget
+LENGTH_BUDGET = "effi/length/budget"
+LENGTH_MEAN = "effi/length/mean"
+LENGTH_OVER_TWICE = "effi/length/over_twice"
+GENERATION_CAP = "effi/length/generation_cap"
+#: of values that move during a run: those of the generation in hand
+TEMPERATURE = "effi/temperature"
+BETA = "effi/beta"
+#: mean -log pi of the tokens of prompts, where they are learned beside the completions
+PROMPT_TOKEN_LOSS = "effi/prompt_token_loss"
 
 # --- any trainer -----------------------------------------------------------------------------------------------------
 

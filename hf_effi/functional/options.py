@@ -1,8 +1,25 @@
-"""Every option acts or raises: the check for options that depend on another one."""
+"""Checks of options: every one acts or raises, and numbers are numbers."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, SupportsFloat
+
+
+def is_finite(value: SupportsFloat) -> bool:
+    """
+    Return whether a number is finite as a float, which an integer of 400 digits is not.
+
+    Example:
+    ```python
+    >>> [is_finite(value) for value in (1, 2.5, float("nan"), float("inf"), 10**400)]
+    [True, True, False, False, False]
+    ```
+    """
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def refuse_idle(name: str, value: Any, default: Any, acts: bool, needs: str) -> None:

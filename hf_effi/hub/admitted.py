@@ -15,6 +15,8 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..functional.kept_arguments import LARGEST_LIST, MOST_VALUES
+from .admitted_rewards import BUDGETS, REWARDS
+from .admitted_selection import SELECTION, SELECTORS
 
 #: deepest nesting of one object
 DEEPEST = 16
@@ -109,6 +111,11 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shapes": (lambda value: False, "a Multigrid"),
     "denoisers": (lambda value: False, "denoisers"),
     "collator": (lambda value: False, "a MetadataCollator"),
+    "filters": (lambda value: False, "filters of groups"),
+    "rates": (lambda value: False, "a predictor of pass rates"),
+    "selector": (lambda value: False, "a prompt selector"),
+    "budget": (_number, "a number of tokens or a length budget"),
+    "gate": (_key, "a column of the dataset"),
 }  # fmt: skip
 
 
@@ -191,6 +198,9 @@ _CALLBACKS: dict[str, dict[str, str]] = {
     "FastForwardCallback": _arguments(number="every_steps rows longest limit patience"),
     "GRPODoctor": _arguments(limits="limits"),
     "GradientSNRCallback": _arguments(number="memory lowest"),
+    "BudgetPromptCallback": _arguments(budget="budget", key="placeholder"),
+    "GRPOScheduleCallback": _arguments(schedule="temperature beta"),
+    "GenerationCapCallback": _arguments(budget="budget", number="ratio"),
     "HypergradientCallback": _arguments(number="kappa limit step_limit"),
     "KernelPatchCallback": _arguments(kernels="layers"),
     "LRScheduleCallback": _arguments(schedule="schedule", word="on_mismatch", flag="allow_lr_jump stop_when_decayed"),
@@ -213,7 +223,8 @@ _CALLBACKS: dict[str, dict[str, str]] = {
 _DOCTORS: dict[str, dict[str, str]] = {
     "GRPOLimits": _arguments(
         number=f"{_LIMITS} truncated zero_std group_logs constant_logs entropy_ratio entropy_logs trend_logs "
-        "length_growth reward_fall zero_loss zero_loss_logs"
+        "length_growth reward_fall zero_loss zero_loss_logs contamination_auc "
+        "contamination_prompts"
     ),
     "TrainLimits": _arguments(number=_LIMITS),
 }
@@ -250,10 +261,16 @@ _SAMPLERS: dict[str, dict[str, str]] = {
     ),
 }
 _ROLLOUTS: dict[str, dict[str, str]] = {
+    "AdaptiveNoise": _arguments(
+        number="sigma_start sigma_end num_stages seed", word="schedule", flag="head_norms correction"
+    ),
     "AdvantagePruner": _arguments(number="prune_rate seed", word="metric scope", flag="balance_signs"),
-    "PassRateBand": _arguments(number="low high"),
+    "PassRateBand": _arguments(number="low high", key="reward"),
     "ShuffledPrompts": _arguments(number="size seed"),
+    "SpeculativeReuse": _arguments(number="lenience stored_tokens max_bytes"),
 }
+_BUDGETS: dict[str, dict[str, str]] = {name: _arguments(**kinds) for name, kinds in BUDGETS.items()}
+_SELECTION: dict[str, dict[str, str]] = {name: _arguments(**kinds) for name, kinds in SELECTION.items()}
 _TARGETS = _arguments(word="task_type", modules="target_modules exclude_modules modules_to_save")
 _PATTERNS = _arguments(modules="layers_pattern", ranks="rank_pattern alpha_pattern", plain="layers_to_transform")
 _LORA = {
@@ -286,9 +303,12 @@ _ADAPTERS: dict[str, dict[str, str]] = {
 CLASSES: dict[str, dict[str, dict[str, str]]] = {
     "hf_effi.callbacks": {**_CALLBACKS, **_DOCTORS},
     "hf_effi.data": _DATA,
+    "hf_effi.functional.rewards": _BUDGETS,
     "hf_effi.functional.rollouts": _ROLLOUTS,
+    "hf_effi.rewards": {name: _arguments(**kinds) for name, kinds in REWARDS.items()},
     "hf_effi.samplers": _SAMPLERS,
     "hf_effi.schedules": _SCHEDULES,
+    "hf_effi.selection": _SELECTION,
     "peft": _ADAPTERS,
 }
 #: functions, by public module
@@ -315,6 +335,10 @@ _GROUPS: dict[str, tuple[str, frozenset[str]]] = {
     "shapes": ("hf_effi.data", frozenset({"Multigrid"})),
     "denoisers": ("hf_effi.data", frozenset({"Denoiser"})),
     "collator": ("hf_effi.data", frozenset({"MetadataCollator"})),
+    "filters": ("hf_effi.selection", frozenset({"LengthBand", "PassRateBand", "SourceBands", "ZeroVariance"})),
+    "rates": ("hf_effi.selection", frozenset({"BetaRates", "EmbeddingRates"})),
+    "selector": ("hf_effi.selection", SELECTORS),
+    "budget": ("hf_effi.functional.rewards", frozenset(_BUDGETS)),
 }
 
 #: arguments of a trainer's config
@@ -331,7 +355,8 @@ ARGUMENTS: dict[str, str] = _arguments(
     "vllm_importance_sampling_clip_min vllm_importance_sampling_cap off_policy_mask_threshold "
     "num_completions_to_print "
     "precompute_ref_batch_size ld_alpha f_alpha_divergence_coef label_smoothing discopop_tau desirable_weight "
-    "undesirable_weight center_rewards_coefficient sequence_parallel_size forward_buckets difficulty_max_rounds "
+    "undesirable_weight center_rewards_coefficient sequence_parallel_size forward_buckets loss_token_budget "
+    "score_token_budget ntp_coef difficulty_max_rounds "
     "prune_rate generation_max_length generation_num_beams dataset_num_proc ddp_timeout",
     flag="average_tokens_across_devices bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing "
     "gradient_checkpointing use_liger_kernel use_cache auto_find_batch_size logging_first_step log_on_each_node "
@@ -354,7 +379,8 @@ ARGUMENTS: dict[str, str] = _arguments(
     key="metric_for_best_model length_column_name difficulty_reward include_num_input_tokens_seen",
     plain="loss_type loss_weights lr_scheduler_kwargs lr_schedule_kwargs label_names include_for_metrics "
     "reward_weights "
-    "difficulty_range reward_clip_range exact_savings optim_args chat_template_kwargs liger_kernel_config "
+    "difficulty_range reward_clip_range exact_savings rollout_savings optim_args chat_template_kwargs "
+    "liger_kernel_config "
     "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
     modules="optim_target_modules",
     kernels="kernel_patch",

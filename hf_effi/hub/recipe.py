@@ -30,6 +30,12 @@ _OBJECTS = {
     "prompt_selector": None,
     "group_filter": "difficulty_range",
     "rollout_pruner": "prune_rate",
+    "advantage_transform": None,
+    "rollout_allocator": None,
+    "screening": None,
+    "hybrid_gate": None,
+    "rollout_noise": None,
+    "rollout_reuse": None,
     "batch_transform": None,
     "sequence_length": None,
 }
@@ -65,7 +71,9 @@ def recipe_of(trainer: Any) -> dict[str, Any]:
         value = getattr(trainer, name, None)
         if value is not None and not (made_by and getattr(trainer.args, made_by, None)):
             carry(name, value)
-    if rewards := getattr(trainer, "reward_funcs", None):
+    # With the side columns, which the trainer does not count among its rewards, as its weights do.
+    given = getattr(getattr(trainer, "_side_columns", None), "given", ())
+    if rewards := [*given] or getattr(trainer, "reward_funcs", None):
         carry("reward_funcs", rewards)
     if adapters := getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None):
         carry("peft_config", next(iter(adapters.values())))

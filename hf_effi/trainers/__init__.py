@@ -10,6 +10,7 @@ from .._faces import face
 _PUBLIC = {
     "EffiGRPOConfig": "hf_effi.trainers.grpo.config",
     "EffiGRPOTrainer": "hf_effi.trainers.grpo.trainer",
+    "EffiSAMITrainer": "hf_effi.trainers.sami",
     "EffiSFTConfig": "hf_effi.trainers.sft",
     "EffiSFTTrainer": "hf_effi.trainers.sft",
     "EffiTrainer": "hf_effi.trainers.trainer",
@@ -19,6 +20,7 @@ _PUBLIC = {
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .grpo.config import EffiGRPOConfig as EffiGRPOConfig
     from .grpo.trainer import EffiGRPOTrainer as EffiGRPOTrainer
+    from .sami import EffiSAMITrainer as EffiSAMITrainer
     from .sft import EffiSFTConfig as EffiSFTConfig
     from .sft import EffiSFTTrainer as EffiSFTTrainer
     from .trainer import EffiTrainer as EffiTrainer

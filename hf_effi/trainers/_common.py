@@ -56,6 +56,7 @@ def check_config(args: Any) -> None:
     layers_from_config(args)
     resolve_size(None, args.sequence_parallel_size)
     if hasattr(args, "prune_rate"):
-        from .grpo.settings import GRPOSettings  # which imports this module
+        from .grpo.selection_objects import SelectionObjects  # which imports this module
+        from .grpo.settings import GRPOSettings
 
-        GRPOSettings.of(args).check_objects()
+        SelectionObjects().check(GRPOSettings.of(args))

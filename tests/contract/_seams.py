@@ -29,6 +29,11 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{GRPO}._generate": "self prompts",
     f"{GRPO}._generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
     f"{GRPO}._tokenize_prompts": "self prompts",
+    # What `SparseDecoding` stands around, in the model that generates.
+    "transformers.generation.utils:GenerationMixin._get_stopping_criteria": "self generation_config stopping_criteria"
+    " tokenizer",
+    "transformers.generation.stopping_criteria:StoppingCriteriaList.__call__": "self input_ids scores **kwargs",
+    "transformers.cache_utils:Cache.reorder_cache": "self beam_idx",
     f"{GRPO}._calculate_rewards": "self inputs prompts completions completion_ids_list",
     f"{GRPO}._get_per_token_logps_and_entropies": "self model input_ids attention_mask logits_to_keep batch_size"
     " compute_entropy compute_aux_loss pixel_values image_grid_thw num_images pixel_attention_mask spatial_shapes"
@@ -62,6 +67,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{UTILS}:RepeatSampler.__init__": "self data_source mini_repeat_count batch_size repeat_count shuffle seed",
     f"{UTILS}:split_tensor_dict": "tensor_dict num_chunks",
     f"{UTILS}:shuffle_sequence_dict": "seq_dict",
+    f"{UTILS}:split_pixel_values_by_grid": "batch",
+    f"{UTILS}:unsplit_pixel_values_by_grid": "batch",
     f"{UTILS}:use_adapter": "model adapter_name",
     f"{UTILS}:nanstd": "tensor dim keepdim",
     f"{UTILS}:pad": "tensors padding_value padding_side pad_to_multiple_of",
@@ -74,6 +81,11 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{UTILS}:_use_triton": "device",
     f"{UTILS}:add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
     "trl.models.utils:disable_gradient_checkpointing": "model gradient_checkpointing_kwargs",
+    "trl.models.utils:add_hooks": "model",
+    # What `pdr_rollout_func` generates in.
+    "trl.models.utils:unwrap_model_for_generation": "model accelerator gather_deepspeed3_params generation_kwargs"
+    " gradient_checkpointing_kwargs",
+    "trl.models.utils:remove_hooks": "model",
     # Made again in the trainer's process from what the upload's process tells.
     "huggingface_hub:CommitInfo.__init__": "self commit_url commit_message commit_description oid _endpoint pr_url",
     "trl.scripts.grpo:main": "script_args training_args model_args dataset_args",
@@ -83,6 +95,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     # transformers.
     f"{TRAINER}.create_scheduler": "self num_training_steps optimizer",
     f"{TRAINER}.create_optimizer": "self model",
+    f"{TRAINER}._remove_unused_columns": "self dataset description",
     f"{TRAINER}._get_dataloader": "self dataset description batch_size sampler_fn is_training dataloader_key",
     f"{TRAINER}._get_train_sampler": "self train_dataset",
     f"{TRAINER}._run_epoch": "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial"
@@ -258,6 +271,8 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "epsilon_high": float,
     "epsilon_low": float,
     "generation_config": None,
+    "generation_kwargs": dict,
+    "_is_vlm": bool,
     "importance_sampling_level": str,
     "is_deepspeed_enabled": bool,
     "is_fsdp_enabled": bool,
@@ -280,6 +295,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "rollout_func": type(None),
     "scale_rewards": str,
     "shuffle_dataset": bool,
+    "temperature": float,
     "tools": list,
     "top_entropy_quantile": float,
     "use_transformers_continuous_batching": bool,
@@ -302,7 +318,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
 }
 
 #: attributes that exist once a run has begun
-RUN_ATTRIBUTES = {"_trial", "current_gradient_accumulation_steps"}
+RUN_ATTRIBUTES = {"_trial", "current_gradient_accumulation_steps", "data_collator"}
 
 #: submodules whose names are documented upstream for users
 PUBLIC_MODULES = {"transformers.utils", "transformers.trainer_callback", "accelerate.utils.dataclasses"}
@@ -321,13 +337,16 @@ GRPO_CONFIG = {
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,
     "shuffle_dataset": True,
+    "generation_kwargs": None,
     "use_vllm": False,
+    "use_transformers_continuous_batching": False,
     "vllm_mode": "colocate",
     "vllm_importance_sampling_correction": True,
     "epsilon": 0.2,
     "delta": None,
     "off_policy_mask_threshold": None,
     "max_completion_length": 512,
+    "temperature": 1.0,
     "steps_per_generation": None,
     "generation_batch_size": None,
     "disable_dropout": False,
@@ -341,6 +360,7 @@ CALLS = {
     f"{GRPO}._prepare_inputs": "_generate_and_score_completions",
     f"{GRPO}._generate_and_score_completions": "_generate _get_per_token_logps_and_entropies _calculate_rewards",
     f"{GRPO}._generate": "_tokenize_prompts _generate_single_turn",
+    "transformers.generation.utils:GenerationMixin.generate": "_get_stopping_criteria",
     f"{GRPO}.compute_loss": "_compute_loss",
     f"{GRPO}._compute_loss": "_get_per_token_logps_and_entropies get_high_entropy_mask get_off_policy_mask",
     f"{GRPO}.prediction_step": "_prepare_inputs compute_loss",
@@ -390,11 +410,15 @@ READS = {
     " vllm_importance_sampling_mode vllm_importance_sampling_clip_min vllm_importance_sampling_clip_max"
     " num_iterations args.steps_per_generation args.gradient_accumulation_steps accelerator.process_index"
     " mask_truncated_completions args.per_device_train_batch_size",
+    f"{GRPO}._calculate_rewards": "reward_funcs reward_processing_classes reward_func_names",
+    f"{GRPO}._tokenize_prompts": "chat_template chat_template_kwargs",
     f"{GRPO}.training_step": "_step current_gradient_accumulation_steps",
-    f"{GRPO}._generate_single_turn": "use_vllm state.global_step _last_loaded_step",
+    f"{GRPO}._generate_single_turn": "use_vllm state.global_step _last_loaded_step generation_config generation_kwargs"
+    " use_transformers_continuous_batching",
     "trl.generation.vllm_generation:VLLMGeneration.sync_weights": "vllm_client.update_named_params"
     " vllm_client.reset_prefix_cache",
-    "trl.generation.vllm_generation:VLLMGeneration.generate": "vllm_client.generate vllm_client.image_features",
+    "trl.generation.vllm_generation:VLLMGeneration.generate": "vllm_client.generate vllm_client.image_features"
+    " temperature max_completion_length",
     "trl.generation.vllm_client:VLLMClient.generate": "base_url",
     "trl.generation.vllm_client:VLLMClient._post": "session.post",
 }

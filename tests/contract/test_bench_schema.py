@@ -30,10 +30,12 @@ HEADLINES = {
     ),
     "schedules": ("callback_overhead_fraction", "branch_total_steps_ratio", "loss_law_mean_abs_error"),
     "grpo_exact": ("train_phase_speedup", "max_relative_gradient_error", "tokens_forwarded_per_real_token"),
-    "grpo_selection": ("wallclock_ratio_to_baseline_accuracy", "rollouts_ratio_to_baseline_accuracy"),
+    "grpo_selection": ("cpu_seconds_ratio_to_baseline_accuracy", "rollouts_ratio_to_baseline_accuracy"),
+    "grpo_second_task": ("cpu_seconds_ratio_to_baseline_accuracy", "rollouts_ratio_to_baseline_accuracy"),
     "curricula": ("resume_seconds_1m_rows",),
     "long_sequence": ("max_length_ratio", "time_per_token_ratio"),
     "kernels_gpu": ("lm_head_fwd_bwd_ms", "lora_layer_speedup", "tiled_mlp_vs_checkpoint"),
+    "rollouts": ("generation_seconds_ratio_to_stock",),
     "crash": ("failed_resumes_ours", "failed_resumes_stock", "save_stall_fraction"),
 }
 

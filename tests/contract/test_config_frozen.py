@@ -14,6 +14,12 @@ from tests.helpers import grpo_args
 OWN_FIELDS = (
     "exact_savings",
     "forward_buckets",
+    # How much memory a forward may take is a property of the machine, which the file of a run is written for.
+    "loss_token_budget",
+    "score_token_budget",
+    # A scalar of the loss, as TRL's own coefficients are.
+    "ntp_coef",
+    "rollout_savings",
     "difficulty_range",
     "difficulty_reward",
     "difficulty_max_rounds",
@@ -38,6 +44,10 @@ OWN_FIELDS = (
 IN_YAML = {
     "exact_savings": "trim,sort",
     "forward_buckets": 3,
+    "loss_token_budget": 4096,
+    "score_token_budget": 16384,
+    "ntp_coef": 0.1,
+    "rollout_savings": "compact",
     "difficulty_range": [0.2, 0.8],
     "difficulty_reward": "binary_hash_reward",
     "difficulty_max_rounds": 5,
@@ -118,6 +128,7 @@ def test_yaml_round_trip(config_class, tmp_path):
         "report_to": "none",
         "per_device_train_batch_size": 8,
         "num_generations": 4,
+        "num_iterations": 2,  # with old log-probs, which `score_token_budget` is for
         **IN_YAML,
     }
     assert set(IN_YAML) == set(OWN_FIELDS)

@@ -97,6 +97,7 @@ def test_private_ones_that_reach_a_user_are_public_ones():
         "_Cancelled",
         "_KeysKnown",
         "_LogitsAsked",
+        "_NotReadError",
         "_NotCopyable",
         "_TooLarge",
         "_TooManyOperations",

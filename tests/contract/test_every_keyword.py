@@ -108,6 +108,9 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("AutoLRSCallback", "evaluate"): lambda: auto(evaluate=lambda model: 0.0),
     ("AutoLRSCallback", "kappa"): lambda: auto(kappa=1e6),
     ("FusedLMHead", "filter_weight"): lambda: hf_effi.kernels.FusedLMHead(filter_weight=True),
+    ("LastNumberReward", "marks"): lambda: hf_effi.rewards.LastNumberReward(marks=["answer is"]),
+    ("VerifierReward", "non_stop_penalty"): lambda: hf_effi.rewards.VerifierReward(non_stop_penalty=-10.0),
+    ("VerifierReward", "stop_ids"): lambda: hf_effi.rewards.VerifierReward(stop_ids=[1]),
     ("LRScheduleCallback", "allow_lr_jump"): lambda: CALLBACK(WSD(), "stored", allow_lr_jump=True),
     ("LRScheduleCallback", "counter"): lambda: CALLBACK(WSD(), counter=lambda: 1.0),
     ("LRScheduleCallback", "stop_when_decayed"): lambda: CALLBACK(linear(), stop_when_decayed=False),
@@ -119,6 +122,7 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("Multigrid", "short_steps"): lambda: hf_effi.data.Multigrid(64, short_cycle=(1,), short_steps=2),
     ("SelfImprovement", "length_quantile"): lambda: improved(length_quantile=0.5),
     ("SelfImprovement", "min_agreement"): one_vote,
+    ("SpeculativeReuse", "stored_tokens"): lambda: rollouts.SpeculativeReuse(lenience=0.5, stored_tokens=8),
     ("SelfPacedSampler", "growth"): lambda: paced(share=0.5, growth=1.5),
     ("SelfPacedSampler", "share_step"): lambda: paced(threshold=1.0, share_step=0.5),
     ("to_lambda_lr", "allow_lr_jump"): lambda: hf_effi.schedules.to_lambda_lr(
@@ -126,6 +130,9 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ),
     ("UL2Denoising", "separator_id"): lambda: denoised(max_target_length=32, separator_id=80),
     ("EMACallback", "decay"): lambda: hf_effi.callbacks.EMACallback(0.5, half_life_steps=10),
+    ("BLEUReward", "smoothing_value"): lambda: hf_effi.rewards.BLEUReward(smoothing_value=0.1),
+    ("StepReward", "outcome"): lambda: hf_effi.rewards.StepReward(len, outcome=len),
+    ("classification", "cap"): lambda: hf_effi.rewards.classification(["a"], len, cap=0.3),
     ("FastForwardCallback", "rows"): lambda: hf_effi.callbacks.FastForwardCallback(rows=8, evaluate=lambda model: 0.0),
     ("WeightAveragingCallback", "alpha"): lambda: hf_effi.WeightAveragingCallback(kind="uniform", alpha=0.5),
     ("WeightAveragingCallback", "last"): lambda: hf_effi.WeightAveragingCallback(3, kind="swa"),
@@ -197,6 +204,7 @@ def public_objects() -> dict[str, Any]:
         name: value
         for name, value in everything().items()
         if callable(value)
+        and not isinstance(value, hf_effi.rewards.Reward)  # ready-made; its class is here
         and not name.endswith(("Config", "Arguments", "Error", "Warning"))
         and name not in ("Finding", "Followed", "MemoryPlan", "Method", "SequenceLayout")
     }

@@ -23,6 +23,8 @@ ALLOWED = {
     ("hub/_worker.py", "<module>"): "the answer of a process, to its standard output",
     ("demo/policy.py", "fine_tune"): "sealed by sft_settings.json, which is written last",
     ("demo/run.py", "_save_policy"): "into a folder that save_aside renames",
+    ("report/reward_calls.py", "in_another_process"): "into a temporary folder that is gone with the call",
+    ("report/reward_child.py", "main"): "into the same",
     ("_plots.py", "*"): "into memory",
     ("report/schedule_plot.py", "*"): "a picture where the user asked for it",
     ("report/plan_lr.py", "*"): "a picture where the user asked for it",

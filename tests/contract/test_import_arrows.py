@@ -43,6 +43,7 @@ FLOORS = {
     "checkpoint": 6,
     "rewards": 6,
     "callbacks": 6,
+    "selection": 6,
     "schedules": 6,
     "hub": 7,
     "recipes": 7,

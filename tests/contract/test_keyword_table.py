@@ -7,8 +7,10 @@ import re
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hf_effi._compat import CACHE_ARGUMENTS
+from tests.contract._keyword_calls import CALLS
 from tests.contract._sources import ROOT, python_files, shown, tree_of
 from tests.helpers import grpo_args, lm_dataset, run_grpo, save_tiny, tiny_qwen3, tiny_tokenizer
 
@@ -18,93 +20,6 @@ _OBJECT = re.compile(
     r"(^|\.)(_host|_?(model|trainer|stock|accelerator|tokenizer|processing_class|api|layer|core|decoder))$"
 )
 _TORCHS = ("named_parameters", "register_forward_pre_hook", "register_forward_hook")
-_KEYWORDS = "tests/contract/test_upstream_keywords.py::"
-_HERE = "tests/contract/test_keyword_table.py::"
-
-#: what is called -> its keywords, and the test that shows that each is used, or after "why:" the reason for none
-CALLS: dict[str, tuple[str, str]] = {
-    # models, layers, attention
-    "model": (
-        "input_ids attention_mask labels num_items_in_batch use_cache fused_lm_head",
-        f"{_HERE}test_the_forward_of_a_probe_uses",
-    ),
-    "transformers.masking_utils:sdpa_mask": (
-        "batch_size q_length kv_length q_offset kv_offset mask_function allow_is_causal_skip use_vmap device",
-        f"{_HERE}test_a_row_of_a_mask_is_made_as_it_is_asked_for",
-    ),
-    "transformers.masking_utils:flash_attention_mask": (
-        "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask",
-        f"{_HERE}test_the_padding_mask_comes_through",
-    ),
-    "self.model": ("logits_to_keep", f"{_KEYWORDS}test_a_model_uses"),
-    "type(self.layer).forward": ("attention_mask",
-    f"{_KEYWORDS}test_a_layer_uses_its_mask_and_its_position_embeddings"),
-    "self.model.generate": (
-        "input_ids attention_mask do_sample max_new_tokens pad_token_id eos_token_id",
-        f"{_HERE}test_generate_uses",
-    ),
-    "transformers:Qwen3ForCausalLM.from_pretrained": ("dtype", f"{_HERE}test_models_are_made_as_they_are_asked_for"),
-    "transformers:Qwen3Config": (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
-        " max_position_embeddings tie_word_embeddings pad_token_id eos_token_id bos_token_id",
-        f"{_HERE}test_the_demos_config_has_these_fields",
-    ),
-    "peft:LoraConfig": ("r target_modules task_type", f"{_HERE}test_lora_is_made_as_it_is_asked_for"),
-    # trainers
-    "super().compute_loss": ("num_items_in_batch", f"{_HERE}test_trainers_divide_by_the_number_of_items"),
-    # TRL's forward for log-probs, which objects of the GRPO room are handed, and the trainer's, which goes around it.
-    "stock": ("compute_entropy", f"{_HERE}test_grpo_computes_entropies_where_it_is_asked_to"),
-    "self._host._get_per_token_logps_and_entropies": (
-        "batch_size",
-        f"{_HERE}test_grpo_computes_entropies_where_it_is_asked_to",
-    ),
-    "trainer.prediction_step": ("prediction_loss_only", f"{_HERE}test_a_prediction_can_be_the_loss_alone"),
-    "self.trainer.create_model_card": ("model_name", f"{_HERE}test_the_model_card_has_the_name"),
-    "transformers:Trainer": ("data_collator train_dataset", "why: no run without them"),
-    "transformers:TrainingArguments": (
-        "output_dir max_steps per_device_train_batch_size train_sampling_strategy learning_rate warmup_steps"
-        " lr_scheduler_type lr_scheduler_kwargs adam_beta2 max_grad_norm seed use_cpu bf16 logging_strategy "
-        "save_strategy"
-        " report_to remove_unused_columns disable_tqdm",
-        "why: a dataclass, which raises for a field that it does not have",
-    ),
-    "trl.trainer.utils:use_adapter": (
-        "adapter_name",
-        "tests/contract/test_upstream_helpers.py::test_use_adapter_sets_and_restores",
-    ),
-    "accelerator.reduce": (
-        "reduction",
-        "tests/contract/test_upstream_helpers.py::test_collectives_are_rank_major_and_flat",
-    ),
-    # tokenizers and texts
-    "self.tokenizer.pad": ("padding_side return_tensors",
-    f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
-    "self.tokenizer.decode": ("skip_special_tokens", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
-    "tokenizer": ("padding return_tensors", f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to"),
-    "tokenizer.batch_decode": (
-        "skip_special_tokens",
-        f"{_HERE}test_tokenizers_pad_and_decode_as_they_are_asked_to",
-    ),
-    "transformers:PreTrainedTokenizerFast": (
-        "tokenizer_object pad_token eos_token unk_token padding_side",
-        "tests/unit/test_demo_task.py::test_tokenizer_has_one_token_a_character_and_survives_a_round_trip",
-    ),
-    "transformers.utils:logging.tqdm": ("total desc unit disable", "why: a progress line"),
-    "trl:TrlParser": ("prog usage description epilog formatter_class", "why: the text of --help"),
-    # the Hub
-    "huggingface_hub:HfApi": ("library_name token",
-    "tests/training/test_hub_uploads.py::test_a_wrong_token_is_told_before_training"),
-    "huggingface_hub:try_to_load_from_cache": ("revision", f"{_HERE}test_the_cache_is_asked_for_the_revision"),
-    "huggingface_hub:hf_hub_download": (
-        "token revision",
-        "tests/training/test_hub_recipe.py::test_what_keeps_a_card_away_is_told",
-    ),
-    "api.create_repo": ("private exist_ok", "tests/training/test_hub.py::test_full_circle_of_an_effi_trainer"),
-    "api.upload_folder": (
-        "repo_id folder_path commit_message revision ignore_patterns",
-        "tests/training/test_hub_uploads.py::test_a_folder_arrives_whole_in_one_commit",
-    ),
-}  # fmt: skip
 
 
 def _imported(tree: ast.AST) -> dict[str, str]:
@@ -194,6 +109,26 @@ def test_only_compat_knows_what_differs_between_releases():
 
 
 @torch.no_grad()
+def test_a_generation_is_as_it_is_asked_for():
+    model, prompts, caches = tiny_qwen3().eval(), torch.tensor([[4, 9], [5, 11]]), []
+    model.register_forward_hook(lambda module, args, kwargs, out: caches.append(out.get("cache")), with_kwargs=True)
+    settings = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 7, "eos_token_id": 8, "disable_compile": True}
+
+    def end_one(input_ids, scores):
+        scores[0, 8] = 1e6
+        return scores
+
+    for use_cache in (True, False):
+        config = GenerationConfig(**settings, use_cache=use_cache)
+        made = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), generation_config=config, logits_processor=[end_one]
+        )
+        assert made.shape == (2, 5) and made[0, 2:].tolist() == [8, 7, 7] and 8 not in made[1]
+    assert [cache is None for cache in caches] == [False] * 3 + [True] * 3
+    assert config.disable_compile and not config.do_sample
+
+
+@torch.no_grad()
 def test_generate_uses():
     model = tiny_qwen3().eval()
     prompts = torch.tensor([[0, 0, 4, 9], [5, 11, 7, 12]])
@@ -210,6 +145,16 @@ def test_generate_uses():
     first = plain[1, 4].item()  # ends the second row at once, and the rest is padding
     ended = model.generate(**common, pad_token_id=3, eos_token_id=[60, first])
     assert ended[1, 4:6].tolist() == [first, 3] != plain[1, 4:6].tolist()
+    seen: list[tuple[int, ...]] = []
+    looking = model.generate(
+        **common, **ends, logits_processor=[lambda ids, scores: seen.append(scores.shape) or scores]
+    )
+    assert torch.equal(looking, plain) and len(seen) == 4
+    model.generation_config.repetition_penalty = 50.0
+    assert not torch.equal(model.generate(**common, **ends), plain)
+    assert torch.equal(model.generate(**common, **ends, repetition_penalty=1.0), plain)
+    model.generation_config.repetition_penalty, model.generation_config.num_beams = None, 3
+    assert torch.equal(model.generate(**common, **ends, num_beams=1), plain)
 
 
 def test_the_cache_is_asked_for_the_revision(tmp_path):

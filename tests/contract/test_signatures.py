@@ -22,7 +22,20 @@ ADDED = {
     EffiTrainer: {"__init__": {"train_sampler", "sequence_parallel_size"}},
     EffiSFTTrainer: {"__init__": {"train_sampler", "sequence_parallel_size"}},
     EffiGRPOTrainer: {
-        "__init__": {"train_sampler", "sequence_parallel_size", "prompt_selector", "group_filter", "rollout_pruner"},
+        "__init__": {
+            "train_sampler",
+            "sequence_parallel_size",
+            "prompt_selector",
+            "group_filter",
+            "group_filters",
+            "rollout_pruner",
+            "advantage_transform",
+            "rollout_allocator",
+            "screening",
+            "hybrid_gate",
+            "rollout_reuse",
+            "rollout_noise",
+        },
     },
 }
 

@@ -28,7 +28,7 @@ from hf_effi.parallel import boundary
 from hf_effi.parallel.groups import SequenceGroup
 from hf_effi.parallel.layout import split_batch
 from hf_effi.parallel.positions import positions_by_column
-from tests.helpers import tiny_gemma, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
+from tests.helpers import save_tiny, tiny_gemma, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3, tiny_tokenizer
 
 FAMILIES = [tiny_qwen3, tiny_llama, tiny_mistral, tiny_gemma, tiny_gpt2]
 #: families whose decoder layers run in chunks, and whose attention takes packed boundaries
@@ -381,3 +381,67 @@ def test_the_loss_uses_each_of_its_arguments():
     shifted = torch.nn.functional.pad(LABELS, (0, 1), value=-100)[:, 1:]
     assert torch.equal(ForCausalLMLoss(logits, None, 13, shift_labels=shifted), plain)
     assert not alike(ForCausalLMLoss(logits, None, 13, shift_labels=shifted.roll(1, 1)), plain)
+
+
+# --- what selectors read of prompts ----------------------------------------------------------------------------------
+
+
+@named(FAMILIES)
+@torch.no_grad()
+def test_a_value_model_gives_its_hidden_states(make):
+    """The last ones are what the LM head reads; each argument is used."""
+    model, read = make().eval(), []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
+    given = {"input_ids": IDS, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}
+    output = model(**given)
+    assert torch.equal(output.hidden_states[-1], read[0]) and output.past_key_values is None
+    assert model(**given | {"output_hidden_states": False}).hidden_states is None
+    assert model(**given | {"use_cache": True}).past_key_values is not None
+    for name, value in (("input_ids", IDS.flip(1)), ("attention_mask", torch.ones_like(IDS))):
+        assert not torch.equal(model(**given | {name: value}).hidden_states[-1], read[0]), name
+    hook.remove()
+
+
+def test_a_chat_template_is_rendered_as_it_is_asked_for():
+    tokenizer, chat = tiny_tokenizer(), [{"role": "user", "content": "1+1="}]
+    given = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    ids = tokenizer.apply_chat_template(chat, **given)["input_ids"]
+    assert isinstance(ids[0], int)
+    assert tokenizer.apply_chat_template(chat, **given | {"return_dict": False}) == ids
+    assert len(tokenizer.apply_chat_template(chat, **given | {"add_generation_prompt": False})["input_ids"]) < len(ids)
+    assert isinstance(tokenizer.apply_chat_template(chat, **given | {"tokenize": False, "return_dict": False}), str)
+
+
+def test_local_files_are_all_that_is_read(tmp_path, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import hub
+
+    asked = []
+
+    def record(*args, **kwargs):
+        asked.append(kwargs["local_files_only"])
+        raise OSError("not here")
+
+    monkeypatch.setattr(hub, "hf_hub_download", record)
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    for cls in (AutoConfig, AutoTokenizer):
+        asked.clear()
+        with pytest.raises(Exception, match="not here|not a valid|local"):
+            cls.from_pretrained("nobody/nothing", local_files_only=True)
+        assert asked and all(asked)
+    asked.clear()
+    folder = save_tiny(tiny_qwen3(), tiny_tokenizer(), tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).dtype == dtype
+    assert not asked
+
+
+def test_a_tokenizer_adds_special_tokens_where_it_is_asked_to():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer(fresh=True)
+    ends = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer._tokenizer.post_processor = ends
+    plain, added = (tokenizer("1", add_special_tokens=adds)["input_ids"] for adds in (False, True))
+    assert added == [1, *plain]

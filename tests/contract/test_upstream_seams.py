@@ -99,6 +99,8 @@ def test_fused_head_calls_these_globals():
     code = resolve(f"{UTILS}:add_fused_lm_head").__code__
     (forward,) = [part for part in code.co_consts if getattr(part, "co_name", "") == "_fused_forward"]
     assert {"_ChunkedLogProbFunction", "_use_triton"} <= set(forward.co_names)
+    # `GRPOScheduleCallback` moves it there.
+    assert "temperature" in forward.co_freevars
 
 
 @pytest.mark.parametrize("path", CONSTANTS)

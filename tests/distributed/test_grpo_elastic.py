@@ -144,7 +144,7 @@ def test_what_chooses_by_the_number_of_processes_is_refused(tmp_path: Path) -> N
     wide = GenerationLayout(2, 2, steps_per_generation=4, accumulation_steps=4)
 
     def check(one: GenerationLayout, other: GenerationLayout, pruner: Any = None, filters: Any = None) -> None:
-        rollouts = SimpleNamespace(selects=True, rollout_pruner=pruner, group_filter=filters)
+        rollouts = SimpleNamespace(selects=True, objects=SimpleNamespace(rollout_pruner=pruner, group_filter=filters))
         check_same_updates(tmp_path / "checkpoint-1", one, other, rollouts)
 
     check(before, now, AdvantagePruner(0.5, scope="global"), PassRateBand(0, 1))

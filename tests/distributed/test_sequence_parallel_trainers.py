@@ -388,5 +388,9 @@ def test_rounds_are_data_parallel_training(ranks, trainer) -> None:
         for name, value in stock.items():
             assert torch.allclose(weights[name], value, rtol=1e-4, atol=1e-6), name
         for entry, true in zip(history, logs, strict=True):
-            same = {k: v for k, v in true.items() if "time" not in k and "runtime" not in k and "per_second" not in k}
+            # Rows are dealt by cost over as many ranks as there are: padded to those beside them, and TRL's entropy is
+            # a mean of the means of micro-batches.
+            apart = ("time", "per_second", "tokens_forward", "tokens_saved", "pad_ratio", "rows_moved")
+            apart += ("slowest_over_mean", "entropy")
+            same = {k: v for k, v in true.items() if not any(part in k for part in apart)}
             assert {k: entry[k] for k in same} == pytest.approx(same, rel=1e-4, abs=1e-5, nan_ok=True)

@@ -60,6 +60,7 @@ def train_on(server: Server, cls: type = EffiGRPOTrainer, folder: Any = None, **
         "train",
         "peft_config",
         "eval_dataset",
+        "rollout_noise",
     )
     kwargs = {name: over.pop(name) for name in outer if name in over}
     config = EffiGRPOConfig if issubclass(cls, EffiGRPOTrainer) else GRPOConfig

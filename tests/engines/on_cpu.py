@@ -12,6 +12,7 @@ import os
 import runpy
 import sys
 
+import torch
 from accelerate.state import AcceleratorState
 
 from tests.helpers.cpu_engines import run_on_cpu
@@ -27,3 +28,7 @@ if __name__ == "__main__":
         stage = state.deepspeed_plugin.zero_stage if state.deepspeed_plugin else None
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         print(json.dumps({"kind": state.distributed_type.value, "zero_stage": stage, "processes_here": here}))
+    if torch.distributed.is_initialized():
+        # Leave together: a rank whose peer closes the connection first can abort in its own tear-down.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

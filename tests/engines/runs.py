@@ -23,6 +23,8 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 import hf_effi
 from hf_effi import samplers
 from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.functional.rollouts import AdaptiveNoise
+from hf_effi.selection import HIVE, PCL, GainRL
 from tests.helpers import (
     binary_hash_reward,
     lm_dataset,
@@ -314,7 +316,17 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
     "EffiSFTTrainer": with_resume(effi_sft),
     "EffiGRPOTrainer": with_resume(effi_grpo),
     "exact_savings": lambda place: grpo(place, num_iterations=2, max_steps=2),
+    "grpo_token_budget": lambda place: grpo(
+        place, num_iterations=2, max_steps=2, loss_token_budget=24, score_token_budget=48
+    ),
+    "rollout_savings": lambda place: grpo(
+        place, num_iterations=2, max_steps=2, exact_savings="off", rollout_savings="prefill,compact"
+    ),
     "named_grpo": named_grpo,
+    "pcl": lambda place: grpo(place, max_steps=3, made={"prompt_selector": PCL(seed=1)}),
+    "hive": lambda place: grpo(place, max_steps=3, made={"prompt_selector": HIVE(PCL(seed=1))}),
+    "gain_rl": lambda place: grpo(place, max_steps=3, made={"prompt_selector": GainRL(subset=6, seed=1)}),
+    "rollout_noise": lambda place: grpo(place, made={"rollout_noise": AdaptiveNoise(0.3, 0.1)}, max_steps=2),
     "stock_grpo": lambda place: grpo(place, num_iterations=2, max_steps=2, cls=GRPOTrainer, config=GRPOConfig),
     "weight_averaging": lambda place: lm(place, hf_effi.WeightAveragingCallback(2, every_steps=1, kind="uniform")),
     "reptile": lambda place: lm(place, ReptileCallback(every_steps=2, beta=0.5)),

@@ -80,7 +80,25 @@ _ZERO3 = "It reads weights beside the modules that own them, where ZeRO-3 has sh
 METHODS = (
     Row("stock_grpo", "TRL's own `GRPOTrainer`, for comparison"),
     Row("exact_savings", "Exact savings of GRPO, with TRL's own `GRPOTrainer` as reference", card="exact_savings"),
+    Row(
+        "grpo_token_budget",
+        "`loss_token_budget` and `score_token_budget`, with TRL's own `GRPOTrainer` as reference",
+        {"zero3": "loss_token_budget=24 forwards rows apart"},
+        "grpo_token_budget",
+        "A model of ZeRO-3 cannot be asked whether its rows are apart. Use ZeRO-2, FSDP2 or DDP.",
+    ),
+    Row("rollout_savings", "Cheaper rollouts, with TRL's own `GRPOTrainer` as reference", card="rollout_savings"),
+    Row("pcl", "`EffiGRPOTrainer` with `prompt_selector=PCL()`, which reads the policy's states", card="pcl"),
+    Row("hive", "`EffiGRPOTrainer` with `prompt_selector=HIVE(...)`, which reads logits of prompts", card="hive"),
+    Row("gain_rl", "`EffiGRPOTrainer` with `prompt_selector=GainRL()`, which reads the last MLP's", card="gain_rl"),
     Row("named_grpo", "`EffiGRPOTrainer` with the name of a model, which ZeRO-3 shards as it loads"),
+    Row(
+        "rollout_noise",
+        "`EffiGRPOTrainer` with `rollout_noise=AdaptiveNoise(...)`",
+        {"zero3": "needs whole weights, and DeepSpeed ZeRO-3", "fsdp2": "needs whole weights, and FSDP"},
+        "qerl",
+        "It writes the scales of the norms, which these shard. Use DDP or ZeRO-2.",
+    ),
     Row(
         "weight_averaging",
         "`WeightAveragingCallback`, `EMACallback`",

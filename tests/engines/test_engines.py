@@ -68,7 +68,7 @@ def test_each_cell_of_the_table(outcomes: Outcomes, engine: str, row: table.Row)
         for rank in outcomes(engine):
             assert_refused(rank[row.key], row.refused[engine])
         return
-    reference = "stock_grpo" if row.key == "exact_savings" else row.key
+    reference = "stock_grpo" if row.key in ("exact_savings", "grpo_token_budget", "rollout_savings") else row.key
     found, expected = outcomes(engine)[0][row.key], outcomes("ddp")[0][reference]
     assert_same_training(found, expected)
     assert found.more["kind"] == KINDS[engine]
@@ -106,6 +106,7 @@ def test_the_cases_do_what_their_names_say(outcomes: Outcomes, engine: str) -> N
     # Under ZeRO-3 TRL's head gathers weights that are no shards yet: nothing can be measured, `auto` leaves all out.
     expected = () if engine == "zero3" else ("trim", "sort", "skip", "pack", "share")
     assert first["exact_savings"].more["savings"] == expected
+    assert max(first["rollout_savings"].series("effi/decode_rows_saved")) > 0
     start = runs.tiny_qwen3(num_hidden_layers=3).state_dict()
     moved = [name for name, weight in first["Trainer"].weights.items() if not torch.equal(weight, start[name])]
     assert len(moved) == len(start)

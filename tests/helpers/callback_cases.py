@@ -152,6 +152,7 @@ CASES: dict[str, Case] = {
     "MultigridLRCallback": Case(
         lambda trainer: hf_effi.callbacks.MultigridLRCallback(_grid()), {"sequence_length": _grid()}, trains=True
     ),
+    "PassRateHistoryCallback": Case(lambda trainer: hf_effi.callbacks.PassRateHistoryCallback()),
     "PatchCallback": Case(lambda trainer: hf_effi.PatchCallback(_no_patch)),
     "RandomLTDCallback": Case(
         lambda trainer: hf_effi.callbacks.RandomLTDCallback(4, LENGTH, multiple=2),
@@ -187,6 +188,9 @@ CASES: dict[str, Case] = {
 
 #: callbacks that one process alone is refused; they are tested in tests/distributed
 NEEDS_PROCESSES = {"StragglerCallback"}
+#: callbacks that refuse a trainer that is not one of GRPO; `tests/training/test_length_budget.py` and
+#: `test_grpo_schedules.py` train with them
+NEEDS_GRPO = {"BudgetPromptCallback", "GRPOScheduleCallback", "GenerationCapCallback"}
 
 #: pairs that refuse each other, and words of the message
 REFUSED: dict[frozenset[str], str] = {
@@ -210,7 +214,7 @@ def public_callbacks() -> list[str]:
             for name, value in vars(module).items()
             if _is_callback(value) and value.__module__ == module.__name__ and not name.startswith("_")
         }
-    return sorted(found - NEEDS_PROCESSES - {"OwningCallback"})  # a base, which decides nothing by itself
+    return sorted(found - NEEDS_PROCESSES - NEEDS_GRPO - {"OwningCallback"})  # a base, which decides nothing by itself
 
 
 def _public_modules() -> Iterable[Any]:

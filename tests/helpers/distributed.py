@@ -181,6 +181,13 @@ class Children:
         return found
 
 
+def start_children(function: Callable[..., Any], world_size: int, directory: Path, *args: Any) -> Children:
+    """Start `function(*args)` in processes of its own, for a test that signals them; it has to call `kill()`."""
+    module, name, file = reference_to(function)
+    job = {"module": module, "name": name, "file": file, "args": args, "kwargs": {}}
+    return Children(job, world_size, directory)
+
+
 def run_distributed(
     function: Callable[..., Any],
     world_size: int = 2,

@@ -21,6 +21,7 @@ import hf_effi
 from hf_effi import samplers
 from hf_effi.callbacks.reptile import ReptileCallback
 from hf_effi.checkpoint import SafeCheckpointer
+from hf_effi.functional.rollouts import SpeculativeReuse
 from hf_effi.functional.schedules import wsd
 from hf_effi.trainers.mixins.sampler import SamplerMixin
 
@@ -112,6 +113,7 @@ PLUGS: dict[str, tuple[str, ...]] = {
     "factors": ("GradientSNRCallback", "AccuracyGradientCallback", "EMACallback"),
     "weights": ("HypergradientCallback", "ReptileCallback"),
     "doctor of GRPO": ("GRPODoctor",),
+    "reused rollouts": ("SpeculativeReuse",),
     "random-LTD": ("RandomLTDCallback",),
     "order": ("SamplerCallback",),
     **{name: (name,) for name in SAMPLERS},
@@ -151,7 +153,7 @@ class Row:
         orders = bool(set(names) & {*SAMPLERS, "SamplerCallback"})
         if orders and self.data == "stream":
             return False  # a stream has no row numbers: refused by name
-        if "GRPODoctor" in names:
+        if {"GRPODoctor", "SpeculativeReuse"} & set(names):
             return self.trainer == "GRPO"
         if "RandomLTDCallback" in names:
             return self.trainer == "Trainer"  # refused for padded batches
@@ -223,10 +225,13 @@ def build(row: Row, folder: Path, callbacks: list[TrainerCallback], attach: bool
         # A decay to zero is warned of where the best rows come last.
         settings |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": UPDATES}
     torch.manual_seed(1)
-    adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1) if row.tuning == "LoRA" else None
+    dropout = 0.0 if "SpeculativeReuse" in names else 0.1  # which it refuses
+    adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout) if row.tuning == "LoRA" else None
     layers = 3 if "RandomLTDCallback" in names else 1  # it leaves the first and the last alone
     model = tiny_qwen3(num_hidden_layers=layers, **({"end_tokens": 10} if row.trainer == "GRPO" else {}))
     rows = _rows_of(row.trainer)
+    if "SpeculativeReuse" in names:
+        given["rollout_reuse"], rows = SpeculativeReuse(), rows.select(range(4))  # a second pass within the run
     if "AccuracyGradientCallback" in names:
         given["eval_dataset"] = rows.select(range(2))
     if row.data == "stream":

@@ -43,11 +43,11 @@ def run_in_child(
     """
     Run the same target once in a process of its own, uninterrupted; arguments as in [`kill_and_resume`].
 
-    A script is started as an interpreter of its own; a function is one with `fresh=True` only.
+    It is forked from an interpreter that has imported torch and the rest, and is one of its own with `fresh=True`.
     """
     with tempfile.TemporaryDirectory(prefix="hf_effi_run_") as directory:
         job = _job(target, str(output_dir), resume, args)
-        children = Children(job, world_size, Path(directory), env, fresh or not callable(target))
+        children = Children(job, world_size, Path(directory), env, fresh)
         try:
             children.wait(timeout)
             return children.results()[0] if callable(target) else weights_in(output_dir)
@@ -69,7 +69,8 @@ def kill_and_resume(
     Start a training run, SIGKILL it once `checkpoint-<k>` is complete, start it again from there, return its result.
 
     The child stops at the chosen point by itself and the SIGKILL comes from outside, so the run is cut at exactly this
-    step, however fast or slow the machine is. Both runs are interpreters of their own, as after a crash.
+    step, however fast or slow the machine is. Both runs are processes of their own, as after a crash: they
+    share nothing but what they import.
 
     Args:
         target (`Callable`, `str` or `Path`):
@@ -93,7 +94,7 @@ def kill_and_resume(
     job["stop_after"] = (kill_after_checkpoint, extra_steps)
     with tempfile.TemporaryDirectory(prefix="hf_effi_kill_") as directory:
         stopped = [Path(directory) / f"stopped{rank}" for rank in range(world_size)]
-        children = Children(job, world_size, Path(directory), env, fresh=True)
+        children = Children(job, world_size, Path(directory), env)
         try:
             children.wait(timeout, until=lambda: all(path.exists() for path in stopped))
             if not all(path.exists() for path in stopped):
@@ -107,4 +108,4 @@ def kill_and_resume(
     if not state.exists():
         raise AssertionError(f"the killed run left no {state.parent.name} in its output folder.")
     how = {"world_size": world_size, "timeout": timeout, "env": env}
-    return run_in_child(target, output_dir, *args, resume=True, fresh=True, **how)
+    return run_in_child(target, output_dir, *args, resume=True, **how)

@@ -51,6 +51,27 @@ def _build() -> PreTrainedTokenizerFast:
 _shared = functools.cache(_build)
 
 
+@functools.cache
+def _intact() -> dict[str, object]:
+    return _settings(_build())
+
+
+def _settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    names = ("chat_template", "padding_side", "truncation_side", "model_max_length", "special_tokens_map")
+    return {name: getattr(tokenizer, name) for name in names} | {"tokens": len(tokenizer)}
+
+
+def restore_shared() -> list[str]:
+    """Make the shared tokenizer anew where a test has changed it, and return the settings that it changed."""
+    if not _shared.cache_info().currsize:
+        return []
+    now, wanted = _settings(_shared()), _intact()
+    changed = [name for name in wanted if now[name] != wanted[name]]
+    if changed:
+        _shared.cache_clear()
+    return changed
+
+
 def tiny_tokenizer(*, fresh: bool = False) -> PreTrainedTokenizerFast:
     """
     Return the tiny tokenizer: one token per character of printable ASCII and newline, anything else is `<unk>`.

@@ -1,4 +1,10 @@
-"""Every pair of our callbacks, in both orders: the order changes nothing, and each does what it does alone."""
+"""
+Every pair of our callbacks, in both orders: the order changes nothing, and each does what it does alone.
+
+Those that leave training alone go many into one run: a few blocks that hold every pair of them, each block in both
+orders, by itself and beside each callback that trains. A block that fails is taken apart into its pairs, so that the
+message names two.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +31,32 @@ from tests.helpers.callback_cases import (
     without_network,
 )
 
-PAIRS = list(itertools.combinations(sorted(CASES), 2))
+LEAVE = sorted(name for name, case in CASES.items() if not case.trains)
+TRAIN = sorted(set(CASES) - set(LEAVE))
 _ALONE: dict[tuple, Result] = {}
+
+
+def compatible(names):
+    return not any(frozenset(pair) in REFUSED for pair in itertools.combinations(names, 2))
+
+
+def blocks_of(names, wanted):
+    """Return sets of names without a refused pair, largest first, so that each of `wanted` lies in one of them."""
+    blocks, missing = [], list(wanted)
+    while missing:
+        block = list(missing[0])
+        fresh = sorted(names, key=lambda name: (not any(name in other for other in missing), name))
+        block += [name for name in fresh if name not in block and compatible([*block, name])]
+        block = [name for number, name in enumerate(block) if compatible(block[: number + 1])]
+        blocks.append(tuple(sorted(block)))
+        missing = [other for other in missing if not set(other) <= set(block)]
+    return blocks
+
+
+PAIRS = [pair for pair in itertools.combinations(LEAVE, 2) if frozenset(pair) not in REFUSED]
+BLOCKS = blocks_of(LEAVE, PAIRS)
+#: fewer blocks, which hold every name
+COVER = blocks_of(LEAVE, [(name,) for name in LEAVE])
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +71,13 @@ def test_every_callback_has_a_case():
     assert set(CASES) <= set(public_callbacks()), "a case of a callback that is gone"
 
 
+def test_the_blocks_hold_every_pair():
+    assert all(any(set(pair) <= set(block) for block in BLOCKS) for pair in PAIRS)
+    assert {name for block in COVER for name in block} == set(LEAVE)
+    assert all(compatible(block) for block in [*BLOCKS, *COVER])
+    assert len(COVER) <= len(BLOCKS) < len(PAIRS) / 5
+
+
 def alone(name, names, tmp_path):
     settings, model = settings_of(names)
     key = (name, tuple(sorted(settings.items())), model)
@@ -49,28 +86,61 @@ def alone(name, names, tmp_path):
     return _ALONE[key]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_pair(tmp_path, pair):
-    settings, model = settings_of(pair)
-    if frozenset(pair) in REFUSED:
-        for number, names in enumerate((pair, pair[::-1])):
-            with pytest.raises(RefusedError, match=REFUSED[frozenset(pair)]):
-                train(tmp_path / str(number), names, settings, model)
-        return
-    together = train(tmp_path / "one", pair, settings, model)
-    swapped = train(tmp_path / "other", pair[::-1], settings, model)
+def check(names, folder):
+    """Train with these in both orders; those that train must be at most two."""
+    settings, model = settings_of(names)
+    together = train(folder / "one", names, settings, model)
+    swapped = train(folder / "other", names[::-1], settings, model)
     assert not differences(together.everything(), swapped.everything()), "the order matters"
-    for name, other in (pair, pair[::-1]):
-        if not CASES[other].trains:
-            same_as_alone(together, alone(name, pair, tmp_path), name)
-    check_learning_rate(together, pair)
-    check_probes(together, pair)
+    training = [name for name in names if CASES[name].trains]
+    for name in names:
+        if not set(training) - {name}:
+            same_as_alone(together, alone(name, names, folder), name)
+    check_learning_rate(together, names)
+    check_probes(together, names)
     check_average(together)
     check_record(together)
 
 
+def check_block(names, folder):
+    try:
+        check(names, folder / "block")
+    except AssertionError as error:
+        for number, pair in enumerate(itertools.combinations(names, 2)):
+            try:
+                check(pair, folder / str(number))
+            except AssertionError as smaller:
+                raise AssertionError(f"{' beside '.join(pair)}: {smaller}") from error
+        raise
+
+
+@pytest.mark.parametrize("pair", sorted(map(sorted, REFUSED)), ids="+".join)
+def test_refused_pair(tmp_path, pair):
+    settings, model = settings_of(pair)
+    for number, names in enumerate((pair, pair[::-1])):
+        with pytest.raises(RefusedError, match=REFUSED[frozenset(pair)]):
+            train(tmp_path / str(number), names, settings, model)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{len(block)} with {'+'.join(block[:3])}")
+def test_those_that_leave_training_alone(tmp_path, block):
+    check_block(block, tmp_path)
+
+
+@pytest.mark.parametrize("number", range(len(COVER)))
+@pytest.mark.parametrize("name", TRAIN)
+def test_one_that_trains_beside_the_others(tmp_path, name, number):
+    block = tuple(other for other in COVER[number] if compatible((name, other)))
+    check_block((name, *block), tmp_path)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in itertools.combinations(TRAIN, 2) if compatible(pair)], ids="+".join)
+def test_two_that_train(tmp_path, pair):
+    check(pair, tmp_path)
+
+
 def same_as_alone(together, single, name):
-    """Another callback that leaves training alone was there: weights, LRs and this callback's state are the same."""
+    """Others that leave training alone were there: weights, LRs and this callback's state are the same."""
     assert not differences(together.trace.weights, single.trace.weights), f"the weights are not those of {name} alone"
     assert not differences(together.end, single.end)
     assert together.trace.lrs == single.trace.lrs
@@ -130,10 +200,14 @@ def check_record(result):
     assert not differences(recorded, result.logs)
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"AutoLRSCallback", "LRScheduleCallback"}))
-def test_resume_inside_of_a_probe(tmp_path, name):
+@pytest.mark.parametrize(
+    "others",
+    [*COVER, *[(name,) for name in TRAIN if name not in ("AutoLRSCallback", "LRScheduleCallback")]],
+    ids=lambda others: f"{len(others)} with {others[0]}" if len(others) > 1 else others[0],
+)
+def test_resume_inside_of_a_probe(tmp_path, others):
     """Update 11 is the first of a probe's two: the checkpoint holds weights that are undone after the next one."""
-    names = (name, "AutoLRSCallback")
+    names = (*others, "AutoLRSCallback")
     settings, model = settings_of(names)
     whole = train(tmp_path / "whole", names, settings, model)
     train(tmp_path / "cut", names, settings, model, stop=11)

@@ -86,7 +86,7 @@ WRONG = {
     "report damaged": (1, ["damaged", "cannot be read"]),
     "report run --output rows.jsonl/page.html": (1, ["cannot write rows.jsonl/page.html"]),
     "preview-order shufled rows.jsonl --column q": (2, ["'shufled'", "'shuffled'"]),
-    "preview-order shuffled none.jsonl --column q": (1, ["none.jsonl: No such file"]),
+    "preview-order shuffled none.jsonl --column q": (1, ["none.jsonl: there is no such file"]),
     "preview-order shuffled torn.jsonl --column q": (1, ["torn.jsonl", "cannot be read"]),
     "preview-order shuffled rows.jsonl --column grade": (1, ["'grade'", "['q', 'word']"]),
     "preview-order shuffled rows.jsonl --column word": (1, ["row 0", "word='a'", "not a number"]),

@@ -173,7 +173,7 @@ UNRESOLVED = {
     "a package of an extra": ({"kernel_patch": {"RMSNorm": "a/b:C"}}, ["kernel_patch needs `kernels`",
     "hf_effi[hub]"]),
     "a package of a reward": ({"reward_funcs": ["accuracy_reward"]}, ["accuracy_reward needs "
-        "`math_verify`", "math-verify"]),
+        "`math-verify`", "hf_effi[rewards]"]),
 }  # fmt: skip
 
 

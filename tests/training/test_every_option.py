@@ -120,6 +120,10 @@ SHARED: dict[str, tuple[Any, Callable[..., None]]] = {
 OF_GRPO: dict[str, tuple[Any, Callable[..., None]]] = {
     "exact_savings": ("off", changes(logged("effi/tokens_forward"))),
     "forward_buckets": (3, lambda *call: refused_by_the_config(*call, exact_savings="skip,sort")),
+    "loss_token_budget": (20, changes(logged("effi/tokens_forward"))),
+    "score_token_budget": (20, refused_by_the_config),
+    "ntp_coef": (0.1, changes(logged("effi/prompt_token_loss"))),
+    "rollout_savings": ("auto", changes(logged("effi/decode_rows"))),
     "difficulty_range": ([0.0, 1.0], changes(logged("effi/dropped/zero_variance"))),
     "difficulty_reward": ("no_such", refused_by_the_trainer),
     "difficulty_max_rounds": (5, refused_by_the_trainer),

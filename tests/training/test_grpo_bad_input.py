@@ -66,6 +66,14 @@ def train(tmp_path: Path, rewards: Any = binary_hash_reward, data: Any = None, *
         ({"exact_savings": True}, TypeError, "exact_savings must be a string"),
         ({"forward_buckets": -1}, ValueError, "forward_buckets must be >= 0"),
         ({"forward_buckets": 1.5}, TypeError, "forward_buckets must be an int"),
+        ({"loss_token_budget": -1}, ValueError, "loss_token_budget must be at least 1 token"),
+        ({"loss_token_budget": True}, TypeError, "loss_token_budget must be a number of tokens"),
+        (
+            {"score_token_budget": 99.5, "num_iterations": 2},
+            TypeError,
+            "score_token_budget must be a number of tokens",
+        ),
+        ({"score_token_budget": 64}, ValueError, "score_token_budget=64 acts only where log-probs are computed"),
         ({"num_generations": 1}, ValueError, "at least 2"),
     ],
 )
@@ -239,17 +247,15 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": ids, "completion_ids": out, "logprobs": [[-1.0] * len(row) for row in out]}
 
 
-def test_rollout_func_passes_through_and_is_refused_with_selection(tmp_path: Path) -> None:
+def test_rollout_func_passes_through(tmp_path: Path) -> None:
     assert train(tmp_path, rollout_func=rollout, max_steps=2).state.global_step == 2
-    with pytest.raises(RefusedError, match="do not work with `rollout_func` yet"):
-        train(tmp_path, rollout_func=rollout, difficulty_range=(0, 1))
 
 
-def test_image_tensors_are_refused_by_name() -> None:
+def test_entries_that_belong_to_no_row_are_refused_by_name() -> None:
     from hf_effi.trainers.grpo.pipeline import check_movable
 
-    with pytest.raises(RefusedError, match="cannot pick rows of image_grid_thw, pixel_values yet"):
-        check_movable({"pixel_values": torch.zeros(1), "image_grid_thw": torch.zeros(1)})
+    with pytest.raises(RefusedError, match="of audio_values it is not known which part belongs to which row"):
+        check_movable({"pixel_values": torch.zeros(1), "audio_values": torch.zeros(1)})
 
 
 def test_a_reward_of_nothing_but_nan_gets_a_sentence_of_its_own(caplog):

@@ -51,7 +51,7 @@ def test_args_may_be_left_out_and_model_may_be_a_path(tmp_path: Path, monkeypatc
     save_tiny(tiny_qwen3(), tiny_tokenizer(), tmp_path / "policy")
     # GRPOConfig's own default is bf16, which needs a GPU.
     on_cpu = functools.partial(EffiGRPOConfig, use_cpu=True, bf16=False)
-    monkeypatch.setattr("hf_effi.trainers.grpo.trainer.EffiGRPOConfig", on_cpu)
+    monkeypatch.setattr("hf_effi.trainers.grpo.start_checks.EffiGRPOConfig", on_cpu)
     trainer = EffiGRPOTrainer(str(tmp_path / "policy"), binary_hash_reward, train_dataset=prompt_dataset(8))
     assert isinstance(trainer.args, EffiGRPOConfig) and trainer.args.output_dir == "policy-GRPO"
 

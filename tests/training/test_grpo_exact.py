@@ -265,3 +265,17 @@ def test_a_reward_may_ask_for_log_probs(tmp_path: Any, shape: str) -> None:
     """
     stock, ours = (confidences(cls, tmp_path, **SHAPES[shape]) for cls in (GRPOTrainer, EffiGRPOTrainer))
     assert max(ours) < 0 and ours == pytest.approx(stock, rel=1e-4)
+
+
+def test_sixty_updates_are_one_line(tmp_path: Any) -> None:
+    """With AdamW: the same completions in each update, and stock's curves of loss and reward."""
+    over = {"max_steps": 60, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-3}
+    stock = train(GRPOTrainer, tmp_path / "stock", **over)
+    ours = train(EffiGRPOTrainer, tmp_path / "ours", **over)
+    assert {"sort", "skip", "pack", "share"} <= set(ours.exact_savings)
+    logs = [[entry for entry in trainer.state.log_history if "reward" in entry] for trainer in (stock, ours)]
+    assert len(logs[0]) == len(logs[1]) == 60
+    for name in ("reward", "completions/mean_length", "num_tokens"):
+        assert [entry[name] for entry in logs[0]] == [entry[name] for entry in logs[1]], name
+    assert [e["loss"] for e in logs[1]] == pytest.approx([e["loss"] for e in logs[0]], abs=1e-5)
+    assert {round(entry["reward"], 3) for entry in logs[0]} > {round(logs[0][0]["reward"], 3)}, "the policy moved"

@@ -100,31 +100,34 @@ def test_pruning_keeps_rows_in_the_loss_as_long_as_there_are_any(tmp_path: Any, 
     assert metric(trainer, "effi/rows_trained") == [float(has_gradient(batch).sum()) for batch in trainer.trained]
 
 
-def test_an_own_pruner_is_told_which_rows_are_alive_if_it_asks(tmp_path: Any) -> None:
+def test_an_own_pruner_is_told_which_rows_are_alive(tmp_path: Any) -> None:
     class Asks(AdvantagePruner):
-        def keep(self, advantages: Any, group_size: int, num_pools: int, step: int, live: Any = None) -> Any:
-            told.append((advantages.clone(), live.clone()))
-            return super().keep(advantages, group_size, num_pools, step, live)
+        def keep(self, groups: Any) -> Any:
+            told.append((groups.advantages.reshape(-1), groups.live.reshape(-1)))
+            return super().keep(groups)
 
-    class DoesNot:
+    told: list[Any] = []
+    trainer = train(tmp_path, rollout_pruner=Asks(0.5), max_steps=1)
+    (advantages, alive), (whole,) = told[0], trainer.generated
+    assert torch.equal(advantages, whole["advantages"].masked_fill(~live(whole), 0.0))
+    assert torch.equal(alive, live(whole))
+
+
+def test_a_pruner_of_the_old_form_is_told_the_new_one(tmp_path: Any) -> None:
+    class Old:
         def keep(self, advantages: Any, group_size: int, num_pools: int, step: int) -> Any:
-            told.append((advantages.clone(), None))
             return torch.ones_like(advantages, dtype=torch.bool)
 
-    for pruner in (Asks(0.5), DoesNot()):
-        told: list[Any] = []
-        trainer = train(tmp_path, rollout_pruner=pruner, max_steps=1)
-        (advantages, alive), (whole,) = told[0], trainer.generated
-        assert torch.equal(advantages, whole["advantages"].masked_fill(~live(whole), 0.0))
-        assert alive is None or torch.equal(alive, live(whole))
+    with pytest.raises(TypeError, match=r"Old.keep\(advantages, group_size, ...\) is the old form"):
+        train(tmp_path, rollout_pruner=Old())
 
 
 def test_a_pruner_that_keeps_nothing_is_named(tmp_path: Any) -> None:
     class Nothing:
-        def keep(self, advantages: torch.Tensor, *args: Any) -> torch.Tensor:
-            return torch.zeros_like(advantages, dtype=torch.bool)
+        def keep(self, groups: Any) -> torch.Tensor:
+            return torch.zeros_like(groups.rewards, dtype=torch.bool)
 
-    with pytest.raises(ValueError, match=r"Nothing.keep must return a mask over the 8 rows with at least one of them"):
+    with pytest.raises(ValueError, match=r"Nothing.keep must return a boolean mask of shape .* with at least one"):
         train(tmp_path, rollout_pruner=Nothing())
 
 
@@ -193,8 +196,8 @@ def test_skipping_cut_rows_is_stock(tmp_path: Any, loss_type: str) -> None:
 
 def test_log_probs_of_rows_in_the_loss_are_those_of_stock(tmp_path: Any) -> None:
     class All:
-        def keep(self, advantages: torch.Tensor, *args: Any) -> torch.Tensor:
-            return torch.ones_like(advantages, dtype=torch.bool)
+        def keep(self, groups: Any) -> torch.Tensor:
+            return torch.ones_like(groups.rewards, dtype=torch.bool)
 
     # The log-probs are put off until rows were chosen, and taken from batches that were cut to what is in the loss.
     over = {"num_iterations": 2, "max_steps": 1, "gradient_accumulation_steps": 1}

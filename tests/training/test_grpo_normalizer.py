@@ -39,7 +39,7 @@ class AllRows(MovedReference):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         out = super()._generate_and_score_completions(inputs)
-        kept = PRUNER.keep(out["advantages"], GROUP, 1, step=1)
+        kept = PRUNER.keep_rows(out["advantages"], GROUP, 1, step=1)
         out["advantages"] = out["advantages"] * kept
         if "ref_per_token_logps" in out:
             ids = torch.cat([out["prompt_ids"], out["completion_ids"]], 1)
@@ -114,8 +114,8 @@ def test_fewer_rows_than_micro_batches_are_averaged_over_themselves(tmp_path: An
     """Three rows in four micro-batches of up to three rows: each as often as the others."""
 
     class FirstThree:
-        def keep(self, advantages: torch.Tensor, *args: Any) -> torch.Tensor:
-            return torch.arange(len(advantages)) < 3
+        def keep(self, groups: Any) -> torch.Tensor:
+            return (torch.arange(groups.rewards.numel()) < 3).view_as(groups.rewards)
 
     class Zeroed(GRPOTrainer):
         def _generate_and_score_completions(self, inputs: Any) -> Any:

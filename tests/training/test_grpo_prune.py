@@ -38,9 +38,9 @@ class Recorder(AdvantagePruner):
 
     calls: list = []
 
-    def keep(self, advantages: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        mask = super().keep(advantages, *args, **kwargs)
-        self.calls.append((advantages.clone(), mask))
+    def keep(self, groups: Any) -> torch.Tensor:
+        mask = super().keep(groups)
+        self.calls.append((groups.advantages.reshape(-1).clone(), mask.reshape(-1)))
         return mask
 
 
@@ -133,7 +133,7 @@ def test_original_normalizer_counts_dropped_rows_as_rows_without_gradient(tmp_pa
     class Zeroed(GRPOTrainer):
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             out = super()._generate_and_score_completions(inputs)
-            mask = AdvantagePruner(0.5, scope="rank").keep(out["advantages"], GROUP, 1, step=1)
+            mask = AdvantagePruner(0.5, scope="rank").keep_rows(out["advantages"], GROUP, 1, step=1)
             return {**out, "advantages": out["advantages"] * mask}
 
     expected = run_grpo(

@@ -113,8 +113,8 @@ def test_the_joined_batch_has_the_gradient_of_stock(tmp_path: Any, loss_type: st
     """VESPO adds up the ratios' logarithms over all columns, so that a padding of 0 would change every weight."""
 
     class All:
-        def keep(self, advantages: torch.Tensor, *args: Any) -> torch.Tensor:
-            return torch.ones_like(advantages, dtype=torch.bool)
+        def keep(self, groups: Any) -> torch.Tensor:
+            return torch.ones_like(groups.rewards, dtype=torch.bool)
 
     over = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "max_steps": 2}
     over |= {"vllm_importance_sampling_mode": "token_truncate"}
@@ -146,8 +146,9 @@ class MostlyFirst(AdvantagePruner):
     def __init__(self) -> None:
         super().__init__(0.5)
 
-    def keep(self, advantages: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.arange(len(advantages)) < len(advantages) // 2 + 4
+    def keep(self, groups: Any) -> torch.Tensor:
+        rows = groups.rewards.numel()
+        return (torch.arange(rows) < rows // 2 + 4).view_as(groups.rewards)
 
 
 def across_ranks() -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_instruction_delta(base, tmp_path, caplog):
     instruct, cpt = moved(1, 0.01), moved(2, 0.02)
     instruct.generation_config.eos_token_id = [3, 4]
     instruct.config.eos_token_id = 4
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(fresh=True)
     tokenizer.save_pretrained(tmp_path / "cpt")
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(tmp_path / "instruct")

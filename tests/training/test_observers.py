@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from hf_effi._run_record import FOLDER, SUMMARY, RunStore, redact
 from hf_effi.callbacks import _endings
 from hf_effi.hub.uploads import HubUploader
 from tests.helpers import lm_dataset, push_args, tiny_qwen3
-from tests.helpers.distributed import ROOT, child_environment
+from tests.helpers.distributed import start_children
 
 
 class Handle:
@@ -233,55 +232,43 @@ def test_the_next_run_closes_the_record_of_one_that_raised(tmp_path: Path) -> No
     assert first["status"] == "interrupted" and read_run(tmp_path)["status"] == "finished"
 
 
-SCRIPT = """
-import signal, sys, time
-from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind it ignore Ctrl-C
-from transformers import Trainer, TrainerCallback
-from hf_effi import EffiTrainer, EffiTrainingArguments, RunRecordCallback
-from tests.helpers import lm_dataset, push_args, tiny_qwen3
-
 class Waits(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
+    """Raises after the second update, or waits for a signal."""
+
+    def __init__(self, folder: str, how: str) -> None:
+        self.folder, self.how = folder, how
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
-            if how == "raise":
+            if self.how == "raise":
                 raise ValueError("a row is bad")
-            Path(folder, "waits").touch()
+            Path(self.folder, "waits").touch()
             time.sleep(60)
 
-folder, kind, how = sys.argv[1:]
-if kind == "stock":
-    callbacks = [RunRecordCallback(), Waits()]
-    trainer = Trainer(tiny_qwen3(), push_args(folder), train_dataset=lm_dataset(16), callbacks=callbacks)
-else:
-    args = push_args(folder, EffiTrainingArguments, dataloader_num_workers=1)
-    trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), callbacks=[Waits()])
-trainer.train()
-"""
+
+def ended(folder: str, kind: str, how: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind it ignore Ctrl-C
+    if kind == "stock":
+        callbacks = [RunRecordCallback(), Waits(folder, how)]
+        trainer = Trainer(tiny_qwen3(), push_args(folder), train_dataset=lm_dataset(16), callbacks=callbacks)
+    else:
+        args = push_args(folder, EffiTrainingArguments, dataloader_num_workers=1)
+        trainer = EffiTrainer(tiny_qwen3(), args, train_dataset=lm_dataset(16), callbacks=[Waits(folder, how)])
+    trainer.train()
 
 
 @pytest.mark.parametrize("kind", ["stock", "effi"])
 @pytest.mark.parametrize("how", ["raise", "SIGINT", "SIGTERM"])
 def test_a_process_that_ends_leaves_the_reason(tmp_path: Path, kind: str, how: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), kind, how],
-        cwd=ROOT,
-        env=child_environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    children = start_children(ended, 1, tmp_path / "child", str(tmp_path), kind, how)
     try:
         if how != "raise":
-            until = time.monotonic() + 200
-            while not (tmp_path / "waits").exists() and process.poll() is None and time.monotonic() < until:
-                time.sleep(0.1)
-            process.send_signal(getattr(signal, how))
-        errors = process.communicate(timeout=200)[1].decode()
+            children.wait(200, until=(tmp_path / "waits").exists)
+            os.kill(children.processes[0].pid, getattr(signal, how))
+        children.wait(200, until=lambda: children.processes[0].poll() is not None)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        children.kill()
+    errors = children.output(0).read_text()
     found = read_run(tmp_path)
     status, reason = {
         "raise": ("failed", "ValueError: a row is bad"),
@@ -289,7 +276,7 @@ def test_a_process_that_ends_leaves_the_reason(tmp_path: Path, kind: str, how: s
         "SIGTERM": ("interrupted", "SIGTERM"),
     }[how]
     assert (found["status"], found["error"]) == (status, reason), errors[-2000:]
-    assert process.returncode == {"raise": 1, "SIGINT": -signal.SIGINT, "SIGTERM": -signal.SIGTERM}[how]
+    assert children.processes[0].returncode == {"raise": 1, "SIGINT": -signal.SIGINT, "SIGTERM": -signal.SIGTERM}[how]
 
 
 def test_a_signal_that_somebody_handles_is_left_to_him(tmp_path: Path) -> None:

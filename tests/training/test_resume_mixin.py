@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
@@ -39,7 +37,7 @@ from tests.helpers import (
     tiny_tokenizer,
     weights_of,
 )
-from tests.helpers.distributed import ROOT, child_environment
+from tests.helpers.distributed import start_children
 
 
 def effi(folder: Path, **over: Any) -> Any:
@@ -185,49 +183,35 @@ def test_shards_and_older_formats(run: Path, tmp_path: Path) -> None:
         assert first_broken(checkpoint) == "trainer_state.json holds no state"
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import safetensors.torch, torch, transformers
-from tests.training.test_resume_mixin import effi
+def half_a_file(folder: str, name: str) -> None:
+    """Train until one file of a checkpoint is half written, and wait there."""
 
-folder, name = sys.argv[1:]
-saves, real = [0], {}
+    def half(module: Any, function: str) -> None:
+        whole = getattr(module, function)
 
-def half(module, function):
-    whole = getattr(module, function)
-    def write(state, path, *args, **kwargs):
-        whole(state, path, *args, **kwargs)
-        if Path(str(path)).name == name and "checkpoint-4" in str(path):
-            content = Path(path).read_bytes()
-            Path(path).write_bytes(content[: len(content) // 2])
-            Path(folder, "waits").touch()
-            import time; time.sleep(60)
-    setattr(module, function, write)
+        def write(state: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            whole(state, path, *args, **kwargs)
+            if Path(str(path)).name == name and "checkpoint-4" in str(path):
+                content = Path(path).read_bytes()
+                Path(path).write_bytes(content[: len(content) // 2])
+                Path(folder, "waits").touch()
+                time.sleep(60)
 
-half(torch, "save")
-half(transformers.modeling_utils, "safe_save_file")
-effi(folder).train()
-"""
+        setattr(module, function, write)
+
+    half(torch, "save")
+    half(transformers.modeling_utils, "safe_save_file")
+    effi(folder).train()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
 def test_killed_inside_of_a_save(tmp_path: Path, name: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), name],
-        cwd=ROOT,
-        env=child_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    children = start_children(half_a_file, 1, tmp_path / "child", str(tmp_path), name)
     try:
-        until = time.monotonic() + 200
-        while not (tmp_path / "waits").exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
+        children.wait(200, until=(tmp_path / "waits").exists)
     finally:
-        process.send_signal(signal.SIGKILL)
-        errors = process.communicate()[1].decode()
-    assert (tmp_path / "waits").exists(), errors[-2000:]
+        children.kill()
+    assert (tmp_path / "waits").exists(), children.output(0).read_text()[-2000:]
     with pytest.raises(BrokenFileError, match=rf"inside of a save: {name} .*Resume from .*checkpoint-2'"):
         effi(tmp_path).train(resume_from_checkpoint=True)
     resumed = effi(tmp_path)

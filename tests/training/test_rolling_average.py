@@ -233,8 +233,10 @@ def test_a_metric_of_the_live_weights_with_the_name_of_the_averages_is_refused(t
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("safe", [None, "sync", "thread"])
-def test_each_checkpoint_holds_a_model_of_the_average(tmp_path, safe):
+@pytest.mark.parametrize("safe", [None, "sync", "thread", "process"])
+def test_each_checkpoint_holds_a_model_of_the_average(tmp_path, safe, monkeypatch):
+    # Files of this size are written later: the two of one name must not share the memory of their copies.
+    monkeypatch.setattr("hf_effi.checkpoint.safe._SMALL", 1)
     seen = Seen()
     average = EMACallback(0.5, correction="bias", save_with_checkpoints=True)
     trainer = make(tmp_path, seen, average, **SAVED)

@@ -11,7 +11,7 @@ import torch
 
 from hf_effi.functional import metrics
 from hf_effi.functional.accounting import DevicePhaseClock, PhaseClock, count_tokens
-from hf_effi.trainers.grpo.accounting import StepAccounting, phase_clock
+from hf_effi.trainers.grpo.accounting import COUNTERS, StepAccounting, phase_clock
 
 
 def clock(*times: float) -> PhaseClock:
@@ -62,7 +62,7 @@ def test_tokens_without_a_mask_are_all_real() -> None:
 def flushed(accounting: StepAccounting, ranks: int = 1) -> dict[str, Any]:
     log: dict[str, list[float]] = defaultdict(list)
     accelerator = SimpleNamespace(
-        num_processes=ranks, device=torch.device("cpu"), reduce=lambda counts, reduction: counts * ranks
+        num_processes=ranks, device=torch.device("cpu"), gather=lambda counts: counts.repeat(ranks, 1)
     )
     accounting.flush(log, accelerator)
     return {name: value for name, (value,) in log.items()}
@@ -88,9 +88,30 @@ def test_an_update_is_logged_and_forgotten() -> None:
         "effi/rows_generated": 16.0,
         "effi/rows_trained": 12.0,
         "effi/rows_moved": 0.0,
+        "effi/rank_cost_slowest_over_mean": 1.0,
+        "effi/micro_step_cost_slowest_over_mean": 1.0,
         "effi/effective_ratio": 0.75,
     }
     assert not accounting.counts and not accounting.clock.seconds
+
+
+def test_waiting_is_counted_at_the_update_and_at_its_micro_steps() -> None:
+    accounting = StepAccounting()
+    for tokens in (30, 10):
+        accounting.count_forward(real=tokens, forwarded=tokens, saved=0)
+        accounting.end_micro_step()
+    with torch.no_grad():
+        accounting.count_forward(real=500, forwarded=500, saved=0)  # log-probs, at which all ranks wait anyhow
+    log: dict[str, list[float]] = defaultdict(list)
+    width = len(COUNTERS)  # they go before
+    other = torch.tensor([[0.0] * width + [10.0, 20.0, 0.0]], dtype=torch.float64)
+    accelerator = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), gather=lambda mine: torch.cat([mine, other])
+    )
+    accounting.flush(log, accelerator)
+    assert log[metrics.RANK_COST_SLOWEST_OVER_MEAN] == [40 / 35]
+    assert log[metrics.MICRO_STEP_COST_SLOWEST_OVER_MEAN] == [(30 + 20) / (20 + 15)]
+    assert log[metrics.TOKENS_FORWARD] == [540.0]
 
 
 def test_an_update_that_neither_generates_nor_forwards_has_no_ratios() -> None:

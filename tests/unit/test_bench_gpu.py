@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench._schema import RESULTS
-from bench.gpu import _cases, run_all
+from bench.gpu import _cases, grpo_exact, run_all
+from bench.grpo_exact import ARMS
 from hf_effi.errors import RefusedError
 from hf_effi.report.result_record import check_record
 
@@ -115,3 +116,32 @@ def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(SystemExit):
         run_all.main([])
     assert "--dry-run-cpu" in capsys.readouterr().err
+
+
+def test_the_ladder_of_grpo_runs_as_a_whole(tmp_path, monkeypatch):
+    """Every arm on the same rollouts; nothing forwards more tokens than stock, nor fewer than there are."""
+    monkeypatch.setattr(grpo_exact, "SEEDS", (0,))
+    before = sorted(RESULTS.iterdir())
+    options = ["--dry-run-cpu", "--output", str(tmp_path), "--limit-seconds", "100000"]
+    result = json.loads(grpo_exact.main(options).read_text())
+    assert sorted(RESULTS.iterdir()) == before
+    check_record(result)
+    rows = {(row["prompts"], row["dead_groups"], row["arm"]): row for row in result["rows"]}
+    assert len(rows) == len(grpo_exact.PROMPTS) * 2 * len(ARMS) and not any("skipped" in row for row in rows.values())
+    for prompts in grpo_exact.PROMPTS:
+        tokens = [rows[prompts, 0.0, arm]["tokens_forwarded_per_token_prompts_once"] for arm in ARMS]
+        assert tokens[0] == max(tokens) and min(tokens) >= 1.0 and tokens[-1] < tokens[0]
+
+
+def test_the_ladder_of_grpo_leaves_out_what_would_start_too_late(tmp_path, capsys):
+    result = json.loads(
+        grpo_exact.main(["--dry-run-cpu", "--output", str(tmp_path), "--limit-seconds", "-1"]).read_text()
+    )
+    assert all(row["skipped"] == "too late" for row in result["rows"]) and result["headline"] == []
+    assert "left out, over -1 s" in capsys.readouterr().out
+
+
+def test_the_ladder_of_grpo_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        grpo_exact.main([])
+    assert "no GPU here" in capsys.readouterr().err

@@ -119,7 +119,8 @@ def test_every_method_is_in_one_of_the_two_indexes():
 
 
 def test_a_new_method_makes_the_index_stale():
-    assert tables.papers_table(ROOT, METHODS[1:3]) != tables.papers_table(ROOT, METHODS[1:2])
+    with_paper = [method for method in METHODS if method.paper_id]
+    assert tables.papers_table(ROOT, with_paper[:2]) != tables.papers_table(ROOT, with_paper[:1])
 
 
 @pytest.mark.parametrize(

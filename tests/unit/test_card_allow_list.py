@@ -87,7 +87,7 @@ def test_the_list_holds_no_trainer_config_model_or_function_among_the_objects():
         for name in classes:
             found = admitted.find(f"{module}:{name}", CLASSES)
             assert isinstance(found, type) and not issubclass(found, (nn.Module, Trainer, TrainingArguments)), name
-            rooms = ("callbacks", "data", "functional", "samplers", "trainers")
+            rooms = ("callbacks", "data", "functional", "rewards", "samplers", "selection", "trainers")
             assert found.__module__.startswith((*(f"hf_effi.{room}." for room in rooms), "peft."))
 
 

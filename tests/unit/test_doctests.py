@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import hf_effi.functional
+import hf_effi.selection
 
 EXTRA_MODULES = (
     "hf_effi.errors",
     "hf_effi._run_record",
+    "hf_effi.callbacks.grpo_schedule",
     "hf_effi.report.preview_order",
+    "hf_effi.rewards.length",
     "hf_effi.samplers.curricula",
     "hf_effi.samplers.learned",
     "hf_effi.samplers.mixture",
@@ -28,6 +31,11 @@ EXTRA_MODULES = (
     "hf_effi.report.plan_memory",
     "hf_effi.data.metadata",
     "hf_effi.data.shared_prefix",
+    "hf_effi.selection.allocation",
+    "hf_effi.selection.filters",
+    "hf_effi.selection.pruners",
+    "hf_effi.selection.rates",
+    "hf_effi.selection.reinforce",
     "hf_effi.trainers.grpo.rewards",
     "hf_effi.trainers.grpo.config",
     "hf_effi.trainers.grpo.settings",
@@ -43,8 +51,12 @@ class FencedParser(doctest.DocTestParser):
 
 
 def modules() -> list[str]:
-    root = hf_effi.functional
-    found = [info.name for info in pkgutil.walk_packages(root.__path__, root.__name__ + ".") if not info.ispkg]
+    found = [
+        info.name
+        for root in (hf_effi.functional, hf_effi.selection)
+        for info in pkgutil.walk_packages(root.__path__, root.__name__ + ".")
+        if not info.ispkg
+    ]
     return sorted([*found, *EXTRA_MODULES])
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from hf_effi.functional.data import ContaminationReport
 from hf_effi.functional.doctor import TRAIN_RULES, diagnose
 from hf_effi.functional.doctor_grpo import GRPO_RULES
 from hf_effi.functional.findings import Finding, GRPOLimits, RunFacts, TrainLimits
@@ -81,6 +82,7 @@ BROKEN = {
         {},
     ),
     "loss_zero_is_fine": ({"loss": constant(1e-8)}, {}),
+    "contaminated_evaluation": ({}, {"contamination": ContaminationReport(0.8, 0.7, 0.9, 50, 50)}),
 }
 
 

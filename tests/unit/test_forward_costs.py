@@ -7,8 +7,8 @@ import torch
 
 from hf_effi.attention.switch import switched_attention
 from hf_effi.functional.forward_costs import ForwardCosts, RowLengths
+from hf_effi.functional.rollouts import split_evenly
 from hf_effi.functional.shared_prefix import plan_shared_prefix
-from hf_effi.trainers.grpo.forward import split_evenly
 from hf_effi.trainers.grpo.packed import _CALL_OPERATIONS, FlatRows, PackedForward, costs_of, grouped_order
 from tests.helpers import tiny_qwen3
 

@@ -10,6 +10,7 @@ import pytest
 from trl import GRPOConfig
 
 from hf_effi import EffiGRPOConfig
+from hf_effi.trainers.grpo.selection_objects import SelectionObjects
 from hf_effi.trainers.grpo.settings import GRPOSettings
 from tests.helpers import grpo_args
 
@@ -55,8 +56,9 @@ def test_the_savings_that_are_named(tmp_path: Path, text: str, names: Any) -> No
 )
 def test_what_cannot_act_together_is_refused(tmp_path: Path, over: Any, objects: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settings(tmp_path, **over).check_objects(**objects)
+        sampler = objects.pop("train_sampler", None)
+        SelectionObjects(**objects).check(settings(tmp_path, **over), sampler)
 
 
 def test_a_selector_lets_the_reward_act_that_says_right_or_wrong(tmp_path: Path) -> None:
-    settings(tmp_path, difficulty_reward="right").check_objects(prompt_selector=object())
+    SelectionObjects(prompt_selector=object()).check(settings(tmp_path, difficulty_reward="right"))

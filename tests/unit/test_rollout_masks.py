@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ class TestPruning:
         for _ in range(40):
             advantages = torch.randn(16, generator=generator)
             live = torch.rand(16, generator=generator) < torch.rand(1, generator=generator)
-            mask = pruner.keep(advantages, group_size=4, num_pools=2, step=3, live=live)
+            mask = pruner.keep_rows(advantages, group_size=4, num_pools=2, step=3, live=live)
             assert int(mask.sum()) == 8
             assert int((mask & live).sum()) == min(8, int(live.sum()))
 
@@ -106,16 +107,18 @@ class TestPruning:
         live = torch.tensor([False, True, True, True, False, False, False, True])
         pruner = AdvantagePruner(0.5, scope="group")
         # Rows 2 and 1 of the first; 7 of the second, whose other place goes to the best row left: 3.
-        kept = pruner.keep(advantages, 4, 1, 0, live=live).nonzero().flatten().tolist()
+        kept = pruner.keep_rows(advantages, 4, 1, 0, live=live).nonzero().flatten().tolist()
         assert kept == [1, 2, 3, 7]
-        assert pruner.keep(advantages, 4, 1, 0).nonzero().flatten().tolist() == [0, 2, 4, 5]
+        assert pruner.keep_rows(advantages, 4, 1, 0).nonzero().flatten().tolist() == [0, 2, 4, 5]
 
     def test_all_rows_alive_changes_nothing(self) -> None:
         advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
         for metric, scope in itertools.product(PRUNE_METRICS, PRUNE_SCOPES):
             pruner = AdvantagePruner(0.75, metric, scope)
             alive = torch.ones(16, dtype=torch.bool)
-            assert torch.equal(pruner.keep(advantages, 4, 2, 7), pruner.keep(advantages, 4, 2, 7, live=alive))
+            assert torch.equal(
+                pruner.keep_rows(advantages, 4, 2, 7), pruner.keep_rows(advantages, 4, 2, 7, live=alive)
+            )
 
 
 def groups_of(rewards: torch.Tensor, live: torch.Tensor) -> RolloutGroups:
@@ -195,6 +198,15 @@ class TestPrompts:
         chat = [{"role": "user", "content": "ü"}]
         assert prompt_key(chat) == prompt_key([dict(reversed(chat[0].items()))]) != prompt_key("ü")
         assert len({prompt_key(str(i)) for i in range(10_000)}) == 10_000
+
+    def test_images_in_a_prompt_are_told_apart_by_what_they_show(self) -> None:
+        from PIL import Image
+
+        def chat(shade: int, size: tuple[int, int] = (2, 2)) -> list[dict[str, Any]]:
+            return [{"role": "user", "content": [{"type": "image", "image": Image.new("L", size, shade)}]}]
+
+        assert prompt_key(chat(3)) == prompt_key(chat(3)) != prompt_key(chat(4))
+        assert prompt_key(chat(3)) != prompt_key(chat(3, (4, 1)))
 
     @pytest.mark.parametrize("cursor", [0, 3, 7, 9])
     @pytest.mark.parametrize("fresh", [{4}, {0, 9}, {5, 6, 7}])

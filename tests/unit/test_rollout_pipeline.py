@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from hf_effi import EffiGRPOConfig
 from hf_effi.functional import metrics
 from hf_effi.trainers.grpo.accounting import StepAccounting
 from hf_effi.trainers.grpo.pipeline import RolloutPipeline
+from hf_effi.trainers.grpo.selection_objects import SelectionObjects
 from hf_effi.trainers.grpo.settings import GRPOSettings
 from tests.helpers import grpo_args
 
@@ -44,7 +45,10 @@ class Setup:
             accelerator=SimpleNamespace(
                 num_processes=1, process_index=0, device=torch.device("cpu"), gather=lambda values: values
             ),
-            state=SimpleNamespace(global_step=0),
+            state=SimpleNamespace(global_step=0, max_steps=3),
+            callback_handler=SimpleNamespace(callbacks=[]),
+            scale_rewards="group",
+            _logs={"advantages": deque(maxlen=4)},
             train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(16)]}),
             _tokenizer=SimpleNamespace(pad_token_id=0),
             _metrics={"train": self.log},
@@ -57,6 +61,7 @@ class Setup:
             multi_objective_aggregation="sum_then_normalize",
             loss_type="dapo",
             use_vllm=False,
+            _is_vlm=False,
             vllm_importance_sampling_correction=True,
             vllm_importance_sampling_mode="token_mask",
             vllm_importance_sampling_clip_min=None,
@@ -67,7 +72,9 @@ class Setup:
             exact_savings=("skip",) if skip else (), skipping=lambda batch: contextlib.nullcontext()
         )
         self.accounting = StepAccounting()
-        self.pipeline = RolloutPipeline(self.host, GRPOSettings.of(args), self.accounting, forward, **(objects or {}))
+        self.pipeline = RolloutPipeline(
+            self.host, GRPOSettings.of(args), self.accounting, forward, SelectionObjects(**(objects or {}))
+        )
 
     def score(self, model: Any, ids: Tensor, mask: Tensor, columns: int, batch_size: int | None = None) -> Any:
         later = self.pipeline.put_off(mask, columns)

@@ -112,7 +112,7 @@ class TestExchange:
         held = Rows(batch, ("old_per_token_logps",))
         for index, length in ((0, 2), (1, 4)):
             data = exchange.as_bytes(held.take([index]))
-            # 8 widths of 8 bytes; the ids and masks of a token are 8 each, a log-prob 4, a tool mask 1.
+            # 8 shapes of 8 bytes; the ids and masks of a token are 8 each, a log-prob 4, a tool mask 1.
             prompt = 2 * index + 1
             assert len(data) == 8 * 8 + prompt * 16 + length * (16 + 4 + 1) + 8 + 2
             back = exchange.from_bytes(torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:], held)
@@ -123,10 +123,18 @@ class TestExchange:
                 assert value is None and found is None or (torch.equal(found, value) and found.dtype == value.dtype)
 
     def test_entries_that_are_no_tensors_of_rows_are_named(self) -> None:
-        with pytest.raises(TypeError, match="images, pixels"):
-            exchange.as_bytes(
-                Rows({**rows(1.0).batch, "images": [None], "pixels": torch.zeros(1, 2, 3)}),
-            )
+        for name, value in (("images", [None]), ("texts", ["a"]), ("deep", torch.zeros(1, 1, 1, 1, 1, 1, 1, 2))):
+            with pytest.raises(TypeError, match=name):
+                exchange.as_bytes(Rows({**rows(1.0).batch, name: value}))
+
+    def test_entries_of_any_shape_and_lists_of_them_come_back(self) -> None:
+        pixels = [torch.rand(3, 4), torch.rand(5, 4)]
+        batch = {**rows(1.0, 2.0).batch, "pixel_values": pixels, "num_images": [1, 2], "cube": torch.rand(2, 2, 3, 1)}
+        held = Rows(batch)
+        for index in (0, 1):
+            back = exchange.from_bytes(exchange.as_bytes(held.take([index])), held).batch
+            assert torch.equal(back["pixel_values"][0], pixels[index]) and back["num_images"] == [index + 1]
+            assert torch.equal(back["cube"], batch["cube"][index : index + 1])
 
     def test_ranks_take_the_hand_of_which_they_hold_most(self) -> None:
         assert exchange.hands_of_ranks([[0, 1], [2, 3]], [1, 1, 0, 0]) == [[2, 3], [0, 1]]

@@ -101,7 +101,7 @@ class TestPruning:
         for _ in range(20):
             # Few distinct values, so that ties are everywhere.
             advantages = torch.randint(-3, 4, (16,), generator=generator).float()
-            mask = AdvantagePruner(rate, scope=scope).keep(advantages, group_size=4, num_pools=2, step=0)
+            mask = AdvantagePruner(rate, scope=scope).keep_rows(advantages, group_size=4, num_pools=2, step=0)
             size = {"group": 4, "rank": 8, "global": 16}[scope]
             for pool, kept in zip(advantages.split(size), mask.split(size), strict=True):
                 assert int(kept.sum()) == pruned_count(size, rate)
@@ -131,8 +131,8 @@ class TestPruning:
 
     def test_random_is_seeded_and_uniform(self) -> None:
         pruner = AdvantagePruner(0.75, metric="random", scope="global", seed=1)
-        masks = [pruner.keep(torch.zeros(8), 4, 1, step=step) for step in range(400)]
-        assert torch.equal(masks[3], pruner.keep(torch.ones(8), 4, 1, step=3))
+        masks = [pruner.keep_rows(torch.zeros(8), 4, 1, step=step) for step in range(400)]
+        assert torch.equal(masks[3], pruner.keep_rows(torch.ones(8), 4, 1, step=3))
         share = torch.stack(masks).float().mean(0)
         assert ((share - 0.25).abs() < 0.1).all()
 

@@ -419,6 +419,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("trim", lambda case: exact_saving(case, "trim"), without=("padding", "packing")),
     Feature("sort", lambda case: exact_saving(case, "sort"), without=("padding", "packing")),
     Feature("skip", lambda case: exact_saving(case, "skip"), without=("padding", "packing")),
+    Feature("pack", lambda case: exact_saving(case, "pack"), without=("padding", "packing")),
+    Feature("share", lambda case: exact_saving(case, "share"), without=("padding", "packing")),
     Feature("varlen", _varlen),
     Feature("shared prefix", _shared_prefix, without=("padding", "packing")),
     Feature("tiled MLP", _patched(lambda model: tile_mlp(model, num_shards=3)), EVERY),

@@ -8,6 +8,15 @@ from ._checks import as_labels, check_count, check_number, clean_scores, seeded
 from .agreement import keep_by_length, majority_answers
 from .apportion import apportion
 from .attention_influence import copy_probe, copy_scores, relative_increase, top_heads
+from .contamination import (
+    LEAST_TOKENS,
+    ContaminationReport,
+    auc,
+    contamination_report,
+    entropy_similarity,
+    top_k_entropy,
+)
+from .deficient import deficient_rows, preference_pairs, text_overlap
 from .denoising import (
     UL2_DENOISERS,
     UL2R_DENOISERS,
@@ -22,6 +31,7 @@ from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
 from .irt import fit_rasch, rasch_ability, within_ability
 from .lengths import Multigrid, rechunk, root_length, staged_length
+from .masked_spans import MaskedSpan, draw_span, plain_span, word_span
 from .masking import continues_word, mask_tokens, masking_ratio
 from .metadata import cooldown_step, domain_of, join_metadata
 from .mixing import mixture_at, mixture_counts, mixture_order
@@ -62,31 +72,39 @@ from .stability_gap import Dip, stability_dip
 __all__ = [
     "INSTRUCT_MINING",
     "INSTRUCT_MINING_V1",
+    "LEAST_TOKENS",
     "UL2R_DENOISERS",
     "UL2_DENOISERS",
     "BernoulliBayes",
+    "ContaminationReport",
     "Denoiser",
     "Dip",
+    "MaskedSpan",
     "Multigrid",
     "apportion",
     "batch_costs",
     "as_labels",
+    "auc",
     "check_count",
     "check_lengths",
     "check_number",
     "clean_scores",
     "competence",
     "competence_order",
+    "contamination_report",
     "continues_word",
     "cooldown_step",
     "copy_probe",
     "copy_scores",
     "cyclical_sizes",
     "deal_snake",
+    "deficient_rows",
     "denoised_lengths",
     "domain_of",
+    "draw_span",
     "draw_without_replacement",
     "easiest_share",
+    "entropy_similarity",
     "fill_to_multiple",
     "fit_rasch",
     "fitting_length",
@@ -111,6 +129,8 @@ __all__ = [
     "pass_rate_difficulty",
     "percentile_within",
     "perplexity",
+    "plain_span",
+    "preference_pairs",
     "rarity_under",
     "rasch_ability",
     "rechunk",
@@ -126,8 +146,11 @@ __all__ = [
     "split_spans",
     "stability_dip",
     "staged_length",
+    "text_overlap",
     "token_counts",
     "top_heads",
+    "top_k_entropy",
     "within_ability",
     "word_rarity",
+    "word_span",
 ]

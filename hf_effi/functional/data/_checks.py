@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import is_finite
+
 
 def clean_scores(scores: Tensor | Sequence[float], name: str = "scores", nan: str = "error") -> Tensor:
     """
@@ -100,12 +102,17 @@ def check_number(
     ValueError: alpha=1.0 is outside [0, 1).
     ```
     """
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = is_finite_number(value)
     good = good and (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
     if not good:
         left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
         raise ValueError(f"{name}={value!r} is outside {left}{low}, {high}{right}.")
     return value
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether `value` is an integer or a float, no bool, and finite as a float, which `10**400` is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
 
 
 def check_count(name: str, value: Any, low: int = 1) -> int:

@@ -1,5 +1,22 @@
 """Group statistics, keep-masks, pruning, and the bookkeeping of ragged rollout batches."""
 
+from .allocation import divide_budget, gradient_variance, knapsack_values, relaxed_sizes, round_sizes
+from .angles import angle_score, draw_by_gaussian, gaussian_weights, mean_cosine, next_mean, shared_ends
+from .archive import PUCTArchive, puct_scores
+from .bandits import moved_target, quantile_bins, source_weights, upper_bounds
+from .baselines import (
+    ADVANTAGE_SCALES,
+    STEP_AGGREGATIONS,
+    TAILS,
+    aggregate_steps,
+    duration_weights,
+    entropic_advantages,
+    standardized,
+    token_advantages,
+    token_energies,
+    variance_ratio,
+    weighted_advantages,
+)
 from .batching import (
     Bucket,
     concat_rows,
@@ -11,11 +28,36 @@ from .batching import (
     take_rows,
     trim_rows,
 )
+from .budget import cut_further, cut_to_budget, slowest_over_mean, split_evenly
+from .decoding import compaction_pays, equal_rows
+from .drafts import Draft, DraftStore, hash_tokens, number_rows
 from .elastic import deal_again, first_difference, micro_step_in
+from .gaussian import GaussianRates, median_distance, rbf_kernel
+from .history import accuracy_spread, high_variance_rows, stacked_history
+from .hybrid import DEMONSTRATED, DROPPED, REINFORCED, gate_groups
 from .layout import GenerationLayout
-from .masks import loss_mask, policy_mask, row_advantages, rows_with_gradient
-from .policies import PRUNE_METRICS, PRUNE_SCOPES, AdvantagePruner, PassRateBand
+from .lengths import band_edges, distance_to_bands
+from .masks import DEMONSTRATION, loss_mask, policy_mask, row_advantages, rows_with_gradient
+from .noise import NOISE_SCHEDULES, AdaptiveNoise, draw_noise, stage_at, stage_sigmas
+from .policies import PRUNE_METRICS, PRUNE_SCOPES, AdvantagePruner, PassRateBand, rewards_named
+from .posteriors import distance_to_target, draw_beta, draw_gamma, forget_counts, implied_rates, reference_position
+from .predicted import explained_variance, nearest_to, token_entropy
 from .prompts import ShuffledPrompts, draw_fresh, prompt_key
+from .ragged import ragged_advantages
+from .refine import (
+    DISTILLATIONS,
+    Refinement,
+    cut_workspace,
+    keep_drafts,
+    last_line,
+    pdr,
+    self_consistency,
+    summary_request,
+    with_workspace,
+    workspace_of,
+)
+from .reflection import reflection_bonus
+from .screening import check_screening_band, qualifies, screen, screening_shares
 from .selection import (
     REASONS,
     GroupDecision,
@@ -29,41 +71,150 @@ from .selection import (
     next_refill_size,
     pruned_count,
 )
+from .skipping import adjusted_base, streaks_after, visit_probability
+from .speculative import SpeculativeReuse, acceptance, accepted_lengths, draw, keep_top, residual
+from .successes import check_success_at, count_successes, successes_of
+from .tokens import prompt_token_loss, score_threshold, token_weights
+from .uniform import draw_uniform, round_at_random, smallest_rows
+from .variance import between, keep_by_variance, kept_rows
 
 __all__ = [
+    "ADVANTAGE_SCALES",
+    "AdaptiveNoise",
     "AdvantagePruner",
     "Bucket",
+    "DEMONSTRATED",
+    "DEMONSTRATION",
+    "DISTILLATIONS",
+    "DROPPED",
+    "Draft",
+    "DraftStore",
+    "GaussianRates",
     "GenerationLayout",
     "GroupDecision",
+    "NOISE_SCHEDULES",
     "PRUNE_METRICS",
     "PRUNE_SCOPES",
+    "PUCTArchive",
     "PassRateBand",
     "REASONS",
+    "REINFORCED",
+    "Refinement",
+    "STEP_AGGREGATIONS",
     "ShuffledPrompts",
+    "SpeculativeReuse",
+    "TAILS",
+    "acceptance",
+    "accepted_lengths",
+    "accuracy_spread",
+    "adjusted_base",
+    "aggregate_steps",
+    "angle_score",
+    "band_edges",
+    "between",
     "binary_pass_rates",
+    "check_screening_band",
+    "check_success_at",
+    "compaction_pays",
     "concat_rows",
     "contiguous_rows",
+    "count_successes",
+    "cut_further",
+    "cut_to_budget",
+    "cut_workspace",
     "deal_again",
     "deal_rows",
+    "distance_to_bands",
+    "distance_to_target",
+    "divide_budget",
+    "draw",
+    "draw_beta",
+    "draw_by_gaussian",
     "draw_fresh",
+    "draw_gamma",
+    "draw_noise",
+    "draw_uniform",
+    "duration_weights",
+    "entropic_advantages",
     "equal_reward_groups",
+    "equal_rows",
     "even_repeats",
+    "explained_variance",
     "fill_order",
     "first_difference",
+    "forget_counts",
+    "gate_groups",
+    "gaussian_weights",
+    "gradient_variance",
     "group_pass_rates",
+    "hash_tokens",
+    "high_variance_rows",
+    "implied_rates",
     "keep_by_advantage",
+    "keep_by_variance",
+    "keep_drafts",
     "keep_groups_by_pass_rate",
+    "keep_top",
+    "kept_rows",
     "kept_share",
+    "knapsack_values",
+    "last_line",
     "loss_mask",
+    "mean_cosine",
+    "median_distance",
     "micro_step_in",
+    "moved_target",
+    "nearest_to",
+    "next_mean",
     "next_refill_size",
+    "number_rows",
+    "pdr",
     "plan_buckets",
     "policy_mask",
     "prompt_key",
+    "prompt_token_loss",
     "pruned_count",
+    "puct_scores",
+    "qualifies",
+    "quantile_bins",
+    "ragged_advantages",
+    "rbf_kernel",
+    "reference_position",
+    "reflection_bonus",
+    "relaxed_sizes",
+    "residual",
+    "rewards_named",
+    "round_at_random",
+    "round_sizes",
     "row_advantages",
     "rows_with_gradient",
     "scatter_completion",
+    "score_threshold",
+    "screen",
+    "screening_shares",
+    "self_consistency",
+    "shared_ends",
+    "slowest_over_mean",
+    "smallest_rows",
+    "source_weights",
+    "split_evenly",
+    "stage_at",
+    "stage_sigmas",
+    "stacked_history",
+    "standardized",
+    "streaks_after",
+    "successes_of",
+    "summary_request",
     "take_rows",
+    "token_advantages",
+    "token_energies",
+    "token_entropy",
+    "token_weights",
     "trim_rows",
+    "upper_bounds",
+    "variance_ratio",
+    "visit_probability",
+    "weighted_advantages",
+    "with_workspace",
+    "workspace_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: Keys of a rollout batch that are padded on the prompt side (left); every other 2-D key is on the completion side.
-PROMPT_KEYS = ("prompt_ids", "prompt_mask")
+PROMPT_KEYS = ("prompt_ids", "prompt_mask", "prompt_token_type_ids", "prompt_mm_token_type_ids")
 
 #: Above this the plan's quadratic table costs more than the padding it saves.
 _EXACT_PLAN_ROWS = 512
@@ -259,15 +259,21 @@ def scatter_completion(values: Tensor, offsets: Tensor, lengths: Tensor, columns
     return torch.where(steps < lengths.unsqueeze(1), values.gather(1, source), values.new_zeros(()))
 
 
-def deal_rows(costs: Sequence[float], num_hands: int) -> list[list[int]]:
+def deal_rows(
+    costs: Sequence[float], num_hands: int, groups: Sequence[Hashable] | None = None, shared: Sequence[float] = ()
+) -> list[list[int]]:
     """
     Deal rows to ranks: equal row counts, costs as even as a greedy pass makes them.
 
-    Longest first, each to the rank with the least cost so far that still has room; ties go to the lower rank.
+    Longest first, each to the rank with the least cost so far that still has room; ties go to the lower rank, and
+    among equal costs to the earlier row. With `groups` whole groups are dealt so; one that no rank has room for any
+    more is dealt row by row.
 
     Args:
         costs (`Sequence[float]`): Cost of each row, e.g. its tokens.
         num_hands (`int`): Ranks; must divide the number of rows.
+        groups (`Sequence[Hashable]`, *optional*): What is equal for rows that stay together.
+        shared (`Sequence[float]`, *optional*): What each row's group costs once beside its rows, e.g. its prompt.
 
     Returns:
         `list[list[int]]`: row numbers of each rank, ascending.
@@ -279,6 +285,10 @@ def deal_rows(costs: Sequence[float], num_hands: int) -> list[list[int]]:
     ```python
     >>> deal_rows([9, 1, 8, 2], 2)
     [[0, 1], [2, 3]]
+    >>> deal_rows([9, 1, 8, 2], 2, groups="aabb")
+    [[0, 1], [2, 3]]
+    >>> deal_rows([5, 5, 5, 1, 1, 1], 2, groups="aaabbb"), deal_rows([5, 5, 5, 1, 1, 1], 2)
+    ([[0, 1, 2], [3, 4, 5]], [[0, 2, 5], [1, 3, 4]])
     ```
     """
     rows = len(costs)
@@ -287,10 +297,29 @@ def deal_rows(costs: Sequence[float], num_hands: int) -> list[list[int]]:
     room = rows // num_hands
     hands: list[list[int]] = [[] for _ in range(num_hands)]
     load = [0.0] * num_hands
-    for row in sorted(range(rows), key=lambda row: (-costs[row], row)):
-        rank = min((r for r in range(num_hands) if len(hands[r]) < room), key=lambda r: (load[r], r))
-        hands[rank].append(row)
-        load[rank] += costs[row]
+    once = [0.0] * rows if not shared else shared
+    members: dict[Hashable, list[int]] = {}
+    for row in range(rows):
+        members.setdefault(row if groups is None else groups[row], []).append(row)
+
+    def cost(unit: list[int]) -> float:
+        return sum(costs[row] for row in unit) + once[unit[0]]
+
+    def by_cost(units: Iterable[list[int]]) -> list[list[int]]:
+        return sorted(units, key=lambda unit: (-cost(unit), unit[0]))
+
+    def give(unit: list[int]) -> bool:
+        fitting = [rank for rank in range(num_hands) if len(hands[rank]) + len(unit) <= room]
+        if not fitting:
+            return False
+        rank = min(fitting, key=lambda rank: (load[rank], rank))
+        hands[rank] += unit
+        load[rank] += cost(unit)
+        return True
+
+    left = [unit for unit in by_cost(members.values()) if not give(unit)]
+    for single in by_cost([row] for unit in left for row in unit):
+        give(single)
     return [sorted(hand) for hand in hands]
 
 

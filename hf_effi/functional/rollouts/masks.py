@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: the entry of a batch that says what a token of a row weighs in the loss of demonstrations, shape `(rows,)`; 0 = none
+DEMONSTRATION = "effi_demonstration"
+
 
 def loss_mask(batch: dict[str, Any]) -> Tensor:
     """
@@ -87,7 +90,7 @@ def row_advantages(batch: dict[str, Any], ratio_multiplies: bool = True) -> Tens
 
 def rows_with_gradient(batch: dict[str, Any], ratio_multiplies: bool = True) -> Tensor:
     """
-    Rows whose policy term has a gradient: a non-zero advantage on at least one token of [`policy_mask`].
+    Rows that have a gradient: a non-zero advantage on at least one token of [`policy_mask`], or a demonstration.
     `ratio_multiplies` is that function's.
 
     Returns:
@@ -102,4 +105,6 @@ def rows_with_gradient(batch: dict[str, Any], ratio_multiplies: bool = True) -> 
     """
     advantages = batch["advantages"]
     per_token = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages
-    return (policy_mask(batch, ratio_multiplies) & (per_token != 0)).any(1)
+    active = (policy_mask(batch, ratio_multiplies) & (per_token != 0)).any(1)
+    shown = batch.get(DEMONSTRATION)
+    return active if shown is None else active | (shown > 0)

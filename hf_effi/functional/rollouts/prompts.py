@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import MismatchError
+from ..data import check_count
 from ..kept_arguments import keeps_arguments
 
 
@@ -27,8 +28,16 @@ def prompt_key(prompt: Any) -> int:
     True
     ```
     """
-    text = json.dumps(prompt, sort_keys=True, default=repr)
+    text = json.dumps(prompt, sort_keys=True, default=_content)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _content(value: Any) -> str:
+    """Return what an object holds, as an image does: its `repr` can have an address in it."""
+    if callable(getattr(value, "tobytes", None)):
+        kind = [getattr(value, name, None) for name in ("mode", "size", "shape", "dtype")]
+        return f"{type(value).__name__} {kind} {hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()}"
+    return repr(value)
 
 
 def draw_fresh(
@@ -84,7 +93,7 @@ class ShuffledPrompts:
 
     Args:
         size (`int`): Rows of the dataset, >= 1.
-        seed (`int`, *optional*, defaults to `0`): Seed of the permutations.
+        seed (`int`, *optional*, defaults to `0`): Seed of the permutations, at least 0.
 
     Example:
     ```python
@@ -97,10 +106,8 @@ class ShuffledPrompts:
 
     @keeps_arguments
     def __init__(self, size: int, seed: int = 0) -> None:
-        if size < 1:
-            raise ValueError(f"the dataset must have at least one row, got {size}.")
-        self.size = size
-        self.seed = seed
+        self.size = check_count("size", size)
+        self.seed = check_count("seed", seed, 0)
         self.cursor = 0
         self._pass = -1
         self._order: list[int] = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data._checks import is_finite_number
 from ..options import refuse_idle
 
 #: Pass rates are small-denominator fractions; this absorbs the rounding of `k / G` and nothing else.
@@ -184,7 +185,7 @@ def keep_groups_by_pass_rate(
 
 def check_difficulty_range(low: float, high: float) -> None:
     """Raise `ValueError` unless `0 <= low < high <= 1`."""
-    if not (0 <= low < high <= 1):
+    if not (is_finite_number(low) and is_finite_number(high) and 0 <= low < high <= 1):
         raise ValueError(
             f"difficulty_range must satisfy 0 <= low < high <= 1, got ({low!r}, {high!r}). Use e.g. (0.2, 0.8), or "
             "(0, 1) to drop only groups whose rewards are all equal."

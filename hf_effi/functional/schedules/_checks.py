@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Iterable
 from typing import SupportsFloat
 
+from ..options import is_finite
+
 
 def check_number(
     name: str,
@@ -21,7 +23,7 @@ def check_number(
     """Raise `ValueError` unless `value` is a real number in the interval."""
     left, right = "(" if low_open or low == -math.inf else "[", ")" if high_open or high == math.inf else "]"
     allowed = f"a number in {left}{low:g}, {high:g}{right}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not is_finite(value):
         raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}. {fix}".rstrip())
     below = value <= low if low_open else value < low
     above = not (value < high if high_open else value <= high)

@@ -9,6 +9,7 @@ import torch
 
 from ...functional import metrics
 from ...functional.accounting import DevicePhaseClock, PhaseClock
+from ...functional.rollouts import slowest_over_mean
 
 #: summed over the ranks, in this order
 COUNTERS = (
@@ -18,6 +19,11 @@ COUNTERS = (
     metrics.ROWS_GENERATED,
     metrics.ROWS_TRAINED,
     metrics.ROWS_MOVED,
+    metrics.PREFILL_TOKENS_SAVED,
+    metrics.DECODE_ROWS,
+    metrics.DECODE_ROWS_SAVED,
+    metrics.HYBRID_SFT_TOKENS,
+    metrics.HYBRID_SFT_LOSS,
 )
 
 
@@ -41,11 +47,15 @@ class StepAccounting:
     Attributes:
         clock ([`PhaseClock`]): Of the phases of `functional/metrics.py`.
         counts (`Counter`): Name of a metric, of `COUNTERS` -> number so far.
+        nll (`float`): Negative log-likelihood of the demonstrations so far.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.clock = phase_clock(device)
         self.counts: Counter[str] = Counter()
+        self.nll = 0.0
+        #: tokens that this rank has forwarded with a gradient, in each micro-step of the update
+        self._costs: list[int] = [0]
 
     def count_forward(self, real: int, forwarded: int, saved: int) -> None:
         """
@@ -59,6 +69,12 @@ class StepAccounting:
         self.counts[metrics.TOKENS_REAL] += real
         self.counts[metrics.TOKENS_FORWARD] += forwarded
         self.counts[metrics.TOKENS_SAVED] += saved
+        if torch.is_grad_enabled():
+            self._costs[-1] += forwarded
+
+    def end_micro_step(self) -> None:
+        """What is counted from here on belongs to another micro-step of the update."""
+        self._costs.append(0)
 
     def flush(self, log: dict[str, list[float]], accelerator: Any) -> None:
         """
@@ -71,19 +87,33 @@ class StepAccounting:
         self.clock.settle()
         for phase in metrics.PHASES:
             log[metrics.TIME + phase].append(self.clock.seconds[phase])
-        counts = torch.tensor([self.counts[name] for name in COUNTERS], dtype=torch.float64, device=accelerator.device)
+        sums = {**self.counts, metrics.HYBRID_SFT_LOSS: self.nll}
+        mine = [sums.get(name, 0) for name in COUNTERS] + self._costs
+        ranks = torch.tensor([mine], dtype=torch.float64, device=accelerator.device)
         if accelerator.num_processes > 1:
-            counts = accelerator.reduce(counts, reduction="sum")
-        totals = dict(zip(COUNTERS, counts.tolist(), strict=True))
+            ranks = accelerator.gather(ranks)  # an update has as many micro-steps on every rank
+        totals = dict(zip(COUNTERS, ranks.sum(0).tolist(), strict=False))
         for name in (metrics.TOKENS_FORWARD, metrics.TOKENS_REAL, metrics.TOKENS_SAVED):
             log[name].append(totals[name])
         if accelerator.num_processes > 1:
             log[metrics.ROWS_MOVED].append(totals[metrics.ROWS_MOVED])
+            # The ranks of a sequence-parallel group that forward another one's rows count nothing.
+            of_update, of_steps = slowest_over_mean([r for r in ranks[:, len(COUNTERS) :].tolist() if any(r)])
+            log[metrics.RANK_COST_SLOWEST_OVER_MEAN].append(of_update)
+            log[metrics.MICRO_STEP_COST_SLOWEST_OVER_MEAN].append(of_steps)
         if real := totals[metrics.TOKENS_REAL]:
             log[metrics.PAD_RATIO].append(1 - real / max(totals[metrics.TOKENS_FORWARD], 1))
         if generated := totals[metrics.ROWS_GENERATED]:
             log[metrics.ROWS_GENERATED].append(generated)
             log[metrics.ROWS_TRAINED].append(totals[metrics.ROWS_TRAINED])
             log[metrics.EFFECTIVE_RATIO].append(totals[metrics.ROWS_TRAINED] / generated)
+        if totals[metrics.DECODE_ROWS]:
+            for name in (metrics.PREFILL_TOKENS_SAVED, metrics.DECODE_ROWS, metrics.DECODE_ROWS_SAVED):
+                log[name].append(totals[name])
+        if tokens := totals[metrics.HYBRID_SFT_TOKENS]:
+            log[metrics.HYBRID_SFT_TOKENS].append(tokens)
+            log[metrics.HYBRID_SFT_LOSS].append(totals[metrics.HYBRID_SFT_LOSS] / tokens)
         self.clock.clear()
         self.counts.clear()
+        self.nll = 0.0
+        self._costs = [0]

@@ -7,12 +7,19 @@ from typing import Any, cast
 
 from trl import GRPOConfig
 
+from ...functional.data import check_number
 from ...functional.rollouts import PRUNE_METRICS, PRUNE_SCOPES, GenerationLayout
 from ...functional.rollouts.selection import check_difficulty_range, pruned_count
 from .._common import EffiArguments
 
 #: The exact savings and what each does.
 EXACT_SAVINGS = ("trim", "sort", "skip", "pack", "share")
+
+#: What rollouts by transformers' `generate` can save.
+ROLLOUT_SAVINGS = ("prefill", "compact")
+
+#: Options that generate otherwise than by transformers' `generate`, and how.
+_OTHER_GENERATION = {"use_vllm": "vLLM", "use_transformers_continuous_batching": "continuous batching"}
 
 #: Options that act only where completions are pruned by `prune_rate`.
 _OF_PRUNING = ("prune_metric", "prune_scope", "prune_allocation", "prune_balance_signs")
@@ -36,6 +43,30 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         forward_buckets (`int`, *optional*, defaults to `0`):
             In how many length buckets `trim` splits a micro-batch; 0 chooses `rows // 8`, between 1 and 8. More
             buckets forward fewer padding tokens in smaller matrix products.
+        loss_token_budget (`int`, *optional*):
+            The most tokens of one forward with a gradient, as they are really forwarded: without the padding, the
+            rows and the prompts that `exact_savings` saves. A micro-batch with more of them goes through forward and
+            backward in pieces, so that its activations are never alive at once; the gradient is that of the whole. A
+            row that is longer is a forward of its own. `None` or 0 forwards a micro-batch as it comes.
+        score_token_budget (`int`, *optional*):
+            The same for the log-probs without a gradient (old, reference), which need less memory for a token. It
+            takes the place of `per_device_train_batch_size` there, so that it also makes forwards larger. `None` or 0
+            forwards so many rows at a time.
+
+        > Parameters that add to the loss
+
+        ntp_coef (`float`, *optional*, defaults to 0.0):
+            Weight of a next-token term on the tokens of prompts, from the same forward; 0 is off. Reinforcement
+            Mid-Training has 0.1. It leaves out no token of a prompt, so that the exact savings are off.
+
+        > Parameters that save work in generation
+
+        rollout_savings (`str`, *optional*, defaults to `"off"`):
+            What transformers' `generate` does not forward: `"auto"` (both, where the loaded model allows it), `"off"`,
+            or a comma-separated list of `prefill` (each distinct prompt once) and `compact` (finished rows leave the
+            batch where that pays). Tokens are those of `"off"` up to rounding. A named saving that the model rules out
+            raises, as does any choice but `"off"` with `use_vllm`, `use_transformers_continuous_batching` or a
+            `rollout_func`.
 
         > Parameters that choose groups (online difficulty filtering)
 
@@ -107,6 +138,21 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
     forward_buckets: int = field(
         default=0, metadata={"help": "Length buckets of a micro-batch; 0 chooses rows // 8, between 1 and 8."}
     )
+    loss_token_budget: int | None = field(
+        default=None, metadata={"help": "Most tokens of a forward with a gradient; without it, a whole micro-batch."}
+    )
+    score_token_budget: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a forward for old and reference log-probs; without it, rows as in TRL."},
+    )
+    ntp_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of a next-token loss on the tokens of prompts, beside GRPO's; 0 is off."},
+    )
+    rollout_savings: str = field(
+        default="off",
+        metadata={"help": "'off', 'auto', or a comma-separated list of prefill, compact: what `generate` leaves out."},
+    )
     difficulty_range: list[float] | None = field(
         default=None,
         metadata={"help": "Train only on groups whose pass rate lies in this band, e.g. 0.2 0.8. 0 and 1 are open."},
@@ -156,6 +202,9 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
                 f"acts only with 'trim', which exact_savings={self.exact_savings!r} leaves out. Set "
                 "exact_savings='auto'",
             )
+        check_number("ntp_coef", self.ntp_coef, 0)
+        self._check_budgets()
+        self._check_rollouts()
         self._check_filter()
         self._check_pruning()
 
@@ -165,6 +214,34 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
         if not self.prune_rate or not self.prune_allocation:
             return 1
         return max(1, round(1 / (1 - self.prune_rate)))
+
+    def _check_budgets(self) -> None:
+        for name in ("loss_token_budget", "score_token_budget"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name} must be a number of tokens (an int >= 1), or None, got {value!r}.")
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 1 token, or None or 0 for no budget, got {value}.")
+        window, block = self.gradient_accumulation_steps, cast(int, self.steps_per_generation) * self.num_iterations
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        if self.score_token_budget and window % block == 0 and self.beta == 0.0 and not corrects:
+            refuse_unused(
+                self,
+                ("score_token_budget",),
+                "acts only where log-probs are computed without a gradient: with num_iterations > 1, "
+                "steps_per_generation > gradient_accumulation_steps, beta, or vLLM and its correction. Set "
+                "loss_token_budget for the loss",
+            )
+
+    def _check_rollouts(self) -> None:
+        if parse_rollout_savings(self.rollout_savings) == ():
+            return
+        for name, engine in _OTHER_GENERATION.items():
+            if getattr(self, name):
+                raise ValueError(
+                    f"rollout_savings={self.rollout_savings!r} acts in transformers' `generate`, and {name}=True "
+                    f"generates by {engine}, which does this on its own. Set rollout_savings='off', or {name}=False."
+                )
 
     def _check_filter(self) -> None:
         if self.difficulty_range is not None:
@@ -270,18 +347,36 @@ def parse_exact_savings(value: Any) -> tuple[str, ...] | None:
     (('trim', 'skip'), (), None)
     ```
     """
+    return _savings_of("exact_savings", value, EXACT_SAVINGS)
+
+
+def parse_rollout_savings(value: Any) -> tuple[str, ...] | None:
+    """
+    Return the named savings, `()` for `"off"`, or `None` for `"auto"`.
+
+    Example:
+    ```python
+    >>> parse_rollout_savings("compact"), parse_rollout_savings("off"), parse_rollout_savings("auto")
+    (('compact',), (), None)
+    ```
+    """
+    return _savings_of("rollout_savings", value, ROLLOUT_SAVINGS)
+
+
+def _savings_of(option: str, value: Any, allowed: tuple[str, ...]) -> tuple[str, ...] | None:
     if not isinstance(value, str):
-        raise TypeError(f"exact_savings must be a string such as 'auto', 'off' or 'trim,sort', got {value!r}.")
+        example = ",".join(allowed[:2])
+        raise TypeError(f"{option} must be a string such as 'auto', 'off' or {example!r}, got {value!r}.")
     if value == "auto":
         return None
     if value == "off":
         return ()
     names = tuple(name.strip() for name in value.split(","))
     for name in names:
-        if name not in EXACT_SAVINGS:
+        if name not in allowed:
             raise ValueError(
-                f"exact_savings={value!r}: unknown saving {name!r}. Allowed: 'auto', 'off', or a comma-separated list "
-                f"of {', '.join(EXACT_SAVINGS)}."
+                f"{option}={value!r}: unknown saving {name!r}. Allowed: 'auto', 'off', or a comma-separated list of "
+                f"{', '.join(allowed)}."
             )
     return tuple(dict.fromkeys(names))
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from ...errors import BrokenFileError, MismatchError
 from ...functional.rollouts import GenerationLayout, deal_again, first_difference
-from .pipeline import LOSS_SCALE
-from .rows import ROW_KEYS, Rows
+from .rows import LOSS_SCALE, ROW_KEYS, Rows
 
 #: entry of the state file
 LAYOUT = "layout"
@@ -79,7 +78,7 @@ def _way_out(before: GenerationLayout, now: GenerationLayout) -> str:
 
 def _check_choices(checkpoint: Path, before: GenerationLayout, now: GenerationLayout, rollouts: Any) -> None:
     """Refuse a method whose choice is a function of the number of processes, or of the rows of a micro-batch."""
-    pruner, filters = rollouts.rollout_pruner, rollouts.group_filter
+    pruner, filters = rollouts.objects.rollout_pruner, rollouts.objects.group_filter
     stay = f"Resume on {before.world_size} processes with per_device_train_batch_size={before.rows_per_step}"
     if (pruner is not None or filters is not None) and before.micro_batches != now.micro_batches:
         raise MismatchError(

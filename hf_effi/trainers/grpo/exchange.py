@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,9 @@ from torch import distributed as dist
 
 from ...functional.rollouts import deal_rows
 from .rows import Rows
+
+#: dimensions that one row of an entry can have, and bits of a width
+_MOST_DIMENSIONS, _WIDTH_BITS = 6, 48
 
 
 def share_out(
@@ -42,6 +46,27 @@ def share_out(
     if all(count == len(owners) // world for count in counts):
         return rows.take([index for owner, index in owners if owner == rank]), 0
     hands = hands_of_ranks(deal_rows(costs, world), [owner for owner, _ in owners])
+    return move_rows(rows, owners, hands, accelerator, join)
+
+
+def move_rows(
+    rows: Rows,
+    owners: Sequence[tuple[int, int]],
+    hands: Sequence[list[int]],
+    accelerator: Any,
+    join: Callable[[Sequence[Rows]], Rows],
+) -> tuple[Rows, int]:
+    """
+    Bring rows to the ranks that they are dealt to. Only those that change their rank are sent.
+
+    Args:
+        rows, owners, accelerator, join: As in [`share_out`].
+        hands (`Sequence[list[int]]`): Which of the owned rows each rank gets, in the order wanted.
+
+    Returns:
+        `tuple[Rows, int]`: The rows of this rank's hand, on its device, and how many came from others.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
     goes_to = {row: receiver for receiver, hand in enumerate(hands) for row in hand}
     sent = [
         sorted(row for row, receiver in goes_to.items() if receiver == r and owners[row][0] == rank and r != rank)
@@ -107,15 +132,21 @@ def hands_of_ranks(hands: Sequence[list[int]], owners: Sequence[int]) -> list[li
 
 def as_bytes(row: Rows) -> Tensor:
     """
-    Return one row as bytes: the width of each entry, then the entries without padding, in the order of their names.
+    Return one row as bytes: the shape of each entry, then the entries without padding, in the order of their names.
 
     Args:
-        row ([`Rows`]): Of one row; entries are tensors whose first dimension is the rows, numbers or `None`.
+        row ([`Rows`]): Of one row; entries are tensors whose first dimension is the rows, lists with one tensor or
+            number for each row, numbers or `None`.
     """
     batch = row.trimmed().to("cpu").batch
-    entries = [batch[name] for name in _per_row(batch)]
-    widths = torch.tensor([entry[0].numel() for entry in entries], dtype=torch.int64)
-    return torch.cat([widths.view(torch.uint8), *(e.contiguous().flatten().view(torch.uint8) for e in entries)])
+    entries = [_entry(batch[name]) for name in _per_row(batch)]
+    # One number for an entry of up to one dimension, with the count of dimensions above its width.
+    shapes = [
+        [entry.ndim << _WIDTH_BITS | (entry.shape[0] if entry.ndim else 0), *entry.shape[1:]] for entry in entries
+    ]
+    head = torch.tensor([number for shape in shapes for number in shape], dtype=torch.int64)
+    parts = (entry.contiguous().flatten().view(torch.uint8) for entry in entries)
+    return torch.cat([head.view(torch.uint8), *parts])
 
 
 def from_bytes(data: Tensor, like: Rows) -> Rows:
@@ -128,22 +159,43 @@ def from_bytes(data: Tensor, like: Rows) -> Rows:
     """
     names = _per_row(like.batch)
     data = data.clone()  # begins at a place that any kind of number may begin at
-    at = 8 * len(names)
-    widths = data[:at].view(torch.int64).tolist()
+    head = data[: len(data) // 8 * 8].view(torch.int64)
+    shapes: list[list[int]] = []
+    at = 0
+    for _ in names:
+        dimensions, width = divmod(int(head[at]), 1 << _WIDTH_BITS)
+        rest = head[at + 1 : at + max(1, dimensions)].tolist()
+        shapes.append([width, *rest] if dimensions else [])
+        at += 1 + len(rest)
+    at *= 8
     found = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in like.batch.items()}
-    for name, width in zip(names, widths, strict=True):
-        kind = like.batch[name]
-        end = at + width * kind.element_size()
-        values = data[at:end].clone().view(kind.dtype)
-        found[name] = values.view(1, width) if kind.ndim > 1 else values
+    for name, shape in zip(names, shapes, strict=True):
+        value = like.batch[name]
+        kind = _entry(value).dtype
+        end = at + math.prod(shape) * kind.itemsize
+        entry = data[at:end].clone().view(kind).view(shape)
         at = end
+        if isinstance(value, Tensor):
+            found[name] = entry.unsqueeze(0)
+        else:
+            found[name] = [entry if isinstance(value[0], Tensor) else entry.item()]
     return replace(like, batch=found)
+
+
+def _entry(value: Any) -> Tensor:
+    """Return what the first row has of an entry."""
+    first = value[0]
+    return first.cpu() if isinstance(first, Tensor) else torch.tensor(first)
 
 
 def _per_row(batch: dict[str, Any]) -> list[str]:
     """Return the names of the entries that belong to rows, in one order for all ranks."""
-    names = sorted(name for name, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0)
-    unknown = [n for n, v in batch.items() if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim > 2)]
-    if unknown:
-        raise TypeError(f"rows cannot move between ranks with entries of another form: {', '.join(sorted(unknown))}.")
+    names = sorted(
+        name for name, value in batch.items() if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
+    )
+    for name in names:
+        value = batch[name]
+        numbers = isinstance(value, Tensor) or all(isinstance(x, (Tensor, int, float)) for x in value)
+        if not numbers or (len(value) and _entry(value).ndim > _MOST_DIMENSIONS):
+            raise TypeError(f"rows cannot move between ranks with entries of another form: {name}.")
     return names

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import RefusedError
 from ...functional.rollouts import (
     Bucket,
     GenerationLayout,
@@ -21,16 +23,44 @@ from ...functional.rollouts import (
     plan_buckets,
     rows_with_gradient,
     scatter_completion,
+    split_evenly,
     take_rows,
 )
 from .host import Host
 from .packed import FlatRows, PackedForward, grouped_order
-from .rows import Ratios
+from .rows import Ratios, whole_rows
+from .token_budget import ForwardPlanner, PiecesInHand, Plan, most_of_ranks
 
 #: log-probs, entropies and the router's loss, as TRL's forward returns them
 Scores = tuple[Tensor, Tensor | None, Tensor | None]
 #: TRL's `_get_per_token_logps_and_entropies`
 Forward = Callable[..., Scores]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """
+    What TRL asks for.
+
+    Args:
+        stock (`Callable`): The next `_get_per_token_logps_and_entropies`.
+        model (`nn.Module`): As the trainer wrapped it.
+        ids, mask (`torch.Tensor`): Shape `(rows, columns)`.
+        columns (`tuple[int, int]`): Of the prompts, and of the completions.
+        entropy (`bool`): Whether entropies are wanted beside the log-probs.
+    """
+
+    stock: Forward
+    model: nn.Module
+    ids: Tensor
+    mask: Tensor
+    columns: tuple[int, int]
+    entropy: bool
+
+    @property
+    def of_completions(self) -> Tensor:
+        """The mask of the completions."""
+        return self.mask[:, self.columns[0] :]
 
 
 class LogProbForward:
@@ -44,6 +74,7 @@ class LogProbForward:
         count (`Callable[[int, int, int], None]`, *optional*): Told of every forward: its real tokens, its tokens with
             padding, and those that were saved.
         packed ([`PackedForward`], *optional*): Runs flat rows, where `pack` or `share` is on.
+        score_budget (`int`, *optional*, defaults to 0): The most tokens of a forward without a gradient; 0 is off.
     """
 
     def __init__(
@@ -53,9 +84,13 @@ class LogProbForward:
         buckets: int = 0,
         count: Callable[[int, int, int], None] = lambda real, forwarded, saved: None,
         packed: PackedForward | None = None,
+        score_budget: int = 0,
     ) -> None:
         self._host, self.exact_savings, self._buckets, self._count = host, exact_savings, buckets, count
-        self._packed = packed
+        self.packed, self._score_budget = packed, score_budget
+        self._planner = ForwardPlanner(host, exact_savings, packed, self._count_of)
+        #: the micro-batch that is forwarded piece by piece; `None` for one that is forwarded at once
+        self._pieces: PiecesInHand | None = None
         #: which rows of the batch in hand have a gradient; `None` is not known, or of no interest
         self._active: Tensor | None = None
 
@@ -92,17 +127,15 @@ class LogProbForward:
         """
         lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
         by_length = torch.argsort(torch.where(active, lengths, lengths - lengths.max() - 1), stable=True)
-        if self._packed is None or "share" not in self.exact_savings:
+        if self.packed is None or "share" not in self.exact_savings:
             return by_length
-        ids, mask = (
-            torch.cat([rows[f"{side}_{kind}"] for side in ("prompt", "completion")], dim=1) for kind in ("ids", "mask")
-        )
+        ids, mask = whole_rows(rows)
         known = FlatRows.of(ids, mask, rows["prompt_ids"].size(1)).lengths()
         counted = active.tolist() if "skip" in self.exact_savings else [True] * len(known)
         by_group = grouped_order(known, counted)
         size = len(known) // window
 
-        packed, buckets = self._packed, self._count_of(size)
+        packed, buckets = self.packed, self._count_of(size)
 
         def price(order: list[int]) -> float:
             cuts = (order[i * size : (i + 1) * size] for i in range(window))
@@ -123,9 +156,67 @@ class LogProbForward:
         finally:
             self._active = None
 
+    # --- budgets: the rows of a forward in pieces -------------------------------------------------------------------
+
+    def plan(self, batch: dict[str, Any], budget: int) -> Plan:
+        """
+        Return the forwards of a micro-batch that stay within a budget of tokens, before the ranks agree on how many.
+
+        Args:
+            batch (`dict`): The micro-batch.
+            budget (`int`): The most tokens of one forward.
+        """
+        ids, mask = whole_rows(batch)
+        with self.skipping(batch):
+            return self._planner.plan(ids, mask, batch["prompt_ids"].size(1), self._active, budget)
+
+    @contextlib.contextmanager
+    def in_pieces(self, plan: Plan, unknown: Tensor | None) -> Iterator[None]:
+        """
+        Forward one piece in each call with a gradient.
+
+        Args:
+            plan ([`Plan`]): The pieces of the micro-batch in hand.
+            unknown (`torch.Tensor`, *optional*): Stands for the log-probs of rows that are still to come.
+        """
+        self._pieces = PiecesInHand(plan, unknown)
+        try:
+            yield
+        finally:
+            self._pieces = None
+
+    def _in_pieces(self, asked: _Asked, active: Tensor | None) -> Scores:
+        """Forward the next piece of the loss; without a gradient, all pieces one after the other."""
+        pieces = self._pieces if torch.is_grad_enabled() else None
+        last = False
+        if pieces is None:
+            plan = self._planner.plan(asked.ids, asked.mask, asked.columns[0], active, self._score_budget)
+            pieces = PiecesInHand(plan.in_forwards(*most_of_ranks([plan.forwards], self._host.accelerator)), None)
+        while not last:
+            first, rows, layout = not pieces.done, pieces.next, pieces.plan.layout
+            logps, entropies, forwarded = self._piece(asked, layout, rows)
+            real = forwarded if layout in ("pack", "share") else int(asked.mask[rows].sum())
+            self._count(real, forwarded, asked.ids.numel() * first - forwarded)
+            scores = pieces.joined(logps, entropies)
+            last = torch.is_grad_enabled() or len(pieces.done) == len(pieces.plan.pieces)
+        return _in_place(*scores, asked.of_completions)
+
+    def _piece(self, asked: _Asked, layout: str, rows: list[int]) -> tuple[Tensor, Tensor | None, int]:
+        """One forward of some rows, with the tokens that it forwarded."""
+        index = torch.as_tensor(rows, device=asked.ids.device)
+        if layout in ("pack", "share"):
+            picked = FlatRows.of(asked.ids[index], asked.mask[index], asked.columns[0])
+            packed = cast(PackedForward, self.packed)
+            share = layout == "share"
+            return packed(asked.model, picked, asked.columns[1], share=share, compute_entropy=asked.entropy)
+        trims = layout == "trim"
+        width = max(1, int(asked.mask[index].sum(1).max())) if trims else sum(asked.columns)
+        bucket = Bucket(tuple(rows), width)
+        return *self._bucket(asked, bucket), bucket.tokens
+
     def holding_attention(self) -> contextlib.AbstractContextManager[None]:
         """Keep the attention of a flat forward until its backward has run, to the end of this block."""
-        return contextlib.nullcontext() if self._packed is None else self._packed.holding_attention()
+        return contextlib.nullcontext() if self.packed is None else self.packed.holding_attention()
 
     # --- trim (and skip): the forward itself ------------------------------------------------------------------------
 
@@ -152,7 +243,13 @@ class LogProbForward:
         active = self._active if self._active is not None and len(self._active) == rows else None
         plain = compute_aux_loss or any(value is not None for value in multimodal.values())
         layouts = {"trim", "pack", "share"} & set(self.exact_savings)
-        if plain or not self._host.model.training or (not layouts and active is None):
+        budgeted = self._host.model.training and bool(self._pieces if torch.is_grad_enabled() else self._score_budget)
+        if plain and budgeted:
+            raise RefusedError(
+                "loss_token_budget and score_token_budget cannot cut batches with images. Set both to 0, and lower "
+                "per_device_train_batch_size."
+            )
+        if plain or not self._host.model.training or (not layouts and active is None and not budgeted):
             self._count(int(attention_mask.sum()), input_ids.numel(), 0)
             return stock(
                 model,
@@ -165,8 +262,11 @@ class LogProbForward:
                 **multimodal,
             )
         columns = (input_ids.size(1) - logits_to_keep, logits_to_keep)
-        if self._packed is not None:
-            flat = self._flat(model, input_ids, attention_mask, columns, active, batch_size, compute_entropy)
+        asked = _Asked(stock, model, input_ids, attention_mask, columns, compute_entropy)
+        if budgeted:
+            return self._in_pieces(asked, active)
+        if self.packed is not None:
+            flat = self._flat(asked, active, batch_size)
             if flat is not None:
                 return flat
         plan = self._plan(attention_mask, columns, active, batch_size)
@@ -176,33 +276,16 @@ class LogProbForward:
         logps: list[Tensor] = []
         entropies: list[Tensor] = []
         for bucket in plan:
-            part = self._bucket(
-                stock,
-                model,
-                input_ids,
-                attention_mask,
-                columns=columns,
-                bucket=bucket,
-                compute_entropy=compute_entropy,
-            )
+            part = self._bucket(asked, bucket)
             logps.append(part[0])
             if part[1] is not None:
                 entropies.append(part[1])
-        return _in_place(logps, entropies, order, attention_mask[:, -logits_to_keep:])
+        return _in_place(logps, entropies, order, asked.of_completions)
 
-    def _flat(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        columns: tuple[int, int],
-        active: Tensor | None,
-        max_rows: int | None,
-        compute_entropy: bool,
-    ) -> Scores | None:
+    def _flat(self, asked: _Asked, active: Tensor | None, max_rows: int | None) -> Scores | None:
         """Return the scores from flat rows, or `None` where padded rows are cheaper."""
-        packed = cast(PackedForward, self._packed)
-        known = FlatRows.of(input_ids, attention_mask, columns[0])
+        packed = cast(PackedForward, self.packed)
+        known = FlatRows.of(asked.ids, asked.mask, asked.columns[0])
         if not all(known.prompts):
             return None  # nothing stands before the first token of a completion
         lengths = known.lengths()
@@ -219,14 +302,14 @@ class LogProbForward:
             chosen = [rows[i] for i in part]
             picked = FlatRows([known.prompts[r] for r in chosen], [known.completions[r] for r in chosen])
             scores, entropy, tokens = packed(
-                model, picked, columns[1], share=layout == "share", compute_entropy=compute_entropy
+                asked.model, picked, asked.columns[1], share=layout == "share", compute_entropy=asked.entropy
             )
             forwarded += tokens
             logps.append(scores)
             if entropy is not None:
                 entropies.append(entropy)
-        self._count(forwarded, forwarded, input_ids.numel() - forwarded)
-        return _in_place(logps, entropies, rows, attention_mask[:, -columns[1] :])
+        self._count(forwarded, forwarded, asked.ids.numel() - forwarded)
+        return _in_place(logps, entropies, rows, asked.of_completions)
 
     def _flat_parts(self, count: int, max_rows: int | None) -> int:
         """How many forwards flat rows take: as many on every rank, and alone one, but for a limit of rows."""
@@ -264,39 +347,30 @@ class LogProbForward:
         plan = plan_buckets([lengths[row] if "trim" in self.exact_savings else width for row in rows], count, max_rows)
         return [Bucket(tuple(rows[i] for i in bucket.rows), max(1, bucket.width)) for bucket in plan]
 
-    def _bucket(
-        self,
-        stock: Forward,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        columns: tuple[int, int],
-        bucket: Bucket,
-        compute_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def _bucket(self, asked: _Asked, bucket: Bucket) -> tuple[Tensor, Tensor | None]:
         """One forward, with its scores put where the micro-batch has their tokens."""
-        index = torch.as_tensor(bucket.rows, device=input_ids.device)
+        before, after = asked.columns
+        index = torch.as_tensor(bucket.rows, device=asked.ids.device)
+        mask = asked.mask[index]
         if "trim" not in self.exact_savings:
-            logps, entropies, _ = stock(
-                model, input_ids[index], attention_mask[index], columns[1], compute_entropy=compute_entropy
+            logps, entropies, _ = asked.stock(
+                asked.model, asked.ids[index], mask, after, compute_entropy=asked.entropy
             )
             return logps, entropies
-        mask = attention_mask[index]
-        prompts, completions = mask[:, : columns[0]].sum(1), mask[:, columns[0] :].sum(1)
+        prompts, completions = mask[:, :before].sum(1), mask[:, before:].sum(1)
         width = bucket.width
         if multiple := self._host.pad_to_multiple_of:
             width = -(-width // multiple) * multiple
         pad = self._host._tokenizer.pad_token_id
-        batch = contiguous_rows(input_ids, attention_mask, bucket.rows, width, pad)
+        batch = contiguous_rows(asked.ids, asked.mask, bucket.rows, width, pad)
         window = max(1, width - int(prompts.min()))
-        logps, entropies, _ = stock(
-            model, batch["input_ids"], batch["attention_mask"], window, compute_entropy=compute_entropy
+        logps, entropies, _ = asked.stock(
+            asked.model, batch["input_ids"], batch["attention_mask"], window, compute_entropy=asked.entropy
         )
         offsets = prompts - (width - window)
-        logps = scatter_completion(logps, offsets, completions, columns[1])
+        logps = scatter_completion(logps, offsets, completions, after)
         if entropies is not None:
-            entropies = scatter_completion(entropies, offsets, completions, columns[1])
+            entropies = scatter_completion(entropies, offsets, completions, after)
         return logps, entropies
 
 
@@ -312,30 +386,6 @@ def _in_place(logps: list[Tensor], entropies: list[Tensor], order: list[int], ma
         # those that were, so that the logged value is the entropy of the forwarded tokens.
         full[_missing(order, rows)] = (full.detach()[order] * mask[order]).sum() / mask[order].sum().clamp(min=1)
     return full_logps, full, None
-
-
-def split_evenly(costs: list[int], parts: int) -> list[list[int]]:
-    """
-    Cut a list into so many pieces, none empty, with sums as even as cuts at the nearest place make them.
-
-    Example:
-    ```python
-    >>> split_evenly([4, 4, 4, 12], 2), split_evenly([5, 5], 4)
-    ([[0, 1, 2], [3]], [[0], [1]])
-    ```
-    """
-    parts = min(parts, len(costs))
-    total, pieces, begin, done = sum(costs), [], 0, 0
-    for piece in range(parts):
-        end, left = begin + 1, parts - piece - 1
-        done += costs[begin]
-        goal = total * (piece + 1) / parts
-        while end < len(costs) - left and (left == 0 or done + costs[end] / 2 <= goal):
-            done += costs[end]
-            end += 1
-        pieces.append(list(range(begin, end)))
-        begin = end
-    return pieces
 
 
 def _missing(order: list[int], rows: int) -> list[int]:

@@ -93,7 +93,7 @@ class PackedForward:
             return self._costs.padded(rows, buckets)
         if layout == "pack":
             return self._costs.packed(rows)
-        return self._costs.shared(rows) if self._may_share(rows) else self._costs.packed(rows)
+        return self._costs.shared(rows) if self.may_share(rows) else self._costs.packed(rows)
 
     def choose(self, rows: Sequence[RowLengths], buckets: int) -> str:
         """Return the cheapest layout for some rows; of equal ones the first of `LAYOUTS`."""
@@ -105,7 +105,8 @@ class PackedForward:
             logger.info(f"The first micro-batch is forwarded by {chosen!r}. Cost in tokens: {told}.")
         return chosen
 
-    def _may_share(self, rows: Sequence[RowLengths]) -> bool:
+    def may_share(self, rows: Sequence[RowLengths]) -> bool:
+        """Whether no row of a forward is longer than the model's shortest window."""
         return self._reach is None or max((row.tokens for row in rows), default=0) <= self._reach
 
     # --- the forward ------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class PackedForward:
             compute_entropy (`bool`): As TRL's forward is asked.
         """
         layout = plan_shared_prefix(
-            rows.prompts, [len(c) for c in rows.completions], share=share and self._may_share(rows.lengths())
+            rows.prompts, [len(c) for c in rows.completions], share=share and self.may_share(rows.lengths())
         )
         device = next(model.parameters()).device
         with contextlib.ExitStack() as now:

@@ -1,7 +1,7 @@
 """The rollout pipeline of `EffiGRPOTrainer`, around TRL's generation.
 
-prompt selection -> generation -> rewards -> group statistics -> group filter with bounded refill -> row pruning ->
-advantages -> redistribution over ranks -> log-probs of the kept rows -> (TRL's own) loss
+prompt selection -> generation -> rewards -> group statistics -> advantages -> group filter with bounded refill -> row
+pruning -> redistribution over ranks -> log-probs of the kept rows -> (TRL's own) loss
 
 Every choice is made from gathered rewards and advantages, so all ranks make the same one; the number of rounds, of
 rows per rank and of collectives is the same on every rank.
@@ -9,59 +9,36 @@ rows per rank and of collectives is the same on every rank.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, cast
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from ...errors import RefusedError
 from ...functional import metrics
-from ...functional.rollouts import (
-    REASONS,
-    AdvantagePruner,
-    GenerationLayout,
-    PassRateBand,
-    ShuffledPrompts,
-    equal_reward_groups,
-    even_repeats,
-    kept_share,
-    next_refill_size,
-    row_advantages,
-    rows_with_gradient,
-)
-from ...protocols import GroupFilter, PromptSelector, RolloutGroups, RolloutPruner
+from ...functional.rollouts import GenerationLayout, even_repeats, kept_share, next_refill_size
+from ...protocols import PromptSelector, RolloutGroups
 from .accounting import StepAccounting
-from .correction import OLD, LateCorrection
-from .deferred import DeferredLogProbs
+from .advantages import Advantages
+from .context import attach, log_metrics
 from .exchange import share_out
 from .host import Host
-from .rows import ROW_KEYS, GatheredRows, Generation, Ratios, Rows, as_groups, join_rounds
+from .hybrid import Hybrid
+from .late_logps import Generate, LateLogProbs, Skipping
+from .rows import LOSS_SCALE, ROW_KEYS, GatheredRows, Generation, Ratios, Reading, Rows, join_rounds
+from .selection_log import log_dropped_groups, log_pruning, log_rewards
+from .selection_objects import SelectionObjects, checked_sizes, fitting_groups
+from .serving import PromptServing, without_numbers
 from .settings import GRPOSettings
-from .step_prompts import StepPrompts, check_selector, takes_keyword
+from .token_stats import token_stats_of
+from .vision import VISION_KEYS, by_rows_of_all, merged
 
 #: Losses that divide by tokens; the others divide by rows.
 TOKEN_LOSSES = ("dapo", "cispo", "vespo", "bnpo")
-#: The batch entry that a loss is multiplied by, a tensor without dimensions. TRL passes it through.
-LOSS_SCALE = "effi_loss_scale"
-#: TRL's name of the log-probs of the reference; what else is put off is the policy's.
-REFERENCE = "ref_per_token_logps"
-
-#: TRL's `_generate_and_score_completions`
-Generate = Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-
-class Skipping(Protocol):
-    """The part of the log-prob forward that a pipeline knows of."""
-
-    exact_savings: tuple[str, ...]
-
-    def skipping(self, batch: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """Forward no row of `batch` without a gradient."""
 
 
 class RolloutPipeline:
@@ -73,14 +50,14 @@ class RolloutPipeline:
         settings ([`GRPOSettings`], *optional*): Without them no method is on.
         accounting ([`StepAccounting`]): Counts the rows.
         forward ([`Skipping`]): Computes log-probs, through the host.
-        prompt_selector, group_filter, rollout_pruner (*optional*): As in [`EffiGRPOTrainer`].
+        objects ([`SelectionObjects`], *optional*): What chooses.
 
     Attributes:
         generations_done (`int`): Generations since the run began.
-        prompts ([`PromptSelector`], *optional*): Where further prompts come from: the selector, or the stream of
-            refills once there was one.
+        objects ([`SelectionObjects`]): What chooses, with what the settings ask for.
         rewards (`torch.Tensor`, *optional*): Gathered rewards of the last round, `(rows, num_functions)`. The trainer
             sets them.
+        side (`dict[str, torch.Tensor]`): Gathered side columns of the last round, `(rows,)`. The trainer sets them.
         lengths (`list[int]`, *optional*): Tokens of this rank's completions in the last round. The trainer sets them.
 
     Raises:
@@ -88,77 +65,72 @@ class RolloutPipeline:
         ValueError: `difficulty_reward` does not name the reward that the filter reads.
     """
 
-    #: gathered, of the last round
-    _advantages: Tensor
-
     def __init__(
         self,
         host: Host,
         settings: GRPOSettings | None,
         accounting: StepAccounting,
         forward: Skipping,
-        *,
-        prompt_selector: PromptSelector | None = None,
-        group_filter: GroupFilter | None = None,
-        rollout_pruner: RolloutPruner | None = None,
+        objects: SelectionObjects | None = None,
     ) -> None:
-        self._host, self._accounting, self._forward = host, accounting, forward
+        self._host, self._accounting = host, accounting
         self._settings = GRPOSettings.of(None) if settings is None else settings
-        self.group_filter, self.rollout_pruner, self.prompt_selector = group_filter, rollout_pruner, prompt_selector
-        self.prompts: PromptSelector | None = prompt_selector
+        self.objects = (objects or SelectionObjects()).completed(self._settings, host.args)
         self.generations_done = 0
         self.rewards: Tensor | None = None
+        self.side: dict[str, Tensor] = {}
         self.lengths: list[int] | None = None
-        self._deferred: DeferredLogProbs | None = None
-        self._correction = LateCorrection(host)
-        #: which prompts a step has, where prompts are chosen by number
-        self._step_prompts: StepPrompts | None = None
+        self._late = LateLogProbs(host, forward)
+        self._exact_skip = "skip" in getattr(forward, "exact_savings", ())
+        #: demonstrations in the place of completions
+        self.hybrid = Hybrid(host, self.objects.hybrid_gate, accounting)
+        stats_of = functools.partial(token_stats_of, host, forward)
+        self._advantages = Advantages(host, self.objects.advantage_transform, stats_of)
+        #: where the prompts of a step come from, and which it has
+        self._serving = PromptServing(host, self.objects.prompt_selector)
         #: the reward function that says right or wrong
         self.difficulty_column: int | None = None
-        self._add_methods_of(self._settings)
-        if prompt_selector is not None:
-            check_selector(prompt_selector)
+        self._somebody_listens = False
         if self.selects:
             self._check_selection_inputs()
-
-    def _add_methods_of(self, settings: GRPOSettings) -> None:
-        if self.group_filter is None and settings.difficulty_range is not None:
-            self.group_filter = PassRateBand(*settings.difficulty_range)
-        if settings.prune_rate:
-            self.rollout_pruner = AdvantagePruner(
-                settings.prune_rate,
-                settings.prune_metric,
-                settings.prune_scope,
-                settings.prune_balance_signs,
-                seed=self._host.args.seed if settings.prune_metric == "random" else 0,
-            )
+        for one in (self.objects.prompt_selector, self.objects.rollout_allocator):
+            if one is not None:
+                attach(one, host, self._serving.rows)
 
     @property
     def selects(self) -> bool:
-        """Whether any method that chooses prompts, groups or rows is on."""
-        return any(x is not None for x in (self.prompt_selector, self.group_filter, self.rollout_pruner))
+        """Whether any method that chooses prompts, groups, rows or advantages is on."""
+        return self.objects.any
+
+    @property
+    def prompts(self) -> PromptSelector | None:
+        """Where further prompts come from: the selector, or the stream of refills once there was one."""
+        return self._serving.prompts
+
+    def make_prompts(self) -> PromptSelector:
+        """Return where further prompts come from; the stream of refills is made when it is first needed."""
+        return self._serving.make_prompts()
+
+    def objects_state(self) -> dict[str, Any]:
+        """See [`SelectionObjects.state_dict`]."""
+        return self.objects.state_dict()
+
+    def load_objects_state(self, stored: dict[str, Any], checkpoint: Any) -> None:
+        """See [`SelectionObjects.load_state_dict`]."""
+        self.objects.load_state_dict(stored, checkpoint)
 
     def _check_selection_inputs(self) -> None:
-        on = "prompt selection, difficulty filtering and completion pruning"
-        for name, value in (
-            ("tools", self._host.tools),
-            ("environment_factory", self._host.environment_factories),
-            ("rollout_func", self._host.rollout_func),
-        ):
-            if value:
-                raise RefusedError(f"{on} do not work with `{name}` yet. Turn them off, or drop `{name}`.")
-        refills = self.group_filter is not None and self._settings.difficulty_max_rounds > 1
-        if refills or self.prompt_selector is not None:
-            if not hasattr(self._host.train_dataset, "__len__"):
-                raise RefusedError(
-                    "refilling and prompt selection pick rows by number, which a streaming dataset cannot serve. Use "
-                    "a map-style dataset, or difficulty_max_rounds=1."
-                )
-            self._step_prompts = StepPrompts(self._host.train_dataset)
+        objects = self.objects
+        objects.check_host(self._host, self._settings)
+        if hasattr(self._serving.rows, "__len__"):
+            self._serving.begin_run()
         names, wanted = self._host.reward_func_names, self._settings.difficulty_reward
         if wanted is not None and wanted not in names:
             raise ValueError(f"difficulty_reward={wanted!r} is not a reward function here. Known: {', '.join(names)}.")
-        if wanted is None and len(names) > 1 and self.group_filter is not None:
+        gate = objects.hybrid_gate
+        decides = objects.group_filter is not None or objects.screening is not None
+        decides = decides or (gate is not None and gate.success_at is None)
+        if wanted is None and len(names) > 1 and decides:
             raise ValueError(
                 f"with several reward functions ({', '.join(names)}) the filter must know which one says right or "
                 f"wrong: set difficulty_reward, e.g. difficulty_reward={names[0]!r}."
@@ -176,6 +148,32 @@ class RolloutPipeline:
     def _log(self) -> dict[str, list[float]]:
         return self._host._metrics["train"]
 
+    @property
+    def _listeners(self) -> list[Any]:
+        """Callbacks that want every group that is generated."""
+        return [one for one in self._host.callback_handler.callbacks if hasattr(one, "on_rollouts")]
+
+    def begin_training(self) -> None:
+        """Ask all ranks whether one of them has a callback that listens: what it is told, all have to gather."""
+        self._somebody_listens = any(gather_object([bool(self._listeners)]))
+
+    @property
+    def numbers_rows(self) -> bool:
+        """Whether somebody wants to know which row of the dataset a prompt is; the same on every rank."""
+        return self.selects or self._somebody_listens
+
+    @property
+    def _reading(self) -> Reading:
+        state = self._host.state
+        return Reading(
+            step=state.global_step,
+            generation=self.generations_done,
+            progress=min(1.0, state.global_step / max(1, state.max_steps)),
+            reward_names=tuple(self._host.reward_func_names),
+            one_function=self.difficulty_column is not None,
+            lookup=self._serving.values,
+        )
+
     def _join(self, parts: Sequence[Rows]) -> Rows:
         return Rows.joined(parts, self._host._tokenizer.pad_token_id, Ratios.of(self._host).padding)
 
@@ -190,23 +188,33 @@ class RolloutPipeline:
             inputs (`list[dict]`): What the loader gave this rank.
         """
         self.generations_done += 1
-        if not self.selects:
+        inputs, numbers = without_numbers(inputs)
+        if not self.numbers_rows:
             self._log[metrics.GEN_ROUNDS].append(1.0)
             return self._finished(self._round(stock, inputs))
         target = self._whole_generation(inputs)
-        generation = self._rounds(stock, inputs, target)
-        everything = join_rounds(generation.rounds)
-        groups = self._as_groups(everything)
+        generation, candidates = self._rounds(stock, inputs, numbers, target)
+        self._tell(generation)
+        if not self.selects:
+            return self._finished(generation.mine[0])
+        groups = generation.view(candidates, self._reading)
+        if self.hybrid.swap(generation, candidates, groups):
+            groups = generation.view(candidates, self._reading)
         chosen = self._choose_groups(groups, target)
-        rows = self._choose_rows(groups, chosen)
-        mine = self._dealt(generation, everything, rows)
-        if self.rollout_pruner is not None and self._settings.prune_normalizer == "original":
-            size, token_loss = self._host.num_generations, self._host.loss_type in TOKEN_LOSSES
-            original = [group * size + i for group in chosen for i in range(size)]
-            share = kept_share(rows, original, everything.loss_tokens, token_loss)
+        rows, pool = self._choose_rows(generation, groups, candidates, chosen)
+        mine = self._dealt(generation, rows)
+        everything = join_rounds(generation.rounds)
+        if self.objects.rollout_pruner is not None and self._settings.prune_normalizer == "original":
+            token_loss = self._host.loss_type in TOKEN_LOSSES
+            share = kept_share(rows, pool, everything.loss_tokens, token_loss)
             mine.batch[LOSS_SCALE] = torch.tensor(share, device=self._host.accelerator.device)
-        self._log_selection(everything, rows)
+        log_rewards(self._log, everything, rows, self.objects.group_filter is not None)
         return self._finished(mine)
+
+    def _finished(self, rows: Rows) -> dict[str, Any]:
+        """Compute the log-probs that were put off, for the rows that stayed."""
+        self._accounting.counts[metrics.ROWS_TRAINED] += self._late.computed(rows)
+        return rows.batch
 
     def _whole_generation(self, inputs: list[Any]) -> int:
         """Return the prompts of a generation, having checked that the loader gave this rank its share of them."""
@@ -221,47 +229,103 @@ class RolloutPipeline:
             )
         return layout.prompts
 
-    def _round(self, stock: Generate, inputs: list[dict[str, Any]]) -> Rows:
-        """One call of TRL's generation, with its log-prob forwards put off where dropped rows would pay for them."""
-        deferred = self._deferred = DeferredLogProbs() if self._defers() else None
-        late = deferred is not None and self._correction.on
-        self.lengths = None
-        try:
-            with self._correction.put_off() if late else contextlib.nullcontext():
-                batch = stock(inputs)
-        finally:
-            self._deferred = None
-        names = deferred.entries_of(batch) if deferred is not None else ()
-        rows = Rows(batch, tuple(dict.fromkeys((*names, OLD))) if late else names)
-        self._settle_advantages(batch)
-        self._accounting.counts[metrics.ROWS_GENERATED] += len(rows)
-        return rows
+    # --- rounds -----------------------------------------------------------------------------------------------------
 
-    def _rounds(self, stock: Generate, inputs: list[dict[str, Any]], target: int) -> Generation:
-        generation = Generation()
-        rounds = self._settings.difficulty_max_rounds if self.group_filter is not None else 1
-        if self._step_prompts is not None:
-            self._step_prompts.begin(self._host.state.global_step)
-            if self.prompt_selector is None:
-                self._step_prompts.note(inputs)
-        numbers = self._select(target) if self.prompt_selector is not None else None
+    def _rounds(
+        self, stock: Generate, inputs: list[dict[str, Any]], numbers: list[int], target: int
+    ) -> tuple[Generation, list[int]]:
+        """Return what was generated, and the groups that can be trained on."""
+        objects, generation = self.objects, Generation()
+        rounds = self._settings.difficulty_max_rounds if objects.group_filter is not None else 1
+        chooses = objects.prompt_selector is not None or objects.screening is not None
+        self._serving.begin_step(() if chooses else inputs)
+        if objects.screening is not None:
+            return generation, self._screened(stock, generation, target)
+        served = self._serving.draw(target) if chooses else self._serving.of_loader(numbers)
         for number in range(rounds):
-            local = inputs if numbers is None else self._rows_of_this_rank(numbers)
-            mine = self._round(stock, local)
-            check_movable(mine.batch)
-            generation.add(mine, self._gathered(mine))
-            if numbers is not None:
-                self.make_prompts().observe(numbers, self._as_groups(generation.rounds[-1]))
-            if self.group_filter is None:
+            from_loader = inputs if number == 0 and not chooses else None
+            ids = self._open(stock, generation, served, from_loader)
+            self._observe(generation, ids)
+            if objects.group_filter is None:
                 break
-            groups = self._as_groups(join_rounds(generation.rounds))
-            kept = int(self.group_filter.decide(groups).keep.sum())
+            groups = generation.view(range(len(generation.members)), self._reading)
+            kept = int(objects.group_filter.decide(groups).keep.sum())
             if kept >= target or number == rounds - 1:
                 break
             size = next_refill_size(target - kept, kept, len(groups.rewards), cap=target)
-            numbers = self._select(self._layout.even_groups(size))
+            served = self._serving.draw(self._layout.even_groups(size))
         self._log[metrics.GEN_ROUNDS].append(float(len(generation.rounds)))
-        return generation
+        return generation, list(range(len(generation.members)))
+
+    def _open(
+        self, stock: Generate, generation: Generation, numbers: list[int], inputs: list[dict[str, Any]] | None
+    ) -> list[int]:
+        """Generate whole groups for rows of the dataset, which are `inputs` where the loader has served them."""
+        ids, sizes = generation.open(numbers), [self._host.num_generations] * len(numbers)
+        allocator = self.objects.rollout_allocator
+        if allocator is not None:
+            sizes = checked_sizes(allocator, numbers, sum(sizes))
+        owners = [group for group, size in zip(ids, sizes, strict=True) for _ in range(size)]
+        self._add_round(stock, generation, owners, inputs if allocator is None else None, allocator is not None)
+        self._advantages.settle(generation, ids, self._reading, own_groups=allocator is not None)
+        return ids
+
+    def _screened(self, stock: Generate, generation: Generation, target: int) -> list[int]:
+        """Generate a few completions of many prompts, and the others of those that are worth it."""
+        screening = cast(Any, self.objects.screening)
+        ids = generation.open(self._serving.draw(screening.prompts(target)))
+        self._add_round(stock, generation, [g for g in ids for _ in range(screening.initial)], None, True)
+        groups = generation.view(ids, self._reading)
+        chosen = screening.choose(groups, target)
+        more = screening.continuation(self._host.num_generations)
+        self._add_round(stock, generation, [g for g in chosen for _ in range(more)], None, True)
+        self._advantages.settle(generation, chosen, self._reading, own_groups=True)
+        self._log[metrics.GEN_ROUNDS].append(2.0)
+        self._log[metrics.SCREENED_QUALIFIED].append(screening.qualified(groups) / len(ids))
+        self._log[metrics.DROPPED + "screened"].append(float((len(ids) - len(chosen)) * screening.initial))
+        self._observe(generation, ids)
+        return chosen
+
+    def _add_round(
+        self,
+        stock: Generate,
+        generation: Generation,
+        owners: list[int],
+        inputs: list[dict[str, Any]] | None,
+        own_groups: bool,
+    ) -> None:
+        """
+        Generate one completion for each of `owners`, which are groups.
+
+        Args:
+            inputs (`list[dict]`, *optional*): The rows of this rank, where the loader has served them.
+            own_groups (`bool`): Whether groups are others than TRL's, so that it must take each row alone.
+        """
+        if inputs is None:
+            inputs = self._serving.rows_of_this_rank([generation.numbers[group] for group in owners])
+        host, group_size = self._host, self._host.num_generations
+        if own_groups:
+            host.num_generations = 1
+        try:
+            mine = self._round(stock, inputs, own_groups)
+        finally:
+            host.num_generations = group_size
+        if self.selects:
+            check_movable(mine.batch)
+            if host._is_vlm:
+                mine = replace(mine, batch=by_rows_of_all(mine.batch))
+        side = {name: column.cpu() for name, column in self.side.items()}
+        generation.add(mine, self._gathered(mine), owners, side)
+        self._advantages.add_stats(generation)
+
+    def _round(self, stock: Generate, inputs: list[dict[str, Any]], own_groups: bool = False) -> Rows:
+        """One call of TRL's generation, with its log-prob forwards put off where dropped rows would pay for them."""
+        self.lengths, self.side = None, {}
+        rows = self._late.generated(stock, inputs, self.selects)
+        exact = self.selects or self._exact_skip
+        self._row_advantages = self._advantages.of_round(rows.batch, self._summed_rewards(), exact, own_groups)
+        self._accounting.counts[metrics.ROWS_GENERATED] += len(rows)
+        return rows
 
     def _gathered(self, mine: Rows) -> GatheredRows:
         """What all ranks must know of the round that was just made."""
@@ -272,67 +336,85 @@ class RolloutPipeline:
             self._filter_rewards(),
             self._summed_rewards(),
             self._rewards_of_round,
-            self._advantages,
+            self._row_advantages,
             accelerator.gather(lengths),
             accelerator.gather(tokens),
         )
         return GatheredRows(*(value.cpu() for value in gathered))
 
-    def _as_groups(self, rows: GatheredRows) -> RolloutGroups:
-        host, one_function = self._host, self.difficulty_column is not None
-        return as_groups(rows, host.num_generations, host.state.global_step, host.reward_func_names, one_function)
+    def _observe(self, generation: Generation, ids: Sequence[int]) -> None:
+        """Let selector and allocator see what was generated for their prompts, before any filter."""
+        groups = generation.view(ids, self._reading)
+        rows = list(groups.rows)
+        for one in (self.objects.prompt_selector, self.objects.rollout_allocator):
+            if one is not None:
+                one.observe(rows, groups)
+                log_metrics(one, self._log)
+
+    def _tell(self, generation: Generation) -> None:
+        """Let callbacks see every group that was generated."""
+        if not self._listeners:
+            return
+        host = self._host
+        groups = generation.view(range(len(generation.members)), self._reading)
+        for one in self._listeners:
+            one.on_rollouts(host.args, host.state, host.control, rows=list(groups.rows), groups=groups)
+
+    # --- choices ----------------------------------------------------------------------------------------------------
 
     def _choose_groups(self, groups: RolloutGroups, target: int) -> list[int]:
         """Return the groups to train on, in generation order, and count the others by reason."""
         total = len(groups.rewards)
-        if self.group_filter is None:
+        if self.objects.group_filter is None:
             return list(range(total))
-        decision = self.group_filter.decide(groups)
+        decision = self.objects.group_filter.decide(groups)
         qualified = decision.keep.nonzero().flatten().tolist()
-        chosen = qualified[:target]
-        counts = decision.counts()
-        counts["surplus"] = len(qualified) - len(chosen)
-        missing = target - len(chosen)
+        sizes = groups.sizes.tolist()
+        # Groups of several sizes: those that are kept may be the large ones.
+        room = sum(sizes) if self.objects.rollout_allocator is None else max(self._layout.trained_rows, *sizes)
+        chosen = fitting_groups(qualified, sizes, target, room)
+        missing = 0 if len(chosen) < len(qualified) else target - len(chosen)
         if missing > 0 and self._settings.difficulty_underfill == "fill":
             taken = set(chosen)
-            extra = [g for g in self.group_filter.fill_order(groups) if g not in taken][:missing]
-            for group in extra:
-                counts[decision.reasons[group]] -= 1
+            others = [g for g in self.objects.group_filter.fill_order(groups) if g not in taken]
+            extra = fitting_groups(others, sizes, missing, room - sum(sizes[g] for g in chosen))
             chosen = sorted(chosen + extra)
             self._log[metrics.GROUPS_FILLED].append(float(len(extra)))
         elif not chosen:
             # Never die and never train on nothing: one least bad group keeps the step alive.
-            chosen = self.group_filter.fill_order(groups)[:1]
-            counts[decision.reasons[chosen[0]]] -= 1
+            chosen = self.objects.group_filter.fill_order(groups)[:1]
         self._log[metrics.UNDERFILLED].append(float(missing > 0))
-        for reason in dict.fromkeys((*REASONS[1:], "surplus", *counts)):
-            dropped = counts.get(reason, 0) * self._host.num_generations
-            self._log[metrics.DROPPED + reason].append(float(dropped))
+        log_dropped_groups(self._log, decision.reasons, sizes, chosen)
         return chosen
 
-    def _choose_rows(self, groups: RolloutGroups, chosen: list[int]) -> list[int]:
-        """Return the global row numbers to train on: whole groups, less what is pruned, dealt evenly."""
-        size, world = self._host.num_generations, self._host.accelerator.num_processes
-        rows = [group * size + i for group in chosen for i in range(size)]
-        advantages, live = groups.advantages.reshape(-1), groups.live.reshape(-1)
-        chunks = self._layout.micro_batches
-        if self.rollout_pruner is not None:
+    def _choose_rows(
+        self, generation: Generation, groups: RolloutGroups, ids: list[int], chosen: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """
+        Return the global row numbers to train on, whole groups less what is pruned and dealt evenly, and those that
+        there were before pruning.
+        """
+        world, chunks = self._host.accelerator.num_processes, self._layout.micro_batches
+        pool, kept_ids = groups.take(chosen), [ids[group] for group in chosen]
+        places = generation.places(ids)[chosen]
+        here = cast(Tensor, pool.present)
+        original = places[here].tolist()
+        keep = here
+        if self.objects.rollout_pruner is not None:
             # The pool of a rank is a contiguous slice; rows that do not divide are competed for by all.
-            pools = world if len(rows) % world == 0 else 1
-            known = {"live": live[rows]} if takes_keyword(self.rollout_pruner.keep, "live") else {}
-            keep = self.rollout_pruner.keep(advantages[rows], size, pools, self.generations_done, **known)
-            if keep.shape != (len(rows),) or not keep.any():
-                raise ValueError(
-                    f"{type(self.rollout_pruner).__name__}.keep must return a mask over the {len(rows)} rows with at "
-                    f"least one of them kept, got shape {tuple(keep.shape)} with {int(keep.sum())} kept."
-                )
-            self._log[metrics.DROPPED + "pruned"].append(float(len(rows) - int(keep.sum())))
-            self._log_pruning(advantages[rows], keep, size)
-            rows = [row for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
+            pool = replace(pool, num_pools=world if len(original) % world == 0 else 1)
+            keep = self._checked_mask(self.objects.rollout_pruner.keep(pool), pool)
+            self._log[metrics.DROPPED + "pruned"].append(float(len(original) - int(keep.sum())))
+            log_pruning(self._log, pool.advantages, keep)
+            if getattr(self.objects.rollout_pruner, "adv_stats", "full") == "subset":
+                self._advantages.settle_subset(generation, kept_ids, pool, keep)
+        rows = places[keep].tolist()
         usable, repeats = len(rows) // chunks * chunks, 1
         if usable == 0:  # fewer rows than micro-batches, each of which needs one
             usable, repeats = even_repeats(len(rows), chunks, self._host.args.per_device_train_batch_size)
         if usable < len(rows):
+            everything = join_rounds(generation.rounds)
+            advantages, live = everything.advantages, everything.loss_tokens > 0
 
             def worth(i: int) -> tuple[float, bool, int]:
                 return (-abs(float(advantages[rows[i]])), not live[rows[i]], i)
@@ -340,78 +422,45 @@ class RolloutPipeline:
             by_worth = sorted(range(len(rows)), key=worth)[:usable]
             self._log[metrics.DROPPED + "uneven"].append(float(len(rows) - usable))
             rows = [rows[i] for i in sorted(by_worth)]
-        return rows * repeats
+        return rows * repeats, original
 
-    def _dealt(self, generation: Generation, everything: GatheredRows, rows: list[int]) -> Rows:
+    def _checked_mask(self, keep: Tensor, groups: RolloutGroups) -> Tensor:
+        name, shape = type(self.objects.rollout_pruner).__name__, tuple(groups.rewards.shape)
+        present = cast(Tensor, groups.present)
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != shape or not keep.any():
+            told = f"shape {tuple(keep.shape)} of {keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise ValueError(
+                f"{name}.keep must return a boolean mask of shape {shape} with at least one place kept, got {told}"
+                + (f" with {int(keep.sum())} kept." if isinstance(keep, Tensor) else ".")
+            )
+        if bool((keep.cpu() & ~present).any()):
+            raise ValueError(f"{name}.keep kept a place of a group that is smaller than the largest: see `present`.")
+        return keep.cpu()
+
+    def _dealt(self, generation: Generation, rows: list[int]) -> Rows:
         """Return this rank's share of the chosen rows."""
         accelerator = self._host.accelerator
         owners = [generation.owner(row, accelerator.num_processes) for row in rows]
-        costs = everything.loss_tokens[rows].tolist()
+        costs = join_rounds(generation.rounds).loss_tokens[rows].tolist()
         shared, moved = share_out(self._join(generation.mine), owners, costs, accelerator, self._join)
         self._accounting.counts[metrics.ROWS_MOVED] += moved
         mine = shared.trimmed()
         mine.batch["num_items_in_batch"] = accelerator.gather(mine.loss_tokens.sum()).sum()
-        return mine
+        return replace(mine, batch=merged(mine.batch))
 
     # --- log-probs of the kept rows only ----------------------------------------------------------------------------
 
-    def _defers(self) -> bool:
-        # Who chooses rows has to know which ratios are 0.
-        return not self._correction.decides if self.selects else "skip" in self._forward.exact_savings
-
     def put_off(self, attention_mask: Tensor, columns: int) -> Tensor | None:
-        """
-        Return what stands for the log-probs of a forward that can wait, or `None` for one that cannot.
-
-        Args:
-            attention_mask (`torch.Tensor`): Of the forward, shape `(rows, any)`.
-            columns (`int`): Completion tokens of a row.
-        """
-        return None if self._deferred is None else self._deferred.put_off(attention_mask, columns)
+        """See [`LateLogProbs`]."""
+        return self._late.put_off(attention_mask, columns)
 
     def put_no_more_off(self) -> None:
-        """From the rewards on: TRL has asked for its log-probs before, so that who asks now computes with them."""
-        self._deferred = None
+        """See [`LateLogProbs`]."""
+        self._late.put_no_more_off()
 
-    def _finished(self, rows: Rows) -> dict[str, Any]:
-        """Compute the log-probs that were put off, for the rows that stayed."""
-        forwarded = rows_with_gradient(rows.batch, Ratios.of(self._host).multiply)
-        for name in rows.put_off:
-            rows.batch[name] = self._log_probs_of(rows.batch, reference=name == REFERENCE)
-        if OLD in rows.put_off and self._correction.on:
-            skips = "skip" in self._forward.exact_savings
-            self._correction.make(rows.batch, forwarded if skips else torch.ones_like(forwarded), self._log)
-        active = rows_with_gradient(rows.batch, Ratios.of(self._host).multiply)
-        self._accounting.counts[metrics.ROWS_TRAINED] += int(active.sum())
-        return rows.batch
-
-    def _log_probs_of(self, batch: dict[str, Any], reference: bool) -> Tensor:
-        host = self._host
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        policy: Any = host.model  # wrapped or not, as TRL hands it over itself
-        checkpointing = disable_gradient_checkpointing(policy, host.args.gradient_checkpointing_kwargs)
-        skipping = self._forward.skipping(batch)
-        with skipping, torch.no_grad(), checkpointing, self._scoring_model(reference) as model:
-            # Through the trainer, where it is timed, trimmed and skipped, on every rank alike.
-            logps, _, _ = self._host._get_per_token_logps_and_entropies(
-                model,
-                ids,
-                mask,
-                batch["completion_ids"].size(1),
-                batch_size=host.args.per_device_train_batch_size,
-            )
-        return logps
-
-    @contextlib.contextmanager
-    def _scoring_model(self, reference: bool) -> Iterator[Any]:
-        """The policy, or the reference that TRL would use: a second model, the base model, or the "ref" adapter."""
-        if not reference or self._host.ref_model is not None:
-            yield self._host.ref_model if reference else self._host.model
-            return
-        unwrapped = self._host.accelerator.unwrap_model(self._host.model)
-        with use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None):
-            yield self._host.model
+    def log_probs_of(self, batch: dict[str, Any], reference: bool) -> Tensor:
+        """See [`LateLogProbs`]."""
+        return self._late.log_probs_of(batch, reference)
 
     # --- rewards ----------------------------------------------------------------------------------------------------
 
@@ -432,69 +481,16 @@ class RolloutPipeline:
         summed[torch.isnan(rewards).all(dim=1)] = torch.nan
         return summed
 
-    def _settle_advantages(self, batch: dict[str, Any]) -> None:
-        """Make advantages that are zero but for rounding exactly zero: the mean of equal fp32 rewards can be off."""
-        equal = equal_reward_groups(self._summed_rewards().view(-1, self._host.num_generations))
-        advantages = batch["advantages"]
-        # Advantages per token are those of a subclass, which need not come from these rewards.
-        centred = self._host.multi_objective_aggregation == "sum_then_normalize" and advantages.ndim == 1
-        if centred and (self.selects or "skip" in self._forward.exact_savings):
-            zero = equal.repeat_interleave(self._host.num_generations)
-            mine = self._layout.rows_of(self._host.accelerator.process_index, len(zero))
-            batch["advantages"] = advantages.masked_fill(zero[mine.start : mine.stop], 0.0)
-        known = row_advantages(batch, Ratios.of(self._host).multiply)
-        self._advantages = self._host.accelerator.gather(known)
-        dead = ~(self._advantages.view(-1, self._host.num_generations) != 0).any(dim=1)
-        dead = dead | equal if centred else dead
-        self._log[metrics.FRAC_ZERO_VAR_GROUPS].append(float(dead.float().mean()))
-
-    # --- prompts ----------------------------------------------------------------------------------------------------
-
-    def make_prompts(self) -> PromptSelector:
-        """Return where further prompts come from; the stream of refills is made when it is first needed."""
-        if self.prompts is None:
-            self.prompts = ShuffledPrompts(len(self._host.train_dataset), seed=self._host.args.seed + 1)
-        return self.prompts
-
-    def _select(self, count: int) -> list[int]:
-        """Draw rows of the dataset whose prompts the step does not have yet."""
-        step_prompts = cast(StepPrompts, self._step_prompts)  # whoever selects or refills has made them
-        return step_prompts.draw(self.make_prompts(), count, gather_object)
-
-    def _rows_of_this_rank(self, numbers: list[int]) -> list[dict[str, Any]]:
-        repeated = [number for number in numbers for _ in range(self._host.num_generations)]
-        mine = self._layout.rows_of(self._host.accelerator.process_index, len(repeated))
-        return [dict(self._host.train_dataset[repeated[position]]) for position in mine]
-
-    # --- metrics ----------------------------------------------------------------------------------------------------
-
-    def _log_selection(self, everything: GatheredRows, rows: list[int]) -> None:
-        log, kept = self._log, sorted(set(rows))
-        rewards = [(metrics.REWARD_GENERATED, metrics.REWARD_KEPT, everything.weighted_rewards)]
-        if self.group_filter is not None:
-            rewards.append((metrics.FILTER_REWARD_GENERATED, metrics.FILTER_REWARD_KEPT, everything.rewards))
-        for of_generated, of_kept, values in rewards:
-            log[of_generated].append(float(torch.nanmean(values)))
-            log[of_kept].append(float(torch.nanmean(values[kept])))
-
-    def _log_pruning(self, advantages: Tensor, keep: Tensor, group_size: int) -> None:
-        log, kept = self._log, advantages[keep]
-        log[metrics.PRUNE_ABS_ADVANTAGE_KEPT].append(float(kept.abs().mean()))
-        log[metrics.PRUNE_POSITIVE_FRACTION].append(float((kept > 0).float().mean()))
-        sign = torch.where(keep, torch.sign(advantages), 0.0).view(-1, group_size)
-        one_sign = ((sign > 0).any(1) != (sign < 0).any(1)).float()
-        log[metrics.PRUNE_GROUPS_WITH_ONE_SIGN].append(float(one_sign.mean()))
-
 
 def check_movable(batch: dict[str, Any]) -> None:
     """
     Say that a batch holds what cannot be picked by rows.
 
     Raises:
-        RefusedError: image and multimodal inputs, by name.
+        RefusedError: entries that TRL does not have, by name.
     """
-    if extra := sorted(set(batch) - ROW_KEYS):
+    if extra := sorted(set(batch) - ROW_KEYS - VISION_KEYS):
         raise RefusedError(
-            f"difficulty filtering and completion pruning cannot pick rows of {', '.join(extra)} yet (image and "
-            "multimodal inputs). Turn them off for this model."
+            f"prompt selection, filtering and pruning pick rows, and of {', '.join(extra)} it is not known which part "
+            "belongs to which row. Turn them off for this model."
         )

@@ -35,16 +35,21 @@ from ..._files import load_json, load_state, missing_file, save_bytes, save_json
 from ...errors import BrokenFileError, MismatchError
 from ...functional.rollouts import GenerationLayout, first_difference, micro_step_in
 from ...protocols import PromptSelector
+from .draft_files import drafts_name, load_drafts
 from .elastic import LAYOUT, check_same_updates, dealt_again, layout_entry, stored_layout
 from .rows import Ratios
+from .serving import NUMBER, NumberedRows
 
 logger = logging.get_logger(__name__)
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 STATE_FILE = "effi_state.json"
 PROMPTS_FILE = "effi_prompts.pt"
+OBJECTS_FILE = "effi_selection.pt"
 #: of `STATE_FILE`. A file without a number is of version 0, in which the prompt selector's state was part of the JSON.
 SCHEMA = 1
+#: of a run whose files are looked for: as many names are made
+_MOST_RANKS = 2**17
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
 MARK = "hf_effi.grpo"
 
@@ -92,15 +97,30 @@ class RolloutState(Protocol):
 
     #: generations since the run began
     generations_done: int
-    #: where further prompts come from, once there was need of them
-    prompts: PromptSelector | None
+
+    @property
+    def prompts(self) -> PromptSelector | None:
+        """Where further prompts come from, once there was need of them."""
 
     @property
     def selects(self) -> bool:
         """Whether prompts, groups or rows are chosen, so that generations must be whole."""
 
+    def begin_training(self) -> None:
+        """Called by every rank before it makes the loader of a training."""
+
+    @property
+    def numbers_rows(self) -> bool:
+        """Whether somebody wants to know which row of the dataset a prompt is."""
+
     def make_prompts(self) -> PromptSelector:
         """Return `prompts`, made where there are none."""
+
+    def objects_state(self) -> dict[str, Any]:
+        """Return the states of what else chooses; empty without any."""
+
+    def load_objects_state(self, stored: dict[str, Any], checkpoint: Path) -> None:
+        """Go on where a checkpoint stopped."""
 
 
 class NoRollouts:
@@ -109,6 +129,17 @@ class NoRollouts:
     generations_done = 0
     prompts: PromptSelector | None = None
     selects = False
+    numbers_rows = False
+
+    def begin_training(self) -> None:
+        """Nothing to do."""
+
+    def objects_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_objects_state(self, stored: dict[str, Any], checkpoint: Path) -> None:
+        if stored:
+            self.make_prompts()
 
     def make_prompts(self) -> PromptSelector:
         raise MismatchError(
@@ -136,10 +167,14 @@ class ResumableGRPOTrainer(GRPOTrainer):
     model: nn.Module
     num_generations: int
     pad_to_multiple_of: int | None
+    _signature_columns: Any  # a list of names once it is asked for; declared as `None`
     _buffered_inputs: Any  # a list of micro-batches from the first generation on; declared as `None`
 
     _step_after_update = 0
     _prompt_sampler: EpochRepeatSampler | None = None
+    #: what keeps rollouts for the next pass, where somebody does
+    reuse_turn: Any = None
+    rollout_reuse: Any = None
     #: The pass over the prompts that the run is in, and the micro-step at which it began.
     _pass, _pass_began_at = 0, 0
 
@@ -165,6 +200,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def get_train_dataloader(self) -> Any:
         layout = self._layout
+        self._rollouts.begin_training()
         if layout.oversample == 1:
             return super().get_train_dataloader()
         # TRL lays out sampler, stream and batches by these two. A generation has R times more prompts, an epoch R
@@ -177,10 +213,19 @@ class ResumableGRPOTrainer(GRPOTrainer):
         finally:
             self._train_batch_size, self.args.generation_batch_size = saved
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: list[str] = self._signature_columns or []
+        if NUMBER not in known:
+            self._signature_columns = [*known, NUMBER]  # ours, and taken off before anybody sees the rows
+
     @_takes_arguments_of(GRPOTrainer._get_dataloader)
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(super()._get_dataloader).bind(*args, **kwargs).arguments
         dataset, world = call["dataset"], self._layout.world_size
+        if call.get("is_training") and self._rollouts.numbers_rows and isinstance(dataset, datasets.Dataset):
+            # What transformers does to a dataset of this class, and not to another one.
+            dataset = call["dataset"] = NumberedRows(self._remove_unused_columns(dataset, description="Training"))
         sharded = isinstance(dataset, datasets.IterableDataset) and 1 < world <= dataset.num_shards
         if call.get("is_training") and sharded:
             if self._rollouts.selects:
@@ -248,11 +293,17 @@ class ResumableGRPOTrainer(GRPOTrainer):
         world, prompts = self.accelerator.num_processes, self._rollouts.prompts
         # On every process: one that refused a state alone would leave the others waiting.
         content = None if prompts is None else state_bytes(prompts.state_dict(), f"prompt_selector ({_name(prompts)})")
+        chosen = self._rollouts.objects_state()
+        objects = state_bytes(chosen, "what chooses rollouts") if chosen else None
         if inside_block:
             save_state(folder / _buffer_name(self.accelerator.process_index), self._buffered_inputs)
+        if self.reuse_turn is not None:
+            save_state(folder / drafts_name(self.accelerator.process_index), self.reuse_turn.state_dict())
         if self.args.should_save:
             if content is not None:
                 save_bytes(folder / PROMPTS_FILE, content)
+            if objects is not None:
+                save_bytes(folder / OBJECTS_FILE, objects)
             state = {
                 "schema": SCHEMA,
                 "step": self._step,
@@ -264,10 +315,14 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "generations_done": self._rollouts.generations_done,
                 "prompts": None if prompts is None else PROMPTS_FILE,
                 "prompt_selector": None if prompts is None else _name(prompts),
+                "objects": None if objects is None else OBJECTS_FILE,
+                "drafts": self.reuse_turn is not None,
             }
             save_json(folder / STATE_FILE, state)
         files = [STATE_FILE, *([PROMPTS_FILE] if content is not None else [])]
+        files += [OBJECTS_FILE] if objects is not None else []
         files += [_buffer_name(rank) for rank in range(world)] if inside_block else []
+        files += [drafts_name(rank) for rank in range(world)] if self.reuse_turn is not None else []
         # With the step, because another trainer that continues this run keeps the entry and not the files.
         self._stored_entries[MARK] = {"schema": SCHEMA, "step": self.state.global_step, "files": files}
         self.accelerator.wait_for_everyone()  # the first process pushes what all have written
@@ -312,6 +367,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         in_pass = state.get("steps_in_pass", 0)
         self._rollouts.generations_done = state["generations_done"]
         self._load_prompts(Path(checkpoint), state)
+        self._load_objects(Path(checkpoint), state)
+        load_drafts(self, Path(checkpoint), state)
         if before is None or before == now:
             self._step = self._step_after_update = state["step"]
         elif self.args.ignore_data_skip and first_difference(before, now) is not None:
@@ -356,14 +413,23 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 f"{path} was left by another run; this checkpoint is continued as one of the stock trainer."
             )
             return None
+        world = state.get("world_size")
+        if isinstance(world, bool) or not isinstance(world, int) or not 1 <= world <= _MOST_RANKS:
+            raise BrokenFileError(f"{path} names {world!r} processes. Resume from another checkpoint.")
         return state
 
     def _load_prompts(self, checkpoint: Path, state: dict[str, Any]) -> None:
         stored = state["prompts"]
         if stored is None:
+            if (added := self._rollouts.prompts) is not None:
+                raise MismatchError(
+                    f"{checkpoint} was trained without a prompt selector, this run has {_name(added)}: it would begin "
+                    "in the middle of the run without its history. Resume without it, or start a new run from the "
+                    "weights."
+                )
             return
-        if isinstance(stored, str):  # a file; version 0 has the state here
-            stored = load_state(checkpoint / stored)
+        if isinstance(stored, str):  # in the file; version 0 has the state here
+            stored = load_state(checkpoint / PROMPTS_FILE)
         prompts = self._rollouts.make_prompts()
         mine, theirs = _name(prompts), state.get("prompt_selector", _name(prompts))
         if mine != theirs:
@@ -372,6 +438,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "run that is resumed, or start a new run from the weights."
             )
         prompts.load_state_dict(stored)
+
+    def _load_objects(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        there = state.get("objects") is not None  # absent in files of earlier versions
+        self._rollouts.load_objects_state(load_state(checkpoint / OBJECTS_FILE) if there else {}, checkpoint)
 
     def _load_buffer(self, checkpoint: Path, state: dict[str, Any], before: GenerationLayout | None) -> None:
         now, world, rank = self._layout, self.accelerator.num_processes, self.accelerator.process_index

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from trl.trainer.utils import is_async_callable
 
-from ...errors import RewardError
+from ...errors import RefusedError, RewardError
+from ...selection.rewards import GroupReward, SideColumn, is_async
 from .host import Host
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 LARGEST = torch.finfo(torch.float32).max
 
 
-def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
+def check_rewards(values: Any, expected: int, name: str, warn: bool = True) -> list[float | None]:
     """
     Turn what a reward function returned into a list of floats, or say what is wrong with it.
 
@@ -36,6 +36,7 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
             once: mostly it divides by 0.
         expected (`int`): Completions that were passed in, `N`.
         name (`str`): The function's name, for the message.
+        warn (`bool`, *optional*, defaults to `True`): Whether to warn of that.
 
     Raises:
         RewardError: `values` cannot be iterated over, has another length, or holds something that is no number, or not
@@ -70,7 +71,8 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
             "prompt-completion pair)."
         )
     rewards = [_as_reward(value, index, name) for index, value in enumerate(found)]
-    if rewards and not any(reward is not None for reward in rewards) and any(value is not None for value in found):
+    nothing = bool(rewards) and not any(reward is not None for reward in rewards)
+    if warn and nothing and any(value is not None for value in found):
         _warn_of_nothing_but_nan(name, len(rewards))
     return rewards
 
@@ -132,6 +134,63 @@ def check_sums(rewards: Tensor, weights: Tensor, group_size: int, names: Sequenc
     )
 
 
+class SideColumns:
+    """
+    The side columns among the reward functions of a trainer, which TRL never takes for rewards.
+
+    Args:
+        columns (`Sequence[SideColumn]`, *optional*): What [`~hf_effi.selection.side_column`] returned.
+        given (`Sequence[Callable]`, *optional*): All functions as the user gave them, in their order.
+    """
+
+    def __init__(self, columns: Sequence[SideColumn] = (), given: Sequence[Any] = ()) -> None:
+        self.columns, self.given = tuple(columns), tuple(given)
+        self.names = tuple(column.__name__ for column in self.columns)
+
+    @classmethod
+    def taken_from(cls, host: Host, reader: Any = None) -> SideColumns:
+        """
+        Take the side columns out of a trainer's reward functions, with their names, weights and processing classes.
+
+        TRL has checked all of these against each other when it built the trainer.
+
+        Args:
+            reader (*optional*): An advantage transform; an attribute `side_columns` of it names those that it reads.
+
+        Raises:
+            ValueError: a name is there twice; nothing but side columns is there, so that nothing is rewarded; or
+                `reader` reads one that is not there.
+        """
+        given = list(host.reward_funcs)
+        places = [i for i, function in enumerate(given) if isinstance(function, SideColumn)]
+        there = [given[i].__name__ for i in places]
+        if lost := [name for name in getattr(reader, "side_columns", ()) if name not in there]:
+            raise ValueError(
+                f"{type(reader).__name__} reads the side column {lost[0]!r}; there are: {', '.join(there) or 'none'}. "
+                f"Pass side_column(fn, name={lost[0]!r}) among the reward functions."
+            )
+        if not places:
+            return cls((), given)
+        rest = [i for i in range(len(given)) if i not in places]
+        found = cls([given[i] for i in places], given)
+        rewards = [host.reward_func_names[i] for i in rest]
+        if not rest:
+            raise ValueError(
+                f"all reward functions are side columns ({', '.join(found.names)}), so that nothing is rewarded. Pass "
+                "a reward function beside them."
+            )
+        for name in found.names:
+            if (*rewards, *found.names).count(name) > 1:
+                raise ValueError(
+                    f"the side column {name!r} has the name of another function. Name it: side_column(fn, name=...)."
+                )
+        host.reward_funcs = [given[i] for i in rest]
+        host.reward_processing_classes = [host.reward_processing_classes[i] for i in rest]
+        host.reward_weights = host.reward_weights[rest]
+        host.reward_func_names = rewards
+        return found
+
+
 class RewardCheck:
     """
     One call of `GRPOTrainer._calculate_rewards` whose reward functions are looked at.
@@ -141,14 +200,19 @@ class RewardCheck:
 
     Args:
         host ([`Host`]): Whose reward functions are wrapped, for the time of the call.
+        side ([`SideColumns`], *optional*): Those of the trainer.
 
     Attributes:
         problems (`list[str]`): What the functions of this rank returned that is no reward.
+        side (`dict[str, torch.Tensor]`): The side columns of all ranks, float64 on the CPU, shape `(rows,)`.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, side: SideColumns | None = None) -> None:
         self.host = host
         self.problems: list[str] = []
+        self.side: dict[str, Tensor] = {}
+        self._columns = SideColumns() if side is None else side
+        self._found: dict[str, list[float | None]] = {}
 
     def calculate(
         self, stock: Callable[..., Tensor], inputs: Any, prompts: Any, completions: Any, completion_ids: Any
@@ -162,35 +226,102 @@ class RewardCheck:
         Raises:
             RewardError: a function of any rank returned what is no reward; on every rank.
         """
-        originals = self.host.reward_funcs
-        self.host.reward_funcs = self._wrapped(originals, len(prompts))
+        host = self.host
+        before = (host.reward_funcs, host.reward_func_names, getattr(host, "reward_processing_classes", None))
+        functions, names, classes = before
+        wrapped = self._wrapped(functions, names, len(prompts))
+        # TRL calls them as it calls rewards, and gets no number.
+        wrapped += [self._noted(column, len(prompts)) for column in self._columns.columns]
+        host.reward_funcs = wrapped  # only now: what refuses a function must not leave others wrapped
+        if self._columns.columns:
+            host.reward_func_names = [*names, *self._columns.names]
+            host.reward_processing_classes = [*(classes or ()), *(None for _ in self._columns.columns)]
         try:
             rewards = stock(inputs, prompts, completions, completion_ids)
         finally:
-            self.host.reward_funcs = originals
-        everyone = [problem for rank in gather_object([self.problems]) for problem in rank]
-        if everyone:
+            host.reward_funcs, host.reward_func_names = functions, names
+            if self._columns.columns:
+                host.reward_processing_classes = classes or []
+        ranks = gather_object([(self.problems, self._found)])
+        if everyone := [problem for problems, _ in ranks for problem in problems]:
             raise RewardError(everyone[0])
+        if self._columns.columns:
+            rewards = rewards[:, : len(functions)].contiguous()
+            self.side = {name: _column([found[name] for _, found in ranks]) for name in self._columns.names}
+            self._log()
         return rewards
 
-    def _wrapped(self, functions: Sequence[Any], expected: int) -> list[Any]:
+    def _wrapped(self, functions: Sequence[Any], names: Sequence[str], expected: int) -> list[Any]:
         return [
-            function if isinstance(function, nn.Module) else _checked(function, name, expected, self.problems)
-            for function, name in zip(functions, self.host.reward_func_names, strict=True)
+            function
+            if isinstance(function, nn.Module)
+            else _checked(self._in_groups(function), name, expected, self.problems)
+            for function, name in zip(functions, names, strict=True)
         ]
 
+    def _noted(self, column: SideColumn, expected: int) -> Callable[..., Any]:
+        """Keep the numbers of a side column, and hand TRL a column without one."""
+        return _checked(self._in_groups(column.fn), column.__name__, expected, self.problems, self._found)
 
-def _checked(func: Callable[..., Any], name: str, expected: int, problems: list[str]) -> Callable[..., Any]:
-    """Record a problem and hand TRL unscorable rewards, so that this rank still reaches the gather."""
+    def _in_groups(self, function: Any) -> Any:
+        """Tell a function of groups how large they are."""
+        if not isinstance(function, GroupReward):
+            return function
+        training = bool(self.host.model.training)
+        size = self.host.num_generations if training else self.host.num_generations_eval
+        if training and size == 1:
+            raise RefusedError(
+                f"group reward {function.__name__!r} needs all completions of a prompt at once, and `screening=` and "
+                "`rollout_allocator=` generate them in parts. Drop them, or use a reward for each completion."
+            )
+        if training and function.group_size not in (None, size):
+            raise ValueError(
+                f"group reward {function.__name__!r} was made with group_size={function.group_size}, and "
+                f"num_generations is {size}. Leave group_size out: this trainer tells it."
+            )
+        return functools.partial(function.of_groups, size)
+
+    def _log(self) -> None:
+        log = self.host._metrics["train" if self.host.model.training else "eval"]
+        tables = getattr(self.host, "_logs", None)
+        for name, values in self.side.items():
+            if tables is not None:
+                tables["rewards"][name].extend(values.tolist())
+            if bool((~values.isnan()).any()):
+                log[f"rewards/{name}/mean"].append(float(torch.nanmean(values)))
+
+
+def _column(parts: Sequence[Sequence[float | None]]) -> Tensor:
+    values = [math.nan if value is None else value for part in parts for value in part]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _checked(
+    func: Callable[..., Any],
+    name: str,
+    expected: int,
+    problems: list[str],
+    noted: dict[str, list[float | None]] | None = None,
+) -> Callable[..., Any]:
+    """
+    Record a problem and hand TRL unscorable rewards, so that this rank still reaches the gather.
+
+    Args:
+        noted (`dict`, *optional*): Takes the values of a side column, of which TRL gets none.
+    """
 
     def accept(values: Any) -> list[float | None]:
         try:
-            return check_rewards(values, expected, name)
+            found = check_rewards(values, expected, name, warn=noted is None)
         except RewardError as error:
             problems.append(str(error))
-            return [None] * expected
+            found = [None] * expected
+        if noted is None:
+            return found
+        noted[name] = found
+        return [None] * expected
 
-    if is_async_callable(func):
+    if is_async(func):
 
         @functools.wraps(func, updated=())
         async def call_async(*args: Any, **kwargs: Any) -> list[float | None]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ...functional.rollouts import binary_pass_rates, concat_rows, loss_mask, take_rows, trim_rows
-from ...protocols import RolloutGroups
+from ...functional.rollouts import DEMONSTRATION, binary_pass_rates, concat_rows, loss_mask, take_rows, trim_rows
+from ...protocols import RolloutGroups, TokenStats
 from .host import Host
 
 #: The batch entries that can move between ranks. Image tensors are indexed by patch, not by row, and cannot.
 ROW_KEYS = frozenset(
     "prompt_ids prompt_mask completion_ids completion_mask advantages num_items_in_batch old_per_token_logps "
     "ref_per_token_logps sampling_per_token_logps importance_sampling_ratio tool_mask".split()
-)
+) | {DEMONSTRATION}
+
+#: The batch entry that a loss is multiplied by, a tensor without dimensions. TRL passes it through.
+LOSS_SCALE = "effi_loss_scale"
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,21 @@ class Rows:
 
     def to(self, device: Any) -> Rows:
         """Return the rows with their tensors on a device."""
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.batch.items()}
-        return replace(self, batch=moved)
+        return replace(self, batch={key: _moved(value, device) for key, value in self.batch.items()})
+
+
+def _moved(value: Any, device: Any) -> Any:
+    if isinstance(value, list):
+        return [_moved(part, device) for part in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def whole_rows(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return tokens and mask of prompts and completions side by side, shape `(rows, columns)`."""
+    ids, mask = (
+        torch.cat([batch[f"{side}_{kind}"] for side in ("prompt", "completion")], dim=1) for kind in ("ids", "mask")
+    )
+    return ids, mask
 
 
 @dataclass(frozen=True)
@@ -113,24 +130,29 @@ def join_rounds(rounds: Sequence[GatheredRows]) -> GatheredRows:
     )
 
 
-def as_groups(
-    rows: GatheredRows, group_size: int, step: int, reward_names: Sequence[str], one_function: bool
-) -> RolloutGroups:
+_PER_ROW = ("rewards", "weighted_rewards", "advantages", "lengths", "loss_tokens")
+#: what stands in the place of a completion that a smaller group does not have
+_ABSENT = {"rewards": math.nan, "weighted_rewards": math.nan, "advantages": 0.0, "lengths": 0, "loss_tokens": 0}
+
+
+@dataclass(frozen=True)
+class Reading:
     """
-    Return the view of `rows` that filters and selectors get.
+    How the rows of a generation are shown to what chooses among them.
 
     Args:
-        one_function (`bool`): Whether `rows.rewards` are those of one function, so that they can be right or wrong.
+        step, generation, progress, lookup: See [`~hf_effi.protocols.RolloutGroups`].
+        reward_names (`tuple[str, ...]`): Of the reward functions.
+        one_function (`bool`): Whether the reward that decides is that of one function, so that it can be right or
+            wrong.
     """
-    grouped = {name: getattr(rows, name).view(-1, group_size) for name in _PER_ROW}
-    per_func = rows.rewards_per_func.view(-1, group_size, rows.rewards_per_func.size(1))
-    rates = binary_pass_rates(grouped["rewards"]) if one_function else None
-    return RolloutGroups(
-        **grouped, step=step, rewards_per_func=per_func, reward_names=tuple(reward_names), pass_rates=rates
-    )
 
-
-_PER_ROW = ("rewards", "weighted_rewards", "advantages", "lengths", "loss_tokens")
+    step: int
+    generation: int
+    progress: float
+    reward_names: tuple[str, ...]
+    one_function: bool
+    lookup: Callable[[str, Sequence[int]], list[Any]] | None = None
 
 
 @dataclass
@@ -141,14 +163,45 @@ class Generation:
     Args:
         mine (`list[Rows]`): The rows of this rank, by round.
         rounds (`list[GatheredRows]`): What all ranks know, by round.
+        members (`list[list[int]]`): The global rows of each group.
+        numbers (`list[int]`): The row of the dataset that each group has its prompt from; -1 where it is not known.
+        stats (`list[TokenStats]`): Of the rows of each round, shape `(rows, tokens)`, where they are asked for.
+        side (`list[dict]`): The side columns of each round, shape `(rows,)`.
     """
 
     mine: list[Rows] = field(default_factory=list)
     rounds: list[GatheredRows] = field(default_factory=list)
+    members: list[list[int]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    stats: list[TokenStats] = field(default_factory=list)
+    side: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def add(self, mine: Rows, everybodys: GatheredRows) -> None:
+    def open(self, numbers: Sequence[int]) -> list[int]:
+        """Begin groups for these rows of the dataset, and return their indices."""
+        first = len(self.members)
+        self.members += [[] for _ in numbers]
+        self.numbers += numbers
+        return list(range(first, len(self.members)))
+
+    def add(
+        self, mine: Rows, everybodys: GatheredRows, groups: Sequence[int], side: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """
+        Add a round.
+
+        Args:
+            groups (`Sequence[int]`): The group of each row of all ranks.
+        """
+        first = self.rows_before(len(self.rounds))
+        for i, group in enumerate(groups):
+            self.members[group].append(first + i)
         self.mine.append(mine)
         self.rounds.append(everybodys)
+        self.side.append(dict(side or {}))
+
+    def rows_before(self, number: int) -> int:
+        """Return how many rows all ranks have in the rounds before one."""
+        return sum(len(part.rewards) for part in self.rounds[:number])
 
     def owner(self, row: int, world: int) -> tuple[int, int]:
         """Return `(rank, index in that rank's joined rounds)` of a global row."""
@@ -159,3 +212,59 @@ class Generation:
             row -= size * world
             local_offset += size
         raise IndexError(f"row {row} is past the last round.")
+
+    def places(self, groups: Sequence[int]) -> Tensor:
+        """Return the global rows of these groups, shape `(groups, largest)`; -1 where a group has no more."""
+        members = [self.members[group] for group in groups]
+        width = max((len(rows) for rows in members), default=0)
+        return torch.tensor([rows + [-1] * (width - len(rows)) for rows in members], dtype=torch.int64).view(-1, width)
+
+    def view(self, groups: Sequence[int], reading: Reading) -> RolloutGroups:
+        """Return what filters, pruners and selectors get of these groups."""
+        places = self.places(groups)
+        present, index = places >= 0, places.clamp(min=0)
+        rows = join_rounds(self.rounds)
+
+        def grouped(values: Tensor, absent: float) -> Tensor:
+            found = values[index]
+            return found if bool(present.all()) else found.masked_fill(~_like(present, found), absent)
+
+        values: dict[str, Any] = {name: grouped(getattr(rows, name), _ABSENT[name]) for name in _PER_ROW}
+        side = {
+            name: grouped(torch.cat([part[name] for part in self.side]), math.nan)
+            for name in dict.fromkeys(name for part in self.side for name in part)
+            if all(name in part for part in self.side)
+        }
+        rates = binary_pass_rates(values["rewards"]) if reading.one_function else None
+        return RolloutGroups(
+            **values,
+            step=reading.step,
+            rewards_per_func=grouped(rows.rewards_per_func, math.nan),
+            reward_names=reading.reward_names,
+            pass_rates=rates,
+            rows=tuple(self.numbers[group] for group in groups),
+            present=present,
+            side=side,
+            generation=reading.generation,
+            progress=reading.progress,
+            token_stats=self._stats_of(index, present),
+            lookup=reading.lookup,
+        )
+
+    def _stats_of(self, index: Tensor, present: Tensor) -> TokenStats | None:
+        if not self.stats or len(self.stats) < len(self.rounds):
+            return None
+        width = max(part.mask.size(1) for part in self.stats)
+
+        def joined(name: str) -> Tensor:
+            parts = [getattr(part, name) for part in self.stats]
+            found = torch.cat([functional.pad(part, (0, width - part.size(1))) for part in parts])[index]
+            return found.masked_fill(~_like(present, found), 0)
+
+        corrected = all(part.ratios is not None for part in self.stats)
+        ratios = joined("ratios") if corrected else None
+        return TokenStats(joined("logps"), joined("sum_sq_probs"), joined("mask"), ratios)
+
+
+def _like(present: Tensor, values: Tensor) -> Tensor:
+    return present if values.ndim == 2 else present.unsqueeze(-1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from transformers.utils import logging
 
+from ...callbacks.adaptive_lr import GradientSNRCallback
 from ...errors import RefusedError
 from ...functional.rollouts import GenerationLayout
-from .config import EXACT_SAVINGS
+from .config import EXACT_SAVINGS, refuse_unused
 from .forward_probe import flat_reasons, measured_reasons, shortest_window
 from .host import Host
 from .packed import LAYOUTS, PackedForward, costs_of
@@ -16,19 +19,24 @@ from .settings import GRPOSettings
 logger = logging.get_logger(__name__)
 
 
-def choose_savings(host: Host, settings: GRPOSettings) -> tuple[tuple[str, ...], dict[str, str]]:
+def choose_savings(
+    host: Host, settings: GRPOSettings, more_reasons: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
     """
-    Return the exact savings to use, and why others are left out, by name.
+    Return the exact savings to use.
 
     Args:
         host ([`Host`]): The trainer, with its model loaded; every rank asks.
         settings ([`GRPOSettings`]): `exact_savings` names some, or leaves the choice.
+        more_reasons (`Mapping[str, str]`, *optional*): Why a saving would change the gradient of what else is on, by
+            name.
 
     Raises:
         RefusedError: a saving that is named would change the gradient, with the reason.
+        ValueError: `forward_buckets` is set where `trim` is off.
     """
     wanted = settings.wanted_savings
-    reasons = inexact_reasons(host)
+    reasons = inexact_reasons(host) | dict(more_reasons or {})
     open_ones = tuple(name for name in (EXACT_SAVINGS if wanted is None else wanted) if name not in reasons)
     model, pad = host.accelerator.unwrap_model(host.model), host._tokenizer.pad_token_id
     reasons |= measured_reasons(model, open_ones, _longest_row(host), pad)
@@ -38,17 +46,40 @@ def choose_savings(host: Host, settings: GRPOSettings) -> tuple[tuple[str, ...],
         reasons |= {
             name: f"of the reference model, {reason}" for name, reason in flat_reasons(reference, flat).items()
         }
-    for name in wanted or ():
+    _refuse_named(settings, reasons)
+    chosen = tuple(n for n in EXACT_SAVINGS if n not in reasons and (wanted is None or n in wanted))
+    if wanted is None and reasons and host.accelerator.is_main_process:
+        left_out = " ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        logger.info(f"exact_savings='auto' uses {', '.join(chosen) or 'nothing'}. Left out: {left_out}")
+    if settings.forward_buckets and "trim" not in chosen:
+        # The config knows which savings were asked for; `auto` may have left `trim` out for this model or loss.
+        reason = f"acts only with 'trim': {reasons.get('trim', 'it is off.')} Drop it"
+        refuse_unused(settings, ("forward_buckets",), reason)
+    return chosen
+
+
+def _refuse_named(settings: GRPOSettings, reasons: Mapping[str, str]) -> None:
+    for name in settings.wanted_savings or ():
         if name in reasons:
             raise RefusedError(
                 f"exact_savings={settings.exact_savings!r}: {name!r} is not exact here: {reasons[name]} Leave "
                 f"{name!r} out, or use exact_savings='auto'."
             )
-    chosen = tuple(n for n in EXACT_SAVINGS if n not in reasons and (wanted is None or n in wanted))
-    if wanted is None and reasons and host.accelerator.is_main_process:
-        left_out = " ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        logger.info(f"exact_savings='auto' uses {', '.join(chosen) or 'nothing'}. Left out: {left_out}")
-    return chosen, reasons
+
+
+def still_exact(host: Host, settings: GRPOSettings, savings: tuple[str, ...]) -> tuple[str, ...]:
+    """
+    Return the savings that stay exact with the callbacks that the trainer has now.
+
+    Args:
+        savings (`tuple[str, ...]`): Those that were chosen when the trainer was built.
+
+    Raises:
+        RefusedError: a saving that is named would change what a callback measures.
+    """
+    reasons = inexact_reasons(host)
+    _refuse_named(settings, reasons)
+    return tuple(name for name in savings if name not in reasons)
 
 
 def packed_forward(host: Host, savings: tuple[str, ...]) -> PackedForward | None:
@@ -87,6 +118,9 @@ def inexact_reasons(host: Host) -> dict[str, str]:
             f"steps_per_generation={host.args.steps_per_generation} and gradient_accumulation_steps="
             f"{host.args.gradient_accumulation_steps} are not multiples, so optimizer steps straddle generations."
         )
+    if any(isinstance(one, GradientSNRCallback) for one in host.callback_handler.callbacks):
+        text = "GradientSNRCallback compares halves of a batch, which must not differ in their lengths."
+        reasons.setdefault("sort", text)
     if reason := _no_flat_rows(host):
         reasons["pack"] = reasons["share"] = reason
     return reasons

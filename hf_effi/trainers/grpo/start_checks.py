@@ -10,7 +10,14 @@ from typing import Any
 import datasets
 from transformers.trainer_utils import get_last_checkpoint
 
+from .config import EffiGRPOConfig
 from .host import Host
+
+
+def default_config(model: Any) -> EffiGRPOConfig:
+    """Return the config of a trainer that was given none, with TRL's name for its folder."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+    return EffiGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
 
 
 def check_dataset(dataset: Any, environment: Any) -> None:

@@ -112,15 +112,10 @@ def check_selector(selector: Any) -> None:
         TypeError: a method is missing, or `observe` is of the time when it was given a list of pass rates.
     """
     name = type(selector).__name__
-    missing = [
-        method for method in ("select", "observe", "state_dict", "load_state_dict") if not _has(selector, method)
-    ]
-    if missing:
-        raise TypeError(
-            f"prompt_selector={name} has no {', '.join(missing)}. It must offer what "
-            "hf_effi.protocols.PromptSelector lists."
-        )
-    if any(parameter.name == "pass_rates" for parameter in _parameters(selector.observe)):
+    check_methods(
+        "prompt_selector", selector, "PromptSelector", ("select", "observe", "state_dict", "load_state_dict")
+    )
+    if any(parameter.name == "pass_rates" for parameter in parameters_of(selector.observe)):
         raise TypeError(
             f"{name}.observe(rows, pass_rates) is the old form. It is now observe(rows, groups) with the "
             "hf_effi.protocols.RolloutGroups of those rows: rename the argument and read groups.pass_rates.tolist(), "
@@ -128,16 +123,37 @@ def check_selector(selector: Any) -> None:
         )
 
 
-def _has(selector: Any, method: str) -> bool:
-    return callable(getattr(selector, method, None))
+def check_methods(argument: str, value: Any, protocol: str, methods: Sequence[str]) -> None:
+    """
+    Say before any training which methods an object lacks. `None` lacks none.
+
+    Raises:
+        TypeError: naming the argument, the object, and the protocol that lists what it must offer.
+    """
+    check_no_class(argument, value)
+    missing = [method for method in methods if not callable(getattr(value, method, None))]
+    if value is not None and missing:
+        raise TypeError(
+            f"{argument}={type(value).__name__} has no {', '.join(missing)}. It must offer what "
+            f"hf_effi.protocols.{protocol} lists."
+        )
+
+
+def check_no_class(argument: str, value: Any) -> None:
+    """Raise `TypeError` for a class in the place of an object: its methods are callable, too."""
+    if isinstance(value, type):
+        raise TypeError(f"{argument} is the class {value.__name__}. Pass an object: {value.__name__}(...).")
 
 
 def takes_keyword(method: Callable[..., Any], name: str) -> bool:
     """Return whether a method of an object of the user's can be given this argument by name."""
-    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(method))
+    return any(
+        parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters_of(method)
+    )
 
 
-def _parameters(method: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+def parameters_of(method: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+    """Return the parameters of a method of an object of the user's; none where they cannot be known."""
     try:
         return list(inspect.signature(method).parameters.values())
     except (TypeError, ValueError):  # compiled code need not have a signature

@@ -13,7 +13,19 @@ from ...callbacks.run_summary import summary_lines
 
 logger = logging.getLogger(__name__)
 #: attributes of trainers that hold objects of methods
-_OBJECTS = ("train_sampler", "prompt_selector", "group_filter", "rollout_pruner", "batch_transform", "sequence_length")
+_OBJECTS = (
+    "train_sampler",
+    "prompt_selector",
+    "group_filter",
+    "rollout_pruner",
+    "advantage_transform",
+    "rollout_allocator",
+    "screening",
+    "rollout_noise",
+    "rollout_reuse",
+    "batch_transform",
+    "sequence_length",
+)
 
 
 @dataclass

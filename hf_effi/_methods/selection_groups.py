@@ -1,0 +1,138 @@
+"""Rows of the table: GRPO: which groups and completions are trained on, and how many there are of a prompt."""
+
+from __future__ import annotations
+
+from .row import Method
+
+_BENCH = "bench/grpo_selection.py"
+_RUNS = ("tests/training/test_selection_groups.py", "tests/distributed/test_selection_groups_ranks.py")
+
+ROWS: tuple[Method, ...] = (
+    Method(
+        key="pods",
+        title="Max-variance down-sampling (PODS)",
+        kind="rollout",
+        goals=("cheaper RL",),
+        summary="Trains only on the completions of a group whose rewards have the largest variance.",
+        entry_points=(
+            "hf_effi.selection:MaxVariancePruner",
+            "hf_effi.selection:RandomPruner",
+            "hf_effi.functional.rollouts:keep_by_variance",
+        ),
+        doors=("hf_effi:EffiGRPOTrainer",),
+        paper="Not All Rollouts are Useful: Down-Sampling Rollouts in LLM Reinforcement Learning",
+        paper_id="2504.13818",
+        authors="Xu, Yixuan Even and others",
+        status="experimental",
+        tests=("tests/unit/test_selection_pruners.py", *_RUNS),
+        bench=_BENCH,
+    ),
+    Method(
+        key="d3s",
+        title="Down-sampling of completions and tokens (D3S)",
+        kind="rollout",
+        goals=("cheaper RL",),
+        summary="Trains on the completions of largest advantage variance and on their tokens of largest |A| times "
+        "entropy.",
+        entry_points=(
+            "hf_effi.selection:D3S",
+            "hf_effi.functional.rollouts:score_threshold",
+            "hf_effi.functional.rollouts:token_weights",
+        ),
+        doors=("hf_effi:EffiGRPOTrainer",),
+        paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy "
+        "Optimization",
+        paper_id="2509.22115",
+        authors="Wang, Chao and others",
+        status="experimental",
+        tests=("tests/unit/test_selection_pruners.py", *_RUNS),
+        bench=_BENCH,
+    ),
+    Method(
+        key="reinforce_rej",
+        title="Reinforce-Rej and RAFT++",
+        kind="rollout",
+        goals=("cheaper RL",),
+        summary="Takes the reward itself as the advantage and drops groups that are all right or all wrong.",
+        entry_points=("hf_effi.selection:ReinforceAdvantages",),
+        doors=("hf_effi:EffiGRPOTrainer", "hf_effi.selection:ZeroVariance"),
+        paper="A Minimalist Approach to LLM Reasoning: from Rejection Sampling to Reinforce",
+        paper_id="2504.11343",
+        authors="Xiong, Wei and others",
+        status="experimental",
+        tests=("tests/unit/test_selection_filters.py", *_RUNS),
+        bench=_BENCH,
+    ),
+    Method(
+        key="group_filters",
+        title="Filters of groups, and their chain (LSPO)",
+        kind="rollout",
+        goals=("cheaper RL",),
+        summary="Trains only on groups that a list of filters keeps: by variance, source, pass rate or length.",
+        entry_points=(
+            "hf_effi.selection:FilterChain",
+            "hf_effi.selection:LengthBand",
+            "hf_effi.selection:SourceBands",
+            "hf_effi.selection:ZeroVariance",
+            "hf_effi.functional.rollouts:band_edges",
+            "hf_effi.functional.rollouts:distance_to_bands",
+        ),
+        doors=("hf_effi:EffiGRPOTrainer", "hf_effi.selection:PassRateBand"),
+        paper="LSPO: Length-aware Dynamic Sampling for Policy Optimization in LLM Reasoning",
+        paper_id="2510.01459",
+        authors="Chen, Weizhe and others",
+        status="experimental",
+        tests=("tests/unit/test_selection_filters.py", *_RUNS),
+        bench=_BENCH,
+    ),
+    Method(
+        key="vip",
+        title="Variance-informed allocation of rollouts (VIP)",
+        kind="rollout",
+        goals=("cheaper RL",),
+        summary="Divides the completions of a generation over its prompts so that the variance of the gradient falls.",
+        entry_points=(
+            "hf_effi.selection:VIP",
+            "hf_effi.selection:EmbeddingRates",
+            "hf_effi.functional.rollouts:GaussianRates",
+            "hf_effi.functional.rollouts:gradient_variance",
+            "hf_effi.functional.rollouts:relaxed_sizes",
+            "hf_effi.functional.rollouts:round_sizes",
+        ),
+        doors=(
+            "hf_effi:EffiGRPOTrainer",
+            "hf_effi.selection:BetaRates",
+            "hf_effi.functional.rollouts:divide_budget",
+            "hf_effi.functional.rollouts:ragged_advantages",
+        ),
+        paper="Adaptive Rollout Allocation for Online Reinforcement Learning with Verifiable Rewards",
+        paper_id="2602.01601",
+        authors="Nguyen, Hieu Trung and others",
+        status="experimental",
+        tests=("tests/unit/test_selection_allocation.py", "tests/unit/test_selection_ragged.py", *_RUNS),
+        bench=_BENCH,
+    ),
+    Method(
+        key="knapsack",
+        title="Knapsack allocation of rollouts",
+        kind="rollout",
+        goals=("cheaper RL",),
+        summary="Divides the completions of a generation over its prompts by what they are expected to be worth.",
+        entry_points=(
+            "hf_effi.selection:Knapsack",
+            "hf_effi.functional.rollouts:knapsack_values",
+        ),
+        doors=(
+            "hf_effi:EffiGRPOTrainer",
+            "hf_effi.selection:BetaRates",
+            "hf_effi.functional.rollouts:divide_budget",
+            "hf_effi.functional.rollouts:ragged_advantages",
+        ),
+        paper="Knapsack RL: Unlocking Exploration of LLMs via Optimizing Budget Allocation",
+        paper_id="2509.25849",
+        authors="Li, Ziniu and others",
+        status="experimental",
+        tests=("tests/unit/test_selection_allocation.py", *_RUNS),
+        bench=_BENCH,
+    ),
+)
