@@ -29,7 +29,7 @@ demo: $(STAMP) ## the main job: EffiGRPOTrainer against TRL's GRPOTrainer on the
 	$(BIN)/hf-effi demo --output-dir demo-output
 
 test: $(STAMP) ## the whole CPU test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 test-vllm: ## the vLLM tests on a real vLLM for CPUs, in a virtual environment of its own (3.7 GB, about 15 minutes)
 	PYTHON=$(PYTHON) tests/engines/install_vllm.sh $(VLLM_VENV)

@@ -2,9 +2,13 @@
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME is a result file without `.json`
 (its headline figures), `NAME.arms` for the comparison of the demo's arms, `NAME.parity` for a table of errors,
-`NAME.ladder` for the longest sequences, or `probe_cost.asks_FEATURE` for what one feature asks of a model at the
-start. `<!-- table:NAME -->` and `<!-- /table -->` hold a table of `bench.tables`. With `--check` nothing is written,
-and the exit code is 1 if a table and its source differ.
+`NAME.ladder` for the longest sequences, `NAME.reuse` for passes over the prompts, `NAME.cases` for rollouts case by
+case, `NAME.rungs` for the savings of GRPO one by one, `NAME.selection_time`, `NAME.selection_split`,
+`NAME.selection_controls` and `NAME.selection_start` for the arms of `bench.grpo_selection`,
+`NAME.selection_card_METHOD` for those of one method, `NAME.real_model`, or
+`probe_cost.asks_FEATURE` for what one feature asks of a model at the start. `<!-- table:NAME -->` and
+`<!-- /table -->` hold a table of `bench.tables`. With `--check` nothing is written, and the exit code is 1 if a table
+and its source differ.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import _zoo_tables, tables
+from bench import _selection_tables, _zoo_tables, tables
 from bench._schema import RESULTS, ROOT, load_results
 from hf_effi.report.result_card import markdown_table
 
@@ -108,6 +112,44 @@ def ladder_table(result: Mapping[str, Any]) -> str:
     return markdown_table(header, rows) + "\n\n" + provenance(result)
 
 
+def cases_table(result: Mapping[str, Any]) -> str:
+    """Return one row per case of `bench.rollouts`: CPU seconds of stock, and the ratio of each arm to them."""
+    cases: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["prompts"], row["group"]), {})[row["arm"]] = row
+    arms = [arm for arm in next(iter(cases.values())) if arm != "stock"]
+    rows = [
+        [f"{prompts}, groups of {group}", f"{case['stock']['generation_cpu_seconds']:.2f}"]
+        + [f"{case[arm]['ratio_to_stock']:.2f}" for arm in arms]
+        for (prompts, group), case in cases.items()
+    ]
+    header = ["prompts", "CPU seconds of stock `generate`"]
+    return markdown_table([*header, *(f"{arm}, of stock's" for arm in arms)], rows) + "\n\n" + provenance(result)
+
+
+def rungs_table(result: Mapping[str, Any]) -> str:
+    """Return one row per rung of `bench.grpo_exact`: prompts, share of dead groups, and what the savings cost."""
+    rows = []
+    for row in result["rows"]:
+        if "arm" not in row:
+            continue
+        peak = row["peak_live_mib"]
+        rows.append(
+            [
+                f"{row['prompts']}, {row['dead_groups']:.0%} dead",
+                row["arm"],
+                f"{row['train_phase_cpu_seconds']:.2f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['speedup_over_token_ratio']:.2f}",
+                f"{row['tokens_forwarded_per_token_prompts_once']:.2f}",
+                "" if peak is None else f"{peak:.0f}",
+            ]
+        )
+    header = ["prompts, groups", "savings", "CPU seconds of the train phase", "over stock", "of what the tokens allow"]
+    header += ["tokens forwarded per token, a prompt once", "peak live MiB"]
+    return markdown_table(header, rows) + "\n\n" + provenance(result)
+
+
 def provenance(result: Mapping[str, Any]) -> str:
     """Return hardware, versions, seeds, date, commit and command as one small line."""
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
@@ -138,6 +180,39 @@ def probe_table(feature: str, result: Mapping[str, Any]) -> str:
     return markdown_table(header, rows) + "\n\n" + provenance(result)
 
 
+def reuse_table(result: Mapping[str, Any]) -> str:
+    """Return one row per generation size, arm and pass of `bench.spec_rl`: means over the seeds."""
+    arms: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        if "seed" in row:
+            arms.setdefault((row["generation"], row["arm"]), []).append(row)
+    first = next(arm for _, arm in arms)
+    rows = []
+    for (generation, arm), mine in arms.items():
+        for number in range(len(mine[0]["reward"])):
+
+            def mean(name: str, of: list[Mapping[str, Any]] = mine, number: int = number) -> float:
+                return statistics.fmean(row[name][number] for row in of)
+
+            seconds = mean("generation_cpu_seconds")
+            ratio = seconds / mean("generation_cpu_seconds", arms[generation, first])
+            last = number == len(mine[0]["reward"]) - 1
+            rows.append(
+                [
+                    f"{generation}, {arm}, pass {number + 1}",
+                    f"{100 * mean('tokens_reused'):.1f} %",
+                    f"{100 * mean('whole_completions'):.1f} %",
+                    f"{seconds:.1f} ({ratio:.2f}x)",
+                    f"{mean('reward'):.3f}",
+                    f"{mean('entropy'):.3f}",
+                    f"{statistics.fmean(row['held_out_sampled'] for row in mine):.3f}" if last else "",
+                ]
+            )
+    header = ["completions, arm, pass", "tokens reused", "completions reused whole"]
+    header += ["CPU seconds of generation (over no reuse)", "reward in training", "entropy"]
+    return markdown_table([*header, "held-out accuracy at the end"], rows) + "\n\n" + provenance(result)
+
+
 #: what `bench.probe_cost` measures; each is a view of its own, for the card of that name
 PROBED = "exact_savings", "chunk_flow", "varlen_attention", "shared_prefix", "stream_layer", "tiled_mlp", "tiled_loss"
 
@@ -146,7 +221,12 @@ _VIEWS = {
     "arms": arms_table,
     "parity": parity_table,
     "ladder": ladder_table,
+    "reuse": reuse_table,
+    "cases": cases_table,
+    "rungs": rungs_table,
     **{f"asks_{feature}": functools.partial(probe_table, feature) for feature in PROBED},
+    "real_model": _selection_tables.real_model_table,
+    **{f"selection_{name}": view for name, view in _selection_tables.VIEWS.items()},
     **{f"zoo_{name}": view for name, view in _zoo_tables.VIEWS.items()},
 }
 
