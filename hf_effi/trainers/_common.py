@@ -8,6 +8,7 @@ from typing import Any
 from .mixins.attention import AttentionCheckMixin
 from .mixins.hub import HubArguments, HubMixin
 from .mixins.kernel_patch import KernelArguments, KernelPatchMixin, layers_from_config
+from .mixins.optimizer import OptimizerArguments, OptimizerMixin
 from .mixins.resume import ResumeMixin
 from .mixins.run_record import RunRecordArguments, RunRecordMixin
 from .mixins.safe_checkpoint import SafeCheckpointArguments, SafeCheckpointMixin
@@ -24,10 +25,12 @@ class EffiArguments(
     SafeCheckpointArguments,
     ScheduleArguments,
     SequenceParallelArguments,
+    OptimizerArguments,
 ):
     """
     The fields that every Effi config gains: `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`,
-    `sequence_parallel_size`, `kernel_patch`, `run_record`, `hub_wait_seconds` and `safe_checkpoints`.
+    `sequence_parallel_size`, `kernel_patch`, `run_record`, `hub_wait_seconds`, `safe_checkpoints` and `optim_groups`;
+    `optim` takes the names of [`optimizer_names`] too.
     """
 
 
@@ -41,6 +44,7 @@ class EffiMixin(
     RunRecordMixin,
     ScheduleMixin,
     SequenceParallelMixin,
+    OptimizerMixin,
 ):
     """What every Effi trainer can do beside its base: follow these fields, and take a `train_sampler`."""
 

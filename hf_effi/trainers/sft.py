@@ -16,10 +16,10 @@ from .mixins._signatures import with_signatures_of
 class EffiSFTConfig(EffiArguments, SFTConfig):
     """
     `SFTConfig` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
-    `kernel_patch`, `run_record`, `hub_wait_seconds` and `safe_checkpoints`.
+    `kernel_patch`, `run_record`, `hub_wait_seconds`, `safe_checkpoints` and `optim_groups`.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch", "optim_groups"]
 
 
 @with_signatures_of(SFTTrainer)

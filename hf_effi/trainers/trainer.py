@@ -14,7 +14,7 @@ from .mixins._signatures import with_signatures_of
 class EffiTrainingArguments(EffiArguments, TrainingArguments):
     """
     `TrainingArguments` plus `lr_schedule`, `lr_schedule_kwargs`, `lr_schedule_on_mismatch`, `sequence_parallel_size`,
-    `kernel_patch`, `run_record`, `hub_wait_seconds` and `safe_checkpoints`.
+    `kernel_patch`, `run_record`, `hub_wait_seconds`, `safe_checkpoints` and `optim_groups`.
 
     Example:
     ```python
@@ -22,7 +22,7 @@ class EffiTrainingArguments(EffiArguments, TrainingArguments):
     ```
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch", "optim_groups"]
 
 
 @with_signatures_of(Trainer)

@@ -129,7 +129,7 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
             Crash-safe checkpoints: `"sync"`, `"thread"` or `"process"`. Those of a stock Trainer without it.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch"]
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch", "optim_groups"]
 
     exact_savings: str = field(
         default="auto",
