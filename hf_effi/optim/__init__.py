@@ -10,32 +10,42 @@ from .._faces import face
 _PUBLIC = {
     "EffiOptimizer": "hf_effi.optim.base",
     "GroupRules": "hf_effi.optim.roles",
-    "NAdamW": "hf_effi.optim.nadamw",
+    "NAdamW": "hf_effi.optim.nesterov",
     "OptimizerFactory": "hf_effi.optim.factory",
     "OptimizerReport": "hf_effi.optim.report",
     "ParameterRole": "hf_effi.optim.roles",
-    "nadamw": "hf_effi.optim.nadamw",
+    "SplitOptimizer": "hf_effi.optim.split",
+    "lamb": "hf_effi.optim.adapters",
+    "lars": "hf_effi.optim.adapters",
+    "nadamw": "hf_effi.optim.nesterov",
     "optimizer_factory": "hf_effi.optim.factory",
     "optimizer_names": "hf_effi.optim.names",
     "optimizer_report": "hf_effi.optim.factory",
     "parameter_groups": "hf_effi.optim.factory",
     "parameter_roles": "hf_effi.optim.roles",
+    "prodigy": "hf_effi.optim.adapters",
+    "soap": "hf_effi.optim.adapters",
     "use_optimizer": "hf_effi.optim.factory",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from .adapters import lamb as lamb
+    from .adapters import lars as lars
+    from .adapters import prodigy as prodigy
+    from .adapters import soap as soap
     from .base import EffiOptimizer as EffiOptimizer
     from .factory import OptimizerFactory as OptimizerFactory
     from .factory import optimizer_factory as optimizer_factory
     from .factory import optimizer_report as optimizer_report
     from .factory import parameter_groups as parameter_groups
     from .factory import use_optimizer as use_optimizer
-    from .nadamw import NAdamW as NAdamW
-    from .nadamw import nadamw as nadamw
     from .names import optimizer_names as optimizer_names
+    from .nesterov import NAdamW as NAdamW
+    from .nesterov import nadamw as nadamw
     from .report import OptimizerReport as OptimizerReport
     from .roles import GroupRules as GroupRules
     from .roles import ParameterRole as ParameterRole
     from .roles import parameter_roles as parameter_roles
+    from .split import SplitOptimizer as SplitOptimizer
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -142,7 +142,9 @@ def parameter_groups(
 
 def with_report(optimizer: torch.optim.Optimizer, roles: Sequence[ParameterRole]) -> torch.optim.Optimizer:
     """Let an optimizer carry why each parameter follows the rule it does; [`optimizer_report`] reads it."""
-    optimizer.hf_effi_reasons = {role.name: (role.role, role.reason) for role in roles}
+    optimizer.hf_effi_reasons = {  # type: ignore[attr-defined]
+        role.name: (role.role, role.reason) for role in roles
+    }
     return optimizer
 
 
