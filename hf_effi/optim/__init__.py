@@ -15,6 +15,8 @@ _PUBLIC = {
     "OptimizerReport": "hf_effi.optim.report",
     "ParameterRole": "hf_effi.optim.roles",
     "SplitOptimizer": "hf_effi.optim.split",
+    "holds_average": "hf_effi.optim.schedule_free",
+    "is_schedule_free": "hf_effi.optim.schedule_free",
     "lamb": "hf_effi.optim.adapters",
     "lars": "hf_effi.optim.adapters",
     "nadamw": "hf_effi.optim.nesterov",
@@ -46,6 +48,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .roles import GroupRules as GroupRules
     from .roles import ParameterRole as ParameterRole
     from .roles import parameter_roles as parameter_roles
+    from .schedule_free import holds_average as holds_average
+    from .schedule_free import is_schedule_free as is_schedule_free
     from .split import SplitOptimizer as SplitOptimizer
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)
