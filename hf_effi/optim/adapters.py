@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from .._compat import require
 from ..errors import RefusedError
+from .base import check_betas
 from .factory import OptimizerFactory, optimizer_factory, parameter_groups, with_report
 from .roles import GroupRules, parameter_roles
 from .split import SplitOptimizer
@@ -66,7 +68,7 @@ def from_package(name: str) -> OptimizerFactory:
 
 
 def _made(
-    made: type[torch.optim.Optimizer],
+    made: Callable[..., torch.optim.Optimizer],
     label: str,
     model: nn.Module,
     lr: float,
@@ -253,7 +255,7 @@ def lamb(
     options = {"betas": tuple(betas), "eps": eps, "weight_decouple": False, "adam_debias": True}
     parts = [require("pytorch_optimizer", PURPOSE).Lamb(by_ratio, lr=lr, **options)]
     if plain:
-        parts.append(torch.optim.AdamW(plain, lr=lr, betas=tuple(betas), eps=eps))
+        parts.append(torch.optim.AdamW(plain, lr=lr, betas=check_betas(betas), eps=eps))
     optimizer = SplitOptimizer(parts, lr=lr)
     _checked_once(optimizer)
     return with_report(optimizer, parameter_roles(model, rules))
