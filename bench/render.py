@@ -5,7 +5,7 @@ A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where NAME i
 `NAME.ladder` for the longest sequences, `NAME.reuse` for passes over the prompts, `NAME.cases` for rollouts case by
 case, `NAME.rungs` for the savings of GRPO one by one, `NAME.selection_time`, `NAME.selection_split`,
 `NAME.selection_controls` and `NAME.selection_start` for the arms of `bench.grpo_selection`,
-`NAME.selection_card_METHOD` for those of one method, `NAME.real_model`, or
+`NAME.selection_card_METHOD` for those of one method, `NAME.optimizers_card_NAME` for optimizers, `NAME.real_model`, or
 `probe_cost.asks_FEATURE` for what one feature asks of a model at the start. `<!-- table:NAME -->` and
 `<!-- /table -->` hold a table of `bench.tables`. With `--check` nothing is written, and the exit code is 1 if a table
 and its source differ.
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import _selection_tables, _zoo_tables, tables
+from bench import _optimizers_tables, _selection_tables, _zoo_tables, tables
 from bench._schema import RESULTS, ROOT, load_results
 from hf_effi.report.result_card import markdown_table
 
@@ -227,6 +227,7 @@ _VIEWS = {
     **{f"asks_{feature}": functools.partial(probe_table, feature) for feature in PROBED},
     "real_model": _selection_tables.real_model_table,
     **{f"selection_{name}": view for name, view in _selection_tables.VIEWS.items()},
+    **{f"optimizers_{name}": view for name, view in _optimizers_tables.VIEWS.items()},
     **{f"zoo_{name}": view for name, view in _zoo_tables.VIEWS.items()},
 }
 
