@@ -18,6 +18,7 @@ ROWS: tuple[Method, ...] = (
             "hf_effi.optim:optimizer_report",
             "hf_effi.optim:use_optimizer",
         ),
+        doors=("hf_effi.trainers.mixins:OptimizerMixin",),
         arguments=("optim_groups",),
         off=(None,),
         paper="LoRA+: Efficient Low Rank Adaptation of Large Models",

@@ -19,7 +19,7 @@ UPSTREAM = ("transformers", "trl", "accelerate", "peft", "datasets", "huggingfac
 _OBJECT = re.compile(
     r"(^|\.)(_host|_?(model|trainer|stock|accelerator|tokenizer|processing_class|api|layer|core|decoder))$"
 )
-_TORCHS = ("named_parameters", "register_forward_pre_hook", "register_forward_hook")
+_TORCHS = ("named_parameters", "named_modules", "register_forward_pre_hook", "register_forward_hook")
 
 
 def _imported(tree: ast.AST) -> dict[str, str]:

@@ -15,6 +15,8 @@ _PUBLIC = {
     "HubMixin": "hf_effi.trainers.mixins.hub",
     "KernelArguments": "hf_effi.trainers.mixins.kernel_patch",
     "KernelPatchMixin": "hf_effi.trainers.mixins.kernel_patch",
+    "OptimizerArguments": "hf_effi.trainers.mixins.optimizer",
+    "OptimizerMixin": "hf_effi.trainers.mixins.optimizer",
     "ResumeMixin": "hf_effi.trainers.mixins.resume",
     "RunRecordArguments": "hf_effi.trainers.mixins.run_record",
     "RunRecordMixin": "hf_effi.trainers.mixins.run_record",
@@ -36,6 +38,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .hub import HubMixin as HubMixin
     from .kernel_patch import KernelArguments as KernelArguments
     from .kernel_patch import KernelPatchMixin as KernelPatchMixin
+    from .optimizer import OptimizerArguments as OptimizerArguments
+    from .optimizer import OptimizerMixin as OptimizerMixin
     from .resume import ResumeMixin as ResumeMixin
     from .run_record import RunRecordArguments as RunRecordArguments
     from .run_record import RunRecordMixin as RunRecordMixin
