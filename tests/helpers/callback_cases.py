@@ -186,6 +186,8 @@ CASES: dict[str, Case] = {
     ),
 }
 
+#: callbacks that have nothing to keep outside of GRPO, and say so; `tests/training/test_label_free.py` resumes one
+NOTHING_TO_KEEP = {"PassRateHistoryCallback"}
 #: callbacks that one process alone is refused; they are tested in tests/distributed
 NEEDS_PROCESSES = {"StragglerCallback"}
 #: callbacks that refuse a trainer that is not one of GRPO; `tests/training/test_length_budget.py` and

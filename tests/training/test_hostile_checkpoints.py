@@ -101,7 +101,7 @@ def test_of_every_callback(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         lambda: train(tmp_path, [name], settings, model, resume=stop),
         tmp_path / "marker",
     )
-    keeps = issubclass(public_objects()[name], SideFileCallback)
+    keeps = issubclass(public_objects()[name], SideFileCallback) and name not in callback_cases.NOTHING_TO_KEEP
     assert len(found) == int(keeps), found
 
 
@@ -207,4 +207,8 @@ def test_few_places_read_pickles_and_none_trusts_them() -> None:
         "hf_effi/checkpoint/convert.py",  # a checkpoint that is converted
         "hf_effi/checkpoint/dcp_files.py",  # the same, of shards
     }
-    assert not [path for path, trusted in found if trusted]
+    # A check of a reward hands the function itself to a child of its own and reads the answer, in a folder of its own.
+    assert {path for path, trusted in found if trusted} == {
+        "hf_effi/report/reward_calls.py",
+        "hf_effi/report/reward_child.py",
+    }

@@ -91,7 +91,7 @@ def test_every_callback_keeps_its_files_with_the_trial(
     assert not list(tmp_path.glob("checkpoint-*"))
     folders = [folder for number in range(2) for folder in (tmp_path / f"run-{number}").glob("checkpoint-*")]
     assert all((folder / "trainer_state.json").is_file() for folder in folders)
-    if isinstance(callback, SideFileCallback):
+    if isinstance(callback, SideFileCallback) and name not in callback_cases.NOTHING_TO_KEEP:
         with_file = [folder for folder in folders if (folder / callback.side_file).is_file()]
         assert {folder.parent.name for folder in with_file} == {"run-0", "run-1"}
     if name == "WeightAveragingCallback":
