@@ -77,7 +77,7 @@ ROWS: tuple[Method, ...] = (
         paper_id="2405.15682",
         authors="Defazio, Aaron and others",
         status="experimental",
-        tests=("tests/training/test_schedule_free.py",),
+        tests=("tests/unit/test_schedule_free.py", "tests/training/test_schedule_free.py"),
         bench="bench/optimizers.py",
     ),
 )

@@ -47,6 +47,11 @@ def _word(value: Any) -> bool:
     return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
+def _optimizer(value: Any) -> bool:
+    """A name in `optim=`; `package:name` is looked up in the list of a package that is installed."""
+    return isinstance(value, str) and value.count(":") < 2 and all(map(_word, value.split(":")))
+
+
 def _key(value: Any) -> bool:
     return isinstance(value, str) and _KEY.fullmatch(value) is not None and ".." not in value
 
@@ -96,6 +101,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "word": (_word, "a word of letters, digits, _, + and -"),
     "key": (_key, "a name such as eval/loss"),
     "numbers": (_list_of(_number), "a list of numbers"),
+    "optimizer": (_optimizer, "a word, or two with a colon between them"),
     "words": (_list_of(_key), "a list of names"),
     "modules": (_modules, "names or patterns of modules"),
     "ranks": (lambda v: isinstance(v, dict) and all(map(_modules, v)) and all(map(_number, v.values())), "numbers by "
@@ -372,10 +378,11 @@ ARGUMENTS: dict[str, str] = _arguments(
     "sync_ref_model use_adaptive_entropy vllm_importance_sampling_correction use_bias_correction_kl log_completions "
     "log_multimodal log_unique_prompts precompute_ref_log_probs use_weighting normalize_advantages run_record "
     "prune_allocation prune_balance_signs predict_with_generate sortish_sampler",
-    word="lr_scheduler_type optim logging_strategy log_level log_level_replica eval_strategy save_strategy "
+    word="lr_scheduler_type logging_strategy log_level log_level_replica eval_strategy save_strategy "
     "train_sampling_strategy truncation_mode packing_strategy cache_implementation importance_sampling_level "
     "multi_objective_aggregation scale_rewards vllm_importance_sampling_mode f_divergence_type lr_schedule "
     "lr_schedule_on_mismatch difficulty_underfill prune_metric prune_scope prune_normalizer dataset_text_field",
+    optimizer="optim",
     key="metric_for_best_model length_column_name difficulty_reward include_num_input_tokens_seen",
     plain="loss_type loss_weights lr_scheduler_kwargs lr_schedule_kwargs optim_groups label_names include_for_metrics "
     "reward_weights "

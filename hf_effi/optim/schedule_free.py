@@ -19,7 +19,7 @@ def is_schedule_free(optimizer: Any) -> bool:
     """
     inner = innermost(optimizer)
     moves = callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None))
-    return moves and any("train_mode" in group for group in inner.param_groups)
+    return moves and any("train_mode" in group for group in getattr(inner, "param_groups", ()))
 
 
 def holds_average(optimizer: Any) -> bool:
