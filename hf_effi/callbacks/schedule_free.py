@@ -35,7 +35,7 @@ class ScheduleFreeCallback(OwningCallback):
     """
 
     role: ClassVar[Role] = Role(
-        "schedule-free point", "Two callbacks say which point is saved", "Pass ScheduleFreeCallback once."
+        "schedule-free point", "Two callbacks say which point is saved", "Keep one ScheduleFreeCallback."
     )
 
     @keeps_arguments

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError
-from ..functional.kept_arguments import NotKept, arguments_of
+from ..functional.kept_arguments import LARGEST_LIST, NotKept, arguments_of
 from .admitted import (
     CLASSES,
     FUNCTIONS,
-    LARGEST_LIST,
     _NotAdmittedError,
     check_object,
     check_value,

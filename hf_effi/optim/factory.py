@@ -119,7 +119,12 @@ def _expect_whole(optimizer: torch.optim.Optimizer, factory: OptimizerFactory) -
 def optimizer_factory(
     *, elementwise: bool = False, sharded: bool = False
 ) -> Callable[[Callable[..., torch.optim.Optimizer]], OptimizerFactory]:
-    """Decorate a function that makes an optimizer out of a model; see [`OptimizerFactory`]."""
+    """
+    Decorate a function that makes an optimizer out of a model.
+
+    Args:
+        elementwise, sharded (`bool`, *optional*, default to `False`): As in [`OptimizerFactory`].
+    """
     return lambda build: OptimizerFactory(build, elementwise=elementwise, sharded=sharded)
 
 

@@ -211,7 +211,9 @@ def _check_met(found: Sequence[ParameterRole], names: Mapping[nn.Parameter, list
             "train. Wrap it with peft.get_peft_model first, or leave the ratio out."
         )
     if rules.head_factor != 1 and not any(role.role == "head" for role in found):
-        raise ValueError(f"head_factor={rules.head_factor} acts on a head, and no trainable parameter is one.")
+        tied = next((role for role in found if "tied to" in role.reason), None)
+        why = f"{tied.name} is the embedding too" if tied else "no trainable parameter is one"
+        raise ValueError(f"head_factor={rules.head_factor} acts on a head, and {why}. Leave the factor out.")
     if rules.layer_decay != 1 and not any(_LAYER.search(role.name) for role in found):
         raise ValueError(
             f"layer_decay={rules.layer_decay} needs numbered layers (`layers.3.`), and no trainable parameter has one."

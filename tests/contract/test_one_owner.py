@@ -61,6 +61,7 @@ MAKE = {
     "SafeCheckpointCallback": lambda cls: cls(),
     "SamplerCallback": lambda cls: cls(ShuffledSampler(8)),
     "SelectiveCheckpointCallback": lambda cls: cls(),
+    "ScheduleFreeCallback": lambda cls: cls(),
     "StragglerCallback": lambda cls: cls(),
     "TrainDoctor": lambda cls: cls(),
     "WeightAveragingCallback": lambda cls: cls(),
