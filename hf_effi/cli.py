@@ -61,6 +61,11 @@ MODULES: dict[str, tuple[str, str, str]] = {
         "what a curriculum would serve, without training",
         "hf-effi preview-order quality-ascending rows.jsonl --column quality",
     ),
+    "profile": (
+        "hf_effi.report.profile",
+        "which of several settings reached a target for less, over run records; also `hf-effi report profile`",
+        "hf-effi report profile --target 2.0 stock=runs/stock ours=runs/ours --baseline stock",
+    ),
     "report": (
         "hf_effi.report.run_page",
         "one page that tells a run, or compares runs",
@@ -421,6 +426,8 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:2] == ["report", "profile"]:
+        arguments = arguments[1:]
     name = " ".join(["hf-effi", *arguments[:1]])
     try:
         if arguments[:1] in (["grpo"], ["sft"]):

@@ -15,6 +15,7 @@ from ._methods import (
     loops,
     observers,
     optimizer_groups,
+    planning,
     rejected,
     rewards_code,
     rewards_length,
@@ -53,6 +54,7 @@ METHODS: tuple[Method, ...] = (
     *kernels.ROWS,
     *checkpoints.ROWS,
     *observers.ROWS,
+    *planning.ROWS,
     *rejected.ROWS,
 )
 
