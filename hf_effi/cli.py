@@ -64,7 +64,7 @@ MODULES: dict[str, tuple[str, str, str]] = {
     "profile": (
         "hf_effi.report.profile",
         "which of several settings reached a target for less, over run records; also `hf-effi report profile`",
-        "hf-effi report profile --target 2.0 stock=runs/stock ours=runs/ours --baseline stock",
+        "hf-effi profile --target 2.0 stock=runs/stock ours=runs/ours --baseline stock",
     ),
     "report": (
         "hf_effi.report.run_page",

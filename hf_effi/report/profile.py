@@ -1,4 +1,4 @@
-"""`hf-effi report profile`: which of several settings reached a target for less, over run records."""
+"""`hf-effi profile`, also as `hf-effi report profile`: which of several settings reached a target for less, over run records."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `hf-effi report profile`."""
+    """Add the options of `hf-effi profile`."""
     parser.add_argument("settings", nargs="+", help="NAME=FOLDER or FOLDER: a run, or a folder with its seeds")
     parser.add_argument("--target", type=float, help="value to reach, for one workload")
     parser.add_argument(
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
             baseline=args.baseline,
         )
     except (BrokenFileError, ValueError) as error:
-        print(f"hf-effi report profile: {error}", file=sys.stderr)
+        print(f"hf-effi profile: {error}", file=sys.stderr)
         return 1 if isinstance(error, BrokenFileError) else 2
     print(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0
