@@ -1,4 +1,4 @@
-"""`hf-effi profile`, also as `hf-effi report profile`: which of several settings reached a target for less, over run records."""
+"""`hf-effi profile`, also `hf-effi report profile`: which setting reached a target for less, over run records."""
 
 from __future__ import annotations
 
