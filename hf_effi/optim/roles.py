@@ -22,7 +22,7 @@ ROLES = {
     "norm": "the gain of a normalisation",
     "bias": "a bias",
     "small": "a matrix with a side shorter than 8",
-    "other": "neither a matrix nor one of the kinds above",
+    "other": "no matrix of a linear layer and none of the kinds above",
 }
 #: The shortest side of a matrix for which a rule of matrices is worth anything.
 SMALLEST_SIDE = 8
@@ -30,7 +30,9 @@ SMALLEST_SIDE = 8
 _TRAINER_NO_DECAY = tuple(
     re.compile(p) for p in (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 )
-_HEADS = ("lm_head", "score", "classifier", "qa_outputs", "embed_out")
+_HEADS = ("lm_head", "embed_out")
+#: heads of tasks, which may be modules of several layers
+_TASK_HEADS = ("score", "classifier", "qa_outputs")
 _ROUTER_NAMES = ("gate", "router", "wg")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -233,7 +235,8 @@ class _ModelFacts:
         self.heads = set(_weights(model, "get_output_embeddings"))
         config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        counts = (getattr(config, count, None) for count in _EXPERT_COUNTS)
+        counts = [getattr(config, count, None) for count in _EXPERT_COUNTS]
+        counts += [inner for count in counts if isinstance(count, (list, tuple)) for inner in count]  # one per layer
         self.experts = {count for count in counts if isinstance(count, int) and count > 1}
         layers = [int(m.group(1)) for name, _ in model.named_parameters() if (m := _LAYER.search(name))]
         self.top = max(layers, default=0)
@@ -248,26 +251,32 @@ class _ModelFacts:
             return "adapter", f"{leaf} of {last}, by its name"
         if parameter in self.embeddings or isinstance(module, nn.Embedding):
             return "embedding", f"weight of {kind}"
-        if parameter in self.heads or any(part in _HEADS for part in path.split(".")):
-            return ("bias", f"bias of {last}") if leaf == "bias" else ("head", f"weight of {last}")
         if leaf.endswith("bias"):
             return "bias", f"bias of {last}"
+        if parameter in self.heads or last in _HEADS or any(part in _TASK_HEADS for part in path.split(".")):
+            return ("head", f"weight of {last}") if parameter.ndim == 2 else ("norm", f"gain of {kind}")
         if parameter.ndim <= 1 and "norm" in f"{kind}.{last}.{leaf}".lower():
             return "norm", f"gain of {kind}"
-        if parameter.ndim == 2 and self._routes(module, kind, last, parameter):
+        if parameter.ndim == 2 and self._routes(path, parameter):
             return "router", f"{last}, one row for each expert"
         if parameter.ndim == 3 and "expert" in f"{kind}.{path}".lower():
             return "experts", f"{parameter.shape[0]} matrices of {kind}"
         if parameter.ndim == 2 and min(parameter.shape) < SMALLEST_SIDE:
             return "small", f"its shorter side is {min(parameter.shape)}"
-        if parameter.ndim == 2:
+        if parameter.ndim == 2 and _is_linear(module, kind, leaf):
             return "hidden", f"matrix of {kind}"
+        if parameter.ndim == 2:
+            return "other", f"{leaf} of {kind}, which is no linear layer"
         return "other", f"{parameter.ndim} dimensions in {kind}"
 
-    def _routes(self, module: nn.Module, kind: str, last: str, parameter: nn.Parameter) -> bool:
-        if "router" in kind.lower():
+    def _routes(self, path: str, parameter: nn.Parameter) -> bool:
+        parts = path.split(".")
+        around = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        if any(
+            "router" in f"{type(self.modules[name]).__name__}.{name.rpartition('.')[2]}".lower() for name in around
+        ):
             return True
-        return last in _ROUTER_NAMES and parameter.shape[0] in self.experts
+        return parts[-1] in _ROUTER_NAMES and parameter.shape[0] in self.experts
 
     def factor(self, name: str, role: str, rules: GroupRules) -> float:
         """Return the LR of a parameter as a multiple of the optimizer's."""
@@ -284,6 +293,18 @@ class _ModelFacts:
         return factor
 
 
+def _is_linear(module: nn.Module, kind: str, leaf: str) -> bool:
+    """
+    Return whether a parameter of two dimensions multiplies its input, as far as its module tells.
+
+    Others have two dimensions too: the states of Mamba (`A_log`), relative positions, the flattened experts of Dbrx.
+    For them no rule of matrices is known to be right, so they are left to the rule of all weights.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return leaf.endswith("proj_weight")
+    return leaf == "weight" and (isinstance(module, nn.Linear) or "linear" in kind.lower() or kind == "Conv1D")
+
+
 def _weights(model: nn.Module, method: str) -> Iterator[nn.Parameter]:
     """Yield the weights of what `get_input_embeddings` or `get_output_embeddings` returns, where there is one."""
     ask = getattr(model, method, None)
@@ -294,7 +315,7 @@ def _weights(model: nn.Module, method: str) -> Iterator[nn.Parameter]:
     except (NotImplementedError, AttributeError):  # a model without such a module says so by either
         return
     if isinstance(module, nn.Module):
-        yield from (p for name, p in module.named_parameters() if not name.endswith("bias"))
+        yield from (p for p in module.parameters() if p.ndim == 2)  # beside it there may be a norm or a bias
 
 
 def is_matrix(parameter: torch.Tensor) -> bool:

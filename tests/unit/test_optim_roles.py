@@ -179,3 +179,25 @@ def test_pieces_in_the_place_of_matrices_are_refused_at_the_first_update():
     optimizer.param_groups[0]["params"] = [flat]  # what DeepSpeed ZeRO does
     with pytest.raises(RefusedError, match="soap needs whole matrices, and the engine of this run has put pieces"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("FalconMambaForCausalLM", {"mixer.A_log": "other", "mixer.in_proj.weight": "hidden", "mixer.D": "other"}),
+        ("DbrxForCausalLM", {"experts.mlp.w1": "other", "Wqkv.weight": "hidden", "router.layer.weight": "router"}),
+        ("CamembertForCausalLM", {"lm_head.dense.weight": "hidden", "lm_head.layer_norm.weight": "norm"}),
+        ("Inkling2ForCausalLM", {"embed_norm.weight": "norm", "embed_tokens.weight": "embedding"}),
+        ("GptOssForCausalLM", {"gate_up_proj": "experts", "gate_up_proj_bias": "bias", "router.weight": "router"}),
+        ("JetMoeForCausalLM", {"router.layer.weight": "router", "input_linear.weight": "experts"}),
+        ("GPTNeoXForCausalLM", {"query_key_value.weight": "hidden", "dense_h_to_4h.bias": "bias"}),
+    ],
+)
+def test_roles_of_models_that_are_built_otherwise(name, expected):
+    from tests.zoo.builders import build, families
+
+    family = next(family for family in families("causal") if family.name == name)
+    roles = roles_of(build(family).model)
+    for end, role in expected.items():
+        found = {(n, r.role) for n, r in roles.items() if n.endswith(end)}
+        assert found and {kind for _, kind in found} == {role}, (end, found)
