@@ -10,10 +10,15 @@ from .._faces import face
 _PUBLIC = {
     "EffiOptimizer": "hf_effi.optim.base",
     "GroupRules": "hf_effi.optim.roles",
+    "MarsM": "hf_effi.optim.mars_m",
+    "MatrixView": "hf_effi.optim.matrix_views",
+    "MuonAdamW": "hf_effi.optim.muon",
     "NAdamW": "hf_effi.optim.nadamw",
     "OptimizerFactory": "hf_effi.optim.factory",
     "OptimizerReport": "hf_effi.optim.report",
     "ParameterRole": "hf_effi.optim.roles",
+    "mars_m": "hf_effi.optim.mars_m",
+    "muon": "hf_effi.optim.muon",
     "nadamw": "hf_effi.optim.nadamw",
     "optimizer_factory": "hf_effi.optim.factory",
     "optimizer_names": "hf_effi.optim.names",
@@ -30,6 +35,11 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .factory import optimizer_report as optimizer_report
     from .factory import parameter_groups as parameter_groups
     from .factory import use_optimizer as use_optimizer
+    from .mars_m import MarsM as MarsM
+    from .mars_m import mars_m as mars_m
+    from .matrix_views import MatrixView as MatrixView
+    from .muon import MuonAdamW as MuonAdamW
+    from .muon import muon as muon
     from .nadamw import NAdamW as NAdamW
     from .nadamw import nadamw as nadamw
     from .names import optimizer_names as optimizer_names

@@ -11,6 +11,8 @@ from .factory import OptimizerFactory
 
 #: name -> module that defines a factory of this name
 _FACTORIES: dict[str, str] = {
+    "mars_m": ".mars_m",
+    "muon": ".muon",
     "nadamw": ".nadamw",
 }
 #: prefix -> module with `from_package(name) -> OptimizerFactory`, for optimizers of other packages
