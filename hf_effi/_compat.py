@@ -31,6 +31,7 @@ OPTIONAL_PACKAGES = {
     "sklearn": ("scikit-learn", "adaptive"),
     "sklearn.gaussian_process": ("scikit-learn", "adaptive"),
     "math_verify": ("math-verify", "rewards"),
+    "pytorch_optimizer": ("pytorch-optimizer", "optim"),
 }
 
 #: What `hf-effi env` and the model card report, and what the contract tests ran against.

@@ -5,23 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Collection, Mapping
-from types import ModuleType
 from typing import Any
-
-
-def _room(public: Collection[str]) -> type[ModuleType]:
-    """
-    Return a class of packages in which a public name stays what the table says.
-
-    Python puts a file that is imported into its package, under its own name, in front of a function of that name.
-    """
-
-    class Room(ModuleType):
-        def __setattr__(self, name: str, value: Any) -> None:
-            if not (name in public and isinstance(value, ModuleType)):
-                super().__setattr__(name, value)
-
-    return Room
 
 
 def face(
@@ -41,8 +25,6 @@ def face(
     """
     space = vars(sys.modules[module])
     names = sorted(table)
-    if any(where == f"{module}.{name}" for name, where in table.items()):
-        sys.modules[module].__class__ = _room(frozenset(table))
 
     def load(name: str) -> Any:
         if name in rooms:

@@ -35,6 +35,7 @@ _PUBLIC = {
     "RunRecordCallback": "hf_effi.callbacks.run_record",
     "SafeCheckpointCallback": "hf_effi.callbacks.safe_checkpoint",
     "SamplerCallback": "hf_effi.callbacks.sampler",
+    "ScheduleFreeCallback": "hf_effi.callbacks.schedule_free",
     "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
     "StragglerCallback": "hf_effi.callbacks.straggler",
     "TrainDoctor": "hf_effi.callbacks.doctor",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .run_record import RunRecordCallback as RunRecordCallback
     from .safe_checkpoint import SafeCheckpointCallback as SafeCheckpointCallback
     from .sampler import SamplerCallback as SamplerCallback
+    from .schedule_free import ScheduleFreeCallback as ScheduleFreeCallback
     from .straggler import StragglerCallback as StragglerCallback
     from .weight_averaging import WeightAveragingCallback as WeightAveragingCallback
 

@@ -19,6 +19,7 @@ from ..checkpoint.snapshot import restore_rng, take_rng
 from ..errors import MismatchError, RefusedError
 from ..functional import metrics
 from ..functional.schedules import warn_decay_to_zero
+from ..optim.schedule_free import is_schedule_free
 from ._engines import is_fsdp2, sharding_engine
 from ._live_weights import lent, overwrite, trained, whole_state
 from ._side_file import SideFileCallback
@@ -120,6 +121,11 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         self._leave_trainer()  # of a run that failed
         trainer = calling_trainer(state)
         self._check(args, state, trainer)
+        if "schedule_free" in str(args.optim) or is_schedule_free(kwargs.get("optimizer")):
+            raise RefusedError(
+                f"The optimizer ({str(args.optim)!r}) averages its iterates itself. Drop {type(self).__name__}; "
+                "ScheduleFreeCallback lets checkpoints hold that average."
+            )
         self.side_file = SHARD_FILE.format(args.process_index) if is_fsdp2() else AVERAGE_FILE
         self._model, self._processing = kwargs["model"], kwargs.get("processing_class")
         self._steps, self._ready, self._written_at = [], False, None
@@ -410,8 +416,6 @@ class AveragingCallback(TurnCallback, SideFileCallback):
                 "one process alone. Leave it at False under FSDP2: the average is saved at the end, and its shards in "
                 "each checkpoint."
             )
-        if "schedule_free" in str(args.optim):
-            raise RefusedError(f"optim={args.optim!r} averages its iterates itself. Drop {name}.")
         if self.swap_in and args.load_best_model_at_end and not self._judged_by_average(args, trainer):
             raise RefusedError(
                 "swap_in=True and load_best_model_at_end=True both say what the model holds at the end. Set one to "

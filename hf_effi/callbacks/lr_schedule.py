@@ -26,6 +26,7 @@ from ..functional.schedules import (
 )
 from ..functional.schedules.adaptive import check_schedule_free
 from ..functional.schedules.base import OnMismatch, check_choice
+from ..optim.schedule_free import is_schedule_free
 from .owners import OwningCallback, Role
 
 #: key of our entry in `TrainerState.stateful_callbacks`, which every checkpoint stores as JSON
@@ -172,7 +173,8 @@ class LRScheduleCallback(OwningCallback):
         super().on_train_begin(args, state, control, **kwargs)
         check_arguments(args, self.name or type(self).__name__)
         optimizer = _innermost(scheduler.optimizer)
-        check_schedule_free(type(optimizer).__name__, self.built.spec()["kind"], "constant")
+        kind = self.built.spec()["kind"]
+        check_schedule_free(type(optimizer).__name__, kind, "constant", keeps_average=is_schedule_free(optimizer))
         bound = self.built.bind(state.max_steps)
         check_storable(bound)
         if state.global_step > 0 and scheduler.last_epoch == 0:

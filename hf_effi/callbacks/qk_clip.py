@@ -15,6 +15,8 @@ from ..errors import RefusedError
 from ..functional import metrics
 from ..functional.kept_arguments import keeps_arguments
 from ..functional.qk_clip import check_alpha, check_threshold, clip_factors
+from ..optim.report import innermost
+from ..optim.schedule_free import is_schedule_free
 from ..patching import is_sharded
 from ._engines import is_fsdp2, sharding_engine
 from ._qk_heads import ClippedAttention, Heads, clipped_attentions, scale_rows
@@ -201,10 +203,10 @@ class QKClipCallback(TurnCallback):
 
     def _clip(self, model: nn.Module, attention: ClippedAttention, gamma: Tensor, optimizer: Any) -> None:
         alpha = attention.alpha(self.gqa, 0.5 if self.alpha is None else self.alpha)
-        averaged = any("train_mode" in group for group in optimizer.param_groups)  # of schedule-free optimizers
+        averaged = is_schedule_free(optimizer)  # the weights are between two iterates, which move together
         for name, (rows, factors) in attention.factors(gamma, alpha).items():
             out_dim = self._found.out_dims[name]  # type: ignore[union-attr]
-            state = optimizer.state if averaged else None
+            state = innermost(optimizer).state if averaged else None
             scale_rows(model.get_submodule(name), out_dim, rows, factors, state)
 
     def _over_ranks(self, args: TrainingArguments) -> list[Tensor]:

@@ -61,6 +61,14 @@ def fp32_like(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
 
+def gradient_of(parameter: torch.nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a parameter that has one, in a precision."""
+    gradient = parameter.grad
+    if gradient is None:
+        raise ValueError(f"A parameter of shape {tuple(parameter.shape)} has no gradient. Update only those that do.")
+    return gradient.to(dtype)
+
+
 def check_betas(betas: Any) -> tuple[float, float]:
     """
     Return two coefficients of moments.

@@ -22,10 +22,10 @@ def check_engine(trainer: Any, factory: OptimizerFactory) -> None:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     stage = plugin.zero_stage if plugin is not None else 0
     if stage and not factory.elementwise:
+        sharded = "FSDP2, " if factory.sharded else ""
         raise RefusedError(
             f"{factory.name} needs whole matrices, and DeepSpeed ZeRO-{stage} gives an optimizer flat pieces. Use "
-            f"DDP, {'FSDP2, ' if factory.sharded else ''}ZeRO stage 0, or an optimizer that takes each weight by itself "
-            "(nadamw, adamw_torch)."
+            f"DDP, {sharded}ZeRO stage 0, or an optimizer that takes each weight by itself (nadamw, adamw_torch)."
         )
     if getattr(trainer, "is_fsdp_enabled", False) and not (factory.elementwise or factory.sharded):
         raise RefusedError(

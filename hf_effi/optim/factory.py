@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import RefusedError
 from .report import OptimizerReport, report_of
@@ -66,7 +67,10 @@ class OptimizerFactory:
             )
         if "lr" in self.options and kwargs.get("lr", self.defaults.get("lr")) is None:
             raise ValueError(f"{self.name} needs lr, e.g. {self.name}(model, lr=1e-3).")
-        return self.build(model, **kwargs)
+        optimizer = self.build(model, **kwargs)
+        if not self.elementwise:
+            _expect_whole(optimizer, self)
+        return optimizer
 
     @property
     def name(self) -> str:
@@ -88,6 +92,28 @@ class OptimizerFactory:
 
     def __repr__(self) -> str:
         return f"<optimizer factory {self.name}{self.__signature__}>"
+
+
+def _expect_whole(optimizer: torch.optim.Optimizer, factory: OptimizerFactory) -> None:
+    """
+    Refuse the first update where an engine has put pieces in the place of the tensors that the optimizer was made for.
+
+    [`check_engine`] says it earlier; a factory in `optimizer_cls_and_kwargs` of a stock Trainer does not pass there.
+    """
+    shapes = [[p.shape for p in group["params"]] for group in optimizer.param_groups]
+
+    def look(*_: Any) -> None:
+        handle.remove()
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        pieces = shapes != [[p.shape for p in group["params"]] for group in optimizer.param_groups]
+        if pieces or (not factory.sharded and any(isinstance(p, DTensor) for p in held)):
+            raise RefusedError(
+                f"{factory.name} needs whole matrices, and the engine of this run has put pieces of them in its "
+                f"groups. Use DDP{', FSDP2' if factory.sharded else ''} or an optimizer that takes each weight by "
+                "itself (nadamw, adamw_torch)."
+            )
+
+    handle = optimizer.register_step_pre_hook(look)
 
 
 def optimizer_factory(
@@ -142,7 +168,9 @@ def parameter_groups(
 
 def with_report(optimizer: torch.optim.Optimizer, roles: Sequence[ParameterRole]) -> torch.optim.Optimizer:
     """Let an optimizer carry why each parameter follows the rule it does; [`optimizer_report`] reads it."""
-    optimizer.hf_effi_reasons = {role.name: (role.role, role.reason) for role in roles}
+    optimizer.hf_effi_reasons = {  # type: ignore[attr-defined]
+        role.name: (role.role, role.reason) for role in roles
+    }
     return optimizer
 
 

@@ -11,12 +11,16 @@ from .factory import OptimizerFactory
 
 #: name -> module that defines a factory of this name
 _FACTORIES: dict[str, str] = {
-    "mars_m": ".mars_m",
-    "muon": ".muon",
-    "nadamw": ".nadamw",
+    "mars_m": ".mars_muon",
+    "muon": ".muon_adamw",
+    "nadamw": ".nesterov",
+    "soap": ".adapters",
+    "prodigy": ".adapters",
+    "lars": ".adapters",
+    "lamb": ".adapters",
 }
 #: prefix -> module with `from_package(name) -> OptimizerFactory`, for optimizers of other packages
-_PACKAGES: dict[str, str] = {}
+_PACKAGES: dict[str, str] = {"pytorch_optimizer": ".adapters"}
 #: field of TrainingArguments -> its default; a field at its default leaves the default of the optimizer
 _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 

@@ -229,7 +229,7 @@ class _ModelFacts:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.embeddings = set(_weights(model, "get_input_embeddings"))
         self.heads = set(_weights(model, "get_output_embeddings"))
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         counts = (getattr(config, count, None) for count in _EXPERT_COUNTS)
         self.experts = {count for count in counts if isinstance(count, int) and count > 1}

@@ -38,6 +38,8 @@ OWN_FIELDS = (
     "run_record",
     "hub_wait_seconds",
     "safe_checkpoints",
+    # LRs by parameter are numbers and patterns, which the file of a run holds.
+    "optim_groups",
 )
 
 #: A value for each that differs from its default and is valid next to the others and [`grpo_args`]'.
@@ -66,6 +68,7 @@ IN_YAML = {
     "safe_checkpoints": "sync",
     "lr_schedule_kwargs": {"warmup_steps": 2, "decay_steps": 3},
     "kernel_patch": {"RMSNorm": "liger"},
+    "optim_groups": {"layer_decay": 0.9},
 }
 
 

@@ -349,6 +349,9 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
         made={"eval_dataset": lm_dataset(4, length=LENGTH)},
     ),
     "random_ltd": lambda place: lm(place, hf_effi.callbacks.RandomLTDCallback(4, LENGTH, multiple=2)),
+    "nadamw": lambda place: by_config(place, optim="nadamw"),
+    "soap": lambda place: by_config(place, optim="soap"),
+    "optim_groups": lambda place: by_config(place, optim_groups={"layer_decay": 0.5, "lr_factors": {"norm": 2.0}}),
     "tiled_mlp": patched(hf_effi.kernels.tile_mlp),
     "tiled_loss": patched(hf_effi.memory.tile_loss),
     "stream_layer": patched(hf_effi.memory.stream_layers),
@@ -389,6 +392,10 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
         made={"train_sampler": samplers.SelfPacedSampler(ROWS, by_loss, share=0.5, share_step=0.5)},
     ),
 }
+
+
+def by_config(place: Place, **over: Any) -> Outcome:
+    return lm(place, cls=hf_effi.EffiTrainer, config=hf_effi.EffiTrainingArguments, weight_decay=0.1, **over)
 
 
 def _growing(step: int, steps: int) -> int:

@@ -78,6 +78,15 @@ _SHARDS = "It reads or writes whole weights or gradients between updates. Train 
 _ZERO3 = "It reads weights beside the modules that own them, where ZeRO-3 has shards. Use ZeRO-2, FSDP2 or DDP."
 
 METHODS = (
+    Row("optim_groups", "`optim_groups=`", card="optimizer_groups"),
+    Row("nadamw", '`optim="nadamw"`', card="nadamw"),
+    Row(
+        "soap",
+        '`optim="soap"`, `"lars"`, `"lamb"`, `"prodigy"`, `"pytorch_optimizer:NAME"`',
+        sharded("needs whole matrices"),
+        "optimizer_adapters",
+        "They need whole matrices, or norms of them; engines give an optimizer pieces. Train with DDP.",
+    ),
     Row("stock_grpo", "TRL's own `GRPOTrainer`, for comparison"),
     Row("exact_savings", "Exact savings of GRPO, with TRL's own `GRPOTrainer` as reference", card="exact_savings"),
     Row(

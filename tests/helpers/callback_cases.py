@@ -190,6 +190,7 @@ CASES: dict[str, Case] = {
 NEEDS_PROCESSES = {"StragglerCallback"}
 #: callbacks that refuse a trainer that is not one of GRPO; `tests/training/test_length_budget.py` and
 #: `test_grpo_schedules.py` train with them
+NEEDS_SCHEDULE_FREE = {"ScheduleFreeCallback"}  # refuses any other optimizer; `tests/training/test_schedule_free.py`
 NEEDS_GRPO = {"BudgetPromptCallback", "GRPOScheduleCallback", "GenerationCapCallback"}
 
 #: pairs that refuse each other, and words of the message
@@ -214,7 +215,9 @@ def public_callbacks() -> list[str]:
             for name, value in vars(module).items()
             if _is_callback(value) and value.__module__ == module.__name__ and not name.startswith("_")
         }
-    return sorted(found - NEEDS_PROCESSES - NEEDS_GRPO - {"OwningCallback"})  # a base, which decides nothing by itself
+    return sorted(
+        found - NEEDS_PROCESSES - NEEDS_GRPO - NEEDS_SCHEDULE_FREE - {"OwningCallback"}
+    )  # a base, which decides nothing by itself
 
 
 def _public_modules() -> Iterable[Any]:

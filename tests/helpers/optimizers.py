@@ -19,7 +19,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mars_m": {"gamma": 0.1},
     "muon": {"momentum": 0.9},
     "nadamw": {},
+    "soap": {"precondition_frequency": 2},
+    "prodigy": {"d0": 1e-3},
+    "lars": {"trust_coefficient": 0.1},
+    "lamb": {},
 }
+#: what a config must say for them
+FIELDS: dict[str, dict[str, Any]] = {"prodigy": {"learning_rate": 1.0}}
+#: Their weight decay is no shrinking of the weights by `lr decay` alone: it is inside of a ratio or of an estimate.
+DECAY_INSIDE = {"lamb", "lars", "prodigy", "soap"}
 DOORS = ("use_optimizer", "config", "optimizer_cls_and_kwargs")
 LR, DECAY = 1e-2, 0.1
 
@@ -45,7 +53,7 @@ def settings(out: str | Path, **over: Any) -> dict[str, Any]:
 
 def trainer_by(door: str, optim: str, out: str | Path, model: Any = None, **over: Any) -> Trainer:
     """Return a trainer that got one optimizer of the table by one of [`DOORS`]."""
-    model, data, fields = model or tiny_llama(), lm_dataset(), settings(out, **over)
+    model, data, fields = model or tiny_llama(), lm_dataset(), settings(out, **{**FIELDS.get(optim, {}), **over})
     options = OPTIONS[optim]
     if door == "config":
         args = EffiTrainingArguments(**fields, optim=optim, optim_args=options or None)

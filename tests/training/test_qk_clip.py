@@ -200,6 +200,12 @@ class Averaged(torch.optim.SGD):
             for parameter in group["params"]:
                 self.state[parameter]["z"] = parameter.detach() + 0.5
 
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
 
 def test_a_schedule_free_optimizer_has_its_second_iterate_scaled_too(tmp_path):
     from transformers import TrainingArguments

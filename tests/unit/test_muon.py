@@ -23,7 +23,7 @@ from transformers import (
 from hf_effi.attention.projections import measure_projections
 from hf_effi.errors import RefusedError
 from hf_effi.optim import MatrixView, MuonAdamW, muon, optimizer_report
-from hf_effi.optim.muon import plan_muon
+from hf_effi.optim.muon_adamw import plan_muon
 from tests.helpers import assert_bitwise_equal, tiny_gpt2, tiny_llama, weights_of
 
 SMALL = {

@@ -5,7 +5,16 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
-from hf_effi.optim import GroupRules, OptimizerFactory, nadamw, optimizer_report, parameter_groups, parameter_roles
+from hf_effi.errors import RefusedError
+from hf_effi.optim import (
+    GroupRules,
+    OptimizerFactory,
+    nadamw,
+    optimizer_report,
+    parameter_groups,
+    parameter_roles,
+    soap,
+)
 from hf_effi.optim.names import arguments_from, parse_optim_args
 from tests.helpers import tiny_gpt2, tiny_llama
 
@@ -160,3 +169,13 @@ def test_a_report_says_which_parameter_got_which_rule_and_why():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert optimizer_report(optimizer).state_bytes == 8 * sum(p.numel() for p in model.parameters())
+
+
+def test_pieces_in_the_place_of_matrices_are_refused_at_the_first_update():
+    model = nn.Linear(9, 8)
+    optimizer = soap(model, lr=0.1)
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]  # what DeepSpeed ZeRO does
+    with pytest.raises(RefusedError, match="soap needs whole matrices, and the engine of this run has put pieces"):
+        optimizer.step()

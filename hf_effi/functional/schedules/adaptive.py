@@ -304,11 +304,20 @@ def suggest_from_range_test(lrs: Sequence[float], losses: Sequence[float]) -> di
     return {"steepest": steepest, "lowest_over_10": safe, "low": min(steepest, safe), "high": max(steepest, safe)}
 
 
-def check_schedule_free(optimizer_name: str, schedule_name: str | None, lr_scheduler_type: str) -> None:
+def check_schedule_free(
+    optimizer_name: str, schedule_name: str | None, lr_scheduler_type: str, keeps_average: bool = False
+) -> None:
     """
     Refuse what a schedule-free optimizer forbids: a schedule of any kind.
 
     Paper: Defazio et al., The Road Less Scheduled (2405.15682). Its average replaces the decay.
+
+    Args:
+        optimizer_name (`str`): Class or name in `optim=`.
+        schedule_name (`str`, *optional*): Schedule of ours.
+        lr_scheduler_type (`str`): The Trainer's.
+        keeps_average (`bool`, *optional*, defaults to `False`): The optimizer was asked and keeps an average of its
+            own; without it the name decides.
 
     Raises:
         RefusedError: a schedule-free optimizer together with a schedule.
@@ -319,7 +328,7 @@ def check_schedule_free(optimizer_name: str, schedule_name: str | None, lr_sched
     >>> check_schedule_free("schedule_free_adamw", None, "constant")
     ```
     """
-    if "schedulefree" not in optimizer_name.lower().replace("_", ""):
+    if not keeps_average and "schedulefree" not in optimizer_name.lower().replace("_", ""):
         return
     if schedule_name not in (None, "constant"):
         raise RefusedError(

@@ -127,6 +127,11 @@ class EffiGRPOConfig(EffiArguments, GRPOConfig):
             without it.
         safe_checkpoints (`str`, *optional*):
             Crash-safe checkpoints: `"sync"`, `"thread"` or `"process"`. Those of a stock Trainer without it.
+
+        > Parameters of the optimizer; `optim` takes the names of [`~hf_effi.optim.optimizer_names`] too
+
+        optim_groups (`dict` or `str`, *optional*):
+            Arguments of [`~hf_effi.optim.GroupRules`]: LRs and weight decay by parameter, for every optimizer.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "lr_schedule_kwargs", "kernel_patch", "optim_groups"]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import Trainer
-from transformers.trainer_optimizer import is_optimizer_factory
 
 from ...errors import RefusedError
 from ...optim.engines import check_engine
@@ -130,7 +130,8 @@ class OptimizerMixin:
         if rules is None:
             return None
         made, options = Trainer.get_optimizer_cls_and_kwargs(self.args, model)
-        if is_optimizer_factory(made) or {"params", "model", "optimizer_dict"} & set(options):
+        plain = isinstance(made, type) and issubclass(made, torch.optim.Optimizer)  # and no factory
+        if not plain or {"params", "model", "optimizer_dict"} & set(options):
             raise RefusedError(f"optim={str(self.args.optim)!r} makes groups of its own, so optim_groups cannot act.")
         groups = parameter_groups(
             model, lambda role: made.__name__, lr=options["lr"], weight_decay=self.args.weight_decay, rules=rules

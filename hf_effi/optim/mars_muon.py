@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from .base import fp32_like
 from .factory import optimizer_factory, with_report
 from .matrix_views import Split
-from .muon import MuonAdamW, check_momentum, plan_muon
+from .muon_adamw import MuonAdamW, check_momentum, plan_muon
 from .roles import GroupRules
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import EffiOptimizer, check_betas, check_positive, fp32_like
+from .base import EffiOptimizer, check_betas, check_positive, fp32_like, gradient_of
 from .factory import optimizer_factory, parameter_groups, with_report
 from .roles import GroupRules, parameter_roles
 
@@ -72,7 +72,7 @@ class NAdamW(EffiOptimizer):
                 state.update(step=0, exp_avg=fp32_like(parameter), exp_avg_sq=fp32_like(parameter))
             state["step"] += 1
             mean, square = state["exp_avg"], state["exp_avg_sq"]
-            gradient = parameter.grad.to(mean.dtype)
+            gradient = gradient_of(parameter, mean.dtype)
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             ahead = torch.lerp(gradient, mean, beta1).div_(1 - beta1 ** state["step"])

@@ -1,0 +1,82 @@
+"""Rows of the table: which parameter follows which rule, and optimizers that other packages have."""
+
+from __future__ import annotations
+
+from .row import Method
+
+ROWS: tuple[Method, ...] = (
+    Method(
+        key="optimizer_groups",
+        title="Learning rates and weight decay by parameter",
+        kind="optimizer",
+        goals=("optimizer", "adapters"),
+        summary="Gives layers, head, LoRA factors and named parameters LRs and weight decay of their own.",
+        entry_points=(
+            "hf_effi.optim:GroupRules",
+            "hf_effi.optim:parameter_groups",
+            "hf_effi.optim:parameter_roles",
+            "hf_effi.optim:optimizer_report",
+            "hf_effi.optim:use_optimizer",
+        ),
+        arguments=("optim_groups",),
+        off=(None,),
+        paper="LoRA+: Efficient Low Rank Adaptation of Large Models",
+        paper_id="2402.12354",
+        authors="Hayou, Soufiane and others",
+        status="experimental",
+        tests=("tests/unit/test_optim_roles.py", "tests/training/test_optimizers.py"),
+        bench="bench/optimizers.py",
+    ),
+    Method(
+        key="nadamw",
+        title="NAdamW in AlgoPerf's form",
+        kind="optimizer",
+        goals=("optimizer",),
+        summary="AdamW with Nesterov momentum, the tuned reference of AlgoPerf.",
+        entry_points=("hf_effi.optim:NAdamW", "hf_effi.optim:nadamw"),
+        paper="Benchmarking Neural Network Training Algorithms",
+        paper_id="2306.07179",
+        authors="Dahl, George E. and others",
+        status="experimental",
+        tests=("tests/unit/test_nadamw.py", "tests/training/test_optimizers.py"),
+        bench="bench/optimizers.py",
+    ),
+    Method(
+        key="optimizer_adapters",
+        title="SOAP, Prodigy, LARS, LAMB and the rest of pytorch_optimizer",
+        kind="optimizer",
+        goals=("optimizer",),
+        summary="Any optimizer of pytorch_optimizer by name, with the Trainer's groups, resume and refusals.",
+        entry_points=(
+            "hf_effi.optim:soap",
+            "hf_effi.optim:prodigy",
+            "hf_effi.optim:lars",
+            "hf_effi.optim:lamb",
+            "hf_effi.optim:SplitOptimizer",
+        ),
+        paper="SOAP: Improving and Stabilizing Shampoo using Adam",
+        paper_id="2409.11321",
+        authors="Vyas, Nikhil and others",
+        status="experimental",
+        tests=("tests/unit/test_optim_adapters.py", "tests/training/test_optimizers.py"),
+        bench="bench/optimizers.py",
+    ),
+    Method(
+        key="schedule_free",
+        title="Guards for schedule-free optimizers",
+        kind="callback",
+        goals=("optimizer", "safety"),
+        summary="Lets checkpoints and the model at the end hold the average of a schedule-free optimizer.",
+        entry_points=(
+            "hf_effi.callbacks:ScheduleFreeCallback",
+            "hf_effi.optim:is_schedule_free",
+            "hf_effi.optim:holds_average",
+        ),
+        paper="The Road Less Scheduled",
+        paper_id="2405.15682",
+        authors="Defazio, Aaron and others",
+        status="experimental",
+        tests=("tests/training/test_schedule_free.py",),
+        bench="bench/optimizers.py",
+    ),
+)
