@@ -38,7 +38,9 @@ def text() -> torch.Tensor:
 
 def rows_of(characters: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Cut text into rows."""
-    return [{"input_ids": row, "labels": row} for row in characters[: len(characters) // LENGTH * LENGTH].view(-1, LENGTH)]
+    return [
+        {"input_ids": row, "labels": row} for row in characters[: len(characters) // LENGTH * LENGTH].view(-1, LENGTH)
+    ]
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -186,7 +188,11 @@ def main(argv: list[str] | None = None) -> None:
         figures.append(headline(f"cpu_time_ratio_every_{every}", statistics.median(found), goal))
     print(figures)
     if not args.quick:
-        print(write_result("qk_clip", command=command_line("bench.qk_clip"), seeds=args.seeds, headline=figures, rows=rows))
+        print(
+            write_result(
+                "qk_clip", command=command_line("bench.qk_clip"), seeds=args.seeds, headline=figures, rows=rows
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ class QKClipCallback(TurnCallback):
         if not is_sharded(model):
             self._found = measure_projections(model)
         if self._found is None:
-            raise RefusedError("QKClipCallback came after the Trainer was built. Under FSDP2 pass it in callbacks=[...].")
+            raise RefusedError(
+                "QKClipCallback came after the Trainer was built. Under FSDP2 pass it in callbacks=[...]."
+            )
         self._attentions = clipped_attentions(model, self._found, self.threshold, self.gqa)
         if self.alpha is not None and all(a.alpha(self.gqa, self.alpha) is None for a in self._attentions):
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .base import fp32_like
+from .base import fp32_like, gradient_of
 from .factory import optimizer_factory, with_report
 from .matrix_views import Split
 from .muon_adamw import MuonAdamW, check_momentum, plan_muon
@@ -30,13 +30,13 @@ class MarsM(MuonAdamW):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = fp32_like(parameter)
         buffer, beta, gamma = state["momentum_buffer"], group["momentum"], group["gamma"]
-        gradient = parameter.grad.to(buffer.dtype)
+        gradient = gradient_of(parameter, buffer.dtype)
         if group["memory_free"]:
             buffer.mul_(beta).add_(gradient, alpha=(1 - gamma) * (1 - beta) / beta)
             return gradient * gamma + buffer * beta
-        before = state.get("previous_gradient", parameter.grad).to(buffer.dtype)
+        before = state.get("previous_gradient", gradient).to(buffer.dtype)
         corrected = gradient + (gradient - before) * (gamma * beta / (1 - beta))
-        state["previous_gradient"] = parameter.grad.detach().clone()
+        state["previous_gradient"] = gradient_of(parameter, parameter.dtype).detach().clone()
         if group["clip"]:
             norm = torch.linalg.vector_norm(corrected)
             corrected = corrected / (norm.full_tensor() if isinstance(norm, DTensor) else norm).clamp(min=1.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import RefusedError
-from .base import EffiOptimizer, check_betas, check_positive, fp32_like
+from .base import EffiOptimizer, check_betas, check_positive, fp32_like, gradient_of
 from .factory import optimizer_factory, parameter_groups, with_report
 from .matrix_views import MatrixView, Split, matrix_views
 from .roles import GroupRules, ParameterRole, is_matrix, parameter_roles
@@ -69,7 +69,7 @@ class MuonAdamW(EffiOptimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = fp32_like(parameter)
         buffer = state["momentum_buffer"]
-        gradient = parameter.grad.to(buffer.dtype)
+        gradient = gradient_of(parameter, buffer.dtype)
         buffer.lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 

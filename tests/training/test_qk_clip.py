@@ -128,10 +128,8 @@ def test_a_fused_projection(tmp_path):
     others = [head for head in range(4) if head != worst]
     assert torch.equal(after[others], logits[others])
     name = "transformer.h.0.attn.c_attn.bias"
-    moved = (weights_of(model)["transformer.h.0.attn.c_attn.weight"] != before["transformer.h.0.attn.c_attn.weight"])
-    assert moved.any(0).nonzero().flatten().tolist() == [
-        start + 8 * worst + i for start in (0, 32) for i in range(8)
-    ]
+    moved = weights_of(model)["transformer.h.0.attn.c_attn.weight"] != before["transformer.h.0.attn.c_attn.weight"]
+    assert moved.any(0).nonzero().flatten().tolist() == [start + 8 * worst + i for start in (0, 32) for i in range(8)]
     assert torch.equal(weights_of(model)[name][64:], before[name][64:])
 
 
@@ -215,9 +213,7 @@ def test_a_schedule_free_optimizer_has_its_second_iterate_scaled_too(tmp_path):
     weight = model.model.layers[0].self_attn.q_proj.weight
     before = optimizer.state[weight]["z"].clone()
     args = TrainingArguments(**settings(tmp_path, max_steps=1))
-    Trainer(
-        model, args, train_dataset=DATA, callbacks=[QKClipCallback()], optimizers=(optimizer, None)
-    ).train()
+    Trainer(model, args, train_dataset=DATA, callbacks=[QKClipCallback()], optimizers=(optimizer, None)).train()
     after = optimizer.state[weight]["z"]
     torch.testing.assert_close(after[:16], before[:16] * 0.5)
     assert torch.equal(after[16:], before[16:])

@@ -202,9 +202,7 @@ def test_a_layout_that_cannot_be_told_is_refused_and_can_be_said():
         muon(bloom, lr=0.01)
     rows = by_name(muon(bloom, lr=0.01, split={"query_key_value": [8, 8, 8]}))
     assert "parts of 8, 8, 8 outputs (given)" in rows["transformer.h.0.self_attention.query_key_value.weight"].reason
-    oss = GptOssForCausalLM(
-        GptOssConfig(**SMALL, num_local_experts=4, head_dim=8, layer_types=["full_attention"])
-    )
+    oss = GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=4, head_dim=8, layer_types=["full_attention"]))
     with pytest.raises(RefusedError, match="both factors of a gated MLP, in a layout that was not recognised"):
         muon(oss, lr=0.01)
     rows = by_name(muon(oss, lr=0.01, split={"gate_up_proj": [1, 1]}))
