@@ -78,8 +78,8 @@ def clipped_attentions(
             kept.append(_checked(model, attention, found, gqa))
     if not kept:
         raise RefusedError(
-            f"QKClipCallback has nothing to do: the attentions of {type(model).__name__} bound their logits themselves "
-            f"({bounded[0]}). Leave it out."
+            f"QKClipCallback has nothing to do: the attentions of {type(model).__name__} bound their logits "
+            f"themselves ({bounded[0]}). Leave it out."
         )
     return kept
 
@@ -116,8 +116,8 @@ def _checked(
     }
     if gqa == "min" and not own["key"]:
         raise RefusedError(
-            f"gqa='min' scales keys, and the rows of the keys of {attention.name} are read by other heads or by values "
-            "too (multi-head latent attention). Use gqa='query'."
+            f"gqa='min' scales keys, and the rows of the keys of {attention.name} are read by other heads or by "
+            "values too (multi-head latent attention). Use gqa='query'."
         )
     scaled = ("query", "key") if own["key"] and (gqa == "min" or len(query) == len(key)) else ("query",)
     for part in scaled:
@@ -138,8 +138,8 @@ def _check_projection(model: nn.Module, name: str, found: MeasuredProjections) -
     frozen = [leaf for leaf, p in module.named_parameters(recurse=False) if not p.requires_grad]
     if frozen:
         raise RefusedError(
-            f"{name}.{frozen[0]} does not train, and QK-Clip has to scale it with the rest of its head: under LoRA the "
-            "base weight is frozen. Train whole weights, or leave the callback out."
+            f"{name}.{frozen[0]} does not train, and QK-Clip has to scale it with the rest of its head: under LoRA "
+            "the base weight is frozen. Train whole weights, or leave the callback out."
         )
     if name not in found.out_dims:
         raise RefusedError(f"It is not known which dimension of {name}.weight is its output. Train without QK-Clip.")

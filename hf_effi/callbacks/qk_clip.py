@@ -192,8 +192,8 @@ class QKClipCallback(TurnCallback):
         engine = sharding_engine(args)
         if engine is not None and not is_fsdp2():
             raise RefusedError(
-                f"QKClipCallback scales rows of weights, and {engine} trains from copies or parts that it cannot reach. "
-                "Train with DDP, FSDP2 or on one device."
+                f"QKClipCallback scales rows of weights, and {engine} trains from copies or parts that it cannot "
+                "reach. Train with DDP, FSDP2 or on one device."
             )
         if args.torch_compile:
             raise RefusedError("QKClipCallback measures between compiled steps. Set torch_compile=False.")

@@ -156,7 +156,8 @@ class _Shown:
             return dataclasses.replace(whole, sizes=self._factors(role, whole, how), source="measured")
         if len(set(self.labels.get(path, {}).values())) > 1:
             return dataclasses.replace(whole, sizes=self._attention_sizes(role, whole), source="measured")
-        if (how := self.halves.get(self._kind(path))) is not None:
+        if self._kind(path) in self.halves:
+            how = self.halves[self._kind(path)]
             return dataclasses.replace(whole, sizes=self._factors(role, whole, how), source="measured")
         if not self.found.attentions and role.role == "hidden" and set(role.parameter.shape) & self.fused_sizes:
             why = self.found.failed or "its attention does not go through transformers' AttentionInterface"
@@ -207,7 +208,7 @@ def _unknown(role: ParameterRole, why: str) -> RefusedError:
 
 def _fused_sizes(model: nn.Module) -> set[int]:
     """Return the outputs that a fused projection of this model would have, by its config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if not isinstance(hidden, int) or not isinstance(heads, int) or not heads:

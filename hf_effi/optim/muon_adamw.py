@@ -76,7 +76,8 @@ class MuonAdamW(EffiOptimizer):
     def _step_matrices(self, group: dict[str, Any], parameter: nn.Parameter, update: Tensor, view: MatrixView) -> None:
         weight = parameter.detach()
         if isinstance(weight, DTensor):
-            whole = update.bfloat16().full_tensor().float()  # torch's Muon rounds to bf16 first, too
+            half: Any = update.bfloat16()  # torch's Muon rounds to it first, too
+            whole = half.full_tensor().float()
             change = torch.zeros_like(whole)
             self._orthogonal(group, change, whole, view)
             own = distribute_tensor(change, weight.device_mesh, weight.placements, src_data_rank=None)

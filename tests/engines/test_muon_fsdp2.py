@@ -1,4 +1,4 @@
-"""Muon, MARS-M and QK-Clip on two gloo processes: DDP is one process with the joint batch, FSDP2 is DDP, ZeRO is not."""
+"""Muon, MARS-M, QK-Clip on two gloo processes: one process with the joint batch, DDP and FSDP2; ZeRO is refused."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_every_so_many_updates(tmp_path):
 
 
 class Averaged(torch.optim.SGD):
-    """The parts of a schedule-free optimizer that the clip looks at: the second iterate, and the flag of its groups."""
+    """What the clip looks at of a schedule-free optimizer: the second iterate, the flag of its groups."""
 
     def __init__(self, params):
         super().__init__(params, lr=0.0)
