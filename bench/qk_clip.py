@@ -152,7 +152,7 @@ class Clock(TrainerCallback):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 3e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="few updates, one seed, nothing written: a smoke test")

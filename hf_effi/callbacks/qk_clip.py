@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -56,8 +57,8 @@ class QKClipCallback(TurnCallback):
     Raises:
         ValueError: an argument out of range, or `alpha` for a model in which no key is scaled.
         RefusedError: a model that bounds its logits itself (norms of queries and keys, capped logits), frozen
-            projections (LoRA), attention outside of transformers' interface, `torch_compile`, DeepSpeed, FSDP 1 and
-            tensor parallelism.
+            projections (LoRA), attention outside of transformers' interface, `torch_compile`, DeepSpeed, FSDP 1,
+            tensor and sequence parallelism.
 
     Example:
     ```python
@@ -194,6 +195,13 @@ class QKClipCallback(TurnCallback):
             raise RefusedError(
                 f"QKClipCallback scales rows of weights, and {engine} trains from copies or parts that it cannot "
                 "reach. Train with DDP, FSDP2 or on one device."
+            )
+        parallel = AcceleratorState().parallelism_config if is_initialized() else None
+        split = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
+        if split or (getattr(args, "sequence_parallel_size", None) or 1) > 1:
+            raise RefusedError(
+                "QKClipCallback needs whole rows and all heads on a process, and sequence parallelism deals them to "
+                "several. Train with sequence_parallel_size=1."
             )
         if args.torch_compile:
             raise RefusedError("QKClipCallback measures between compiled steps. Set torch_compile=False.")

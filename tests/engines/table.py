@@ -212,8 +212,8 @@ SETTINGS = (
     Setting(
         '`optim="muon"`, `optim="mars_m"` and `QKClipCallback` on 2 processes and under FSDP2',
         RUNS,
-        "Two processes have the weights of one with the joint batch, FSDP2 those of DDP, within the rounding of bf16 in "
-        "Newton-Schulz; shards are resumed to the bit. Refused by name: DeepSpeed ZeRO.",
+        "Two processes have the weights of one with the joint batch, FSDP2 those of DDP, within the rounding of bf16 "
+        "in Newton-Schulz; shards are resumed to the bit. Refused by name: DeepSpeed ZeRO.",
         "tests/engines/test_muon_fsdp2.py::test_fsdp2_has_the_weights_of_ddp",
     ),
     Setting(

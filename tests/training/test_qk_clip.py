@@ -1,6 +1,7 @@
 """QK-Clip through `trainer.train()`: the heads that exceed, and nothing else; off and at infinity stock to the bit."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,6 +260,8 @@ def test_runs_that_are_refused(tmp_path):
         still(tmp_path, tiny_llama(), QKClipCallback(alpha=0.3))
     with pytest.raises(RefusedError, match="Set torch_compile=False"):
         still(tmp_path, tiny_llama(), QKClipCallback(), torch_compile=True)
+    with pytest.raises(RefusedError, match="sequence parallelism deals them to several"):
+        QKClipCallback()._check_run(SimpleNamespace(sequence_parallel_size=2, fsdp=None, deepspeed=None), tiny_llama())
     model = tiny_llama()
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(RefusedError, match="does not read the masks of flex attention"):
