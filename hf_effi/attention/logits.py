@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ class LogitWatch:
 
     The attention functions of transformers are registered again under their own names, with one that measures first
     and then calls them: what the model computes stays the same to the bit. Generation and reference models, which have
-    no gradients, are passed by.
+    no gradients, are passed by. It knows the masks of eager, sdpa and flash attention, and refuses others.
 
     Args:
         modules (`Iterable[nn.Module]`): Attention modules to watch.
@@ -41,13 +42,14 @@ class LogitWatch:
         """Begin to measure; `model` says which attention functions are in use."""
         self.stop()
         self.largest = {}
-        self._names = attention_names(model)
         known: Mapping[str, Callable] = AttentionInterface._global_mapping
+        # All of them: a forward may switch to another one for a while, and its logits must not be missed.
+        self._names = tuple(sorted({*known, *attention_names(model)}))
         for name in self._names:
             before = known.get(name)
             while isinstance(before, _Watching):  # of a run that ended in an error
                 before = before.before
-            AttentionInterface.register(name, _Watching(self, before))
+            AttentionInterface.register(name, _Watching(self, name, before))
 
     def stop(self) -> None:
         """Stop to measure, and put back the functions."""
@@ -72,17 +74,31 @@ def attention_names(model: nn.Module) -> tuple[str, ...]:
 class _Watching:
     """Measures for a watch, then calls the function it stands for."""
 
-    def __init__(self, watch: LogitWatch, before: Callable | None) -> None:
-        self.watch, self.before = watch, before
+    def __init__(self, watch: LogitWatch, name: str, before: Callable | None) -> None:
+        # Of a run that ended in an error nobody stops the watch; it ends with its callback.
+        self._watch, self.name, self.before = weakref.ref(watch), name, before
+
+    @property
+    def watch(self) -> LogitWatch | None:
+        """The watch, while it lives."""
+        return self._watch()
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kw: Any
     ) -> Any:
-        if torch.is_grad_enabled() and module in self.watch.modules:
+        watch = self.watch
+        if watch is not None and torch.is_grad_enabled() and module in watch.modules:
+            if self.name not in ("eager", "sdpa") and "flash" not in self.name:
+                watch.stop()
+                raise RefusedError(
+                    f"mode='sampled' does not know which pairs attend under attn_implementation={self.name!r}, which "
+                    "exact_savings of EffiGRPOTrainer and packing use too. Use mode='bound', exact_savings='off', or "
+                    "attn_implementation='sdpa'."
+                )
             with torch.no_grad():
                 found = _of_call(module, query, key, attention_mask, kw)
-            known = self.watch.largest.get(module)
-            self.watch.largest[module] = found if known is None else torch.maximum(known, found)
+            known = watch.largest.get(module)
+            watch.largest[module] = found if known is None else torch.maximum(known, found)
         function = self.before or _eager_of(module)
         return function(module, query, key, value, attention_mask, *args, **kw)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -77,7 +78,7 @@ def measure_projections(model: nn.Module, by_head: bool = True) -> MeasuredProje
 
     The output of each projection is replaced by fixed numbers; gradients of what reaches the attention function then
     tell which channels it comes from, and whether it is linear in them. The model is left as it was: weights, hooks,
-    mode, random state.
+    mode, random state. Every rank of a run has to call it, and all get what the first one has found.
 
     Args:
         model (`nn.Module`): Not sharded yet.
@@ -103,7 +104,21 @@ def measure_projections(model: nn.Module, by_head: bool = True) -> MeasuredProje
         failed = f"{type(error).__name__}: {error}"
     finally:
         AttentionInterface.register(_NAME, _refuse)
-    return MeasuredProjections(tuple(look.attentions), look.out_dims, look.halves, look.experts, failed)
+    return _agreed(MeasuredProjections(tuple(look.attentions), look.out_dims, look.halves, look.experts, failed))
+
+
+def _agreed(found: MeasuredProjections) -> MeasuredProjections:
+    """
+    Return what the first rank that could look has found. One collective.
+
+    A rank may hold weights that are not loaded yet (FSDP with `cpu_ram_efficient_loading`), and all have to read a
+    weight alike.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return found
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, found)
+    return next((one for one in every if not one.failed), every[0])
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -162,7 +162,7 @@ class QKClipCallback(TurnCallback):
         if not any(value > -math.inf for heads in largest for value in heads.tolist()):
             raise RefusedError(
                 "QKClipCallback measured no attention in this update: the forward does not come by the attention "
-                "function that the config names. Train without it."
+                "function that the config names. Use mode='bound'."
             )
         optimizer = kwargs["optimizer"]
         clipped = 0

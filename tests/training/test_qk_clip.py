@@ -10,6 +10,8 @@ from transformers import BloomConfig, BloomForCausalLM, DeepseekV3Config, Deepse
 from transformers.modeling_utils import AttentionInterface
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
+from hf_effi.attention import register_varlen_attention
 from hf_effi.attention.logits import LogitWatch
 from hf_effi.attention.projections import measure_projections
 from hf_effi.callbacks import QKClipCallback
@@ -231,6 +233,23 @@ def test_sft_and_grpo_with_it(tmp_path):
     trainer = run_grpo(GRPOTrainer, grpo, model=tiny_llama(end_tokens=10), callbacks=[QKClipCallback(1.0)])
     clipped = [entry["effi/qk_clip/clipped_heads"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(clipped) == 2 and max(clipped) > 0
+
+
+def test_an_effi_grpo_trainer_with_it(tmp_path):
+    args = grpo_args(tmp_path, EffiGRPOConfig, max_steps=1)
+    callback = QKClipCallback(1.0, mode="bound")  # the bound holds for rows that are packed, too
+    trainer = run_grpo(EffiGRPOTrainer, args, model=tiny_llama(end_tokens=10), callbacks=[callback])
+    assert trainer.state.log_history[0]["effi/qk_clip/clipped_heads"] > 0
+
+
+def test_attention_whose_pairs_are_not_known_is_refused(tmp_path):
+    model = tiny_llama()
+    model.set_attn_implementation(register_varlen_attention())
+    with pytest.raises(RefusedError, match=r"attn_implementation='hf_effi_varlen', which exact_savings"):
+        still(tmp_path, model, QKClipCallback())
+    callback = QKClipCallback(math.inf, mode="bound")
+    still(tmp_path, model, callback)
+    assert len(callback.largest) == 2
 
 
 def bloom():
