@@ -28,6 +28,7 @@ _PUBLIC = {
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
     "PassRateHistoryCallback": "hf_effi.callbacks.pass_rate_history",
     "PatchCallback": "hf_effi.callbacks.patch",
+    "QKClipCallback": "hf_effi.callbacks.qk_clip",
     "RandomLTDCallback": "hf_effi.callbacks.random_ltd",
     "ReptileCallback": "hf_effi.callbacks.reptile",
     "RewindCallback": "hf_effi.callbacks.rewind",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .probing import outside_probes as outside_probes
     from .probing import trained_steps as trained_steps
     from .probing import trained_total as trained_total
+    from .qk_clip import QKClipCallback as QKClipCallback
     from .random_ltd import RandomLTDCallback as RandomLTDCallback
     from .reptile import ReptileCallback as ReptileCallback
     from .rewind import RewindCallback as RewindCallback

@@ -130,3 +130,6 @@ STRAGGLER_RATIO = "effi/straggler/ratio"
 STRAGGLER_RANK = "effi/straggler/rank"
 STRAGGLER_PERSISTENCE = "effi/straggler/persistence"
 STRAGGLER_WAITING = "effi/straggler/waiting_fraction"
+#: of an update in which attention logits were measured: the largest one, and heads that were scaled down
+QK_CLIP_MAX_LOGIT = "effi/qk_clip/max_logit"
+QK_CLIP_HEADS = "effi/qk_clip/clipped_heads"

@@ -114,6 +114,7 @@ _CALLBACKS: dict[str, dict[str, str]] = {
     "LRScheduleCallback": _arguments(schedule="schedule", word="on_mismatch", flag="allow_lr_jump stop_when_decayed"),
     "MemoryBudgetCallback": _arguments(number="budget_gib max_tokens", flag="offload"),
     "MultigridLRCallback": _arguments(shapes="shapes", number="exponent"),
+    "QKClipCallback": _arguments(number="threshold alpha every_steps", word="gqa mode"),
     "RandomLTDCallback": _arguments(number="min_tokens max_tokens ramp_fraction multiple"),
     "SamplerCallback": _arguments(sampler="sampler"),
     "SelectiveCheckpointCallback": {},

@@ -10,6 +10,9 @@ from .._faces import face
 _PUBLIC = {
     "EffiOptimizer": "hf_effi.optim.base",
     "GroupRules": "hf_effi.optim.roles",
+    "MarsM": "hf_effi.optim.mars_muon",
+    "MatrixView": "hf_effi.optim.matrix_views",
+    "MuonAdamW": "hf_effi.optim.muon_adamw",
     "NAdamW": "hf_effi.optim.nesterov",
     "OptimizerFactory": "hf_effi.optim.factory",
     "OptimizerReport": "hf_effi.optim.report",
@@ -19,6 +22,8 @@ _PUBLIC = {
     "is_schedule_free": "hf_effi.optim.schedule_free",
     "lamb": "hf_effi.optim.adapters",
     "lars": "hf_effi.optim.adapters",
+    "mars_m": "hf_effi.optim.mars_muon",
+    "muon": "hf_effi.optim.muon_adamw",
     "nadamw": "hf_effi.optim.nesterov",
     "optimizer_factory": "hf_effi.optim.factory",
     "optimizer_names": "hf_effi.optim.names",
@@ -41,6 +46,11 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .factory import optimizer_report as optimizer_report
     from .factory import parameter_groups as parameter_groups
     from .factory import use_optimizer as use_optimizer
+    from .mars_muon import MarsM as MarsM
+    from .mars_muon import mars_m as mars_m
+    from .matrix_views import MatrixView as MatrixView
+    from .muon_adamw import MuonAdamW as MuonAdamW
+    from .muon_adamw import muon as muon
     from .names import optimizer_names as optimizer_names
     from .nesterov import NAdamW as NAdamW
     from .nesterov import nadamw as nadamw

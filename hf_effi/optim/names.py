@@ -11,6 +11,8 @@ from .factory import OptimizerFactory
 
 #: name -> module that defines a factory of this name
 _FACTORIES: dict[str, str] = {
+    "mars_m": ".mars_muon",
+    "muon": ".muon_adamw",
     "nadamw": ".nesterov",
     "soap": ".adapters",
     "prodigy": ".adapters",

@@ -157,6 +157,9 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface": "attn_implementation default",
     # Layers, attention and masks.
     "transformers.modeling_utils:AttentionInterface.register": "key value",
+    # What Muon and QK-Clip call, and what a class asks for its attention function while it is watched.
+    "transformers.modeling_utils:AttentionInterface.get_interface": "self attn_implementation default",
+    "torch.optim:Muon": "params lr weight_decay momentum nesterov ns_coefficients eps ns_steps adjust_lr_fn",
     "transformers.masking_utils:AttentionMaskInterface.register": "key value",
     "transformers.masking_utils:causal_mask_function": "batch_idx head_idx q_idx kv_idx",
     "transformers.masking_utils:sdpa_mask": "batch_size q_length kv_length q_offset kv_offset mask_function "

@@ -24,6 +24,8 @@ PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", 
 #: (file, function) -> how often
 PLACES = {
     ("callbacks/rewind.py", "_agreed"): "once for each update",
+    ("attention/projections.py", "_agreed"): "once for each model that is measured, before training",
+    ("callbacks/qk_clip.py", "_over_ranks"): "once for each measured update, whose numbers the config fixes",
     ("callbacks/straggler.py", "_gathered"): "at every so many logs with a loss, which all processes write",
     ("checkpoint/elastic.py", "seed_new_process"): "once for a resume on as many processes as wrote the checkpoint",
     ("checkpoint/log_window.py", "store_log_window"): "once for each save",

@@ -54,6 +54,7 @@ MAKE = {
     "MultigridLRCallback": lambda cls: cls(Multigrid(16, (2, 1), (1,))),
     "PassRateHistoryCallback": lambda cls: cls(),
     "PatchCallback": lambda cls: cls(hf_effi.kernels.tile_mlp),
+    "QKClipCallback": lambda cls: cls(),
     "RandomLTDCallback": lambda cls: cls(16, 32),
     "ReptileCallback": lambda cls: cls(2, 0.5),
     "RewindCallback": lambda cls: cls(),

@@ -210,6 +210,13 @@ LAUNCHED = (
 
 SETTINGS = (
     Setting(
+        '`optim="muon"`, `optim="mars_m"` and `QKClipCallback` on 2 processes and under FSDP2',
+        RUNS,
+        "Two processes have the weights of one with the joint batch, FSDP2 those of DDP, within the rounding of bf16 "
+        "in Newton-Schulz; shards are resumed to the bit. Refused by name: DeepSpeed ZeRO.",
+        "tests/engines/test_muon_fsdp2.py::test_fsdp2_has_the_weights_of_ddp",
+    ),
+    Setting(
         "`accelerate launch` with `accelerate_config('deepspeed', 2)` or `accelerate_config('fsdp2', 2)`",
         RUNS,
         "The weights of DDP, resumed to the bit; what an engine cannot do is refused here as well.",

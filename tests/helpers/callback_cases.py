@@ -193,6 +193,8 @@ NEEDS_PROCESSES = {"StragglerCallback"}
 #: callbacks that refuse a trainer that is not one of GRPO; `tests/training/test_length_budget.py` and
 #: `test_grpo_schedules.py` train with them
 NEEDS_SCHEDULE_FREE = {"ScheduleFreeCallback"}  # refuses any other optimizer; `tests/training/test_schedule_free.py`
+#: callbacks that refuse a model without attention; `tests/training/test_qk_clip.py` trains with them
+NEEDS_ATTENTION = {"QKClipCallback"}
 NEEDS_GRPO = {"BudgetPromptCallback", "GRPOScheduleCallback", "GenerationCapCallback"}
 
 #: pairs that refuse each other, and words of the message
@@ -218,7 +220,7 @@ def public_callbacks() -> list[str]:
             if _is_callback(value) and value.__module__ == module.__name__ and not name.startswith("_")
         }
     return sorted(
-        found - NEEDS_PROCESSES - NEEDS_GRPO - NEEDS_SCHEDULE_FREE - {"OwningCallback"}
+        found - NEEDS_PROCESSES - NEEDS_GRPO - NEEDS_SCHEDULE_FREE - NEEDS_ATTENTION - {"OwningCallback"}
     )  # a base, which decides nothing by itself
 
 

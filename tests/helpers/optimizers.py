@@ -16,6 +16,8 @@ from .models import tiny_llama
 
 #: name -> options that put its periods (projections, draws, refreshes) inside a run of five updates
 OPTIONS: dict[str, dict[str, Any]] = {
+    "mars_m": {"gamma": 0.1},
+    "muon": {"momentum": 0.9},
     "nadamw": {},
     "soap": {"precondition_frequency": 2},
     "prodigy": {"d0": 1e-3},

@@ -68,6 +68,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "LengthBudgetReward": lambda: rewards.LengthBudgetReward(
         budgets.NDecayBudget(9, 3, 2), "band", "right", 2.0, "length"
     ),
+    "QKClipCallback": lambda: callbacks.QKClipCallback(50.0, 0.3, gqa="min", mode="bound", every_steps=10),
     "RandomLTDCallback": lambda: callbacks.RandomLTDCallback(16, 64, ramp_fraction=0.5, multiple=8),
     "ReptileCallback": lambda: callbacks.ReptileCallback(5, 0.3, last_partial=True),
     "RewindCallback": lambda: callbacks.RewindCallback("spike", 7, 2, 3, 50, 5.0, 9),
