@@ -290,12 +290,12 @@ def test_groups_of_other_rules_and_unknown_outputs():
     with pytest.raises(ValueError, match="A group has rule='sgd'"):
         MuonAdamW([{"params": [nn.Parameter(torch.ones(8, 8))], "rule": "sgd"}])
 
-    class Own(nn.Module):
+    class OwnLinear(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(8, 16))
 
     assert plan_muon.__doc__
-    muon(Own(), lr=0.1)
+    muon(OwnLinear(), lr=0.1)
     with pytest.raises(RefusedError, match="it is not known which dimension of weight"):
-        muon(Own(), lr=0.1, adjust_lr="original")
+        muon(OwnLinear(), lr=0.1, adjust_lr="original")
