@@ -8,12 +8,17 @@ from .._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
+    "APOLLO": "hf_effi.optim.apollo_rule",
     "EffiOptimizer": "hf_effi.optim.base",
+    "FRUGAL": "hf_effi.optim.frugal_rule",
     "GroupRules": "hf_effi.optim.roles",
     "NAdamW": "hf_effi.optim.nesterov",
     "OptimizerFactory": "hf_effi.optim.factory",
     "OptimizerReport": "hf_effi.optim.report",
     "ParameterRole": "hf_effi.optim.roles",
+    "apollo": "hf_effi.optim.apollo_rule",
+    "apollo_mini": "hf_effi.optim.apollo_rule",
+    "frugal": "hf_effi.optim.frugal_rule",
     "SplitOptimizer": "hf_effi.optim.split",
     "holds_average": "hf_effi.optim.schedule_free",
     "is_schedule_free": "hf_effi.optim.schedule_free",
@@ -31,6 +36,9 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from .apollo_rule import APOLLO as APOLLO
+    from .apollo_rule import apollo as apollo
+    from .apollo_rule import apollo_mini as apollo_mini
     from .adapters import lamb as lamb
     from .adapters import lars as lars
     from .adapters import prodigy as prodigy
@@ -41,6 +49,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .factory import optimizer_report as optimizer_report
     from .factory import parameter_groups as parameter_groups
     from .factory import use_optimizer as use_optimizer
+    from .frugal_rule import FRUGAL as FRUGAL
+    from .frugal_rule import frugal as frugal
     from .names import optimizer_names as optimizer_names
     from .nesterov import NAdamW as NAdamW
     from .nesterov import nadamw as nadamw

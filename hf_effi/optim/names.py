@@ -11,6 +11,9 @@ from .factory import OptimizerFactory
 
 #: name -> module that defines a factory of this name
 _FACTORIES: dict[str, str] = {
+    "apollo": ".apollo_rule",
+    "apollo_mini": ".apollo_rule",
+    "frugal": ".frugal_rule",
     "nadamw": ".nesterov",
     "soap": ".adapters",
     "prodigy": ".adapters",

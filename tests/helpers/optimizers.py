@@ -16,6 +16,9 @@ from .models import tiny_llama
 
 #: name -> options that put its periods (projections, draws, refreshes) inside a run of five updates
 OPTIONS: dict[str, dict[str, Any]] = {
+    "apollo": {"rank": 4, "update_gap": 2},
+    "apollo_mini": {"update_gap": 2},
+    "frugal": {"update_gap": 2},
     "nadamw": {},
     "soap": {"precondition_frequency": 2},
     "prodigy": {"d0": 1e-3},
