@@ -146,7 +146,7 @@ class APOLLO(EffiOptimizer):
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         step = state.get("step", 0) + 1
         projection = self._projection(group, parameter, gradient, name, (step - 1) // group["update_gap"])
-        projected = _settled(project(gradient, projection), along=-1)
+        projected = _projected(gradient, projection)
         if not state:
             state.update(exp_avg=torch.zeros_like(projected), exp_avg_sq=torch.zeros_like(projected))
             if group["gamma"] is not None:
@@ -173,9 +173,6 @@ class APOLLO(EffiOptimizer):
             return kept[1]
         projection = random_projection(group["rank"], min(gradient.shape[-2:]), seed, gradient.dtype)
         projection = projection.to(gradient.device)
-        if isinstance(gradient, DTensor):
-            mesh = gradient.device_mesh
-            projection = DTensor.from_local(projection, mesh, [Replicate()] * mesh.ndim, run_check=False)
         if group["keep_projection"]:
             self._kept[parameter] = seed, projection
         return projection
@@ -199,12 +196,24 @@ def _check_layout(tensor: Tensor, name: str) -> None:
         )
 
 
-def _settled(tensor: Tensor, along: int) -> Tensor:
-    """Sum what each rank has a part of, and keep one piece of it per rank."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    axis = along % tensor.ndim
-    return tensor.redistribute(placements=[Shard(axis) if place.is_partial() else place for place in tensor.placements])
+def _projected(gradient: Tensor, projection: Tensor) -> Tensor:
+    """Project each rank's own rows or experts; where the rows are summed over, each rank keeps some of the columns."""
+    if not isinstance(gradient, DTensor):
+        return project(gradient, projection)
+    mesh, tall = gradient.device_mesh, is_tall(gradient.shape)
+    if gradient.ndim == 2 and not tall:
+        everywhere = DTensor.from_local(projection, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        found = everywhere @ gradient
+        return found.redistribute(placements=[Shard(1) if p.is_partial() else p for p in found.placements])
+    local = gradient.to_local()
+    local = local @ projection.mT if tall else projection @ local
+    whole = torch.empty(
+        (*gradient.shape[:-1], len(projection)) if tall else (len(gradient), len(projection), gradient.shape[-1]),
+        device="meta",
+    )
+    return DTensor.from_local(
+        local, mesh, gradient.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def _norm(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
