@@ -226,7 +226,10 @@ def _norm(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
 def _beside(scale: Tensor, gradient: Tensor) -> Tensor:
     """Give each rank the scales of its own rows: all of them where the ranks have pieces along the other side."""
     if isinstance(scale, DTensor) and isinstance(gradient, DTensor):
-        wanted = [own if own == other else Replicate() for own, other in zip(scale.placements, gradient.placements, strict=True)]
+        wanted = [
+            own if own == other else Replicate()
+            for own, other in zip(scale.placements, gradient.placements, strict=True)
+        ]
         scale = scale.redistribute(placements=wanted)
     return scale
 

@@ -221,7 +221,10 @@ def test_a_matrix_without_a_gradient_loses_its_moments_too():
         ({"update_gap": 0}, "update_gap=0 must be an integer of at least 1"),
         ({"projection": "svd"}, "projection='svd' must be one of block, columns, rows, randk"),
         ({"order": "up"}, "order='up' must be one of random, ascending, descending"),
-        ({"order": "ascending", "projection": "rows"}, "is that of whole tensors, and projection='rows' draws in each"),
+        (
+            {"order": "ascending", "projection": "rows"},
+            "is that of whole tensors, and projection='rows' draws in each",
+        ),
         ({"density": 0, "projection": "rows"}, "density=0 draws nothing, so projection='rows' and order='random'"),
         ({"density": 1.0, "order": "ascending"}, "density=1.0 draws all, so"),
         ({"density": 1.0, "free_scale": 0.1}, "density=1 leaves nothing free"),
