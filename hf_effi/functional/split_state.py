@@ -36,8 +36,8 @@ def blocks_of_draw(
     Return the numbers of the blocks that one draw makes active.
 
     A round has `ceil(1 / density)` draws and one order of the blocks. Each draw goes on where the last one ended, and
-    takes blocks until their weights are at least `density` of all; so a round leaves no block out, and a draw is larger
-    than `density` by less than its last block.
+    takes blocks until their weights are at least `density` of all; so a round leaves no block out, and a draw is
+    larger than `density` by less than its last block.
 
     Args:
         sizes (`Sequence[int]`): Weights in each block.

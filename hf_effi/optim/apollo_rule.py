@@ -20,7 +20,7 @@ from ..functional.low_rank import (
     step_scale,
 )
 from ._common import adamw_, check_count, check_not_negative, check_same_options, names_of, precise
-from .base import EffiOptimizer, check_betas, check_positive
+from .base import EffiOptimizer, check_betas, check_positive, gradient_of
 from .factory import optimizer_factory, parameter_groups, with_report
 from .roles import GroupRules, ParameterRole, parameter_roles
 
@@ -42,12 +42,12 @@ class APOLLO(EffiOptimizer):
     `|u_t| <= gamma |u_(t-1)|`; `W <- W (1 - lr decay) - lr sqrt(1 - b2^t) / (1 - b1^t) sqrt(scale) u`.
     Source: APOLLO: SGD-like Memory, AdamW-level Performance (Zhu et al., 2412.05270).
 
-    Parameters of groups with `rule="adamw"`, vectors, and matrices whose shorter side is at most `rank` follow AdamW. A
-    tensor of three dimensions is one matrix for each expert; they share a projection.
+    Parameters of groups with `rule="adamw"`, vectors, and matrices whose shorter side is at most `rank` follow AdamW.
+    A tensor of three dimensions is one matrix for each expert; they share a projection.
 
     Args:
-        params (iterable): Parameters or groups, as for torch's optimizers; named ones where a run is resumed in another
-            order of parameters.
+        params (iterable): Parameters or groups, as for torch's optimizers; named ones draw their
+            projections by name, others by place.
         lr (`float`): For pre-training 0.01, with 10 % warm-up; for fine-tuning 1e-5.
         rank (`int`, *optional*, defaults to 256): At least 1.
         update_gap (`int`, *optional*, defaults to 200): Updates with one projection. At least 1.
@@ -130,7 +130,7 @@ class APOLLO(EffiOptimizer):
         names = names_of([group]) if "param_names" in group else names_of(self.param_groups)
         for parameter in parameters:
             weight = parameter.to(precise(parameter.dtype))
-            gradient = parameter.grad.to(weight.dtype)
+            gradient = gradient_of(parameter, weight.dtype)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             if group["rule"] != "adamw" and is_projected(parameter.shape, group["rank"]):
                 _check_layout(gradient, names[parameter])
@@ -191,8 +191,8 @@ def _check_layout(tensor: Tensor, name: str) -> None:
         not isinstance(place, Replicate) and place != Shard(0) for place in tensor.placements
     ):
         raise RefusedError(
-            f"APOLLO takes whole tensors and the shards of FSDP2, and {name} is laid out as {tensor.placements} (tensor "
-            "parallel). Use DDP, FSDP2, or an optimizer that takes each weight by itself (nadamw, adamw_torch)."
+            f"APOLLO takes whole tensors and the shards of FSDP2, and {name} is laid out as {tensor.placements} "
+            "(tensor parallel). Use DDP, FSDP2, or an optimizer that takes each weight by itself (nadamw, adamw_torch)."
         )
 
 
@@ -264,8 +264,8 @@ def _refuse(label: str, rank: int, roles: list[ParameterRole]) -> None:
     if sides["adapter"] and not sides["matrix"]:
         raise RefusedError(
             f"{label} has nothing to save here: only factors of LoRA train, their shorter sides are "
-            f"{min(sides['adapter'])} to {max(sides['adapter'])}, and rank={rank} would need more than {4 * rank}. Use "
-            "optim='adamw_torch', or train whole matrices."
+            f"{min(sides['adapter'])} to {max(sides['adapter'])}, and rank={rank} would need more than {4 * rank}. "
+            "Use optim='adamw_torch', or train whole matrices."
         )
     if not sides["matrix"]:
         raise RefusedError(f"{label} projects matrices inside the layers, and none trains. Use optim='adamw_torch'.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import RefusedError
 from ..functional.split_state import ORDERS, blocks_of_draw, positions_of_draw
 from ._common import adamw_, check_count, check_not_negative, check_same_options, names_of, precise
-from .base import EffiOptimizer, check_betas, check_positive
+from .base import EffiOptimizer, check_betas, check_positive, gradient_of
 from .factory import optimizer_factory, parameter_groups, with_report
 from .roles import GroupRules, ParameterRole, parameter_roles
 
@@ -35,8 +35,8 @@ class FRUGAL(EffiOptimizer):
     `rule="adamw"` and vectors follow AdamW throughout.
 
     Args:
-        params (iterable): Parameters or groups, as for torch's optimizers; named ones where a run is resumed in another
-            order of parameters.
+        params (iterable): Parameters or groups, as for torch's optimizers; named ones draw their
+            positions by name, others by place.
         lr (`float`): For pre-training 1e-3 at 130M weights.
         density (`float`, *optional*, defaults to 0.25): In [0, 1]. 0 is signSGD on the matrices, 1 AdamW that
             forgets its moments at each draw.
@@ -131,7 +131,7 @@ class FRUGAL(EffiOptimizer):
         return max(group["updates"] - 1, 0) // group["update_gap"] if group["update_gap"] else 0
 
     def active(self) -> set[Tensor]:
-        """Return the matrices that have a state in the present draw: with `"block"` some, else all, of density 0 none."""
+        """Return the matrices with a state in the present draw: some with `"block"`, else all, none of density 0."""
         group, split = self.param_groups[0], self._split()
         if group["projection"] != "block":
             return set(split) if group["density"] else set()
@@ -149,7 +149,7 @@ class FRUGAL(EffiOptimizer):
         active, names = self.active(), names_of(self.param_groups)
         for parameter in parameters:
             weight = parameter.to(precise(parameter.dtype))
-            gradient = parameter.grad.to(weight.dtype)
+            gradient = gradient_of(parameter, weight.dtype)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             if group["rule"] == "adamw" or parameter.ndim < 2:
                 adamw_(weight, gradient, self.state[parameter], group)
@@ -235,7 +235,8 @@ def frugal(
     if not any(assign(role) == "frugal" for role in roles):
         what = "only factors of LoRA train" if any(role.role == "adapter" for role in roles) else "none trains"
         raise RefusedError(
-            f"frugal splits the matrices inside the layers, and {what}. Use optim='adamw_torch', or train the matrices."
+            f"frugal splits the matrices inside the layers, and {what}. Use optim='adamw_torch', or train the "
+            "matrices."
         )
     optimizer = FRUGAL(
         parameter_groups(model, assign, lr=lr, weight_decay=weight_decay, rules=rules),
