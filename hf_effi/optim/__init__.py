@@ -36,13 +36,13 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
-    from .apollo_rule import APOLLO as APOLLO
-    from .apollo_rule import apollo as apollo
-    from .apollo_rule import apollo_mini as apollo_mini
     from .adapters import lamb as lamb
     from .adapters import lars as lars
     from .adapters import prodigy as prodigy
     from .adapters import soap as soap
+    from .apollo_rule import APOLLO as APOLLO
+    from .apollo_rule import apollo as apollo
+    from .apollo_rule import apollo_mini as apollo_mini
     from .base import EffiOptimizer as EffiOptimizer
     from .factory import OptimizerFactory as OptimizerFactory
     from .factory import optimizer_factory as optimizer_factory

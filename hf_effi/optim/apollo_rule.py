@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..errors import RefusedError
 from ..functional.low_rank import (
@@ -191,8 +191,8 @@ def _check_layout(tensor: Tensor, name: str) -> None:
         not isinstance(place, Replicate) and place != Shard(0) for place in tensor.placements
     ):
         raise RefusedError(
-            f"APOLLO takes whole tensors and the shards of FSDP2, and {name} is laid out as {tensor.placements} "
-            "(tensor parallel). Use DDP, FSDP2, or an optimizer that takes each weight by itself (nadamw, adamw_torch)."
+            f"APOLLO takes whole tensors and the shards of FSDP2; {name} is laid out as {tensor.placements} "
+            "(tensor parallel). Use DDP, FSDP2, or an optimizer that takes each weight by itself (nadamw)."
         )
 
 
@@ -203,8 +203,7 @@ def _projected(gradient: Tensor, projection: Tensor) -> Tensor:
     mesh, tall = gradient.device_mesh, is_tall(gradient.shape)
     if gradient.ndim == 2 and not tall:
         everywhere = DTensor.from_local(projection, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        found = everywhere @ gradient
-        return found.redistribute(placements=[Shard(1) if p.is_partial() else p for p in found.placements])
+        return _settled(everywhere @ gradient, Shard(1))
     local = gradient.to_local()
     local = local @ projection.mT if tall else projection @ local
     whole = torch.empty(
@@ -216,11 +215,15 @@ def _projected(gradient: Tensor, projection: Tensor) -> Tensor:
     )
 
 
+def _settled(tensor: Tensor, place: Placement) -> Tensor:
+    """Add up what the ranks have parts of."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[place if old.is_partial() else old for old in tensor.placements])
+
+
 def _norm(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    found = norm_over(tensor, axes)
-    if isinstance(found, DTensor):
-        found = found.redistribute(placements=[Replicate() if p.is_partial() else p for p in found.placements])
-    return found
+    return _settled(norm_over(tensor, axes), Replicate())
 
 
 def _beside(scale: Tensor, gradient: Tensor) -> Tensor:
