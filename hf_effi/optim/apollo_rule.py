@@ -27,7 +27,7 @@ from .roles import GroupRules, ParameterRole, parameter_roles
 #: what a gradient is scaled by: one number per channel of the longer side, or one per matrix
 SCALINGS = ("channel", "tensor")
 #: an option that a state was made with -> the run would be another one
-_FIXED = ("rank", "update_gap", "scaling", "gamma", "seed", "rule")
+_FIXED = ("rank", "update_gap", "scale", "scaling", "gamma", "seed", "rule")
 
 
 class APOLLO(EffiOptimizer):
@@ -123,7 +123,10 @@ class APOLLO(EffiOptimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state that the same options made."""
         check_same_options(self, state_dict, _FIXED)
+        kept = [group["keep_projection"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, keep in zip(self.param_groups, kept, strict=True):
+            group["keep_projection"] = keep  # of this machine and not of the run
 
     def update_group(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         """Update the parameters of one group."""

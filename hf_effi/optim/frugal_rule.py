@@ -18,7 +18,7 @@ from .roles import GroupRules, ParameterRole, parameter_roles
 #: what a draw takes: whole tensors, columns or rows of each matrix, or single weights of it
 PROJECTIONS = ("block", "columns", "rows", "randk")
 #: an option that the draws were made with -> the run would be another one
-_FIXED = ("density", "update_gap", "projection", "order", "seed", "rule")
+_FIXED = ("density", "update_gap", "projection", "order", "free_scale", "seed", "rule")
 
 
 class FRUGAL(EffiOptimizer):

@@ -253,3 +253,9 @@ def test_a_state_of_other_options_is_refused():
     run(optimizer, [weight], 1)
     with pytest.raises(MismatchError, match="made with rank=2, and this optimizer has rank=3. Set it as it was"):
         APOLLO([weight], lr=0.1, rank=3).load_state_dict(optimizer.state_dict())
+    for over in ({"scale": 2.0}, {"seed": 1}, {"gamma": None}, {"update_gap": 3}, {"scaling": "tensor"}):
+        with pytest.raises(MismatchError, match=f"made with {next(iter(over))}="):
+            APOLLO([weight], lr=0.1, **{"rank": 2, **over}).load_state_dict(optimizer.state_dict())
+    again = APOLLO([weight], lr=0.1, rank=2, keep_projection=False)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["keep_projection"] is False
