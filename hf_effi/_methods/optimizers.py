@@ -8,6 +8,7 @@ _TESTS = (
     "tests/training/test_optimizers.py",
     "tests/distributed/test_low_memory_optimizers_ranks.py",
     "tests/engines/test_low_memory_optimizers.py",
+    "tests/engines/test_engines.py",
 )
 
 ROWS: tuple[Method, ...] = (
