@@ -8,7 +8,9 @@ from .._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
+    "APOLLO": "hf_effi.optim.apollo_rule",
     "EffiOptimizer": "hf_effi.optim.base",
+    "FRUGAL": "hf_effi.optim.frugal_rule",
     "GroupRules": "hf_effi.optim.roles",
     "MarsM": "hf_effi.optim.mars_muon",
     "MatrixView": "hf_effi.optim.matrix_views",
@@ -17,6 +19,9 @@ _PUBLIC = {
     "OptimizerFactory": "hf_effi.optim.factory",
     "OptimizerReport": "hf_effi.optim.report",
     "ParameterRole": "hf_effi.optim.roles",
+    "apollo": "hf_effi.optim.apollo_rule",
+    "apollo_mini": "hf_effi.optim.apollo_rule",
+    "frugal": "hf_effi.optim.frugal_rule",
     "SplitOptimizer": "hf_effi.optim.split",
     "holds_average": "hf_effi.optim.schedule_free",
     "is_schedule_free": "hf_effi.optim.schedule_free",
@@ -40,12 +45,17 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .adapters import lars as lars
     from .adapters import prodigy as prodigy
     from .adapters import soap as soap
+    from .apollo_rule import APOLLO as APOLLO
+    from .apollo_rule import apollo as apollo
+    from .apollo_rule import apollo_mini as apollo_mini
     from .base import EffiOptimizer as EffiOptimizer
     from .factory import OptimizerFactory as OptimizerFactory
     from .factory import optimizer_factory as optimizer_factory
     from .factory import optimizer_report as optimizer_report
     from .factory import parameter_groups as parameter_groups
     from .factory import use_optimizer as use_optimizer
+    from .frugal_rule import FRUGAL as FRUGAL
+    from .frugal_rule import frugal as frugal
     from .mars_muon import MarsM as MarsM
     from .mars_muon import mars_m as mars_m
     from .matrix_views import MatrixView as MatrixView

@@ -27,7 +27,14 @@ def check_engine(trainer: Any, factory: OptimizerFactory) -> None:
             f"{factory.name} needs whole matrices, and DeepSpeed ZeRO-{stage} gives an optimizer flat pieces. Use "
             f"DDP, {sharded}ZeRO stage 0, or an optimizer that takes each weight by itself (nadamw, adamw_torch)."
         )
-    if getattr(trainer, "is_fsdp_enabled", False) and not (factory.elementwise or factory.sharded):
+    if not getattr(trainer, "is_fsdp_enabled", False) or factory.elementwise:
+        return
+    if not factory.sharded:
         raise RefusedError(
             f"{factory.name} needs whole matrices, and FSDP shards them. Use DDP, or another optimizer."
+        )
+    if getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise RefusedError(
+            f"{factory.name} needs matrices, and version 1 of FSDP makes one flat tensor of several. Set "
+            "fsdp_config={'version': 2}, or use DDP."
         )

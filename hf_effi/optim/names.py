@@ -13,6 +13,9 @@ from .factory import OptimizerFactory
 _FACTORIES: dict[str, str] = {
     "mars_m": ".mars_muon",
     "muon": ".muon_adamw",
+    "apollo": ".apollo_rule",
+    "apollo_mini": ".apollo_rule",
+    "frugal": ".frugal_rule",
     "nadamw": ".nesterov",
     "soap": ".adapters",
     "prodigy": ".adapters",

@@ -351,6 +351,8 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
     "random_ltd": lambda place: lm(place, hf_effi.callbacks.RandomLTDCallback(4, LENGTH, multiple=2)),
     "nadamw": lambda place: by_config(place, optim="nadamw"),
     "soap": lambda place: by_config(place, optim="soap"),
+    "apollo": lambda place: by_config(place, optim="apollo", optim_args={"rank": 4, "update_gap": 1}),
+    "frugal": lambda place: by_config(place, optim="frugal"),
     "optim_groups": lambda place: by_config(place, optim_groups={"layer_decay": 0.5, "lr_factors": {"norm": 2.0}}),
     "tiled_mlp": patched(hf_effi.kernels.tile_mlp),
     "tiled_loss": patched(hf_effi.memory.tile_loss),

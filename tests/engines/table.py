@@ -87,6 +87,20 @@ METHODS = (
         "optimizer_adapters",
         "They need whole matrices, or norms of them; engines give an optimizer pieces. Train with DDP.",
     ),
+    Row(
+        "apollo",
+        '`optim="apollo"`, `"apollo_mini"`',
+        dict.fromkeys(("zero2", "zero3"), "needs whole matrices"),
+        "apollo",
+        "It needs matrices, and ZeRO gives an optimizer flat pieces. Use FSDP2 or DDP.",
+    ),
+    Row(
+        "frugal",
+        '`optim="frugal"`',
+        sharded("needs whole matrices"),
+        "frugal",
+        "Only some tensors have a state, which the shards of a checkpoint do not tell. Train with DDP.",
+    ),
     Row("stock_grpo", "TRL's own `GRPOTrainer`, for comparison"),
     Row("exact_savings", "Exact savings of GRPO, with TRL's own `GRPOTrainer` as reference", card="exact_savings"),
     Row(

@@ -18,6 +18,9 @@ from .models import tiny_llama
 OPTIONS: dict[str, dict[str, Any]] = {
     "mars_m": {"gamma": 0.1},
     "muon": {"momentum": 0.9},
+    "apollo": {"rank": 4, "update_gap": 2},
+    "apollo_mini": {"update_gap": 2},
+    "frugal": {"update_gap": 2},
     "nadamw": {},
     "soap": {"precondition_frequency": 2},
     "prodigy": {"d0": 1e-3},

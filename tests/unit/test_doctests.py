@@ -28,6 +28,8 @@ EXTRA_MODULES = (
     "hf_effi.methods",
     "hf_effi.memory.offload",
     "hf_effi.recipes.long_context",
+    "hf_effi.optim.apollo_rule",
+    "hf_effi.optim.frugal_rule",
     "hf_effi.report.plan_memory",
     "hf_effi.data.metadata",
     "hf_effi.data.shared_prefix",
