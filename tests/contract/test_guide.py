@@ -18,7 +18,7 @@ LISTS = {
 }
 MOST = 8
 #: rooms that the first one who needs them opens
-NOT_YET = ("optim",)
+NOT_YET: tuple[str, ...] = ()
 
 
 def test_a_selector_and_an_optimizer_are_listed():
