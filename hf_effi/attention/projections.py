@@ -89,7 +89,7 @@ def measure_projections(model: nn.Module, by_head: bool = True) -> MeasuredProje
     >>> from hf_effi.demo import toy
     >>> first = measure_projections(toy().model).attentions[0]
     >>> [(name.rpartition(".")[2], len(rows)) for name, rows in first.channels["query"][0].items()]
-    [('q_proj', 16)]
+    [('q_proj', 8)]
 
     ```
     """

@@ -13,6 +13,9 @@ import hf_effi.functional
 import hf_effi.selection
 
 EXTRA_MODULES = (
+    "hf_effi.attention.projections",
+    "hf_effi.optim.matrix_views",
+    "hf_effi.optim.muon_adamw",
     "hf_effi.errors",
     "hf_effi._run_record",
     "hf_effi.callbacks.grpo_schedule",
