@@ -61,7 +61,7 @@ def test_the_list_has_what_the_companions_of_a_row_are(what: str):
 def test_what_is_named_in_the_guide_exists():
     named = {name for name in re.findall(r"`((?:hf_effi|tests|docs|bench)/[\w/.]+)`", GUIDE) if "<" not in name}
     missing = {name for name in named if not (ROOT / name).exists()}
-    assert missing == {"hf_effi/optim/__init__.py"} and len(named) > 20, missing
+    assert not missing and len(named) > 20, missing
 
 
 def test_rendered_pages_are_rendered():
