@@ -37,6 +37,11 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
         "what a training step needs, for each set of memory switches, from the model's config alone",
         "hf-effi plan memory Qwen/Qwen3-0.6B --seq-len 8192 --gpu-gib 24",
     ),
+    "scaling": (
+        "hf_effi.report.plan_scaling",
+        "fit a scaling law to finished runs: the best size for a compute, with intervals and held-out errors",
+        "hf-effi plan scaling runs/ --flops 1e18",
+    ),
 }
 
 #: Commands of their own module, with the same two functions, help and example.

@@ -23,4 +23,22 @@ ROWS: tuple[Method, ...] = (
         tests=("tests/unit/test_referee.py", "tests/training/test_report_profile.py"),
         bench="bench/grpo_selection.py",
     ),
+    Method(
+        key="scaling_law",
+        title="Scaling laws of your own runs",
+        kind="recipe",
+        goals=("insight",),
+        summary="Fits loss over parameters and tokens to finished runs, and says the best size for a compute.",
+        entry_points=(
+            "hf_effi.functional.scaling:fit_scaling_law",
+            "hf_effi.functional.scaling:ScalingLaw",
+            "hf_effi.functional.scaling:held_out_error",
+        ),
+        paper="Training Compute-Optimal Large Language Models",
+        paper_id="2203.15556",
+        authors="Hoffmann, Jordan and others",
+        status="experimental",
+        tests=("tests/unit/test_scaling.py", "tests/training/test_plan_scaling.py"),
+        bench="bench/scaling.py",
+    ),
 )
