@@ -40,7 +40,7 @@ def table(names: Sequence[str], result: Mapping[str, Any]) -> str:
                 f"{row['update_seconds_ratio']:.2f}",
             ]
         )
-    header = ["optimizer", "weights", "best LR of four", "held-out loss at the end, nats", "minus AdamW's, by seed"]
+    header = ["optimizer", "weights", "best LR of five", "held-out loss at the end, nats", "minus AdamW's, by seed"]
     header += [
         "tokens to AdamW's loss, over AdamW's",
         "bytes of state, over AdamW's",

@@ -8,7 +8,7 @@ from hf_effi.optim import optimizer_names
 
 def test_every_optimizer_has_an_arm_with_as_many_learning_rates():
     assert set(optimizers.ARMS) == {"adamw", *(name for name in optimizer_names() if ":" not in name)}
-    assert {len(arm.rates) for arm in optimizers.ARMS.values()} == {4}
+    assert {len(arm.rates) for arm in optimizers.ARMS.values()} == {5}
 
 
 def test_every_part_runs():
