@@ -37,6 +37,11 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
         "what a training step needs, for each set of memory switches, from the model's config alone",
         "hf-effi plan memory Qwen/Qwen3-0.6B --seq-len 8192 --gpu-gib 24",
     ),
+    "optimizer": (
+        "hf_effi.report.plan_optimizer",
+        "optimizer settings that were tuned for a model of this size, from a published table",
+        "hf-effi plan optimizer --params 300M --tokens 6B",
+    ),
 }
 
 #: Commands of their own module, with the same two functions, help and example.
