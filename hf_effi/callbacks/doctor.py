@@ -375,7 +375,8 @@ def data_passes(args: Any, state: TrainerState, loader: Any) -> float | None:
 
 
 def _trained_share(model: torch.nn.Module) -> float:
-    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    # ZeRO-3 keeps an empty tensor in the place of each weight, and its size beside it.
+    sizes = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in model.parameters()]
     return sum(size for size, trained in sizes if trained) / max(sum(size for size, _ in sizes), 1)
 
 

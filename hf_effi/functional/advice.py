@@ -196,8 +196,8 @@ def large_batch_seq2seq(
     if not LARGE_BATCH_TOKENS / 2 <= check_positive("tokens_per_update", tokens_per_update) <= LARGE_BATCH_TOKENS * 2:
         raise ValueError(
             f"tokens_per_update={tokens_per_update!r} must be from {LARGE_BATCH_TOKENS // 2:,} to "
-            f"{LARGE_BATCH_TOKENS * 2:,}: the learning rate 1e-3 was found for {LARGE_BATCH_TOKENS:,}. With a batch of "
-            f"{LARGE_BATCH_TOKENS // 16:,} the paper uses 5e-4."
+            f"{LARGE_BATCH_TOKENS * 2:,}: the learning rate 1e-3 was found for {LARGE_BATCH_TOKENS:,}. With "
+            f"batches of {LARGE_BATCH_TOKENS // 16:,} the paper uses 5e-4."
         )
     if precision not in ("fp16", "bf16", "no"):
         raise ValueError(f"precision={precision!r} must be 'fp16', 'bf16' or 'no'.")

@@ -179,22 +179,17 @@ def data_repeats(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding 
 
     Source: Pre-training under infinite compute (2025), about pre-training; adapters and frozen models are left out.
     """
-    if (
-        facts.passes is None
-        or facts.passes <= limits.passes
-        or facts.weight_decay is None
-        or facts.trained_share < 0.5
-    ):
+    if facts.passes is None or facts.passes <= limits.passes or facts.trained_share < 0.5:
         return None
-    if facts.weight_decay >= limits.passes_decay:
+    if facts.weight_decay is None or facts.weight_decay >= limits.passes_decay:
         return None
     grid = ", ".join(f"{value:g}" for value in WEIGHT_DECAY_GRID)
     return Finding(
         "data_repeats",
         step_of(trace, facts),
         f"The run goes {facts.passes:.3g} times over its rows with a weight decay of {facts.weight_decay:g}",
-        f"compare weight decays {grid} on held-out rows (in pre-training the best was 30 times the usual 0.1), or make "
-        "fewer passes",
+        f"compare weight decays {grid} on held-out rows (in pre-training the best was 30 times the usual 0.1), or "
+        "make fewer passes",
     )
 
 

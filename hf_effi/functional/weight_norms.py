@@ -100,8 +100,8 @@ def weight_norms(model: torch.nn.Module) -> dict[str, float]:
     for name, weight in model.named_parameters():
         if hasattr(weight, "ds_id") or weight.numel() == 0:
             raise ValueError(
-                f"{name} is empty here, as it is under ZeRO-3. Load the saved weights into a plain model and report on "
-                "that."
+                f"{name} is empty here, as it is under ZeRO-3. Load the saved weights into a plain model and ask for "
+                "the report of that."
             )
         if weight.dim() >= 2:
             found[name] = _whole(torch.linalg.vector_norm(weight.detach().float()))
