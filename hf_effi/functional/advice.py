@@ -228,10 +228,10 @@ def calibrated_nadamw(total_steps: int) -> dict[str, Any]:
     """
     Return the NAdamW settings that AlgoPerf calibrated over all its workloads, for runs without any tuning.
 
-    How far away are truly hyperparameter-free learning algorithms? (2024): methods without a learning rate did poorly
-    with their papers' defaults; with one calibrated configuration they came close to a NAdamW that was calibrated
-    alike, and stayed behind it. So this is what to compare Prodigy and its like with, and no promise that it suits a
-    language model: for pre-training, [`recommend_optimizer`] has values tuned for it.
+    How far away are truly hyperparameter-free learning algorithms? (Kasimbeg and others, 2025): methods without a
+    learning rate did poorly with their papers' defaults; with one calibrated configuration they came close to a NAdamW
+    that was calibrated alike, and stayed behind it. So this is what to compare Prodigy and its like with, and no
+    promise that it suits a language model: for pre-training, [`recommend_optimizer`] has values tuned for it.
 
     The values are those of the benchmark's own self-tuning NAdamW (mlcommons/algorithmic-efficiency): warm-up over 2 %
     of the run, then cosine to 0; dropout 0.1 belongs to them where the model has any.

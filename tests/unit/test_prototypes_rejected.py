@@ -80,7 +80,7 @@ def test_projection_keeps_norms_and_a_scale_free_function():
     logits = model(tokens).logits
     for weight in projection.weights.values():
         weight.data.mul_(3)
-    assert torch.allclose(model(tokens).logits, logits, atol=1e-5), "queries and keys are normalised"
+    assert torch.allclose(model(tokens).logits, logits, atol=1e-4), "queries and keys are normalised, up to eps"
     projection.project()
     for name, weight in projection.weights.items():
         assert weight.norm().item() == pytest.approx(norms[name], rel=1e-6)
