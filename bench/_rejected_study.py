@@ -25,10 +25,10 @@ Rule = Callable[[nn.Module], list[torch.optim.Optimizer]]
 class Size:
     """Updates and seeds; [`Size.quick`] is for tests."""
 
-    pretrain: int = 600
-    adapt: int = 150
-    lora: int = 200
-    scratch: int = 400
+    pretrain: int = 400
+    adapt: int = 100
+    lora: int = 120
+    scratch: int = 250
     seeds: tuple[int, ...] = (0, 1, 2)
     values: int = 3
 

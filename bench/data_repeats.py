@@ -2,7 +2,7 @@
 
     python -m bench.data_repeats [--quick]
 
-A decoder of 115,008 parameters on bytes of Python's standard library. "Repeated" trains on 512 crops of 32 tokens,
+A decoder of 115,008 parameters on bytes of Python's standard library. "Repeated" trains on 256 crops of 32 tokens,
 about 16 times each; "single pass" trains the same updates on crops that do not come again. Every weight decay tries
 the same two learning rates on a seed that is not counted. Held-out loss, three seeds that share weights and order of
 the data over the arms. The finding to be seen is that of Pre-training under infinite compute: the best weight decay
@@ -24,7 +24,7 @@ from bench._schema import RESULTS, command_line, headline, write_result
 from bench.schedules import BATCH, Data, build
 
 DECAYS, RATES, SEEDS = (0.1, 0.8, 1.6, 3.2), (4e-3, 8e-3), (0, 1, 2)
-UNIQUE_ROWS, UPDATES, QUICK_UPDATES = 512, 500, 2
+UNIQUE_ROWS, UPDATES, QUICK_UPDATES = 256, 250, 2
 
 
 class RepeatedData(Data):

@@ -212,6 +212,6 @@ def test_every_part_runs_in_its_smallest_size(tmp_path):
     repeated, more = data_repeats.main(["--quick"], tmp_path)
     assert len(repeated) == 6 and len(more) == 4 and not list(tmp_path.iterdir())
     data = data_repeats.RepeatedData()
-    passes = [torch.cat([data.batch(0, 32 * turn + step) for step in range(32)]) for turn in range(2)]
+    passes = [torch.cat([data.batch(0, 16 * turn + step) for step in range(16)]) for turn in range(2)]
     assert not torch.equal(*passes)
     assert sorted(map(tuple, passes[0].tolist())) == sorted(map(tuple, passes[1].tolist()))
