@@ -60,7 +60,7 @@ FINDINGS: tuple[PaperFinding, ...] = (
         tests=("tests/unit/test_doctor.py", "tests/training/test_presets.py"),
         tested="a run of 4.5 passes is told so before its first update; one of 4, one with weight decay 0.4 and one "
         "that trains adapters are not",
-        measured="`bench/data_repeats.py`, below",
+        measured="seen after 62 passes, where a small model overfits; not after 16: `bench/data_repeats.py`, below",
         bench="data_repeats",
     ),
     PaperFinding(
