@@ -57,7 +57,7 @@ FINDINGS: tuple[PaperFinding, ...] = (
         names=("weight_decay_grid", "data_repeats"),
         here="`weight_decay_grid`, the rule `data_repeats` of [`TrainDoctor`](doctors.md), `hf-effi plan optimizer "
         "--unique-tokens`. Ensembles are not part of it",
-        tests=("tests/unit/test_doctor.py", "tests/training/test_presets.py"),
+        tests=("tests/unit/test_advice.py", "tests/unit/test_doctor.py", "tests/training/test_presets.py"),
         tested="a run of 4.5 passes is told so before its first update; one of 4, one with weight decay 0.4 and one "
         "that trains adapters are not",
         measured="seen after 62 passes, where a small model overfits; not after 16: `bench/data_repeats.py`, below",
