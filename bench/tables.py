@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import configparser
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from packaging.version import Version
 
+from bench.findings import FINDINGS
+from hf_effi.functional.optimizer_table import TABLE
 from hf_effi.methods import METHODS, Method, methods_by_goal
 from hf_effi.report.result_card import markdown_table
 
@@ -204,7 +207,48 @@ def engine_settings_table(root: Path) -> str:
     return markdown_table(["setting", "outcome", "what was shown", "shown by"], rows, numbers=False)
 
 
-VIEWS = {
+def findings_table(root: Path) -> str:
+    """Return one row per finding of a paper: what it says, where it is here, and what was tested or measured."""
+    rows = [
+        [f.claim, f"[{f.source}](https://arxiv.org/abs/{f.paper_id})", f.here, f.tested, f.measured] for f in FINDINGS
+    ]
+    header = ["finding, by the paper", "source", "here", "what a test shows", "measured by us"]
+    return markdown_table(header, rows, numbers=False)
+
+
+def tuned_table(root: Path) -> str:
+    """Return the rows of `recommend_optimizer`, by optimizer and size."""
+    rows = []
+    for row in TABLE:
+        extra = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in row.extra.items())
+        loss = "" if row.loss is None else f"{row.loss:.3f}"
+        numbers = (row.learning_rate, row.weight_decay, row.warmup_steps, row.batch_sequences, row.max_grad_norm)
+        betas = f"{row.betas[0]:g}, {row.betas[1]:g}"
+        cells = [f"{value:g}" for value in numbers]
+        rows.append([row.optimizer, row.size, f"{20 * row.ratio}", *cells, betas, f"{row.eps:g}", extra, loss])
+    header = ["optimizer", "weights", "tokens per weight", "LR", "decay", "warm-up", "batch", "clip", "betas", "eps"]
+    return markdown_table([*header, "more", "C4 loss"], rows, numbers=False)
+
+
+def rejected_figures(root: Path, prefixes: Sequence[str]) -> str:
+    """Return the figures of `bench.rejected_optimizers` whose names begin so."""
+    path = root / "bench" / "results" / "rejected_optimizers.json"
+    if not path.exists():
+        return "*Not measured yet: `python -m bench.rejected_optimizers` writes the figures.*"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    marks = {True: "met", False: "**not met**", None: ""}
+    rows = [
+        [f"`{item['name']}`", f"{item['value']:.3g}", item["goal"] or "", marks[item["met"]]]
+        for item in result["headline"]
+        if item["name"].startswith(tuple(prefixes))
+    ]
+    where = (
+        f"<sub>{result['date']}, commit {result['commit']}, {len(result['seeds'])} seeds; `{result['command']}`</sub>"
+    )
+    return markdown_table(["figure", "value", "goal", ""], rows) + "\n\n" + where
+
+
+VIEWS: dict[str, Callable[[Path], str]] = {
     "cards": cards_list,
     "goals": goals_list,
     "papers": papers_table,
@@ -216,4 +260,10 @@ VIEWS = {
     "card_arguments": card_arguments,
     "engines": engines_table,
     "engine_settings": engine_settings_table,
+    "findings": findings_table,
+    "tuned_optimizers": tuned_table,
+    "rejected_classp": functools.partial(rejected_figures, prefixes=["classp_"]),
+    "rejected_nap": functools.partial(rejected_figures, prefixes=["nap_"]),
+    "rejected_sora": functools.partial(rejected_figures, prefixes=["sora_", "lora_", "adalora_"]),
+    "rejected_outlier_safe": functools.partial(rejected_figures, prefixes=["outlier_safe_", "adamw_"]),
 }

@@ -42,6 +42,11 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
         "fit a scaling law to finished runs: the best size for a compute, with intervals and held-out errors",
         "hf-effi plan scaling runs/ --flops 1e18",
     ),
+    "optimizer": (
+        "hf_effi.report.plan_optimizer",
+        "optimizer settings that were tuned for a model of this size, from a published table",
+        "hf-effi plan optimizer --params 300M --tokens 6B",
+    ),
 }
 
 #: Commands of their own module, with the same two functions, help and example.

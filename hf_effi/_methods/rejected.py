@@ -5,6 +5,8 @@ from __future__ import annotations
 from .row import Method
 
 _LOW_PRECISION_TESTS = ("tests/unit/test_prototypes_low_precision.py",)
+_OPTIMIZER_TESTS = ("tests/unit/test_prototypes_rejected.py",)
+_OPTIMIZER_BENCH = "bench/rejected_optimizers.py"
 
 ROWS: tuple[Method, ...] = (
     Method(
@@ -92,5 +94,62 @@ ROWS: tuple[Method, ...] = (
         status="rejected",
         tests=_LOW_PRECISION_TESTS,
         bench="bench/unit_scaling.py",
+    ),
+    Method(
+        key="classp",
+        title="CLASSP: adjustment suppression and sparsity promotion",
+        kind="optimizer",
+        goals=("continual",),
+        summary="Moves a weight only where its gradient is large, and less the more it has moved.",
+        entry_points=(),
+        paper="CLASSP: a Biologically-Inspired Approach to Continual Learning through Adjustment Suppression and "
+        "Sparsity Promotion",
+        paper_id="2405.09637",
+        authors="Ludwig, Oswaldo",
+        status="rejected",
+        tests=_OPTIMIZER_TESTS,
+        bench=_OPTIMIZER_BENCH,
+    ),
+    Method(
+        key="normalize_and_project",
+        title="Normalise-and-project for pre-trained models",
+        kind="callback",
+        goals=("continual",),
+        summary="Scales matrices back to their first norm after every update; its report of norms is kept.",
+        entry_points=(),
+        paper="Normalization and effective learning rates in reinforcement learning",
+        paper_id="2407.01800",
+        authors="Lyle, Clare and others",
+        status="rejected",
+        tests=_OPTIMIZER_TESTS,
+        bench=_OPTIMIZER_BENCH,
+    ),
+    Method(
+        key="sora",
+        title="SoRA: sparse gates on LoRA",
+        kind="callback",
+        goals=("adapters",),
+        summary="Trains a gate for each direction of LoRA, closes gates by a proximal step, and folds the rest.",
+        entry_points=(),
+        paper="Sparse Low-rank Adaptation of Pre-trained Language Models",
+        paper_id="2311.11696",
+        authors="Ding, Ning and others",
+        status="rejected",
+        tests=_OPTIMIZER_TESTS,
+        bench=_OPTIMIZER_BENCH,
+    ),
+    Method(
+        key="outlier_safe",
+        title="Outlier-safe pre-training",
+        kind="recipe",
+        goals=("less memory",),
+        summary="Pre-trains with Muon on every weight, norms with one gain, and projections around the embeddings.",
+        entry_points=(),
+        paper="Outlier-Safe Pre-Training for Robust 4-Bit Quantization of Large Language Models",
+        paper_id="2506.19697",
+        authors="Park, Jungwoo and others",
+        status="rejected",
+        tests=_OPTIMIZER_TESTS,
+        bench=_OPTIMIZER_BENCH,
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,6 +91,7 @@ class TrainDoctor(OwningCallback):
             max_grad_norm=args.max_grad_norm or 0.0,
             scheduler_start=scheduler_steps(scheduler),
             optimizer_steps=optimizer_steps(optimizer),
+            weight_decay=max((group.get("weight_decay") or 0.0 for group in optimizer.param_groups), default=None),
             factors=(accumulation, processes, accumulation * processes),
             entropies=_first_entropies(state),
         )
@@ -105,7 +107,11 @@ class TrainDoctor(OwningCallback):
 
     @only_observes
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        self._facts = self.facts(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
+        self._facts = dataclasses.replace(
+            self.facts(args, state, kwargs["optimizer"], kwargs["lr_scheduler"]),
+            passes=data_passes(args, state, kwargs.get("train_dataloader")),
+            trained_share=_trained_share(kwargs["model"]),
+        )
         stored = state.stateful_callbacks.get(self._state_key, []) if state.global_step > 0 else []
         self.findings, self._trace = [Finding(**finding) for finding in stored], []
         # Each resume can go wrong anew.
@@ -351,6 +357,27 @@ def _first_entropies(state: TrainerState) -> tuple[float, ...]:
     """Return the first three entropies that the run logged before it was resumed."""
     values = [entry.get("entropy") for entry in state.log_history if "loss" in entry] if state.global_step else []
     return tuple(float(value) for value in values if isinstance(value, (int, float)))[:3]
+
+
+def data_passes(args: Any, state: TrainerState, loader: Any) -> float | None:
+    """
+    Return how many times the whole run goes over its training rows.
+
+    `None` where the loader has no length, and where the trainer generates what it trains on, so that a prompt that
+    comes again brings another text.
+    """
+    if loader is None or hasattr(args, "max_completion_length") or not hasattr(loader, "dataset"):
+        return None
+    if not hasattr(loader.dataset, "__len__"):
+        return None
+    updates = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
+    return state.max_steps / updates
+
+
+def _trained_share(model: torch.nn.Module) -> float:
+    # ZeRO-3 keeps an empty tensor in the place of each weight, and its size beside it.
+    sizes = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in model.parameters()]
+    return sum(size for size, trained in sizes if trained) / max(sum(size for size, _ in sizes), 1)
 
 
 def optimizer_steps(optimizer: Any) -> int | None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from .advice import MOST_PASSES, WEIGHT_DECAY_GRID
+
 if TYPE_CHECKING:
     from .data import ContaminationReport
 
@@ -64,6 +66,8 @@ class TrainLimits:
         padding: Share of padding among the forwarded tokens.
         padding_logs: Successive entries above it.
         leak: Relative change of a packed document's logits when only its neighbour changes.
+        passes: Times that a run goes over its training rows before they count as repeated.
+        passes_decay: Weight decay that is strong enough for repeated rows.
     """
 
     lr_zero_logs: int = 3
@@ -78,6 +82,8 @@ class TrainLimits:
     padding: float = 0.6
     padding_logs: int = 3
     leak: float = 1e-3
+    passes: float = MOST_PASSES
+    passes_decay: float = WEIGHT_DECAY_GRID[0]
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -141,6 +147,10 @@ class RunFacts:
         plan: Finished updates -> share of the base LR; `None` if the scheduler cannot say. The first parameter group.
         factors: Whole numbers by which a plan is often too long: gradient accumulation, processes, both.
         leak: Measured relative change of a packed document when its neighbour changes; `None` if not packed.
+        passes: Times that the whole run goes over its training rows; `None` if their number is not known, or where the
+            trainer generates what it trains on.
+        weight_decay: The largest of the optimizer's groups; `None` if they have none.
+        trained_share: Share of the model's weights that are trained.
         max_completion_length, beta, num_iterations: Of GRPO.
         mask_truncated: Whether GRPO takes completions that were cut off out of the loss.
         entropies: Up to three, logged first by the run that this one resumes.
@@ -156,6 +166,9 @@ class RunFacts:
     plan: Callable[[int], float] | None = None
     factors: tuple[int, ...] = ()
     leak: float | None = None
+    passes: float | None = None
+    weight_decay: float | None = None
+    trained_share: float = 1.0
     max_completion_length: int = 0
     beta: float = 0.0
     num_iterations: int = 1

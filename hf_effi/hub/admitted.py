@@ -89,7 +89,7 @@ _SCHEDULES: dict[str, dict[str, str]] = {
 }
 _LIMITS = (
     "lr_zero_logs scheduler_updates scheduler_low scheduler_high lr_frozen_logs plan_end clip_logs resume_fraction "
-    "padding padding_logs leak"
+    "padding padding_logs leak passes passes_decay"
 )
 _CALLBACKS: dict[str, dict[str, str]] = {
     "AccuracyGradientCallback": _arguments(

@@ -36,11 +36,13 @@ _PUBLIC = {
     "parameter_groups": "hf_effi.optim.factory",
     "parameter_roles": "hf_effi.optim.roles",
     "prodigy": "hf_effi.optim.adapters",
+    "recommend_optimizer": "hf_effi.functional.optimizer_table",
     "soap": "hf_effi.optim.adapters",
     "use_optimizer": "hf_effi.optim.factory",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from ..functional.optimizer_table import recommend_optimizer as recommend_optimizer
     from .adapters import lamb as lamb
     from .adapters import lars as lars
     from .adapters import prodigy as prodigy

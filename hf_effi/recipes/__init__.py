@@ -10,24 +10,46 @@ from .._faces import face
 _PUBLIC = {
     "CyclicalReflection": "hf_effi.recipes.reflection",
     "LongContextStage": "hf_effi.recipes.long_context",
+    "OneEpochSize": "hf_effi.functional.advice",
+    "OptimizerAdvice": "hf_effi.functional.optimizer_table",
     "PDRRollouts": "hf_effi.recipes.refine",
     "RewardBenchResult": "hf_effi.recipes.reward_bench",
     "VerifiedReward": "hf_effi.recipes.rl",
+    "WeightNormReport": "hf_effi.functional.weight_norms",
     "accelerate_config": "hf_effi.recipes.launch",
+    "calibrated_nadamw": "hf_effi.functional.advice",
     "cdma": "hf_effi.recipes.ascending_quality",
     "cma": "hf_effi.recipes.ascending_quality",
     "evaluate_reward_model": "hf_effi.recipes.reward_bench",
     "extend_rope": "hf_effi.recipes.long_context",
     "lambda_patterns": "hf_effi.recipes.long_context",
+    "large_batch_seq2seq": "hf_effi.functional.advice",
     "longgen_patterns": "hf_effi.recipes.long_context",
     "ml_engineering": "hf_effi.recipes.rl",
     "pdr_rollout_func": "hf_effi.recipes.refine",
     "prolong_stages": "hf_effi.recipes.long_context",
+    "recommend_optimizer": "hf_effi.functional.optimizer_table",
     "rlvr": "hf_effi.recipes.rl",
+    "sft_learning_rate": "hf_effi.functional.advice",
+    "size_one_epoch": "hf_effi.functional.advice",
     "stability_gap": "hf_effi.recipes.continued_pretraining",
+    "weight_decay_grid": "hf_effi.functional.advice",
+    "weight_norm_report": "hf_effi.functional.weight_norms",
+    "weight_norms": "hf_effi.functional.weight_norms",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from ..functional.advice import OneEpochSize as OneEpochSize
+    from ..functional.advice import calibrated_nadamw as calibrated_nadamw
+    from ..functional.advice import large_batch_seq2seq as large_batch_seq2seq
+    from ..functional.advice import sft_learning_rate as sft_learning_rate
+    from ..functional.advice import size_one_epoch as size_one_epoch
+    from ..functional.advice import weight_decay_grid as weight_decay_grid
+    from ..functional.optimizer_table import OptimizerAdvice as OptimizerAdvice
+    from ..functional.optimizer_table import recommend_optimizer as recommend_optimizer
+    from ..functional.weight_norms import WeightNormReport as WeightNormReport
+    from ..functional.weight_norms import weight_norm_report as weight_norm_report
+    from ..functional.weight_norms import weight_norms as weight_norms
     from .ascending_quality import cdma as cdma
     from .ascending_quality import cma as cma
     from .continued_pretraining import stability_gap as stability_gap

@@ -176,6 +176,7 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("rewarm_redecay", "warmup_start"): lambda: hf_effi.schedules.rewarm_redecay(
         100, data_fractions=(1.0,), warmup_start=0.5
     ),
+    ("sft_learning_rate", "factor"): lambda: hf_effi.recipes.sft_learning_rate(1e-5, factor=0.5),
     ("wsd", "half_life_steps"): lambda: WSD(100, half_life_steps=5.0),
     ("wsd", "power"): lambda: WSD(100, power=2.0),
     ("wsd_s", "power"): lambda: hf_effi.schedules.wsd_s(100, power=2.0),

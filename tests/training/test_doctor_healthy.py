@@ -177,7 +177,9 @@ HEALTHY = {
         )
         for name, over in SCHEDULES.items()
     },
-    "trainer, 40 updates logged every 2": lambda f, d: plain(f, d, max_steps=40, logging_steps=2),
+    "trainer, 40 updates logged every 2": lambda f, d: plain(
+        f, d, rows=lm_dataset(64, length=8), max_steps=40, logging_steps=2
+    ),
     "trainer, batches of one row": lambda f, d: plain(f, d, per_device_train_batch_size=1),
     "trainer, bf16 autocast": lambda f, d: plain(f, d, bf16=True),
     "trainer, bf16 weights": lambda f, d: plain(f, d, model=tiny_qwen3(num_hidden_layers=1).to(torch.bfloat16)),

@@ -9,6 +9,9 @@ import pytest
 
 from bench import render, tables
 from bench._schema import ROOT
+from bench.findings import FINDINGS
+from hf_effi import recipes
+from hf_effi.functional.doctor import TRAIN_RULES
 from hf_effi.methods import METHODS, find_method
 
 CONSTRAINTS = "# tested\ntorch==2.13.0\n\njinja2==3.1.6\n"
@@ -129,12 +132,33 @@ def test_a_new_method_makes_the_index_stale():
         ("papers", ["papers", "other_sources"]),
         ("compatibility", ["versions", "environments"]),
         ("engines", ["engines", "engine_settings"]),
+        ("findings", ["findings", "tuned_optimizers"]),
     ],
 )
 def test_the_committed_pages_are_up_to_date(page, names):
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     assert all(f"<!-- table:{name} -->" in text for name in names)
     assert render.render_tables(text) == text, "run `python -m bench.render`"
+
+
+def test_every_finding_leads_to_what_carries_it_and_to_its_tests():
+    results = {path.stem for path in (ROOT / "bench" / "results").glob("*.json")}
+    for finding in FINDINGS:
+        for name in finding.names:
+            assert name in recipes.__all__ or name in {rule.__name__ for rule in TRAIN_RULES}, name
+            assert f"`{name}" in finding.here, f"{finding.key} does not say {name}"
+            assert any(name in (ROOT / path).read_text(encoding="utf-8") for path in finding.tests), name
+        assert (finding.bench in results) if finding.bench else finding.measured.startswith("not measured here")
+    assert len({finding.key for finding in FINDINGS}) == len(rows_of(tables.findings_table(ROOT))) == 6
+
+
+def test_figures_of_rejected_optimizers_are_chosen_by_their_names(tmp_path):
+    assert tables.rejected_figures(tmp_path, ["nap_"]).startswith("*Not measured yet")
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    figures = [{"name": f"{name}_loss", "value": 0.5, "goal": "< 0", "met": False} for name in ("nap", "sora")]
+    result = {"headline": figures, "date": "2030-01-31", "commit": "a8c915a", "seeds": [0], "command": "python -m x"}
+    (tmp_path / "bench" / "results" / "rejected_optimizers.json").write_text(json.dumps(result))
+    assert rows_of(tables.rejected_figures(tmp_path, ["nap_"])) == [["`nap_loss`", "0.5", "< 0", "**not met**"]]
 
 
 def test_methods_that_nobody_placed_are_listed(tmp_path):

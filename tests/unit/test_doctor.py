@@ -68,6 +68,7 @@ BROKEN = {
     "optimizer_restarted": ({}, {"start_step": 50, "scheduler_start": 50, "optimizer_steps": 0}),
     "mostly_padding": ({"pad_ratio": constant(0.71)}, {}),
     "documents_mix": ({}, {"leak": 0.2}),
+    "data_repeats": ({}, {"passes": 4.1, "weight_decay": 0.1}),
     "all_truncated": ({"completions/clipped_ratio": constant(1.0)}, {}),
     "reward_missing": ({"reward": constant(None), "reward_std": constant(None)}, {}),
     "reward_never_varies": (
