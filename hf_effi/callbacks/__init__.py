@@ -24,6 +24,7 @@ _PUBLIC = {
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
+    "MIGUCallback": "hf_effi.callbacks.migu",
     "MemoryBudgetCallback": "hf_effi.callbacks.layer_modes",
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
     "PassRateHistoryCallback": "hf_effi.callbacks.pass_rate_history",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .length_budget import BudgetPromptCallback as BudgetPromptCallback
     from .length_budget import GenerationCapCallback as GenerationCapCallback
     from .lr_schedule import LRScheduleCallback as LRScheduleCallback
+    from .migu import MIGUCallback as MIGUCallback
     from .multigrid import MultigridLRCallback as MultigridLRCallback
     from .pass_rate_history import PassRateHistoryCallback as PassRateHistoryCallback
     from .patch import PatchCallback as PatchCallback

@@ -130,3 +130,9 @@ STRAGGLER_RATIO = "effi/straggler/ratio"
 STRAGGLER_RANK = "effi/straggler/rank"
 STRAGGLER_PERSISTENCE = "effi/straggler/persistence"
 STRAGGLER_WAITING = "effi/straggler/waiting_fraction"
+#: share of the rows of the masked layers that an update moves
+MIGU_ROWS = "effi/migu/updated_rows"
+#: + the name of a set + `/` + one of `DIP_VALUES`: how far its metric has fallen behind its start at worst, that worst
+#: as it stands now, and the updates for which it has been behind
+STABILITY_GAP = "effi/stability_gap/"
+DIP_VALUES = ("depth", "behind", "duration_updates")
