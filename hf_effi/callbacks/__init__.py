@@ -36,6 +36,7 @@ _PUBLIC = {
     "SafeCheckpointCallback": "hf_effi.callbacks.safe_checkpoint",
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
+    "StabilityGapCallback": "hf_effi.callbacks.stability_gap",
     "StragglerCallback": "hf_effi.callbacks.straggler",
     "TrainDoctor": "hf_effi.callbacks.doctor",
     "TrainLimits": "hf_effi.functional.findings",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .run_record import RunRecordCallback as RunRecordCallback
     from .safe_checkpoint import SafeCheckpointCallback as SafeCheckpointCallback
     from .sampler import SamplerCallback as SamplerCallback
+    from .stability_gap import StabilityGapCallback as StabilityGapCallback
     from .straggler import StragglerCallback as StragglerCallback
     from .weight_averaging import WeightAveragingCallback as WeightAveragingCallback
 
