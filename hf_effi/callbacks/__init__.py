@@ -27,6 +27,7 @@ _PUBLIC = {
     "MIGUCallback": "hf_effi.callbacks.migu",
     "MemoryBudgetCallback": "hf_effi.callbacks.layer_modes",
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
+    "OSFProjectionCallback": "hf_effi.callbacks.osf",
     "PassRateHistoryCallback": "hf_effi.callbacks.pass_rate_history",
     "PatchCallback": "hf_effi.callbacks.patch",
     "RandomLTDCallback": "hf_effi.callbacks.random_ltd",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .lr_schedule import LRScheduleCallback as LRScheduleCallback
     from .migu import MIGUCallback as MIGUCallback
     from .multigrid import MultigridLRCallback as MultigridLRCallback
+    from .osf import OSFProjectionCallback as OSFProjectionCallback
     from .pass_rate_history import PassRateHistoryCallback as PassRateHistoryCallback
     from .patch import PatchCallback as PatchCallback
     from .probing import in_probe as in_probe

@@ -12,7 +12,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..functional import metrics
 from ..functional.data import StabilityGap, measure_gap
 from ..functional.findings import Finding
-from ..functional.kept_arguments import keeps_arguments
 from ._turns import WRITE, TurnCallback, in_turn
 from .observer import describe, only_observes
 from .owners import Role
@@ -60,7 +59,6 @@ class StabilityGapCallback(TurnCallback):
     role = Role("stability gap", "Two callbacks report one dip", "Keep one.")
     in_recipe = False
 
-    @keeps_arguments
     def __init__(
         self,
         old: str | None = "eval_old_loss",

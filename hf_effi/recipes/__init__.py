@@ -8,22 +8,28 @@ from .._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
+    "ClassGaussians": "hf_effi.recipes.classifier_alignment",
     "CyclicalReflection": "hf_effi.recipes.reflection",
     "LongContextStage": "hf_effi.recipes.long_context",
     "PDRRollouts": "hf_effi.recipes.refine",
     "RewardBenchResult": "hf_effi.recipes.reward_bench",
     "VerifiedReward": "hf_effi.recipes.rl",
     "accelerate_config": "hf_effi.recipes.launch",
+    "align_classifier": "hf_effi.recipes.classifier_alignment",
     "cdma": "hf_effi.recipes.ascending_quality",
+    "class_features": "hf_effi.recipes.classifier_alignment",
     "cma": "hf_effi.recipes.ascending_quality",
     "evaluate_reward_model": "hf_effi.recipes.reward_bench",
     "extend_rope": "hf_effi.recipes.long_context",
     "lambda_patterns": "hf_effi.recipes.long_context",
     "longgen_patterns": "hf_effi.recipes.long_context",
     "ml_engineering": "hf_effi.recipes.rl",
+    "osf_next_task": "hf_effi.recipes.osf",
+    "osf_rank_pattern": "hf_effi.recipes.osf",
     "pdr_rollout_func": "hf_effi.recipes.refine",
     "prolong_stages": "hf_effi.recipes.long_context",
     "rlvr": "hf_effi.recipes.rl",
+    "slca": "hf_effi.recipes.classifier_alignment",
     "stability_gap": "hf_effi.recipes.continued_pretraining",
 }
 
@@ -37,6 +43,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .long_context import lambda_patterns as lambda_patterns
     from .long_context import longgen_patterns as longgen_patterns
     from .long_context import prolong_stages as prolong_stages
+    from .osf import osf_next_task as osf_next_task
+    from .osf import osf_rank_pattern as osf_rank_pattern
     from .refine import PDRRollouts as PDRRollouts
     from .refine import pdr_rollout_func as pdr_rollout_func
     from .reflection import CyclicalReflection as CyclicalReflection
@@ -45,5 +53,9 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .rl import VerifiedReward as VerifiedReward
     from .rl import ml_engineering as ml_engineering
     from .rl import rlvr as rlvr
+    from .classifier_alignment import ClassGaussians as ClassGaussians
+    from .classifier_alignment import align_classifier as align_classifier
+    from .classifier_alignment import class_features as class_features
+    from .classifier_alignment import slca as slca
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -77,8 +77,8 @@ def test_sft_and_grpo_read_the_stream(tmp_path):
 
 def watched(folder, *callbacks, **over):
     new = NEW.select(range(4))
-    contrary = [{**row, "labels": row["labels"][::-1]} for row in new]  # whoever learns the new rows, unlearns these
-    sets = {"old": Dataset.from_list(contrary), "new": new}
+    unlearned = [{**row, "labels": [1] * 8} for row in new]  # a token that no new row has: it can only fall behind
+    sets = {"old": Dataset.from_list(unlearned), "new": new}
     settings = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}
     trainer = sampler_trainer(
         folder, Trainer, train_dataset=NEW, eval_dataset=sets, callbacks=callbacks, **{**settings, **over}
