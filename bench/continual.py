@@ -1,8 +1,8 @@
-"""Does MIGU forget less? Three tasks in sequence, against plain training, a small learning rate and a random mask.
+"""Does MIGU forget less? Three tasks in turn, beside plain training, a small LR and a random mask.
 
-`python -m bench.continual` writes `bench/results/continual.json`. A model of characters (two layers, width 64) is first
-trained on English prose, then on three other sources in turn, without old rows: Python code, tables of character sets,
-C++ headers. All of it is text that Python and torch ship. Each arm trains all weights, or one LoRA that goes on
+`python -m bench.continual` writes `bench/results/continual.json`. A model of characters (two layers, width 64) is
+first trained on English prose, then on three other sources in turn, without old rows: Python code, tables of character
+sets, C++ headers. All of it is text that Python and torch ship. Each arm trains all weights, or one LoRA that goes on
 through the tasks; masks begin with the second task, as in the paper. The learning rate of each arm is chosen out of
 three values by the mean loss over the tasks at the end, on a seed of its own; the small learning rate has a tenth of
 them.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ._methods import (
     checkpoints,
+    continual,
     data,
     kernels,
     label_free,
@@ -47,6 +48,7 @@ METHODS: tuple[Method, ...] = (
     *loops.ROWS,
     *schedules.ROWS,
     *data.ROWS,
+    *continual.ROWS,
     *long_sequences.ROWS,
     *kernels.ROWS,
     *checkpoints.ROWS,

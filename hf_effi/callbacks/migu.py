@@ -61,8 +61,8 @@ class MIGUCallback(TurnCallback):
     Update only the rows of linear layers whose outputs were large in this update's batch: MIGU.
 
     Formula: `a_j = sum over tokens |y_j|`, over all micro-batches and processes of the update, without padding; rows
-    with `a_j < quantile(a, threshold)` get no gradient, and neither do their biases. In LoRA, `A` and `B` are linear
-    layers like any other: rows of `A` by `|x A^T|`, rows of `B` by what `B` returns. An output counts when its gradient
+    with `a_j < quantile(a, threshold)` get no gradient, and neither do their biases. In LoRA `A` and `B` are layers
+    like any other: rows of `A` by `|x A^T|`, rows of `B` by what `B` returns. An output counts when its gradient
     is computed, once, so that recomputing it in a checkpointed layer does not count again. Paper: Du et al.,
     2406.17245.
 

@@ -19,9 +19,9 @@ class OSFProjectionCallback(TurnCallback):
     """
     After each update, take out of the trained directions of PEFT's OSF what leaked into the kept ones.
 
-    Formula: `U_low <- U_low - U_high U_high^T U_low`, and `V_low` likewise. PEFT projects gradients; AdamW then divides
-    them element by element, and its result is no longer orthogonal to what is kept. With plain SGD there is nothing to
-    take out beyond rounding. The optimizer's moments stay as they are. Paper: 2504.07097.
+    Formula: `U_low <- U_low - U_high U_high^T U_low`, and `V_low` likewise. PEFT projects gradients; AdamW then
+    divides them element by element, and its result is no longer orthogonal to what is kept. With plain SGD there is
+    nothing to take out beyond rounding. The optimizer's moments stay as they are. Paper: 2504.07097.
 
     Raises:
         RefusedError: no OSF layer; DeepSpeed, FSDP and tensor parallelism, which train other tensors than these.
@@ -44,7 +44,8 @@ class OSFProjectionCallback(TurnCallback):
     ) -> None:
         if engine := sharding_engine(args):
             raise RefusedError(
-                f"OSFProjectionCallback writes whole weights, and {engine} trains others. Train with DDP or on one device."
+                f"OSFProjectionCallback writes whole weights, and {engine} trains others. Train with DDP or on one "
+                "device."
             )
         super().on_train_begin(args, state, control, **kwargs)
         self._layers = [module for module in kwargs["model"].modules() if isinstance(module, OSFLayer)]

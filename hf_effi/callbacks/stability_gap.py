@@ -24,8 +24,8 @@ class StabilityGapCallback(TurnCallback):
     """
     Read the evaluations of an old and a new set and report the stability gap of each: depth and length of the dip.
 
-    Give the Trainer `eval_dataset={"old": ..., "new": ...}`, `eval_on_start=True`, and an evaluation every few updates.
-    Each evaluation's log gets `effi/stability_gap/<set>/depth`, `/behind` and `/duration_updates`
+    Give the Trainer `eval_dataset={"old": ..., "new": ...}`, `eval_on_start=True`, and an evaluation every few
+    updates. Each evaluation's log gets `effi/stability_gap/<set>/depth`, `/behind` and `/duration_updates`
     ([`~hf_effi.functional.data.measure_gap`]), so that trackers and the run record have them. When training ends, what
     has dipped and has not recovered is said once. It only observes: weights are those of the run without it, and if it
     fails, it says so and the run goes on. Paper: 2406.14833.

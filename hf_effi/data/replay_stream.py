@@ -109,7 +109,9 @@ class ReplayStream(IterableDataset):
         """
         settings = {name: value for name, value in state.items() if name != "at"}
         if settings != {**self._settings(), "epoch": state["epoch"]}:
-            raise MismatchError(f"The stored stream had {settings}, and this one has {self._settings()}. Use the same.")
+            raise MismatchError(
+                f"The stored stream had {settings}, and this one has {self._settings()}. Use the same."
+            )
         self.set_epoch(state["epoch"])
         self._from = self._at = state["at"]
 

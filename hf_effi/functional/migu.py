@@ -47,9 +47,9 @@ def migu_mask(magnitude: Tensor, threshold: float = 0.7, parts: Sequence[int] | 
     """
     Return which outputs of a layer are large enough that their rows are updated.
 
-    Formula: `mask_j = a_j / |a|_1 >= quantile(a / |a|_1, threshold)`, so that a share `1 - threshold` of the rows stays,
-    to one row. Dividing by the sum changes no comparison and is left out. Where a magnitude is not finite, every row
-    of that layer stays: its gradients then show the fault as they would without a mask.
+    Formula: `mask_j = a_j / |a|_1 >= quantile(a / |a|_1, threshold)`, so that a share `1 - threshold` of the rows
+    stays, to one row. Dividing by the sum changes no comparison and is left out. Where a magnitude is not finite,
+    every row of that layer stays: its gradients then show the fault as they would without a mask.
 
     Args:
         magnitude (`torch.Tensor`): Shape `(m,)`, of [`output_magnitude`].

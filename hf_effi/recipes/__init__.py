@@ -36,6 +36,10 @@ _PUBLIC = {
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .ascending_quality import cdma as cdma
     from .ascending_quality import cma as cma
+    from .classifier_alignment import ClassGaussians as ClassGaussians
+    from .classifier_alignment import align_classifier as align_classifier
+    from .classifier_alignment import class_features as class_features
+    from .classifier_alignment import slca as slca
     from .continued_pretraining import stability_gap as stability_gap
     from .launch import accelerate_config as accelerate_config
     from .long_context import LongContextStage as LongContextStage
@@ -53,9 +57,5 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .rl import VerifiedReward as VerifiedReward
     from .rl import ml_engineering as ml_engineering
     from .rl import rlvr as rlvr
-    from .classifier_alignment import ClassGaussians as ClassGaussians
-    from .classifier_alignment import align_classifier as align_classifier
-    from .classifier_alignment import class_features as class_features
-    from .classifier_alignment import slca as slca
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

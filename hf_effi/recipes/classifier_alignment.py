@@ -166,8 +166,8 @@ def align_classifier(
 
     Formula: the cross-entropy of `l / (temperature |l|)` over the classes in the store, by SGD with a learning rate
     that falls as a cosine; each epoch draws `samples_per_class` features of each class anew. Nothing but the rows of
-    these classes in that layer changes, and no global random number is drawn. The defaults of optimizer, epochs, samples and
-    temperature are from memory of the released code; see the card.
+    these classes in that layer changes, and no global random number is drawn. Where the defaults come from is in the
+    card; some are from memory.
 
     Args:
         model (`torch.nn.Module`): A classifier; see [`class_features`].
@@ -236,8 +236,8 @@ def align_classifier(
                 total += loss.item() * len(chosen)
             losses.append(total / len(labels))
     with torch.no_grad():
-        for parameter, value in zip((p for p in (head.weight, head.bias) if p is not None), trained, strict=True):
-            parameter[classes] = value.to(parameter.dtype)
+        for parameter, rows in zip((p for p in (head.weight, head.bias) if p is not None), trained, strict=True):
+            parameter[classes] = rows.to(parameter.dtype)
     return losses
 
 
@@ -306,7 +306,9 @@ def _passes(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Iterat
 def _calls(model: nn.Module) -> Iterator[list[tuple[nn.Linear, Tensor, Tensor]]]:
     found: list[tuple[nn.Linear, Tensor, Tensor]] = []
     handles = [
-        module.register_forward_hook(lambda layer, args, output: found.append((layer, args[0], output)) if args else None)
+        module.register_forward_hook(
+            lambda layer, args, output: found.append((layer, args[0], output)) if args else None
+        )
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
@@ -330,6 +332,6 @@ def _last_layer(calls: list[tuple[nn.Linear, Tensor, Tensor]], logits: Tensor) -
             if places.shape[0] == logits.shape[0] and bool(apart[rows, place].eq(0).all()):
                 return layer, features.reshape(*places.shape[:2], -1)[rows, place]
     raise RefusedError(
-        f"No whole nn.Linear of this model returns its logits of shape {tuple(logits.shape)}: it is a regression, has a "
-        "head of another form or an adapter on it, or an engine shards it. Align a plain classifier on one device."
+        f"No whole nn.Linear of this model returns its logits of shape {tuple(logits.shape)}: it is a regression, has "
+        "a head of another form or an adapter on it, or an engine shards it. Align a plain classifier on one device."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -116,17 +116,19 @@ def osf_next_task(model: PeftModel, config: OSFConfig | None = None) -> list[str
     for name, layer in layers.items():
         if len(layer.osf_svd_params) != 1 or layer.merged:
             raise RefusedError(
-                f"{name} has {len(layer.osf_svd_params)} adapters, merged: {layer.merged}. Exactly one is needed that is "
-                "not merged."
+                f"{name} has {len(layer.osf_svd_params)} adapters, merged: {layer.merged}. Exactly one is needed that "
+                "is not merged."
             )
         if isinstance(layer.get_base_layer().weight, DTensor):
-            raise RefusedError(f"{name} is sharded by FSDP2, and its weight cannot be decomposed in parts. Unwrap first.")
+            raise RefusedError(
+                f"{name} is sharded by FSDP2, and its weight cannot be decomposed in parts. Unwrap first."
+            )
     for name, layer in layers.items():
         (adapter,) = layer.osf_svd_params
-        settings = model.peft_config[adapter] if config is None else config
+        settings = cast(OSFConfig, model.peft_config[adapter]) if config is None else config
         rank = layer.effective_rank[adapter]
         if config is not None:
-            rank = _rank(name, min(layer.get_base_layer().weight.shape), config)
+            rank = _rank(name, min(layer.in_features, layer.out_features), config)
         # As PEFT made them: its base weights stay, so the change is written where it belongs.
         layer.merge(safe_merge=True, adapter_names=[adapter])
         layer.merged_adapters.clear()

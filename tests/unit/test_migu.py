@@ -92,9 +92,11 @@ def test_which_layers():
     with pytest.raises(RefusedError, match="model.embed_tokens and lm_head share one weight"):
         find_layers(tied, ["lm_head"])
     adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert [name.split(".")[-2] for name in names(adapter)] == ["lora_A", "lora_B"] == [
-        name.split(".")[-2] for name in names(adapter, modules=["q_proj"])
-    ]
+    assert (
+        [name.split(".")[-2] for name in names(adapter)]
+        == ["lora_A", "lora_B"]
+        == [name.split(".")[-2] for name in names(adapter, modules=["q_proj"])]
+    )
     with pytest.raises(ValueError, match="finds no trained"):
         find_layers(nn.Sequential(nn.Embedding(2, 2)))
 

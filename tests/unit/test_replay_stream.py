@@ -23,7 +23,9 @@ def test_the_share_of_old_rows(fraction):
     for block in (1, 7, 40):
         places = [replayed(place, fraction, 3, block) for place in range(1000 // block * block)]
         assert sum(places) == int(len(places) * fraction)
-        per_block = {sum(part) for part in itertools.batched(places, block)} if hasattr(itertools, "batched") else set()
+        per_block = (
+            {sum(part) for part in itertools.batched(places, block)} if hasattr(itertools, "batched") else set()
+        )
         assert len(per_block) <= 2
 
 

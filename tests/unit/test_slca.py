@@ -182,7 +182,7 @@ def test_what_is_refused(model):
 
 
 def test_two_tasks_through_a_trainer(tmp_path, model):
-    """The backbone learns a hundred times slower, and alignment brings back a class that the second task pushed out."""
+    """The backbone learns a hundred times slower, and alignment brings back what the second task pushed out."""
     args = TrainingArguments(
         str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
         max_steps=20, per_device_train_batch_size=16, learning_rate=0.1, lr_scheduler_type="constant",
