@@ -1,4 +1,4 @@
-"""Methods against forgetting that need no old rows."""
+"""Methods against forgetting."""
 
 from .row import Method
 
@@ -43,7 +43,7 @@ ROWS: tuple[Method, ...] = (
         paper_id="2504.07097",
         authors="Nayak, Nikhil Shivakumar and others",
         status="experimental",
-        tests=("tests/training/test_osf.py", "tests/contract/test_upstream_layers.py"),
+        tests=("tests/unit/test_osf.py", "tests/training/test_osf.py", "tests/engines/test_engines.py"),
         bench="bench/continual.py",
     ),
     Method(
@@ -64,7 +64,70 @@ ROWS: tuple[Method, ...] = (
         paper_id="2303.05118",
         authors="Zhang, Gengwei and others",
         status="experimental",
-        tests=("tests/unit/test_slca.py",),
+        tests=("tests/unit/test_slca.py", "tests/training/test_slca.py"),
         bench="bench/continual.py",
+    ),
+    Method(
+        key="replay",
+        title="Replay at a set rate",
+        kind="sampler",
+        goals=("continual",),
+        summary="Mixes a set share of old rows into new ones, by row numbers or from streams.",
+        entry_points=(
+            "hf_effi.samplers:ReplaySampler",
+            "hf_effi.data:ReplayStream",
+            "hf_effi.functional.data:replayed",
+        ),
+        paper="Simple and Scalable Strategies to Continually Pre-train Large Language Models",
+        paper_id="2403.08763",
+        authors="Ibrahim, Adam and others",
+        status="experimental",
+        tests=(
+            "tests/unit/test_mixing.py",
+            "tests/unit/test_replay_stream.py",
+            "tests/training/test_curricula.py",
+            "tests/training/test_continual.py",
+            "tests/distributed/test_migu_ranks.py",
+            "tests/engines/test_engines.py",
+        ),
+        bench="bench/curricula.py",
+    ),
+    Method(
+        key="stability_gap",
+        title="Continual pre-training without the stability gap",
+        kind="recipe",
+        goals=("continual",),
+        summary="Trains several times on the best part of a new domain, in a mixture like that of pre-training.",
+        entry_points=(
+            "hf_effi.recipes:stability_gap",
+            "hf_effi.callbacks:StabilityGapCallback",
+            "hf_effi.functional.data:stability_dip",
+            "hf_effi.functional.data:measure_gap",
+        ),
+        paper="Efficient Continual Pre-training by Mitigating the Stability Gap",
+        paper_id="2406.14833",
+        authors="Guo, Yiduo and others",
+        status="experimental",
+        tests=(
+            "tests/unit/test_recipes.py",
+            "tests/unit/test_replay_stream.py",
+            "tests/training/test_recipes.py",
+            "tests/training/test_continual.py",
+        ),
+        bench="bench/curricula.py",
+    ),
+    Method(
+        key="reptile",
+        title="Reptile step against forgetting (MER)",
+        kind="callback",
+        goals=("continual",),
+        summary="Moves the weights back towards where they were, by a set share, every k updates.",
+        entry_points=("hf_effi.callbacks:ReptileCallback", "hf_effi.functional.reptile:reptile_step"),
+        paper="Revisiting Replay and Gradient Alignment for Continual Pre-Training of Large Language Models",
+        paper_id="2508.01908",
+        authors="Abbes, Istabrak and others",
+        status="experimental",
+        tests=("tests/unit/test_reptile.py", "tests/training/test_reptile.py"),
+        bench="bench/curricula.py",
     ),
 )

@@ -94,7 +94,7 @@ class ReplayStream(IterableDataset):
 
         It has one epoch: TRL's `set_epoch` does not reach it, so that every pass is that of this moment.
         """
-        return HFIterableDataset.from_generator(_rows_of, gen_kwargs={"stream": self})
+        return HFIterableDataset.from_generator(_rows_of, None, {"stream": self})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place behind the last row that was served."""

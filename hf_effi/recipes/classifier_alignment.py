@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .._files import save_aside
+from .._files import save_bytes
 from ..errors import BrokenFileError, MismatchError, RefusedError
 from ..functional.class_gaussians import class_gaussian, normalized_logits, sample_gaussian
 from ..functional.data import check_count
@@ -88,14 +88,14 @@ class ClassGaussians:
 
     def save(self, file: str | Path) -> None:
         """Write the store as one safetensors file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"labels": torch.tensor(self.labels, dtype=torch.int64)}
         for label, (mean, covariance, count) in self.gaussians.items():
             tensors |= {f"{label}.mean": mean, f"{label}.covariance": covariance}
             tensors[f"{label}.count"] = torch.tensor(count)
         metadata = {"format": _FORMAT, "shrinkage": repr(self.shrinkage)}
-        save_aside(file, lambda part: save_file(tensors, part, metadata))
+        save_bytes(file, save(tensors, metadata))
 
     @classmethod
     def load(cls, file: str | Path) -> ClassGaussians:
@@ -291,7 +291,9 @@ def _passes(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Iterat
         for batch in batches:
             labels = batch.get("labels")
             if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
-                raise ValueError("A batch needs labels, one integer for each row: a classifier with one class a row.")
+                raise ValueError(
+                    "A batch needs labels, one integer for each row: a classifier with one class for each row."
+                )
             device = next(model.parameters()).device
             given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
             with _calls(model) as calls:

@@ -130,12 +130,12 @@ def osf_next_task(model: PeftModel, config: OSFConfig | None = None) -> list[str
         if config is not None:
             rank = _rank(name, min(layer.in_features, layer.out_features), config)
         # As PEFT made them: its base weights stay, so the change is written where it belongs.
-        layer.merge(safe_merge=True, adapter_names=[adapter])
+        layer.merge(True, [adapter])  # checks that it is finite
         layer.merged_adapters.clear()
         for handle in layer.hook_handles:
             handle.remove()
         layer.hook_handles.clear()
-        layer.update_layer(adapter, rank, config=settings)
+        layer.update_layer(adapter, rank, settings)
     return list(layers)
 
 

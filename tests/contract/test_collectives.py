@@ -23,6 +23,7 @@ PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", 
 
 #: (file, function) -> how often
 PLACES = {
+    ("callbacks/migu.py", "_add_up"): "once for each update, from the one where masks begin",
     ("callbacks/rewind.py", "_agreed"): "once for each update",
     ("callbacks/straggler.py", "_gathered"): "at every so many logs with a loss, which all processes write",
     ("checkpoint/elastic.py", "seed_new_process"): "once for a resume on as many processes as wrote the checkpoint",

@@ -10,7 +10,8 @@ from bench import continual
 
 def test_the_quick_run_writes_a_whole_result(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(continual, "ARMS", {name: continual.ARMS[name] for name in ("plain", "MIGU hard")})
-    monkeypatch.setattr(continual, "RATES", {"full": (1e-3, 3e-3), "lora": (3e-3,)})
+    monkeypatch.setattr(continual, "RATES", {"full": (1e-3,), "lora": (3e-3,)})
+    monkeypatch.setattr(continual, "HELD", 2)
     monkeypatch.setattr(continual, "figures", lambda rows: [])
     result = json.loads(continual.main(["--quick"], tmp_path).read_text())
     assert [row["part"] for row in result["rows"]].count("run") == 4
