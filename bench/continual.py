@@ -35,7 +35,7 @@ from bench._schema import RESULTS, command_line, headline, write_result
 from hf_effi.callbacks import MIGUCallback
 
 SEEDS, TUNING_SEED = (0, 1, 2), 100
-LENGTH, BATCH, HELD = 96, 16, 96
+LENGTH, BATCH, HELD = 96, 16, 64
 TASKS = ("code", "tables", "headers")
 #: arm -> what its callback gets
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> Path
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds = SEEDS[:1] if args.quick else SEEDS
-    study = Study(2, 2) if args.quick else Study(300, 60)
+    study = Study(2, 2) if args.quick else Study(200, 40)
     rows = run(study, seeds)
     for row in rows:
         print(row, flush=True)
