@@ -91,9 +91,9 @@ class MIGUCallback(TurnCallback):
 
     Raises:
         ValueError: an argument out of range; a name that no trained linear layer has.
-        RefusedError: DeepSpeed, whose update is done before a callback sees the gradients; FSDP1 and tensor
-            parallelism; an encoder-decoder; `torch.compile`; reentrant checkpointing; a weight that two modules share;
-            a layer that has a gradient although it was never called.
+        RefusedError: no trained linear layer; DeepSpeed, whose update is done before a callback sees the gradients;
+            FSDP1 and tensor parallelism; an encoder-decoder; `torch.compile`; reentrant checkpointing; a weight that
+            two modules share; a layer that has a gradient although it was never called.
 
     Example:
     ```python
@@ -286,8 +286,8 @@ def find_layers(
     Return the layers that [`MIGUCallback`] masks, in the order of the model.
 
     Raises:
-        ValueError: no trained linear layer, a name that none has, or `parts` that do not fit.
-        RefusedError: a weight that another module has too.
+        ValueError: a name that no trained linear layer has, or `parts` that do not fit.
+        RefusedError: no trained linear layer, or a weight that another module has too.
     """
     linear = {
         name: module
@@ -306,7 +306,7 @@ def find_layers(
                 )
         named = {n: module for n, module in linear.items() if any(_contains(n, wanted) for wanted in modules)}
     if not named:
-        raise ValueError(
+        raise RefusedError(
             "MIGUCallback finds no trained nn.Linear or Conv1D beside the output head. Train one, or take the "
             "callback out."
         )

@@ -97,7 +97,7 @@ def test_which_layers():
         == ["lora_A", "lora_B"]
         == [name.split(".")[-2] for name in names(adapter, modules=["q_proj"])]
     )
-    with pytest.raises(ValueError, match="finds no trained"):
+    with pytest.raises(RefusedError, match="finds no trained"):
         find_layers(nn.Sequential(nn.Embedding(2, 2)))
 
 
