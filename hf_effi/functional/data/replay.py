@@ -38,7 +38,7 @@ def replayed(index: int, fraction: float, seed: int = 0, block: int | None = Non
     >>> [replayed(index, 0.25, block=4) for index in range(8)].count(True)
     2
     >>> sum(replayed(index, 0.05) for index in range(10_000))
-    491
+    510
     ```
     """
     check_number("fraction", fraction, 0, 1)
