@@ -128,7 +128,7 @@ def osf_next_task(model: PeftModel, config: OSFConfig | None = None) -> list[str
         settings = cast(OSFConfig, model.peft_config[adapter]) if config is None else config
         rank = layer.effective_rank[adapter]
         if config is not None:
-            rank = _rank(name, min(layer.in_features, layer.out_features), config)
+            rank = _rank(name, min(cast(Tensor, layer.get_base_layer().weight).shape), config)
         # As PEFT made them: its base weights stay, so the change is written where it belongs.
         layer.merge(True, [adapter])  # checks that it is finite
         layer.merged_adapters.clear()
