@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ._methods import (
     checkpoints,
+    continual,
     data,
     kernels,
     label_free,
@@ -54,6 +55,7 @@ METHODS: tuple[Method, ...] = (
     *optimizers_muon.ROWS,
     *optimizers.ROWS,
     *data.ROWS,
+    *continual.ROWS,
     *long_sequences.ROWS,
     *kernels.ROWS,
     *checkpoints.ROWS,

@@ -24,8 +24,10 @@ _PUBLIC = {
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
+    "MIGUCallback": "hf_effi.callbacks.migu",
     "MemoryBudgetCallback": "hf_effi.callbacks.layer_modes",
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
+    "OSFProjectionCallback": "hf_effi.callbacks.osf",
     "PassRateHistoryCallback": "hf_effi.callbacks.pass_rate_history",
     "PatchCallback": "hf_effi.callbacks.patch",
     "QKClipCallback": "hf_effi.callbacks.qk_clip",
@@ -37,6 +39,7 @@ _PUBLIC = {
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "ScheduleFreeCallback": "hf_effi.callbacks.schedule_free",
     "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
+    "StabilityGapCallback": "hf_effi.callbacks.stability_gap",
     "StragglerCallback": "hf_effi.callbacks.straggler",
     "TrainDoctor": "hf_effi.callbacks.doctor",
     "TrainLimits": "hf_effi.functional.findings",
@@ -70,7 +73,9 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .length_budget import BudgetPromptCallback as BudgetPromptCallback
     from .length_budget import GenerationCapCallback as GenerationCapCallback
     from .lr_schedule import LRScheduleCallback as LRScheduleCallback
+    from .migu import MIGUCallback as MIGUCallback
     from .multigrid import MultigridLRCallback as MultigridLRCallback
+    from .osf import OSFProjectionCallback as OSFProjectionCallback
     from .pass_rate_history import PassRateHistoryCallback as PassRateHistoryCallback
     from .patch import PatchCallback as PatchCallback
     from .probing import in_probe as in_probe
@@ -85,6 +90,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .safe_checkpoint import SafeCheckpointCallback as SafeCheckpointCallback
     from .sampler import SamplerCallback as SamplerCallback
     from .schedule_free import ScheduleFreeCallback as ScheduleFreeCallback
+    from .stability_gap import StabilityGapCallback as StabilityGapCallback
     from .straggler import StragglerCallback as StragglerCallback
     from .weight_averaging import WeightAveragingCallback as WeightAveragingCallback
 

@@ -20,6 +20,7 @@ _PUBLIC = {
     "MetadataConditioning": "hf_effi.data.metadata",
     "ModelScore": "hf_effi.data.scores",
     "Multigrid": "hf_effi.functional.data",
+    "ReplayStream": "hf_effi.data.replay_stream",
     "RowCorrect": "hf_effi.data.row_measures",
     "RowLoss": "hf_effi.data.row_measures",
     "RowScorer": "hf_effi.data.scores",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .masking import MaskingRatioCurriculum as MaskingRatioCurriculum
     from .metadata import MetadataCollator as MetadataCollator
     from .metadata import MetadataConditioning as MetadataConditioning
+    from .replay_stream import ReplayStream as ReplayStream
     from .row_measures import RowCorrect as RowCorrect
     from .row_measures import RowLoss as RowLoss
     from .sami import SAMICollator as SAMICollator

@@ -133,3 +133,9 @@ STRAGGLER_WAITING = "effi/straggler/waiting_fraction"
 #: of an update in which attention logits were measured: the largest one, and heads that were scaled down
 QK_CLIP_MAX_LOGIT = "effi/qk_clip/max_logit"
 QK_CLIP_HEADS = "effi/qk_clip/clipped_heads"
+#: share of the rows of the masked layers that an update moves
+MIGU_ROWS = "effi/migu/updated_rows"
+#: + the name of a set + `/` + one of `DIP_VALUES`: how far its metric has fallen behind its start at worst, that worst
+#: as it stands now, and the updates for which it has been behind
+STABILITY_GAP = "effi/stability_gap/"
+DIP_VALUES = ("depth", "behind", "duration_updates")

@@ -112,9 +112,13 @@ _CALLBACKS: dict[str, dict[str, str]] = {
     "HypergradientCallback": _arguments(number="kappa limit step_limit"),
     "KernelPatchCallback": _arguments(kernels="layers"),
     "LRScheduleCallback": _arguments(schedule="schedule", word="on_mismatch", flag="allow_lr_jump stop_when_decayed"),
+    "MIGUCallback": _arguments(
+        number="threshold seed start_update", word="mode choice", modules="modules", plain="parts"
+    ),
     "MemoryBudgetCallback": _arguments(number="budget_gib max_tokens", flag="offload"),
     "MultigridLRCallback": _arguments(shapes="shapes", number="exponent"),
     "QKClipCallback": _arguments(number="threshold alpha every_steps", word="gqa mode"),
+    "OSFProjectionCallback": {},
     "RandomLTDCallback": _arguments(number="min_tokens max_tokens ramp_fraction multiple"),
     "SamplerCallback": _arguments(sampler="sampler"),
     "SelectiveCheckpointCallback": {},

@@ -8,6 +8,7 @@ from .._faces import face
 
 #: public name -> module that defines it
 _PUBLIC = {
+    "ClassGaussians": "hf_effi.recipes.classifier_alignment",
     "CyclicalReflection": "hf_effi.recipes.reflection",
     "LongContextStage": "hf_effi.recipes.long_context",
     "OneEpochSize": "hf_effi.functional.advice",
@@ -18,7 +19,9 @@ _PUBLIC = {
     "WeightNormReport": "hf_effi.functional.weight_norms",
     "accelerate_config": "hf_effi.recipes.launch",
     "calibrated_nadamw": "hf_effi.functional.advice",
+    "align_classifier": "hf_effi.recipes.classifier_alignment",
     "cdma": "hf_effi.recipes.ascending_quality",
+    "class_features": "hf_effi.recipes.classifier_alignment",
     "cma": "hf_effi.recipes.ascending_quality",
     "evaluate_reward_model": "hf_effi.recipes.reward_bench",
     "extend_rope": "hf_effi.recipes.long_context",
@@ -26,12 +29,15 @@ _PUBLIC = {
     "large_batch_seq2seq": "hf_effi.functional.advice",
     "longgen_patterns": "hf_effi.recipes.long_context",
     "ml_engineering": "hf_effi.recipes.rl",
+    "osf_next_task": "hf_effi.recipes.osf",
+    "osf_rank_pattern": "hf_effi.recipes.osf",
     "pdr_rollout_func": "hf_effi.recipes.refine",
     "prolong_stages": "hf_effi.recipes.long_context",
     "recommend_optimizer": "hf_effi.functional.optimizer_table",
     "rlvr": "hf_effi.recipes.rl",
     "sft_learning_rate": "hf_effi.functional.advice",
     "size_one_epoch": "hf_effi.functional.advice",
+    "slca": "hf_effi.recipes.classifier_alignment",
     "stability_gap": "hf_effi.recipes.continued_pretraining",
     "weight_decay_grid": "hf_effi.functional.advice",
     "weight_norm_report": "hf_effi.functional.weight_norms",
@@ -52,6 +58,10 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from ..functional.weight_norms import weight_norms as weight_norms
     from .ascending_quality import cdma as cdma
     from .ascending_quality import cma as cma
+    from .classifier_alignment import ClassGaussians as ClassGaussians
+    from .classifier_alignment import align_classifier as align_classifier
+    from .classifier_alignment import class_features as class_features
+    from .classifier_alignment import slca as slca
     from .continued_pretraining import stability_gap as stability_gap
     from .launch import accelerate_config as accelerate_config
     from .long_context import LongContextStage as LongContextStage
@@ -59,6 +69,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .long_context import lambda_patterns as lambda_patterns
     from .long_context import longgen_patterns as longgen_patterns
     from .long_context import prolong_stages as prolong_stages
+    from .osf import osf_next_task as osf_next_task
+    from .osf import osf_rank_pattern as osf_rank_pattern
     from .refine import PDRRollouts as PDRRollouts
     from .refine import pdr_rollout_func as pdr_rollout_func
     from .reflection import CyclicalReflection as CyclicalReflection

@@ -145,6 +145,8 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     "peft.tuners.adalora:AdaLoraModel.update_and_allocate": "self global_step",
     "peft.tuners.adalora.layer:RankAllocator.budget_schedule": "self step",
     "peft.tuners.adalora.layer:RankAllocator.reset_ipt": "self",
+    "peft.tuners.osf:OSFLayer.merge": "self safe_merge adapter_names",
+    "peft.tuners.osf:OSFLayer.update_layer": "self adapter_name effective_rank config **kwargs",
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:CallbackHandler.on_evaluate": "self args state control metrics **kwargs",
     f"{EVENTS}:CallbackHandler.on_predict": "self args state control metrics **kwargs",

@@ -23,6 +23,7 @@ PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", 
 
 #: (file, function) -> how often
 PLACES = {
+    ("callbacks/migu.py", "_add_up"): "once for each update, from the one where masks begin",
     ("callbacks/rewind.py", "_agreed"): "once for each update",
     ("attention/projections.py", "_agreed"): "once for each model that is measured, before training",
     ("callbacks/qk_clip.py", "_over_ranks"): "once for each measured update, whose numbers the config fixes",

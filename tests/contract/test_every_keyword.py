@@ -162,6 +162,7 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("infinite", "alpha"): lambda: hf_effi.schedules.infinite(100, alpha=5.0),
     ("keep_by_advantage", "balance_signs"): lambda: KEEP(torch.ones(4), 2, metric="random", balance_signs=True),
     ("keep_by_advantage", "generator"): lambda: KEEP(torch.ones(4), 2, generator=torch.Generator()),
+    ("MIGUCallback", "seed"): lambda: hf_effi.callbacks.MIGUCallback(seed=3),
     ("layerwise_param_groups", "head_factor"): lambda: hf_effi.schedules.layerwise_param_groups(
         sgd(), 1e-3, head_factor=2.0
     ),

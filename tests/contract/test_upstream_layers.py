@@ -155,6 +155,25 @@ def test_torch_multiplies_rows_of_eight_bits():
     assert torch.equal(torch._int_mm(ones, ones.t()), torch.full((8, 8), 8, dtype=torch.int32))
 
 
+def test_peft_keeps_osfs_directions_where_the_callback_finds_them():
+    """`effective_rank` is what is kept; kept directions are stored only where those of the start do not tell them."""
+    from peft import OSFConfig, get_peft_model, get_peft_model_state_dict
+
+    config = OSFConfig(target_modules=["up_proj", "down_proj"], effective_rank=5)
+    model = get_peft_model(tiny_qwen3(num_hidden_layers=1), config)
+    stored = get_peft_model_state_dict(model)  # the trained directions alone
+    assert len(stored) == 6 and all("osf_svd_params" in name for name in stored)
+    mlp = model.base_model.model.model.layers[0].mlp
+    up, down = mlp.up_proj, mlp.down_proj  # 128 x 32 and 32 x 128
+    assert up._osf_U_high["default"].shape == (128, 5) and "default" not in up._osf_V_high
+    assert down._osf_V_high["default"].shape == (5, 128) and "default" not in down._osf_U_high
+    assert up.osf_svd_params["default"]["U_low"].shape == up._osf_U_low_init["default"].shape == (128, 27)
+    assert down.osf_svd_params["default"]["V_low"].shape == down._osf_V_low_init["default"].shape == (27, 128)
+    assert len(up.hook_handles) == 2 and up.merged_adapters == [] and up.effective_rank["default"] == 5
+    with pytest.raises(NotImplementedError, match="unmerging"):
+        get_peft_model(tiny_qwen3(num_hidden_layers=1), config).unmerge_adapter()
+
+
 def test_peft_keeps_adaloras_state_where_the_callback_finds_it():
     from peft import AdaLoraConfig, get_peft_model
 

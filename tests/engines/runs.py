@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, OSFConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -298,6 +298,18 @@ def denoising() -> hf_effi.data.UL2Denoising:
     return hf_effi.data.UL2Denoising(range(200, 220), 0, 32, eos_token_id=1)
 
 
+def replayed_stream() -> Any:
+    """A stream with a quarter of old rows; both parts are streams."""
+    rows = lm_dataset(ROWS, length=LENGTH)
+    new, old = rows.select(range(8, ROWS)).to_iterable_dataset(), rows.select(range(8)).to_iterable_dataset()
+    return hf_effi.data.ReplayStream(new, old, 0.25, block=4)
+
+
+def adapted_by_osf() -> Any:
+    config = OSFConfig(target_modules=["q_proj", "up_proj"], effective_rank=0.5)
+    return get_peft_model(tiny_qwen3(num_hidden_layers=1), config)
+
+
 def shared_prefix(place: Place) -> Outcome:
     args = place.arguments(remove_unused_columns=False)
     model = tiny_qwen3()
@@ -329,6 +341,9 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
     "rollout_noise": lambda place: grpo(place, made={"rollout_noise": AdaptiveNoise(0.3, 0.1)}, max_steps=2),
     "stock_grpo": lambda place: grpo(place, num_iterations=2, max_steps=2, cls=GRPOTrainer, config=GRPOConfig),
     "weight_averaging": lambda place: lm(place, hf_effi.WeightAveragingCallback(2, every_steps=1, kind="uniform")),
+    "replay_stream": lambda place: lm(place, max_steps=3, made={"train_dataset": replayed_stream()}),
+    "migu": lambda place: lm(place, hf_effi.callbacks.MIGUCallback(0.7, "hard"), gradient_accumulation_steps=2),
+    "osf_projection": lambda place: lm(place, hf_effi.callbacks.OSFProjectionCallback(), model=adapted_by_osf),
     "reptile": lambda place: lm(place, ReptileCallback(every_steps=2, beta=0.5)),
     "adalora": lambda place: lm(
         place, hf_effi.callbacks.AdaLoRACallback(set_total_step=True), model=adapted_for_adalora, max_steps=6

@@ -163,6 +163,15 @@ METHODS = (
         "self_paced",
         "They forward rows on one rank alone. Measure before training, and order by the scores.",
     ),
+    Row("replay_stream", "`ReplayStream`, old rows among those of a stream", card="replay"),
+    Row(
+        "migu",
+        "`MIGUCallback`",
+        dict.fromkeys(("zero2", "zero3"), "DeepSpeed has updated already"),
+        "migu",
+        "DeepSpeed updates inside of the backward, before a callback sees the gradients. Use DDP or FSDP2.",
+    ),
+    Row("osf_projection", "`OSFProjectionCallback`", sharded("writes whole weights"), "osf", _SHARDS),
     Row("token_budget", "`TokenBudgetBatchSampler`", card="token_budget"),
     Row("sequence_length_growth", "Growing sequence length", card="sequence_length_growth"),
     Row("ul2_denoising", "UL2 denoising (any batch transform)", card="ul2_denoising"),
@@ -214,6 +223,7 @@ ROWS = (*TRAINERS, *METHODS)
 LAUNCHED = (
     "weight_averaging",
     "reptile",
+    "osf_projection",
     "adalora",
     "auto_lrs",
     "gradient_snr",

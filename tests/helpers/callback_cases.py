@@ -32,6 +32,7 @@ from .pairs_model import (
     TOKENS,
     SameBlock,
     adalora_model,
+    osf_model,
     plain_model,
 )
 
@@ -148,9 +149,13 @@ CASES: dict[str, Case] = {
         trains=True,
         look=lambda callback: callback.current.spec(),
     ),
+    "MIGUCallback": Case(lambda trainer: hf_effi.callbacks.MIGUCallback(0.5, "hard"), trains=True),
     "MemoryBudgetCallback": Case(lambda trainer: hf_effi.MemoryBudgetCallback(1.0), _CHECKPOINTING),
     "MultigridLRCallback": Case(
         lambda trainer: hf_effi.callbacks.MultigridLRCallback(_grid()), {"sequence_length": _grid()}, trains=True
+    ),
+    "OSFProjectionCallback": Case(
+        lambda trainer: hf_effi.callbacks.OSFProjectionCallback(), model=osf_model, trains=True
     ),
     "PassRateHistoryCallback": Case(lambda trainer: hf_effi.callbacks.PassRateHistoryCallback()),
     "PatchCallback": Case(lambda trainer: hf_effi.PatchCallback(_no_patch)),
@@ -177,6 +182,11 @@ CASES: dict[str, Case] = {
         lambda trainer: hf_effi.SamplerCallback(samplers.ShuffledSampler(64, seed=5)), trains=True
     ),
     "SelectiveCheckpointCallback": Case(lambda trainer: hf_effi.SelectiveCheckpointCallback(), _CHECKPOINTING),
+    "StabilityGapCallback": Case(
+        lambda trainer: hf_effi.callbacks.StabilityGapCallback("eval_loss", None, say=_quiet),
+        _EVALUATED,
+        look=lambda callback: dict(callback.gaps),
+    ),
     "TrainDoctor": Case(
         lambda trainer: hf_effi.TrainDoctor(say=_quiet), look=lambda callback: list(map(str, callback.findings))
     ),
@@ -200,6 +210,9 @@ NEEDS_GRPO = {"BudgetPromptCallback", "GRPOScheduleCallback", "GenerationCapCall
 #: pairs that refuse each other, and words of the message
 REFUSED: dict[frozenset[str], str] = {
     frozenset({"EMACallback", "WeightAveragingCallback"}): "Two averages of the weights",
+    frozenset({"AdaLoRACallback", "MIGUCallback"}): "finds no trained nn.Linear",
+    frozenset({"OSFProjectionCallback", "MIGUCallback"}): "finds no trained nn.Linear",
+    frozenset({"OSFProjectionCallback", "AdaLoRACallback"}): "OSF",
     frozenset({"AutoLRSCallback", "LRScheduleCallback"}): "Two schedules want to set the LR",
     **{
         frozenset({one, other}): "Use one callback for the modes of all layers"

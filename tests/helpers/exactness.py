@@ -90,6 +90,8 @@ CALLBACKS: dict[str, Callable[[], TrainerCallback]] = {
     "GradientSNRCallback": lambda: hf_effi.callbacks.GradientSNRCallback(),
     "HypergradientCallback": lambda: hf_effi.callbacks.HypergradientCallback(kappa=0.2),
     "LRScheduleCallback": lambda: hf_effi.LRScheduleCallback(wsd(warmup_steps=2, decay_steps=3, floor=0.3)),
+    "MIGUCallback": lambda: hf_effi.callbacks.MIGUCallback(0.5, "hard", start_update=2),
+    "StabilityGapCallback": lambda: hf_effi.callbacks.StabilityGapCallback("eval_loss", None, say=lambda one: None),
     "RandomLTDCallback": lambda: hf_effi.callbacks.RandomLTDCallback(4, 8, multiple=2),
     "ReptileCallback": lambda: ReptileCallback(3, 0.5, last_partial=True),
     "RewindCallback": lambda: hf_effi.callbacks.RewindCallback("spike", every_steps=2),
@@ -105,13 +107,14 @@ ON_ITS_OWN_MODEL = {
     "FastForwardCallback": "its walks ask for the loss of a batch, which GRPO has not",
     "HubCallback": "uploads are stood in for",
     "MultigridLRCallback": "the trainer cuts sequences",
+    "OSFProjectionCallback": "the model has OSF layers",
 }
 #: what one run has: callbacks that go together, or one sampler
 PLUGS: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "observers": ("TrainDoctor", "WeightAveragingCallback", "LRScheduleCallback", "RewindCallback"),
-    "factors": ("GradientSNRCallback", "AccuracyGradientCallback", "EMACallback"),
-    "weights": ("HypergradientCallback", "ReptileCallback"),
+    "factors": ("GradientSNRCallback", "AccuracyGradientCallback", "EMACallback", "StabilityGapCallback"),
+    "weights": ("HypergradientCallback", "ReptileCallback", "MIGUCallback"),
     "doctor of GRPO": ("GRPODoctor",),
     "reused rollouts": ("SpeculativeReuse",),
     "random-LTD": ("RandomLTDCallback",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import AdaLoraConfig, get_peft_model
+from peft import AdaLoraConfig, OSFConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -81,3 +81,7 @@ def adalora_model() -> nn.Module:
     model = plain_model()
     config = AdaLoraConfig(target_modules=["mix"], init_r=3, target_r=1, tinit=2, tfinal=4, deltaT=2, total_step=STEPS)
     return get_peft_model(model, config)
+
+
+def osf_model() -> nn.Module:
+    return get_peft_model(plain_model(), OSFConfig(target_modules=["mix"], effective_rank=3))

@@ -55,6 +55,7 @@ from .packing import (
     pack_best_fit,
     pack_padded,
 )
+from .replay import replayed
 from .scores import (
     INSTRUCT_MINING,
     INSTRUCT_MINING_V1,
@@ -67,7 +68,7 @@ from .scores import (
     row_lengths,
     token_counts,
 )
-from .stability_gap import Dip, stability_dip
+from .stability_gap import Dip, StabilityGap, measure_gap, stability_dip
 
 __all__ = [
     "INSTRUCT_MINING",
@@ -81,6 +82,7 @@ __all__ = [
     "Dip",
     "MaskedSpan",
     "Multigrid",
+    "StabilityGap",
     "apportion",
     "batch_costs",
     "as_labels",
@@ -120,6 +122,7 @@ __all__ = [
     "majority_answers",
     "mask_tokens",
     "masking_ratio",
+    "measure_gap",
     "mixture_at",
     "mixture_counts",
     "mixture_order",
@@ -135,6 +138,7 @@ __all__ = [
     "rasch_ability",
     "rechunk",
     "refill",
+    "replayed",
     "relative_increase",
     "repeat_layout",
     "root_length",
