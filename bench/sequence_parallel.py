@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,11 @@ def on_ranks(
     return total.item(), {n: g.full_tensor() if wrapper == "fsdp2" else g for n, g in gradients.items()}
 
 
-def cells() -> Iterator[tuple[str, str, str, bool, str]]:
+#: mode, batch, precision, checkpointing, wrapper
+Cell = tuple[str, str, str, bool, str]
+
+
+def cells() -> Iterator[Cell]:
     """Yield (mode, batch, precision, checkpointing, wrapper)."""
     for mode, precision in itertools.product(MODES, PRECISIONS):
         for kind, checkpointing, wrapper in itertools.product(("plain", "packed"), (False, True), ("ddp", "fsdp2")):
@@ -168,12 +172,14 @@ def cells() -> Iterator[tuple[str, str, str, bool, str]]:
         yield mode, "padded", precision, True, "ddp"
 
 
-def parity(seeds: tuple[int, ...] = (0,), sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
-    """Return one row a cell with its largest errors over `seeds`. Collective."""
+def parity(
+    seeds: tuple[int, ...] = (0,), sizes: tuple[int, ...] = SIZES, chosen: Mapping[int, Sequence[Cell]] | None = None
+) -> list[dict[str, Any]]:
+    """Return one row a cell with its largest errors over `seeds`, of all cells or of those chosen. Collective."""
     rows = []
     for size in sizes:
         group = make_sequence_group(size)
-        for mode, kind, precision, checkpointing, wrapper in cells():
+        for mode, kind, precision, checkpointing, wrapper in chosen[size] if chosen else cells():
             batches = dist.get_world_size() if mode == "rounds" else group.count
             errors = []
             for seed in seeds:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._walk import GENERATORS, parts, plain_objects, shared_spaces
+from ._walk import ATOMS, GENERATORS, holding, parts, plain_objects, shared_spaces
 
 Level = Literal["low", "middle", "high"]
 #: a uniform number at each level; never 0 itself, so that `draw <= 0.0` does not hold for a rate of zero
@@ -87,9 +87,9 @@ def owned_generators(model: nn.Module) -> dict[str, Any]:
     spaces |= {type(o).__name__: vars(o) for o in plain_objects(modules.values())} | shared_spaces(modules.values())
     found: dict[int, tuple[str, Any]] = {}
     for name, space in spaces.items():
-        for key, value in list(space.items()):
+        for key, value in holding(space):
             for part in parts(value) if not key.startswith("__") else ():
-                if isinstance(part, GENERATORS):
+                if type(part) not in ATOMS and isinstance(part, GENERATORS):
                     found.setdefault(
                         id(part), (f"the generator {name}.{key}" if name else f"the generator {key}", part)
                     )

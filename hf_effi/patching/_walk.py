@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -24,6 +24,12 @@ _CONSTANTS = (
     *(torch.dtype, torch.device, torch.Size, torch.layout, type, ModuleType, FunctionType, BuiltinFunctionType),
 )  # fmt: skip
 _KNOWN = (*_CONSTANTS, nn.Module, Tensor, MethodType)
+#: types of which a value holds nothing and is no state: most of what is looked at
+ATOMS = frozenset(
+    (*(type(None), bool, int, float, complex, str, bytes, type), ModuleType, FunctionType, BuiltinFunctionType)
+)
+#: types of which a value that is empty holds nothing, such as the hooks of most modules
+_HOLDING = frozenset((dict, OrderedDict, list, set, tuple, nn.Parameter))
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 #: most objects that can be one attribute's state
 _MOST_OBJECTS = 100
@@ -40,6 +46,14 @@ def parts(value: Any) -> Iterator[Any]:
             waiting += part.values() if isinstance(part, dict) else part
 
 
+def holding(space: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the entries that are more than a plain value, an empty container or a weight."""
+    for key, value in list(space.items()):
+        kind = type(value)
+        if kind not in ATOMS and (kind not in _HOLDING or (kind is not nn.Parameter and value)):
+            yield key, value
+
+
 def plain_objects(modules: Iterable[nn.Module]) -> list[Any]:
     """
     Return objects with attributes of their own that modules hold, such as the state of a quantized layer.
@@ -49,9 +63,9 @@ def plain_objects(modules: Iterable[nn.Module]) -> list[Any]:
     """
     found: dict[int, Any] = {}
     for module in modules:
-        for value in vars(module).values():
+        for _, value in holding(vars(module)):
             for part in parts(value):
-                if id(part) not in found and _has_attributes(part):
+                if type(part) not in ATOMS and id(part) not in found and _has_attributes(part):
                     found |= {id(each): each for each in _whole_state(part)}
     return list(found.values())
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from ._caches import SharedCaches
 from ._generators import KeptGenerator, generators_kept, owned_generators
-from ._walk import CONTAINERS, configs_of, parts, plain_objects, shared_spaces
+from ._walk import ATOMS, CONTAINERS, configs_of, holding, parts, plain_objects, shared_spaces
 
 
 class Trace:
@@ -51,7 +51,7 @@ def _containers(entries: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the containers among the values and inside of them, each once, with the name of the attribute."""
     seen: set[int] = set()
     for key, value in entries.items():
-        for part in parts(value):
+        for part in parts(value) if type(value) not in ATOMS else ():
             if isinstance(part, CONTAINERS) and id(part) not in seen:
                 seen.add(id(part))
                 yield key, part
@@ -109,7 +109,7 @@ def untouched(model: nn.Module, watch_writes: bool = True) -> Iterator[None]:
     # Batch norm writes to its buffers without saying so to anybody: these are copied at once.
     loose = {id(t): t for _, m in modules for t in (*m._buffers.values(), *vars(m).values()) if _is_loose(t)}
     values = [(t, t.detach().clone()) for t in loose.values()]
-    inside = (t for o in (*(m for _, m in modules), *objects) for v in vars(o).values() for t in parts(v))
+    inside = (t for o in (*(m for _, m in modules), *objects) for _, v in holding(vars(o)) for t in parts(v))
     writes = _KeepWritten([t for w in weights for t in (w.data, w.grad)] + list(filter(_is_loose, inside)))
     generators = [KeptGenerator(g) for g in owned_generators(model).values()]
     caches = SharedCaches(shared_spaces(model.modules()).values())

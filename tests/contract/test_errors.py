@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import collections
 import importlib
 import re
 from collections.abc import Iterator
@@ -51,19 +52,25 @@ def _is_exception(file: str, node: ast.ClassDef) -> bool:
 EXCEPTIONS = [(file, node) for file, node in _classes() if _is_exception(file, node)]
 
 
+def _with_function(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Yield each node in the order of `ast.walk`, with the name of the innermost function that it is in."""
+    waiting = collections.deque([(tree, "")])
+    while waiting:
+        node, function = waiting.popleft()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            function = node.name
+        waiting.extend((child, function) for child in ast.iter_child_nodes(node))
+        yield node, function
+
+
 def _raised() -> Iterator[tuple[str, int, str, str]]:
     """Yield (file, line, function, class) of every `raise Name(...)`, and of every `return Name(...)` of one."""
     for path in FILES:
-        tree = tree_of(path)
-        inside: dict[int, str] = {}
-        for node in ast.walk(tree):  # outer functions first: an inner one overwrites
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                inside.update(dict.fromkeys((id(inner) for inner in ast.walk(node)), node.name))
-        for node in ast.walk(tree):
+        for node, function in _with_function(tree_of(path)):
             value = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
             call = value.func if isinstance(value, ast.Call) else value
             if isinstance(call, ast.Name) and (isinstance(node, ast.Raise) or isinstance(value, ast.Call)):
-                yield shown(path), node.lineno, inside.get(id(node), ""), call.id
+                yield shown(path), node.lineno, function, call.id
 
 
 RAISED = list(_raised())

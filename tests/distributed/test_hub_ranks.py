@@ -12,8 +12,10 @@ from tests.helpers import Fault, LocalHub, lm_dataset, push_args, run_distribute
 TOKEN = "my-very-own-write-key"
 
 
-def train_and_push(folder: str):
+def train_and_push(folder: str, environment: dict[str, str]):
     """Push to a Hub that works, one that is slow and one that is down, then with the callback of a stock Trainer."""
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update(environment)  # for the processes that upload
     from transformers import Trainer, TrainingArguments
 
     from hf_effi import EffiTrainer, EffiTrainingArguments, HubCallback
@@ -44,7 +46,7 @@ def test_one_process_uploads_and_a_bad_hub_holds_up_neither(tmp_path):
         ]
         env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         # Its own time limit is the proof that nobody waits for the slow one.
-        first, second = run_distributed(train_and_push, 2, str(tmp_path), env=env)
+        first, second = run_distributed(train_and_push, 2, str(tmp_path), env)
     nothing = dict.fromkeys(("good", "slow", "down"))
     assert first == ({**nothing, "good": "tester/good"}, 0, 2)
     assert second == (nothing, 1, 2)

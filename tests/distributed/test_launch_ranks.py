@@ -38,7 +38,10 @@ def _pretend_gloo_is_a_gpu_backend() -> None:
     PartialState.set_device = on_cpu
 
 
-def _train_each(folder: str, kind: str, callbacks: tuple[str | None, ...]) -> list[dict[str, Any]]:
+def _train_each(
+    folder: str, kind: str, callbacks: tuple[str | None, ...], environment: dict[str, str]
+) -> list[dict[str, Any]]:
+    os.environ.update(environment)  # accelerate reads it when the arguments are made, and not when it is imported
     if kind == "fsdp2":
         _pretend_gloo_is_a_gpu_backend()
         _refused_by_the_budget(folder)
@@ -98,7 +101,7 @@ def test_fsdp2_trains_as_ddp(tmp_path):
         environment = launch_environment(kind)
         assert environment.pop("ACCELERATE_MIXED_PRECISION") == "bf16"  # two ways of sharding are compared in fp32
         assert environment.get("FSDP_VERSION") == ("2" if kind == "fsdp2" else None)
-        ranks[kind] = run_distributed(_train_each, 2, str(tmp_path), kind, callbacks, env=environment)
+        ranks[kind] = run_distributed(_train_each, 2, str(tmp_path), kind, callbacks, environment)
     for (reference,), runs in zip(ranks["ddp"], ranks["fsdp2"], strict=True):
         assert (reference["type"], reference["sharded"]) == ("DistributedType.MULTI_CPU", False)
         for run in runs:

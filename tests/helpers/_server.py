@@ -25,11 +25,16 @@ def preload() -> None:
     watch_collectives()  # before others take the functions by name
     import datasets  # noqa: F401
     import peft  # noqa: F401
+    from accelerate.utils import is_deepspeed_available
     from transformers import Trainer, TrainingArguments  # noqa: F401
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: F401
 
     import hf_effi
     import tests.helpers
+
+    if is_deepspeed_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # as the children that use it have it
+        import deepspeed  # noqa: F401  every trainer imports it where it is installed, a quarter of a second each time
 
     for module in (hf_effi, tests.helpers):
         for name in module.__all__:

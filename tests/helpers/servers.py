@@ -1,5 +1,6 @@
 """
-One preloaded process per rank that children are forked from, so that they need not import torch and the rest again.
+Two preloaded processes that children are forked from, so that they need not import torch and the rest again: one for
+the ranks of even number, one for the others.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ LAUNCHER = (
 )
 #: whether a server imports anything before its first fork; tests of the servers themselves have no need of it
 PRELOAD = True
+#: servers, each with a hash seed of its own; two are enough for what a seed decides to differ between ranks
+SERVERS = 2
 _START_SECONDS = 600.0
 _STOP_SECONDS = 30.0
 
@@ -47,17 +50,17 @@ _FIRST_HASH_SEED = _first_hash_seed()
 
 def hash_seed(rank: int) -> int:
     """
-    Return the hash seed of a rank: `PYTHONHASHSEED + rank`, from a random number where the variable is not set.
+    Return the hash seed of a rank: `PYTHONHASHSEED + rank % 2`; a random number where the variable is not set.
 
-    Ranks need seeds of their own: under one seed the order of a set is the same everywhere, and code that lets it
-    decide what a rank does would pass.
+    Ranks need different seeds: under one seed the order of a set is the same everywhere, and code that lets it decide
+    what a rank does would pass. Of four ranks two and two have the same, and are forked from the same server.
     """
-    return (_FIRST_HASH_SEED + rank) % 2**32
+    return (_FIRST_HASH_SEED + rank % SERVERS) % 2**32
 
 
 class Server:
     """
-    The server of one rank: an interpreter that has imported what children need, and forks one for each request.
+    The server of every second rank: an interpreter that has imported what children need, and forks one at a request.
 
     It runs no thread, no process group and no CUDA. It ends, and kills its children, once this process closes the
     connection or dies.
@@ -178,20 +181,21 @@ _SERVERS: dict[int, Server] = {}
 
 def fork_child(directory: Path, rank: int, env: Mapping[str, str], cwd: Path, output: Path) -> Forked:
     """
-    Return a child of the server of this rank, which is started here where there is none for these variables.
+    Return a child of the server for this rank, which is started here where there is none for these variables.
 
     Args:
         directory (`Path`): Where the job lies that [`tests.helpers._child`] runs.
-        rank (`int`): Which server, and what the child is told.
+        rank (`int`): Which server, by its remainder, and what the child is told.
         env (`Mapping[str, str]`): All variables of the child.
         cwd (`Path`): Where it runs.
         output (`Path`): The file that takes its output.
     """
-    server = _SERVERS.get(rank)
+    place = rank % SERVERS
+    server = _SERVERS.get(place)
     if server is None or not server.serves(env):
         if server is not None:
             server.stop()
-        server = _SERVERS[rank] = Server(rank, {name: value for name, value in env.items() if name not in LAUNCHER})
+        server = _SERVERS[place] = Server(place, {name: value for name, value in env.items() if name not in LAUNCHER})
     return Forked(server, server.ask(directory, rank, env, cwd, output))
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.helpers import ChildFailure, run_distributed, servers
 from tests.helpers._targets import show_environment
 from tests.helpers.distributed import ROOT, child_environment
-from tests.helpers.servers import server_pids
+from tests.helpers.servers import server_pids, stop_servers
 
 
 def who() -> dict[str, object]:
@@ -63,15 +63,19 @@ def test_variables_given_for_a_job_need_an_interpreter_of_its_own():
 
 
 def test_a_server_is_replaced_when_the_variables_of_the_tests_change_and_when_it_has_died(monkeypatch):
-    run_distributed(who, 1)
-    before = server_pids()[0]
+    # Beside the servers of the other tests, which stay as they are.
+    monkeypatch.setattr(servers, "_SERVERS", {})
     monkeypatch.setattr(servers, "PRELOAD", False)
+    run_distributed(show_environment, 1, [])
+    before = server_pids()[0]
     monkeypatch.setenv("SOME_VARIABLE", "seen while imported")
     assert run_distributed(show_environment, 1, ["SOME_VARIABLE"]) == [{"SOME_VARIABLE": "seen while imported"}]
     assert server_pids()[0] != before and not _alive(before)
     with pytest.raises(RuntimeError, match="server of rank 0 ended with exit code -9"):
         run_distributed(kill_the_server, 1)
     assert run_distributed(show_environment, 1, ["RANK"]) == [{"RANK": None}]
+    stop_servers()
+    assert not server_pids()
 
 
 @pytest.mark.parametrize(

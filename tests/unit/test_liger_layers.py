@@ -100,7 +100,7 @@ def curve(name):
     from hf_effi import patch
     from tests.helpers import tiny_llama
 
-    model, ids = tiny_llama(intermediate_size=32, num_hidden_layers=1), torch.arange(7, 19).view(2, 6)
+    model, ids = tiny_llama(intermediate_size=32, num_hidden_layers=1), torch.arange(7, 13).view(2, 3)
     if name == "nudged":
         with torch.no_grad():
             for parameter in model.parameters():

@@ -17,7 +17,7 @@ RECORDED = json.loads(BUDGET.read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids="sm_{}".format)
 def compiled(request):
-    return request.param, run_distributed(compile_all, 1, request.param, fresh=True)[0]
+    return request.param, run_distributed(compile_all, 1, request.param)[0]
 
 
 def test_kernels_fit_on_the_chip(compiled):
