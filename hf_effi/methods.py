@@ -25,6 +25,7 @@ from ._methods import (
     selection_model,
     selection_prompts,
     selection_signals,
+    traffic,
 )
 from ._methods.row import GOALS, Goal, Kind, Method, Status
 
@@ -51,6 +52,7 @@ METHODS: tuple[Method, ...] = (
     *kernels.ROWS,
     *checkpoints.ROWS,
     *observers.ROWS,
+    *traffic.ROWS,
     *rejected.ROWS,
 )
 

@@ -23,6 +23,7 @@ _PUBLIC = {
     "ml_engineering": "hf_effi.recipes.rl",
     "pdr_rollout_func": "hf_effi.recipes.refine",
     "prolong_stages": "hf_effi.recipes.long_context",
+    "register_gradient_compression": "hf_effi.recipes.gradient_compression",
     "rlvr": "hf_effi.recipes.rl",
     "stability_gap": "hf_effi.recipes.continued_pretraining",
 }
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .ascending_quality import cdma as cdma
     from .ascending_quality import cma as cma
     from .continued_pretraining import stability_gap as stability_gap
+    from .gradient_compression import register_gradient_compression as register_gradient_compression
     from .launch import accelerate_config as accelerate_config
     from .long_context import LongContextStage as LongContextStage
     from .long_context import extend_rope as extend_rope
