@@ -110,6 +110,58 @@ def alone_and_joined(folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sft(folder: str) -> dict[str, Any]:
+    """Count what TRL's trainer gathers inside of its updates, and return its metrics."""
+    import torch.distributed as dist
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from hf_effi.trainers.mixins import LocalUpdatesMixin
+    from tests.helpers import sft_dataset, tiny_tokenizer
+
+    class LocalSFT(LocalUpdatesMixin, SFTTrainer):
+        pass
+
+    class Inside(TrainerCallback):
+        on, calls = False, 0
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.on = True
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.on = False
+
+    inside, originals = Inside(), {name: getattr(dist, name) for name in ("all_gather", "all_gather_into_tensor")}
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            inside.calls += inside.on
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    over = {"max_length": 16, "max_steps": 4, "save_strategy": "no", "average_tokens_across_devices": False}
+    args = push_args(folder, SFTConfig, per_device_train_batch_size=2, ddp_find_unused_parameters=False, **over)
+    found: dict[str, Any] = {}
+    for name, local in (("stock", None), ("local", LocalUpdates(2))):
+        inside.calls = 0
+        model = tiny_qwen3(num_hidden_layers=1, hidden_size=16, intermediate_size=32)
+        trainer = LocalSFT(
+            model, args, train_dataset=sft_dataset(), processing_class=tiny_tokenizer(), callbacks=[inside],
+            local_updates=local,
+        )  # fmt: skip
+        for kind in originals:
+            setattr(dist, kind, counted(kind))
+        try:
+            trainer.train()
+        finally:
+            for kind, original in originals.items():
+                setattr(dist, kind, original)
+        logs = [entry for entry in trainer.state.log_history if "mean_token_accuracy" in entry]
+        found[name] = {"calls": inside.calls, "logs": logs, "weights": weights_of(model)}
+    return found
+
+
 def refusals(folder: str) -> dict[str, str]:
     from accelerate.utils import DDPCommunicationHookType
 
@@ -146,6 +198,17 @@ def test_alone_then_joined_and_resumed_to_the_bit(tmp_path: Path) -> None:
     logs = [entry for entry in first["log"] if "loss" in entry]
     assert [entry["effi/local_updates/synchronisations"] for entry in logs] == [1, 2, 3]
     assert [entry["effi/local_updates/sent_bytes"] for entry in logs] == [4 * n * first["entries"] for n in (1, 2, 3)]
+
+
+def test_trls_metrics_do_not_make_the_processes_meet(tmp_path: Path) -> None:
+    first, second = run_distributed(sft, 2, str(tmp_path))
+    assert first["stock"]["calls"] >= 4 and first["local"]["calls"] == 0
+    for key in ("mean_token_accuracy", "entropy", "num_tokens"):
+        assert all(key in entry for entry in first["local"]["logs"]) and len(first["local"]["logs"]) == 4
+    tokens = [run["logs"][-1]["num_tokens"] for run in (first["stock"], first["local"])]
+    assert 0.5 * tokens[0] < tokens[1] < 2 * tokens[0]
+    weights = first["local"]["weights"]
+    assert all(torch.equal(weights[name], second["local"]["weights"][name]) for name in weights)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DDPCommunicationHookType
+from accelerate.utils import DDPCommunicationHookType, recursively_apply
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import IntervalStrategy
 
@@ -108,6 +109,25 @@ def refuse_steps(trainer: Any, settings: LocalUpdates) -> None:
                 f"{name}={steps} is no multiple of every={every}, and only every {every} updates the processes have "
                 f"the same weights. Set {name}={above}."
             )
+
+
+def gather_nothing(world: int) -> Callable[..., Any]:
+    """
+    Return what stands in for `Accelerator.gather_for_metrics`: as if all processes had what this one has.
+
+    Args:
+        world (`int`): Processes.
+    """
+
+    def gather_for_metrics(input_data: Any, use_gather_object: bool = False) -> Any:
+        def again(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor[None] if tensor.ndim == 0 else tensor] * world)
+
+        if use_gather_object:
+            return list(input_data) * world
+        return recursively_apply(again, input_data, error_on_other_type=True)
+
+    return gather_for_metrics
 
 
 class LocalRun:

@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...checkpoint.capture import replaced
 from ...errors import RefusedError
 from ...functional import metrics
 from ...functional.local_updates import LocalUpdates
-from ._local_run import LocalRun, refuse_settings, refuse_steps
+from ._local_run import LocalRun, gather_nothing, refuse_settings, refuse_steps
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +27,8 @@ class LocalUpdatesMixin:
     Evaluations, saves and the end of training see common weights only. `eval_steps` and `save_steps` must be multiples
     of `every`. What is asked for in between (an epoch's end, a callback) is done at the next synchronisation, with a
     warning; `evaluate`, `predict` and `save_model` that are called in between raise. A resume equals the uninterrupted
-    run to the bit.
+    run to the bit. What a trainer gathers for its metrics in each micro-batch, as TRL's do, is not: those metrics are
+    of the rows of the first process, counts times the number of processes.
 
     Args:
         local_updates ([`~hf_effi.functional.local_updates.LocalUpdates`], *optional*): When, and by what outer
@@ -84,6 +86,13 @@ class LocalUpdatesMixin:
             if resume_from_checkpoint is not None:
                 self._local_run.load(resume_from_checkpoint)
         return model, loader
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._local_run
+        if run is None or run.world == 1 or run.settings.every == 1:
+            return super().training_step(*args, **kwargs)
+        with replaced(self.accelerator, "gather_for_metrics", gather_nothing(run.world)):
+            return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.local_updates is not None and self._local_run is not None:
