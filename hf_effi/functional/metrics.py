@@ -124,8 +124,8 @@ METADATA = "effi/metadata"
 #: rewinds of the run so far, and updates whose data was passed over for them
 REWINDS = "effi/rewinds"
 REWIND_SKIPPED = "effi/rewind_skipped_updates"
-#: of local updates so far: synchronisations, and bytes that a process gave into their all-reduce; and the norm of the
-#: last outer gradient, `anchor - mean`
+#: of local updates so far: synchronisations, and what their all-reduce was given by the first process, in bytes; and
+#: the norm of the last outer gradient, `anchor - mean`
 LOCAL_SYNCHRONISATIONS = "effi/local_updates/synchronisations"
 LOCAL_SENT_BYTES = "effi/local_updates/sent_bytes"
 LOCAL_DELTA_NORM = "effi/local_updates/delta_norm"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils.dataclasses import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
 
 from ..callbacks._engines import sharding_engine
@@ -68,9 +68,10 @@ def register_gradient_compression(
         "start_powerSGD_iter": start_steps,
         "min_compression_rate": min_rate,
     }
-    handler = DistributedDataParallelKwargs(comm_hook=_TYPES[kind], comm_state_option=options if low_rank else {})
     if isinstance(target, DistributedDataParallel):
         _check_device(kind, target.device_type)
+        handler = DistributedDataParallelKwargs()
+        handler.comm_hook, handler.comm_state_option = _TYPES[kind], options if low_rank else {}
         handler.register_comm_hook(target)
         return
     if not hasattr(target, "accelerator") or not hasattr(target, "model_wrapped"):
@@ -79,8 +80,8 @@ def register_gradient_compression(
         )
     _check_trainer(target)
     _check_device(kind, target.args.device.type)
-    own = target.accelerator.ddp_handler
-    own.comm_hook, own.comm_state_option = handler.comm_hook, handler.comm_state_option
+    handler = target.accelerator.ddp_handler
+    handler.comm_hook, handler.comm_state_option = _TYPES[kind], options if low_rank else {}
 
 
 def _check_device(kind: str, device: str) -> None:

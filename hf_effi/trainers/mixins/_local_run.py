@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DDPCommunicationHookType, recursively_apply
+from accelerate.utils import recursively_apply
+from accelerate.utils.dataclasses import DDPCommunicationHookType
 from torch.nn.parallel import DistributedDataParallel
-from transformers.trainer_utils import IntervalStrategy
 
 from ..._files import load_state, missing_file, save_state
 from ...callbacks._engines import sharding_engine
@@ -103,7 +103,7 @@ def refuse_steps(trainer: Any, settings: LocalUpdates) -> None:
         ("eval_steps", args.eval_strategy, state.eval_steps),
         ("save_steps", args.save_strategy, state.save_steps),
     ):
-        if strategy == IntervalStrategy.STEPS and steps % every:
+        if strategy == "steps" and steps % every:
             above = -(-int(steps) // every) * every
             raise ValueError(
                 f"{name}={steps} is no multiple of every={every}, and only every {every} updates the processes have "
@@ -125,7 +125,7 @@ def gather_nothing(world: int) -> Callable[..., Any]:
 
         if use_gather_object:
             return list(input_data) * world
-        return recursively_apply(again, input_data, error_on_other_type=True)
+        return recursively_apply(again, input_data)
 
     return gather_for_metrics
 
