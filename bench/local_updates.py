@@ -41,7 +41,7 @@ from hf_effi.functional.local_updates import LocalUpdates
 from hf_effi.recipes import register_gradient_compression
 from hf_effi.trainers.mixins import LocalUpdatesMixin
 
-SEEDS, TUNING_SEED, RATES = (0, 1, 2), 100, (1e-3, 2e-3, 4e-3)
+SEEDS, TUNING_SEED, RATES = (0, 1, 2), 100, (2e-3, 4e-3)
 DDP, FP16, LOW_RANK = "ddp", "fp16", "powersgd"
 TORCH = (FP16, LOW_RANK)
 
@@ -50,7 +50,7 @@ TORCH = (FP16, LOW_RANK)
 class Study:
     """What a run of the bench does; the defaults are the full one."""
 
-    updates: int = 600
+    updates: int = 400
     rows: int = 8
     locals_: tuple[int, ...] = (10, 50)
     eval_steps: int = 50

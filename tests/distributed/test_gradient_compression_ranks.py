@@ -70,6 +70,40 @@ def compressed(folder: str) -> dict[str, Any]:
     return found
 
 
+def trls(folder: str) -> dict[str, Any]:
+    """SFT and GRPO with fp16 on the way: bytes over those of the gradients, and weights."""
+    from trl import GRPOTrainer, SFTConfig, SFTTrainer
+
+    from tests.helpers import length_reward, prompt_dataset, sft_dataset, tiny_tokenizer
+    from tests.helpers.grpo import grpo_args
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
+    over = {"max_length": 16, "max_steps": 2, "save_strategy": "no", "ddp_find_unused_parameters": False}
+    sft = SFTTrainer(
+        tiny_qwen3(**sizes), push_args(folder, SFTConfig, **over), train_dataset=sft_dataset(),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    grpo = GRPOTrainer(
+        tiny_qwen3(**sizes), length_reward, args=grpo_args(folder, max_steps=2), train_dataset=prompt_dataset(),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    found = {}
+    for name, trainer in (("sft", sft), ("grpo", grpo)):
+        register_gradient_compression(trainer, "fp16")
+        _, nbytes = sent(trainer.train)
+        entries = sum(p.numel() for p in trainer.model.parameters())
+        found[name] = {"halves": nbytes / entries, "weights": weights_of(trainer.model)}
+    return found
+
+
+def test_trls_trainers_take_it(tmp_path: Path) -> None:
+    first, second = run_distributed(trls, 2, str(tmp_path))
+    for name in ("sft", "grpo"):
+        assert 4 <= first[name]["halves"] < 4.1, "two updates of two bytes; the rest are TRL's own counts"
+        weights = first[name]["weights"]
+        assert all(torch.equal(weights[key], second[name]["weights"][key]) for key in weights)
+
+
 def test_fewer_bytes_and_the_loss_stays(tmp_path: Path) -> None:
     first, second = run_distributed(compressed, 2, str(tmp_path))
     whole = 4 * first["entries"]

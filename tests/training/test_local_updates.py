@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
+from trl import GRPOTrainer
 
 from hf_effi import EffiSFTConfig, EffiSFTTrainer
 from hf_effi.callbacks import EMACallback, ReptileCallback
@@ -17,7 +19,18 @@ from hf_effi.checkpoint import SafeCheckpointer
 from hf_effi.errors import RefusedError
 from hf_effi.functional.local_updates import LocalUpdates
 from hf_effi.trainers.mixins import LocalUpdatesMixin, _local_run
-from tests.helpers import compare_runs, lm_dataset, push_args, sft_dataset, tiny_qwen3, tiny_tokenizer, weights_of
+from tests.helpers import (
+    compare_runs,
+    length_reward,
+    lm_dataset,
+    prompt_dataset,
+    push_args,
+    sft_dataset,
+    tiny_qwen3,
+    tiny_tokenizer,
+    weights_of,
+)
+from tests.helpers.grpo import grpo_args
 from tests.helpers.sampling import StopAt
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
@@ -32,7 +45,7 @@ def trainer_of(folder: Path, local: LocalUpdates | None, callbacks: Any = (), cl
     settings = {"save_strategy": "no", "max_steps": 6, "lr_scheduler_type": "constant", "seed": 3}
     extra = {"local_updates": local} if issubclass(cls, LocalUpdatesMixin) else {}
     return cls(
-        tiny_qwen3(**SIZES),
+        over.pop("model", None) or tiny_qwen3(**SIZES),
         push_args(folder, **{**settings, **over}),
         train_dataset=lm_dataset(32, length=8),
         eval_dataset=lm_dataset(4, length=8, seed=1),
@@ -70,12 +83,15 @@ def test_one_interval_is_the_formula_and_a_short_one_ends_the_run(tmp_path: Path
         assert ours.state.log_history[-2]["effi/local_updates/sent_bytes"] == 0, "there is nobody to send to"
 
 
-@pytest.mark.parametrize("mode", [None, "sync", "thread"])
+@pytest.mark.parametrize("mode", [None, "lora", "sync", "thread"])
 def test_resume_is_the_uninterrupted_run(tmp_path: Path, mode: Any) -> None:
     def make(folder: str, *callbacks: Any) -> Any:
-        saves = {"save_strategy": "steps", "save_steps": 2}
+        saves: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+        if mode == "lora":
+            torch.manual_seed(0)
+            saves["model"] = get_peft_model(tiny_qwen3(**SIZES), LoraConfig(r=2, target_modules=["q_proj"]))
         trainer = trainer_of(tmp_path / folder, LocalUpdates(2), callbacks, **saves)
-        if mode is not None:
+        if mode in ("sync", "thread"):
             SafeCheckpointer(mode).attach(trainer)
         return trainer
 
@@ -206,7 +222,16 @@ def test_sft_works_and_grpo_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     for name in start:
         torch.testing.assert_close(ours[name], (start[name] + stock[name]) / 2, rtol=0, atol=5e-7)
-    trainer = trainer_of(tmp_path, None)
-    trainer.args.num_generations = trainer.args.steps_per_generation = trainer.args.num_iterations = 1
+
+    class LocalGRPO(LocalUpdatesMixin, GRPOTrainer):
+        pass
+
     with pytest.raises(RefusedError, match="GRPO and other trainers that generate: they gather rewards"):
-        _local_run.refuse_settings(trainer, LocalUpdates(2))
+        LocalGRPO(
+            tiny_qwen3(**SIZES),
+            length_reward,
+            args=grpo_args(tmp_path),
+            train_dataset=prompt_dataset(),
+            processing_class=tiny_tokenizer(),
+            local_updates=LocalUpdates(2),
+        )

@@ -310,7 +310,7 @@ class power(_Warm):
     [0.02, 0.0100545, 0.0031071]
     >>> grown = schedule.with_batch(100_000, 2048 * 4096)  # twice the batch after 100,000 updates
     >>> [round(0.02 * grown(t), 7) for t in (99_999, 100_000)]
-    [0.0048383, 0.0096765]
+    [0.0048396, 0.0096791]
     ```
     """
 
