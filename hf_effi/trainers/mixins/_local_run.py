@@ -45,7 +45,7 @@ def refuse_settings(trainer: Any, settings: LocalUpdates) -> None:
         RefusedError: names the setting and the fix.
     """
     args, world = trainer.args, trainer.args.world_size
-    dispatched = world > 1 and settings.every > 1
+    alone = world > 1 and settings.every > 1
     counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
     parallel = trainer.accelerator.parallelism_config
     split = getattr(trainer, "_sequence_group", None) is not None
@@ -68,7 +68,7 @@ def refuse_settings(trainer: Any, settings: LocalUpdates) -> None:
             "that differ. Use it for SFT, DPO or pre-training",
         ),
         "average_tokens_across_devices=True": (
-            dispatched and counts and args.average_tokens_across_devices,
+            alone and counts and args.average_tokens_across_devices,
             "the processes would meet in each update to count tokens. Set it to False: each process then divides by "
             "its own tokens",
         ),
@@ -76,7 +76,7 @@ def refuse_settings(trainer: Any, settings: LocalUpdates) -> None:
         "a compression hook": (hooked, "no gradient is sent. Keep one of the two"),
         "BatchNorm": (
             world > 1 and any(getattr(m, "running_mean", None) is not None for m in trainer.model.modules()),
-            "its running statistics would differ between the processes. Freeze it, or use another norm",
+            "its running statistics would differ between the processes. Use another norm",
         ),
     }
     for what, (found, why) in refused.items():
