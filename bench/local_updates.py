@@ -50,7 +50,7 @@ TORCH = (FP16, LOW_RANK)
 class Study:
     """What a run of the bench does; the defaults are the full one."""
 
-    updates: int = 400
+    updates: int = 300
     rows: int = 8
     locals_: tuple[int, ...] = (10, 50)
     eval_steps: int = 50
@@ -67,7 +67,6 @@ class Study:
 
 #: arm -> the prototype that it sends gradients by
 HOOKS: dict[str, Any] = {
-    "qsdp g8": lambda: EvenBits(8),
     "qsdp w8g8": lambda: EvenBits(8),
     "qsdp g4": lambda: EvenBits(4),
     "l-greco": lambda: LevelledBits(like=4, every=50),

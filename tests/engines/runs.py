@@ -23,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 import hf_effi
 from hf_effi import samplers
 from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.functional.local_updates import LocalUpdates
 from hf_effi.functional.rollouts import AdaptiveNoise
 from hf_effi.selection import HIVE, PCL, GainRL
 from tests.helpers import (
@@ -276,6 +277,10 @@ class Grown(hf_effi.trainers.mixins.SequenceLengthMixin, Trainer):
     pass
 
 
+class Local(hf_effi.trainers.mixins.LocalUpdatesMixin, Trainer):
+    pass
+
+
 class Measured(hf_effi.trainers.mixins.SamplerMixin, Trainer):
     pass
 
@@ -330,6 +335,9 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
     "stock_grpo": lambda place: grpo(place, num_iterations=2, max_steps=2, cls=GRPOTrainer, config=GRPOConfig),
     "weight_averaging": lambda place: lm(place, hf_effi.WeightAveragingCallback(2, every_steps=1, kind="uniform")),
     "reptile": lambda place: lm(place, ReptileCallback(every_steps=2, beta=0.5)),
+    "local_updates": lambda place: lm(
+        place, cls=Local, made={"local_updates": LocalUpdates(2)}, average_tokens_across_devices=False, max_steps=3
+    ),
     "adalora": lambda place: lm(
         place, hf_effi.callbacks.AdaLoRACallback(set_total_step=True), model=adapted_for_adalora, max_steps=6
     ),

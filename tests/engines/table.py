@@ -108,6 +108,13 @@ METHODS = (
     ),
     Row("reptile", "`ReptileCallback`", sharded("master weights of their own"), "reptile", _SHARDS),
     Row(
+        "local_updates",
+        "`LocalUpdatesMixin` with `local_updates=`",
+        sharded("no process has the whole model to train alone"),
+        "local_updates",
+        "A process needs the whole model and its optimizer to train alone. Train with DDP.",
+    ),
+    Row(
         "adalora", "`AdaLoRACallback`", sharded("AdaLoRACallback reads gradients after the update"), "adalora", _SHARDS
     ),
     Row("auto_lrs", "`AutoLRSCallback`", sharded("AutoLRSCallback needs whole parameters"), "auto_lrs", _SHARDS),
@@ -191,6 +198,7 @@ ROWS = (*TRAINERS, *METHODS)
 LAUNCHED = (
     "weight_averaging",
     "reptile",
+    "local_updates",
     "adalora",
     "auto_lrs",
     "gradient_snr",

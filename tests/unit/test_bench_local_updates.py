@@ -23,11 +23,11 @@ def test_the_quick_run_makes_a_whole_result(tmp_path: Path) -> None:
     assert by["local 2"]["bytes"] == 3 * whole and by["local 3"]["bytes"] == 2 * whole
     assert by["fp16"]["bytes"] == 3 * whole
     assert by["powersgd"]["bytes"] < 3.5 * whole  # two whole gradients, then four of rank 4
-    assert 1.5 * whole < by["qsdp g8"]["bytes"] < 1.6 * whole and by["qsdp g4"]["bytes"] < 0.8 * whole
-    assert by["qsdp w8g8"]["bytes"] > 2 * by["qsdp g8"]["bytes"]
+    assert 3 * 1.5 * whole < by["qsdp w8g8"]["bytes"] < 3 * 1.6 * whole, "gradients once, weights twice"
+    assert by["qsdp g4"]["bytes"] < 0.8 * whole
     assert by["l-greco"]["bytes"] < whole + 5 / 6 * by["qsdp g4"]["bytes"] * 1.05
     assert [row["held_out_loss"] for row in rows] == [row["held_out_loss"] for row in other], "the same weights"
-    assert abs(by["qsdp g8"]["held_out_loss"] - by["ddp"]["held_out_loss"]) < 1e-2
+    assert abs(by["qsdp w8g8"]["held_out_loss"] - by["ddp"]["held_out_loss"]) < 1e-2
     found = bench.figures(rows)
     path = write_result("local_updates", command="test", seeds=(0,), headline=found, rows=rows, folder=tmp_path)
     values = {figure["name"]: figure["value"] for figure in json.loads(path.read_text())["headline"]}
