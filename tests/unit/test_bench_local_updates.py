@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import local_updates as bench
+from bench import local_updates_outer
 from bench._schema import write_result
 from tests.helpers import run_distributed
 
@@ -37,3 +38,11 @@ def test_the_quick_run_makes_a_whole_result(tmp_path: Path) -> None:
 def test_seconds_to_a_loss() -> None:
     curve = [[50, 1.0, 3.0], [100, 2.0, 2.5], [150, 3.0, 2.6]]
     assert bench.seconds_to(curve, 2.5) == 2.0 and bench.seconds_to(curve, 2.4) is None
+
+
+def test_the_quick_run_of_the_outer_steps(tmp_path: Path) -> None:
+    result = json.loads(local_updates_outer.main(["--quick"], tmp_path).read_text())
+    losses = {row["arm"]: row["held_out_loss"] for row in result["rows"]}
+    assert set(losses) == {"ddp", "diloco 2", "mean 2"} and max(losses.values()) < 6
+    (diloco, mean) = result["headline"]
+    assert mean["value"] == round(losses["mean 2"] / losses["ddp"] - 1, 5) and diloco["goal"] == "<= 0.02"
