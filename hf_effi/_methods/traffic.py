@@ -39,6 +39,7 @@ ROWS: tuple[Method, ...] = (
         authors="Vogels, Thijs and others",
         status="experimental",
         tests=(
+            "tests/unit/test_gradient_compression.py",
             "tests/training/test_gradient_compression.py",
             "tests/distributed/test_gradient_compression_ranks.py",
             "tests/engines/test_zero_plus_plus.py",
