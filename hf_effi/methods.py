@@ -30,6 +30,7 @@ from ._methods import (
     selection_model,
     selection_prompts,
     selection_signals,
+    traffic,
 )
 from ._methods.row import GOALS, Goal, Kind, Method, Status
 
@@ -61,6 +62,7 @@ METHODS: tuple[Method, ...] = (
     *checkpoints.ROWS,
     *observers.ROWS,
     *planning.ROWS,
+    *traffic.ROWS,
     *rejected.ROWS,
 )
 

@@ -152,4 +152,18 @@ ROWS: tuple[Method, ...] = (
         tests=_OPTIMIZER_TESTS,
         bench=_OPTIMIZER_BENCH,
     ),
+    Method(
+        key="quantised_traffic",
+        title="QSDP and L-GreCo: quantised traffic",
+        kind="parallel",
+        goals=("faster steps",),
+        summary="Sends weights and gradients in 8 or 4 bits, or in bits that are chosen for each layer.",
+        entry_points=(),
+        paper="Quantized Distributed Training of Large Models with Convergence Guarantees",
+        paper_id="2302.02390",
+        authors="Markov, Ilia and others",
+        status="rejected",
+        tests=("tests/unit/test_prototypes_traffic.py",),
+        bench="bench/local_updates.py",
+    ),
 )

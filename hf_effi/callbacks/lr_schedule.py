@@ -22,6 +22,7 @@ from ..functional.schedules import (
     apply_multiplier,
     check_storable,
     classes_in,
+    power,
     settle,
 )
 from ..functional.schedules.adaptive import check_schedule_free
@@ -154,6 +155,25 @@ class LRScheduleCallback(OwningCallback):
         at = self._scheduler.last_epoch
         decaying = self.current.start_decay(at, decay_steps, **kwargs)
         self.followed = dataclasses.replace(self.followed, current=decaying, decay_asked_at=at)
+        self._apply()
+
+    def change_batch(self, tokens_per_step: int) -> None:
+        """
+        Let a [`~hf_effi.schedules.power`] schedule follow another batch size, from the next update on. Call it on
+        every process, from the callback that changes the batch; a checkpoint keeps the change.
+
+        Args:
+            tokens_per_step (`int`): Tokens of one update over all processes, from now on.
+
+        Raises:
+            ValueError: training is not running, or the schedule does not depend on the batch size.
+        """
+        if self._scheduler is None or self.current is None:
+            raise ValueError("change_batch was called while no training runs. Call it from a callback.")
+        if not isinstance(self.current, power):
+            raise ValueError(f"{type(self.current).__name__} does not depend on the batch size. Use power.")
+        followed = self.current.with_batch(self._scheduler.last_epoch, tokens_per_step)
+        self.followed = dataclasses.replace(self.followed, current=followed)
         self._apply()
 
     # ---- events ----

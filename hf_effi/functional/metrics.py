@@ -124,6 +124,11 @@ METADATA = "effi/metadata"
 #: rewinds of the run so far, and updates whose data was passed over for them
 REWINDS = "effi/rewinds"
 REWIND_SKIPPED = "effi/rewind_skipped_updates"
+#: of local updates so far: synchronisations, and what their all-reduce was given by the first process, in bytes; and
+#: the norm of the last outer gradient, `anchor - mean`
+LOCAL_SYNCHRONISATIONS = "effi/local_updates/synchronisations"
+LOCAL_SENT_BYTES = "effi/local_updates/sent_bytes"
+LOCAL_DELTA_NORM = "effi/local_updates/delta_norm"
 #: of the updates since the last report: time of the slowest process over the mean, which it was, in which share of the
 #: updates it was the slowest one, and the share of all processes' time that is spent waiting for it
 STRAGGLER_RATIO = "effi/straggler/ratio"

@@ -55,6 +55,7 @@ _SCHEDULES: dict[str, dict[str, str]] = {
         **_arguments(
             number="tokens_per_step max_lr a b sequence_length reference_lr decay_steps decay_fraction decay_offset",
             word="shape",
+            plain="batch_changes",
         ),
     },
     "rewarm_redecay": {**_WARM, **_arguments(numbers="data_fractions data_steps peaks")},
@@ -222,6 +223,7 @@ CLASSES: dict[str, dict[str, dict[str, str]]] = {
     "hf_effi.samplers": _SAMPLERS,
     "hf_effi.schedules": _SCHEDULES,
     "hf_effi.selection": _SELECTION,
+    "hf_effi.trainers.mixins": {"LocalUpdates": _arguments(number="every outer_lr outer_momentum")},
     "peft": _ADAPTERS,
 }
 #: functions, by public module

@@ -38,6 +38,7 @@ _OBJECTS = {
     "rollout_reuse": None,
     "batch_transform": None,
     "sequence_length": None,
+    "local_updates": None,
 }
 #: a recipe is a page or two; what is longer is none
 _LARGEST_RECIPE, _LARGEST_CARD = 2**20, 2**24

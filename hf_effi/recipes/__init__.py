@@ -34,6 +34,7 @@ _PUBLIC = {
     "pdr_rollout_func": "hf_effi.recipes.refine",
     "prolong_stages": "hf_effi.recipes.long_context",
     "recommend_optimizer": "hf_effi.functional.optimizer_table",
+    "register_gradient_compression": "hf_effi.recipes.gradient_compression",
     "rlvr": "hf_effi.recipes.rl",
     "sft_learning_rate": "hf_effi.functional.advice",
     "size_one_epoch": "hf_effi.functional.advice",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .classifier_alignment import class_features as class_features
     from .classifier_alignment import slca as slca
     from .continued_pretraining import stability_gap as stability_gap
+    from .gradient_compression import register_gradient_compression as register_gradient_compression
     from .launch import accelerate_config as accelerate_config
     from .long_context import LongContextStage as LongContextStage
     from .long_context import extend_rope as extend_rope

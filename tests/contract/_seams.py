@@ -121,6 +121,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{TRAINER}._get_output_dir": "self trial",
     "transformers.trainer_utils:get_last_checkpoint": "folder",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
+    f"{TRAINER}._save_optimizer_and_scheduler": "self output_dir",
     f"{TRAINER}._load_rng_state": "self checkpoint",
     f"{TRAINER}._save_rng_state": "self output_dir",
     f"{TRAINER}.save_model": "self output_dir _internal_call",
@@ -150,6 +151,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{EVENTS}:CallbackHandler.call_event": "self event args state control **kwargs",
     f"{EVENTS}:CallbackHandler.on_evaluate": "self args state control metrics **kwargs",
     f"{EVENTS}:CallbackHandler.on_predict": "self args state control metrics **kwargs",
+    f"{TRAINER}.predict": "self test_dataset ignore_keys metric_key_prefix",
     f"{TRAINER}.evaluate": "self eval_dataset ignore_keys metric_key_prefix",
     f"{TRAINER}.get_eval_dataloader": "self eval_dataset",
     f"{EVENTS}:TrainerState.load_from_json": "json_path",
@@ -210,6 +212,9 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     "torch.distributed.checkpoint:FileSystemWriter.prepare_local_plan": "self plan",
     "torch.distributed.checkpoint:FileSystemWriter.prepare_global_plan": "self plans",
     "accelerate.utils:reduce": "tensor reduction scale",
+    "accelerate.utils:recursively_apply": "func data *args test_type error_on_other_type **kwargs",
+    "accelerate.utils:DistributedDataParallelKwargs.register_comm_hook": "self model",
+    "accelerate:Accelerator.gather_for_metrics": "self input_data use_gather_object",
     "accelerate.utils:broadcast_object_list": "object_list from_process",
     "accelerate.data_loader:skip_first_batches": "dataloader num_batches",
     "accelerate.data_loader:DataLoaderShard.set_sampler": "self sampler",
@@ -316,6 +321,7 @@ GRPO_ATTRIBUTES: dict[str, type | tuple[type, ...] | None] = {
     "model": None,
     "optimizer": type(None),
     "lr_scheduler": type(None),
+    "optimizer_cls_and_kwargs": type(None),
     "state": None,
     "train_dataset": None,
     "hub_model_id": type(None),
@@ -377,7 +383,9 @@ CALLS = {
     f"{TRAINER}._prepare_for_training": "create_optimizer create_scheduler _load_optimizer_and_scheduler",
     f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state",
     f"{TRAINER}._maybe_log_save_evaluate": "log _save_checkpoint",
-    f"{TRAINER}._save_checkpoint": "_get_output_dir save_model _save_rng_state _push_from_checkpoint",
+    f"{TRAINER}._save_checkpoint": "_get_output_dir save_model _save_optimizer_and_scheduler _save_rng_state"
+    " _push_from_checkpoint",
+    f"{TRAINER}._evaluate": "evaluate",
     f"{TRAINER}._inner_training_loop": "get_train_dataloader _init_training_state _prepare_for_training _run_epoch"
     " _finalize_training",
     f"{TRAINER}._finalize_training": "_load_best_model",
@@ -402,6 +410,7 @@ HELPERS_CALLED = {
 
 #: method -> attributes of `self` (dotted) that its result depends on, and that we change or rely on
 READS = {
+    "accelerate:Accelerator.prepare_model": "ddp_handler",
     f"{GRPO}._prepare_inputs": "_step _buffered_inputs num_iterations args.steps_per_generation model.training",
     f"{GRPO}.get_train_dataloader": "_train_batch_size args.steps_per_generation args.generation_batch_size"
     " num_generations num_iterations train_dataset",

@@ -21,11 +21,12 @@ from trl import GRPOTrainer, SFTTrainer
 from hf_effi import EffiGRPOTrainer, EffiSFTTrainer, EffiTrainer
 from hf_effi.trainers.mixins.batch_transform import BatchTransformMixin
 from hf_effi.trainers.mixins.chunk_flow import ChunkFlowMixin
+from hf_effi.trainers.mixins.local_updates import LocalUpdatesMixin
 from hf_effi.trainers.mixins.sequence_length import SequenceLengthMixin
 from tests.helpers import binary_hash_reward, tiny_tokenizer
 
 
-class EveryMixin(BatchTransformMixin, ChunkFlowMixin, SequenceLengthMixin, Trainer):
+class EveryMixin(BatchTransformMixin, ChunkFlowMixin, LocalUpdatesMixin, SequenceLengthMixin, Trainer):
     pass
 
 

@@ -85,6 +85,10 @@ PLACES = {
     ("trainers/grpo/advantages.py", "_write"): "once for each round that has one of the groups, which all ranks know",
     ("trainers/grpo/serving.py", "of_loader"): "once for each generation",
     ("trainers/grpo/vision.py", "by_rows_of_all"): "once for each round of a model that sees images",
+    (
+        "trainers/mixins/_local_run.py",
+        "synchronise",
+    ): "at updates that the settings fix, and where a run ends, which all ranks are told",
     ("trainers/mixins/sampler.py", "_measure_before"): "once for each epoch",
     (
         "trainers/mixins/sequence_parallel.py",

@@ -169,6 +169,15 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("layerwise_param_groups", "no_decay"): lambda: hf_effi.schedules.layerwise_param_groups(
         sgd(), 1e-3, no_decay=["norm"]
     ),
+    ("register_gradient_compression", "rank"): lambda: hf_effi.recipes.register_gradient_compression(
+        None, "fp16", rank=2
+    ),
+    ("register_gradient_compression", "start_steps"): lambda: hf_effi.recipes.register_gradient_compression(
+        None, "fp16", start_steps=5
+    ),
+    ("register_gradient_compression", "min_rate"): lambda: hf_effi.recipes.register_gradient_compression(
+        None, "fp16", min_rate=3.0
+    ),
     ("longgen_patterns", "stride_block"): lambda: hf_effi.recipes.longgen_patterns(6, window=4, stride_block=2),
     ("patch", "inputs"): lambda: hf_effi.patch(tiny(), {"RMSNorm": "liger"}, verify=False, inputs={"RMSNorm": print}),
     ("patch", "on_mismatch"): lambda: hf_effi.patch(tiny(), {"RMSNorm": "liger"}, verify=False, on_mismatch="eager"),

@@ -23,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 import hf_effi
 from hf_effi import samplers
 from hf_effi.callbacks.reptile import ReptileCallback
+from hf_effi.functional.local_updates import LocalUpdates
 from hf_effi.functional.rollouts import AdaptiveNoise
 from hf_effi.selection import HIVE, PCL, GainRL
 from tests.helpers import (
@@ -276,6 +277,10 @@ class Grown(hf_effi.trainers.mixins.SequenceLengthMixin, Trainer):
     pass
 
 
+class Local(hf_effi.trainers.mixins.LocalUpdatesMixin, Trainer):
+    pass
+
+
 class Measured(hf_effi.trainers.mixins.SamplerMixin, Trainer):
     pass
 
@@ -345,6 +350,9 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
     "migu": lambda place: lm(place, hf_effi.callbacks.MIGUCallback(0.7, "hard"), gradient_accumulation_steps=2),
     "osf_projection": lambda place: lm(place, hf_effi.callbacks.OSFProjectionCallback(), model=adapted_by_osf),
     "reptile": lambda place: lm(place, ReptileCallback(every_steps=2, beta=0.5)),
+    "local_updates": lambda place: lm(
+        place, cls=Local, made={"local_updates": LocalUpdates(2)}, average_tokens_across_devices=False, max_steps=3
+    ),
     "adalora": lambda place: lm(
         place, hf_effi.callbacks.AdaLoRACallback(set_total_step=True), model=adapted_for_adalora, max_steps=6
     ),

@@ -131,6 +131,13 @@ METHODS = (
     ),
     Row("reptile", "`ReptileCallback`", sharded("master weights of their own"), "reptile", _SHARDS),
     Row(
+        "local_updates",
+        "`LocalUpdatesMixin` with `local_updates=`",
+        sharded("no process has the whole model to train alone"),
+        "local_updates",
+        "A process needs the whole model and its optimizer to train alone. Train with DDP.",
+    ),
+    Row(
         "adalora", "`AdaLoRACallback`", sharded("AdaLoRACallback reads gradients after the update"), "adalora", _SHARDS
     ),
     Row("auto_lrs", "`AutoLRSCallback`", sharded("AutoLRSCallback needs whole parameters"), "auto_lrs", _SHARDS),
@@ -224,6 +231,7 @@ LAUNCHED = (
     "weight_averaging",
     "reptile",
     "osf_projection",
+    "local_updates",
     "adalora",
     "auto_lrs",
     "gradient_snr",

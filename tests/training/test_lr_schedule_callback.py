@@ -318,6 +318,42 @@ def test_an_absolute_schedule_checks_the_learning_rate(tmp_path):
         train(tmp_path, power(tokens_per_step=2**22))
 
 
+class GrowAt(TrainerCallback):
+    """Makes the batch twice as large after an update, and says so to the schedule."""
+
+    def __init__(self, schedule_callback, step):
+        self.schedule_callback, self.step = schedule_callback, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            args.gradient_accumulation_steps *= 2
+            self.schedule_callback.change_batch(2 * 16)
+
+
+def run_growing(out, resume=None, cut=None):
+    callback, recorder = LRScheduleCallback(power(tokens_per_step=16, a=0.05, sequence_length=16)), Recorder()
+    extra = [GrowAt(callback, 4)] + ([StopAt(cut)] if cut else [])
+    trainer = make_trainer(out, [callback, recorder, *extra], learning_rate=0.02, save_strategy="no")
+    trainer.train(resume_from_checkpoint=resume)
+    return recorder.applied, recorder.logged, callback
+
+
+def test_power_follows_a_batch_that_a_callback_changes_and_a_checkpoint_keeps_it(tmp_path):
+    whole, logged, callback = run_growing(tmp_path / "whole")
+    plain = power(12, tokens_per_step=16, a=0.05, sequence_length=16, max_lr=1e9, reference_lr=0.02)
+    expected = plain.with_batch(4, 32).replace(max_lr=0.02)
+    assert callback.current == expected and flat(whole) == closed_form(expected, lr=0.02) == logged
+    first, _, _ = run_growing(tmp_path / "cut", cut=6)
+    rest, _, resumed = run_growing(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-6"))
+    assert first + rest == whole and resumed.current == expected
+    with pytest.raises(ValueError, match="no training runs"):
+        LRScheduleCallback(wsd()).change_batch(3)
+    with pytest.raises(ValueError, match="wsd does not depend on the batch size"):
+        callback = LRScheduleCallback(wsd())
+        train_with = make_trainer(tmp_path, [callback, GrowAt(callback, 4)])
+        train_with.train()
+
+
 class Feed(TrainerCallback):
     """Every second update consumes only half of its tokens."""
 

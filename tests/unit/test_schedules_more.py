@@ -1,5 +1,6 @@
 """Infinite, power, 1cycle, refined, composed schedules and layer-wise groups."""
 
+import json
 import math
 
 import pytest
@@ -72,6 +73,44 @@ def test_power_does_not_depend_on_the_horizon_until_its_decay():
         S.power(10)
     with pytest.raises(ValueError, match="b=0"):
         S.power(10, tokens_per_step=4, b=0.0)
+
+
+def test_power_follows_a_batch_that_changes():
+    unit, make = 4096, {"max_lr": 1e9, "reference_lr": 1.0}
+    grown = S.power(tokens_per_step=8 * unit, batch_changes=((10, 16 * unit), (20, 4 * unit)), **make)
+    plain = S.power(tokens_per_step=8 * unit, **make)
+    assert [grown(t) for t in range(1, 10)] == [plain(t) for t in range(1, 10)]
+    # n = what each update had, beta = the batch of the update in hand
+    for t, tokens, rows in ((10, 80, 16), (11, 96, 16), (20, 240, 4), (25, 260, 4)):
+        assert grown(t) == pytest.approx(rows * 4 * (tokens * unit) ** -0.51, rel=1e-12)
+    assert plain.with_batch(10, 16 * unit)(10) == 2 * plain(10), "beta counts at once"
+    assert plain.with_batch(10, 16 * unit).with_batch(20, 4 * unit) == grown
+    assert grown.with_batch(20, 4 * unit) == grown and plain.with_batch(0, 4)._tokens() == 4
+    assert S.Schedule.from_spec(json.loads(json.dumps(grown.spec()))) == grown
+    with pytest.raises(ValueError, match="at=5 lies before the change of the batch at update 20"):
+        grown.with_batch(5, 8)
+
+
+def test_power_with_a_changed_batch_in_warm_up_and_decay():
+    unit, make = 4096, {"max_lr": 1e9, "reference_lr": 1.0, "warmup_steps": 4, "decay_steps": 3, "shape": "linear"}
+    schedule = S.power(12, tokens_per_step=unit, batch_changes=((2, 2 * unit), (10, unit)), **make)
+    after = [1 * unit, 2 * unit, 4 * unit, 6 * unit]  # tokens at the end of each update of the warm-up
+    for t in range(4):
+        rows = 1 if t < 2 else 2
+        assert schedule(t) == pytest.approx(after[t] / (6 * unit) * rows * 4 * (6 * unit) ** -0.51)
+    begin = (2 * 1 + 7 * 2) * unit  # after 9 updates
+    for t, rows, left in ((9, 2, 0.75), (10, 1, 0.5), (11, 1, 0.25)):
+        assert schedule(t) == pytest.approx(left * rows * 4 * begin**-0.51)
+    assert schedule(12) == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [((0, 4),), ((5, 4), (5, 8)), ((5, 4), (3, 8)), ((5, 0),), ((5,),), (5, 4), 7, ((5.0, 4),), ((True, 4),)],
+)
+def test_power_refuses_changes_that_do_not_ascend(changes):
+    with pytest.raises(ValueError, match="batch_changes"):
+        S.power(10, tokens_per_step=4, batch_changes=changes)
 
 
 def test_rewarm_redecay_one_cosine_for_each_data_set():

@@ -26,6 +26,7 @@ from hf_effi.functional.kept_arguments import LARGEST_LIST, NotKept, arguments_o
 from hf_effi.hub.admitted import CLASSES
 from hf_effi.hub.objects import from_plain, to_plain
 from hf_effi.samplers import CompetenceSampler, EffiSampler, QualityAscendingSampler, ShuffledSampler
+from hf_effi.trainers import mixins
 
 WARM: dict[str, Any] = {"total_steps": 20, "warmup_steps": 2, "warmup_start": 0.1, "warmup_offset": 0}
 #: close to each other in double precision, and equal in single
@@ -96,6 +97,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "MetadataConditioning": lambda: data.MetadataConditioning(
         data.MetadataCollator(0, max_length=9), "append", cooldown_fraction=0.2, dropout=0.5
     ),
+    "LocalUpdates": lambda: mixins.LocalUpdates(20, 0.5, 0.8),
     "Multigrid": lambda: data.Multigrid(64, (4, 2, 1), (2, 1), 3, 0.3),
     "UL2Denoising": lambda: data.UL2Denoising(
         range(60, 90), 0, 32, denoisers=[data.Denoiser("R", 0.2, 3), data.Denoiser("S", 0.25)],
@@ -212,7 +214,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "rex": lambda: schedules.rex(**WARM, kappa=0.7),
     "uba": lambda: schedules.uba(**WARM, phi=2.0),
     "infinite": lambda: schedules.infinite(**WARM, cooldown_steps=5, anneal_steps=4, constant_ratio=0.2),
-    "power": lambda: schedules.power(**WARM, tokens_per_step=1000, a=3.0, b=-0.4, decay_steps=4),
+    "power": lambda: schedules.power(
+        **WARM, tokens_per_step=1000, batch_changes=((5, 2000),), a=3.0, b=-0.4, decay_steps=4
+    ),
     "rewarm_redecay": lambda: schedules.rewarm_redecay(
         20, warmup_steps=2, data_steps=(8, 12), peaks=(1.0, 0.5)
     ),

@@ -290,6 +290,9 @@ class power(_Warm):
     Args:
         total_steps (`int`, *optional*): Updates of the run; without it there is no decay.
         tokens_per_step (`int`): Tokens in one optimizer update, over all processes.
+        batch_changes (`tuple[tuple[int, int], ...]`, *optional*): Of a batch that changes during the run: pairs of
+            finished updates, ascending, and the tokens of one update from there on. `n` is then the sum of what each
+            update had and `beta` that of the update in hand, also in warm-up and decay, so the LR follows at once.
         max_lr (`float`, *optional*, defaults to 0.02), a (4.0), b (-0.51): Constants of the paper.
         sequence_length (`int`, *optional*, defaults to 4096): Tokens the paper's batch unit has;
             `beta = tokens_per_step / sequence_length`, derived here for other lengths.
@@ -298,19 +301,23 @@ class power(_Warm):
         shape (`str`, *optional*, defaults to `"affine-exponential"`), decay_offset: Decay to zero.
 
     Raises:
-        ValueError: `tokens_per_step` is missing, phases that do not fit, a bad value.
+        ValueError: `tokens_per_step` is missing, phases that do not fit, changes that do not ascend, a bad value.
 
     Example:
     ```python
     >>> schedule = power(tokens_per_step=1024 * 4096)
     >>> [round(0.02 * schedule(n / (1024 * 4096)), 7) for n in (1e10, 1e11, 1e12)]
     [0.02, 0.0100545, 0.0031071]
+    >>> grown = schedule.with_batch(100_000, 2048 * 4096)  # twice the batch after 100,000 updates
+    >>> [round(0.02 * grown(t), 7) for t in (99_999, 100_000)]
+    [0.0048396, 0.0096791]
     ```
     """
 
     absolute: ClassVar[bool] = True
 
     tokens_per_step: int | None = None
+    batch_changes: tuple[tuple[int, int], ...] = ()
     max_lr: float = 0.02
     a: float = 4.0
     b: float = -0.51
@@ -323,6 +330,7 @@ class power(_Warm):
 
     def _check(self) -> None:
         check_steps("tokens_per_step", self._tokens(), 1)
+        self._check_changes()
         check_steps("sequence_length", self.sequence_length, 1)
         object.__setattr__(self, "reference_lr", self._reference())
         check_number("reference_lr", self.reference_lr, 0.0, math.inf, low_open=True)
@@ -352,17 +360,70 @@ class power(_Warm):
     def _reference(self) -> float:
         return self.max_lr if self.reference_lr is None else self.reference_lr
 
-    def _eta(self, t: float) -> float:
-        tokens = t * self._tokens()
-        return power_lr(tokens, self._tokens() / self.sequence_length, self.a, self.b, self.max_lr)
+    def with_batch(self, at: int, tokens_per_step: int) -> Self:
+        """
+        Return the schedule of a run whose updates have another number of tokens after `at` finished ones.
+
+        Raises:
+            ValueError: a change after that update is planned already, or a bad value.
+        """
+        if self.batch_changes and at < self.batch_changes[-1][0]:
+            raise ValueError(
+                f"at={at} lies before the change of the batch at update {self.batch_changes[-1][0]}. Give all changes "
+                "in their order, as batch_changes=."
+            )
+        kept = tuple(change for change in self.batch_changes if change[0] != at)
+        if at == 0:
+            return self.replace(tokens_per_step=tokens_per_step, batch_changes=kept)
+        return self.replace(batch_changes=(*kept, (at, tokens_per_step)))
+
+    def _check_changes(self) -> None:
+        before = 0
+        if not isinstance(self.batch_changes, (list, tuple)):
+            raise ValueError(
+                f"batch_changes={self.batch_changes!r} must be pairs such as ((1000, 8192), (2000, 16384))."
+            )
+        for change in self.batch_changes:
+            if not isinstance(change, (list, tuple)) or len(change) != 2:
+                raise ValueError(f"batch_changes has {change!r}, which is no pair of updates and tokens_per_step.")
+            check_steps("the updates of a change in batch_changes", change[0], before + 1, "They ascend, from 1 on.")
+            check_steps("the tokens of a change in batch_changes", change[1], 1)
+            before = change[0]
+        object.__setattr__(self, "batch_changes", tuple((at, tokens) for at, tokens in self.batch_changes))
+
+    def _batch(self, t: float) -> int:
+        """Return the tokens of the update after `t` finished ones."""
+        tokens = self._tokens()
+        for at, changed in self.batch_changes:
+            tokens = changed if t >= at else tokens
+        return tokens
+
+    def _seen(self, t: float) -> float:
+        """Return the tokens of the first `t` updates."""
+        seen, since, tokens = 0.0, 0.0, self._tokens()
+        for at, changed in self.batch_changes:
+            if t <= at:
+                break
+            seen, since, tokens = seen + (at - since) * tokens, at, changed
+        return seen + (t - since) * tokens
+
+    def _eta(self, t: float, now: float) -> float:
+        """Return the law at the tokens after `t` updates, for the batch of the update after `now`."""
+        return power_lr(self._seen(t), self._batch(now) / self.sequence_length, self.a, self.b, self.max_lr)
+
+    def _rise(self, t: float) -> float:
+        if not self.batch_changes:
+            return self._ramp(t)
+        start = self.floor if self.warmup_start is None else self.warmup_start
+        return start + (1 - start) * min(1.0, self._seen(t + self.warmup_offset) / self._seen(self.warmup))
 
     def _multiplier(self, t: float) -> float:
         if t < self.warmup:
-            return self._ramp(t) * self._eta(self.warmup) / self._reference()
+            return self._rise(t) * self._eta(self.warmup, t) / self._reference()
         if self.total_steps is not None and t >= self.total_steps - self.decay_length:
             begin = self.total_steps - self.decay_length
             if self.decay_length == 0:
-                return self._eta(t) / self._reference()
+                return self._eta(t, t) / self._reference()
             position = decay_position(t - begin, self.decay_length, self.decay_offset)
-            return max(self.floor, decay(self.shape, position, 0.0) * self._eta(begin) / self._reference())
-        return max(self.floor, self._eta(t) / self._reference())
+            return max(self.floor, decay(self.shape, position, 0.0) * self._eta(begin, t) / self._reference())
+        return max(self.floor, self._eta(t, t) / self._reference())

@@ -26,7 +26,8 @@ class Followed:
 
     Args:
         built (`Schedule`): The schedule as it was built, bound to the length of the run.
-        current (`Schedule`): The one that is followed: `built`, or `built` with a decay that was started.
+        current (`Schedule`): The one that is followed: `built`, or `built` with a decay that was started or a
+            batch size that was changed.
         base_lrs (`tuple[float, ...]`): LR of each parameter group at multiplier 1.
         learning_rate (`float`, *optional*): `learning_rate` of the training arguments that `base_lrs` belong to;
             `None` outside of a Trainer.

@@ -17,6 +17,8 @@ _PUBLIC = {
     "KernelPatchMixin": "hf_effi.trainers.mixins.kernel_patch",
     "OptimizerArguments": "hf_effi.trainers.mixins.optimizer",
     "OptimizerMixin": "hf_effi.trainers.mixins.optimizer",
+    "LocalUpdates": "hf_effi.functional.local_updates",
+    "LocalUpdatesMixin": "hf_effi.trainers.mixins.local_updates",
     "ResumeMixin": "hf_effi.trainers.mixins.resume",
     "RunRecordArguments": "hf_effi.trainers.mixins.run_record",
     "RunRecordMixin": "hf_effi.trainers.mixins.run_record",
@@ -31,6 +33,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from ...functional.local_updates import LocalUpdates as LocalUpdates
     from .attention import AttentionCheckMixin as AttentionCheckMixin
     from .batch_transform import BatchTransformMixin as BatchTransformMixin
     from .chunk_flow import ChunkFlowMixin as ChunkFlowMixin
@@ -38,6 +41,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .hub import HubMixin as HubMixin
     from .kernel_patch import KernelArguments as KernelArguments
     from .kernel_patch import KernelPatchMixin as KernelPatchMixin
+    from .local_updates import LocalUpdatesMixin as LocalUpdatesMixin
     from .optimizer import OptimizerArguments as OptimizerArguments
     from .optimizer import OptimizerMixin as OptimizerMixin
     from .resume import ResumeMixin as ResumeMixin
