@@ -47,7 +47,7 @@ ROWS: tuple[Method, ...] = (
         ),
         paper="Kimi K2: Open Agentic Intelligence",
         paper_id="2507.20534",
-        authors="{Kimi Team}",
+        authors="Bai, Yifan and others",
         status="experimental",
         tests=("tests/unit/test_qk_clip.py", "tests/training/test_qk_clip.py"),
         bench="bench/qk_clip.py",

@@ -10,6 +10,8 @@ UPDATES = 3
 #: A direction without a gradient has one of rounding, which these scale to the size of the others: one process and two
 #: differ by whole updates there. The ranks must agree all the same.
 AMPLIFIES = {"soap"}
+#: Newton and Schulz's iterations run in bf16, where a rounding of the gradient is one of 2^-8 of the update.
+TOLERANCE = {"muon": 1e-3, "mars_m": 1e-3}
 
 
 def trained(folder, rows, names):
@@ -36,4 +38,6 @@ def test_two_ranks_are_one_process(optim, runs):
     if optim in AMPLIFIES:
         return
     for name, weight in whole[optim].items():
-        torch.testing.assert_close(ranks[0][optim][name], weight, rtol=0, atol=2e-5, msg=f"{optim}: {name}")
+        torch.testing.assert_close(
+            ranks[0][optim][name], weight, rtol=0, atol=TOLERANCE.get(optim, 2e-5), msg=f"{optim}: {name}"
+        )

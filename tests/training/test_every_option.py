@@ -101,6 +101,10 @@ def sealed(trainer: Any) -> bool:
     return any(Path(trainer.args.output_dir).glob(f"checkpoint-*/{MANIFEST}"))
 
 
+def rates(trainer: Any) -> set[float]:
+    return {group["initial_lr"] for group in trainer.optimizer.param_groups}
+
+
 def seconds_of_an_upload(trainer: Any) -> float:
     """`trainer.push_to_hub()` is a method of every trainer, also without `push_to_hub=True`."""
     return trainer._make_uploader(None, None).seconds
@@ -116,6 +120,7 @@ SHARED: dict[str, tuple[Any, Callable[..., None]]] = {
     "run_record": (False, changes(recorded)),
     "hub_wait_seconds": (7.0, changes(seconds_of_an_upload)),
     "safe_checkpoints": ("sync", changes(sealed)),
+    "optim_groups": ({"lr_factors": {"norm": 0.5}}, changes(rates)),
 }
 OF_GRPO: dict[str, tuple[Any, Callable[..., None]]] = {
     "exact_savings": ("off", changes(logged("effi/tokens_forward"))),
