@@ -13,7 +13,7 @@ from transformers import Trainer
 from ...errors import RefusedError
 from ...optim.engines import check_engine
 from ...optim.factory import parameter_groups
-from ...optim.names import arguments_from, is_own, parse_optim_args, resolve_optimizer
+from ...optim.names import arguments_from, is_own, optimizer_names, parse_optim_args, resolve_optimizer
 from ...optim.roles import GroupRules
 
 
@@ -42,7 +42,12 @@ class OptimizerArguments:
         asked = self.optim
         if is_own(asked):
             self.optim = "adamw_torch"  # transformers knows its own names only, and looks at once
-        super().__post_init__()  # of TrainingArguments
+        try:
+            super().__post_init__()  # of TrainingArguments
+        except ValueError as error:
+            if "OptimizerNames" not in str(error):
+                raise
+            raise ValueError(f"{error}. hf_effi has {', '.join(optimizer_names())} as well.") from error
         if is_own(asked):
             self.optim = str(asked)
             own_optimizer(self)
