@@ -27,6 +27,7 @@ from ..functional.schedules import (
 )
 from ..functional.schedules.adaptive import check_schedule_free
 from ..functional.schedules.base import OnMismatch, check_choice
+from ..optim.report import innermost
 from ..optim.schedule_free import is_schedule_free
 from .owners import OwningCallback, Role
 
@@ -192,7 +193,7 @@ class LRScheduleCallback(OwningCallback):
             raise RefusedError(f"{LEARNING_RATE.problem}: the Trainer's ScheduleLR and this one. {LEARNING_RATE.fix}")
         super().on_train_begin(args, state, control, **kwargs)
         check_arguments(args, self.name or type(self).__name__)
-        optimizer = _innermost(scheduler.optimizer)
+        optimizer = innermost(scheduler.optimizer)
         kind = self.built.spec()["kind"]
         check_schedule_free(type(optimizer).__name__, kind, "constant", keeps_average=is_schedule_free(optimizer))
         bound = self.built.bind(state.max_steps)
@@ -295,20 +296,11 @@ def _check_counter(schedule: Schedule, counter: Any) -> None:
 
 def note_optimizer(optimizer: Any) -> None:
     """Note the LRs of an optimizer that was passed to a Trainer, before a checkpoint is loaded into it."""
-    inner = _innermost(optimizer)
+    inner = innermost(optimizer)
     if isinstance(inner, Optimizer) and inner not in _BROUGHT:
         groups = inner.param_groups
         if all("lr" in group for group in groups):
             _BROUGHT[inner] = tuple(float(group.get("initial_lr", group["lr"])) for group in groups)
-
-
-def _innermost(optimizer: Any) -> Any:
-    """
-    Return the optimizer inside the wrappers of accelerate and DeepSpeed; an optimizer of a user may wrap one too.
-    """
-    while hasattr(optimizer, "optimizer") and type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _made_from(args: TrainingArguments, optimizer: Optimizer) -> bool:
@@ -347,7 +339,7 @@ def _note_asked(asked: Followed, followed: Followed, optimizer: Optimizer) -> No
     lrs = asked.base_lrs
     if asked.optimizer_lrs is None and followed.learning_rate:
         lrs = tuple(lr * (asked.learning_rate / followed.learning_rate) for lr in followed.base_lrs)
-        _MADE_FOR[_innermost(optimizer)] = asked.learning_rate
+        _MADE_FOR[innermost(optimizer)] = asked.learning_rate
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
         if "initial_lr" not in group or float(group["initial_lr"]) != lr:
             group["initial_lr"] = lr

@@ -293,11 +293,12 @@ ARGUMENTS: dict[str, str] = _arguments(
     "lr_schedule_on_mismatch difficulty_underfill prune_metric prune_scope prune_normalizer dataset_text_field",
     optimizer="optim",
     key="metric_for_best_model length_column_name difficulty_reward include_num_input_tokens_seen",
-    plain="loss_type loss_weights lr_scheduler_kwargs lr_schedule_kwargs optim_groups label_names include_for_metrics "
+    plain="loss_type loss_weights lr_scheduler_kwargs lr_schedule_kwargs label_names include_for_metrics "
     "reward_weights "
     "difficulty_range reward_clip_range exact_savings rollout_savings optim_args chat_template_kwargs "
     "liger_kernel_config "
     "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
+    groups="optim_groups",
     modules="optim_target_modules",
     kernels="kernel_patch",
     loader="accelerator_config",

@@ -12,6 +12,8 @@ _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+-]{0,63}")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+./ -]{0,99}")
 _MODULES = re.compile(r"[A-Za-z0-9_.*|()^$\\?+\[\]-]{1,512}")
 
+#: most signs of repetition in a pattern: each multiplies the time of a search by the length of a name
+MOST_REPEATS = 3
 #: where a kernel of `kernel_patch` may come from; a repository of kernels is code
 KERNEL_SOURCES = frozenset({"liger", "hf_effi", "fp8", "int8"})
 
@@ -33,13 +35,34 @@ def _optimizer(value: Any) -> bool:
 
 
 def _key(value: Any) -> bool:
-    return isinstance(value, str) and _KEY.fullmatch(value) is not None and ".." not in value
+    # Some names are patterns to whom they are given, such as the keys of `split` in `optim_args`.
+    return isinstance(value, str) and _KEY.fullmatch(value) is not None and ".." not in value and _is_quick(value)
 
 
 def _modules(value: Any) -> bool:
     names = value if isinstance(value, list) else [value]
-    # A group that repeats could keep the search for modules busy for ever.
-    return all(isinstance(n, str) and _MODULES.fullmatch(n) and not re.search(r"\)[*+?{]", n) for n in names)
+    return all(isinstance(n, str) and _MODULES.fullmatch(n) and _is_quick(n) for n in names)
+
+
+def _is_quick(pattern: str) -> bool:
+    """Return whether a search for a pattern ends soon: with a group that repeats, or many repeats, it might not."""
+    return not re.search(r"\)[*+?{]", pattern) and len(re.findall(r"[*+?{]+", pattern)) <= MOST_REPEATS
+
+
+_GROUP_FACTORS = frozenset("layer_decay backbone_factor head_factor lora_plus_ratio".split())
+
+
+def _groups(value: Any) -> bool:
+    """Arguments of [`GroupRules`], whose patterns are searched for in the names of a model."""
+
+    def fits(name: str, inner: Any) -> bool:
+        if name == "lr_factors":
+            return isinstance(inner, dict) and all(_modules(key) and _number(number) for key, number in inner.items())
+        if name == "no_decay":
+            return isinstance(inner, list) and len(inner) <= LARGEST_LIST and _modules(inner)
+        return name in _GROUP_FACTORS and _number(inner)
+
+    return isinstance(value, dict) and all(fits(name, inner) for name, inner in value.items())
 
 
 def _list_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -86,6 +109,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modules": (_modules, "names or patterns of modules"),
     "ranks": (lambda v: isinstance(v, dict) and all(map(_modules, v)) and all(map(_number, v.values())), "numbers by "
         "module"),
+    "groups": (_groups, "LRs and weight decay by patterns of names"),
     "plain": (_plain, "numbers, flags and names, in lists and mappings"),
     "kernels": (_kernels, f"kernels from {', '.join(sorted(KERNEL_SOURCES))}"),
     "loader": (_loader, f"flags among {', '.join(sorted(_LOADER_FLAGS))}"),

@@ -68,18 +68,6 @@ def check_same_options(
                 )
 
 
-def check_not_negative(name: str, value: Any) -> float:
-    """
-    Return a number of at least 0.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ValueError(f"{name}={value!r} must be a number of at least 0.")
-    return value
-
-
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """
     Return an integer of at least `least`.

@@ -19,8 +19,8 @@ from ..functional.low_rank import (
     random_projection,
     step_scale,
 )
-from ._common import adamw_, check_count, check_not_negative, check_same_options, names_of, precise
-from .base import EffiOptimizer, check_betas, check_positive, gradient_of
+from ._common import adamw_, check_count, check_same_options, names_of, precise
+from .base import EffiOptimizer, check_betas, check_not_negative, check_positive, gradient_of
 from .factory import optimizer_factory, parameter_groups, with_report
 from .roles import GroupRules, ParameterRole, parameter_roles
 

@@ -92,3 +92,15 @@ def check_positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r} must be a number above 0.")
     return float(value)
+
+
+def check_not_negative(name: str, value: Any) -> float:
+    """
+    Return a number of at least 0.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a number of at least 0.")
+    return value

@@ -8,6 +8,25 @@ from ..errors import RefusedError
 from .factory import OptimizerFactory
 
 
+def refuse_second_optimizer(args: Any, name: str) -> None:
+    """
+    Refuse a DeepSpeed config that brings an optimizer: DeepSpeed would make that one, and ours would never step.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+        name (`str`): Of our optimizer.
+
+    Raises:
+        RefusedError: it has a section `optimizer`.
+    """
+    deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", None) or {}
+    if section := deepspeed.get("optimizer"):
+        raise RefusedError(
+            f"DeepSpeed owns the optimizer ({section.get('type')}). Remove the 'optimizer' section from the DeepSpeed "
+            f"config to use {name}."
+        )
+
+
 def check_engine(trainer: Any, factory: OptimizerFactory) -> None:
     """
     Refuse an engine under which an optimizer would not see what it needs.
@@ -19,6 +38,7 @@ def check_engine(trainer: Any, factory: OptimizerFactory) -> None:
     Raises:
         RefusedError: the trainer runs under such an engine.
     """
+    refuse_second_optimizer(trainer.args, factory.name)
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     stage = plugin.zero_stage if plugin is not None else 0
     if stage and not factory.elementwise:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import RefusedError
+from .base import check_not_negative
 from .report import OptimizerReport, report_of
 from .roles import GroupRules, ParameterRole, parameter_roles
 
@@ -155,8 +156,7 @@ def parameter_groups(
         ValueError: a bad value, or a model without a trainable parameter.
     """
     for option, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ValueError(f"{option}={value!r} must be a number of at least 0.")
+        check_not_negative(option, value)
     groups: dict[tuple, dict[str, Any]] = {}
     for role in parameter_roles(model, rules):
         answer = assign(role)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import EffiOptimizer, check_betas, check_positive, fp32_like, gradient_of
+from .base import EffiOptimizer, check_betas, check_not_negative, check_positive, fp32_like, gradient_of
 from .factory import optimizer_factory, parameter_groups, with_report
 from .roles import GroupRules, parameter_roles
 
@@ -52,14 +52,11 @@ class NAdamW(EffiOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value!r} must be a number of at least 0.")
         defaults = {
-            "lr": lr,
+            "lr": check_not_negative("lr", lr),
             "betas": check_betas(betas),
             "eps": check_positive("eps", eps),
-            "weight_decay": weight_decay,
+            "weight_decay": check_not_negative("weight_decay", weight_decay),
         }
         super().__init__(params, defaults)
 

@@ -82,7 +82,7 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
 
 
 def innermost(optimizer: Any) -> Any:
-    """Return the optimizer inside the wrappers of accelerate and DeepSpeed."""
+    """Return the optimizer inside the wrappers of accelerate and DeepSpeed; one of a user may wrap one too."""
     while hasattr(optimizer, "optimizer") and type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")):
         optimizer = optimizer.optimizer
     return optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,34 +211,38 @@ def align_classifier(
             f"{head.in_features} features to {head.out_features} classes. Pass those of this model."
         )
     generator = torch.Generator().manual_seed(seed)
-    trained = [
-        parameter.detach()[classes].float().requires_grad_()
-        for parameter in (head.weight, head.bias)
-        if parameter is not None
-    ]
+    own = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
+    trained = [parameter.detach()[classes].float().requires_grad_() for parameter in own]
     optimizer = torch.optim.SGD(trained, learning_rate, momentum=momentum, weight_decay=weight_decay)
     steps = -(-samples_per_class * len(classes) // batch_size) * epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
-    with torch.enable_grad():
-        for _ in range(epochs):
-            features, labels = gaussians.sample(samples_per_class, generator)
-            order = torch.randperm(len(labels), generator=generator)
-            total = 0.0
-            for chosen in order.split(batch_size):
-                logits = nn.functional.linear(features[chosen].to(head.weight.device), *trained)
-                target = torch.searchsorted(torch.tensor(classes), labels[chosen]).to(logits.device)
-                loss = nn.functional.cross_entropy(normalized_logits(logits, temperature), target)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += loss.item() * len(chosen)
-            losses.append(total / len(labels))
+    for _ in range(epochs):
+        features, labels = gaussians.sample(samples_per_class, generator)
+        places = torch.searchsorted(torch.tensor(classes), labels)
+        total = 0.0
+        for chosen in torch.randperm(len(labels), generator=generator).split(batch_size):
+            loss = _align_step(trained, features[chosen], places[chosen], temperature, optimizer)
+            schedule.step()
+            total += loss * len(chosen)
+        losses.append(total / len(labels))
     with torch.no_grad():
-        for parameter, rows in zip((p for p in (head.weight, head.bias) if p is not None), trained, strict=True):
+        for parameter, rows in zip(own, trained, strict=True):
             parameter[classes] = rows.to(parameter.dtype)
     return losses
+
+
+def _align_step(
+    trained: Sequence[Tensor], features: Tensor, places: Tensor, temperature: float, optimizer: torch.optim.Optimizer
+) -> float:
+    device = trained[0].device
+    with torch.enable_grad():
+        logits = nn.functional.linear(features.to(device), *trained)
+        loss = nn.functional.cross_entropy(normalized_logits(logits, temperature), places.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def slca(

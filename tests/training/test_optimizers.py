@@ -1,5 +1,7 @@
 """Every optimizer through `trainer.train()`: three doors, SFT and GRPO, stopped and resumed, with its weight decay."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -9,6 +11,7 @@ from hf_effi import EffiGRPOConfig, EffiGRPOTrainer, EffiSFTConfig, EffiSFTTrain
 from hf_effi.errors import RefusedError
 from hf_effi.optim import optimizer_names, optimizer_report, use_optimizer
 from hf_effi.optim.names import find_factory
+from hf_effi.trainers.mixins.optimizer import own_optimizer
 from tests.helpers import (
     assert_bitwise_equal,
     grpo_args,
@@ -128,6 +131,18 @@ def test_two_ways_to_an_optimizer_are_refused(tmp_path):
     trainer = Trainer(tiny_llama(), TrainingArguments(**fields), train_dataset=lm_dataset(), optimizers=given)
     with pytest.raises(RefusedError, match=r"has an optimizer already \(SGD\)"):
         use_optimizer(trainer, "nadamw")
+
+
+def test_a_second_optimizer_of_deepspeed_is_refused_by_both_doors(tmp_path):
+    trainer = Trainer(tiny_llama(), TrainingArguments(**settings(tmp_path)), train_dataset=lm_dataset())
+    section = {"optimizer": {"type": "AdamW"}}
+    trainer.args.hf_deepspeed_config = SimpleNamespace(config=section)
+    with pytest.raises(RefusedError, match=r"DeepSpeed owns the optimizer \(AdamW\).*to use nadamw"):
+        use_optimizer(trainer, "nadamw")
+    args = EffiTrainingArguments(**settings(tmp_path), optim="nadamw")
+    args.hf_deepspeed_config = SimpleNamespace(config=section)
+    with pytest.raises(RefusedError, match=r"to use optim='nadamw'"):
+        own_optimizer(args)
 
 
 def test_bad_values_of_a_config_are_named_before_a_model_is_loaded(tmp_path):

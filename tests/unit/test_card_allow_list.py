@@ -334,3 +334,26 @@ def test_no_recipe_makes_anything_open_import_or_connect(tmp_path, seed):
         assert len(Path(found.args.output_dir).name) < 300
         assert set(os.listdir(tmp_path)) <= before | {"effi_recipe.json"}
     assert refused > 20 and read_back > 20
+
+
+@pytest.mark.parametrize(
+    ("value", "admitted"),
+    [
+        ({"layer_decay": 0.9, "lr_factors": {r"\.q_proj\.": 0.5}, "no_decay": ["embed.*weight"]}, True),
+        ({"lr_factors": {"a+b+c+d+x": 0.5}}, False),  # each repeat multiplies the time of a search
+        ({"no_decay": [".*.*.*.*x"]}, False),
+        ({"no_decay": ["a?a?a?a?a"]}, False),
+        ({"lr_factors": {"(a+)+x": 0.5}}, False),
+        ({"lr_factors": {"head": "0.5"}}, False),
+        ({"layer_decay": [1]}, False),
+        ({"other": 1.0}, False),
+        ("text", False),
+    ],
+)
+def test_groups_of_an_optimizer_and_their_patterns(value, admitted):
+    assert KINDS["groups"][0](value) is admitted
+
+
+def test_patterns_of_a_card_are_found_or_not_at_once():
+    assert KINDS["modules"][0](r"layers\.\d+\..*_proj") and not KINDS["modules"][0](".*.*.*.*.*.*.*x")
+    assert not KINDS["plain"][0]({"split": {".+.+.+.+.+.+X": [1]}}) and KINDS["plain"][0]({"split": {"qkv.+": [1]}})

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer
 
 from ...errors import RefusedError
-from ...optim.engines import check_engine
+from ...optim.engines import check_engine, refuse_second_optimizer
 from ...optim.factory import parameter_groups
 from ...optim.names import arguments_from, is_own, optimizer_names, parse_optim_args, resolve_optimizer
 from ...optim.roles import GroupRules
@@ -91,12 +91,7 @@ def own_optimizer(args: Any) -> tuple[Any, dict[str, Any]] | None:
     if taken := sorted({"lr", "weight_decay", "rules"} & set(options)):
         names = {"lr": "learning_rate", "weight_decay": "weight_decay", "rules": "optim_groups"}
         raise ValueError(f"optim_args has {taken[0]!r}, which is the field {names[taken[0]]} of the config.")
-    deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", None) or {}
-    if section := deepspeed.get("optimizer"):
-        raise RefusedError(
-            f"DeepSpeed owns the optimizer ({section.get('type')}). Remove the 'optimizer' section from the DeepSpeed "
-            f"config to use optim={args.optim!r}."
-        )
+    refuse_second_optimizer(args, f"optim={args.optim!r}")
     return factory, arguments_from(args, factory, {**options, "rules": rules_from_config(args)})
 
 
