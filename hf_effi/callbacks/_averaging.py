@@ -19,6 +19,7 @@ from ..checkpoint.snapshot import restore_rng, take_rng
 from ..errors import MismatchError, RefusedError
 from ..functional import metrics
 from ..functional.schedules import warn_decay_to_zero
+from ..optim.report import innermost
 from ..optim.schedule_free import is_schedule_free
 from ._engines import is_fsdp2, sharding_engine
 from ._live_weights import lent, overwrite, trained, whole_state
@@ -121,10 +122,14 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         self._leave_trainer()  # of a run that failed
         trainer = calling_trainer(state)
         self._check(args, state, trainer)
-        if "schedule_free" in str(args.optim) or is_schedule_free(kwargs.get("optimizer")):
+        optimizer = kwargs.get("optimizer")
+        # One that was passed to the Trainer is not what `optim=` names; without an optimizer only the name is known.
+        named = optimizer is None and "schedule_free" in str(args.optim)
+        if named or is_schedule_free(optimizer):
+            name = args.optim if optimizer is None else type(innermost(optimizer)).__name__
             raise RefusedError(
-                f"The optimizer ({str(args.optim)!r}) averages its iterates itself. Drop {type(self).__name__}; "
-                "ScheduleFreeCallback lets checkpoints hold that average."
+                f"{name} averages its iterates itself. Drop {type(self).__name__}; ScheduleFreeCallback lets checkpoints "
+                "hold that average."
             )
         self.side_file = SHARD_FILE.format(args.process_index) if is_fsdp2() else AVERAGE_FILE
         self._model, self._processing = kwargs["model"], kwargs.get("processing_class")

@@ -194,8 +194,8 @@ class LRScheduleCallback(OwningCallback):
         super().on_train_begin(args, state, control, **kwargs)
         check_arguments(args, self.name or type(self).__name__)
         optimizer = innermost(scheduler.optimizer)
-        kind = self.built.spec()["kind"]
-        check_schedule_free(type(optimizer).__name__, kind, "constant", keeps_average=is_schedule_free(optimizer))
+        if is_schedule_free(optimizer):
+            check_schedule_free(type(optimizer).__name__, self.built.spec()["kind"], "constant", keeps_average=True)
         bound = self.built.bind(state.max_steps)
         check_storable(bound)
         if state.global_step > 0 and scheduler.last_epoch == 0:

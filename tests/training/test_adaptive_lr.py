@@ -12,6 +12,7 @@ from hf_effi.errors import RefusedError
 from hf_effi.functional.schedules import wsd
 from hf_effi.trainers.mixins import SequenceLengthMixin
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
+from tests.unit.test_schedule_free import Moves
 
 
 @pytest.fixture(autouse=True)
@@ -176,9 +177,6 @@ def test_what_cannot_work_is_refused(tmp_path):
 def test_schedule_free_is_guarded(tmp_path):
     model = make_trainer(tmp_path, []).model
 
-    class AdamWScheduleFree(torch.optim.SGD):
-        pass
-
-    optimizer = AdamWScheduleFree(model.parameters(), lr=0.1)
-    with pytest.raises(RefusedError, match="AdamWScheduleFree averages its iterates"):
+    optimizer = Moves(model.parameters(), lr=0.1)
+    with pytest.raises(RefusedError, match="Moves averages its iterates"):
         run(tmp_path, [LRScheduleCallback(wsd())], model=model, optimizers=(optimizer, None))

@@ -19,6 +19,7 @@ from hf_effi.functional.schedules import linear, make_schedule, wsd
 from hf_effi.schedules import branch_cooldown
 from tests.training.lr_schedule_run import Recorder, StopAt, make_trainer, rows
 from tests.unit.test_schedule_followed import applied_multiplier, judge
+from tests.unit.test_schedule_free import Moves
 
 DOORS = ("callback", "config")
 KINDS = {"floor": ("linear", {"floor": 0.2})}
@@ -296,8 +297,7 @@ def test_the_same_refusals(tmp_path, door):
     refuse("lr_scheduler_type='cosine'", lr_scheduler_type="cosine")
     refuse("warmup_steps=2", warmup_steps=2)
     refuse("total_steps=9, but the run has 12", schedule={"total_steps": 9})
-    schedule_free = type("AdamWScheduleFree", (torch.optim.AdamW,), {})
-    refuse("averages its iterates", optimizers=lambda m: (schedule_free(m.parameters(), lr=1.0), None))
+    refuse("Moves averages its iterates", optimizers=lambda m: (Moves(m.parameters(), lr=1.0), None))
     refuse("optimizer LR of 0.02, but the optimizer has 0.01", kind="power", schedule={"tokens_per_step": 2**22})
 
     class LayerWise(Trainer):

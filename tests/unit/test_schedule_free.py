@@ -8,8 +8,8 @@ from hf_effi.optim import holds_average, is_schedule_free
 class Moves(torch.optim.SGD):
     """An optimizer with two points, under a name that says nothing."""
 
-    def __init__(self, params):
-        super().__init__(params, lr=0.1)
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
         for group in self.param_groups:
             group["train_mode"] = True
 
