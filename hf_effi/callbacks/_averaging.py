@@ -128,8 +128,8 @@ class AveragingCallback(TurnCallback, SideFileCallback):
         if named or is_schedule_free(optimizer):
             name = args.optim if optimizer is None else type(innermost(optimizer)).__name__
             raise RefusedError(
-                f"{name} averages its iterates itself. Drop {type(self).__name__}; ScheduleFreeCallback lets checkpoints "
-                "hold that average."
+                f"{name} averages its iterates itself. Drop {type(self).__name__}; ScheduleFreeCallback lets "
+                "checkpoints hold that average."
             )
         self.side_file = SHARD_FILE.format(args.process_index) if is_fsdp2() else AVERAGE_FILE
         self._model, self._processing = kwargs["model"], kwargs.get("processing_class")
