@@ -55,6 +55,7 @@ def test_apollo_on_shards_is_apollo_on_one_process_and_is_resumed(tmp_path):
 @pytest.mark.parametrize(("version", "factory"), [(1, apollo), (2, frugal)])
 def test_what_cannot_be_right_under_fsdp(version, factory):
     state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=SimpleNamespace(fsdp_version=version))
-    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=SimpleNamespace(state=state))
+    args = SimpleNamespace(hf_deepspeed_config=None)
+    trainer = SimpleNamespace(args=args, is_fsdp_enabled=True, accelerator=SimpleNamespace(state=state))
     with pytest.raises(RefusedError, match="version 1 of FSDP makes one flat tensor|FSDP shards them"):
         check_engine(trainer, factory)
