@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,27 @@ def write_result(
     path = folder / f"{bench}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def figure_again(
+    bench: str,
+    judge: Callable[[Sequence[dict[str, Any]]], tuple[list[dict[str, Any]], list[dict[str, Any]]]],
+    folder: Path = RESULTS,
+) -> list[dict[str, Any]]:
+    """
+    Compute the figures of finished runs again, by a rule that has changed, and return all rows.
+
+    Commit, date and machine of the file stay those of the measurement.
+
+    Args:
+        judge (`Callable`): Takes the rows; returns the headline and the rows to keep.
+    """
+    path = folder / f"{bench}.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["headline"], result["rows"] = judge(result["rows"])
+    result_record.check_record(result, path.name)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result["rows"]
 
 
 def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench._schema import headline
 from bench._selection_arms import BASELINE, EXACT
+from hf_effi.functional import referee
 
 #: what a curve is read against
 AXES = ("cpu_seconds", "rollouts", "prompts", "steps", "tokens_forwarded")
@@ -68,14 +69,8 @@ def time_to_target(places: Sequence[float], values: Sequence[float], target: flo
     """
     if len(places) != len(values) or not places:
         raise ValueError(f"{len(places)} places and {len(values)} values: there must be as many, and at least one.")
-    fit = rising(values)
-    if fit[0] >= target:
-        return float(places[0])
-    for i in range(1, len(fit)):
-        if fit[i] >= target:
-            share = (target - fit[i - 1]) / (fit[i] - fit[i - 1])
-            return places[i - 1] + share * (places[i] - places[i - 1])
-    return None
+    points = list(zip(map(float, places), rising(values), strict=True))
+    return referee.time_to_target(points, target, "higher", interpolate=True)
 
 
 def resampled(curve: Curve, grid: Sequence[float]) -> list[dict[str, float]]:

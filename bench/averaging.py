@@ -27,11 +27,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from bench._progress import with_line
-from bench._schema import command_line, headline, write_result
+from bench._schema import command_line, figure_again, headline, write_result
 from bench.adalora import ReferenceData
 from bench.schedules import Data, build, make_optimizer
 from hf_effi.callbacks import FastForwardCallback
 from hf_effi.functional.averaging import RunningAverage, WindowAverage, averaging_weights, ema_rate, trend_weights
+from hf_effi.functional.referee import median_cost, time_to_target
 
 ARMS = (
     "ema 0.9",
@@ -173,7 +174,7 @@ def average_run(data: Data, size: Size, rate: float, seed: int) -> list[dict[str
             "rate": rate,
             "seed": seed,
             "loss": round(target if arm == "last" else curve[-1][1], 4),
-            "updates_to_the_live_loss": next((done for done, loss in curve if loss <= target), None),
+            "updates_to_the_live_loss": time_to_target(curve, target, "lower"),
             "curve": [[done, round(loss, 4)] for done, loss in curve],
         }
         for arm, curve in curves.items()
@@ -249,10 +250,10 @@ def figures(rows: Sequence[dict[str, Any]], size: Size) -> list[dict[str, Any]]:
     def gain(arm: str, other: str) -> float:
         return round(statistics.mean(of[(arm, *run)]["loss"] - of[(other, *run)]["loss"] for run in runs), 4)
 
-    def share(arm: str) -> float:
-        """Updates until the loss of the live run's end, as a share of the run; 1 where it is never reached."""
-        reached = [of[(arm, *run)]["updates_to_the_live_loss"] or size.updates for run in runs]
-        return round(statistics.mean(reached) / size.updates, 4)
+    def share(arm: str) -> float | None:
+        """Median of the updates until the loss of the live run's end, as a share of the run."""
+        reached = median_cost([of[(arm, *run)]["updates_to_the_live_loss"] for run in runs])
+        return None if reached is None else round(reached / size.updates, 4)
 
     found = []
     for name, arm in (("lawa", "uniform 10"), ("ema", "ema 0.98"), ("trend", "trend 40")):
@@ -286,7 +287,11 @@ def run_all(size: Size) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="every part in seconds; nothing is written")
-    smoke = parser.parse_args(arguments).smoke
+    parser.add_argument("--report", action="store_true", help="only compute the figures again, from the finished runs")
+    options = parser.parse_args(arguments)
+    smoke = options.smoke
+    if options.report:
+        return figure_again("averaging", lambda rows: (figures(rows, WHOLE), list(rows)))
     torch.set_num_threads(1)
     size = SMOKE if smoke else WHOLE
     rows = run_all(size)

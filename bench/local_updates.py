@@ -38,6 +38,7 @@ from bench._schema import RESULTS, command_line, headline, write_result
 from bench._traffic_hooks import EvenBits, Exact, Hook, LevelledBits, QuantisedWeights
 from bench.schedules import LENGTH, Data, build
 from hf_effi.functional.local_updates import LocalUpdates
+from hf_effi.functional.referee import time_to_target
 from hf_effi.recipes import register_gradient_compression
 from hf_effi.trainers.mixins import LocalUpdatesMixin
 
@@ -194,7 +195,7 @@ def measure(study: Study, folder: str) -> list[dict[str, Any]]:
 
 def seconds_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
     """Return the seconds at the first evaluation that is at or below a loss."""
-    return next((seconds for _, seconds, found in curve if found <= loss), None)
+    return time_to_target([(seconds, found) for _, seconds, found in curve], loss, "lower")
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

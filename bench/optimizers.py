@@ -8,9 +8,10 @@ gets five learning rates, a factor of 2 apart, on one seed; the best one is then
 each with a warm-up and a linear decay to zero of its own, since optimizers can be compared at the end of a decay only.
 Rows, order and initial weights are the same for all.
 
-The figure is the share of AdamW's tokens that an optimizer needs for AdamW's final loss: below 1 it is faster. Loss is
-taken as linear in the logarithm of the budget between the two budgets; a share outside of them is not told but
-bounded. The headline is the larger share of the two sizes: the smaller speed-up.
+The figure is the share of AdamW's tokens that an optimizer needs for AdamW's final loss: below 1 it is faster. It is a
+compute-equivalent gain (`hf_effi.functional.referee`): loss and budget lie on a straight line between the two budgets,
+both logarithmic; a share outside of them is not told but bounded. The headline is the larger share of the two sizes:
+the smaller speed-up.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench._schema import command_line, headline, write_result
+from bench._schema import command_line, figure_again, headline, write_result
 from bench.schedules import LENGTH, Data
+from hf_effi.functional.referee import compute_equivalent_gain
 from hf_effi.optim import optimizer_report, parameter_groups
 from hf_effi.optim.names import find_factory
 
@@ -197,20 +199,21 @@ def share_of_tokens(own: dict[int, float], baseline: dict[int, float]) -> tuple[
     ```
     """
     small, large = min(own), max(own)
-    target = baseline[large]
+    if not math.isfinite(own[large]):
+        return round(large / small, 3), ">"
 
-    def budget_for(loss: float, curve: dict[int, float]) -> tuple[float, str]:
-        if loss >= curve[small]:
-            return float(small), "=" if loss == curve[small] else "<"
-        along = (curve[small] - loss) / (curve[small] - curve[large])
-        return math.exp(math.log(small) + along * (math.log(large) - math.log(small))), "="
+    def share(curve: dict[int, float], loss: float) -> tuple[float, str]:
+        """Return the share of the whole budget at which a curve of final losses has this loss."""
+        points = [(float(updates), value) for updates, value in curve.items() if math.isfinite(value)]
+        found = None if len(points) < 2 else compute_equivalent_gain(points, float(large), loss)
+        return (small / large, "<") if found is None else (found, "=")
 
-    if own[large] <= target:
-        needed, sign = budget_for(target, own)
-        return round(needed / large, 3), sign
+    if own[large] <= baseline[large]:
+        found, sign = share(own, baseline[large])
+        return round(found, 3), sign
     # Slower: how little of its budget the baseline needs for what this one has at the end.
-    needed, sign = budget_for(own[large], baseline)
-    return round(large / needed, 3), ">" if sign == "<" else "="
+    found, sign = share(baseline, own[large])
+    return round(1 / found, 3), ">" if sign == "<" else "="
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -273,6 +276,12 @@ def figures(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def _judged(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    measured = [row for row in rows if row["part"] != "summary"]
+    found = summary(measured)
+    return figures(found), [*measured, *found]
+
+
 def run_all(size: Size, names: Sequence[str]) -> list[dict[str, Any]]:
     data = Data()
     data.held_out = data.held_out[: size.held_out]
@@ -283,7 +292,11 @@ def run_all(size: Size, names: Sequence[str]) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="every part in seconds; nothing is written")
-    smoke = parser.parse_args(arguments).smoke
+    parser.add_argument("--report", action="store_true", help="only compute the figures again, from the finished runs")
+    options = parser.parse_args(arguments)
+    smoke = options.smoke
+    if options.report:
+        return figure_again("optimizers", _judged)
     torch.set_num_threads(1)
     size = SMOKE if smoke else WHOLE
     rows = run_all(size, list(ARMS))

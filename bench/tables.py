@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
+from bench import _profile_tables
 from bench.findings import FINDINGS
 from hf_effi.functional.optimizer_table import TABLE
 from hf_effi.methods import METHODS, Method, methods_by_goal
@@ -249,6 +250,7 @@ def rejected_figures(root: Path, prefixes: Sequence[str]) -> str:
 
 
 VIEWS: dict[str, Callable[[Path], str]] = {
+    **_profile_tables.VIEWS,
     "cards": cards_list,
     "goals": goals_list,
     "papers": papers_table,

@@ -22,8 +22,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import cpu_times
+
 #: the rooms of the tests, the dearest files first: what comes last decides how long one process waits for the other
 ROOMS = ("engines", "distributed", "zoo", "training", "unit", "contract")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-times", metavar="FOLDER", help="write what each test costs in CPU seconds into a folder")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cpu_times.register(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

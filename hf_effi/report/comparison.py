@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ..functional.referee import time_to_target
+
 #: Key of the arm that the others are compared with.
 BASELINE = "stock"
 #: Axis of a curve -> how tables name it.
@@ -54,14 +56,9 @@ def first_reached(
     (0.0, None)
     ```
     """
-    places, values = [point[axis] for point in curve], smoothed(curve, measure)
-    if values[0] >= target:
-        return float(places[0])
-    for i in range(1, len(values)):
-        if values[i] >= target:
-            share = (target - values[i - 1]) / (values[i] - values[i - 1])
-            return places[i - 1] + share * (places[i] - places[i - 1])
-    return None
+    places = [float(point[axis]) for point in curve]
+    points = list(zip(places, smoothed(curve, measure), strict=True))
+    return time_to_target(points, target, "higher", interpolate=True)
 
 
 def compare(arm: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float | None]:

@@ -33,7 +33,8 @@ def test_every_part_runs():
         ({50: 3.0, 100: 2.0}, (1.0, "=")),
         ({50: 3.5, 100: 3.0}, (2.0, "=")),
         ({50: 5.0, 100: 4.0}, (2.0, ">")),
-        ({50: 3.0, 100: 1.0}, (0.707, "=")),  # half-way in loss is half-way in the logarithm of the budget
+        ({50: 4.0, 100: 1.0}, (0.707, "=")),  # half-way in the logarithm of the loss is half-way in that of the budget
+        ({50: 3.0, 100: float("inf")}, (2.0, ">")),
     ],
 )
 def test_share_of_tokens_by_hand(own, share):

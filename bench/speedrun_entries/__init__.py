@@ -1,0 +1,1 @@
+"""Entries of the speed run, one file each; `bench/speedrun.py` has the rules."""
