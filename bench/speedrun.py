@@ -37,7 +37,7 @@ for _name, _value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "fals
 
 import torch  # noqa: E402  (the threads are set before torch is loaded)
 from datasets import Dataset  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Qwen3ForCausalLM, TrainerCallback  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Qwen3ForCausalLM, Trainer, TrainerCallback  # noqa: E402
 
 from bench._schema import ROOT, command_line, headline, write_result  # noqa: E402
 from bench.schedules import corpus  # noqa: E402
@@ -256,7 +256,7 @@ def check_entry(trainer: Any, workload: Workload, weights: dict[str, torch.Tenso
         ValueError: other weights or other shapes than the workload's model, an evaluation of its own, or rows that
             are not among the workload's.
     """
-    if not callable(getattr(trainer, "train", None)):
+    if not isinstance(trainer, Trainer):
         raise ValueError(f"The entry's {workload.name} returned {type(trainer).__name__}; it must return a Trainer.")
     own = trainer.model.state_dict()
     if own.keys() != weights.keys() or any(not torch.equal(own[name], weights[name]) for name in weights):
