@@ -25,8 +25,10 @@ class TokenBlocks(Dataset):
     and map the file themselves.
 
     Each row has `input_ids` and `labels`; with `documents="reset"` and `"best_fit"` also `position_ids`, which start
-    again at each document, and the first token of each document has the label -100. That is what FlashAttention,
-    `"hf_effi_varlen"` and the masks of transformers know documents by (no attention mask beside it).
+    again at each document, and the first token of each document has the label -100. That is what `"hf_effi_varlen"` and
+    the masks of transformers (SDPA, eager) know documents by, without an attention mask beside it. FlashAttention of
+    transformers does so for a batch of one row only: take `per_device_train_batch_size=1`, or [`~TokenBlocks.as_dataset`]
+    with a collator that joins rows (`padding_free=True`). [`TrainDoctor`] measures whether documents mix.
 
     `documents` is one of
 
