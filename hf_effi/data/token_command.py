@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the token file goes")
     write.add_argument("--column", default="text", help="of the texts, or of lists of tokens; default: text")
     write.add_argument("--bos", action="store_true", help="begin each document with the BOS token")
-    write.add_argument("--no-eos", dest="eos", action="store_false", help="do not end each document with the EOS token")
+    write.add_argument(
+        "--no-eos", dest="eos", action="store_false", help="do not end each document with the EOS token"
+    )
     write.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise; default: 1")
     write.add_argument("--overwrite", action="store_true", help="replace what is at FOLDER")
     for name, text in (

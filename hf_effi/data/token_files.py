@@ -225,7 +225,9 @@ class TokenFile:
         for begin in range(0, self.num_tokens if vocab else 0, step):
             most = int(self._tokens.view[begin : begin + step].max())
             if most >= vocab:
-                raise BrokenFileError(f"{self.folder} has the token {most}, and a vocabulary of {vocab}. Write it again.")
+                raise BrokenFileError(
+                    f"{self.folder} has the token {most}, and a vocabulary of {vocab}. Write it again."
+                )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r}: {self.num_tokens:,} tokens, {self.num_documents:,} documents)"
@@ -365,7 +367,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     good = good and meta.get("dtype") in ("uint16", "uint32") and isinstance(meta.get("tokenizer"), dict)
     good = good and all(isinstance(meta["tokenizer"].get(name), str) for name in ("name", "sha256"))
     sums = meta.get("sha256") if good else None
-    if not isinstance(sums, dict) or set(sums) != {TOKENS, OFFSETS} or not all(isinstance(s, str) for s in sums.values()):
+    if (
+        not isinstance(sums, dict)
+        or set(sums) != {TOKENS, OFFSETS}
+        or not all(isinstance(s, str) for s in sums.values())
+    ):
         raise BrokenFileError(f"{file} is damaged: it lacks dtype, vocab, tokenizer, tokens, documents or sha256.")
     if meta.get("schema") != SCHEMA:
         raise BrokenFileError(

@@ -50,7 +50,9 @@ class _Encoder:
     def _value(self, number: int, row: Any) -> Any:
         if isinstance(row, Mapping):
             if self.column not in row:
-                raise ValueError(f"Row {number} has no column {self.column!r}. It has {', '.join(map(str, row))[:300]}.")
+                raise ValueError(
+                    f"Row {number} has no column {self.column!r}. It has {', '.join(map(str, row))[:300]}."
+                )
             row = row[self.column]
         if not isinstance(row, str) and (not hasattr(row, "__len__") or isinstance(row, (bytes, dict))):
             raise ValueError(
@@ -215,4 +217,6 @@ def _tell_leftovers(folder: Path) -> None:
     """Name what a killed call left beside the folder: it may be large, and another process may be writing it now."""
     found = sorted(str(path) for path in folder.parent.glob(f"_????????_{folder.name}"))
     if found:
-        logger.warning("Left by calls that were killed, unless another process is writing them now: %s", ", ".join(found))
+        logger.warning(
+            "Left by calls that were killed, unless another process is writing them now: %s", ", ".join(found)
+        )
