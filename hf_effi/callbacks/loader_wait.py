@@ -25,8 +25,8 @@ class LoaderWaitCallback(TurnCallback):
     and so is the first update of each pass, which starts the workers. Trackers and the run record have both. Where the
     share is large, [`TrainDoctor`] says so and what to do; it measures by itself and does not need this callback.
 
-    It is the time of the first process, on the host: where `logging_nan_inf_filter` is off, a GPU may still work on the
-    update before. What callbacks behind this one in the list do after an update counts as waiting.
+    It is the time of the first process, on the host: where `logging_nan_inf_filter` is off, a GPU may still work on
+    the update before. What callbacks behind this one in the list do after an update counts as waiting.
 
     It only observes, and costs two readings of a clock for each update.
 

@@ -25,21 +25,22 @@ class TokenBlocks(Dataset):
     and map the file themselves.
 
     Each row has `input_ids` and `labels`; with `documents="reset"` and `"best_fit"` also `position_ids`, which start
-    again at each document, and the first token of each document has the label -100. That is what `"hf_effi_varlen"` and
-    the masks of transformers (SDPA, eager) know documents by, without an attention mask beside it. FlashAttention of
-    transformers does so for a batch of one row only: take `per_device_train_batch_size=1`, or [`~TokenBlocks.as_dataset`]
-    with a collator that joins rows (`padding_free=True`). [`TrainDoctor`] measures whether documents mix.
+    again at each document, and the first token of each document has the label -100. That is what `"hf_effi_varlen"`
+    and the masks of transformers (SDPA, eager) know documents by, without an attention mask beside it. FlashAttention
+    of transformers does so for a batch of one row only: take `per_device_train_batch_size=1`, or
+    [`~TokenBlocks.as_dataset`] with a collator that joins rows (`padding_free=True`). [`TrainDoctor`] measures whether
+    documents mix.
 
     `documents` is one of
 
     - `"cross"`: blocks are cut from the file as it is. No padding.
     - `"reset"`: the same blocks, and documents do not see each other.
-    - `"best_fit"`: whole documents, packed by best fit decreasing; only longer ones than `length` are cut. What is left
-      of a row is filled with token 0, as a document of its own without labels. Building it takes time and memory
+    - `"best_fit"`: whole documents, packed by best fit decreasing; only longer ones than `length` are cut. What is
+      left of a row is filled with token 0, as a document of its own without labels. Building it takes time and memory
       for each document (24 bytes), the two others do not.
 
-    The order of the Trainer comes on top: with `train_sampling_strategy="sequential"` rows are served as they are here;
-    with the default, `"random"`, the Trainer shuffles them once more, which costs it a permutation in memory.
+    The order of the Trainer comes on top: with `train_sampling_strategy="sequential"` rows are served as they are
+    here; with the default, `"random"`, the Trainer shuffles them once more, which costs it a permutation in memory.
 
     Args:
         file ([`TokenFile`]): The tokens.
@@ -47,8 +48,8 @@ class TokenBlocks(Dataset):
         shuffle (`int`, *optional*): Seed of the order of blocks, at least 0; the order of the file without.
         documents (`str`, *optional*, defaults to `"cross"`): See above.
         passes (`int`, *optional*, defaults to 1): Times that the dataset holds all blocks, each time in another order.
-        readahead (`int`, *optional*, defaults to 0): The system is asked to read this many rows ahead of the one that is
-            read, at most 1024. It changes no row. Worth a try where the file is larger than memory and rows are
+        readahead (`int`, *optional*, defaults to 0): The system is asked to read this many rows ahead of the one that
+            is read, at most 1024. It changes no row. Worth a try where the file is larger than memory and rows are
             served in the order of this dataset; with files in memory, or two cores, it costs time.
 
     Attributes:
@@ -157,8 +158,8 @@ class TokenBlocks(Dataset):
         Return the rows as a `datasets.Dataset`, which `SFTTrainer` asks for; pass it
         `dataset_kwargs={"skip_prepare_dataset": True}`, as nothing is left to prepare.
 
-        Its rows are lists: `input_ids`, `labels`, and, where documents are kept apart, `seq_lengths`, which TRL's packing
-        reads (`padding_free=True`) and which leave padding out. It holds one number for each row in memory.
+        Its rows are lists: `input_ids`, `labels`, and, where documents are kept apart, `seq_lengths`, which TRL's
+        packing reads (`padding_free=True`) and which leave padding out. It holds one number for each row in memory.
         """
         from datasets import Dataset as HFDataset
 

@@ -22,7 +22,7 @@ _CHUNK = 1 << 24
 
 class MappedNumbers:
     """
-    Numbers in a file, mapped when they are first asked for. It is pickled as a path, and mapped again where it arrives.
+    Numbers in a file, mapped when they are first asked for; pickled as a path, and mapped again where it arrives.
 
     Args:
         file (`Path`): Little-endian numbers.
@@ -132,8 +132,9 @@ class TokenFile:
         numbers = MappedNumbers(self.folder / name, dtype)
         if numbers.count != count or (self.folder / name).stat().st_size % numbers.dtype.itemsize:
             raise BrokenFileError(
-                f"{self.folder / name} has {(self.folder / name).stat().st_size:,} bytes, and {META} tells of {count:,} "
-                f"numbers of {numbers.dtype.itemsize} bytes: it was cut off, or belongs to another file. Write it again."
+                f"{self.folder / name} has {(self.folder / name).stat().st_size:,} bytes, and {META} tells of "
+                f"{count:,} numbers of {numbers.dtype.itemsize} bytes: it was cut off, or belongs to another file. "
+                "Write it again."
             )
         return numbers
 
@@ -197,9 +198,9 @@ class TokenFile:
         stored, found = self.meta["tokenizer"], tokenizer_hash(tokenizer)
         if stored["sha256"] != found:
             raise MismatchError(
-                f"{self.folder} was written by the tokenizer {stored['name']!r} ({stored['sha256'][:12]}), and this is "
-                f"{getattr(tokenizer, 'name_or_path', '')!r} ({found[:12]}): its numbers mean other tokens. Load that "
-                "tokenizer, or write the file again with this one."
+                f"{self.folder} was written by the tokenizer {stored['name']!r} ({stored['sha256'][:12]}), and this "
+                f"is {getattr(tokenizer, 'name_or_path', '')!r} ({found[:12]}): its numbers mean other tokens. Load "
+                "that tokenizer, or write the file again with this one."
             )
 
     def verify(self) -> None:
@@ -230,7 +231,8 @@ class TokenFile:
                 )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.folder)!r}: {self.num_tokens:,} tokens, {self.num_documents:,} documents)"
+        holds = f"{self.num_tokens:,} tokens, {self.num_documents:,} documents"
+        return f"{type(self).__name__}({str(self.folder)!r}: {holds})"
 
 
 class _OfAnotherProject(TokenFile):
@@ -287,8 +289,8 @@ class MegatronTokenFile(_OfAnotherProject):
         version, kind = int.from_bytes(head[9:17], "little"), head[17] if len(head) == self._HEADER else 0
         if head[:9] != self._MAGIC or version != 1 or kind not in self._KINDS:
             raise BrokenFileError(
-                f"{index} is no index of Megatron-LM of version 1 with integers (magic {head[:9]!r}, version {version}, "
-                f"kind {kind}; kinds {sorted(self._KINDS)} are read)."
+                f"{index} is no index of Megatron-LM of version 1 with integers (magic {head[:9]!r}, version "
+                f"{version}, kind {kind}; kinds {sorted(self._KINDS)} are read)."
             )
         sequences, documents = (int.from_bytes(head[at : at + 8], "little") for at in (18, 26))
         if documents < 1:
@@ -327,7 +329,8 @@ class NanotronTokenFile(_OfAnotherProject):
         size = MappedNumbers(self.folder, "uint8").count
         if not count or size not in (2 * count, 4 * count):
             raise BrokenFileError(
-                f"{file} has {size:,} bytes, and its index tells of {count:,} tokens, of 2 or 4 bytes each. Copy both again."
+                f"{file} has {size:,} bytes, and its index tells of {count:,} tokens, of 2 or 4 bytes each. Copy both "
+                "again."
             )
         dtype = "uint16" if size == 2 * count else "uint32"
         self._tokens = MappedNumbers(self.folder, dtype)
@@ -340,8 +343,8 @@ class NanotronTokenFile(_OfAnotherProject):
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """
-    Return the SHA-256 of what decides which numbers a text gets: all of a fast tokenizer but its padding and truncation,
-    which a call may set; vocabulary and special tokens of a slow one.
+    Return the SHA-256 of what decides which numbers a text gets: all of a fast tokenizer but its padding and
+    truncation, which a call may set; vocabulary and special tokens of a slow one.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is not None:
@@ -375,8 +378,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise BrokenFileError(f"{file} is damaged: it lacks dtype, vocab, tokenizer, tokens, documents or sha256.")
     if meta.get("schema") != SCHEMA:
         raise BrokenFileError(
-            f"{file} has schema {shorten(meta.get('schema'))}, and this version reads {SCHEMA}. Update hf_effi, or write "
-            "the file again."
+            f"{file} has schema {shorten(meta.get('schema'))}, and this version reads {SCHEMA}. Update hf_effi, or "
+            "write the file again."
         )
     return meta
 

@@ -56,8 +56,8 @@ class _Encoder:
             row = row[self.column]
         if not isinstance(row, str) and (not hasattr(row, "__len__") or isinstance(row, (bytes, dict))):
             raise ValueError(
-                f"Row {number} has a {type(row).__name__} in column {self.column!r}, and a text or a list of tokens is "
-                "needed. Name the column with column=."
+                f"Row {number} has a {type(row).__name__} in column {self.column!r}, and a text or a list of tokens "
+                "is needed. Name the column with column=."
             )
         return row
 
@@ -166,7 +166,8 @@ def _special(tokenizer: Any, name: str) -> int:
     token = getattr(tokenizer, f"{name}_token_id", None)
     if token is None:
         raise ValueError(
-            f"{name}=True, and the tokenizer has no {name.upper()} token. Set tokenizer.{name}_token, or pass {name}=False."
+            f"{name}=True, and the tokenizer has no {name.upper()} token. Set tokenizer.{name}_token, or pass "
+            f"{name}=False."
         )
     return token
 
