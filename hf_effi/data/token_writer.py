@@ -75,7 +75,8 @@ class _Encoder:
         return document
 
 
-_encoder: _Encoder | None = None
+#: of a worker
+_encoder: _Encoder
 
 
 def _start_worker(encoder: _Encoder) -> None:
@@ -85,8 +86,6 @@ def _start_worker(encoder: _Encoder) -> None:
 
 
 def _encode(first: int, rows: list[Any]) -> _Encoded:
-    if _encoder is None:
-        raise RuntimeError("The worker was not started.")
     return _encoder(first, rows)
 
 

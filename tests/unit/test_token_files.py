@@ -11,11 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from hf_effi import cli
 from hf_effi._files import save_aside
-from hf_effi.data import MegatronTokenFile, NanotronTokenFile, TokenBlocks, TokenFile, token_writer, write_token_file
+from hf_effi.data import (
+    MegatronTokenFile,
+    NanotronTokenFile,
+    TokenBlocks,
+    TokenFile,
+    token_command,
+    token_writer,
+    write_token_file,
+)
 from hf_effi.data.token_files import tokenizer_hash
 from hf_effi.errors import BrokenFileError, MismatchError, RefusedError
 from hf_effi.functional.data import shuffled_index
@@ -184,6 +194,29 @@ def test_a_killed_call_leaves_no_folder_and_the_next_one_names_what_is_left(tmp_
     monkeypatch.setattr(token_writer, "save_aside", save_aside)
     write_token_file(TEXTS, tiny_tokenizer(), tmp_path / "a").verify()
     assert "_12345678_a" in caplog.text
+
+
+def test_a_tokenizer_does_what_the_writer_asks_it_to(caplog):
+    """It adds nothing by itself, and does not say that a document is longer than the model."""
+    tokenizer = tiny_tokenizer(fresh=True)
+    tokenizer.model_max_length = 2
+    ends = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer._tokenizer.post_processor = ends
+    plain, added = (tokenizer(["abc"], add_special_tokens=adds, verbose=False)["input_ids"] for adds in (False, True))
+    assert plain == [ids("abc")] and added == [[1, *ids("abc")]]
+    assert "longer than" not in caplog.text
+
+
+def test_a_file_of_rows_is_read_as_a_stream(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    rows = token_command._read(tmp_path / "rows.jsonl")
+    assert isinstance(rows, IterableDataset) and [row["text"] for row in rows] == ["a", "b"]
+    rows = Dataset.from_dict({"text": ["c"]})
+    rows.save_to_disk(tmp_path / "folder")
+    assert list(token_command._read(tmp_path / "folder")["text"]) == ["c"]
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="has the splits train"):
+        token_command._read(tmp_path / "splits")
 
 
 # ---- what is damaged ----
