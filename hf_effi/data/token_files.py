@@ -80,7 +80,9 @@ class MappedNumbers:
 
     def will_need(self, begin: int, end: int) -> None:
         """Ask the system to read the numbers `[begin, end)` now, and do not wait for it."""
-        if len(self.view[begin:end]) and hasattr(self._map, "madvise") and hasattr(mmap, "MADV_WILLNEED"):
+        if not len(self.view[begin:end]) or self._map is None:
+            return
+        if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
             first, last = (self.begin + place * self.dtype.itemsize for place in (begin, end))
             page = first // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, last - page)
@@ -221,9 +223,9 @@ class TokenFile:
     def _verify_numbers(self) -> None:
         if (np.diff(self.starts) < 0).any():
             raise BrokenFileError(f"{self.folder}: a document ends before it begins. Write it again.")
-        vocab = self.meta.get("vocab")
+        vocab = self.meta.get("vocab", 1 << 63)  # files of other projects do not say
         step = _CHUNK // 4
-        for begin in range(0, self.num_tokens if vocab else 0, step):
+        for begin in range(0, self.num_tokens, step):
             most = int(self._tokens.view[begin : begin + step].max())
             if most >= vocab:
                 raise BrokenFileError(
