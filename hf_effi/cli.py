@@ -81,6 +81,11 @@ MODULES: dict[str, tuple[str, str, str]] = {
         "one page that tells a run, or compares runs",
         "hf-effi report out/        hf-effi report --compare stock/ ours/ --output both.html",
     ),
+    "tokens": (
+        "hf_effi.data.token_command",
+        "write a corpus into one flat file of tokens, tell what is in it, check every byte",
+        "hf-effi tokens write corpus.jsonl --tokenizer Qwen/Qwen3-0.6B --output corpus",
+    ),
 }
 
 _EXAMPLES = f"""examples:

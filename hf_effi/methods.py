@@ -30,6 +30,7 @@ from ._methods import (
     selection_model,
     selection_prompts,
     selection_signals,
+    token_data,
     traffic,
 )
 from ._methods.row import GOALS, Goal, Kind, Method, Status
@@ -56,6 +57,7 @@ METHODS: tuple[Method, ...] = (
     *optimizers_muon.ROWS,
     *optimizers.ROWS,
     *data.ROWS,
+    *token_data.ROWS,
     *continual.ROWS,
     *long_sequences.ROWS,
     *kernels.ROWS,

@@ -24,6 +24,7 @@ _PUBLIC = {
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
+    "LoaderWaitCallback": "hf_effi.callbacks.loader_wait",
     "MIGUCallback": "hf_effi.callbacks.migu",
     "MemoryBudgetCallback": "hf_effi.callbacks.layer_modes",
     "MultigridLRCallback": "hf_effi.callbacks.multigrid",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .layer_modes import SelectiveCheckpointCallback as SelectiveCheckpointCallback
     from .length_budget import BudgetPromptCallback as BudgetPromptCallback
     from .length_budget import GenerationCapCallback as GenerationCapCallback
+    from .loader_wait import LoaderWaitCallback as LoaderWaitCallback
     from .lr_schedule import LRScheduleCallback as LRScheduleCallback
     from .migu import MIGUCallback as MIGUCallback
     from .multigrid import MultigridLRCallback as MultigridLRCallback

@@ -15,6 +15,7 @@ from ..errors import RefusedError
 from ..functional.data import ContaminationReport
 from ..functional.doctor import TRAIN_RULES, diagnose
 from ..functional.doctor_grpo import GRPO_RULES
+from ..functional.doctor_loader import WAIT_FRACTION, WAIT_SECONDS, LoaderClock
 from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimits
 from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
@@ -71,6 +72,7 @@ class TrainDoctor(OwningCallback):
         self._facts = RunFacts(max_steps=0)
         self._watch: ForwardWatch | None = None
         self._used_lr: float | None = None
+        self._clock = LoaderClock()
         self._measures_packing, self._failed = True, False
 
     @property
@@ -117,23 +119,30 @@ class TrainDoctor(OwningCallback):
         # Each resume can go wrong anew.
         self._said = {finding.rule for finding in self.findings} - {"optimizer_restarted"}
         self._forget_model()
-        self._failed = False
+        self._failed, self._clock = False, LoaderClock()
         if state.is_world_process_zero:
             self._watch = ForwardWatch(kwargs["model"])
             # The model of DeepSpeed or FSDP can only be called by all processes together.
             self._measures_packing = sharding_engine(args) is None
             self._look(state)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._clock.begin_step()
+
     @only_observes
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._clock.end_step()
         if self._watch is None or state.global_step != self._facts.start_step + 1:
             return
         self._facts = _with_plan(self._facts, _inner(kwargs["lr_scheduler"]), state.global_step)
         self._measure_packing(kwargs["model"])
         self._look(state)
         self._facts = dataclasses.replace(self._facts, plan=None)  # looked at once
+        self._clock.mark()
 
     @only_observes
     def on_optimizer_step(
@@ -146,6 +155,7 @@ class TrainDoctor(OwningCallback):
     @only_observes
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
+        self._clock.mark()
         if self._watch is None or "loss" not in logs:
             return
         entry = {**logs, "step": state.global_step, "scheduler_steps": scheduler_steps(kwargs["lr_scheduler"])}
@@ -153,11 +163,27 @@ class TrainDoctor(OwningCallback):
         entry["optimizer_lr"] = self._used_lr
         entry["pad_ratio"] = self._watch.take_pad_ratio()
         entry["labels_in_loss"] = self._watch.take_label_ratio()
+        if (waited := self._clock.take()) is not None:
+            entry |= {WAIT_FRACTION: waited.fraction, WAIT_SECONDS: waited.seconds}
         if in_probe(state):
             return  # an LR that is only tried, and the losses that it gives, are no symptoms
         self._trace.append(entry)
         self._measure_packing(kwargs["model"])
         self._look(state)
+        self._clock.mark()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._clock.mark()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._clock.mark()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._clock.leave_out()  # a pass begins with starting the workers
 
     @only_observes
     def on_train_end(

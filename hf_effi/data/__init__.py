@@ -1,4 +1,4 @@
-"""What makes, changes or scores rows: scorers, collators, batch transforms, self-improvement."""
+"""What makes, changes or scores rows: scorers, collators, batch transforms, self-improvement, token files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _PUBLIC = {
     "MaskingRatioCurriculum": "hf_effi.data.masking",
     "MetadataCollator": "hf_effi.data.metadata",
     "MetadataConditioning": "hf_effi.data.metadata",
+    "MegatronTokenFile": "hf_effi.data.token_files",
     "ModelScore": "hf_effi.data.scores",
     "Multigrid": "hf_effi.functional.data",
+    "NanotronTokenFile": "hf_effi.data.token_files",
     "ReplayStream": "hf_effi.data.replay_stream",
     "RowCorrect": "hf_effi.data.row_measures",
     "RowLoss": "hf_effi.data.row_measures",
@@ -29,6 +31,8 @@ _PUBLIC = {
     "SelfImprovement": "hf_effi.data.self_improvement",
     "SharedPrefixCollator": "hf_effi.data.shared_prefix",
     "StepLabelCollator": "hf_effi.data.step_labels",
+    "TokenBlocks": "hf_effi.data.token_blocks",
+    "TokenFile": "hf_effi.data.token_files",
     "UL2Denoising": "hf_effi.data.denoising",
     "UL2R_DENOISERS": "hf_effi.functional.data",
     "UL2_DENOISERS": "hf_effi.functional.data",
@@ -40,6 +44,7 @@ _PUBLIC = {
     "model_fingerprint": "hf_effi.data.scores",
     "repeat_rows": "hf_effi.data.few_rows",
     "retrieval_heads": "hf_effi.data.attention_influence",
+    "write_token_file": "hf_effi.data.token_writer",
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
@@ -75,5 +80,10 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .shared_prefix import SharedPrefixCollator as SharedPrefixCollator
     from .shared_prefix import group_by_prompt as group_by_prompt
     from .step_labels import StepLabelCollator as StepLabelCollator
+    from .token_blocks import TokenBlocks as TokenBlocks
+    from .token_files import MegatronTokenFile as MegatronTokenFile
+    from .token_files import NanotronTokenFile as NanotronTokenFile
+    from .token_files import TokenFile as TokenFile
+    from .token_writer import write_token_file as write_token_file
 
 __getattr__, __dir__, __all__ = face(__name__, _PUBLIC)

@@ -66,6 +66,9 @@ class TrainLimits:
         padding: Share of padding among the forwarded tokens.
         padding_logs: Successive entries above it.
         leak: Relative change of a packed document's logits when only its neighbour changes.
+        waiting: Share of the time in which updates wait for their batches.
+        waiting_seconds: Seconds for which each of them waits.
+        waiting_logs: Successive entries above both.
         passes: Times that a run goes over its training rows before they count as repeated.
         passes_decay: Weight decay that is strong enough for repeated rows.
     """
@@ -82,6 +85,9 @@ class TrainLimits:
     padding: float = 0.6
     padding_logs: int = 3
     leak: float = 1e-3
+    waiting: float = 0.3
+    waiting_seconds: float = 0.02
+    waiting_logs: int = 5
     passes: float = MOST_PASSES
     passes_decay: float = WEIGHT_DECAY_GRID[0]
 

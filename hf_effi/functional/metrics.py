@@ -117,6 +117,10 @@ LTD_LAYER_TOKENS = "effi/ltd_layer_tokens"
 LTD_LAYER_TOKEN_FRACTION = "effi/ltd_layer_token_fraction"
 #: tokens of a row
 SEQUENCE_LENGTH = "effi/sequence_length"
+#: of the updates since the last log entry: share of the time in which they waited for their batches, and seconds for
+#: each of them
+DATA_WAIT_FRACTION = "effi/data_wait/fraction"
+DATA_WAIT_SECONDS = "effi/data_wait/seconds"
 #: share of tokens that are masked
 MASKING_RATIO = "effi/masking_ratio"
 #: 1 where rows are preceded by their metadata, else 0

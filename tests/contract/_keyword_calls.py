@@ -96,7 +96,14 @@ CALLS: dict[str, tuple[str, str]] = {
         "tests/training/test_refine.py::test_all_plain_is_the_trainer_without_it_to_the_bit",
     ),
     # tokenizers and texts
-    "self.tokenizer": ("add_special_tokens", f"{_KEYWORDS}test_a_tokenizer_adds_special_tokens_where_it_is_asked_to"),
+    "self.tokenizer": (
+        "add_special_tokens verbose",
+        "tests/unit/test_token_files.py::test_a_tokenizer_does_what_the_writer_asks_it_to",
+    ),
+    "datasets:load_dataset": (
+        "data_files split streaming",
+        "tests/unit/test_token_files.py::test_a_file_of_rows_is_read_as_a_stream",
+    ),
     "self.tokenizer.apply_chat_template": (
         "add_generation_prompt tokenize return_dict",
         f"{_KEYWORDS}test_a_chat_template_is_rendered_as_it_is_asked_for",

@@ -19,6 +19,8 @@ ALLOWED = {
     ("checkpoint/staging.py", "write_file"): "into the folder in progress of a checkpoint, which is renamed",
     ("checkpoint/merge_files.py", "write"): "into a folder that save_aside renames",
     ("checkpoint/convert.py", "_write_single"): "into a folder that save_aside renames",
+    ("data/token_writer.py", "write"): "into a folder that save_aside renames",
+    ("data/token_writer.py", "_write_numbers"): "into the same",
     ("schedules/branch.py", "copy"): "into a folder that save_aside renames",
     ("hub/_worker.py", "<module>"): "the answer of a process, to its standard output",
     ("demo/policy.py", "fine_tune"): "sealed by sft_settings.json, which is written last",

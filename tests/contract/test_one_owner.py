@@ -50,6 +50,7 @@ MAKE = {
     "HypergradientCallback": lambda cls: cls(),
     "KernelPatchCallback": lambda cls: cls({"SwiGLUMLP": own_layer()}),
     "LRScheduleCallback": lambda cls: cls(linear()),
+    "LoaderWaitCallback": lambda cls: cls(),
     "MIGUCallback": lambda cls: cls(),
     "MemoryBudgetCallback": lambda cls: cls(1.0),
     "MultigridLRCallback": lambda cls: cls(Multigrid(16, (2, 1), (1,))),

@@ -149,6 +149,7 @@ CASES: dict[str, Case] = {
         trains=True,
         look=lambda callback: callback.current.spec(),
     ),
+    "LoaderWaitCallback": Case(lambda trainer: hf_effi.callbacks.LoaderWaitCallback()),
     "MIGUCallback": Case(lambda trainer: hf_effi.callbacks.MIGUCallback(0.5, "hard"), trains=True),
     "MemoryBudgetCallback": Case(lambda trainer: hf_effi.MemoryBudgetCallback(1.0), _CHECKPOINTING),
     "MultigridLRCallback": Case(

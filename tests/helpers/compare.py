@@ -12,7 +12,7 @@ Weights = Mapping[str, torch.Tensor]
 
 #: entries of `log_history` that measure time or memory, and so differ between two equal runs
 VOLATILE_KEYS = frozenset({"step_time", "eval_step_time"})
-VOLATILE_PARTS = ("runtime", "per_second", "mem_")
+VOLATILE_PARTS = ("runtime", "per_second", "mem_", "data_wait")
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:

@@ -23,6 +23,8 @@ def entry(step, **over):
         "scheduler_steps": step,
         "optimizer_lr": 1e-3 * (1 - step / 200),
         "pad_ratio": 0.3,
+        "data_wait_fraction": 0.02,
+        "data_wait_seconds": 0.01,
         "reward": 0.3 + 0.002 * step,
         "reward_std": 0.4,
         "frac_reward_zero_std": 0.4,
@@ -67,6 +69,7 @@ BROKEN = {
     "always_clipped": ({"grad_norm": constant(3.0)}, {}),
     "optimizer_restarted": ({}, {"start_step": 50, "scheduler_start": 50, "optimizer_steps": 0}),
     "mostly_padding": ({"pad_ratio": constant(0.71)}, {}),
+    "loader_waits": ({"data_wait_fraction": constant(0.6), "data_wait_seconds": constant(0.3)}, {}),
     "documents_mix": ({}, {"leak": 0.2}),
     "data_repeats": ({}, {"passes": 4.1, "weight_decay": 0.1}),
     "all_truncated": ({"completions/clipped_ratio": constant(1.0)}, {}),
@@ -131,6 +134,8 @@ def test_what_has_been_said_is_not_said_again():
         ("always_clipped", {"grad_norm": constant(3.0)}, {"max_grad_norm": 0.0}),  # clipping is off
         ("optimizer_restarted", {}, {"start_step": 50, "scheduler_start": 50, "optimizer_steps": 49}),
         ("optimizer_restarted", {}, {"start_step": 50, "scheduler_start": 50, "optimizer_steps": None}),  # SGD
+        ("loader_waits", {"data_wait_fraction": constant(0.6), "data_wait_seconds": constant(1e-3)}, {}),  # tiny steps
+        ("loader_waits", {"data_wait_fraction": lambda s: 0.6 if s % 5 else 0.1}, {}),  # now and then
         ("documents_mix", {}, {"leak": 1e-6}),
         ("reward_never_varies", {"reward": constant(0.5), "reward_std": constant(0.5)}, {}),
         ("zero_variance", {"frac_reward_zero_std": lambda s: 1.0 if s % 4 else 0.5}, {}),

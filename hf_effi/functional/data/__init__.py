@@ -8,6 +8,7 @@ from ._checks import as_labels, check_count, check_number, clean_scores, seeded
 from .agreement import keep_by_length, majority_answers
 from .apportion import apportion
 from .attention_influence import copy_probe, copy_scores, relative_increase, top_heads
+from .bijection import shuffled_index
 from .contamination import (
     LEAST_TOKENS,
     ContaminationReport,
@@ -146,6 +147,7 @@ __all__ = [
     "score_order",
     "seeded",
     "self_paced_weights",
+    "shuffled_index",
     "span_mask",
     "split_spans",
     "stability_dip",
