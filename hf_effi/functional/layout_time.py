@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 #: bytes of a bucket of DDP
 _BUCKET = 25 * 2**20
+_FROM_ZERO = ("latency_seconds", "layer_seconds", "unit_seconds", "overlap")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Machine:
         host_link_bytes (`float`, *optional*, defaults to 40e9): Bytes per second between a device and its host.
         host_memory_bytes (`float`, *optional*, defaults to 20e9): Bytes per second of host memory, for one rank.
         layer_seconds (`float`, *optional*, defaults to 0.0): Fixed time of one pass of a layer, beside its FLOPs.
+        unit_seconds (`float`, *optional*, defaults to 0.0): Fixed time of gathering and reducing one sharded layer in
+            a forward and a backward pass, beside its bytes. GPUs hide it behind kernels, CPUs do not.
 
     Raises:
         ValueError: a value out of range.
@@ -58,6 +61,7 @@ class Machine:
     host_link_bytes: float = 40e9
     host_memory_bytes: float = 20e9
     layer_seconds: float = 0.0
+    unit_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.efficiency <= 1:
@@ -65,7 +69,7 @@ class Machine:
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"overlap={self.overlap!r} must lie in [0, 1].")
         for column in fields(self):
-            value, least = getattr(self, column.name), column.name in ("latency_seconds", "layer_seconds", "overlap")
+            value, least = getattr(self, column.name), column.name in _FROM_ZERO
             if not (value >= 0 if least else value > 0) or value == math.inf:
                 raise ValueError(f"{column.name}={value!r} must be a number {'of at least' if least else 'above'} 0.")
 
@@ -151,6 +155,7 @@ def layout_time(
     compute = seconds + 3 * layers * machine.layer_seconds
     recompute = seconds * extra_time(switches, row_flops) + repeats * layers * machine.layer_seconds
     along = _along(layout, trace, machine, layers, repeats, exchange_width)
+    along += (layers + 1) * machine.unit_seconds if stage == 3 else 0.0
     gathers, reductions, last = _states(layout, parameters, trace, machine, devices, stage, layers)
     beside, backward = machine.overlap * (compute + recompute), machine.overlap * (compute * 2 / 3 + recompute)
     each = layout.accumulation if _reduces_each(layout, stage) else 1

@@ -153,4 +153,3 @@ def engines_of(optimizer: str) -> tuple[tuple[str, ...], str | None]:
     if optimizer in ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"):
         return every, None
     return ("ddp",), f"{optimizer} on shards is run by no test of this package"
-

@@ -42,6 +42,7 @@ CONSTANTS: dict[str, tuple[str, float, str]] = {
     "host_link_gbs": ("host_link_bytes", 1e9, "GB/s between a device and its host"),
     "host_memory_gbs": ("host_memory_bytes", 1e9, "GB/s of host memory for one rank"),
     "layer_us": ("layer_seconds", 1e-6, "fixed microseconds of one pass of a layer"),
+    "unit_us": ("unit_seconds", 1e-6, "fixed microseconds of sharding one layer in a micro-batch"),
 }
 
 
@@ -352,7 +353,8 @@ def _too_large(figures: Sequence[PlannedLayout], budget: int | None) -> list[str
 
 
 def _change(request: _Request, model: Any, machine: Machine, budget: int) -> str:
-    """Return one sentence: the cheapest change after which a layout fits."""
+    """Return one sentence: the cheapest change after which a layout fits. The smallest micro-batch needs least."""
+    request = dataclasses.replace(request, max_micro_batch=1)
     least = {"": min(one.table.peak for one in _figures(request, model, machine)[0])}
     for words, other, same in _changes(request):
         if words not in least:
@@ -388,7 +390,8 @@ def _changes(request: _Request) -> list[tuple[str, _Request, bool]]:
     for times in (2, 4, 8):
         devices = request.devices * times
         rows = math.lcm(request.global_batch, devices)
-        found.append((f"{devices} devices (--gpus {devices})", change(request, devices=devices, global_batch=rows), True))
+        more = change(request, devices=devices, global_batch=rows)
+        found.append((f"{devices} devices (--gpus {devices})", more, True))
     return found
 
 
@@ -467,8 +470,8 @@ def format_layouts(plan: LayoutPlan, top: int = 5) -> str:
         limit = plan.ranked[0].time.total * (1 + UNCERTAINTY)
         near = sum(one.time.total <= limit for one in plan.ranked)
         lines.append(
-            f"{len(plan.ranked)} of {plan.considered} layouts fit; {near} lie within 20 % of the first, which this model "
-            "cannot tell apart: measure those."
+            f"{len(plan.ranked)} of {plan.considered} layouts fit; {near} lie within 20 % of the first, which this "
+            "model cannot tell apart: measure those."
         )
     if plan.change:
         lines.append(plan.change)

@@ -181,6 +181,11 @@ def test_a_step_by_hand():
     assert seconds(replace(full, engine="zero2")).exposed == pytest.approx((4 + 1) * part)
     assert seconds(replace(full, engine="zero1")).exposed == pytest.approx(2 * part)
     assert seconds(full).update == pytest.approx(alone.update / 4)
+    fixed = replace(SLOW, unit_seconds=0.01)
+    assert seconds(full, machine=fixed).exposed == pytest.approx(
+        (2 * 4 + 1) * part + 4 * 4 * 0.01
+    )  # three layers, root
+    assert seconds(STOCK, machine=fixed) == seconds(STOCK)
     # Two shards of two replicas: gathers among two, and the replicas add their halves.
     hybrid = replace(STOCK, engine="hybrid", shard_ranks=2)
     assert seconds(hybrid).exposed == pytest.approx(3 * 13_000 / 2 / 1e6 + 2 * 6_500 / 2 / 1e6)

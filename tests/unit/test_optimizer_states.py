@@ -53,9 +53,7 @@ def test_by_hand():
     assert optimizer_bytes([matrix, norm], "mars_m") == (4 + 2) * 256 + 2 * 2 * 8 + 4
     assert optimizer_bytes([matrix, norm], "apollo_mini") == 4 * (2 * 32 + 1 + 8) + 2 * 4 * 8
     assert optimizer_bytes([matrix, norm], "apollo") == 2 * 4 * (256 + 8)  # no side above the rank
-    assert optimizer_bytes([Parameter((4, 8, 32), 4, True, role="experts")], "apollo_mini") == 4 * (
-        2 * 4 * 32 + 4 + 8
-    )
+    assert optimizer_bytes([Parameter((4, 8, 32), 4, True, role="experts")], "apollo_mini") == 4 * (2 * 4 * 32 + 4 + 8)
     assert optimizer_bytes([matrix, norm], "soap") == 2 * (2 * 256 + 2 * (64 + 1024) + 2 * 8)
     assert optimizer_bytes([Parameter((8, 32), 4, False, role="hidden")], "muon") == 0
     assert optimizer_bytes([], "frugal") == 0
