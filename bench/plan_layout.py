@@ -5,12 +5,13 @@
 
 Two gloo processes on CPUs train one decoder through the Trainer under six layouts: DDP with one and with four
 micro-batches, DDP with checkpointing, FSDP2 with one and with four micro-batches, and sequence parallelism over both
-processes. The constants of the time model are measured before, on the same two processes at once, and on none of the six: FLOP/s
-and the fixed time of a layer from single-process steps of two other decoders, the link from collectives of two sizes,
-memory from updates of AdamW on a vector, the fixed time of a sharded layer from one of the two other decoders with and
-without FSDP2. Nothing overlaps on two busy cores: `overlap` is 0. The figure is Kendall's tau
-between predicted and measured seconds of an update, the median over seeds of each seed's shortest update. Seconds are the CPU
-seconds of the slower process, which other jobs of the machine do not stretch; beside it stands tau of wall-clock seconds.
+processes. The constants of the time model are measured on the same two processes at once, and on none of the six:
+FLOP/s and the fixed time of a layer from single-process steps of two other decoders, the link from collectives of two
+sizes, memory from updates of AdamW on a vector, the fixed time of a sharded layer from one of the two other decoders
+with and without FSDP2. Nothing overlaps on two busy cores: `overlap` is 0. The figure is Kendall's tau between
+predicted and measured seconds of an update, the median over seeds of each seed's shortest update. Seconds are the CPU
+seconds of the slower process, which other jobs of the machine do not stretch; beside it stands tau of wall-clock
+seconds.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def _process(rank: int, engine: str, study: Study, folder: str) -> None:
 
 
 def launch(engine: str, study: Study) -> tuple[list[list[Any]], Any]:
-    """Run the layouts of one engine on two processes; return the seconds of each rank, and constants of the machine."""
+    """Run the layouts of one engine on two processes; return the seconds of each rank, and measured constants."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
@@ -266,9 +267,10 @@ def launch(engine: str, study: Study) -> tuple[list[list[Any]], Any]:
 
 
 def slower_rank(ranks: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
-    """Return the shortest update of the slower rank, in CPU and in wall-clock seconds; the first update is left out."""
+    """Return the shortest update of the slower rank, in CPU and in wall-clock seconds, without the first update."""
     updates = list(zip(*(rank[1:] for rank in ranks), strict=True))
-    return tuple(min(max(one[clock] for one in update) for update in updates) for clock in (0, 1))  # type: ignore[return-value]
+    cpu, wall = (min(max(one[clock] for one in update) for update in updates) for clock in (0, 1))
+    return cpu, wall
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

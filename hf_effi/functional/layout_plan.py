@@ -272,7 +272,8 @@ def split_parameters(parameters: Sequence[Parameter], split: Sequence[bool], siz
 
     Example:
     ```python
-    >>> [one.shape for one in split_parameters([Parameter((8, 6), 2, True), Parameter((8,), 2, True)], [True, False], 4)]
+    >>> weights = [Parameter((8, 6), 2, True), Parameter((8,), 2, True)]
+    >>> [one.shape for one in split_parameters(weights, [True, False], 4)]
     [(2, 6), (8,)]
 
     ```

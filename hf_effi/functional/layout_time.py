@@ -20,8 +20,8 @@ _FROM_ZERO = ("latency_seconds", "layer_seconds", "unit_seconds", "overlap")
 @dataclass(frozen=True)
 class Machine:
     """
-    Devices and links. The defaults are a data sheet's for eight H100 in a node, with efficiencies that are usual there;
-    none was measured for this package. Set your own.
+    Devices and links. The defaults are a data sheet's for eight H100 in a node, with efficiencies that are usual
+    there; none was measured for this package. Set your own.
 
     Args:
         peak_flops (`float`, *optional*, defaults to 989e12): Of one device per second, in the precision of the run.
@@ -134,8 +134,8 @@ def layout_time(
     Return the time of an update.
 
     `accumulation * (3 F (1 + extra) / (peak * efficiency) + exposed) + exposed per update + optimizer`, with `F` the
-    forward FLOPs of a micro-batch on one rank, `extra` what [`~hf_effi.functional.memory.extra_time`] says, and exposed
-    what communication takes beyond `overlap` times the computing that runs beside it.
+    forward FLOPs of a micro-batch on one rank, `extra` what [`~hf_effi.functional.memory.extra_time`] says, and
+    exposed what communication takes beyond `overlap` times the computing that runs beside it.
 
     Args:
         layout (`Layout`): What is planned.
@@ -230,7 +230,7 @@ def _update(
     machine: Machine,
     stage: int,
 ) -> float:
-    """Return the seconds of the optimizer: its share of states and trained weights is read and written, and gradients."""
+    """Return the seconds of the optimizer: states and trained weights are read and written, gradients read."""
     if layout.offload:
         kept = sum(trace.layer_inputs[:-1]) if layout.activations == "offload" else 0
         return 2 * (table.host - kept) / machine.host_memory_bytes

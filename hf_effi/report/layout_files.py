@@ -58,8 +58,8 @@ def launch_file(layout: Layout, *, devices: int, devices_per_node: int, autocast
 
 def training_arguments(layout: Layout, *, autocast: bool, optimizer: str) -> dict[str, Any]:
     """
-    Return the training arguments of a layout; `sequence_parallel_size` and optimizers of this package are fields of the
-    Effi configs.
+    Return the training arguments of a layout; `sequence_parallel_size` and optimizers of this package are fields of
+    the Effi configs.
 
     Args:
         layout (`Layout`): What is trained.

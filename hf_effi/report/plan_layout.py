@@ -306,8 +306,8 @@ def _plan(request: _Request, machine: Machine, budget: int | None) -> LayoutPlan
     figures, out = _figures(request, model, machine)
     if not figures:
         raise ValueError(
-            f"global_batch={request.global_batch} cannot be dealt to {request.devices} devices: no engine has a number "
-            f"of groups that divides it. Give a multiple of {request.devices}."
+            f"global_batch={request.global_batch} cannot be dealt to {request.devices} devices: no engine has a "
+            f"number of groups that divides it. Give a multiple of {request.devices}."
         )
     ranked = rank_layouts(figures, budget)
     out += _too_large(figures, budget)

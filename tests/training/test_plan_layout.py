@@ -1,4 +1,4 @@
-"""`hf-effi plan layout` on small configs: what it prints, what it writes, and that accelerate and transformers take it."""
+"""`hf-effi plan layout` on small configs: what it prints and writes, and that accelerate and transformers take it."""
 
 from __future__ import annotations
 
@@ -65,6 +65,20 @@ def test_memory_is_that_of_plan_memory(plan):
         CONFIG, seq_len=32, batch=4, autocast=True, sharding="fsdp", ranks=2, sequence_parallel_size=2
     ).rows
     assert split.table == same[0][1]
+
+
+def test_larger_micro_batches_need_checkpointing_or_ranks(plan):
+    """A finding of the paper, by arithmetic: rows cost memory, unless something recomputes or shares."""
+
+    def peak(micro, activations="keep", engine="ddp", size=1):
+        return next(
+            one.table.peak
+            for one in plan.ranked
+            if (one.layout.micro_batch, one.layout.activations, one.layout.engine, one.layout.sequence_parallel_size)
+            == (micro, activations, engine, size)
+        )
+
+    assert peak(1) < peak(2) and peak(2, "checkpoint") < peak(2) and peak(2, size=2) < peak(2)
 
 
 def test_a_micro_batch_that_was_not_traced_is_where_a_trace_puts_it():
@@ -182,10 +196,16 @@ def test_on_the_command_line(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["ranked"] == [] and told["change"].startswith("Nothing fits")
     assert told["constants"]["link_bytes"] == Machine().link_bytes
-    for wrong, name in ((["--gpus", "0"], "devices=0"), (["--precision", "int4"], "precision='int4'"),
-                        (["--optimizer", "adamm"], "optimizer='adamm'"), (["--efficiency", "2"], "efficiency=2"),
-                        (["--engines", "pipeline"], "'pipeline'"), (["--top", "0"], "--top 0"),
-                        (["--global-batch", "3", "--engines", "zero2"], "global_batch=3"), (["--headroom", "0.2"], "headroom"),
-                        (["--gpus", "12"], "devices=12")):  # fmt: skip
+    for wrong, name in (
+        (["--gpus", "0"], "devices=0"),
+        (["--gpus", "12"], "devices=12"),
+        (["--precision", "int4"], "precision='int4'"),
+        (["--optimizer", "adamm"], "optimizer='adamm'"),
+        (["--efficiency", "2"], "efficiency=2"),
+        (["--engines", "pipeline"], "'pipeline'"),
+        (["--top", "0"], "--top 0"),
+        (["--headroom", "0.2"], "headroom"),
+        (["--global-batch", "3", "--engines", "zero2"], "global_batch=3"),
+    ):
         assert cli.main([*words, *wrong]) == 2
         assert name in capsys.readouterr().err
