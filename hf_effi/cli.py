@@ -32,6 +32,11 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
         "draw, transfer, extend or predict a learning-rate schedule without training",
         "hf-effi plan lr show --steps 1000 --schedule wsd --schedule 'cosine {\"warmup_steps\": 50}'",
     ),
+    "layout": (
+        "hf_effi.report.plan_layout",
+        "ways to spread a training over devices, ranked by memory and time, with the launch file of the best",
+        "hf-effi plan layout Qwen/Qwen3-8B --gpus 8 --gpu-gib 80 --seq-len 8192 --global-batch 64",
+    ),
     "memory": (
         "hf_effi.report.plan_memory",
         "what a training step needs, for each set of memory switches, from the model's config alone",

@@ -41,4 +41,22 @@ ROWS: tuple[Method, ...] = (
         tests=("tests/unit/test_scaling.py", "tests/training/test_plan_scaling.py"),
         bench="bench/scaling.py",
     ),
+    Method(
+        key="layout_planner",
+        title="Layout planner",
+        kind="recipe",
+        goals=("less memory", "faster steps", "insight"),
+        summary="Ranks ways to spread a training over devices by memory and time, and writes the files of the best.",
+        entry_points=(
+            "hf_effi.functional.layout_plan:enumerate_layouts",
+            "hf_effi.functional.layout_plan:rank_layouts",
+            "hf_effi.functional.layout_time:layout_time",
+        ),
+        paper="Efficient Parallelization Layouts for Large-Scale Distributed Model Training",
+        paper_id="2311.05610",
+        authors="Hagemann, Johannes and others",
+        status="experimental",
+        tests=("tests/unit/test_layout_plan.py", "tests/training/test_plan_layout.py"),
+        bench="bench/plan_layout.py",
+    ),
 )

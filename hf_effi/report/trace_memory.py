@@ -18,6 +18,7 @@ from ..errors import RefusedError
 from ..functional.memory import ForwardTrace, Parameter, StepFlops, extrapolated_trace, through_three_points
 from ..functional.saved_bytes import SavedBytes
 from ..functional.shape_run import ShapeRun, _TooManyOperations, storage_of, weights_of
+from ..optim.roles import parameter_roles
 from .layer_trace import TraceProbe
 from .model_shapes import (
     base_model,
@@ -117,6 +118,8 @@ class TracedModel:
         self.quantization = quantization_of(self.config) if isinstance(model, PreTrainedConfig) else None
         self._packed = {id(weight) for weight in packed}
         self._embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
+        trainable = any(p.requires_grad for p in self.model.parameters())
+        self._roles = {id(one.parameter): one.role for one in parameter_roles(self.model)} if trainable else {}
         self._reached: set[int] | None = None
         self.recomputing: set[str] = set()
         self.extra: dict[str, Any] = {}
@@ -129,7 +132,14 @@ class TracedModel:
             return weight.requires_grad and (self._reached is None or id(weight) in self._reached)
 
         return [
-            Parameter(tuple(p.shape), p.element_size(), trained(p), id(p) in self._packed, id(p) in self._embeddings)
+            Parameter(
+                tuple(p.shape),
+                p.element_size(),
+                trained(p),
+                id(p) in self._packed,
+                id(p) in self._embeddings,
+                self._roles.get(id(p), ""),
+            )
             for p in self.model.parameters()
         ]
 
