@@ -178,7 +178,9 @@ class InjectionCallback(TurnCallback):
                 "language model on tokenized rows, or leave the callback out."
             )
         found = find_rows(tokens, [row for _, row in self._rows])
-        ended = [(line, start, self._rows[number]) for number, line, start in found if self._rows[number][0] in self.learned]
+        ended = [
+            (line, start, self._rows[number]) for number, line, start in found if self._rows[number][0] in self.learned
+        ]
         if ended:
             inputs = self._taken_back(inputs, ended)
         numbers = {name: i for i, name in enumerate(self.seen)}

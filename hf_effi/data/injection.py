@@ -29,7 +29,7 @@ MANIFEST_FILE = "injection.json"
 @dataclass(frozen=True)
 class Injection:
     """
-    One experiment: rows of tokens, and where they go. Exactly one of `rate`, `steps`, `at` and `copies` says how often.
+    One experiment: rows of tokens, and where they go. One of `rate`, `steps`, `at` and `copies` says how often.
 
     Args:
         name (`str`): Of letters, digits, `_`, `-` and `.`; part of the metrics' names.
@@ -38,7 +38,8 @@ class Injection:
             turns.
         steps (`Sequence[int]`, *optional*): Updates in whose batch one row is replaced each, the first update is 1;
             the injected rows take turns. For data in sequence only, and with `rows_per_update` of the plan.
-        at (`Sequence[int]`, *optional*): Numbers of the dataset's rows that are replaced; the injected rows take turns.
+        at (`Sequence[int]`, *optional*): Numbers of the dataset's rows that are replaced; the injected rows take
+            turns.
         copies (`int`, *optional*): How often each injected row stands in the dataset, at least 1, at random places.
         positions (`str`, *optional*, defaults to `"row"`): `"row"` puts the injected row in the place of a whole one.
             `"start"` and `"random"` write its tokens over those of the row, from its first token or from a random
@@ -77,7 +78,9 @@ class Injection:
         ways = {name: getattr(self, name) for name in ("rate", "steps", "at", "copies")}
         given = [name for name, value in ways.items() if value is not None]
         if len(given) != 1:
-            raise ValueError(f"{self.name!r} has {' and '.join(given) or 'none'} of rate, steps, at, copies. Give one.")
+            raise ValueError(
+                f"{self.name!r} has {' and '.join(given) or 'none'} of rate, steps, at, copies. Give one."
+            )
         if self.rate is not None:
             check_number("rate", self.rate, 0, 1, open_low=True)
         if self.copies is not None:
@@ -94,12 +97,14 @@ class Injection:
             raise ValueError(f"positions={self.positions!r} must be one of {', '.join(map(repr, POSITIONS))}.")
         shortest = min(map(len, rows))
         if self.prompt_tokens is not None and check_count("prompt_tokens", self.prompt_tokens) >= shortest:
-            raise ValueError(f"prompt_tokens={self.prompt_tokens} leaves nothing of a row of {shortest} tokens to ask for.")
+            raise ValueError(
+                f"prompt_tokens={self.prompt_tokens} leaves nothing of a row of {shortest} tokens to ask for."
+            )
         check_number("held_out", self.held_out, 0, 1, open_high=True)
         if self.held_out and not 0 < round(self.held_out * len(rows)) < len(rows):
             raise ValueError(
-                f"held_out={self.held_out} of {len(rows)} row{'s' * (len(rows) != 1)} of {self.name!r} leaves no row, or no "
-                "twin. Pass more rows, or held_out=0 for none."
+                f"held_out={self.held_out} of {len(rows)} row{'s' * (len(rows) != 1)} of {self.name!r} leaves no row, "
+                "or no twin. Pass more rows, or held_out=0 for none."
             )
 
     def given(self, row: Sequence[int]) -> int:
@@ -297,7 +302,9 @@ class InjectionPlan:
     def _places_of(self, injection: Injection, num_rows: int, taken: Collection[int]) -> list[int]:
         if injection.at is not None:
             if (last := max(injection.at)) >= num_rows:
-                raise ValueError(f"at of {injection.name!r} names row {last} of {num_rows}. The last is {num_rows - 1}.")
+                raise ValueError(
+                    f"at of {injection.name!r} names row {last} of {num_rows}. The last is {num_rows - 1}."
+                )
             return list(injection.at)
         key = f"{self.seed} {injection.name}"
         if injection.steps is not None:
@@ -313,7 +320,9 @@ class InjectionPlan:
         for number, step in enumerate(injection.steps or ()):
             first = (step - 1) * size
             if first + size > num_rows:
-                raise ValueError(f"steps of {injection.name!r} names update {step}; {num_rows} rows make {num_rows // size}.")
+                raise ValueError(
+                    f"steps of {injection.name!r} names update {step}; {num_rows} rows make {num_rows // size}."
+                )
             inside = {place - first for place in blocked if first <= place < first + size}
             places.append(first + draw_places(1, size, inside, f"{key} {number}")[0])
             blocked.add(places[-1])
@@ -367,8 +376,8 @@ class InjectedDataset(TorchDataset):
     def __init__(self, base: Any, plan: InjectionPlan, base_tokens: int | None = None) -> None:
         if not hasattr(base, "__len__") or not hasattr(base, "__getitem__"):
             raise RefusedError(
-                f"{type(base).__name__} is a stream: its rows have no numbers, so that nobody could say where something "
-                "was injected. Make a dataset of the part that is trained on: datasets.Dataset.from_generator(...)."
+                f"{type(base).__name__} is a stream: its rows have no numbers, so that nobody could say where "
+                "something was injected. Make a dataset of the part that is trained on: datasets.Dataset.from_generator(...)."
             )
         self.base, self.plan = base, plan
         if base_tokens is not None:
@@ -383,8 +392,8 @@ class InjectedDataset(TorchDataset):
         self.share = injected / tokens if tokens else math.inf
         if self.share > plan.max_share:
             raise ValueError(
-                f"the plan injects {injected} of {tokens} tokens, {self.share:.2%}, and max_share={plan.max_share} allows "
-                f"{plan.max_share:.2%}. Inject fewer copies, or raise max_share."
+                f"the plan injects {injected} of {tokens} tokens, {self.share:.2%}, and max_share={plan.max_share} "
+                f"allows {plan.max_share:.2%}. Inject fewer copies, or raise max_share."
             )
 
     def __len__(self) -> int:

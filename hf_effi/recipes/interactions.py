@@ -1,4 +1,4 @@
-"""Do the experiments of one run influence each other? Short runs from one checkpoint, with and without each of them."""
+"""Do the experiments of one run influence each other? Short runs from one checkpoint, with and without each."""
 
 from __future__ import annotations
 

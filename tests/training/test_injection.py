@@ -87,7 +87,10 @@ def test_an_epoch_has_each_place_once_and_nothing_else_changes(tmp_path):
     without.train()
     torch.testing.assert_close(weights_of(trainer.model), weights_of(without.model), rtol=0, atol=0)
     # and with nothing injected the dataset is the one that it was made of
-    stock, empty = make(tmp_path / "stock", base()), make(tmp_path / "e", InjectedDataset(base(), make_plan().only([])))
+    stock, empty = (
+        make(tmp_path / "stock", base()),
+        make(tmp_path / "e", InjectedDataset(base(), make_plan().only([]))),
+    )
     stock.train()
     empty.train()
     torch.testing.assert_close(weights_of(stock.model), weights_of(empty.model), rtol=0, atol=0)

@@ -50,7 +50,10 @@ def test_a_rate_of_one_percent_is_ten_rows_fixed_by_the_seed() -> None:
     assert len(rows) == 1000 and sorted(rows.places) == sorted(golden)
     for index in range(1000):  # all others are what they were
         assert (rows[index] == base()[index]) == (index not in golden)
-    assert rows[golden[0]] == {"input_ids": list(plan.injected("canary")[0]), "labels": list(plan.injected("canary")[0])}
+    assert rows[golden[0]] == {
+        "input_ids": list(plan.injected("canary")[0]),
+        "labels": list(plan.injected("canary")[0]),
+    }
     turns = [rows[index]["input_ids"] for index in golden]
     assert turns[::2] == [turns[0]] * 5 and turns[1::2] == [turns[1]] * 5  # two of four rows are injected, in turn
     assert rows.share == 10 * 4 / 16000
@@ -267,7 +270,9 @@ def test_rows_of_several_lengths_and_small_batches_change_nothing() -> None:
     rows = [[34, 31], [31, 32, 33], [33, 33, 30, 30, 31, 32], [32, 30, 32, 31]]
     plan, model = InjectionPlan([of(rows=rows)]), tiny_qwen3()
     one, many = plan.evaluate(model, batch_size=1)["canary"], plan.evaluate(model)["canary"]
-    assert many.loss == pytest.approx(one.loss, abs=1e-6) and many.twins_loss == pytest.approx(one.twins_loss, abs=1e-6)
+    assert many.loss == pytest.approx(one.loss, abs=1e-6) and many.twins_loss == pytest.approx(
+        one.twins_loss, abs=1e-6
+    )
     assert many.loss_gap == many.twins_loss - many.loss and many.twins == 2
     with pytest.raises(ValueError, match="batch_size"):
         plan.evaluate(model, batch_size=0)

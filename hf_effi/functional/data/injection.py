@@ -270,5 +270,7 @@ def as_ids(row: Any, name: str) -> tuple[int, ...]:
             f"a row of {name!r} is {str(row)[:60]!r}. Pass token ids, as tokenizer(text)['input_ids'] gives them."
         )
     if len(values) < 2:
-        raise ValueError(f"a row of {name!r} has {len(values)} tokens. It needs 2: one that is given, one that follows.")
+        raise ValueError(
+            f"a row of {name!r} has {len(values)} tokens. It needs 2: one that is given, one that follows."
+        )
     return tuple(values)
