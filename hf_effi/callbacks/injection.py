@@ -14,8 +14,7 @@ from ..checkpoint.run_folder import calling_trainer, run_folder
 from ..data.injection import InjectedDataset, InjectionResult, Place
 from ..errors import BrokenFileError, MismatchError, RefusedError
 from ..functional import metrics
-from ..functional.data import check_number
-from ..functional.data.injection import find_rows
+from ..functional.data import check_number, find_rows
 from ..functional.options import refuse_idle
 from ._engines import sharding_engine
 from ._turns import READ, WRITE, TurnCallback, in_turn
@@ -69,7 +68,7 @@ class InjectionCallback(TurnCallback):
     ```
     """
 
-    role = Role("injection", "Two callbacks count the injected rows", "Put all experiments into one plan.")
+    role = Role("injection", "Two callbacks count the injected rows", "Keep one, with all experiments in its plan.")
     in_recipe = False
 
     def __init__(

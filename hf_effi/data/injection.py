@@ -16,8 +16,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .._files import save_json
 from ..errors import RefusedError
-from ..functional.data import check_count, check_number
-from ..functional.data.injection import as_ids, continuations, draw_places, find_rows
+from ..functional.data import check_count, check_number, continuations, draw_places, find_rows
+from ..functional.data.injection import as_ids
 
 POSITIONS = ("row", "start", "random")
 #: columns of one value for each token, and what an injected token has there; `None` is its id
@@ -377,7 +377,8 @@ class InjectedDataset(TorchDataset):
         if not hasattr(base, "__len__") or not hasattr(base, "__getitem__"):
             raise RefusedError(
                 f"{type(base).__name__} is a stream: its rows have no numbers, so that nobody could say where "
-                "something was injected. Make a dataset of the part that is trained on: datasets.Dataset.from_generator(...)."
+                "something was injected. Make a dataset of the part that is trained on, as by "
+                "datasets.Dataset.from_generator(...)."
             )
         self.base, self.plan = base, plan
         if base_tokens is not None:
@@ -471,8 +472,8 @@ class InjectedDataset(TorchDataset):
         row, length = injected[turn % len(injected)], len(self.base[index]["input_ids"])
         if len(row) > length:
             raise ValueError(
-                f"{name!r} writes {len(row)} tokens over row {index}, which has {length}. Choose other rows by at=, or "
-                'pass positions="row".'
+                f"{name!r} writes {len(row)} tokens over row {index}, which has {length}. Choose other rows by at=, "
+                'or pass positions="row".'
             )
         if injection.positions == "start":
             return 0

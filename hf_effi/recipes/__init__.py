@@ -10,7 +10,7 @@ from .._faces import face
 _PUBLIC = {
     "ClassGaussians": "hf_effi.recipes.classifier_alignment",
     "CyclicalReflection": "hf_effi.recipes.reflection",
-    "Interaction": "hf_effi.functional.data.injection",
+    "Interaction": "hf_effi.functional.data",
     "LongContextStage": "hf_effi.recipes.long_context",
     "OneEpochSize": "hf_effi.functional.advice",
     "OptimizerAdvice": "hf_effi.functional.optimizer_table",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from ..functional.advice import sft_learning_rate as sft_learning_rate
     from ..functional.advice import size_one_epoch as size_one_epoch
     from ..functional.advice import weight_decay_grid as weight_decay_grid
-    from ..functional.data.injection import Interaction as Interaction
+    from ..functional.data import Interaction as Interaction
     from ..functional.optimizer_table import OptimizerAdvice as OptimizerAdvice
     from ..functional.optimizer_table import recommend_optimizer as recommend_optimizer
     from ..functional.weight_norms import WeightNormReport as WeightNormReport

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.injection import InjectedDataset, InjectionPlan, InjectionResult
 from ..errors import RefusedError
-from ..functional.data.injection import Interaction, measure_interactions
+from ..functional.data import Interaction, measure_interactions
 
 
 def loss_below_twins(result: InjectionResult) -> float:
