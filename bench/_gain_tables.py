@@ -79,8 +79,8 @@ def _optimizers(rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str, s
     widths = list(dict.fromkeys(row["width"] for row in runs))
     for arm in [arm for arm in dict.fromkeys(row["arm"] for row in runs) if arm != "adamw"]:
         for unit, cost in (("tokens", _updates), ("seconds of updates", _update_seconds)):
-            said = [_readings(_of_optimizer(_of(runs, width=width), arm, cost)) for width in widths]
-            yield f"{arm}, over AdamW, width {' and '.join(map(str, widths))}", unit, " and ".join(said)
+            said = [f"width {w}, {_readings(_of_optimizer(_of(runs, width=w), arm, cost))}" for w in widths]
+            yield f"{arm}, over AdamW", unit, "; ".join(said)
 
 
 def _of_optimizer(

@@ -296,7 +296,7 @@ class InjectionPlan:
             count = round(injection.held_out * len(rows))
             out = set(draw_places(count, len(rows), (), f"{self.seed} {name} twins"))
             kept = [row for i, row in enumerate(rows) if i not in out]
-            found[name] = (kept, [rows[i] for i in sorted(out)])  # type: ignore[assignment]
+            found[name] = (kept, [rows[i] for i in sorted(out)])
         return found  # type: ignore[return-value]
 
     def _places_of(self, injection: Injection, num_rows: int, taken: Collection[int]) -> list[int]:
