@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from packaging.version import Version
 
 from bench import _profile_tables
+from bench._gain_tables import gains_table
 from bench.findings import FINDINGS
 from hf_effi.functional.optimizer_table import TABLE
 from hf_effi.methods import METHODS, Method, methods_by_goal
@@ -263,6 +264,7 @@ VIEWS: dict[str, Callable[[Path], str]] = {
     "engines": engines_table,
     "engine_settings": engine_settings_table,
     "findings": findings_table,
+    "post_training_gains": gains_table,
     "tuned_optimizers": tuned_table,
     "rejected_classp": functools.partial(rejected_figures, prefixes=["classp_"]),
     "rejected_nap": functools.partial(rejected_figures, prefixes=["nap_"]),

@@ -10,6 +10,7 @@ from ._methods import (
     checkpoints,
     continual,
     data,
+    experiments,
     kernels,
     label_free,
     long_sequences,
@@ -64,6 +65,7 @@ METHODS: tuple[Method, ...] = (
     *checkpoints.ROWS,
     *observers.ROWS,
     *planning.ROWS,
+    *experiments.ROWS,
     *traffic.ROWS,
     *rejected.ROWS,
 )

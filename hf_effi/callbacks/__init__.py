@@ -22,6 +22,7 @@ _PUBLIC = {
     "GenerationCapCallback": "hf_effi.callbacks.length_budget",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
+    "InjectionCallback": "hf_effi.callbacks.injection",
     "KernelPatchCallback": "hf_effi.callbacks.kernel_patch",
     "LRScheduleCallback": "hf_effi.callbacks.lr_schedule",
     "LoaderWaitCallback": "hf_effi.callbacks.loader_wait",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .fast_forward import FastForwardCallback as FastForwardCallback
     from .grpo_schedule import GRPOScheduleCallback as GRPOScheduleCallback
     from .grpo_schedule import still3 as still3
+    from .injection import InjectionCallback as InjectionCallback
     from .kernel_patch import KernelPatchCallback as KernelPatchCallback
     from .layer_modes import ActivationOffloadCallback as ActivationOffloadCallback
     from .layer_modes import MemoryBudgetCallback as MemoryBudgetCallback

@@ -14,6 +14,10 @@ _PUBLIC = {
     "ContaminationProbe": "hf_effi.data.contamination",
     "Denoiser": "hf_effi.functional.data",
     "GreedyAnswers": "hf_effi.data.self_improvement",
+    "InjectedDataset": "hf_effi.data.injection",
+    "Injection": "hf_effi.data.injection",
+    "InjectionPlan": "hf_effi.data.injection",
+    "InjectionResult": "hf_effi.data.injection",
     "MaskedSpanPrompts": "hf_effi.data.masked_spans",
     "MaskingRatioCurriculum": "hf_effi.data.masking",
     "MetadataCollator": "hf_effi.data.metadata",
@@ -62,6 +66,10 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .contamination import contamination_scores as contamination_scores
     from .denoising import UL2Denoising as UL2Denoising
     from .few_rows import repeat_rows as repeat_rows
+    from .injection import InjectedDataset as InjectedDataset
+    from .injection import Injection as Injection
+    from .injection import InjectionPlan as InjectionPlan
+    from .injection import InjectionResult as InjectionResult
     from .masked_spans import MaskedSpanPrompts as MaskedSpanPrompts
     from .masking import MaskingRatioCurriculum as MaskingRatioCurriculum
     from .metadata import MetadataCollator as MetadataCollator

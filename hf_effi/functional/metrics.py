@@ -144,6 +144,11 @@ QK_CLIP_MAX_LOGIT = "effi/qk_clip/max_logit"
 QK_CLIP_HEADS = "effi/qk_clip/clipped_heads"
 #: share of the rows of the masked layers that an update moves
 MIGU_ROWS = "effi/migu/updated_rows"
+#: + the name of an experiment + `/` + one of `INJECTION_VALUES`: injected rows that were trained on so far, on all
+#: processes; at an evaluation the share of its rows that are continued exactly, and how much lower their loss is than
+#: that of their twins; 1 from where it is no longer injected
+INJECTION = "effi/injection/"
+INJECTION_VALUES = ("seen", "memorised", "loss_gap", "learned")
 #: + the name of a set + `/` + one of `DIP_VALUES`: how far its metric has fallen behind its start at worst, that worst
 #: as it stands now, and the updates for which it has been behind
 STABILITY_GAP = "effi/stability_gap/"

@@ -10,6 +10,7 @@ from .._faces import face
 _PUBLIC = {
     "ClassGaussians": "hf_effi.recipes.classifier_alignment",
     "CyclicalReflection": "hf_effi.recipes.reflection",
+    "Interaction": "hf_effi.functional.data",
     "LongContextStage": "hf_effi.recipes.long_context",
     "OneEpochSize": "hf_effi.functional.advice",
     "OptimizerAdvice": "hf_effi.functional.optimizer_table",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "cma": "hf_effi.recipes.ascending_quality",
     "evaluate_reward_model": "hf_effi.recipes.reward_bench",
     "extend_rope": "hf_effi.recipes.long_context",
+    "interaction_test": "hf_effi.recipes.interactions",
     "lambda_patterns": "hf_effi.recipes.long_context",
     "large_batch_seq2seq": "hf_effi.functional.advice",
     "longgen_patterns": "hf_effi.recipes.long_context",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from ..functional.advice import sft_learning_rate as sft_learning_rate
     from ..functional.advice import size_one_epoch as size_one_epoch
     from ..functional.advice import weight_decay_grid as weight_decay_grid
+    from ..functional.data import Interaction as Interaction
     from ..functional.optimizer_table import OptimizerAdvice as OptimizerAdvice
     from ..functional.optimizer_table import recommend_optimizer as recommend_optimizer
     from ..functional.weight_norms import WeightNormReport as WeightNormReport
@@ -65,6 +68,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .classifier_alignment import slca as slca
     from .continued_pretraining import stability_gap as stability_gap
     from .gradient_compression import register_gradient_compression as register_gradient_compression
+    from .interactions import interaction_test as interaction_test
     from .launch import accelerate_config as accelerate_config
     from .long_context import LongContextStage as LongContextStage
     from .long_context import extend_rope as extend_rope

@@ -79,6 +79,10 @@ CALLS: dict[str, tuple[str, str]] = {
         "return_dict",
         "tests/training/test_selection_hybrid.py::test_conversations",
     ),
+    "datasets:Dataset.from_list": (
+        "features",
+        "tests/unit/test_injection.py::test_as_a_dataset_it_has_the_same_rows_and_features",
+    ),
     "transformers:Trainer": ("data_collator train_dataset", "why: no run without them"),
     "transformers:TrainingArguments": (
         "output_dir max_steps per_device_train_batch_size train_sampling_strategy learning_rate warmup_steps"

@@ -23,6 +23,8 @@ PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", 
 
 #: (file, function) -> how often
 PLACES = {
+    ("callbacks/injection.py", "_over_ranks"): "once for each update, and at evaluations that the config fixes until "
+    "all processes say that an experiment is learned",
     ("callbacks/migu.py", "_add_up"): "once for each update, from the one where masks begin",
     ("callbacks/rewind.py", "_agreed"): "once for each update",
     ("attention/projections.py", "_agreed"): "once for each model that is measured, before training",

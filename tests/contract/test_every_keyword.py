@@ -91,6 +91,16 @@ def auto(**over: Any) -> Any:
     return hf_effi.callbacks.AutoLRSCallback(1e-4, 1e-2, probes=1, **over)
 
 
+def injected(**over: Any) -> data.InjectionPlan:
+    return data.InjectionPlan([data.Injection("canary", [[1, 2], [2, 1]], copies=1)], **over)
+
+
+def counted(**over: Any) -> Any:
+    return hf_effi.callbacks.InjectionCallback(
+        data.InjectedDataset([{"input_ids": [3, 3]}], injected(), base_tokens=1000), **over
+    )
+
+
 PATTERN, WSD = hf_effi.attention.AttentionPattern, hf_effi.schedules.wsd
 CALLBACK, PRUNER, KEEP = hf_effi.LRScheduleCallback, rollouts.AdvantagePruner, rollouts.keep_by_advantage
 
@@ -108,6 +118,8 @@ IDLE: dict[tuple[str, str], Callable[[], Any]] = {
     ("AutoLRSCallback", "evaluate"): lambda: auto(evaluate=lambda model: 0.0),
     ("AutoLRSCallback", "kappa"): lambda: auto(kappa=1e6),
     ("FusedLMHead", "filter_weight"): lambda: hf_effi.kernels.FusedLMHead(filter_weight=True),
+    ("InjectionCallback", "until_learned"): lambda: counted(until_learned={"canary": 1.0}),
+    ("InjectionPlan", "rows_per_update"): lambda: injected(rows_per_update=4),
     ("LastNumberReward", "marks"): lambda: hf_effi.rewards.LastNumberReward(marks=["answer is"]),
     ("VerifierReward", "non_stop_penalty"): lambda: hf_effi.rewards.VerifierReward(non_stop_penalty=-10.0),
     ("VerifierReward", "stop_ids"): lambda: hf_effi.rewards.VerifierReward(stop_ids=[1]),

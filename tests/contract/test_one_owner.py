@@ -17,6 +17,7 @@ from hf_effi.callbacks._lr_factors import LRFactorCallback
 from hf_effi.callbacks._side_file import SideFileCallback
 from hf_effi.callbacks._turns import TurnCallback
 from hf_effi.callbacks.owners import OwningCallback, Role, claim, owner_of
+from hf_effi.data import InjectedDataset, Injection, InjectionPlan
 from hf_effi.functional.data import Multigrid
 from hf_effi.functional.schedules import linear
 from hf_effi.hub.callback import HubCallback
@@ -31,6 +32,11 @@ def own_layer():
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     return Layer
+
+
+def injected():
+    plan = InjectionPlan([Injection("canary", [[1, 2], [2, 1]], copies=1)])
+    return InjectedDataset([{"input_ids": [3] * 100}] * 4, plan)
 
 
 #: public callback -> how to make one. A callback of which a run can have several is in COMPOSE as well.
@@ -48,6 +54,7 @@ MAKE = {
     "GenerationCapCallback": lambda cls: cls(8),
     "GradientSNRCallback": lambda cls: cls(),
     "HypergradientCallback": lambda cls: cls(),
+    "InjectionCallback": lambda cls: cls(injected()),
     "KernelPatchCallback": lambda cls: cls({"SwiGLUMLP": own_layer()}),
     "LRScheduleCallback": lambda cls: cls(linear()),
     "LoaderWaitCallback": lambda cls: cls(),

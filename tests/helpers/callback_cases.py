@@ -76,6 +76,12 @@ class Case:
     look: Callable[[Any], Any] = lambda callback: None
 
 
+def _injected() -> Any:
+    """A plan whose row stands in the first one of `rows`, so that there is something to count."""
+    seen = hf_effi.data.Injection("seen", [rows()[0]["input_ids"][:4]], copies=1, held_out=0)
+    return hf_effi.data.InjectedDataset(rows(), hf_effi.data.InjectionPlan([seen]), base_tokens=64 * LENGTH)
+
+
 def _grid() -> Any:
     return hf_effi.data.Multigrid(LENGTH, long_cycle=(2, 1), short_cycle=(2, 1), final_share=0.2)
 
@@ -142,6 +148,9 @@ CASES: dict[str, Case] = {
         lambda trainer: hf_effi.callbacks.HypergradientCallback(kappa=0.2),
         trains=True,
         look=lambda callback: (callback.rule.state_dict(), callback._update),
+    ),
+    "InjectionCallback": Case(
+        lambda trainer: hf_effi.callbacks.InjectionCallback(_injected()), look=lambda callback: dict(callback.seen)
     ),
     "KernelPatchCallback": Case(lambda trainer: hf_effi.KernelPatchCallback({"*.block": SameBlock})),
     "LRScheduleCallback": Case(

@@ -30,6 +30,14 @@ from .denoising import (
 )
 from .difficulty import learnability, pass_rate_difficulty, word_rarity
 from .grouping import repeat_layout
+from .injection import (
+    Interaction,
+    continuations,
+    count_rows,
+    draw_places,
+    find_rows,
+    measure_interactions,
+)
 from .irt import fit_rasch, rasch_ability, within_ability
 from .lengths import Multigrid, rechunk, root_length, staged_length
 from .masked_spans import MaskedSpan, draw_span, plain_span, word_span
@@ -81,6 +89,7 @@ __all__ = [
     "ContaminationReport",
     "Denoiser",
     "Dip",
+    "Interaction",
     "MaskedSpan",
     "Multigrid",
     "StabilityGap",
@@ -95,20 +104,24 @@ __all__ = [
     "competence",
     "competence_order",
     "contamination_report",
+    "continuations",
     "continues_word",
     "cooldown_step",
     "copy_probe",
     "copy_scores",
+    "count_rows",
     "cyclical_sizes",
     "deal_snake",
     "deficient_rows",
     "denoised_lengths",
     "domain_of",
+    "draw_places",
     "draw_span",
     "draw_without_replacement",
     "easiest_share",
     "entropy_similarity",
     "fill_to_multiple",
+    "find_rows",
     "fit_rasch",
     "fitting_length",
     "flop_coefficients",
@@ -124,6 +137,7 @@ __all__ = [
     "mask_tokens",
     "masking_ratio",
     "measure_gap",
+    "measure_interactions",
     "mixture_at",
     "mixture_counts",
     "mixture_order",
