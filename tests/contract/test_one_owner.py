@@ -46,6 +46,7 @@ MAKE = {
     "GRPODoctor": lambda cls: cls(),
     "GRPOScheduleCallback": lambda cls: cls(beta=linear()),
     "GenerationCapCallback": lambda cls: cls(8),
+    "GradientNormsCallback": lambda cls: cls(),
     "GradientSNRCallback": lambda cls: cls(),
     "HypergradientCallback": lambda cls: cls(),
     "KernelPatchCallback": lambda cls: cls({"SwiGLUMLP": own_layer()}),
