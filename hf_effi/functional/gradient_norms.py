@@ -36,22 +36,26 @@ def sum_norms(gradients: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     """
     import torch
 
-    groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-    for gradient in gradients:
-        values = gradient.coalesce().values() if gradient.is_sparse else gradient
-        groups[values.dtype in (torch.float32, torch.float64)].append(values)
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    if groups[True]:
-        absolute, root = (torch.nn.utils.get_total_norm(groups[True], norm_type=order) for order in (1.0, 2.0))
-        parts.append((absolute, root.square()))
-    for values in groups[False]:  # the kernel for many tensors at once would round each norm to their dtype
-        absolute, root = (torch.linalg.vector_norm(values, order, dtype=torch.float32) for order in (1, 2))
-        parts.append((absolute, root.square()))
-    if not parts:
+    whole = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    if not whole:
         return torch.zeros(()), torch.zeros(())
-    device = parts[0][0].device
-    total = [torch.stack([part[i].to(device, parts[0][i].dtype) for part in parts]).sum() for i in (0, 1)]
-    return total[0], total[1]
+    # Norms of half precision are rounded to it, unless one asks for more; and the L1 kernel of a CPU is slow.
+    if all(values.dtype == torch.float32 for values in whole):
+        squares = torch.nn.utils.get_total_norm(whole, 2.0).square()
+        if whole[0].is_cuda:
+            return torch.nn.utils.get_total_norm(whole, 1.0), squares
+        return _total([values.abs().sum() for values in whole]), squares
+    wide = [torch.float64 if values.dtype == torch.float64 else torch.float32 for values in whole]
+    absolute = [values.abs().sum(dtype=dtype) for values, dtype in zip(whole, wide, strict=True)]
+    roots = [torch.linalg.vector_norm(values, 2, dtype=dtype) for values, dtype in zip(whole, wide, strict=True)]
+    return _total(absolute), _total([root.square() for root in roots])
+
+
+def _total(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    wide = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    return torch.stack([part.to(parts[0].device, wide) for part in parts]).sum()
 
 
 def unclipped(absolute: float, squares: float, l2_before: float) -> float:

@@ -197,8 +197,10 @@ def _same_attributes(thing: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _same_weights(model: torch.nn.Module) -> Iterator[None]:
     """Put back what an update changes: trained parameters, buffers, gradients, and the mode of each module."""
-    changing = [p.data for p in model.parameters() if p.requires_grad] + [b.data for b in model.buffers()]
-    copies = [tensor.clone() for tensor in changing]
+    places = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    tensors = [(one, one.data) for one in (*model.parameters(), *model.buffers())]
+    # A parameter that is not trained may be given another storage, but its values stay.
+    copies = [(data, data.clone()) for one, data in tensors if one.requires_grad or not _is_parameter(one)]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     for parameter, _ in gradients:
@@ -206,12 +208,23 @@ def _same_weights(model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for tensor, before in zip(changing, copies, strict=True):
-            tensor.copy_(before)
+        for module, parameters, buffers in places:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for data, before in copies:
+            data.copy_(before)
+        for parameter, _ in gradients:
+            parameter.grad = None  # of the sweep; its device may differ
+        for one, data in tensors:
+            one.data = data
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
 
 
 @contextlib.contextmanager

@@ -47,10 +47,17 @@ class RangeTest:
     smoothing: float = 0.9
 
     @property
+    def curves(self) -> list[list[tuple[float, float, float]]]:
+        """LR, loss and smoothed loss of each update, for each repeat."""
+        return [
+            list(zip(run["lrs"], run["losses"], smooth_losses(run["losses"], self.smoothing), strict=True))
+            for run in self.runs
+        ]
+
+    @property
     def curve(self) -> list[tuple[float, float, float]]:
-        """LR, loss and smoothed loss of each update of the first repeat."""
-        first = self.runs[0]
-        return list(zip(first["lrs"], first["losses"], smooth_losses(first["losses"], self.smoothing), strict=True))
+        """The first of `curves`: the data in the order of the run."""
+        return self.curves[0]
 
     def __str__(self) -> str:
         found = "no range found" if self.high is None else f"{self.low:.3g} to {self.high:.3g}"
