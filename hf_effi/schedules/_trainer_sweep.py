@@ -50,8 +50,8 @@ def check_trainer(trainer: Trainer) -> None:
             steps in the backward; a stream that may be read once only; a Trainer that is training.
     """
     name = type(trainer).__name__
-    engine = sharding_engine(trainer.args)
-    if engine is not None or is_sharded(trainer.model) or out_of_reach(trainer.model):
+    engine, model = sharding_engine(trainer.args), model_of(trainer)
+    if engine is not None or is_sharded(model) or out_of_reach(model):
         raise RefusedError(
             f"lr_range_test puts whole weights back after it has tried updates, but {engine or 'an engine'} has them "
             f"in parts. Run it on a {name} of one device or with DDP; the rate is that of the same batch size."
@@ -75,6 +75,12 @@ def check_trainer(trainer: Trainer) -> None:
         )
     if trainer.is_in_train:
         raise RefusedError("lr_range_test was called while the Trainer trains. Call it before trainer.train().")
+
+
+def model_of(trainer: Trainer) -> torch.nn.Module:
+    """Return the model of a Trainer that has been built, which always has one."""
+    model: Any = trainer.model
+    return model
 
 
 class _Sweep(TrainerCallback):
@@ -154,7 +160,7 @@ def sweep_trainer(trainer: Trainer, curve: RangeCurve, low: float, high: float, 
 @contextlib.contextmanager
 def _undone(trainer: Trainer) -> Iterator[None]:
     """Let a Trainer train without its callbacks, and without a trace."""
-    model = trainer.model
+    model = model_of(trainer)
     with contextlib.ExitStack() as kept:
         kept.callback(gc.collect)  # last of all, so that no wrapper of DDP is left with hooks on the parameters
         kept.callback(restore_rng, take_rng())
@@ -176,7 +182,7 @@ def _undone(trainer: Trainer) -> Iterator[None]:
                 setattr(args, name, value)
         trainer.callback_handler = copy.copy(trainer.callback_handler)
         trainer.control = TrainerControl()
-        trainer.lr_scheduler = trainer.model_init = None
+        vars(trainer).update(lr_scheduler=None, model_init=None)
         kept.enter_context(probing_model(model))
         yield
 

@@ -49,7 +49,8 @@ def norms_of(run: Any) -> GradientNorms:
         found = run.norms
     elif isinstance(run, (Trainer, TrainerState)):
         state = run.state if isinstance(run, Trainer) else run
-        found = _of_state(state.stateful_callbacks, state.log_history, state.max_steps)
+        kept: Any = state.stateful_callbacks  # a dict, once the state is made
+        found = _of_state(kept, state.log_history, state.max_steps)
     elif isinstance(run, (str, Path)):
         found = _of_folder(Path(run))
     elif isinstance(run, Mapping):

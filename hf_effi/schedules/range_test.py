@@ -218,7 +218,7 @@ def _sweep(
 
 
 def _judge(curves: Sequence[RangeCurve], smoothing: float) -> RangeTest:
-    runs = [
+    runs: list[dict[str, Any]] = [
         {
             "lrs": curve.lrs,
             "losses": curve.losses,

@@ -65,13 +65,6 @@ def test_the_form_with_batches_names_what_it_refuses(settings, words):
 
 
 def test_smoothing_moves_the_suggestion():
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 1)
-    batches = [torch.randn(8, 4) for _ in range(40)]
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-
-    def test(smoothing):
-        loss = lambda m, x: (m(x) - x.sum(1, keepdim=True)).square().mean()  # noqa: E731
-        return lr_range_test(model, optimizer, batches, loss, smoothing=smoothing, repeats=1)
-
-    assert test(0.0).high != test(0.98).high
+    losses = [5.0, 5.0, 4.0, 2.0, 1.0, 3.0, 1.2, 3.0]
+    lazy, plain = (_judge([pushed(losses, smoothing=s)[0]], s) for s in (0.9, 0.0))
+    assert plain.high == 1e3 and lazy.high == 1e5
