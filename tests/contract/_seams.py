@@ -382,8 +382,7 @@ CALLS = {
     f"{GRPO}.get_train_dataloader": "_get_dataloader",
     f"{TRAINER}.training_step": "_prepare_inputs compute_loss",
     f"{TRAINER}._prepare_for_training": "create_optimizer create_scheduler _load_optimizer_and_scheduler",
-    f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state"
-    " _get_grad_norm",
+    f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state _get_grad_norm",
     f"{TRAINER}._maybe_log_save_evaluate": "log _save_checkpoint",
     f"{TRAINER}._save_checkpoint": "_get_output_dir save_model _save_optimizer_and_scheduler _save_rng_state"
     " _push_from_checkpoint",
