@@ -111,8 +111,7 @@ class GradientNorms:
                 f"updates={[*self.updates][:3]}... must be at least one number, ascending, from 1 to "
                 f"total={self.total}. Pass the update of each norm, and the length of the run."
             )
-        for name in ("l1", "l2"):
-            values = getattr(self, name)
+        for name, values in (("l1", self.l1), ("l2", self.l2)):
             if values is not None and len(values) != len(self.updates):
                 raise ValueError(f"{name} has {len(values)} norms for {len(self.updates)} updates. Pass one for each.")
 
@@ -123,11 +122,10 @@ class GradientNorms:
         Raises:
             MismatchError: the run has not recorded them.
         """
-        wanted = "l1" if optimizer == "adam" else "l2"
-        values = getattr(self, wanted)
+        wanted, values = ("L1", self.l1) if optimizer == "adam" else ("L2", self.l2)
         if values is None:
             raise MismatchError(
-                f"The run has no {wanted.upper()} norms, which optimizer={optimizer!r} is refined from. Train it with "
+                f"The run has no {wanted} norms, which optimizer={optimizer!r} is refined from. Train it with "
                 "GradientNormsCallback(), which records both, or pass a list of norms of your own."
             )
         return values
