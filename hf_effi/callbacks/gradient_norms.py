@@ -69,7 +69,7 @@ class GradientNormsCallback(TurnCallback):
         self._sharded = False
         self._before: Any = None
         self._measured: tuple[torch.Tensor, Any] | None = None
-        self._record = _empty(0)
+        self._record = _empty()
 
     @property
     def norms(self) -> GradientNorms | None:
@@ -88,7 +88,7 @@ class GradientNormsCallback(TurnCallback):
                 "be had there. Train with FSDP2 (fsdp_version 2), with DDP or on one device."
             )
         self._let_go()
-        self._record = _empty(trained_total(state))
+        self._record = _empty()
         stored = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
         if stored is not None:
             self._resume(stored)
@@ -99,7 +99,7 @@ class GradientNormsCallback(TurnCallback):
     @only_observes
     def _resume(self, stored: dict[str, Any]) -> None:
         read_norms(stored)  # raises on what is damaged
-        for name in ("updates", "l1", "l2", "logged"):
+        for name in self._record:
             self._record[name] = stored[name]
 
     @only_observes
@@ -144,6 +144,7 @@ class GradientNormsCallback(TurnCallback):
         l1 = unclipped(absolute, squares, l2) if math.isfinite(l2) and math.isfinite(squares) else math.nan
         if math.isfinite(l1):
             record = self._record
+            record["total"] = trained_total(state)  # now that every callback has said which updates it tries
             record["updates"].append(trained_steps(state))
             record["l1"].append(float(f"{l1:.7g}"))
             record["l2"].append(float(f"{l2:.7g}"))
@@ -178,8 +179,8 @@ class GradientNormsCallback(TurnCallback):
         self._trainer = self._before = self._measured = None
 
 
-def _empty(total: int) -> dict[str, Any]:
-    return {"updates": [], "l1": [], "l2": [], "total": total, "logged": 0}
+def _empty() -> dict[str, Any]:
+    return {"updates": [], "l1": [], "l2": [], "total": 0, "logged": 0}
 
 
 def read_norms(record: dict[str, Any]) -> GradientNorms | None:
