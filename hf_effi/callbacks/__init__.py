@@ -20,6 +20,7 @@ _PUBLIC = {
     "GRPOLimits": "hf_effi.functional.findings",
     "GRPOScheduleCallback": "hf_effi.callbacks.grpo_schedule",
     "GenerationCapCallback": "hf_effi.callbacks.length_budget",
+    "GradientNormsCallback": "hf_effi.callbacks.gradient_norms",
     "GradientSNRCallback": "hf_effi.callbacks.adaptive_lr",
     "HypergradientCallback": "hf_effi.callbacks.adaptive_lr",
     "InjectionCallback": "hf_effi.callbacks.injection",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .doctor import TrainDoctor as TrainDoctor
     from .ema import EMACallback as EMACallback
     from .fast_forward import FastForwardCallback as FastForwardCallback
+    from .gradient_norms import GradientNormsCallback as GradientNormsCallback
     from .grpo_schedule import GRPOScheduleCallback as GRPOScheduleCallback
     from .grpo_schedule import still3 as still3
     from .injection import InjectionCallback as InjectionCallback

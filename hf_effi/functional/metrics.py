@@ -105,6 +105,9 @@ PROMPT_TOKEN_LOSS = "effi/prompt_token_loss"
 PROBE = "effi/probe"
 #: in the log entry of an evaluation on averaged weights: how many snapshots the average is of
 AVERAGE_SNAPSHOTS = "effi/average_snapshots"
+#: L1 and L2 norm of the gradient before clipping, means over the updates since the last entry
+GRADIENT_L1 = "effi/gradient_l1"
+GRADIENT_L2 = "effi/gradient_l2"
 #: of the last walk along the displacement of an update: how many times it was repeated until the loss rose
 FAST_FORWARD_STEPS = "effi/fast_forward_steps"
 #: + a callback: what it multiplies the learning rate by

@@ -12,6 +12,7 @@ _PUBLIC = {
     "RewardFinding": "hf_effi.report.reward_findings",
     "RewardReport": "hf_effi.report.reward_findings",
     "check_reward": "hf_effi.report.reward_check",
+    "plot_range_test": "hf_effi.report.range_plot",
     "plot_schedules": "hf_effi.report.schedule_plot",
     "preview": "hf_effi.report.preview_order",
 }
@@ -19,6 +20,7 @@ _PUBLIC = {
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
     from .plan_memory import MemoryPlan as MemoryPlan
     from .preview_order import preview as preview
+    from .range_plot import plot_range_test as plot_range_test
     from .reward_check import check_reward as check_reward
     from .reward_findings import RewardFinding as RewardFinding
     from .reward_findings import RewardReport as RewardReport

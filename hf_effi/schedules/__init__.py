@@ -9,6 +9,7 @@ from .._faces import face
 #: public name -> module that defines it
 _PUBLIC = {
     "Followed": "hf_effi.functional.schedules",
+    "GradientNorms": "hf_effi.functional.gradient_norms",
     "RangeTest": "hf_effi.schedules.range_test",
     "Schedule": "hf_effi.functional.schedules",
     "ScheduleLR": "hf_effi.functional.schedules",
@@ -31,6 +32,7 @@ _PUBLIC = {
     "lr_range_test": "hf_effi.schedules.range_test",
     "lr_transfer": "hf_effi.functional.schedules",
     "make_schedule": "hf_effi.functional.schedules",
+    "norms_of": "hf_effi.schedules.norms",
     "one_cycle": "hf_effi.functional.schedules",
     "plan_extension": "hf_effi.functional.schedules",
     "power": "hf_effi.functional.schedules",
@@ -51,6 +53,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # what editors, type checkers and the reference see of the lazy names
+    from ..functional.gradient_norms import GradientNorms as GradientNorms
     from ..functional.schedules import Followed as Followed
     from ..functional.schedules import Schedule as Schedule
     from ..functional.schedules import ScheduleLR as ScheduleLR
@@ -89,6 +92,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from ..functional.schedules import wsd_s as wsd_s
     from ..functional.schedules import wsdc as wsdc
     from .branch import branch_cooldown as branch_cooldown
+    from .norms import norms_of as norms_of
     from .range_test import RangeTest as RangeTest
     from .range_test import lr_range_test as lr_range_test
 

@@ -119,6 +119,7 @@ SIGNATURES: dict[str, str | dict[tuple[int, int], str]] = {
     f"{TRAINER}._save_checkpoint": "self model trial",
     f"{TRAINER}._finalize_training": "self trial num_train_samples start_time",
     f"{TRAINER}._get_output_dir": "self trial",
+    f"{TRAINER}._get_grad_norm": "self model grad_norm",
     "transformers.trainer_utils:get_last_checkpoint": "folder",
     f"{TRAINER}._load_optimizer_and_scheduler": "self checkpoint",
     f"{TRAINER}._save_optimizer_and_scheduler": "self output_dir",
@@ -381,7 +382,7 @@ CALLS = {
     f"{GRPO}.get_train_dataloader": "_get_dataloader",
     f"{TRAINER}.training_step": "_prepare_inputs compute_loss",
     f"{TRAINER}._prepare_for_training": "create_optimizer create_scheduler _load_optimizer_and_scheduler",
-    f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state",
+    f"{TRAINER}._run_epoch": "get_batch_samples training_step _maybe_log_save_evaluate _load_rng_state _get_grad_norm",
     f"{TRAINER}._maybe_log_save_evaluate": "log _save_checkpoint",
     f"{TRAINER}._save_checkpoint": "_get_output_dir save_model _save_optimizer_and_scheduler _save_rng_state"
     " _push_from_checkpoint",

@@ -25,6 +25,7 @@ PER_RANK = {"_generate_single_turn", "_tool_call_loop", "_get_tool_suffix_ids", 
 PLACES = {
     ("callbacks/injection.py", "_over_ranks"): "once for each update, and at evaluations that the config fixes until "
     "all processes say that an experiment is learned",
+    ("callbacks/gradient_norms.py", "_over_shards"): "once for each recorded update, whose numbers an argument fixes",
     ("callbacks/migu.py", "_add_up"): "once for each update, from the one where masks begin",
     ("callbacks/rewind.py", "_agreed"): "once for each update",
     ("attention/projections.py", "_agreed"): "once for each model that is measured, before training",
@@ -37,7 +38,11 @@ PLACES = {
     ("checkpoint/safe.py", "_gathered"): "at fixed places of each save, and once where a copied one and a written one "
     "is waited for; on the training thread",
     ("callbacks/layer_modes.py", "_largest_of_ranks"): "when training begins",
-    ("callbacks/_lr_search.py", "mean_over_ranks"): "at updates that the plan of the search fixes",
+    (
+        "callbacks/_lr_search.py",
+        "mean_over_ranks",
+    ): "at updates that the plan of the search fixes; once for each update "
+    "of a range test, which all processes end by the same mean",
     ("callbacks/_lr_search.py", "same_on_ranks"): "at updates that the plan of the search fixes",
     ("kernels/_lm_head_tiles.py", "__init__"): "once for each pass through the head, over the group that shares it",
     ("kernels/_lm_head_tiles.py", "fetch"): "once for each tile of all ranks, in their order",

@@ -52,6 +52,7 @@ MAKE = {
     "GRPODoctor": lambda cls: cls(),
     "GRPOScheduleCallback": lambda cls: cls(beta=linear()),
     "GenerationCapCallback": lambda cls: cls(8),
+    "GradientNormsCallback": lambda cls: cls(),
     "GradientSNRCallback": lambda cls: cls(),
     "HypergradientCallback": lambda cls: cls(),
     "InjectionCallback": lambda cls: cls(injected()),

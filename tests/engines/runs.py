@@ -299,6 +299,18 @@ class _RangeTest(TrainerCallback):
         kwargs["optimizer"].zero_grad()
 
 
+class _Tested(Trainer):
+    """A range test of the Trainer's own updates before it trains, which has to leave no trace."""
+
+    tested = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.tested:
+            self.tested = True
+            hf_effi.schedules.lr_range_test(self, steps=10, repeats=1)
+        return super().train(*args, **kwargs)
+
+
 def denoising() -> hf_effi.data.UL2Denoising:
     return hf_effi.data.UL2Denoising(range(200, 220), 0, 32, eos_token_id=1)
 
@@ -400,6 +412,8 @@ CASES: dict[str, Callable[[Place], Outcome]] = {
         place, cls=hf_effi.EffiTrainer, config=hf_effi.EffiTrainingArguments, sequence_parallel_size=2
     ),
     "lr_range_test": lambda place: lm(place, _RangeTest()),
+    "lr_range_test_trainer": lambda place: lm(place, cls=_Tested, max_steps=10),
+    "gradient_norms": lambda place: lm(place, hf_effi.callbacks.GradientNormsCallback(), max_grad_norm=0.1),
     "token_budget": lambda place: lm(
         place, cls=Measured, made={"train_sampler": samplers.TokenBudgetBatchSampler([LENGTH] * ROWS, 4 * LENGTH)}
     ),

@@ -164,6 +164,20 @@ METHODS = (
         "It steps the optimizer itself. Run it on the plain model, before the engine has it.",
     ),
     Row(
+        "lr_range_test_trainer",
+        "`lr_range_test(trainer)` before `train()`",
+        sharded("lr_range_test puts whole weights back"),
+        "auto_lrs",
+        "It puts whole weights back after the updates that it tries. Test the rate with DDP, at the same batch size.",
+    ),
+    Row(
+        "gradient_norms",
+        "`GradientNormsCallback`",
+        dict.fromkeys(("zero2", "zero3"), "GradientNormsCallback adds up the gradients"),
+        "refined_schedule",
+        "DeepSpeed keeps gradients in partitions of its own. Use FSDP2 or DDP.",
+    ),
+    Row(
         "self_paced",
         "Samplers that measure the model while it trains (self-paced, PUDF, multistage)",
         sharded("forwards the model outside of its wrapper"),

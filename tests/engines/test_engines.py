@@ -112,6 +112,14 @@ def test_the_cases_do_what_their_names_say(outcomes: Outcomes, engine: str) -> N
     assert len(moved) == len(start)
 
 
+def test_the_norms_of_shards_are_those_of_whole_gradients(outcomes: Outcomes) -> None:
+    """Of gradients that were clipped by far: by the raw ones the schedule of a next run is made."""
+    whole, shards = (outcomes(engine)[0]["gradient_norms"] for engine in ("ddp", "fsdp2"))
+    for name in ("effi/gradient_l1", "effi/gradient_l2"):
+        assert shards.series(name) == pytest.approx(whole.series(name), rel=1e-4) and min(whole.series(name)) > 0.5
+    assert whole.series("effi/gradient_l2") == pytest.approx(whole.series("grad_norm"), rel=1e-5)
+
+
 # --- the launch files ------------------------------------------------------------------------------------------------
 
 

@@ -137,6 +137,9 @@ CASES: dict[str, Case] = {
     "GRPODoctor": Case(
         lambda trainer: hf_effi.GRPODoctor(say=_quiet), look=lambda callback: list(map(str, callback.findings))
     ),
+    "GradientNormsCallback": Case(
+        lambda trainer: hf_effi.callbacks.GradientNormsCallback(), look=lambda callback: callback.norms
+    ),
     "GradientSNRCallback": Case(
         lambda trainer: hf_effi.callbacks.GradientSNRCallback(),
         {"gradient_accumulation_steps": 3},

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import RefusedError
 from ._checks import check_number, check_steps
+from .range_curve import smooth_losses
 
 
 class Hypergradient:
@@ -266,12 +267,18 @@ def _fit_rate(points: Sequence[tuple[float, float]]) -> tuple[float, float, floa
     return best[1], best[2], best[3]
 
 
-def suggest_from_range_test(lrs: Sequence[float], losses: Sequence[float]) -> dict[str, float] | None:
+def suggest_from_range_test(
+    lrs: Sequence[float], losses: Sequence[float], smoothing: float = 0.9
+) -> dict[str, float] | None:
     """
     Read a learning-rate range test: the LR of the steepest fall, the LR of the lowest loss over 10, and their range.
 
-    Formula: losses are smoothed by a bias-corrected running mean of decay 0.9; the steepest fall is per log LR.
+    Formula: losses are smoothed by a bias-corrected running mean; the steepest fall is per log LR.
     Paper: Smith (1506.01186); thresholds are common practice.
+
+    Args:
+        lrs, losses (`Sequence[float]`): One each for every update, learning rates rising.
+        smoothing (`float`, *optional*, defaults to 0.9): Decay of the running mean, in `[0, 1)`.
 
     Returns:
         `dict` with `steepest`, `lowest_over_10`, `low` and `high`, or `None` where the loss never fell.
@@ -287,17 +294,15 @@ def suggest_from_range_test(lrs: Sequence[float], losses: Sequence[float]) -> di
     """
     if len(lrs) != len(losses):
         raise ValueError(f"{len(lrs)} learning rates for {len(losses)} losses. Pass one loss for each.")
-    smooth, mean = [], 0.0
-    for i, loss in enumerate(losses):
-        mean = 0.9 * mean + 0.1 * loss
-        smooth.append(mean / (1 - 0.9 ** (i + 1)))
+    smooth = smooth_losses(losses, smoothing)
     if len(smooth) < 3:
         return None
     lowest = min(range(len(smooth)), key=smooth.__getitem__)
     falls = [
         (smooth[i] - smooth[i - 1]) / (math.log(lrs[i]) - math.log(lrs[i - 1])) for i in range(1, max(lowest, 1) + 1)
     ]
-    if lowest == 0 or min(falls) >= 0:
+    # A running mean of equal losses moves by its rounding.
+    if lowest == 0 or smooth[0] - smooth[lowest] <= 1e-9 * abs(smooth[0]):
         return None
     steepest = lrs[1 + falls.index(min(falls))]
     safe = lrs[lowest] / 10

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from ..gradient_norms import GradientNorms
 from ._checks import as_numbers, check_choice, check_number
 from .cyclic import table
 
@@ -33,7 +34,10 @@ def median_smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
 
 
 def refined_by_gradient_norm(
-    norms: Sequence[float], optimizer: str = "adam", smooth: float = 0.1, total_steps: int | None = None
+    norms: Sequence[float] | GradientNorms,
+    optimizer: str = "adam",
+    smooth: float = 0.1,
+    total_steps: int | None = None,
 ) -> table:
     """
     Schedule refined from the gradient norms of one run (linear or cosine decay), with its own warm-up and annealing.
@@ -43,7 +47,9 @@ def refined_by_gradient_norm(
     Paper: Defazio et al., When, Why and How Much? (2310.07831).
 
     Args:
-        norms (`Sequence[float]`): One gradient norm for each update of the finished run, positive.
+        norms (`Sequence[float]` or [`GradientNorms`]): One gradient norm for each update of the finished run; or what
+            [`norms_of`] returns for that run, from which the right norm is taken. Norms of every k-th update are
+            smoothed first and then interpolated to all updates. Zeros count as the smallest positive norm.
         optimizer (`str`, *optional*, defaults to `"adam"`): `"adam"` (L1 norms) or `"sgd"` (L2 norms).
         smooth (`float`, *optional*, defaults to 0.1): Width of the running median as a share of the run; 0 for none.
         total_steps (`int`, *optional*): Length of the new run; the curve is stretched to it.
@@ -53,6 +59,7 @@ def refined_by_gradient_norm(
 
     Raises:
         ValueError: no norms, or one that is NaN, infinite or negative, or all zero.
+        MismatchError: the run recorded no L1 norms for `"adam"`, or no L2 norms for `"sgd"`.
 
     Example:
     ```python
@@ -62,7 +69,9 @@ def refined_by_gradient_norm(
     ```
     """
     check_choice("optimizer", optimizer, ("adam", "sgd"))
-    norms = as_numbers("norms", norms, "Pass one gradient norm for each update.")
+    run = norms if isinstance(norms, GradientNorms) else None
+    given = norms.of(optimizer) if isinstance(norms, GradientNorms) else norms
+    norms = as_numbers("norms", given, "Pass one gradient norm for each update.")
     positive = [g for g in norms if g > 0]
     if not positive or not all(math.isfinite(g) and g >= 0 for g in norms):
         raise ValueError("norms must be finite, at least 0, and not all zero. Drop the steps that overflowed.")
@@ -70,6 +79,8 @@ def refined_by_gradient_norm(
     norms = [max(g, min(positive)) for g in norms]
     if smooth:
         norms = median_smooth(norms, smooth)
+    if run is not None:
+        norms = run.spread(norms)
     weights = [g ** (-2 if optimizer == "sgd" else -1) for g in norms]
     values, after = [0.0] * len(weights), 0.0
     for t in reversed(range(len(weights))):
