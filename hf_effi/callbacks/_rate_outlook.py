@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
-from ..functional.schedules import Schedule
 from ._lr_factors import LRFactors
 from ._scheduler_plan import MAX_STEPS, scheduler_plan
 from .lr_schedule import LEARNING_RATE, LRScheduleCallback
@@ -74,12 +75,17 @@ def why_rate_moves(state: TrainerState, scheduler: Any, optimizer: Any, applied:
     inner = getattr(scheduler, "scheduler", scheduler)  # inside the wrappers of accelerate and DeepSpeed
     if needs := _metric_of(inner):
         return f"the scheduler waits for {needs}, so that nobody knows the coming learning rates"
-    left = state.max_steps - state.global_step
-    for shares, place in _plans(state, inner, left):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a schedule that is asked beyond its end says so
+        return _why_plan_moves(state, inner)
+
+
+def _why_plan_moves(state: TrainerState, scheduler: Any) -> str | None:
+    for shares, place, reach in _plans(state, scheduler, state.max_steps - state.global_step):
         if shares is None:
-            return f"the scheduler {type(inner).__name__} does not say which learning rates are coming"
+            return f"the scheduler {type(scheduler).__name__} does not say which learning rates are coming"
         start = shares(0)
-        for ahead in _ahead(left):
+        for ahead in _ahead(reach):
             if not math.isclose(shares(ahead), start, rel_tol=_ROUNDING):
                 return _moves(state.global_step + 1 + ahead, shares(ahead) / start if start else math.inf, place)
     return None
@@ -93,7 +99,7 @@ def _first_ratio(before: list[float | None], after: list[float | None]) -> float
 def _moves(update: int, ratio: float, group: int = 0) -> str:
     whose = f" of parameter group {group}" if group else ""
     if ratio < 1:
-        return f"{DECAYING} (the learning rate{whose} falls to {ratio:.3g} of today's at update {update})"
+        return f"{DECAYING} (the learning rate{whose} falls at update {update}, to {ratio:.6g} of today's)"
     return f"the learning rate{whose} still rises (update {update})"
 
 
@@ -110,33 +116,36 @@ def _metric_of(scheduler: Any) -> str | None:
     return needed[0] if needed else None
 
 
-def _plans(state: TrainerState, scheduler: Any, left: int) -> Iterator[tuple[Callable[[int], float] | None, int]]:
-    """Yield, for each parameter group, a function from updates ahead to a share of the LR, and its number."""
+def _plans(state: TrainerState, scheduler: Any, left: int) -> Iterator[tuple[Callable[[int], float] | None, int, int]]:
+    """
+    Yield, for each parameter group, a function from updates ahead to a share of the LR, its number, and how many
+    updates ahead count.
+    """
     owner = owner_of(state, LEARNING_RATE)
-    if isinstance(owner, LRScheduleCallback) and owner.counter is not None and owner.current is not None:
-        # The counter, and not the step, moves along the schedule; nobody knows how fast.
-        yield _counted(owner.current, owner.counter()), 0
-        return
-    if isinstance(scheduler, LambdaLR):
+    if isinstance(owner, LRScheduleCallback) and owner.current is not None:
+        schedule = copy.copy(owner.current)  # a schedule warns once where it is asked beyond its end: not of this
+        if owner.counter is None:
+            yield _from(schedule, scheduler.last_epoch), 0, left
+            return
+        # The counter, and not the step, moves along the schedule, as far as its end and as fast as nobody knows.
+        progress = owner.counter()
+        yield _from(schedule, progress), 0, max(left, math.ceil((schedule.total_steps or 0) - progress))
+    elif isinstance(scheduler, LambdaLR):
         for place in range(len(scheduler.lr_lambdas)):
             plan = scheduler_plan(scheduler, group=place)
-            yield (None if plan is None else _from(plan, scheduler.last_epoch)), place
-        return
-    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
-    if not groups or left > MAX_STEPS or not hasattr(scheduler, "step"):
-        yield None, 0
-        return
-    for place in range(len(groups)):
-        plan = scheduler_plan(scheduler, group=place)
-        yield (None if plan is None else _from(plan, 0)), place
+            yield (None if plan is None else _from(plan, scheduler.last_epoch)), place, left
+    else:
+        groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+        if not groups or left > MAX_STEPS or not hasattr(scheduler, "step"):
+            yield None, 0, left
+            return
+        for place in range(len(groups)):
+            plan = scheduler_plan(scheduler, group=place)
+            yield (None if plan is None else _from(plan, 0)), place, left
 
 
-def _from(plan: Callable[[int], float], first: int) -> Callable[[int], float]:
+def _from(plan: Callable[[Any], float], first: float) -> Callable[[int], float]:
     return lambda ahead: plan(first + ahead)
-
-
-def _counted(schedule: Schedule, progress: float) -> Callable[[int], float]:
-    return lambda ahead: schedule(progress + ahead)
 
 
 def _ahead(left: int) -> Iterator[int]:

@@ -92,7 +92,8 @@ class ForecastCallback(TurnCallback):
         self._points: list[list[float]] = []
         self._rates: list[float | None] = []
         self._since = 0
-        self._watches, self._wants_stop, self._said = True, False, ""
+        self._watches, self._wants_stop = True, False
+        self._said: set[str] = set()
         self._trains = False
 
     # ---- events ----
@@ -207,9 +208,9 @@ class ForecastCallback(TurnCallback):
     def _withhold(self, args: TrainingArguments, reason: str) -> None:
         self.reason = reason
         kind = reason.partition(" (")[0]
-        if kind != self._said and args.process_index == 0:
+        if kind not in self._said and args.process_index == 0:
             logger.warning(f"ForecastCallback makes no forecast of {self.metric}: {reason}.")
-        self._said = kind
+        self._said.add(kind)
 
     def _write(self, found: Forecast, logs: dict[str, Any], state: TrainerState) -> None:
         values = {name: getattr(found, name) for name in metrics.FORECAST_VALUES}

@@ -87,6 +87,7 @@ _ACCURACY = {"window": 1, "quiet": 1, "threshold": 10.0, "greater_is_better": Fa
 CALLBACKS: dict[str, Callable[[], TrainerCallback]] = {
     "AccuracyGradientCallback": lambda: hf_effi.callbacks.AccuracyGradientCallback("eval_loss", **_ACCURACY),
     "EMACallback": lambda: hf_effi.callbacks.EMACallback(0.5, every_steps=2, start_step=1),
+    "ForecastCallback": lambda: hf_effi.callbacks.ForecastCallback("eval_loss"),
     "GradientSNRCallback": lambda: hf_effi.callbacks.GradientSNRCallback(),
     "HypergradientCallback": lambda: hf_effi.callbacks.HypergradientCallback(kappa=0.2),
     "LRScheduleCallback": lambda: hf_effi.LRScheduleCallback(wsd(warmup_steps=2, decay_steps=3, floor=0.3)),
@@ -112,7 +113,13 @@ ON_ITS_OWN_MODEL = {
 #: what one run has: callbacks that go together, or one sampler
 PLUGS: dict[str, tuple[str, ...]] = {
     "nothing": (),
-    "observers": ("TrainDoctor", "WeightAveragingCallback", "LRScheduleCallback", "RewindCallback"),
+    "observers": (
+        "TrainDoctor",
+        "WeightAveragingCallback",
+        "LRScheduleCallback",
+        "RewindCallback",
+        "ForecastCallback",
+    ),
     "factors": ("GradientSNRCallback", "AccuracyGradientCallback", "EMACallback", "StabilityGapCallback"),
     "weights": ("HypergradientCallback", "ReptileCallback", "MIGUCallback"),
     "doctor of GRPO": ("GRPODoctor",),
