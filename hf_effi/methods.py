@@ -10,6 +10,7 @@ from ._methods import (
     checkpoints,
     continual,
     data,
+    forecasting,
     kernels,
     label_free,
     long_sequences,
@@ -62,6 +63,7 @@ METHODS: tuple[Method, ...] = (
     *checkpoints.ROWS,
     *observers.ROWS,
     *planning.ROWS,
+    *forecasting.ROWS,
     *traffic.ROWS,
     *rejected.ROWS,
 )
