@@ -61,8 +61,8 @@ class Size:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     schedules: int = 100
     standing: int = 20
-    updates: int = 240
-    rows: int = 96
+    updates: int = 200
+    rows: int = 32
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
 
 

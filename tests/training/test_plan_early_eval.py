@@ -16,7 +16,8 @@ def write(folder, number, steps=STEPS, planned=STEPS, **more):
     """A run whose loss and gradient norm are the lower the higher its number, from the start."""
     history = []
     for step in range(1, steps + 1):
-        entry = {"step": step, "epoch": step / 10, "learning_rate": 1e-3, "grad_norm": 5.0 - number + 0.1 * (step % 2)}
+        norm = 5.0 - number + 0.1 * (step % 2)
+        entry = {"step": step, "epoch": step / 10, "learning_rate": 1e-3, "grad_norm": norm}
         history.append({**entry, "loss": 3 - 0.1 * number - step / 50})
         cloze = 0.25 if step < STEPS // 2 else 0.25 + 0.01 * number * step
         history.append({"step": step, "eval_loss": 3 - 0.1 * number - step / 50 + 0.01 * (step % 3), "eval_runtime": 1.0,
