@@ -56,13 +56,13 @@ class Size:
         sweep_seeds (`tuple[int, ...]`): Of the sweep.
     """
 
-    seen: int = 250
-    every: int = 10
+    seen: int = 160
+    every: int = 8
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     schedules: int = 100
     standing: int = 20
-    updates: int = 200
-    rows: int = 32
+    updates: int = 120
+    rows: int = 24
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -437,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     size = SMOKE if smoke else WHOLE
     rows: list[dict[str, Any]] = []
     parts = (
-        ends(Text(LENGTH, BATCH, 8 if smoke else 256), size),
+        ends(Text(LENGTH, BATCH, 8 if smoke else 192), size),
         schedules(size),
         sweep(Text(LONG, BATCH // 2, 4 if smoke else 64), size),
     )

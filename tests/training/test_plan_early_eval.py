@@ -20,8 +20,8 @@ def write(folder, number, steps=STEPS, planned=STEPS, **more):
         entry = {"step": step, "epoch": step / 10, "learning_rate": 1e-3, "grad_norm": norm}
         history.append({**entry, "loss": 3 - 0.1 * number - step / 50})
         cloze = 0.25 if step < STEPS // 2 else 0.25 + 0.01 * number * step
-        history.append({"step": step, "eval_loss": 3 - 0.1 * number - step / 50 + 0.01 * (step % 3), "eval_runtime": 1.0,
-                        "eval_cloze": cloze, **more})  # fmt: skip
+        measured = {"eval_loss": 3 - 0.1 * number - step / 50 + 0.01 * (step % 3), "eval_cloze": cloze}
+        history.append({"step": step, "eval_runtime": 1.0, **measured, **more})
     folder.mkdir(parents=True)
     state = {"log_history": history, "global_step": steps, "max_steps": planned, "stateful_callbacks": {}}
     (folder / "trainer_state.json").write_text(json.dumps(state))
