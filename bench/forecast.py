@@ -1,4 +1,4 @@
-"""Where will a curve end, and which metric says so early?
+"""Where will a curve end, and does a forecast stop a run whose rate still falls?
 
     python -m bench.forecast            # some minutes on one core
     python -m bench.forecast --smoke    # seconds: does every part run; nothing is written
@@ -8,8 +8,6 @@
    `hf-effi plan lr predict` fits, which needs a decayed run beside: it gets one as long as what was seen.
 2. The callback meets 100 schedules that fall, with losses so flat that it would stop at once if it could, and 20
    that stand: a stop or a forecast before the last fall is a false one.
-3. Six runs (three rates, two widths) log loss, norm of the gradient, and accuracy on held-out continuations, by
-   their likelihood and by letters: Kendall's tau of their order at a tenth of the run with that at the end.
 """
 
 from __future__ import annotations
@@ -30,14 +28,10 @@ from bench._schema import command_line, headline, write_result
 from bench.schedules import corpus
 from hf_effi.callbacks import ForecastCallback
 from hf_effi.functional import schedules as ours
-from hf_effi.functional.cloze import cloze_accuracy
-from hf_effi.functional.early_signals import rank_metrics
 from hf_effi.functional.learning_curve import NoForecastError, forecast
 from hf_effi.functional.schedules.planner_loss import LossCurve, fit_annealing_law
 
 BATCH, LENGTH = 16, 32
-#: of the sweep: letters need a prompt that lists the answers
-LONG, PROMPT, ANSWER = 80, 20, 8
 FLAT = 0.05
 
 
@@ -51,24 +45,17 @@ class Size:
         every (`int`): Updates between two evaluations.
         seeds (`tuple[int, ...]`): Of the curves.
         schedules, standing (`int`): Schedules that fall, and that stand.
-        updates (`int`): Of each run of the sweep.
-        rows (`int`): Questions.
-        sweep_seeds (`tuple[int, ...]`): Of the sweep.
     """
 
-    seen: int = 160
-    every: int = 8
+    seen: int = 120
+    every: int = 6
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     schedules: int = 100
     standing: int = 20
-    updates: int = 120
-    rows: int = 24
-    sweep_seeds: tuple[int, ...] = (0, 1, 2)
 
 
 WHOLE = Size()
-SMOKE = Size(seen=10, every=1, seeds=(0,), schedules=30, standing=4, updates=20, rows=4, sweep_seeds=(0,))
-RATES, WIDTHS = (5e-4, 2e-3, 8e-3), (32, 64)
+SMOKE = Size(seen=10, every=1, seeds=(0,), schedules=30, standing=4)
 
 
 def build(width: int, seed: int, length: int) -> LlamaForCausalLM:
@@ -320,77 +307,12 @@ def schedules(size: Size) -> Iterator[dict[str, Any]]:
                 }
 
 
-# --- 3: a sweep ------------------------------------------------------------------------------------------------------
-
-
-class Bytes:
-    """A tokenizer whose tokens are characters."""
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(one) for one in text]}
-
-
-def questions(text: Text, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return held-out beginnings with four continuations each, as they are and with letters."""
-    crops = ["".join(map(chr, row.tolist())) for row in text.crops(text.valid, 4 * count, 777)]
-    draw, plain, letters = random.Random(0), [], []
-    for i in range(count):
-        own = crops[4 * i : 4 * i + 4]
-        answers, right = [one[PROMPT : PROMPT + ANSWER] for one in own], draw.randrange(4)
-        answers[0], answers[right] = answers[right], answers[0]
-        prompt = own[0][:PROMPT]
-        plain.append({"prompt": prompt, "choices": answers, "answer": right})
-        listed = "".join(f"\n{letter}.{one}" for letter, one in zip("ABCD", answers, strict=True))
-        letters.append({"prompt": f"{prompt}{listed}\n:", "choices": list("ABCD"), "answer": right})
-    return plain, letters
-
-
-def sweep(text: Text, size: Size) -> Iterator[dict[str, Any]]:
-    """Train six runs for each seed, and say how early each metric orders them."""
-    plain, letters = questions(text, size.rows)
-    every = max(1, size.updates // 20)
-    for seed in size.sweep_seeds:
-        runs = []
-        for width in WIDTHS:
-            for rate in RATES:
-                model = build(width, seed, LONG)
-                logs: dict[str, dict[float, float]] = {
-                    name: {} for name in ("eval_loss", "grad_norm", "cloze_accuracy", "letter_accuracy")
-                }
-
-                def look(step: int, norm: float, model: Any = model, logs: Any = logs) -> None:
-                    logs["eval_loss"][step] = text.loss(model)
-                    logs["grad_norm"][step] = norm
-                    logs["cloze_accuracy"][step] = cloze_accuracy(model, Bytes(), plain)
-                    logs["letter_accuracy"][step] = cloze_accuracy(model, Bytes(), letters, "none")
-
-                trace = [rate * one for one in ours.linear(size.updates, warmup_fraction=0.05).trace()]
-                train(model, text, trace, seed, every, look)
-                runs.append(logs)
-                ended = {name: round(list(values.values())[-1], 4) for name, values in logs.items()}
-                yield {"part": "run", "seed": seed, "width": width, "rate": rate, **ended}
-        for found in rank_metrics(runs, draws=200):
-            yield {
-                "part": "metric",
-                "seed": seed,
-                "metric": found.name,
-                "monotonicity": round(found.monotonicity, 3),
-                "signal_to_noise": round(found.signal_to_noise, 2),
-                "spread": round(found.spread, 3),
-                "tau": found.ranking.value,
-                "tau_interval": [found.ranking.low, found.ranking.high],
-                "tau_to_final_loss": found.to_target.value,
-                "earliest": found.earliest,
-                "score_of_0.6": None if found.score is None else round(found.score, 3),
-            }
-
-
 # --- all -------------------------------------------------------------------------------------------------------------
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the headline."""
-    of = {part: [row for row in rows if row["part"] == part] for part in ("end", "falls", "stands", "metric")}
+    of = {part: [row for row in rows if row["part"] == part] for part in ("end", "falls", "stands")}
 
     def mean(name: str) -> float | None:
         values = [row[name] for row in of["end"] if row[name] is not None]
@@ -398,10 +320,6 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     def ratio(one: float | None, other: float | None) -> float | None:
         return round(one / other, 3) if one is not None and other else None
-
-    def tau(metric: str, name: str) -> float | None:
-        values = [row[name] for row in of["metric"] if row["metric"] == metric and row[name] is not None]
-        return round(statistics.fmean(values), 3) if values else None
 
     told = [row for row in of["end"] if row["forecast"] is not None]
     error, last, law = (mean(f"error_{name}") for name in ("forecast", "last_value", "annealing_law"))
@@ -419,13 +337,6 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             round(sum(row["stopped_at"] is not None for row in of["stands"]) / len(of["stands"]), 3),
             ">= 1.0",
         ),
-        *(
-            headline(f"tau_at_a_tenth_{metric}", tau(metric, "tau"))
-            for metric in ("eval_loss", "cloze_accuracy", "letter_accuracy", "grad_norm")
-        ),
-        headline("tau_of_cloze_to_final_loss", tau("cloze_accuracy", "tau_to_final_loss")),
-        headline("tau_of_letters_to_final_loss", tau("letter_accuracy", "tau_to_final_loss")),
-        headline("tau_of_gradient_norm_to_final_loss", tau("grad_norm", "tau_to_final_loss")),
     ]
 
 
@@ -437,9 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     size = SMOKE if smoke else WHOLE
     rows: list[dict[str, Any]] = []
     parts = (
-        ends(Text(LENGTH, BATCH, 8 if smoke else 192), size),
         schedules(size),
-        sweep(Text(LONG, BATCH // 2, 4 if smoke else 64), size),
+        ends(Text(LENGTH, BATCH, 8 if smoke else 192), size),
     )
     for part in parts:
         for row in part:

@@ -46,6 +46,6 @@ ROWS: tuple[Method, ...] = (
         authors="Yagoubi, Mouadh and others",
         status="experimental",
         tests=("tests/unit/test_early_signals.py", "tests/training/test_plan_early_eval.py"),
-        bench="bench/forecast.py",
+        bench="bench/early_eval.py",
     ),
 )
