@@ -12,8 +12,10 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
+from ..functional.schedules import ScheduleLR
+from ..optim.report import innermost
 from ._lr_factors import LRFactors
-from ._scheduler_plan import MAX_STEPS, scheduler_plan
+from ._scheduler_plan import MAX_STEPS, scheduler_plan, stepped_plan
 from .lr_schedule import LEARNING_RATE, LRScheduleCallback
 from .owners import owner_of
 from .probing import plan_of
@@ -24,6 +26,7 @@ _RATES = ("lr", "scheduled_lr", "d")
 _ROUNDING = 1e-6
 #: updates that are all looked at, and how many of the later ones
 _NEAR, _FAR = 20_000, 2_000
+_OF_LAMBDAS = (LambdaLR.get_lr, LambdaLR.step)
 #: the advice that goes with a rate that is going to fall
 DECAYING = "schedule still decaying: use `hf-effi plan lr predict`"
 
@@ -75,6 +78,8 @@ def why_rate_moves(state: TrainerState, scheduler: Any, optimizer: Any, applied:
     inner = getattr(scheduler, "scheduler", scheduler)  # inside the wrappers of accelerate and DeepSpeed
     if needs := _metric_of(inner):
         return f"the scheduler waits for {needs}, so that nobody knows the coming learning rates"
+    if innermost(getattr(inner, "optimizer", None)) is not innermost(optimizer):  # layer-wise optimizers have many
+        return f"the scheduler {type(inner).__name__} does not move the optimizer of the Trainer"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a schedule that is asked beyond its end says so
         return _why_plan_moves(state, inner)
@@ -130,7 +135,7 @@ def _plans(state: TrainerState, scheduler: Any, left: int) -> Iterator[tuple[Cal
         # The counter, and not the step, moves along the schedule, as far as its end and as fast as nobody knows.
         progress = owner.counter()
         yield _from(schedule, progress), 0, max(left, math.ceil((schedule.total_steps or 0) - progress))
-    elif isinstance(scheduler, LambdaLR):
+    elif _only_asks(scheduler):
         for place in range(len(scheduler.lr_lambdas)):
             plan = scheduler_plan(scheduler, group=place)
             yield (None if plan is None else _from(plan, scheduler.last_epoch)), place, left
@@ -140,8 +145,15 @@ def _plans(state: TrainerState, scheduler: Any, left: int) -> Iterator[tuple[Cal
             yield None, 0, left
             return
         for place in range(len(groups)):
-            plan = scheduler_plan(scheduler, group=place)
+            plan = stepped_plan(scheduler, group=place)
             yield (None if plan is None else _from(plan, 0)), place, left
+
+
+def _only_asks(scheduler: Any) -> bool:
+    """Whether the LRs of a scheduler are what its functions say of a step: a `LambdaLR` that nobody has changed."""
+    return isinstance(scheduler, LambdaLR) and (
+        isinstance(scheduler, ScheduleLR) or (type(scheduler).get_lr, type(scheduler).step) == _OF_LAMBDAS
+    )
 
 
 def _from(plan: Callable[[Any], float], first: float) -> Callable[[int], float]:

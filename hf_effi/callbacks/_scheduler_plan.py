@@ -51,6 +51,11 @@ def scheduler_plan(scheduler: Any, done_steps: int = 0, max_steps: int = MAX_STE
     """
     if isinstance(scheduler, LambdaLR):
         return _LambdaPlan(scheduler.lr_lambdas[group])
+    return stepped_plan(scheduler, done_steps, max_steps, group)
+
+
+def stepped_plan(scheduler: Any, done_steps: int = 0, max_steps: int = MAX_STEPS, group: int = 0) -> Plan | None:
+    """Return the plan of [`scheduler_plan`] by the steps of a copy, whatever the scheduler is."""
     groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", [{}])
     base = float(groups[min(group, len(groups) - 1)].get("initial_lr", 0.0))
     return _SteppedPlan(scheduler, base, done_steps, max_steps, group) if base else None

@@ -7,15 +7,18 @@ import pytest
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from transformers import EarlyStoppingCallback, Trainer
+from trl import GRPOConfig, GRPOTrainer
 
+from hf_effi import EffiGRPOConfig, EffiGRPOTrainer
 from hf_effi.callbacks import ForecastCallback, HypergradientCallback, LRScheduleCallback
 from hf_effi.callbacks.forecast import STATE_KEY
 from hf_effi.errors import PastEndWarning
 from hf_effi.functional import metrics
 from hf_effi.functional.learning_curve import forecast
 from hf_effi.functional.schedules import constant, cosine, token_indexed, wsd
-from tests.helpers import compare_runs, lm_dataset
+from tests.helpers import compare_runs, lm_dataset, tiny_qwen3
 from tests.helpers.compare import record_run
+from tests.helpers.grpo import grpo_args, run_grpo
 from tests.helpers.sampling import StopAt, sampler_trainer
 
 STEPS = 16
@@ -97,6 +100,18 @@ def of_torch(scheduler, **options):
     return make
 
 
+class Late(LambdaLR):
+    """Its function says nothing of its last updates."""
+
+    def get_lr(self):
+        return [lr * (0.5 if self.last_epoch >= STEPS - 2 else 1.0) for lr in super().get_lr()]
+
+
+def of_other_weights(model):
+    other = SGD(tiny_qwen3(num_hidden_layers=1).parameters(), lr=1e-2)
+    return SGD(model.parameters(), lr=1e-2), LambdaLR(other, lambda step: 1.0)
+
+
 DECAYS = {
     "linear": ({"lr_scheduler_type": "linear"}, ()),
     "cosine": ({"lr_scheduler_type": "cosine"}, ()),
@@ -114,6 +129,7 @@ DECAYS = {
     "steps": ({"optimizers": of_torch(StepLR, step_size=15)}, ()),
     "one cycle": ({"optimizers": of_torch(OneCycleLR, max_lr=0.1, total_steps=STEPS)}, ()),
     "one group of two": ({"optimizers": two_groups(lambda step: 0.5 if step >= STEPS - 1 else 1.0)}, ()),
+    "a function that is not all": ({"optimizers": of_torch(Late, lr_lambda=lambda step: 1.0)}, ()),
     "ours": ({}, (lambda: LRScheduleCallback(cosine()),)),
     "ours, decay ahead": ({}, (lambda: LRScheduleCallback(wsd(decay_steps=3)),)),
     "by tokens": ({}, (lambda: LRScheduleCallback(token_indexed(schedule=wsd(decay_steps=4)), counter=lambda: 1.0),)),
@@ -133,6 +149,7 @@ def test_a_schedule_that_is_going_to_fall_is_left_to_the_planner(tmp_path, caplo
 UNKNOWN = {
     "a metric": ({"optimizers": of_torch(ReduceLROnPlateau)}, (), "waits for metrics"),
     "a rule": ({}, (HypergradientCallback,), "hypergradient moves the learning rate by what the run says"),
+    "other weights": ({"optimizers": of_other_weights}, (), "does not move the optimizer of the Trainer"),
     "zero": ({"learning_rate": 0.0}, (), "the learning rate is 0"),
     "rises": ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": STEPS}, (), "still rises"),
 }
@@ -245,3 +262,19 @@ def test_beside_early_stopping_and_the_best_checkpoint(tmp_path, first):
 def test_arguments_out_of_range(over, words):
     with pytest.raises(ValueError, match=words):
         ForecastCallback(**over)
+
+
+@pytest.mark.parametrize("effi", [False, True])
+def test_the_reward_of_grpo_is_forecast(tmp_path, effi):
+    calls = []
+
+    def rising(completions, **kwargs):
+        calls.append(len(completions))
+        return [1 - len(calls) ** -1.0] * len(completions)
+
+    seer = ForecastCallback("reward", greater_is_better=True, skip_fraction=0.0)
+    args = grpo_args(tmp_path, EffiGRPOConfig if effi else GRPOConfig, max_steps=6, lr_scheduler_type="constant")
+    trainer = run_grpo(EffiGRPOTrainer if effi else GRPOTrainer, args, reward_funcs=rising, callbacks=[seer])
+    assert len(calls) == 6 and set(forecasts(trainer)) == {5, 6}
+    assert seer.forecast.asymptote == pytest.approx(1.0, abs=1e-4)
+    assert seer.forecast.remaining == pytest.approx(1 / 6, abs=1e-4)

@@ -6,12 +6,12 @@ from bench import early_eval, forecast
 
 
 def test_every_part_of_the_forecast_runs(monkeypatch):
-    monkeypatch.setattr(forecast, "SMOKE", forecast.Size(seen=10, every=1, seeds=(0,), schedules=8, standing=2))
+    monkeypatch.setattr(forecast, "SMOKE", forecast.Size(seen=10, every=1, seeds=(0,), schedules=21, standing=4))
     rows = forecast.main(["--smoke"])
     assert {row["part"] for row in rows} == {"end", "falls", "stands"}
     found = {figure["name"]: figure["value"] for figure in forecast.figures(rows)}
     assert found["false_stops_on_falling_schedules"] == found["forecasts_before_a_fall"] == 0
-    assert found["falling_schedules"] == 8 and found["stops_on_standing_schedules"] == 1.0
+    assert found["falling_schedules"] == 21 and found["stops_on_standing_schedules"] == 1.0
 
 
 def test_every_part_of_the_sweep_runs():
