@@ -308,7 +308,7 @@ def forecast(
     recent = [one for one in trace[-RECENT:] if one is not None]
     sign = -1.0 if greater_is_better else 1.0
     left = [sign * one.scale * curve.last**-one.power for one in recent]
-    ends = [one(end) for one in recent] if end is not None else [None]
+    ends = [] if end is None else [one(end) for one in recent]
     return Forecast(
         step=curve.last,
         asymptote=curve.asymptote,
@@ -316,8 +316,8 @@ def forecast(
         remaining_low=min(left),
         remaining_high=max(left),
         at_end=None if end is None else curve(end),
-        at_end_low=None if end is None else min(ends),
-        at_end_high=None if end is None else max(ends),
+        at_end_low=min(ends, default=None),
+        at_end_high=max(ends, default=None),
         is_steady=_is_steady(trace, finite, len(trace) - 1, tolerance),
         curve=curve,
     )
