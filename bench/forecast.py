@@ -27,8 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerS
 from bench._schema import command_line, headline, write_result
 from bench.schedules import corpus
 from hf_effi.callbacks import ForecastCallback
+from hf_effi.errors import RefusedError
 from hf_effi.functional import schedules as ours
-from hf_effi.functional.learning_curve import NoForecastError, forecast
+from hf_effi.functional.learning_curve import forecast
 from hf_effi.functional.schedules.planner_loss import LossCurve, fit_annealing_law
 
 BATCH, LENGTH = 16, 32
@@ -145,7 +146,7 @@ def ends(text: Text, size: Size) -> Iterator[dict[str, Any]]:
         found = None
         try:
             found = forecast([t for t, _ in since], [y for _, y in since], end=whole, skip_fraction=0.1)
-        except NoForecastError as error:
+        except RefusedError as error:
             print(f"seed {seed}: {error}")
         prefix = LossCurve(tuple(rates[: size.seen]), tuple(t for t, _ in points), tuple(y for _, y in points))
         law = fit_annealing_law([prefix, other], bootstrap=0)

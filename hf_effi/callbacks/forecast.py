@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RefusedError
 from ..functional import metrics
 from ..functional.kept_arguments import keeps_arguments
-from ..functional.learning_curve import Forecast, NoForecastError, PowerCurve, forecast
+from ..functional.learning_curve import Forecast, PowerCurve, forecast
 from ..functional.schedules._checks import check_number
 from ._lr_search import same_on_ranks
 from ._rate_outlook import applied_rates, same_rates, why_rate_moves
@@ -202,8 +203,8 @@ class ForecastCallback(TurnCallback):
                 skip_fraction=self.skip_fraction,
                 tolerance=self.tolerance,
             )
-        except NoForecastError as error:
-            self.reason = str(error)
+        except RefusedError as error:
+            self.reason = str(error).partition(". ")[0]
 
     def _withhold(self, args: TrainingArguments, reason: str) -> None:
         self.reason = reason

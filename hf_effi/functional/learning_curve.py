@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import RefusedError
+
 #: three constants, and two values more than that
 FEWEST = 5
 #: fits that an interval and a sign test are of
@@ -77,10 +79,6 @@ class Forecast:
     curve: PowerCurve
 
 
-class NoForecastError(ValueError):
-    """The values tell no curve with an asymptote; the message says why."""
-
-
 def fit_power_curve(
     steps: Sequence[float], values: Sequence[float], *, greater_is_better: bool = False, skip_fraction: float = 0.0
 ) -> PowerCurve:
@@ -99,7 +97,7 @@ def fit_power_curve(
 
     Raises:
         ValueError: steps that do not rise or are not above 0, unequal lengths, or a share out of range.
-        NoForecastError: fewer than 5 finite values, values that are all equal, get worse, or have no asymptote within
+        RefusedError: fewer than 5 finite values, values that are all equal, get worse, or have no asymptote within
             reach.
 
     Example:
@@ -128,11 +126,11 @@ def _usable(steps: Sequence[float], values: Sequence[float], skip_fraction: floa
 
 def _fit(points: Sequence[tuple[float, float]], greater_is_better: bool) -> PowerCurve:
     if len(points) < FEWEST:
-        raise NoForecastError(f"{len(points)} finite values are fewer than the {FEWEST} that a curve needs")
+        raise RefusedError(f"{len(points)} finite values are fewer than the {FEWEST} that a curve needs. Add some.")
     t, y = torch.tensor(points, dtype=torch.float64).T
     size = float(y.abs().max())
     if float(y.max() - y.min()) <= _ROUNDING * size:
-        raise NoForecastError("all values are equal, so that they tell no curve")
+        raise RefusedError("all values are equal, so that they tell no curve. Wait for more.")
     unit = float(t[-1])
     logs = (t / unit).log()  # of numbers up to 1, so that the powers stay in range
     low, high = _POWERS
@@ -146,9 +144,9 @@ def _fit(points: Sequence[tuple[float, float]], greater_is_better: bool) -> Powe
     best = int(errors.argmin())
     power, slope = float(powers[best]), float(b[best])
     if (slope < 0) != greater_is_better or abs(slope) <= _ROUNDING * size:
-        raise NoForecastError("the values get worse, so that there is no best one ahead")
+        raise RefusedError("the values get worse, so that there is no best one ahead. See greater_is_better.")
     if power <= _POWERS[0] * 1.01:
-        raise NoForecastError("the values go on like a logarithm, so that they tell no asymptote yet")
+        raise RefusedError("the values go on like a logarithm, so that they tell no asymptote yet. Wait for more.")
     residual = math.sqrt(max(float(errors[best]), 0.0) / len(points))
     return PowerCurve(float(a[best]), slope * unit**power, power, residual, len(points), unit)
 
@@ -202,7 +200,7 @@ def asymptote_trace(
         least = skip_fraction * finite[count - 1][0]
         try:
             found.append(_fit([point for point in finite[:count] if point[0] > least], greater_is_better))
-        except NoForecastError:
+        except RefusedError:
             found.append(None)
     return found
 
@@ -286,7 +284,7 @@ def forecast(
 
     Raises:
         ValueError: an argument out of range, or an end that lies before the last step.
-        NoForecastError: as [`fit_power_curve`], on all values.
+        RefusedError: as [`fit_power_curve`], on all values.
 
     Example:
     ```python

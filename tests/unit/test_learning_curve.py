@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from hf_effi.errors import RefusedError
 from hf_effi.functional.learning_curve import (
-    NoForecastError,
     asymptote_trace,
     fit_power_curve,
     forecast,
@@ -66,7 +66,7 @@ def test_values_that_are_no_numbers_are_left_out():
 )
 def test_what_tells_no_curve_says_why(values, words):
     steps = [float(i + 1) for i in range(len(values))]
-    with pytest.raises(NoForecastError, match=words):
+    with pytest.raises(RefusedError, match=words):
         fit_power_curve(steps, values)
     assert asymptote_trace(steps, values) == [None] * max(0, sum(map(math.isfinite, values)) - 4)
 
