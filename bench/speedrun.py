@@ -237,7 +237,8 @@ def load_entry(path: Path) -> Any:
         known = ", ".join(sorted(file.stem for file in ENTRIES.glob("*.py") if file.stem != "__init__"))
         raise ValueError(f"No entry {str(path)!r}. Give a Python file, or one of the entries here: {known}.")
     spec = importlib.util.spec_from_file_location(f"speedrun_entry_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file: its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if lacking := [name for name in WORKLOADS if not callable(getattr(module, name, None))]:

@@ -47,6 +47,11 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
         "fit a scaling law to finished runs: the best size for a compute, with intervals and held-out errors",
         "hf-effi plan scaling runs/ --flops 1e18",
     ),
+    "early-eval": (
+        "hf_effi.report.plan_early_eval",
+        "which logged metric orders the runs of a sweep early as their end does, with rank correlations",
+        "hf-effi plan early-eval runs/",
+    ),
     "optimizer": (
         "hf_effi.report.plan_optimizer",
         "optimizer settings that were tuned for a model of this size, from a published table",

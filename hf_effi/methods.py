@@ -11,6 +11,7 @@ from ._methods import (
     continual,
     data,
     experiments,
+    forecasting,
     kernels,
     label_free,
     long_sequences,
@@ -66,6 +67,7 @@ METHODS: tuple[Method, ...] = (
     *observers.ROWS,
     *planning.ROWS,
     *experiments.ROWS,
+    *forecasting.ROWS,
     *traffic.ROWS,
     *rejected.ROWS,
 )

@@ -16,6 +16,7 @@ _PUBLIC = {
     "EMACallback": "hf_effi.callbacks.ema",
     "FastForwardCallback": "hf_effi.callbacks.fast_forward",
     "Finding": "hf_effi.functional.findings",
+    "ForecastCallback": "hf_effi.callbacks.forecast",
     "GRPODoctor": "hf_effi.callbacks.doctor",
     "GRPOLimits": "hf_effi.functional.findings",
     "GRPOScheduleCallback": "hf_effi.callbacks.grpo_schedule",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .doctor import TrainDoctor as TrainDoctor
     from .ema import EMACallback as EMACallback
     from .fast_forward import FastForwardCallback as FastForwardCallback
+    from .forecast import ForecastCallback as ForecastCallback
     from .gradient_norms import GradientNormsCallback as GradientNormsCallback
     from .grpo_schedule import GRPOScheduleCallback as GRPOScheduleCallback
     from .grpo_schedule import still3 as still3

@@ -56,6 +56,12 @@ class LRFactors:
             setattr(state, _ATTRIBUTE, cls(scheduler))
         return getattr(state, _ATTRIBUTE)
 
+    @staticmethod
+    def known(state: TrainerState) -> tuple[str, ...]:
+        """Return the names of the factors that were offered in one `train()` so far."""
+        owner = getattr(state, _ATTRIBUTE, None)
+        return () if owner is None else tuple(sorted(owner._offers))
+
     def offer(self, name: str, factor: Callable[[], float], update: int, lowest: float = 0.0) -> None:
         """Offer a factor for one update; it is asked for when the LR is written."""
         self._offers[name] = _Offer(factor, lowest, update)

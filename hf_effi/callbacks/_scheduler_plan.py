@@ -24,9 +24,9 @@ class Plan(Protocol):
     def __call__(self, step: int) -> float: ...
 
 
-def scheduler_plan(scheduler: Any, done_steps: int = 0, max_steps: int = MAX_STEPS) -> Plan | None:
+def scheduler_plan(scheduler: Any, done_steps: int = 0, max_steps: int = MAX_STEPS, group: int = 0) -> Plan | None:
     """
-    Return a function from finished updates to the share of the base LR, for the first parameter group.
+    Return a function from finished updates to the share of the base LR, for one parameter group.
 
     A `LambdaLR` (all schedulers of transformers, all schedules of this package) is asked. Of any other a copy, on an
     optimizer without weights, is stepped on from where the scheduler is: chained, sequential and own ones too. Before
@@ -36,6 +36,7 @@ def scheduler_plan(scheduler: Any, done_steps: int = 0, max_steps: int = MAX_STE
         scheduler: A torch scheduler.
         done_steps (`int`, *optional*, defaults to 0): Finished updates, where it stands now.
         max_steps (`int`, *optional*): Steps that a copy may be taken.
+        group (`int`, *optional*, defaults to 0): The parameter group.
 
     Returns:
         `None` where the base LR is 0 or the scheduler has no optimizer.
@@ -49,10 +50,15 @@ def scheduler_plan(scheduler: Any, done_steps: int = 0, max_steps: int = MAX_STE
     ```
     """
     if isinstance(scheduler, LambdaLR):
-        return _LambdaPlan(scheduler.lr_lambdas[0])
+        return _LambdaPlan(scheduler.lr_lambdas[group])
+    return stepped_plan(scheduler, done_steps, max_steps, group)
+
+
+def stepped_plan(scheduler: Any, done_steps: int = 0, max_steps: int = MAX_STEPS, group: int = 0) -> Plan | None:
+    """Return the plan of [`scheduler_plan`] by the steps of a copy, whatever the scheduler is."""
     groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", [{}])
-    base = float(groups[0].get("initial_lr", 0.0))
-    return _SteppedPlan(scheduler, base, done_steps, max_steps) if base else None
+    base = float(groups[min(group, len(groups) - 1)].get("initial_lr", 0.0))
+    return _SteppedPlan(scheduler, base, done_steps, max_steps, group) if base else None
 
 
 class _LambdaPlan:
@@ -70,7 +76,7 @@ class _LambdaPlan:
 class _SteppedPlan:
     """LRs of a copy, stepped as far as somebody asked for."""
 
-    def __init__(self, scheduler: Any, base: float, done_steps: int, max_steps: int) -> None:
+    def __init__(self, scheduler: Any, base: float, done_steps: int, max_steps: int, place: int) -> None:
         optimizer = scheduler.optimizer
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         empty = [{**copy.deepcopy(group), "params": [torch.zeros(())]} for group in settings]
@@ -79,7 +85,7 @@ class _SteppedPlan:
             own.update(group)
         inner = getattr(optimizer, "optimizer", optimizer)
         self._copy = copy.deepcopy(scheduler, {id(optimizer): stand_in, id(inner): stand_in})
-        self._group, self._base = stand_in.param_groups[0], base
+        self._group, self._base = stand_in.param_groups[place], base
         self._first, self._ended = done_steps, False
         self.reach: int | None = self._first + max_steps
         self._shares = [self._share()]

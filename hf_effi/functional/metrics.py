@@ -156,3 +156,16 @@ INJECTION_VALUES = ("seen", "memorised", "loss_gap", "learned")
 #: as it stands now, and the updates for which it has been behind
 STABILITY_GAP = "effi/stability_gap/"
 DIP_VALUES = ("depth", "behind", "duration_updates")
+#: + one of `FORECAST_VALUES`: where a metric tends to, what is left until there and its range over the last five fits,
+#: its value at the end of the run and that range, all in units of the metric; and 1 where the asymptote is steady
+FORECAST = "effi/forecast/"
+FORECAST_VALUES = (
+    "asymptote",
+    "remaining",
+    "remaining_low",
+    "remaining_high",
+    "at_end",
+    "at_end_low",
+    "at_end_high",
+    "is_steady",
+)

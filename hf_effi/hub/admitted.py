@@ -105,6 +105,7 @@ _CALLBACKS: dict[str, dict[str, str]] = {
         flag="swap_in save_with_checkpoints",
     ),
     "FastForwardCallback": _arguments(number="every_steps rows longest limit patience"),
+    "ForecastCallback": _arguments(key="metric", number="skip_fraction tolerance stop", flag="greater_is_better"),
     "GRPODoctor": _arguments(limits="limits"),
     "GradientSNRCallback": _arguments(number="memory lowest"),
     "BudgetPromptCallback": _arguments(budget="budget", key="placeholder"),

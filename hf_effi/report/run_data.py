@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,38 @@ def dropped_series(run: dict[str, Any]) -> dict[float, float]:
         for step, value in series(run, name).items():
             total[step] = total.get(step, 0.0) + value
     return total
+
+
+def forecast_lines(groups: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[Point]]:
+    """
+    Return, for each title, the curve that was fitted at each step and what it said of the end of the run.
+
+    The band of one run is the range of its last five fits, around their middle; that of several is over the runs.
+    """
+    found: dict[str, list[Point]] = {}
+    for title, runs in groups.items():
+        now, ends = [_fitted_series(run) for run in runs], [_forecast_series(run, "at_end") for run in runs]
+        if not any(ends):
+            continue
+        told = mean_and_band(ends)
+        if len(runs) == 1:
+            low, high = (_forecast_series(runs[0], name) for name in ("at_end_low", "at_end_high"))
+            told = [(step, (low[step] + high[step]) / 2, (high[step] - low[step]) / 2) for step in low if step in high]
+        name = "" if len(groups) == 1 else f"{title}, "
+        found[f"{name}fitted curve"] = mean_and_band(now)
+        found[f"{name}its end, with the range of the forecast"] = told
+    return found
+
+
+def _forecast_series(run: dict[str, Any], value: str) -> dict[float, float]:
+    return series(run, metrics.FORECAST + value)
+
+
+def _fitted_series(run: dict[str, Any]) -> dict[float, float]:
+    """Return step -> value of the curve there: the end lies between it and the asymptote."""
+    floors, left = _forecast_series(run, "asymptote"), _forecast_series(run, "remaining")
+    ends = _forecast_series(run, "at_end")
+    return {step: floors[step] + math.copysign(left[step], end - floors[step]) for step, end in ends.items()}
 
 
 def names_of(runs: Iterable[dict[str, Any]], prefix: str) -> list[str]:

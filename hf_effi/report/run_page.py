@@ -20,6 +20,7 @@ from .page import environment
 from .run_data import (
     Point,
     dropped_series,
+    forecast_lines,
     load_group,
     mean_and_band,
     memory_series,
@@ -46,6 +47,8 @@ def curves(groups: Groups) -> dict[str, str]:
         groups (`Mapping`): Title -> runs of one setting; several are seeds, and get a mean with its 95 % band.
     """
     found = {"Loss": _draw(_lines(groups, {"training": "loss", "evaluation": "eval_loss"}), "loss", "loss")}
+    ends = forecast_lines(groups)
+    found["Forecast of the end, as it was at each step"] = _draw(ends, "the forecast metric", "forecast")
     rates = _lines(groups, {"learning rate": "learning_rate"})
     phases = phases_of(next(iter(rates.values()))) if len(rates) == 1 else []
     phases = phases if len(phases) <= _MOST_PHASES else []

@@ -49,6 +49,7 @@ MAKE = {
     "ConfigSchedule": lambda cls: cls(linear()),
     "EMACallback": lambda cls: cls(),
     "FastForwardCallback": lambda cls: cls(evaluate=lambda model: 0.0),
+    "ForecastCallback": lambda cls: cls(),
     "GRPODoctor": lambda cls: cls(),
     "GRPOScheduleCallback": lambda cls: cls(beta=linear()),
     "GenerationCapCallback": lambda cls: cls(8),

@@ -134,6 +134,9 @@ CASES: dict[str, Case] = {
     ),
     "EMACallback": Case(lambda trainer: EMACallback(0.9, every_steps=2, start_step=1), look=_average_state),
     "FastForwardCallback": Case(lambda trainer: FastForwardCallback(3, rows=4), look=lambda one: [*one.walks]),
+    "ForecastCallback": Case(
+        lambda trainer: hf_effi.callbacks.ForecastCallback("loss"), look=lambda one: (one.forecast, one.reason)
+    ),
     "GRPODoctor": Case(
         lambda trainer: hf_effi.GRPODoctor(say=_quiet), look=lambda callback: list(map(str, callback.findings))
     ),

@@ -62,7 +62,7 @@ WRONG = {
     "list extra": (2, ["hf-effi list", "extra"]),
     "describe cpo": (2, ["'cpo'", "cppo"]),
     "describe": (2, ["METHOD"]),
-    "plan": (2, ["lr|memory|scaling|optimizer", "`hf-effi plan --help`"]),
+    "plan": (2, ["|".join(cli.PLANNERS), "`hf-effi plan --help`"]),
     "plan lrr": (2, ["'lrr'", "'memory'"]),
     "plan lr": (2, ["show|transfer", "`hf-effi plan lr --help`"]),
     "plan lr show --steps 9 --schedule wds": (2, ["'wds'", "wsd"]),

@@ -88,6 +88,9 @@ CASES: dict[str, Callable[[], Any]] = {
         0.9, every_steps=2, start_step=3, correction="bias", device="model", save_with_checkpoints=True
     ),
     "FastForwardCallback": lambda: callbacks.FastForwardCallback(10, rows=8, longest=9, limit=4, patience=2),
+    "ForecastCallback": lambda: callbacks.ForecastCallback(
+        "reward", greater_is_better=True, skip_fraction=0.2, tolerance=0.1, stop=0.05
+    ),
     "Denoiser": lambda: data.Denoiser("R", 0.2, 4, weight=0.5),
     "MaskingRatioCurriculum": lambda: data.MaskingRatioCurriculum(
         4, torch.tensor([0, 1]), 50, start=0.4, end=0.2, warmup_fraction=0.1, warmup_from=0.3, random_share=0.2,
