@@ -11,7 +11,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._run_record import FOLDER
 from ..checkpoint.run_folder import calling_trainer, run_folder
-from ..data.injection import InjectedDataset, InjectionResult, Place
+from ..data.injected_dataset import InjectedDataset, Place
+from ..data.injection import InjectionResult
 from ..errors import BrokenFileError, MismatchError, RefusedError
 from ..functional import metrics
 from ..functional.data import check_number, find_rows

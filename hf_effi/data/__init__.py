@@ -14,7 +14,7 @@ _PUBLIC = {
     "ContaminationProbe": "hf_effi.data.contamination",
     "Denoiser": "hf_effi.functional.data",
     "GreedyAnswers": "hf_effi.data.self_improvement",
-    "InjectedDataset": "hf_effi.data.injection",
+    "InjectedDataset": "hf_effi.data.injected_dataset",
     "Injection": "hf_effi.data.injection",
     "InjectionPlan": "hf_effi.data.injection",
     "InjectionResult": "hf_effi.data.injection",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .contamination import contamination_scores as contamination_scores
     from .denoising import UL2Denoising as UL2Denoising
     from .few_rows import repeat_rows as repeat_rows
-    from .injection import InjectedDataset as InjectedDataset
+    from .injected_dataset import InjectedDataset as InjectedDataset
     from .injection import Injection as Injection
     from .injection import InjectionPlan as InjectionPlan
     from .injection import InjectionResult as InjectionResult

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..data.injection import InjectedDataset, InjectionPlan, InjectionResult
+from ..data.injected_dataset import InjectedDataset
+from ..data.injection import InjectionPlan, InjectionResult
 from ..errors import RefusedError
 from ..functional.data import Interaction, measure_interactions
 
