@@ -4,11 +4,13 @@
     python -m bench.plan_grpo --smoke    # seconds: does every part run; nothing is written
 
 For each seed the device is measured by the planner's own short runs, in which all completions have one length and no
-group is dead. From that, and from what a user knows beforehand (lengths as histograms, pass rates, settings), four runs
-of `EffiGRPOTrainer` are foretold and then made: a decoder of 0.1 million parameters in which each token ends a
+group is dead. From that, and from what a user knows beforehand (lengths as histograms, pass rates, settings), four
+runs of `EffiGRPOTrainer` are foretold and then made: a decoder of 0.1 million parameters in which each token ends a
 completion with the probability of a uniform choice, and rewards that are coins of a pass rate drawn for each prompt.
-Seconds are CPU seconds of this process on one thread, in planner and runs alike, since the machine is shared; phases are
-those of the trainer, with what lies outside of them as `update`.
+Seconds are CPU seconds of this process on one thread, in planner and runs alike, since the machine is shared; phases
+are those of the trainer, with what lies outside of them as `update`. Of a run's generations the first is left out, and
+for each phase the slowest and the fastest: what happens once, as the check of an attention that is switched for the
+first time, is no part of an update.
 
 A phase enters the headline where it takes at least 5 % of the measured update; the figure is the largest error of a
 mean over seeds, of all settings, whole updates and such phases.
@@ -31,7 +33,8 @@ from transformers import Qwen3Config
 
 from bench._schema import command_line, headline, write_result
 from hf_effi.functional.forward_costs import ForwardCosts
-from hf_effi.functional.grpo_plan import GRPOChoices, GRPOShape, Lengths, planned_work
+from hf_effi.functional.grpo_expected import Lengths
+from hf_effi.functional.grpo_plan import GRPOChoices, GRPOShape, planned_work
 from hf_effi.report.measure_grpo import POINTS, Point, measure_device, random_model, timed_run
 from hf_effi.report.model_shapes import build_on_meta
 from hf_effi.trainers.grpo.packed import costs_of

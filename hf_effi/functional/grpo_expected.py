@@ -202,7 +202,8 @@ def refills(prompts: int, live_share: float, max_rounds: int) -> Refills:
     """
     if prompts < 1 or max_rounds < 1 or not 0 <= live_share <= 1:
         raise ValueError(
-            f"prompts={prompts!r} and max_rounds={max_rounds!r} must be at least 1, live_share={live_share!r} in [0, 1]."
+            f"prompts={prompts!r} and max_rounds={max_rounds!r} must be at least 1, and "
+            f"live_share={live_share!r} in [0, 1]."
         )
     rounds: Counter[int] = Counter()
     states = {(0, 0): 1.0}  # generated, live -> probability

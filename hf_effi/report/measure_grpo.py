@@ -18,7 +18,9 @@ from transformers.trainer_callback import PrinterCallback
 from ..functional import metrics
 from ..functional.accounting import PhaseClock
 from ..functional.forward_costs import ForwardCosts
-from ..functional.grpo_plan import GRPOChoices, GRPOShape, Lengths, PlannedWork, fit_speeds, planned_work
+from ..functional.grpo_expected import Lengths
+from ..functional.grpo_plan import GRPOChoices, GRPOShape, PlannedWork, planned_work
+from ..functional.grpo_speeds import fit_speeds
 from .model_shapes import DTYPES, model_class_of
 
 #: generations of a measured point; the first one is left out
@@ -80,7 +82,7 @@ class Measured:
     What a device does.
 
     Args:
-        speeds (`dict`): Phase -> count -> seconds, as [`~hf_effi.functional.grpo_plan.fit_speeds`] returns them.
+        speeds (`dict`): Phase -> count -> seconds, as [`~hf_effi.functional.grpo_speeds.fit_speeds`] returns them.
         error (`float`): Largest relative error of the fit at a measured point.
         points (`list[dict]`): What was measured: the point, its seconds by phase, and those of the fit.
         seconds (`float`): How long it took.
@@ -222,7 +224,8 @@ def timed_run(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    Train `EffiGRPOTrainer` for some generations, and return the mean seconds of an update by phase.
+    Train `EffiGRPOTrainer` for some generations, and return the mean seconds of an update by phase. Of three or more
+    counted generations the slowest and the fastest are left out, for each phase.
 
     Args:
         model (`PreTrainedModel` or `str`): A model or its folder, which is needed with `beta` above 0.
@@ -231,8 +234,8 @@ def timed_run(
         choices ([`~hf_effi.functional.grpo_plan.GRPOChoices`]): What is on.
         folder (`Path`): Of the trainer; nothing is saved.
         cycles (`int`): Generations; the first is left out.
-        fixed (`bool`, *optional*, defaults to `False`): Whether all completions have the longest length and no group is
-            dead; else completions end where the model ends them, at the longest length at the latest.
+        fixed (`bool`, *optional*, defaults to `False`): Whether all completions have the longest length and no group
+            is dead; else completions end where the model ends them, at the longest length at the latest.
         now, seed: As in [`measure_device`].
 
     Returns:
@@ -252,6 +255,9 @@ def timed_run(
     texts = [" ".join(f"w{rng.randrange(2, min(vocabulary, _WORDS))}" for _ in range(length)) for length in lengths]
     updates = (cycles + 1) * shape.num_iterations  # the last one only ends the last but one
     longest = shape.completion_lengths.values[-1]
+    filtering: dict[str, Any] = {}
+    if choices.filter_rounds:
+        filtering = {"difficulty_range": [0.0, 1.0], "difficulty_max_rounds": choices.filter_rounds}
     args = EffiGRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=shape.micro_batch,
@@ -262,11 +268,7 @@ def timed_run(
         max_completion_length=longest,
         generation_kwargs={"min_new_tokens": longest} if fixed else None,
         exact_savings=",".join(choices.savings) or "off",
-        **(
-            {"difficulty_range": [0.0, 1.0], "difficulty_max_rounds": choices.filter_rounds}
-            if choices.filter_rounds
-            else {}
-        ),
+        **filtering,
         prune_rate=choices.prune_rate,
         shuffle_dataset=not fixed,
         max_steps=updates,
@@ -305,11 +307,22 @@ def _vocabulary(model: Any) -> int:
 
 
 def _mean_seconds(history: Sequence[dict[str, Any]], began: Sequence[float], per_generation: int) -> dict[str, float]:
-    """Return the mean seconds of an update by phase, from the second generation on, less the last update's."""
+    """
+    Return the seconds of an update by phase: the mean over generations from the second on, less the last one, without
+    the largest and the smallest of three or more: what happens once in a run is no part of an update.
+    """
     names = {phase: metrics.TIME + phase for phase in metrics.PHASES}
-    logged = [entry for entry in history if names["train"] in entry][: len(began) - 1]
-    count = (len(logged) // per_generation) * per_generation
-    kept = range(per_generation, count)
-    seconds = {phase: sum(logged[i][name] for i in kept) / len(kept) for phase, name in names.items()}
-    whole = (began[count] - began[per_generation]) / len(kept)
-    return {**seconds, "update": max(0.0, whole - sum(seconds.values()))}
+    logged = [entry for entry in history if names["train"] in entry]
+    generations: list[dict[str, float]] = []
+    for first in range(per_generation, len(began) - per_generation, per_generation):
+        last = first + per_generation
+        one = {phase: sum(entry[name] for entry in logged[first:last]) for phase, name in names.items()}
+        generations.append({**one, "update": max(0.0, began[last] - began[first] - sum(one.values()))})
+    return {
+        phase: _trimmed([one[phase] for one in generations]) / per_generation for phase in (*metrics.PHASES, "update")
+    }
+
+
+def _trimmed(values: Sequence[float]) -> float:
+    kept = sorted(values)[1:-1] if len(values) > 2 else values
+    return sum(kept) / len(kept)
