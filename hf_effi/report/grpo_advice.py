@@ -167,8 +167,8 @@ def _iterations(shape: GRPOShape, best: Outcome, plan: Plan) -> list[tuple[str, 
     return [
         (
             "num_iterations=2 (another algorithm: compare rewards)",
-            f"generation is {_share(best, 'gen'):.0%} of an update; two updates for each would take "
-            f"{twice.total:.3g} s in place of {best.total:.3g}, the second off policy and with a forward for old log-probs.",
+            f"generation is {_share(best, 'gen'):.0%} of an update; two updates for each would take {twice.total:.3g} "
+            f"s in place of {best.total:.3g}, the second off policy and with a forward for old log-probs.",
         )
     ]
 
