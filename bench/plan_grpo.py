@@ -1,6 +1,6 @@
 """How far is `hf-effi plan grpo --measure` from runs that it has not seen?
 
-    python -m bench.plan_grpo            # about 4 CPU minutes on one core
+    python -m bench.plan_grpo            # about 3 CPU minutes on one core
     python -m bench.plan_grpo --smoke    # seconds: does every part run; nothing is written
 
 For each seed the device is measured by the planner's own short runs, in which all completions have one length and no
@@ -92,7 +92,7 @@ class Size:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    cycles: int = 13
+    cycles: int = 11
     points: tuple[Point, ...] = POINTS
     measured_cycles: int = 4
 

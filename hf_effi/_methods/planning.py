@@ -41,4 +41,23 @@ ROWS: tuple[Method, ...] = (
         tests=("tests/unit/test_scaling.py", "tests/training/test_plan_scaling.py"),
         bench="bench/scaling.py",
     ),
+    Method(
+        key="grpo_planner",
+        title="GRPO planner",
+        kind="recipe",
+        goals=("insight",),
+        summary="Says where the time of a GRPO run will go, what would save some of it, and which settings follow.",
+        entry_points=(
+            "hf_effi.functional.grpo_plan:planned_work",
+            "hf_effi.functional.grpo_expected:dead_share",
+            "hf_effi.functional.grpo_expected:refills",
+            "hf_effi.functional.grpo_speeds:fit_speeds",
+            "hf_effi.report.plan_grpo:plan_grpo",
+        ),
+        paper="none: arithmetic of the project's own",
+        paper_id="",
+        status="experimental",
+        tests=("tests/unit/test_grpo_plan.py", "tests/training/test_plan_grpo.py"),
+        bench="bench/plan_grpo.py",
+    ),
 )

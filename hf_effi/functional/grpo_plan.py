@@ -140,7 +140,10 @@ class PlannedWork:
 
 @dataclass
 class _Forwards:
-    """Sums of forwards: calls, those without padding, tokens, pairs in attention, calls of it, completion tokens."""
+    """
+    Sums of forwards: calls, those without padding, tokens, pairs in attention, calls of it, completion tokens, and
+    what the search for the best buckets tries.
+    """
 
     forward: float = 0.0
     flat: float = 0.0
@@ -148,6 +151,7 @@ class _Forwards:
     pair: float = 0.0
     segment: float = 0.0
     completion_token: float = 0.0
+    planning: float = 0.0
 
     def scaled(self, factor: float) -> dict[str, float]:
         return {name: value * factor for name, value in vars(self).items()}
@@ -190,6 +194,13 @@ class _Layouts:
         sums.segment += calls
         sums.forward += forwards
         sums.flat += 0 if layout == "trim" else forwards
+        if "trim" in self.savings:  # once for the price beside the others', once for the forward itself
+            sums.planning += _planning(of, buckets) * ((len(self.layouts) > 1) + (layout == "trim"))
+
+
+def _planning(rows: int, buckets: int) -> float:
+    """Return how many cuts are tried for the best buckets of some rows."""
+    return float(buckets * rows**2)
 
 
 def planned_work(
@@ -281,6 +292,10 @@ def _forwards(
         counted = live if skips else [True] * len(rows)
         if scores:
             layouts.add(scored, _kept(rows, range(len(rows)), counted), len(rows), width, shape.micro_batch)
+        if {"sort", "trim", "share"} <= set(choices.savings) and shape.micro_batch < shape.rows:
+            # Both orders of all micro-batches are priced, each twice where padding is the cheapest.
+            cuts = shape.rows // shape.micro_batch
+            trained.planning += 3 * cuts * _planning(shape.micro_batch, bucket_count(shape.micro_batch))
         for cut in _micro_batches(shape, layouts, rows, counted, rng):
             layouts.add(trained, _kept(rows, cut, counted), len(cut), width, None)
     for sums in (scored, trained):

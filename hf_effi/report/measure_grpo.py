@@ -72,6 +72,8 @@ POINTS = (
     Point(2, 8, 16, 16, 64, savings=_FLAT),
     Point(4, 4, 4, 64, 32, savings=("trim", "sort")),
     Point(2, 12, 24, 8, 96, num_iterations=1),
+    Point(2, 8, 16, 32, 40, savings=("trim",)),
+    Point(4, 8, 32, 16, 24, savings=("trim", "pack")),
     Point(4, 2, 2, 160, 12),
 )
 
@@ -243,23 +245,41 @@ def timed_run(
     """
     from datasets import Dataset
 
-    from ..trainers.grpo import EffiGRPOConfig, EffiGRPOTrainer
+    from ..trainers.grpo import EffiGRPOTrainer
 
-    rng = random.Random(seed)
-    vocabulary = _vocabulary(model)
-    tokenizer = word_tokenizer(vocabulary)
+    rng, vocabulary = random.Random(seed), _vocabulary(model)
     groups = shape.prompts * choices.oversample * cycles * max(1, choices.filter_rounds)
     lengths = rng.choices(shape.prompt_lengths.values, shape.prompt_lengths.shares, k=groups)
     if fixed:  # every other prompt is a token shorter: without padding there is no mask, and attention is another
         lengths = [length - number % 2 for number, length in enumerate(lengths)]
     texts = [" ".join(f"w{rng.randrange(2, min(vocabulary, _WORDS))}" for _ in range(length)) for length in lengths]
     updates = (cycles + 1) * shape.num_iterations  # the last one only ends the last but one
+    trainer = EffiGRPOTrainer(
+        model=model,
+        reward_funcs=_Coins(shape, fixed, random.Random(seed)),
+        args=_arguments(shape, choices, str(folder), updates, fixed, seed),
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+        processing_class=word_tokenizer(vocabulary),
+    )
+    watch = _Updates(now)
+    trainer.add_callback(watch)
+    trainer.remove_callback(PrinterCallback)
+    if now is not time.perf_counter:
+        trainer._accounting.clock = PhaseClock(now)
+    trainer.train()
+    return _mean_seconds(trainer.state.log_history, watch.began, shape.num_iterations)
+
+
+def _arguments(shape: GRPOShape, choices: GRPOChoices, folder: str, updates: int, fixed: bool, seed: int) -> Any:
+    """Return the trainer's arguments for a timed run."""
+    from ..trainers.grpo import EffiGRPOConfig
+
     longest = shape.completion_lengths.values[-1]
     filtering: dict[str, Any] = {}
     if choices.filter_rounds:
         filtering = {"difficulty_range": [0.0, 1.0], "difficulty_max_rounds": choices.filter_rounds}
-    args = EffiGRPOConfig(
-        output_dir=str(folder),
+    return EffiGRPOConfig(
+        output_dir=folder,
         per_device_train_batch_size=shape.micro_batch,
         gradient_accumulation_steps=shape.rows // shape.micro_batch,
         num_generations=shape.group_size,
@@ -268,7 +288,6 @@ def timed_run(
         max_completion_length=longest,
         generation_kwargs={"min_new_tokens": longest} if fixed else None,
         exact_savings=",".join(choices.savings) or "off",
-        **filtering,
         prune_rate=choices.prune_rate,
         shuffle_dataset=not fixed,
         max_steps=updates,
@@ -282,21 +301,8 @@ def timed_run(
         bf16=False,
         gradient_checkpointing=False,
         seed=seed,
+        **filtering,
     )
-    trainer = EffiGRPOTrainer(
-        model=model,
-        reward_funcs=_Coins(shape, fixed, random.Random(seed)),
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": texts}),
-        processing_class=tokenizer,
-    )
-    watch = _Updates(now)
-    trainer.add_callback(watch)
-    trainer.remove_callback(PrinterCallback)
-    if now is not time.perf_counter:
-        trainer._accounting.clock = PhaseClock(now)
-    trainer.train()
-    return _mean_seconds(trainer.state.log_history, watch.began, shape.num_iterations)
 
 
 def _vocabulary(model: Any) -> int:

@@ -7,14 +7,13 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RefusedError
 from ..functional.forward_costs import ForwardCosts
-from ..functional.grpo_expected import Lengths
-from ..functional.grpo_plan import PHASES, GRPOChoices, GRPOShape, PlannedWork, planned_work
+from ..functional.grpo_expected import Lengths, dead_share
+from ..functional.grpo_plan import PHASES, GRPOChoices, GRPOShape, PlannedWork, Speeds, planned_work
 from ..functional.grpo_speeds import CARDS, DataSheet, ModelSize, datasheet_speeds
 from ..functional.options import refuse_idle
 from .grpo_advice import Outcome, advice
@@ -105,38 +104,71 @@ def plan_grpo(
         raise ValueError(f"filter_rounds={filter_rounds!r} must be at least 1.")
     config = load_config(config) if isinstance(config, str) else config
     model, costs = model_size(config, dtype, on_card=card is not None)
-    measured = None
-    if card is not None:
-        speeds = {end: datasheet_speeds(model, card if not end else card.scaled(end)) for end in (0, 1, -1)}
-        source = (
-            f"data sheet: {card.tflops:g} TFLOP/s, {card.gb_per_second:g} GB/s; of them {card.efficiency:.0%} and "
-            f"{card.bandwidth_efficiency:.0%} reached, {card.layer_milliseconds:g} ms of the host for a layer, all "
-            f"+- {card.spread:.0%}"
-        )
-    else:
-        from .measure_grpo import measure_device
-
-        found = measure_device(config, costs, dtype=dtype, budget_seconds=measure_seconds or 0.0)
-        speeds, measured = {0: found.speeds}, dataclasses.asdict(found)
-        source = (
-            f"measured on this machine in {found.seconds:.0f} s: {len(found.points)} short runs, which the fit meets "
-            f"within {found.error:.0%}"
-        )
+    device = _of_card(model, card) if card is not None else _of_machine(config, costs, dtype, measure_seconds or 0.0)
 
     def outcome(name: str, choices: GRPOChoices, other: GRPOShape = shape) -> Outcome:
-        work = planned_work(other, choices, costs)
-        seconds = {end: _seconds(work, speed, reward_seconds) for end, speed in speeds.items()}
-        margin = 0.0 if measured is None else measured["error"]
-        low, high = (sum(seconds.get(end, seconds[0]).values()) for end in (1, -1))
-        bounds = (low * (1 - margin), high * (1 + margin))
-        per = work.updates
-        return Outcome(name, choices, seconds[0], bounds, work.generated_groups / per, work.live_groups, per)
+        return device.outcome(name, choices, planned_work(other, choices, costs), reward_seconds)
 
     outcomes = tuple(outcome(name, choices) for name, choices in scenarios(shape, filter_rounds))
     sizes = sorted({max(2, shape.group_size // 2), shape.group_size, 2 * shape.group_size, 4 * shape.group_size})
-    by_size = {size: dataclasses.replace(shape, group_size=size, micro_batch=1).dead for size in sizes}
+    by_size = {size: dead_share(shape.pass_rates, size) for size in sizes}
     suggestions = advice(shape, outcomes, by_size, outcome)
-    return GRPOPlan(outcomes, shape.dead, by_size, suggestions, source, _notes(shape, measured), measured)
+    notes = _notes(shape, device.measured)
+    return GRPOPlan(outcomes, shape.dead, by_size, suggestions, device.source, notes, device.measured)
+
+
+@dataclass(frozen=True)
+class _Device:
+    """
+    Speeds of a device, and where they come from.
+
+    Args:
+        speeds, fast, slow (`Mapping`): As they are, and at the ends of their spread.
+        source (`str`): For people.
+        margin (`float`): Relative error of a measured fit.
+        measured (`dict`, *optional*): What was measured.
+    """
+
+    speeds: Speeds
+    fast: Speeds
+    slow: Speeds
+    source: str
+    margin: float = 0.0
+    measured: dict[str, Any] | None = None
+
+    def outcome(self, name: str, choices: GRPOChoices, work: PlannedWork, reward_seconds: float) -> Outcome:
+        """Return what some work comes to."""
+        low, high = (sum(_seconds(work, end, reward_seconds).values()) for end in (self.fast, self.slow))
+        return Outcome(
+            name,
+            choices,
+            _seconds(work, self.speeds, reward_seconds),
+            (low * (1 - self.margin), high * (1 + self.margin)),
+            work.generated_groups / work.updates,
+            work.live_groups,
+            work.updates,
+        )
+
+
+def _of_card(model: ModelSize, card: DataSheet) -> _Device:
+    source = (
+        f"data sheet: {card.tflops:g} TFLOP/s, {card.gb_per_second:g} GB/s; of them {card.efficiency:.0%} and "
+        f"{card.bandwidth_efficiency:.0%} reached, {card.layer_milliseconds:g} ms of the host for a layer, all "
+        f"+- {card.spread:.0%}"
+    )
+    fast, slow = (datasheet_speeds(model, card.scaled(end)) for end in (1, -1))
+    return _Device(datasheet_speeds(model, card), fast, slow, source)
+
+
+def _of_machine(config: Any, costs: ForwardCosts, dtype: str, seconds: float) -> _Device:
+    from .measure_grpo import measure_device
+
+    found = measure_device(config, costs, dtype=dtype, budget_seconds=seconds)
+    source = (
+        f"measured on this machine in {found.seconds:.0f} s: {len(found.points)} short runs, which the fit meets "
+        f"within {found.error:.0%}"
+    )
+    return _Device(found.speeds, found.speeds, found.speeds, source, found.error, dataclasses.asdict(found))
 
 
 def scenarios(shape: GRPOShape, filter_rounds: int) -> list[tuple[str, GRPOChoices]]:
@@ -192,7 +224,7 @@ def model_size(config: Any, dtype: str, on_card: bool) -> tuple[ModelSize, Forwa
     return size, costs
 
 
-def _seconds(work: PlannedWork, speeds: Mapping[str, Mapping[str, float]], reward_seconds: float) -> dict[str, float]:
+def _seconds(work: PlannedWork, speeds: Speeds, reward_seconds: float) -> dict[str, float]:
     seconds = work.seconds(speeds)
     seconds["reward"] += reward_seconds * work.counts["reward"]["row"] / work.updates
     return {phase: seconds.get(phase, 0.0) for phase in PHASES}
