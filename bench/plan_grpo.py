@@ -92,9 +92,9 @@ class Size:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    cycles: int = 11
+    cycles: int = 9
     points: tuple[Point, ...] = POINTS
-    measured_cycles: int = 4
+    measured_cycles: int = 3
 
 
 WHOLE = Size()
