@@ -195,8 +195,8 @@ def refills(prompts: int, live_share: float, max_rounds: int) -> Refills:
     Example:
     ```python
     >>> found = refills(2, 0.5, 2)
-    >>> found.rounds, round(found.live, 9), round(found.filled, 9)
-    (((2, 1.75),), 1.625, 0.6875)
+    >>> round(found.groups, 9), round(found.live, 9), round(found.filled, 9)
+    (3.5, 1.625, 0.6875)
 
     ```
     """

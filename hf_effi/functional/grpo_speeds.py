@@ -106,8 +106,8 @@ def datasheet_speeds(model: ModelSize, card: DataSheet) -> dict[str, dict[str, f
     With `F` and `B` the achieved FLOP/s and bytes/s: a token costs `2 n / F` forward and three times that in training,
     for `n` weights, the head's on completion tokens alone; a decoding step reads the weights, `bytes / B`, and adds
     `2 n / F` for each row and the keys and values of each row's context, `kv / B`; each layer of a forward or decoding
-    step costs the host its milliseconds, a training step three times. AdamW moves 28 bytes per parameter. The parts are
-    added, as if none ran beside another.
+    step costs the host its milliseconds, a training step three times. AdamW moves 28 bytes per parameter. The parts
+    are added, as if none ran beside another.
 
     Args:
         model ([`ModelSize`]): The model.
