@@ -114,7 +114,8 @@ def measure_device(
         config (`PreTrainedConfig`): A model with random weights is built from it.
         costs ([`~hf_effi.functional.forward_costs.ForwardCosts`]): Of the model and the device.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the weights.
-        budget_seconds (`float`, *optional*, defaults to `60.0`): No further point begins after it; `LEAST_POINTS` do.
+        budget_seconds (`float`, *optional*, defaults to `60.0`): No further point begins after it, on the clock
+            of `now`; `LEAST_POINTS` do.
         points (`Sequence[Point]`, *optional*): What is measured.
         cycles (`int`, *optional*, defaults to `4`): Generations of a point; the first is left out. At least 2.
         now (`Callable[[], float]`, *optional*, defaults to `time.perf_counter`): Seconds; `time.process_time` on a
@@ -128,10 +129,10 @@ def measure_device(
         raise ValueError(f"budget_seconds={budget_seconds!r} must be above 0.")
     if cycles < 2:
         raise ValueError(f"cycles={cycles!r} must be at least 2: the first is left out.")
-    began, samples, told = time.perf_counter(), [], []
+    began, samples, told = now(), [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, point in enumerate(points):
-            if number >= LEAST_POINTS and time.perf_counter() - began > budget_seconds:
+            if number >= LEAST_POINTS and now() - began > budget_seconds:
                 break
             choices = GRPOChoices(point.savings)
             model = random_model(config, dtype, seed)
@@ -145,7 +146,7 @@ def measure_device(
         rounded = {phase: round(value, 5) for phase, value in seconds.items()}
         fitted = {phase: round(value, 5) for phase, value in work.seconds(speeds).items()}
         told.append({"point": _named(point), "seconds": rounded, "fitted": fitted})
-    return Measured(speeds, error, told, time.perf_counter() - began)
+    return Measured(speeds, error, told, now() - began)
 
 
 def _of_updates(work: PlannedWork) -> dict[str, dict[str, float]]:
