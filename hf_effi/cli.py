@@ -42,6 +42,11 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
         "what a training step needs, for each set of memory switches, from the model's config alone",
         "hf-effi plan memory Qwen/Qwen3-0.6B --seq-len 8192 --gpu-gib 24",
     ),
+    "grpo": (
+        "hf_effi.report.plan_grpo",
+        "where the time of a GRPO run goes, what filter, pruning, packing and sharing would save, and settings",
+        "hf-effi plan grpo Qwen/Qwen3-0.6B --card h100 --prompt-length 128 --completion-length p50=200,p100=1024",
+    ),
     "scaling": (
         "hf_effi.report.plan_scaling",
         "fit a scaling law to finished runs: the best size for a compute, with intervals and held-out errors",

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from .rollouts import plan_buckets
 
+#: the layouts of a forward
+LAYOUTS = ("trim", "pack", "share")
+
 
 class RowLengths(NamedTuple):
     """
@@ -81,5 +84,54 @@ class ForwardCosts:
             total += self.per_pair * prefix * sum(branches) + self.per_call
         return total
 
+    def of(self, layout: str, rows: Sequence[RowLengths], buckets: int) -> float:
+        """Return the cost of rows in one of `LAYOUTS`; `trim` pads them in so many buckets."""
+        if layout == "trim":
+            return self.padded(rows, buckets)
+        return self.packed(rows) if layout == "pack" else self.shared(rows)
+
     def _segment(self, tokens: int) -> float:
         return tokens + self.per_pair * tokens**2 / 2 + self.per_call
+
+
+def bucket_count(rows: int, wanted: int = 0, max_rows: int | None = None, trims: bool = True) -> int:
+    """
+    Return in how many buckets padded rows are forwarded.
+
+    Args:
+        rows (`int`): From 0.
+        wanted (`int`, *optional*, defaults to `0`): Length buckets; 0 takes `rows // 8`, between 1 and 8.
+        max_rows (`int`, *optional*): Most rows of a forward.
+        trims (`bool`, *optional*, defaults to `True`): Whether buckets are padded to their own longest row; where not,
+            only `max_rows` splits them.
+
+    Example:
+    ```python
+    >>> bucket_count(32), bucket_count(32, max_rows=4), bucket_count(32, trims=False)
+    (4, 8, 1)
+
+    ```
+    """
+    count = (wanted or max(1, min(8, rows // 8))) if trims else 1
+    return count if max_rows is None else max(count, -(-rows // max_rows))
+
+
+def grouped_order(rows: Sequence[RowLengths], active: Sequence[bool]) -> list[int]:
+    """
+    Return row numbers: those without a gradient first, then the rows of one prompt side by side, short groups first.
+
+    Example:
+    ```python
+    >>> rows = [RowLengths("a", 4, 9), RowLengths("b", 4, 1), RowLengths("a", 4, 2), RowLengths("b", 4, 2)]
+    >>> grouped_order(rows, [True, True, True, False])
+    [3, 1, 2, 0]
+    ```
+    """
+    totals: dict[Hashable, int] = {}
+    for row in rows:
+        totals[row.prompt] = totals.get(row.prompt, 0) + row.completion_tokens
+    first = {row.prompt: i for i, row in reversed(list(enumerate(rows)))}
+    return sorted(
+        range(len(rows)),
+        key=lambda i: (active[i], totals[rows[i].prompt], first[rows[i].prompt], rows[i].tokens, i),
+    )

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_effi.attention.switch import switched_attention
-from hf_effi.functional.forward_costs import ForwardCosts, RowLengths
+from hf_effi.functional.forward_costs import ForwardCosts, RowLengths, grouped_order
 from hf_effi.functional.rollouts import split_evenly
 from hf_effi.functional.shared_prefix import plan_shared_prefix
-from hf_effi.trainers.grpo.packed import _CALL_OPERATIONS, FlatRows, PackedForward, costs_of, grouped_order
+from hf_effi.trainers.grpo.packed import _CALL_OPERATIONS, FlatRows, PackedForward, costs_of
 from tests.helpers import tiny_qwen3
 
 #: two rows share a prompt of 10 tokens, with completions of 2 and 5; one has a prompt of 4 and a completion of 6

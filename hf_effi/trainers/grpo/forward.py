@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RefusedError
+from ...functional.forward_costs import bucket_count, grouped_order
 from ...functional.rollouts import (
     Bucket,
     GenerationLayout,
@@ -27,7 +28,7 @@ from ...functional.rollouts import (
     take_rows,
 )
 from .host import Host
-from .packed import FlatRows, PackedForward, grouped_order
+from .packed import FlatRows, PackedForward
 from .rows import Ratios, whole_rows
 from .token_budget import ForwardPlanner, PiecesInHand, Plan, most_of_ranks
 
@@ -317,11 +318,8 @@ class LogProbForward:
 
     def _count_of(self, rows: int, max_rows: int | None = None) -> int:
         """In how many buckets `trim` splits so many rows."""
-        count = self._buckets or max(1, min(8, rows // 8))
-        if "trim" not in self.exact_savings:
-            count = 1
         # From all rows, not from the active ones, whose number differs between ranks.
-        return count if max_rows is None else max(count, -(-rows // max_rows))
+        return bucket_count(rows, self._buckets, max_rows, trims="trim" in self.exact_savings)
 
     def _rows_to_forward(
         self, lengths: list[int], active: Tensor | None, max_rows: int | None

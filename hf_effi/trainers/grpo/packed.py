@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ...attention.switch import switched_attention
-from ...functional.forward_costs import ForwardCosts, RowLengths
+from ...functional.forward_costs import LAYOUTS, ForwardCosts, RowLengths
 from ...functional.shared_prefix import SharedPrefixLayout, plan_shared_prefix
 
 logger = logging.get_logger(__name__)
 
 #: what one call of attention costs beside its arithmetic on a CPU, forward and backward, in floating-point operations
 _CALL_OPERATIONS = 1.5e7
-#: the layouts of a forward
-LAYOUTS = ("trim", "pack", "share")
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,8 @@ class PackedForward:
             rows (`Sequence[RowLengths]`): The rows of one forward.
             buckets (`int`): In how many buckets `trim` would split them.
         """
-        if layout == "trim":
-            return self._costs.padded(rows, buckets)
-        if layout == "pack":
-            return self._costs.packed(rows)
-        return self._costs.shared(rows) if self.may_share(rows) else self._costs.packed(rows)
+        may = layout != "share" or self.may_share(rows)
+        return self._costs.of(layout if may else "pack", rows, buckets)
 
     def choose(self, rows: Sequence[RowLengths], buckets: int) -> str:
         """Return the cheapest layout for some rows; of equal ones the first of `LAYOUTS`."""
@@ -197,24 +192,3 @@ def _size(parameter: nn.Parameter) -> int:
     """Elements of a weight; of one packed into 4 bits, those that it stands for."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
-
-
-def grouped_order(rows: Sequence[RowLengths], active: Sequence[bool]) -> list[int]:
-    """
-    Return row numbers: those without a gradient first, then the rows of one prompt side by side, short groups first.
-
-    Example:
-    ```python
-    >>> rows = [RowLengths("a", 4, 9), RowLengths("b", 4, 1), RowLengths("a", 4, 2), RowLengths("b", 4, 2)]
-    >>> grouped_order(rows, [True, True, True, False])
-    [3, 1, 2, 0]
-    ```
-    """
-    totals: dict[Hashable, int] = {}
-    for row in rows:
-        totals[row.prompt] = totals.get(row.prompt, 0) + row.completion_tokens
-    first = {row.prompt: i for i, row in reversed(list(enumerate(rows)))}
-    return sorted(
-        range(len(rows)),
-        key=lambda i: (active[i], totals[rows[i].prompt], first[rows[i].prompt], rows[i].tokens, i),
-    )

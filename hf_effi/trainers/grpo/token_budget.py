@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from ...errors import RefusedError
-from ...functional.forward_costs import ForwardCosts, RowLengths
+from ...functional.forward_costs import ForwardCosts, RowLengths, grouped_order
 from ...functional.rollouts import cut_further, cut_to_budget, plan_buckets
 from .correction import OLD
 from .forward_probe import measured_reasons
 from .host import Host
-from .packed import FlatRows, PackedForward, grouped_order
+from .packed import FlatRows, PackedForward
 from .rows import LOSS_SCALE
 
 logger = logging.get_logger(__name__)
