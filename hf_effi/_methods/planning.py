@@ -58,6 +58,8 @@ ROWS: tuple[Method, ...] = (
         status="experimental",
         tests=("tests/unit/test_layout_plan.py", "tests/training/test_plan_layout.py"),
         bench="bench/plan_layout.py",
+    ),
+    Method(
         key="grpo_planner",
         title="GRPO planner",
         kind="recipe",
