@@ -83,7 +83,7 @@ ROWS: tuple[Method, ...] = (
         title="Readings of what a run's troubles come from",
         kind="callback",
         goals=("insight",),
-        summary="Reads gradients by layer, outliers and weight norms every so many updates, for log, report and doctor.",
+        summary="Reads gradients by layer, outliers and weight norms every 50 updates, for log, report and doctor.",
         entry_points=(
             "hf_effi.callbacks:CausesCallback",
             "hf_effi.callbacks:CausePart",
