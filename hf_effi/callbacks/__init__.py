@@ -13,6 +13,9 @@ _PUBLIC = {
     "AdaLoRACallback": "hf_effi.callbacks.adalora",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
     "BudgetPromptCallback": "hf_effi.callbacks.length_budget",
+    "CauseMoment": "hf_effi.callbacks.cause_parts",
+    "CausePart": "hf_effi.callbacks.cause_parts",
+    "CausesCallback": "hf_effi.callbacks.causes",
     "EMACallback": "hf_effi.callbacks.ema",
     "FastForwardCallback": "hf_effi.callbacks.fast_forward",
     "Finding": "hf_effi.functional.findings",
@@ -64,6 +67,9 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .adaptive_lr import GradientSNRCallback as GradientSNRCallback
     from .adaptive_lr import HypergradientCallback as HypergradientCallback
     from .auto_lrs import AutoLRSCallback as AutoLRSCallback
+    from .cause_parts import CauseMoment as CauseMoment
+    from .cause_parts import CausePart as CausePart
+    from .causes import CausesCallback as CausesCallback
     from .doctor import GRPODoctor as GRPODoctor
     from .doctor import TrainDoctor as TrainDoctor
     from .ema import EMACallback as EMACallback
