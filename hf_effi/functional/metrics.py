@@ -135,6 +135,12 @@ STRAGGLER_RATIO = "effi/straggler/ratio"
 STRAGGLER_RANK = "effi/straggler/rank"
 STRAGGLER_PERSISTENCE = "effi/straggler/persistence"
 STRAGGLER_WAITING = "effi/straggler/waiting_fraction"
+#: of the last probe of sharpness: largest eigenvalue of the Hessian; of the Hessian as the optimizer preconditions it;
+#: that as a share of what the LR of the next update stands; `|H v - value v| / |value|`, how far the search got
+SHARPNESS_HESSIAN = "effi/sharpness/lambda1"
+SHARPNESS_PRECONDITIONED = "effi/sharpness/preconditioned_lambda1"
+SHARPNESS_RHO = "effi/sharpness/rho"
+SHARPNESS_RESIDUAL = "effi/sharpness/residual"
 #: of an update in which attention logits were measured: the largest one, and heads that were scaled down
 QK_CLIP_MAX_LOGIT = "effi/qk_clip/max_logit"
 QK_CLIP_HEADS = "effi/qk_clip/clipped_heads"
