@@ -13,6 +13,9 @@ _PUBLIC = {
     "AdaLoRACallback": "hf_effi.callbacks.adalora",
     "AutoLRSCallback": "hf_effi.callbacks.auto_lrs",
     "BudgetPromptCallback": "hf_effi.callbacks.length_budget",
+    "CauseMoment": "hf_effi.callbacks.cause_parts",
+    "CausePart": "hf_effi.callbacks.cause_parts",
+    "CausesCallback": "hf_effi.callbacks.causes",
     "EMACallback": "hf_effi.callbacks.ema",
     "FastForwardCallback": "hf_effi.callbacks.fast_forward",
     "Finding": "hf_effi.functional.findings",
@@ -39,6 +42,8 @@ _PUBLIC = {
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "ScheduleFreeCallback": "hf_effi.callbacks.schedule_free",
     "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
+    "Sharpness": "hf_effi.callbacks.sharpness",
+    "SharpnessProbe": "hf_effi.callbacks.sharpness",
     "StabilityGapCallback": "hf_effi.callbacks.stability_gap",
     "StragglerCallback": "hf_effi.callbacks.straggler",
     "TrainDoctor": "hf_effi.callbacks.doctor",
@@ -60,6 +65,9 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .adaptive_lr import GradientSNRCallback as GradientSNRCallback
     from .adaptive_lr import HypergradientCallback as HypergradientCallback
     from .auto_lrs import AutoLRSCallback as AutoLRSCallback
+    from .cause_parts import CauseMoment as CauseMoment
+    from .cause_parts import CausePart as CausePart
+    from .causes import CausesCallback as CausesCallback
     from .doctor import GRPODoctor as GRPODoctor
     from .doctor import TrainDoctor as TrainDoctor
     from .ema import EMACallback as EMACallback
@@ -90,6 +98,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .safe_checkpoint import SafeCheckpointCallback as SafeCheckpointCallback
     from .sampler import SamplerCallback as SamplerCallback
     from .schedule_free import ScheduleFreeCallback as ScheduleFreeCallback
+    from .sharpness import Sharpness as Sharpness
+    from .sharpness import SharpnessProbe as SharpnessProbe
     from .stability_gap import StabilityGapCallback as StabilityGapCallback
     from .straggler import StragglerCallback as StragglerCallback
     from .weight_averaging import WeightAveragingCallback as WeightAveragingCallback

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import default_data_collator
+from transformers import default_data_collator, set_seed
 
 from ..checkpoint.snapshot import restore_rng, take_rng
 from ..errors import RefusedError
@@ -26,6 +26,7 @@ from ..functional.sharpness import (
 )
 from ..optim.stability import Stability, read_stability
 from ._engines import is_fsdp2, sharding_engine
+from .cause_parts import CauseMoment
 
 _IGNORED = -100
 
@@ -84,9 +85,13 @@ class SharpnessProbe:
     settings and the second moments that the optimizer has at that update; before its first update it has none, and the
     bare Hessian is measured. Of an optimizer that is neither Adam nor SGD the bare Hessian alone is measured.
 
+    It is a part of [`CausesCallback`], and can be called in a loop of your own by [`probe`].
+
     Args:
-        rows (`Sequence[Mapping]`): What the model takes, `labels` included, all of one length. They should be training
-            rows: on tokens that training has never seen, Adam has no second moments, and would step very far.
+        rows (`int` or `Sequence[Mapping]`, *optional*, defaults to 32): How many rows from the begin of the Trainer's
+            training set, or the rows themselves. The Trainer's collator joins them; in a loop of your own they hold
+            what the model takes, `labels` included, and are of one length. They should be training rows: on tokens that
+            training has never seen Adam has no second moments, and the eigenvalue is as large as its `eps` is small.
         steps (`Sequence[int]`, *optional*, defaults to `(0, 10, 50)`): Finished updates at which to measure, each once.
         every (`int`, *optional*, defaults to 100): After the last of them, at each multiple of this; 0 for never.
         iterations (`int`, *optional*, defaults to 20): Most Hessian-vector products of one search, at least 1. Each
@@ -95,7 +100,7 @@ class SharpnessProbe:
         product (`str`, *optional*, defaults to `"differences"`): `"differences"` of gradients works with every kernel;
             `"double_backward"` is exact, and holds one graph of all rows in memory. SDPA attention then computes by its
             plain kernel.
-        batch_size (`int`, *optional*): Rows of one forward; all without.
+        batch_size (`int`, *optional*): Rows of one forward; all of them without.
         hessian (`bool`, *optional*, defaults to `False`): Whether to measure the bare Hessian too where the optimizer
             preconditions it, which doubles the cost.
         seed (`int`, *optional*, defaults to 0): Of the vector that the first search begins with.
@@ -108,13 +113,15 @@ class SharpnessProbe:
 
     Example:
     ```python
-    probe = SharpnessProbe([rows[i] for i in range(32)], steps=(0, 10, 25, 50))
+    probe = SharpnessProbe(steps=(0, 10, 25, 50))
+    Trainer(model, args, train_dataset=rows, callbacks=[CausesCallback(parts=[probe])]).train()
+    print([(record.step, record.rho) for record in probe.curve])
     ```
     """
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        rows: int | Sequence[Mapping[str, Any]] = 32,
         steps: Sequence[int] = (0, 10, 50),
         every: int = 100,
         iterations: int = 20,
@@ -124,28 +131,33 @@ class SharpnessProbe:
         hessian: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, value, least in (("every", every, 0), ("iterations", iterations, 1), ("seed", seed, 0)):
+        whole = {"every": (every, 0), "iterations": (iterations, 1), "seed": (seed, 0)}
+        whole |= {"rows": (rows, 1)} if isinstance(rows, int) else {}
+        whole |= {} if batch_size is None else {"batch_size": (batch_size, 1)}
+        for name, (value, least) in whole.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
-        if batch_size is not None and (isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1):
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1, or None for all rows.")
+        if not isinstance(rows, int) and not len(rows):
+            raise ValueError("rows is empty. Give rows, or how many of the training set to take.")
         wrong = [step for step in steps if isinstance(step, bool) or not isinstance(step, int) or step < 0]
         if wrong or not (steps or every):
             raise ValueError(f"steps={steps!r} must be integers of at least 0, and some where every is 0.")
         if product not in ("differences", "double_backward"):
             raise ValueError(f"product={product!r} must be 'differences' or 'double_backward'.")
+        if not isinstance(hessian, bool):
+            raise ValueError(f"hessian={hessian!r} must be True or False.")
         check_number("tolerance", tolerance, 0.0, math.inf, high_open=True)
-        self._batches = _batches(rows, batch_size)
+        self.rows, self.batch_size = rows, batch_size
         self.steps, self.every, self.iterations, self.tolerance = frozenset(steps), every, iterations, tolerance
         self.product, self.hessian, self.seed = product, hessian, seed
-        self.begin()
+        self._begin()
 
-    def begin(self) -> None:
-        """Forget what was found, for another run."""
+    def _begin(self) -> None:
         self.curve: list[Sharpness] = []
         self._vectors: dict[str, list[torch.Tensor]] = {}
+        self._batches: list[tuple[dict[str, torch.Tensor], float]] = []
 
-    def is_due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
         """Return whether to measure after `step` finished updates."""
         last = max(self.steps, default=-1)
         return step in self.steps or (self.every > 0 and step > last and step % self.every == 0)
@@ -184,24 +196,39 @@ class SharpnessProbe:
                     "the model with dtype=torch.float32 (bf16=True of the Trainer may stay), or leave the probe out."
                 )
 
-    def measure(self, model: torch.nn.Module, optimizer: Any, step: int) -> Sharpness:
+    def measure(self, moment: CauseMoment) -> dict[str, float]:
+        """Measure in a run of [`CausesCallback`], and return what its log gets."""
+        return self.probe(moment.model, moment.optimizer, moment.step, moment.trainer).metrics()
+
+    def probe(self, model: torch.nn.Module, optimizer: Any, step: int, trainer: Any = None) -> Sharpness:
         """
-        Measure now. All processes call it together, with the same rows.
+        Measure now. All processes call it together, with the same rows. A step that is not later than the last one
+        begins another curve.
 
         Args:
-            model (`torch.nn.Module`): What the callbacks of a Trainer are given.
+            model (`torch.nn.Module`): Not wrapped by DDP.
             optimizer (`torch.optim.Optimizer`): Wrapped by accelerate or not.
             step (`int`): Finished updates.
+            trainer (`Trainer`, *optional*): Whose training set and collator are used.
 
         Returns:
             [`Sharpness`]: Also kept in `curve`.
+
+        Raises:
+            ValueError: `rows` is a number and there is no training set that has so many, or the rows cannot be joined.
+            RefusedError: the model returns no loss for them.
         """
+        if self.curve and step <= self.curve[-1].step:
+            self._begin()
         stability = read_stability(optimizer)
         found: dict[str, TopEigenvalue] = {}
         with _left_alone(model, stability.weights) as forward, probing_model(model):
+            if not self._batches:
+                set_seed(self.seed)  # for a collator that draws; put back with all random numbers
+                collate = default_data_collator if trainer is None else trainer.data_collator
+                self._batches = _batches(_rows(self.rows, trainer), self.batch_size, collate)
             product = self._product_of(model, forward, stability.weights)
-            bare = self.hessian or not stability.preconditions
-            if bare:
+            if self.hessian or not stability.preconditions:
                 found["hessian"] = self._search("hessian", product, stability.weights)
             if stability.preconditions:
                 scaled = scaled_product(product, stability.scales)
@@ -238,7 +265,9 @@ class SharpnessProbe:
 
     def _product_of(self, model: Any, forward: Any, weights: Sequence[torch.Tensor]) -> Product:
         device = weights[0].device
-        batches = [({name: value.to(device) for name, value in batch.items()}, share) for batch, share in self._batches]
+        batches = [
+            ({name: value.to(device) for name, value in batch.items()}, share) for batch, share in self._batches
+        ]
 
         def losses() -> Iterator[torch.Tensor]:
             for batch, share in batches:
@@ -316,26 +345,40 @@ def _left_alone(model: Any, weights: Sequence[torch.Tensor]) -> Iterator[Any]:
         restore_rng(state)
 
 
+def _rows(rows: int | Sequence[Mapping[str, Any]], trainer: Any) -> list[dict[str, Any]]:
+    if not isinstance(rows, int):
+        return [dict(row) for row in rows]
+    data = getattr(trainer, "train_dataset", None)
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or len(data) < rows:
+        size = len(data) if hasattr(data, "__len__") else "no"
+        raise ValueError(
+            f"SharpnessProbe(rows={rows}) takes as many rows of the training set, which has {size} of them to choose "
+            "from. Pass fewer, or the rows themselves: SharpnessProbe([first, second, ...])."
+        )
+    return [dict(data[number]) for number in range(rows)]
+
+
 def _batches(
-    rows: Sequence[Mapping[str, Any]], batch_size: int | None
+    rows: Sequence[dict[str, Any]], batch_size: int | None, collate: Callable[[list[Any]], Mapping[str, Any]]
 ) -> list[tuple[dict[str, torch.Tensor], float]]:
     """Return batches, each with its share of all labels that count, so that the sum of losses is the mean of all."""
-    rows = [dict(row) for row in rows]
-    if not rows or any("labels" not in row for row in rows):
-        raise ValueError(f"rows has {len(rows)} rows. Give at least one, each with labels and what the model takes.")
     size, found, counts = batch_size or len(rows), [], []
     for first in range(0, len(rows), size):
         try:
-            batch = default_data_collator(rows[first : first + size])
+            batch = collate(list(rows[first : first + size]))
         except (ValueError, RuntimeError, TypeError) as error:
-            raise ValueError(f"rows cannot be put into one batch: {error} Give rows of one length.") from error
+            raise ValueError(
+                f"The rows of SharpnessProbe cannot be joined: {error} Give rows of one length."
+            ) from error
+        if "labels" not in batch:
+            raise ValueError(f"The rows of SharpnessProbe have {sorted(batch)} and no labels. Give rows with labels.")
         labels = batch["labels"]
         # A language model predicts each token but the first.
         counted = labels[:, 1:] if labels.dim() > 1 and "input_ids" in batch else labels
         counts.append(int((counted != _IGNORED).sum()) if not labels.is_floating_point() else labels.shape[0])
-        found.append(dict(batch))
+        found.append({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
     if not all(counts):
-        raise ValueError("rows has a batch in which every label is -100, so that it has no loss. Leave such rows out.")
+        raise ValueError("Rows of SharpnessProbe make a batch in which every label is -100. Leave such rows out.")
     return [(batch, count / sum(counts)) for batch, count in zip(found, counts, strict=True)]
 
 

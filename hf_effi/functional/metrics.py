@@ -141,6 +141,25 @@ SHARPNESS_HESSIAN = "effi/sharpness/lambda1"
 SHARPNESS_PRECONDITIONED = "effi/sharpness/preconditioned_lambda1"
 SHARPNESS_RHO = "effi/sharpness/rho"
 SHARPNESS_RESIDUAL = "effi/sharpness/residual"
+#: of the last update that was probed for causes: its number; + a layer, an outer part (`embedding`, `head`, `rest`) or
+#: a module inside of the layers: norm of the gradient before clipping, of a part as the root mean square over the
+#: layers; + a layer: the largest singular value of its gradients; how uneven the norms are from layer to layer, over
+#: their mean
+CAUSE_UPDATE = "effi/causes/update"
+CAUSE_LAYER_GRADIENT = "effi/causes/gradient/layer/"
+CAUSE_OUTER_GRADIENT = "effi/causes/gradient/outer/"
+CAUSE_PART_GRADIENT = "effi/causes/gradient/part/"
+CAUSE_LAYER_SPECTRAL = "effi/causes/gradient_spectral/layer/"
+CAUSE_GRADIENT_UNEVENNESS = "effi/causes/gradient_unevenness"
+#: + a layer, of the hidden states behind it: mean excess kurtosis of a token, the largest `max |x| / median |x|` of a
+#: token, and the share of tokens with a massive activation
+CAUSE_KURTOSIS = "effi/causes/kurtosis/layer/"
+CAUSE_OUTLIER_RATIO = "effi/causes/outlier_ratio/layer/"
+CAUSE_MASSIVE_TOKENS = "effi/causes/massive_tokens/layer/"
+#: + a layer: norm of its matrices over the one at the start; and the median over the layers of what a gradient step is
+#: worth now, `(|W_0| / |W|)^2`
+CAUSE_WEIGHT_NORM = "effi/causes/weight_norm/layer/"
+CAUSE_EFFECTIVE_LR = "effi/causes/effective_lr_factor"
 #: of an update in which attention logits were measured: the largest one, and heads that were scaled down
 QK_CLIP_MAX_LOGIT = "effi/qk_clip/max_logit"
 QK_CLIP_HEADS = "effi/qk_clip/clipped_heads"
