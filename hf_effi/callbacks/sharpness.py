@@ -40,8 +40,8 @@ class Sharpness:
         step (`int`): Finished updates.
         lr (`float`): Of the next update; the largest of all parameter groups.
         hessian (`float`): The largest eigenvalue of the Hessian; NaN where it was not measured or is not finite.
-        preconditioned (`float`): The same of the Hessian as the optimizer preconditions it, for SGD that of the Hessian
-            itself; NaN where the optimizer has no threshold.
+        preconditioned (`float`): The same of the Hessian as the optimizer preconditions it, for SGD that of the
+            Hessian itself; NaN where the optimizer has no threshold.
         factor (`float`): The threshold at an LR of 1, such as 38 for Adam; NaN where there is none.
         residual (`float`): Of the preconditioned one, or of the Hessian where that alone was measured; see
             [`~hf_effi.functional.sharpness.TopEigenvalue`].
@@ -79,7 +79,8 @@ class SharpnessProbe:
     Measures the largest eigenvalue of the Hessian on fixed rows while a model trains, as its optimizer sees it.
 
     The loss is the model's own on `rows`, in evaluation mode and fp32, without autocast. Weights, gradients, optimizer
-    and random numbers are to the bit what they were before. Each search begins with the vector that the last one found.
+    and random numbers are to the bit what they were before. Each search begins with the vector that the last one
+    found.
 
     For Adam the Hessian is preconditioned by `P` of [`~hf_effi.functional.sharpness.adam_preconditioner`], with the
     settings and the second moments that the optimizer has at that update; before its first update it has none, and the
@@ -90,16 +91,18 @@ class SharpnessProbe:
     Args:
         rows (`int` or `Sequence[Mapping]`, *optional*, defaults to 32): How many rows from the begin of the Trainer's
             training set, or the rows themselves. The Trainer's collator joins them; in a loop of your own they hold
-            what the model takes, `labels` included, and are of one length. They should be training rows: on tokens that
-            training has never seen Adam has no second moments, and the eigenvalue is as large as its `eps` is small.
-        steps (`Sequence[int]`, *optional*, defaults to `(0, 10, 50)`): Finished updates at which to measure, each once.
+            what the model takes, `labels` included, and are of one length. They should be training rows: on tokens
+            that training has never seen Adam has no second moments, and the eigenvalue is as large as its `eps` is
+            small.
+        steps (`Sequence[int]`, *optional*, defaults to `(0, 10, 50)`): Finished updates at which to measure, each
+            once.
         every (`int`, *optional*, defaults to 100): After the last of them, at each multiple of this; 0 for never.
         iterations (`int`, *optional*, defaults to 20): Most Hessian-vector products of one search, at least 1. Each
             costs two forwards and backwards of all rows.
         tolerance (`float`, *optional*, defaults to 0.01): Residual at which a search ends earlier, at least 0.
         product (`str`, *optional*, defaults to `"differences"`): `"differences"` of gradients works with every kernel;
-            `"double_backward"` is exact, and holds one graph of all rows in memory. SDPA attention then computes by its
-            plain kernel.
+            `"double_backward"` is exact, and holds one graph of all rows in memory. SDPA attention then computes by
+            its plain kernel.
         batch_size (`int`, *optional*): Rows of one forward; all of them without.
         hessian (`bool`, *optional*, defaults to `False`): Whether to measure the bare Hessian too where the optimizer
             preconditions it, which doubles the cost.
@@ -179,8 +182,8 @@ class SharpnessProbe:
         if engine is not None and not (engine == "FSDP" and is_fsdp2()):
             name = "FSDP 1" if engine == "FSDP" else engine
             raise RefusedError(
-                f"SharpnessProbe moves the weights of all processes together, which {name} does not let it. Use DDP or "
-                "FSDP2, or leave the probe out."
+                f"SharpnessProbe moves the weights of all processes together, which {name} does not let it. Use DDP "
+                "or FSDP2, or leave the probe out."
             )
         if engine is not None and (args.bf16 or args.fp16):
             raise RefusedError(

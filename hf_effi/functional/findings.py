@@ -68,6 +68,8 @@ class TrainLimits:
         leak: Relative change of a packed document's logits when only its neighbour changes.
         passes: Times that a run goes over its training rows before they count as repeated.
         passes_decay: Weight decay that is strong enough for repeated rows.
+        sharpness: LR over what the curvature of the loss stands, above which updates overshoot.
+        sharpness_probes: Probes after warm-up in which it must be above.
     """
 
     lr_zero_logs: int = 3
@@ -84,6 +86,8 @@ class TrainLimits:
     leak: float = 1e-3
     passes: float = MOST_PASSES
     passes_decay: float = WEIGHT_DECAY_GRID[0]
+    sharpness: float = 1.0
+    sharpness_probes: int = 3
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

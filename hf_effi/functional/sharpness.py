@@ -1,9 +1,9 @@
 """
 How curved the loss is, how much of that a learning rate stands, and how long a warm-up must be for it.
 
-Sources: Why warmup the learning rate? (Kalra and Barkeshli, 2024) for what warm-up does to the curvature and for Adam's
-preconditioner; Adaptive gradient methods at the edge of stability (Cohen and others, 2022) for its threshold; Toward the
-optimal preconditioned eigensolver: LOBPCG (Knyazev, 2001) for the step of the iteration.
+Sources: Why warmup the learning rate? (Kalra and Barkeshli, 2024) for what warm-up does to the curvature and for
+Adam's preconditioner; Adaptive gradient methods at the edge of stability (Cohen and others, 2022) for its threshold;
+Toward the optimal preconditioned eigensolver: LOBPCG (Knyazev, 2001) for the step of the iteration.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _LEAST_PART = 1e-6
 
 def vector_dot(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
     """
-    Return the scalar product over all tensors. Of tensors that FSDP2 shards it is that of the whole ones, which takes a
-    collective, so that every rank has to call this.
+    Return the scalar product over all tensors. Of tensors that FSDP2 shards it is that of the whole ones, which takes
+    a collective, so that every rank has to call this.
 
     Example:
     ```python
@@ -73,9 +73,9 @@ def top_eigenvalue(
     Return the largest eigenvalue of a symmetric matrix that is known by its products: not the largest by size, so that
     strong negative curvature does not hide the positive one.
 
-    Formula: with the unit vector `v`, its Rayleigh quotient `q = v . H v` and the residual `r = H v - q v`, the next `v`
-    is the vector with the largest quotient in the space of `v`, `r` and the last step (LOBPCG with one vector). Plain
-    power iteration takes `v + r / q` in that space, so that this is never slower for the same number of products.
+    Formula: with the unit vector `v`, its Rayleigh quotient `q = v . H v` and the residual `r = H v - q v`, the next
+    `v` is the vector with the largest quotient in the space of `v`, `r` and the last step (LOBPCG with one vector).
+    Plain power iteration takes `H v / |H v|`, which lies in that space too.
 
     Args:
         product (`Callable`): Takes a list of tensors, returns `H` times it. See [`difference_product`] and
@@ -132,7 +132,7 @@ def top_eigenvalue(
 
 
 def _best_shares(basis: Sequence[list[torch.Tensor]], images: Sequence[list[torch.Tensor]]) -> list[float] | None:
-    """Return the unit combination of a basis with the largest Rayleigh quotient; `None` where an image is not finite."""
+    """Return the unit combination of a basis with the largest quotient; `None` where an image is not finite."""
     small = torch.tensor([[vector_dot(axis, image) for image in images] for axis in basis], dtype=torch.float64)
     if not bool(small.isfinite().all()):
         return None
@@ -234,8 +234,8 @@ def difference_product(gradient: Gradient, weights: Sequence[torch.Tensor], step
 
 def double_backward_product(loss: Callable[[], torch.Tensor], weights: Sequence[torch.Tensor]) -> Product:
     """
-    Return an exact Hessian-vector product by a second backward through one graph of the gradient, which stays in memory
-    as long as the product does.
+    Return an exact Hessian-vector product by a second backward through one graph of the gradient, which stays in
+    memory as long as the product does.
 
     Formula: `H v = d(g . v) / dw`.
 
@@ -308,7 +308,8 @@ def sgd_threshold(lr: float, momentum: float = 0.0, dampening: float = 0.0, nest
 
     Args:
         lr (`float`): At least 0.
-        momentum, dampening (`float`, *optional*, defaults to 0): In `[0, 1)`. Without momentum torch uses no dampening.
+        momentum, dampening (`float`, *optional*, defaults to 0): In `[0, 1)`. Without momentum torch uses no
+            dampening.
         nesterov (`bool`, *optional*, defaults to `False`): As in `torch.optim.SGD`.
 
     Raises:
@@ -334,8 +335,8 @@ def sgd_threshold(lr: float, momentum: float = 0.0, dampening: float = 0.0, nest
 
 def adam_threshold(lr: float, beta1: float = 0.9) -> float:
     """
-    Return the eigenvalue of Adam's preconditioned Hessian above which it diverges on a quadratic, with a preconditioner
-    that stands still; infinite at an LR of 0.
+    Return the eigenvalue of Adam's preconditioned Hessian above which it diverges on a quadratic, with a
+    preconditioner that stands still; infinite at an LR of 0.
 
     Formula: `(2 + 2 b1) / ((1 - b1) lr)`, which is `38 / lr` at 0.9. The eigenvalue is that of `P^-1 H` with `P` of
     [`adam_preconditioner`].

@@ -52,8 +52,8 @@ def read_stability(optimizer: Any) -> Stability:
     """
     Read from an optimizer what its next update stands.
 
-    It is asked what it has, not what it is called. A group with two `betas` and `eps` whose state holds `exp_avg_sq` of
-    the shape of the weight (`max_exp_avg_sq` where it has one) is Adam's; one with `momentum`, `dampening` and
+    It is asked what it has, not what it is called. A group with two `betas` and `eps` whose state holds `exp_avg_sq`
+    of the shape of the weight (`max_exp_avg_sq` where it has one) is Adam's; one with `momentum`, `dampening` and
     `nesterov` is that of SGD. Groups with other learning rates or betas are brought to those of the group with the
     largest LR: where a group has half the LR, its part of the preconditioner is twice as large. Weight decay is left
     out.
@@ -106,7 +106,7 @@ def _factor(group: dict[str, Any]) -> float:
 
 
 def _divided(inner: Any, group: dict[str, Any], weight: torch.Tensor, scale: float) -> torch.Tensor | float:
-    """Return `scale / sqrt(P)`; 0 for a weight that has had no gradient yet, which the optimizer leaves where it is."""
+    """Return `scale / sqrt(P)`; 0 for a weight that has had no gradient yet, which stays where it is."""
     state = inner.state.get(weight, {})
     if not state:
         return 0.0
