@@ -91,9 +91,8 @@ class SharpnessProbe:
     Args:
         rows (`int` or `Sequence[Mapping]`, *optional*, defaults to 32): How many rows from the begin of the Trainer's
             training set, or the rows themselves. The Trainer's collator joins them; in a loop of your own they hold
-            what the model takes, `labels` included, and are of one length. They should be training rows: on tokens
-            that training has never seen Adam has no second moments, and the eigenvalue is as large as its `eps` is
-            small.
+            what the model takes, `labels` included, and are of one length. Elements that training has not given a
+            gradient yet, such as embeddings of tokens that have not come up, are left out.
         steps (`Sequence[int]`, *optional*, defaults to `(0, 10, 50)`): Finished updates at which to measure, each
             once.
         every (`int`, *optional*, defaults to 100): After the last of them, at each multiple of this; 0 for never.

@@ -56,7 +56,8 @@ def read_stability(optimizer: Any) -> Stability:
     of the shape of the weight (`max_exp_avg_sq` where it has one) is Adam's; one with `momentum`, `dampening` and
     `nesterov` is that of SGD. Groups with other learning rates or betas are brought to those of the group with the
     largest LR: where a group has half the LR, its part of the preconditioner is twice as large. Weight decay is left
-    out.
+    out, and so are elements whose second moment is exactly 0, such as the embeddings of tokens that have not come up:
+    Adam learns gradient and moment of them together, so that their first step is no larger than others.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Wrapped by accelerate or not.
@@ -106,12 +107,13 @@ def _factor(group: dict[str, Any]) -> float:
 
 
 def _divided(inner: Any, group: dict[str, Any], weight: torch.Tensor, scale: float) -> torch.Tensor | float:
-    """Return `scale / sqrt(P)`; 0 for a weight that has had no gradient yet, which stays where it is."""
+    """Return `scale / sqrt(P)`, and 0 where there was no gradient yet."""
     state = inner.state.get(weight, {})
     if not state:
         return 0.0
     moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     if not isinstance(moment, torch.Tensor) or moment.shape != weight.shape or "step" not in state:
         raise _NoThreshold("its state has no exp_avg_sq of the shape of each weight")
-    betas = (float(group["betas"][0]), float(group["betas"][1]))
-    return scale * adam_preconditioner(moment.float(), int(state["step"]), betas, float(group["eps"])).rsqrt()
+    betas, seen = (float(group["betas"][0]), float(group["betas"][1])), moment != 0
+    preconditioner = adam_preconditioner(moment.float(), int(state["step"]), betas, float(group["eps"]))
+    return scale * (preconditioner + ~seen).rsqrt() * seen
