@@ -181,7 +181,7 @@ def _times(matrices: Any, vectors: Tensor) -> Tensor:
 
     mesh = matrices.device_mesh
     everywhere = DTensor.from_local(vectors, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return torch.bmm(matrices, everywhere).full_tensor()
+    return _whole(torch.bmm(matrices, everywhere))
 
 
 def _whole(value: Any) -> Tensor:

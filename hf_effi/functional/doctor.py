@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from .advice import WEIGHT_DECAY_GRID
+from .doctor_causes import CAUSE_RULES
 from .doctor_sharpness import SHARPNESS_RULES
 from .findings import Finding, GRPOLimits, Rule, RunFacts, Trace, TrainLimits, latest, step_of
 from .lr_watch import group_at_zero, group_that_ignores, of_group, overlong_factor
@@ -209,6 +210,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     mostly_padding,
     documents_mix,
     data_repeats,
+    *CAUSE_RULES,
     *SHARPNESS_RULES,
 )
 

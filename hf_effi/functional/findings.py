@@ -68,6 +68,17 @@ class TrainLimits:
         leak: Relative change of a packed document's logits when only its neighbour changes.
         passes: Times that a run goes over its training rows before they count as repeated.
         passes_decay: Weight decay that is strong enough for repeated rows.
+        cause_probes: Successive readings of `CausesCallback` in which a cause must be seen.
+        layer_gradient: Gradient of one layer over the median of all layers, above which it is too large.
+        dead_layer: Gradient of one layer over the median of all layers, below which it learns nothing.
+        last_layer: Share of the squared gradient of all layers that the last one may have.
+        kurtosis: Mean excess kurtosis of a layer's hidden states that 4 bits do not hold well.
+        massive_tokens: Share of tokens with a massive activation that 4 bits do not hold well.
+        effective_lr: What a gradient step is worth, as a share of what it was at the start, below which growing
+            weights have taken the learning rate away; the norm has then grown by one over its root.
+        straggler: Time of the slowest process over the mean of all.
+        straggler_share: Share of the updates of a report in which it must be the slowest one.
+        straggler_reports: Successive reports that name the same process.
         sharpness: LR over what the curvature of the loss stands, above which updates overshoot.
         sharpness_probes: Probes after warm-up in which it must be above.
     """
@@ -86,6 +97,16 @@ class TrainLimits:
     leak: float = 1e-3
     passes: float = MOST_PASSES
     passes_decay: float = WEIGHT_DECAY_GRID[0]
+    cause_probes: int = 2
+    layer_gradient: float = 10.0
+    dead_layer: float = 1e-3
+    last_layer: float = 0.9
+    kurtosis: float = 20.0
+    massive_tokens: float = 1e-3
+    effective_lr: float = 0.04
+    straggler: float = 1.15
+    straggler_share: float = 0.5
+    straggler_reports: int = 3
     sharpness: float = 1.0
     sharpness_probes: int = 3
 

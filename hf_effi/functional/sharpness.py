@@ -401,8 +401,8 @@ class WarmupAdvice:
 
     Args:
         updates (`int`): Length of the shortest linear warm-up that stays below the limit; 0 where none is needed.
-        within_curve (`bool`): Whether the warm-up ends within the curve. If not, it ends where nothing was recorded, and
-            may have to be longer: record a longer curve.
+        within_curve (`bool`): Whether the warm-up ends within the curve. If not, it ends where nothing was recorded,
+            and may have to be longer: record a longer curve.
         highest_lr (`float`): What the end of the curve stands, `safety * threshold(1) / lambda1`; infinite where it
             does not curve upward.
     """

@@ -10,6 +10,7 @@ from .._faces import face
 _PUBLIC = {
     "ClassGaussians": "hf_effi.recipes.classifier_alignment",
     "CyclicalReflection": "hf_effi.recipes.reflection",
+    "GradientProbe": "hf_effi.recipes.gradient_probe",
     "LongContextStage": "hf_effi.recipes.long_context",
     "OneEpochSize": "hf_effi.functional.advice",
     "OptimizerAdvice": "hf_effi.functional.optimizer_table",
@@ -32,6 +33,7 @@ _PUBLIC = {
     "osf_next_task": "hf_effi.recipes.osf",
     "osf_rank_pattern": "hf_effi.recipes.osf",
     "pdr_rollout_func": "hf_effi.recipes.refine",
+    "probe_gradients": "hf_effi.recipes.gradient_probe",
     "prolong_stages": "hf_effi.recipes.long_context",
     "recommend_optimizer": "hf_effi.functional.optimizer_table",
     "register_gradient_compression": "hf_effi.recipes.gradient_compression",
@@ -65,6 +67,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .classifier_alignment import slca as slca
     from .continued_pretraining import stability_gap as stability_gap
     from .gradient_compression import register_gradient_compression as register_gradient_compression
+    from .gradient_probe import GradientProbe as GradientProbe
+    from .gradient_probe import probe_gradients as probe_gradients
     from .launch import accelerate_config as accelerate_config
     from .long_context import LongContextStage as LongContextStage
     from .long_context import extend_rope as extend_rope
