@@ -305,7 +305,7 @@ def _through_hooks(loss: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[
 
 
 def _loss_of(output: Any, model: torch.nn.Module) -> torch.Tensor:
-    loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise RefusedError(
             f"{type(model).__name__} returns no loss for the rows of SharpnessProbe. Give rows with labels."
