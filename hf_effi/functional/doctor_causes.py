@@ -37,8 +37,8 @@ def layer_gradient_high(trace: Trace, facts: RunFacts, limits: TrainLimits) -> F
         "layer_gradient_high",
         step_of(trace, facts),
         f"The gradient of layer {worst} is {shares[-1][worst]:.3g} times that of the median layer",
-        "look at its weights and its input for a wrong scale (a bad merge, an initialisation, a missing norm); a lower "
-        "LR for it, or longer warm-up, keeps it from undoing the others",
+        "look at its weights and its input for a wrong scale (a bad merge, an initialisation, a missing norm); a "
+        "lower LR for it, or longer warm-up, keeps it from undoing the others",
     )
 
 

@@ -16,6 +16,7 @@ from ..callbacks.run_summary import time_parts
 from ..errors import BrokenFileError
 from ..functional import metrics
 from ..functional.findings import Finding
+from .cause_pictures import cause_curves
 from .page import environment
 from .run_data import (
     Point,
@@ -67,6 +68,7 @@ def curves(groups: Groups) -> dict[str, str]:
     found["Tokens so far, forwarded and real"] = _draw(tokens, "tokens", "tokens", from_zero=True)
     memory = _lines_of(groups, memory_series)
     found["Peak memory so far"] = _draw(memory, "GiB", "memory", from_zero=True)
+    found |= cause_curves(groups)
     return {caption: svg for caption, svg in found.items() if svg}
 
 
