@@ -30,6 +30,7 @@ from ._methods import (
     selection_model,
     selection_prompts,
     selection_signals,
+    sharpness,
     traffic,
 )
 from ._methods.row import GOALS, Goal, Kind, Method, Status
@@ -62,6 +63,7 @@ METHODS: tuple[Method, ...] = (
     *checkpoints.ROWS,
     *observers.ROWS,
     *planning.ROWS,
+    *sharpness.ROWS,
     *traffic.ROWS,
     *rejected.ROWS,
 )

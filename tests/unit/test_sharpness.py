@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import sharpness as bench_sharpness
 from hf_effi.functional.sharpness import (
     adam_preconditioner,
     adam_threshold,
@@ -351,3 +352,22 @@ def test_warm_ups_at_the_edges(curve: Any, peak: float, updates: int, within: bo
 def test_curves_that_say_nothing(curve: Any, over: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         suggest_warmup(curve, **{"peak_lr": 0.1, **over})
+
+
+# --- the bench -------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_of_the_bench_runs(capsys: Any) -> None:
+    rows = bench_sharpness.main(["--quick"])
+    assert {row["part"] for row in rows} == {"run", "advice", "cost"}
+    assert "auc_of_early_rho" in capsys.readouterr().out
+
+
+def test_the_auc_is_the_share_of_pairs_in_the_right_order() -> None:
+    rows = [
+        {"failed": failed, "rho": rho, "rate": rate}
+        for failed, rho, rate in ((True, 3.0, 1), (True, 1.0, 2), (False, 1.0, 1), (False, 0.5, 1), (True, None, 1))
+    ]
+    assert bench_sharpness.auc(rows, "rho") == round(5.5 / 6, 4)
+    assert bench_sharpness.auc(rows, "rho", within="rate") == 1.0
+    assert bench_sharpness.auc(rows[:2], "rho") is None
