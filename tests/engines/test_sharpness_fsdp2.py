@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import Trainer
 
 from hf_effi.callbacks import CausesCallback, SharpnessProbe
@@ -59,8 +58,12 @@ def test_shards_have_the_sharpness_of_whole_weights(found: Any) -> None:
     assert whole[0][0] > 0 and whole[1][1] > 0
 
 
-def test_two_processes_have_the_sharpness_of_one_before_training(found: Any) -> None:
-    probe = SharpnessProbe([lm_dataset(16, length=LENGTH)[row] for row in range(4)], iterations=8)
-    net = tiny_qwen3(num_hidden_layers=1)
-    alone = probe.probe(net, torch.optim.SGD(net.parameters(), lr=0.1), 0).hessian
+def test_two_processes_have_the_sharpness_of_one_before_training(found: Any, tmp_path: Path) -> None:
+    trainer = Trainer(
+        tiny_qwen3(num_hidden_layers=1),
+        Place("ddp", tmp_path).arguments(),
+        train_dataset=lm_dataset(16, length=LENGTH),
+    )
+    probe = SharpnessProbe(rows=4, iterations=8)
+    alone = probe.probe(trainer.model, trainer.create_optimizer(), 0, trainer).hessian
     assert found["ddp"][0]["records"][0][0] == pytest.approx(alone, rel=1e-5)
