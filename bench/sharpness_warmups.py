@@ -3,8 +3,8 @@
     python -m bench.sharpness_warmups            # about 2 minutes on one core
     python -m bench.sharpness_warmups --quick    # seconds; nothing is written
 
-Run after `bench.sharpness`, in which it named no warm-up that ends within the run: all peaks that were asked for lay at
-the edge or above it. The decoder, the curve and the meaning of "failed" are those of that bench. Each peak is trained
+Run after `bench.sharpness`, in which it named no warm-up that ends within the run: all peaks that were asked for lay
+at the edge or above it. The decoder, the curve and the meaning of "failed" are those of that bench. Each peak is trained
 without a warm-up, with 80 updates of it, and with what is suggested, if that ends within the run.
 """
 
