@@ -260,7 +260,8 @@ class CausesCallback(TurnCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._straggler is not None:
             self._straggler.on_log(args, state, control, **kwargs)
-        if self._pending and "loss" in kwargs["logs"]:
+        # Of an update, or of the end, where the last reading had no log entry after it.
+        if self._pending and ("loss" in kwargs["logs"] or "train_runtime" in kwargs["logs"]):
             kwargs["logs"].update(self._pending)
             state.log_history[-1].update(self._pending)
             self._pending = {}

@@ -22,7 +22,7 @@ def excess_kurtosis(values: Tensor) -> Tensor:
     Return the excess kurtosis of each row: how much of its variance a few large values hold.
 
     Formula, over the last dimension: `mean((x - mean x)^4) / mean((x - mean x)^2)^2 - 3`, with population moments. It
-    is 0 for normal numbers, and `d - 3 + 1 / (d - 1)` at most, for one value that stands alone among `d`. It is
+    is 0 for normal numbers, and `d^2 / (d - 1) - 6` at most, for one value that stands alone among `d`. It is
     centred, and taken for each token over its features: figures of papers that leave the mean in, or put a whole
     sequence into one moment, are of another quantity and cannot be compared with it.
 
@@ -160,10 +160,12 @@ def spectral_norm(matrix: Tensor, steps: int = POWER_STEPS) -> Tensor:
     several = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
     vector = _fixed_vector(several)
     for _ in range(steps):
-        vector = _times(several.transpose(1, 2), _times(several, vector))
-        # To length 1, so that neither the squares nor their products leave the range of fp32.
-        vector = vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True).clamp_min(1e-30)
+        vector = _to_length_1(_times(several.transpose(1, 2), _to_length_1(_times(several, vector))))
     return torch.linalg.vector_norm(_times(several, vector), dim=1).amax()
+
+
+def _to_length_1(vectors: Tensor) -> Tensor:
+    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-30)
 
 
 def _fixed_vector(several: Tensor) -> Tensor:

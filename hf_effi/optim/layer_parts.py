@@ -56,7 +56,7 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     ['0', '1']
     ```
     """
-    lists = list(_outermost(model, nn.ModuleList)) or list(_outermost(model, nn.Sequential))
+    lists = list(_outermost(model, nn.ModuleList, 1)) or list(_outermost(model, nn.Sequential, 2))
     found = {}
     for name, members in lists:
         for number, layer in members:
@@ -64,13 +64,15 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
+def _outermost(
+    model: nn.Module, kind: type[nn.Module], least: int
+) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if not isinstance(module, kind) or module in inside:
             continue
         members = list(module.named_children())
-        if len(members) > 1 and all(any(p.ndim >= 2 for p in layer.parameters()) for _, layer in members):
+        if len(members) >= least and all(any(p.ndim >= 2 for p in layer.parameters()) for _, layer in members):
             inside.update(module.modules())
             yield name, members
 

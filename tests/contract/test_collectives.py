@@ -27,6 +27,11 @@ PLACES = {
     ("callbacks/rewind.py", "_agreed"): "once for each update",
     ("attention/projections.py", "_agreed"): "once for each model that is measured, before training",
     ("callbacks/qk_clip.py", "_over_ranks"): "once for each measured update, whose numbers the config fixes",
+    (
+        "callbacks/causes.py",
+        "_gathered",
+    ): "once for each reading, at updates that the settings fix, until a rank of them "
+    "tells all others that it has failed",
     ("callbacks/straggler.py", "_gathered"): "at every so many logs with a loss, which all processes write",
     ("checkpoint/elastic.py", "seed_new_process"): "once for a resume on as many processes as wrote the checkpoint",
     ("checkpoint/log_window.py", "store_log_window"): "once for each save",

@@ -40,6 +40,7 @@ MAKE = {
     "AdaLoRACallback": lambda cls: cls(),
     "AutoLRSCallback": lambda cls: cls(1e-5, 1e-2, validation=False),
     "BudgetPromptCallback": lambda cls: cls(8),
+    "CausesCallback": lambda cls: cls(),
     "ConfigSchedule": lambda cls: cls(linear()),
     "EMACallback": lambda cls: cls(),
     "FastForwardCallback": lambda cls: cls(evaluate=lambda model: 0.0),

@@ -126,6 +126,10 @@ CASES: dict[str, Case] = {
         trains=True,
         look=lambda callback: callback.progress,
     ),
+    "CausesCallback": Case(
+        lambda trainer: hf_effi.callbacks.CausesCallback(4),
+        look=lambda callback: (callback._reference, callback._pending),
+    ),
     "EMACallback": Case(lambda trainer: EMACallback(0.9, every_steps=2, start_step=1), look=_average_state),
     "FastForwardCallback": Case(lambda trainer: FastForwardCallback(3, rows=4), look=lambda one: [*one.walks]),
     "GRPODoctor": Case(
