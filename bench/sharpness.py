@@ -173,7 +173,7 @@ def advise(data: Data, size: Size, rows: Sequence[dict[str, Any]]) -> list[dict[
                 "every_warmup_failed": all(arm["failed"] for arm in arms),
             }
             if advice.within_curve:
-                trained, _ = run(data, size, rate, advice.updates, seed, ())
+                trained, _ = run(data, size, rate, advice.updates, seed, size.early)
                 row["loss"] = trained["loss"]
                 row["failed"] = trained["rose"] or trained["loss"] > best + MARGIN
             found.append(row)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import sharpness as bench_sharpness
+from bench import sharpness_warmups as bench_warmups
 from hf_effi.functional.sharpness import (
     adam_preconditioner,
     adam_threshold,
@@ -361,6 +362,12 @@ def test_every_part_of_the_bench_runs(capsys: Any) -> None:
     rows = bench_sharpness.main(["--quick"])
     assert {row["part"] for row in rows} == {"run", "advice", "cost"}
     assert "auc_of_early_rho" in capsys.readouterr().out
+
+
+def test_a_warm_up_that_is_named_is_trained_with() -> None:
+    rows = bench_warmups.main(["--quick"])
+    assert [row["within_curve"] for row in rows if row["part"] == "advice"] == [True]
+    assert bench_warmups.figures(rows)[0]["value"] == 1.0
 
 
 def test_the_auc_is_the_share_of_pairs_in_the_right_order() -> None:
