@@ -90,11 +90,11 @@ def rules_found(model: Any, rows: Rows, every_steps: int = 2, **over: Any) -> li
 
 @torch.no_grad()
 def rescale_a_layer(model: Any) -> None:
-    """A layer with pairs of matrices of which one was multiplied by 60 and the next divided: the same function."""
+    """A layer with pairs of matrices of which one was multiplied by 200 and the next divided: the same function."""
     layer = model.model.layers[1]
     for before, after in ((layer.self_attn.v_proj, layer.self_attn.o_proj), (layer.mlp.up_proj, layer.mlp.down_proj)):
-        before.weight.mul_(60)
-        after.weight.div_(60)
+        before.weight.mul_(200)
+        after.weight.div_(200)
 
 
 def cut_a_layer_off(model: Any) -> None:

@@ -6,7 +6,7 @@
 - cost: one run whose every second update is read, so that read and other updates alternate: CPU seconds of one thread
   from one update to the next, medians. At `every_steps=50` a fiftieth of what a reading adds falls on an update.
 - healthy runs: three families, several sizes, optimizers, learning rates, LoRA, accumulation.
-- broken runs: one for each rule, also two processes of which one sleeps.
+- broken runs: one for each rule; two processes of which one sleeps, or both do.
 - 4 bits: what rounding the hidden states of each token to 4 bits costs a healthy model, and one with an outlier.
 - arithmetic: gradients of the same sums with and without their working (2410.23743), on a tiny model trained on both.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import pickle
 import socket
@@ -38,6 +39,7 @@ from hf_effi.functional.doctor_causes import CAUSE_RULES
 from hf_effi.optim.layer_parts import layer_modules
 
 EVERY = 50
+PARTS = ("cost", "between readings", "4 bits", "broken run", "arithmetic", "healthy run", "two processes")
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,10 @@ def _loss(model: Any, tokens: torch.Tensor, bits: int | None = None) -> float:
 # --- two processes -------------------------------------------------------------------------------------------------
 
 
+#: seconds; far longer than an update takes, also where other jobs share the cores
+SLEEP = 4.0
+
+
 class Sleepy(Trainer):
     """A Trainer of which one process sleeps in every forward."""
 
@@ -171,11 +177,11 @@ def _process(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     runs.quiet()
     found = {}
-    for name, slow in (("even", {0: 1.0, 1: 1.0}), ("slow", {1: 1.0})):
+    for name, slow in (("even", {0: SLEEP, 1: SLEEP}), ("slow", {1: SLEEP})):
         Sleepy.slow = slow
         doctor = TrainDoctor(say=lambda sentence: None)
         runs.train(
-            runs.build(0), runs.text_rows(0), CausesCallback(4), doctor, trainer=Sleepy, max_steps=17, logging_steps=4,
+            runs.build(0), runs.text_rows(0), CausesCallback(4), doctor, trainer=Sleepy, max_steps=13, logging_steps=4,
             per_device_train_batch_size=4, ddp_find_unused_parameters=False,
         )  # fmt: skip
         found[name] = [finding.rule for finding in doctor.findings if finding.rule in _causes()]
@@ -200,23 +206,29 @@ def _causes() -> set[str]:
 # --- all of it -----------------------------------------------------------------------------------------------------
 
 
-def measure(sizes: Sizes, processes: bool = True) -> list[dict[str, Any]]:
-    """Return the rows of the result."""
+def measure(sizes: Sizes, processes: bool = True, only: str | None = None) -> list[dict[str, Any]]:
+    """Return the rows of the result, or those of one part."""
+
+    def wanted(part: str) -> bool:
+        return only in (None, part)
+
     rows: list[dict[str, Any]] = []
     for seed in sizes.seeds:
-        rows += [cost(sizes, seed), between(sizes, seed), *four_bits(sizes, seed)]
+        rows += [cost(sizes, seed)] if wanted("cost") else []
+        rows += [between(sizes, seed)] if wanted("between readings") else []
+        rows += four_bits(sizes, seed) if wanted("4 bits") else []
         rows += [
             {"part": "broken run", "seed": seed, "for": rule, "found": runs.broken_rules(rule, seed)}
-            for rule in sizes.broken
+            for rule in (sizes.broken if wanted("broken run") else ())
         ]
-        rows += arithmetic.measured(sizes.arithmetic, seed)
-    for name, make, over in runs.healthy_runs(sizes.healthy):
+        rows += arithmetic.measured(sizes.arithmetic, seed) if wanted("arithmetic") else []
+    for name, make, over in runs.healthy_runs(sizes.healthy if wanted("healthy run") else 0):
         found = runs.rules_found(make(), runs.text_rows(over["seed"]), **over)
         rows.append({"part": "healthy run", "run": name, "found": found})
-    if processes:
+    if processes and wanted("two processes"):
         told = two_processes()
-        rows.append({"part": "healthy run", "run": "two processes, both slow", "found": told["even"]})
-        rows.append({"part": "broken run", "seed": 0, "for": "straggler", "found": told["slow"]})
+        rows.append({"part": "two processes", "run": "both slow", "for": None, "found": told["even"]})
+        rows.append({"part": "two processes", "run": "one slow", "for": "straggler", "found": told["slow"]})
     return rows
 
 
@@ -226,7 +238,9 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     def of(part: str) -> list[dict[str, Any]]:
         return [row for row in rows if row["part"] == part]
 
-    broken = of("broken run")
+    two = of("two processes")
+    broken = of("broken run") + [row for row in two if row["for"]]
+    healthy = of("healthy run") + [row for row in two if not row["for"]]
     alone = [row["found"] == [row["for"]] for row in broken]
     gaps = {name: [row["gap"] for row in of("4 bits") if row["model"] == name] for name in ("healthy", "outlier")}
     kinds: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -251,9 +265,9 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "causes_update_ratio_between_readings",
             statistics.median(row["update_ratio"] for row in of("between readings")),
         ),
-        headline("causes_healthy_runs", len(of("healthy run"))),
-        headline("causes_false_alarms", sum(bool(row["found"]) for row in of("healthy run")), "<= 0"),
-        headline("causes_rules_that_fired", len({row["for"] for row in broken if row["for"] in row["found"]}), ">= 5"),
+        headline("causes_healthy_runs", len(healthy)),
+        headline("causes_false_alarms", sum(bool(row["found"]) for row in healthy), "<= 0"),
+        headline("causes_rules_that_fired", len({row["for"] for row in broken if row["for"] in row["found"]}), ">= 6"),
         headline("causes_broken_runs_with_their_rule_alone", sum(alone) / len(alone), ">= 1"),
         headline("four_bit_loss_gap_healthy", round(statistics.median(gaps["healthy"]), 4)),
         headline("four_bit_loss_gap_with_an_outlier", round(statistics.median(gaps["outlier"]), 4)),
@@ -266,11 +280,15 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="every part once; writes nothing into results")
+    parser.add_argument("--part", choices=PARTS, help="measure one part anew, and keep the other rows of the result")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     runs.quiet()
     sizes = QUICK if args.quick else Sizes()
-    rows = measure(sizes, processes=not args.quick)
+    rows = measure(sizes, processes=not args.quick, only=args.part)
+    if args.part:
+        kept = json.loads((folder / "causes.json").read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in kept if row["part"] != args.part] + rows
     if args.quick and folder == RESULTS:
         folder = Path(tempfile.mkdtemp(prefix="hf_effi_causes_quick_"))
     command = command_line("bench.causes")

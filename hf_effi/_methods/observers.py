@@ -78,4 +78,28 @@ ROWS: tuple[Method, ...] = (
         ),
         bench="bench/observers.py",
     ),
+    Method(
+        key="run_causes",
+        title="Readings of what a run's troubles come from",
+        kind="callback",
+        goals=("insight",),
+        summary="Reads gradients by layer, outliers and weight norms every 50 updates, for log, report and doctor.",
+        entry_points=(
+            "hf_effi.callbacks:CausesCallback",
+            "hf_effi.callbacks:CausePart",
+            "hf_effi.callbacks:CauseMoment",
+            "hf_effi.recipes:probe_gradients",
+            "hf_effi.recipes:GradientProbe",
+        ),
+        paper="What Happened in LLMs Layers when Trained for Fast vs. Slow Thinking: A Gradient Perspective",
+        paper_id="2410.23743",
+        authors="Li, Ming and others",
+        status="experimental",
+        tests=(
+            "tests/unit/test_causes.py",
+            "tests/training/test_causes.py",
+            "tests/engines/test_causes_engines.py",
+        ),
+        bench="bench/causes.py",
+    ),
 )

@@ -57,6 +57,12 @@ def constant(value):
     return lambda step: value
 
 
+def layers(*sizes):
+    return {f"effi/causes/gradient/layer/{number}": constant(size) for number, size in enumerate(sizes)}
+
+
+STRAGGLER = {"effi/straggler/ratio": 1.3, "effi/straggler/rank": 1.0, "effi/straggler/persistence": 0.9}
+
 BROKEN = {
     "not_finite": ({"grad_norm": constant(math.nan)}, {}),
     "no_gradient": ({"loss": constant(0.0), "grad_norm": constant(0.0)}, {}),
@@ -69,6 +75,12 @@ BROKEN = {
     "mostly_padding": ({"pad_ratio": constant(0.71)}, {}),
     "documents_mix": ({}, {"leak": 0.2}),
     "data_repeats": ({}, {"passes": 4.1, "weight_decay": 0.1}),
+    "layer_gradient_high": (layers(20.0, 1.0, 1.0), {}),
+    "layer_dead": (layers(1.0, 1e-6, 1.0), {}),
+    "last_layer_dominates": (layers(0.1, 0.1, 1.0), {}),
+    "quantization_will_hurt": ({"effi/causes/kurtosis/layer/0": constant(30.0)}, {}),
+    "effective_lr_collapse": ({"effi/causes/effective_lr_factor": constant(0.01)}, {}),
+    "straggler": ({name: constant(value) for name, value in STRAGGLER.items()}, {}),
     "lr_over_sharpness": ({"effi/sharpness/rho": constant(1.5)}, {}),
     "all_truncated": ({"completions/clipped_ratio": constant(1.0)}, {}),
     "reward_missing": ({"reward": constant(None), "reward_std": constant(None)}, {}),
