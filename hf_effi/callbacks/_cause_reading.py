@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import RefusedError
 from ..functional import metrics
 from ..functional.causes import (
     Outliers,
@@ -143,10 +144,10 @@ def read_gradients(weights: Sequence[LayerWeight], factor: float) -> list[Weight
     Return the gradients of weights, times `factor`. The device is waited for once.
 
     Raises:
-        RuntimeError: no weight has one.
+        RefusedError: no weight has one.
     """
     if all(weight.parameter.grad is None for weight in weights):
-        raise RuntimeError(
+        raise RefusedError(
             "no weight has a gradient before the optimizer's step, as with optimizers that update inside of the "
             "backward pass; pass gradients=False"
         )

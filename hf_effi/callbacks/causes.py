@@ -198,7 +198,7 @@ class CausesCallback(TurnCallback):
             self._add(state, found)
         if self._due and self.gradients:
             if trainer is None:
-                raise RuntimeError("the Trainer that clips the gradients did not call; pass gradients=False")
+                raise RefusedError("the Trainer that clips the gradients did not call; pass gradients=False")
             self._clip = ClipWatch(trainer.accelerator)
         if self._due and self.outliers:
             self._layers = LayerWatch(kwargs["model"])
@@ -224,7 +224,7 @@ class CausesCallback(TurnCallback):
         if self._clip is not None:
             self._clip.close()
             if args.max_grad_norm and not self._clip.seen:
-                raise RuntimeError("the gradients were clipped without accelerate; pass gradients=False")
+                raise RefusedError("the gradients were clipped without accelerate; pass gradients=False")
             self.gradients_read = read_gradients(self._weights, self._clip.factor())
             found |= gradient_metrics(self.gradients_read)
         if self.weight_norms:
