@@ -156,7 +156,7 @@ def _loss(model: Any, tokens: torch.Tensor, bits: int | None = None) -> float:
 
 
 #: seconds; far longer than an update takes, also where other jobs share the cores
-SLEEP = 4.0
+SLEEP = 2.0
 
 
 class Sleepy(Trainer):
@@ -182,7 +182,7 @@ def _process(rank: int, port: int, folder: str) -> None:
         doctor = TrainDoctor(say=lambda sentence: None)
         runs.train(
             runs.build(0), runs.text_rows(0), CausesCallback(4), doctor, trainer=Sleepy, max_steps=13, logging_steps=4,
-            per_device_train_batch_size=4, ddp_find_unused_parameters=False,
+            per_device_train_batch_size=4, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
         )  # fmt: skip
         found[name] = [finding.rule for finding in doctor.findings if finding.rule in _causes()]
     if rank == 0:

@@ -120,8 +120,8 @@ def effective_lr_collapse(trace: Trace, facts: RunFacts, limits: TrainLimits) ->
 
 def straggler(trace: Trace, facts: RunFacts, limits: TrainLimits) -> Finding | None:
     """The same process is slower than the others, report after report."""
-    reports = _having(trace, metrics.STRAGGLER_RATIO)[-limits.straggler_reports :]
-    if len(reports) < limits.straggler_reports or len({report.get(metrics.STRAGGLER_RANK) for report in reports}) > 1:
+    reports = _having(trace, metrics.STRAGGLER_RATIO)[-limits.straggler_logs :]
+    if len(reports) < limits.straggler_logs or len({report.get(metrics.STRAGGLER_RANK) for report in reports}) > 1:
         return None
     slow = all(
         report[metrics.STRAGGLER_RATIO] > limits.straggler

@@ -78,7 +78,7 @@ class TrainLimits:
             weights have taken the learning rate away; the norm has then grown by one over its root.
         straggler: Time of the slowest process over the mean of all.
         straggler_share: Share of the updates of a report in which it must be the slowest one.
-        straggler_reports: Successive reports that name the same process.
+        straggler_logs: Successive reports that name the same process.
         sharpness: LR over what the curvature of the loss stands, above which updates overshoot.
         sharpness_probes: Probes after warm-up in which it must be above.
     """
@@ -106,7 +106,7 @@ class TrainLimits:
     effective_lr: float = 0.04
     straggler: float = 1.15
     straggler_share: float = 0.5
-    straggler_reports: int = 3
+    straggler_logs: int = 3
     sharpness: float = 1.0
     sharpness_probes: int = 3
 
