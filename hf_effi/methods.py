@@ -32,6 +32,7 @@ from ._methods import (
     selection_model,
     selection_prompts,
     selection_signals,
+    sharpness,
     token_data,
     traffic,
 )
@@ -68,6 +69,7 @@ METHODS: tuple[Method, ...] = (
     *planning.ROWS,
     *experiments.ROWS,
     *forecasting.ROWS,
+    *sharpness.ROWS,
     *traffic.ROWS,
     *rejected.ROWS,
 )

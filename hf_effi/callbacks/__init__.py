@@ -46,6 +46,8 @@ _PUBLIC = {
     "SamplerCallback": "hf_effi.callbacks.sampler",
     "ScheduleFreeCallback": "hf_effi.callbacks.schedule_free",
     "SelectiveCheckpointCallback": "hf_effi.callbacks.layer_modes",
+    "Sharpness": "hf_effi.callbacks.sharpness",
+    "SharpnessProbe": "hf_effi.callbacks.sharpness",
     "StabilityGapCallback": "hf_effi.callbacks.stability_gap",
     "StragglerCallback": "hf_effi.callbacks.straggler",
     "TrainDoctor": "hf_effi.callbacks.doctor",
@@ -104,6 +106,8 @@ if TYPE_CHECKING:  # what editors, type checkers and the reference see of the la
     from .safe_checkpoint import SafeCheckpointCallback as SafeCheckpointCallback
     from .sampler import SamplerCallback as SamplerCallback
     from .schedule_free import ScheduleFreeCallback as ScheduleFreeCallback
+    from .sharpness import Sharpness as Sharpness
+    from .sharpness import SharpnessProbe as SharpnessProbe
     from .stability_gap import StabilityGapCallback as StabilityGapCallback
     from .straggler import StragglerCallback as StragglerCallback
     from .weight_averaging import WeightAveragingCallback as WeightAveragingCallback

@@ -46,7 +46,8 @@ class CausePart(Protocol):
 
     All ranks call it in the same updates, and it may communicate. Random numbers, gradients and the mode of each
     module are put back after it; weights, buffers and optimizer must be as before when it returns. An exception ends
-    the observation with a warning, and the run goes on.
+    the observation with a warning, and the run goes on. A part that cannot work in every run may have a
+    `check(args, model)` too, which is called when training begins and raises.
 
     Example:
     ```python

@@ -130,6 +130,9 @@ class CausesCallback(TurnCallback):
         self._let_go()
         self._forget()
         self._check_run(args)
+        for part in self.parts:
+            if callable(check := getattr(part, "check", None)):
+                check(args, kwargs["model"])
         self._straggler = self._timer(args, state)
         if self._straggler is not None:
             self._straggler.on_train_begin(args, state, control, **kwargs)

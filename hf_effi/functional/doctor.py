@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from .advice import WEIGHT_DECAY_GRID
 from .doctor_causes import CAUSE_RULES
 from .doctor_loader import loader_waits
+from .doctor_sharpness import SHARPNESS_RULES
 from .findings import Finding, GRPOLimits, Rule, RunFacts, Trace, TrainLimits, latest, step_of
 from .lr_watch import group_at_zero, group_that_ignores, of_group, overlong_factor
 
@@ -212,6 +213,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     documents_mix,
     data_repeats,
     *CAUSE_RULES,
+    *SHARPNESS_RULES,
 )
 
 

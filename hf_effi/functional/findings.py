@@ -82,6 +82,8 @@ class TrainLimits:
         straggler: Time of the slowest process over the mean of all.
         straggler_share: Share of the updates of a report in which it must be the slowest one.
         straggler_logs: Successive reports that name the same process.
+        sharpness: LR over what the curvature of the loss stands, above which updates overshoot.
+        sharpness_probes: Probes after warm-up in which it must be above.
     """
 
     lr_zero_logs: int = 3
@@ -111,6 +113,8 @@ class TrainLimits:
     straggler: float = 1.15
     straggler_share: float = 0.5
     straggler_logs: int = 3
+    sharpness: float = 1.0
+    sharpness_probes: int = 3
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -142,6 +142,12 @@ STRAGGLER_RATIO = "effi/straggler/ratio"
 STRAGGLER_RANK = "effi/straggler/rank"
 STRAGGLER_PERSISTENCE = "effi/straggler/persistence"
 STRAGGLER_WAITING = "effi/straggler/waiting_fraction"
+#: of the last probe of sharpness: largest eigenvalue of the Hessian; of the Hessian as the optimizer preconditions it;
+#: that as a share of what the LR of the next update stands; `|H v - value v| / |value|`, how far the search got
+SHARPNESS_HESSIAN = "effi/sharpness/lambda1"
+SHARPNESS_PRECONDITIONED = "effi/sharpness/preconditioned_lambda1"
+SHARPNESS_RHO = "effi/sharpness/rho"
+SHARPNESS_RESIDUAL = "effi/sharpness/residual"
 #: of the last update that was probed for causes: its number; + a layer, an outer part (`embedding`, `head`, `rest`) or
 #: a module inside of the layers: norm of the gradient before clipping, of a part as the root mean square over the
 #: layers; + a layer: the largest singular value of its gradients; how uneven the norms are from layer to layer, over

@@ -91,7 +91,7 @@ _SCHEDULES: dict[str, dict[str, str]] = {
 _LIMITS = (
     "lr_zero_logs scheduler_updates scheduler_low scheduler_high lr_frozen_logs plan_end clip_logs resume_fraction "
     "padding padding_logs leak passes passes_decay cause_probes layer_gradient dead_layer last_layer kurtosis "
-    "massive_tokens effective_lr straggler straggler_share straggler_logs"
+    "massive_tokens effective_lr straggler straggler_share straggler_logs sharpness sharpness_probes"
 )
 _CALLBACKS: dict[str, dict[str, str]] = {
     "AccuracyGradientCallback": _arguments(

@@ -84,6 +84,7 @@ BROKEN = {
     "quantization_will_hurt": ({"effi/causes/kurtosis/layer/0": constant(30.0)}, {}),
     "effective_lr_collapse": ({"effi/causes/effective_lr_factor": constant(0.01)}, {}),
     "straggler": ({name: constant(value) for name, value in STRAGGLER.items()}, {}),
+    "lr_over_sharpness": ({"effi/sharpness/rho": constant(1.5)}, {}),
     "all_truncated": ({"completions/clipped_ratio": constant(1.0)}, {}),
     "reward_missing": ({"reward": constant(None), "reward_std": constant(None)}, {}),
     "reward_never_varies": (
@@ -160,6 +161,10 @@ def test_what_has_been_said_is_not_said_again():
         ("lr_not_applied", {"optimizer_lr": constant(5e-4), "learning_rate": constant(1e-3)}, {}),  # a multiplier
         ("entropy_collapse", {"entropy": constant(0.05)}, {}),  # a model that starts like that
         ("loss_zero_is_fine", {"loss": constant(0.0)}, {"beta": 0.04}),
+        ("lr_over_sharpness", {"effi/sharpness/rho": constant(1.0)}, {}),  # at the edge, and not above
+        ("lr_over_sharpness", {"effi/sharpness/rho": lambda s: 9.0 if s in (20, 40) else 0.5}, {}),  # twice in 60
+        ("lr_over_sharpness", {"effi/sharpness/rho": constant(9.0), "learning_rate": lambda s: 1e-5 * s}, {}),
+        ("lr_over_sharpness", {"effi/sharpness/rho": constant(9.0), "learning_rate": constant(None)}, {}),
         ("loss_zero_is_fine", {"loss": constant(0.0), "grad_norm": constant(0.0)}, {}),
     ],
 )
