@@ -28,10 +28,6 @@ from tests.helpers import cpu_times
 ROOMS = ("engines", "distributed", "zoo", "training", "unit", "contract")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-times", metavar="FOLDER", help="write what each test costs in CPU seconds into a folder")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     cpu_times.register(config)
 

@@ -1,4 +1,4 @@
-"""`pytest --cpu-times FOLDER`: what each test costs in CPU seconds, those of its child processes too.
+"""`HF_EFFI_CPU_TIMES=folder make test`: what each test costs in CPU seconds, those of its child processes too.
 
 The durations that pytest prints are those of the clock on the wall, which on two busy cores tell more about the other
 tests than about the one that is named. Each process of pytest-xdist writes one file; the last lines of the run are the
@@ -83,7 +83,7 @@ class CpuTimes:
 
 
 def register(config: pytest.Config) -> None:
-    """Add the plugin where its option is given."""
-    if folder := config.getoption("--cpu-times"):
+    """Add the plugin where the environment names a folder: processes of pytest-xdist parse no options of ours."""
+    if folder := os.environ.get("HF_EFFI_CPU_TIMES"):
         worker = getattr(config, "workerinput", {}).get("workerid", "main")
         config.pluginmanager.register(CpuTimes(Path(folder).absolute(), worker))

@@ -1,4 +1,4 @@
-"""What `pytest --cpu-times` writes counts children too, those that are still alive among them."""
+"""What `HF_EFFI_CPU_TIMES` writes counts children too, those that are still alive among them."""
 
 from __future__ import annotations
 
