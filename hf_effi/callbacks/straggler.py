@@ -37,8 +37,9 @@ class StragglerCallback(TurnCallback):
     them. There is a warning where one process is slower than the mean by more than `ratio`, in at least `persistence`
     of the updates.
 
-    What a process waits for inside of the forward, such as the gathered rewards of GRPO, counts as its own time and
-    hides a slow one.
+    What a process waits for inside of the forward counts as its own time and hides a slow one: the gathered rewards of
+    GRPO, and the buffers of the model (any model with rotary positions has some), which DDP sends at the begin of a
+    forward unless `ddp_broadcast_buffers=False`. There is a warning about the second when training begins.
 
     Args:
         every_logs (`int`, *optional*, defaults to 1): Logs between two reports, at least 1.
@@ -106,6 +107,13 @@ class StragglerCallback(TurnCallback):
                 f"{engine} lets the processes wait for each other in every layer, so that the time before the wait is "
                 "not the own time of a process; it works with DDP"
             )
+        if args.ddp_broadcast_buffers is not False and next(kwargs["model"].buffers(), None) is not None:
+            if state.is_world_process_zero:
+                logger.warning(
+                    "StragglerCallback: DDP sends the buffers of the model at the begin of a forward, and a process "
+                    "that waits there seems to compute. Set ddp_broadcast_buffers=False in the training arguments, "
+                    "unless training changes buffers (batch norm), or a slow process may stay unnamed."
+                )
         self._device = args.device
         self._parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
         self._hooks = [

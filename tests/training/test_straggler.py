@@ -49,6 +49,21 @@ def test_a_failure_ends_the_measuring_and_not_the_run(tmp_path: Path, caplog: An
     assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize(("sent", "told"), [(None, 1), (True, 1), (False, 0)])
+def test_buffers_that_are_sent_in_the_forward_are_told(
+    tmp_path: Path, caplog: Any, monkeypatch: Any, sent, told
+) -> None:
+    args = push_args(tmp_path, ddp_broadcast_buffers=sent)
+    trainer = Trainer(tiny_qwen3(num_hidden_layers=1), args, train_dataset=lm_dataset(8))
+    assert next(trainer.model.buffers(), None) is not None
+    callback = StragglerCallback()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(args), "world_size", 2)
+        callback.on_train_begin(args, trainer.state, trainer.control, model=trainer.model)
+    callback.on_train_end(args, trainer.state, trainer.control)
+    assert caplog.text.count("Set ddp_broadcast_buffers=False") == told
+
+
 @pytest.mark.parametrize(
     ("over", "words"),
     [({"every_logs": 0}, "every_logs=0"), ({"ratio": 0.9}, "ratio=0.9"), ({"persistence": 1.5}, "persistence=1.5")],
