@@ -251,7 +251,6 @@ def rejected_figures(root: Path, prefixes: Sequence[str]) -> str:
 
 
 VIEWS: dict[str, Callable[[Path], str]] = {
-    **_profile_tables.VIEWS,
     "cards": cards_list,
     "goals": goals_list,
     "papers": papers_table,
@@ -270,4 +269,5 @@ VIEWS: dict[str, Callable[[Path], str]] = {
     "rejected_nap": functools.partial(rejected_figures, prefixes=["nap_"]),
     "rejected_sora": functools.partial(rejected_figures, prefixes=["sora_", "lora_", "adalora_"]),
     "rejected_outlier_safe": functools.partial(rejected_figures, prefixes=["outlier_safe_", "adamw_"]),
+    **_profile_tables.VIEWS,
 }

@@ -26,6 +26,7 @@ from ._cause_reading import (
     weight_metrics,
 )
 from ._engines import is_fsdp2, sharding_engine
+from ._outside import outside
 from ._turns import MEASURE, WRITE, TurnCallback, in_turn
 from .cause_parts import CauseMoment, CausePart, measure_part
 from .observer import describe, only_observes
@@ -179,7 +180,8 @@ class CausesCallback(TurnCallback):
             self._straggler.on_step_begin(args, state, control, **kwargs)
         self._due = not self._is_over and not in_probe(state, 1) and trained_steps(state) % self.every_steps == 0
         if not self._is_over and not in_probe(state, 1):
-            self._look(args, state, **kwargs)
+            with outside(state):
+                self._look(args, state, **kwargs)
 
     @only_observes
     def _look(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:

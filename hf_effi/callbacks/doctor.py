@@ -20,6 +20,7 @@ from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimi
 from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
 from ._forward_watch import ForwardWatch
+from ._outside import seconds_outside
 from ._scheduler_plan import scheduler_plan
 from ._turns import READ, in_turn
 from .observer import describe, only_observes
@@ -129,20 +130,20 @@ class TrainDoctor(OwningCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._clock.begin_step()
+        self._clock.begin_step(seconds_outside(state))
 
     @only_observes
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._clock.end_step()
+        self._clock.end_step(seconds_outside(state))
         if self._watch is None or state.global_step != self._facts.start_step + 1:
             return
         self._facts = _with_plan(self._facts, _inner(kwargs["lr_scheduler"]), state.global_step)
         self._measure_packing(kwargs["model"])
         self._look(state)
         self._facts = dataclasses.replace(self._facts, plan=None)  # looked at once
-        self._clock.mark()
+        self._clock.mark(seconds_outside(state))
 
     @only_observes
     def on_optimizer_step(
@@ -155,7 +156,7 @@ class TrainDoctor(OwningCallback):
     @only_observes
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
-        self._clock.mark()
+        self._clock.mark(seconds_outside(state))
         if self._watch is None or "loss" not in logs:
             return
         entry = {**logs, "step": state.global_step, "scheduler_steps": scheduler_steps(kwargs["lr_scheduler"])}
@@ -170,15 +171,15 @@ class TrainDoctor(OwningCallback):
         self._trace.append(entry)
         self._measure_packing(kwargs["model"])
         self._look(state)
-        self._clock.mark()
+        self._clock.mark(seconds_outside(state))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._clock.mark()
+        self._clock.mark(seconds_outside(state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._clock.mark()
+        self._clock.mark(seconds_outside(state))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

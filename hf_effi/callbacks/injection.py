@@ -18,6 +18,7 @@ from ..functional import metrics
 from ..functional.data import check_number, find_rows
 from ..functional.options import refuse_idle
 from ._engines import sharding_engine
+from ._outside import outside
 from ._turns import READ, WRITE, TurnCallback, in_turn
 from .owners import Role
 from .probing import in_probe, outside_probes
@@ -146,7 +147,8 @@ class InjectionCallback(TurnCallback):
         for name, count in zip(self.seen, new, strict=True):
             self.seen[name] += count
         if self.evaluate_steps is not None and state.global_step % self.evaluate_steps == 0:
-            self.results = self.plan.evaluate(kwargs["model"])
+            with outside(state):
+                self.results = self.plan.evaluate(kwargs["model"])
             self._measured = _values(self.results)
             self._end_learned(args, state)
         self._store(state)

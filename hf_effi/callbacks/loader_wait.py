@@ -9,6 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional import metrics
 from ..functional.doctor_loader import LoaderClock
+from ._outside import seconds_outside
 from ._turns import WRITE, TurnCallback, in_turn
 from .observer import describe, only_observes
 from .owners import Role
@@ -54,12 +55,12 @@ class LoaderWaitCallback(TurnCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_step_begin(args, state, control, **kwargs)
-        self._clock.begin_step()
+        self._clock.begin_step(seconds_outside(state))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._clock.end_step()
+        self._clock.end_step(seconds_outside(state))
 
     @in_turn(WRITE)
     @only_observes
@@ -70,15 +71,15 @@ class LoaderWaitCallback(TurnCallback):
             found = {metrics.DATA_WAIT_FRACTION: waited.fraction, metrics.DATA_WAIT_SECONDS: waited.seconds}
             logs.update(found)
             state.log_history[-1].update(found)
-        self._clock.mark()
+        self._clock.mark(seconds_outside(state))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._clock.mark()
+        self._clock.mark(seconds_outside(state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._clock.mark()
+        self._clock.mark(seconds_outside(state))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -33,7 +33,8 @@ class LoaderClock:
     Seconds from the end of an update to the begin of the next one, in which the Trainer fetches batches.
 
     Logging, evaluating and saving lie between two updates too: whoever uses the clock calls [`~LoaderClock.mark`] when
-    they are over, and the time before it is left out. The first update after [`~LoaderClock.leave_out`] has no
+    they are over, and the time before it is left out; so are the seconds of others, of which `mark`, `begin_step` and
+    `end_step` are told the sum so far. The first update after [`~LoaderClock.leave_out`] has no
     begin, and does not count: a pass over the data begins with starting the workers.
 
     Args:
@@ -58,25 +59,27 @@ class LoaderClock:
         self._now = now
         self._from: float | None = None
         self._began: float | None = None
+        self._others = 0.0
         self._waited = self._worked = self._between = 0.0
         self._updates = 0
 
-    def mark(self) -> None:
+    def mark(self, others: float = 0.0) -> None:
         """Begin to wait from now on: an update is over, or what came between."""
-        self._from = self._now()
+        self._from, self._others = self._now(), others
 
     def leave_out(self) -> None:
         """Do not count the next update."""
         self._from = None
 
-    def begin_step(self) -> None:
+    def begin_step(self, others: float = 0.0) -> None:
         """The batches of an update are there."""
         self._began = None if self._from is None else self._now()
-        self._between = 0.0 if self._from is None or self._began is None else self._began - self._from
+        between = 0.0 if self._from is None or self._began is None else self._began - self._from
+        self._between = max(0.0, between - (others - self._others))
 
-    def end_step(self) -> None:
+    def end_step(self, others: float = 0.0) -> None:
         """The update is over."""
-        self.mark()
+        self.mark(others)
         if self._began is not None and self._from is not None:
             self._waited += self._between
             self._worked += self._from - self._began

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from .._compat import require
+from .._files import save_bytes
 from ..schedules.range_test import RangeTest
 
 
@@ -57,6 +59,7 @@ def plot_range_test(test: RangeTest, file: str | Path | None = None) -> Any:
         axes.spines[side].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
     if file is not None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=130)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=130, format=Path(file).suffix.lstrip(".") or "png")
+        save_bytes(file, content.getvalue())
     return figure

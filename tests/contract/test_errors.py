@@ -105,6 +105,7 @@ def test_private_ones_that_reach_a_user_are_public_ones():
         "_KeysKnown",
         "_LogitsAsked",
         "_NotReadError",
+        "_NoThreshold",
         "_NotCopyable",
         "_TooLarge",
         "_TooManyOperations",

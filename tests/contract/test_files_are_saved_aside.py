@@ -28,6 +28,7 @@ ALLOWED = {
     ("report/reward_calls.py", "in_another_process"): "into a temporary folder that is gone with the call",
     ("report/reward_child.py", "main"): "into the same",
     ("_plots.py", "*"): "into memory",
+    ("report/range_plot.py", "*"): "into memory",
     ("report/schedule_plot.py", "*"): "a picture where the user asked for it",
     ("report/plan_lr.py", "*"): "a picture where the user asked for it",
 }

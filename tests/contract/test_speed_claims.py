@@ -13,7 +13,7 @@ from bench._schema import ROOT, load_results
 
 REFEREE = "hf_effi.functional.referee"
 #: headline names that speak of a cost until a value is reached
-CLAIM = re.compile(r"_to_(baseline_)?(accuracy|target|loss)|_to_\w+_loss|_share_to_")
+CLAIM = re.compile(r"(ratio|speedup|share|seconds|updates)\w*_to_(\w+_)?(accuracy|target|loss)")
 RESULTS = load_results()
 CLAIMING = sorted(
     bench for bench, result in RESULTS.items() if any(CLAIM.search(figure["name"]) for figure in result["headline"])

@@ -33,19 +33,24 @@ def descendants_seconds(process: int | None = None) -> float:
         number = open_ones.pop()
         try:
             stat = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-            children = [
-                int(child)
-                for task in Path(f"/proc/{number}/task").iterdir()
-                for child in (task / "children").read_text(encoding="utf-8").split()
-            ]
+            tasks = list(Path(f"/proc/{number}/task").iterdir())
         except OSError:
             continue  # it has just ended; whoever waited for it has its seconds
+        children = [child for task in tasks for child in _children(task)]
         # utime, stime, and those of the children that were waited for: fields 14 to 17, of which 1 and 2 are cut off
         own = sum(map(int, stat[13:15])) if first else sum(map(int, stat[11:15]))
         total += own / _TICKS
         first = False
         open_ones += children
     return total
+
+
+def _children(task: Path) -> list[int]:
+    """Return the child processes of a thread; of one that has just ended, none."""
+    try:
+        return [int(child) for child in (task / "children").read_text(encoding="utf-8").split()]
+    except OSError:
+        return []
 
 
 class CpuTimes:

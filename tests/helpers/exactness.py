@@ -86,6 +86,7 @@ _ACCURACY = {"window": 1, "quiet": 1, "threshold": 10.0, "greater_is_better": Fa
 #: callback -> how it is made where another model is trained than in `callback_cases`
 CALLBACKS: dict[str, Callable[[], TrainerCallback]] = {
     "AccuracyGradientCallback": lambda: hf_effi.callbacks.AccuracyGradientCallback("eval_loss", **_ACCURACY),
+    "CausesCallback": lambda: hf_effi.callbacks.CausesCallback(every_steps=2, stragglers=False),
     "EMACallback": lambda: hf_effi.callbacks.EMACallback(0.5, every_steps=2, start_step=1),
     "GradientNormsCallback": lambda: hf_effi.callbacks.GradientNormsCallback(),
     "ForecastCallback": lambda: hf_effi.callbacks.ForecastCallback("eval_loss"),
@@ -108,6 +109,7 @@ ON_ITS_OWN_MODEL = {
     "AutoLRSCallback": "a search takes 20 updates",
     "FastForwardCallback": "its walks ask for the loss of a batch, which GRPO has not",
     "HubCallback": "uploads are stood in for",
+    "InjectionCallback": "the dataset is an injected one, which GRPO refuses",
     "MultigridLRCallback": "the trainer cuts sequences",
     "OSFProjectionCallback": "the model has OSF layers",
 }
@@ -121,6 +123,7 @@ PLUGS: dict[str, tuple[str, ...]] = {
         "LRScheduleCallback",
         "RewindCallback",
         "ForecastCallback",
+        "CausesCallback",
     ),
     "factors": ("GradientSNRCallback", "AccuracyGradientCallback", "EMACallback", "StabilityGapCallback"),
     "weights": ("HypergradientCallback", "ReptileCallback", "MIGUCallback"),

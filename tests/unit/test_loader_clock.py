@@ -82,3 +82,14 @@ def test_no_time_at_all(clock, hand):
     clock.mark()
     update(clock, hand, 0.0, 0.0)
     assert clock.take() == LoaderWait(0.0, 0.0, 1)
+
+
+def test_what_others_measure_between_two_updates_is_no_waiting():
+    clock = LoaderClock(now=iter([0.0, 10.0, 11.0, 13.0, 14.0]).__next__)
+    clock.mark(5.0)
+    clock.begin_step(14.0)  # 9 of the 10 seconds were a measurement
+    clock.end_step(20.0)  # what came after the begin of the update is not taken off again
+    clock.begin_step(20.0)
+    clock.end_step(20.0)
+    found = clock.take()
+    assert (found.seconds, found.updates) == (1.5, 2) and found.fraction == 3 / 5
