@@ -20,7 +20,7 @@ from ..functional.findings import Finding, GRPOLimits, Rule, RunFacts, TrainLimi
 from ..functional.kept_arguments import keeps_arguments
 from ._engines import sharding_engine
 from ._forward_watch import ForwardWatch
-from ._outside import seconds_outside
+from ._outside import TimesTheLoader, seconds_outside
 from ._scheduler_plan import scheduler_plan
 from ._turns import READ, in_turn
 from .observer import describe, only_observes
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _METRIC_DRIVEN = ("ReduceLROnPlateau", "GreedyLR")
 
 
-class TrainDoctor(OwningCallback):
+class TrainDoctor(TimesTheLoader, OwningCallback):
     """
     Watch a run of any Trainer and say what is wrong, once, with the step and what to try.
 
@@ -172,19 +172,6 @@ class TrainDoctor(OwningCallback):
         self._measure_packing(kwargs["model"])
         self._look(state)
         self._clock.mark(seconds_outside(state))
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._clock.mark(seconds_outside(state))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._clock.mark(seconds_outside(state))
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._clock.leave_out()  # a pass begins with starting the workers
 
     @only_observes
     def on_train_end(

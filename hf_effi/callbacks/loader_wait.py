@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..functional import metrics
 from ..functional.doctor_loader import LoaderClock
-from ._outside import seconds_outside
+from ._outside import TimesTheLoader, seconds_outside
 from ._turns import WRITE, TurnCallback, in_turn
 from .observer import describe, only_observes
 from .owners import Role
@@ -17,7 +17,7 @@ from .owners import Role
 logger = logging.getLogger(__name__)
 
 
-class LoaderWaitCallback(TurnCallback):
+class LoaderWaitCallback(TimesTheLoader, TurnCallback):
     """
     Adds to each log entry how long the updates since the last one have waited for their batches.
 
@@ -72,19 +72,6 @@ class LoaderWaitCallback(TurnCallback):
             logs.update(found)
             state.log_history[-1].update(found)
         self._clock.mark(seconds_outside(state))
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._clock.mark(seconds_outside(state))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._clock.mark(seconds_outside(state))
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._clock.leave_out()
 
     def stop_observing(self, error: Exception) -> None:
         """Say that an entry has no waiting time; the run goes on."""

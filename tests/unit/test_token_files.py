@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 import shutil
 import struct
@@ -381,10 +382,21 @@ def test_readahead_asks_for_the_rows_that_come_next_and_changes_none(file, monke
     assert asked == []
 
 
-def test_readahead_reaches_the_system(file):
-    TokenBlocks(file, 5, readahead=3)[0]
-    file.will_need(0, 23)
+def test_readahead_reaches_the_system(file, monkeypatch):
+    file.tokens(0, 1)  # maps the file
+    numbers, told = file._tokens, []
+    real = numbers._map
+
+    class Noting:
+        def madvise(self, advice, begin, length):
+            told.append((advice, begin, length))
+            return real.madvise(advice, begin, length)
+
+    monkeypatch.setattr(numbers, "_map", Noting())
+    file.will_need(3, 23)
     file.will_need(23, 23)
+    last = numbers.begin + 23 * numbers.dtype.itemsize
+    assert told == [(mmap.MADV_WILLNEED, 0, last)]  # from the begin of a page, and nothing for no token
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
